@@ -1,0 +1,32 @@
+"""ds_fp8: FP8 gradients, FP8 communication and FP8 Adam states for DeepSpeed ZeRO (arXiv 2310.18313).
+
+Importing this package imports neither torch nor deepspeed and changes nothing; `register()` makes
+DeepSpeed read the "fp8" section of its config.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ds_fp8.config import FP8Config
+    from ds_fp8.engine import describe, is_active
+    from ds_fp8.registration import register, unregister
+    from ds_fp8.zero_fp8.optimizer import FP8AdamW
+
+__version__ = "0.1.0"
+__all__ = ["FP8AdamW", "FP8Config", "describe", "is_active", "register", "unregister"]
+
+_HOMES = {
+    "FP8AdamW": "ds_fp8.zero_fp8.optimizer",
+    "FP8Config": "ds_fp8.config",
+    "describe": "ds_fp8.engine",
+    "is_active": "ds_fp8.engine",
+    "register": "ds_fp8.registration",
+    "unregister": "ds_fp8.registration",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'ds_fp8' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,0 +1,68 @@
+"""The only door to DeepSpeed's private names.
+
+Whatever ds_fp8 takes from inside DeepSpeed is imported here, after the version has been checked, and
+the signatures that the seam relies on are compared with what they are expected to be.
+"""
+
+import inspect
+import logging
+import os
+from importlib.metadata import version
+from typing import Any
+
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+SUPPORTED = SpecifierSet(">=0.19.5,<0.20")
+OVERRIDE = "DS_FP8_ALLOW_UNTESTED_DEEPSPEED"
+
+logger = logging.getLogger("ds_fp8")
+
+
+def check_version(installed: str) -> None:
+    """Refuse a DeepSpeed that the tests have not seen, or warn where the user insists."""
+    if Version(installed).base_version in SUPPORTED:
+        return
+    sentence = f"ds_fp8 is tested with deepspeed{SUPPORTED}, installed is {installed}"
+    if os.environ.get(OVERRIDE) != "1":
+        raise RuntimeError(f"{sentence}; set {OVERRIDE}=1 to try it all the same")
+    logger.warning("%s; going on because %s=1", sentence, OVERRIDE)
+
+
+check_version(version("deepspeed"))
+
+# After the check: another version may lack these names.
+from deepspeed.runtime.base_optimizer import ZeROOptimizer  # noqa: E402
+from deepspeed.runtime.config import DeepSpeedConfig  # noqa: E402
+from deepspeed.runtime.engine import ZERO_OPTIMIZATION, DeepSpeedEngine  # noqa: E402
+from deepspeed.utils.timer import NoopTimer  # noqa: E402
+
+__all__ = [
+    "ZERO_OPTIMIZATION",
+    "DeepSpeedConfig",
+    "DeepSpeedEngine",
+    "NoopTimer",
+    "ZeROOptimizer",
+    "check_signatures",
+    "check_version",
+]
+
+SIGNATURES: dict[tuple[type, str], tuple[str, ...]] = {
+    (DeepSpeedConfig, "_initialize_params"): ("self", "param_dict"),
+    (DeepSpeedEngine, "_configure_basic_optimizer"): ("self", "model_parameters"),
+    (DeepSpeedEngine, "_do_optimizer_sanity_check"): ("self", "basic_optimizer"),
+    (DeepSpeedEngine, "_configure_zero_optimizer"): ("self", "optimizer"),
+}
+
+
+def check_signatures(signatures: dict[tuple[type, str], tuple[str, ...]] = SIGNATURES) -> None:
+    """Raise RuntimeError, naming the method, where DeepSpeed's differ from what the seam expects."""
+    for (owner, name), expected in signatures.items():
+        method: Any = getattr(owner, name, None)
+        found = tuple(inspect.signature(method).parameters) if method else None
+        if found != expected:
+            received = f"({', '.join(found)})" if found else "no such method"
+            raise RuntimeError(
+                f"deepspeed {version('deepspeed')}: {owner.__name__}.{name}: expected "
+                f"({', '.join(expected)}), found {received}"
+            )

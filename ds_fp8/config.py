@@ -1,0 +1,184 @@
+"""The "fp8" section of ds_config.json.
+
+Strict and frozen: an unknown key, a value of another type, a combination that is not built yet, each
+is a ValueError that gives the key's full path, the value received and what is allowed. "auto" is
+no value of any key (accelerate raises on such a leaf); a key left out takes the value that its level
+and the run imply.
+"""
+
+import difflib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+SECTION = "fp8"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Gradients(_Section):
+    """How gradients travel and are kept."""
+
+    dtype: Literal["e4m3", "e5m2", "bf16"] = "e4m3"
+    """Between ranks, and of the reduced gradient where `accum_dtype` does not say otherwise."""
+    reduction: Literal["fp32", "fp8"] = "fp32"
+    autoscale: Literal["dynamic", "pre", "post"] | None = None
+    accum_dtype: Literal["fp32", "bf16", "e4m3"] | None = None
+    """The reduced gradient; left out: as `dtype` with one micro-step a step, else fp32."""
+    intra_node_size: int | None = Field(default=None, ge=1)
+    inter_node_dtype: Literal["e4m3", "bf16"] | None = None
+
+
+class Optimizer(_Section):
+    """Formats of the Adam states."""
+
+    master_dtype: Literal["fp32", "fp16", "bf16", "split16", "split8"] | None = None
+    exp_avg_dtype: Literal["fp32", "bf16", "fp16", "e4m3", "e5m2"] | None = None
+    exp_avg_sq_dtype: Literal["fp32", "bf16", "fp16", "ue4m4", "e4m3", "e5m2"] | None = None
+    rounding: Literal["nearest", "stochastic"] | None = None
+    clamp: bool = True
+    seed: int = Field(default=0, ge=0)
+
+
+class Weights(_Section):
+    dtype: Literal["e4m3"] | None = None
+
+
+class Checkpoint(_Section):
+    fp32_master: bool = True
+    allow_conversion: bool = False
+
+
+class Stats(_Section):
+    interval: int = Field(default=0, ge=0)
+
+
+@dataclass(frozen=True)
+class Level:
+    """The states of an `opt_level`."""
+
+    master: str
+    exp_avg: str
+    exp_avg_sq: str
+
+
+LEVELS = {"O1": Level("fp32", "fp32", "fp32"), "O2": Level("fp16", "e4m3", "fp16")}
+
+
+class FP8Config(_Section):
+    """The whole section."""
+
+    enabled: bool = False
+    opt_level: Literal["O1", "O2", "O2+", "O3"] = "O2"
+    scaling: Literal["block", "tensor"] = "block"
+    block_size: Literal[32, 64, 128, 256] = 128
+    gradients: Gradients = Gradients()
+    optimizer: Optimizer = Optimizer()
+    weights: Weights = Weights()
+    checkpoint: Checkpoint = Checkpoint()
+    stats: Stats = Stats()
+    max_consecutive_skips: int = Field(default=50, ge=1)
+
+    @property
+    def states(self) -> Level:
+        """Formats of the states: the level's, where the section names none."""
+        level, given = LEVELS[self.opt_level], self.optimizer
+        return Level(
+            given.master_dtype or level.master,
+            given.exp_avg_dtype or level.exp_avg,
+            given.exp_avg_sq_dtype or level.exp_avg_sq,
+        )
+
+
+# What this version does with a key that the design gives more values; None: left out.
+BUILT: dict[str, tuple[Any, ...]] = {
+    "opt_level": ("O1", "O2"),
+    "scaling": ("block",),
+    "gradients.reduction": ("fp32",),
+    "gradients.autoscale": (None,),
+    "gradients.intra_node_size": (None,),
+    "gradients.inter_node_dtype": (None,),
+    "optimizer.master_dtype": (None, "fp32", "fp16", "bf16"),
+    "optimizer.exp_avg_sq_dtype": (None, "fp32", "bf16", "fp16"),
+    "optimizer.rounding": (None, "nearest"),
+    "weights.dtype": (None,),
+    "checkpoint.allow_conversion": (False,),
+    "stats.interval": (0,),
+}
+
+
+def parse(ds_config: Mapping[str, Any]) -> FP8Config | None:
+    """The section of a ds_config, or None where there is none. Raises ValueError."""
+    _refuse_lookalikes(ds_config)
+    if SECTION not in ds_config:
+        return None
+    try:
+        config = FP8Config.model_validate(ds_config[SECTION])
+    except ValidationError as error:
+        raise ValueError("\n".join(_explain(each) for each in error.errors())) from None
+    if config.enabled:
+        _refuse_unbuilt(config)
+    return config
+
+
+def refusal(path: str, received: Any, allowed: str) -> ValueError:
+    """The one form of a refusal: key, value, what is allowed."""
+    return ValueError(f"{path}: received {show(received)}, allowed: {allowed}")
+
+
+def show(value: Any) -> str:
+    """A value as it stands in JSON."""
+    return json.dumps(value, default=repr)
+
+
+def _refuse_lookalikes(ds_config: Mapping[str, Any]) -> None:
+    for key in ds_config:
+        letters = re.sub(r"[^a-z0-9]", "", str(key).lower())
+        if key != SECTION and letters in ("fp8", "float8", "dsfp8", "fp8lm"):
+            raise refusal(str(key), ds_config[key], f'the section is spelled "{SECTION}"')
+    msamp = ds_config.get("msamp")
+    if isinstance(msamp, Mapping) and msamp.get("enabled"):
+        level = msamp.get("opt_level", "O1")
+        section = {SECTION: {"enabled": True, "opt_level": level if level in LEVELS else "O2"}}
+        raise refusal("msamp", msamp, f"MS-AMP's section is read by MS-AMP only; write {show(section)}")
+
+
+def _refuse_unbuilt(config: FP8Config) -> None:
+    for path, built in BUILT.items():
+        value = config
+        for name in path.split("."):
+            value = getattr(value, name)
+        if value not in built:
+            allowed = ", ".join("the key left out" if each is None else show(each) for each in built)
+            raise refusal(f"{SECTION}.{path}", value, f"{allowed} (this value is not built yet)")
+
+
+def _explain(error: Any) -> str:
+    """One of pydantic's errors in our form."""
+    path = ".".join([SECTION, *map(str, error["loc"])])
+    if error["type"] == "extra_forbidden":
+        keys = list(_model_at(error["loc"][:-1]).model_fields)
+        close = difflib.get_close_matches(str(error["loc"][-1]), keys, n=1)
+        hint = f' (did you mean "{close[0]}"?)' if close else ""
+        return f"{path}: received an unknown key, allowed: {', '.join(keys)}{hint}"
+    if error["type"] == "model_type":
+        fields = ", ".join(_model_at(error["loc"]).model_fields)
+        return str(refusal(path, error["input"], f"an object of {fields}"))
+    allowed = error["msg"].removeprefix("Input should be ").replace("'", '"')
+    return str(refusal(path, error["input"], allowed))
+
+
+def _model_at(location: tuple[Any, ...]) -> type[BaseModel]:
+    model: type[BaseModel] = FP8Config
+    for name in location:
+        annotation = model.model_fields[name].annotation
+        assert isinstance(annotation, type)
+        assert issubclass(annotation, BaseModel)
+        model = annotation
+    return model

@@ -1,0 +1,233 @@
+"""The seam into DeepSpeed: what its engine does differently when the config enables FP8.
+
+Each replacement calls the original whenever FP8 is off. `registration` puts them in place.
+"""
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
+
+import ds_fp8
+from ds_fp8 import ds_config, memory
+from ds_fp8.compat import ZERO_OPTIMIZATION, NoopTimer
+from ds_fp8.config import FP8Config, parse, refusal
+from ds_fp8.ops.formats import BY_NAME, FP32
+from ds_fp8.zero_fp8.handler import FP8ZeROOptimizer, ZeroSettings
+from ds_fp8.zero_fp8.optimizer import FP8AdamW, Recipe
+
+logger = logging.getLogger("ds_fp8")
+
+Method = Callable[..., Any]
+OPTIMIZER_PARAMS = ("lr", "betas", "eps", "weight_decay", "bias_correction", "adam_w_mode", "torch_adam")
+WEIGHT_DTYPES = (torch.bfloat16, torch.float32, torch.float16)
+
+
+def is_active(engine: Any) -> bool:
+    """Whether this DeepSpeed engine trains with FP8 states and communication."""
+    return isinstance(getattr(engine, "optimizer", None), FP8ZeROOptimizer)
+
+
+def describe(engine: Any) -> dict[str, Any]:
+    """What FP8 does in this engine: formats, bytes a parameter, wire bytes, kernels.
+
+    Raises ValueError for an engine without FP8.
+    """
+    if not is_active(engine):
+        raise ValueError('this engine does not use ds_fp8: is "fp8": {"enabled": true} in its config?')
+    handler: FP8ZeROOptimizer = engine.optimizer
+    recipe, accumulating = handler.recipe, _accumulating(engine)
+    return {
+        "version": ds_fp8.__version__,
+        "opt_level": engine._config.ds_fp8.opt_level,
+        "zero_stage": handler.settings.stage,
+        "world_size": handler.buckets[0].world_size,
+        "gradients": recipe.wire.name,
+        "reduced_gradient": (FP32 if accumulating and recipe.promote else recipe.shard).name,
+        "master": recipe.master.name,
+        "exp_avg": recipe.exp_avg.name,
+        "exp_avg_sq": recipe.exp_avg_sq.name,
+        "block_size": recipe.block_size,
+        "state_bytes_a_parameter": memory.state_bytes_a_parameter(recipe),
+        "gradient_bytes_a_parameter": memory.gradient_bytes_a_parameter(recipe, accumulating=accumulating),
+        "wire_bytes_a_gradient_element": memory.wire_bytes_an_element(recipe),
+        "kernels": "reference",
+    }
+
+
+def _banner(engine: Any) -> str:
+    facts = describe(engine)
+    total = facts["state_bytes_a_parameter"] + facts["gradient_bytes_a_parameter"]
+    return (
+        f"ds_fp8 {facts['version']}: ON, {facts['opt_level']}, ZeRO {facts['zero_stage']}, "
+        f"{facts['world_size']} ranks | gradients {facts['gradients']}, reduced {facts['reduced_gradient']}, "
+        f"master {facts['master']}, exp_avg {facts['exp_avg']}, exp_avg_sq {facts['exp_avg_sq']}, "
+        f"block {facts['block_size']} | {total:.2f} bytes a parameter over the ranks, "
+        f"{facts['wire_bytes_a_gradient_element']:.4f} wire bytes a gradient element | "
+        f"kernels: {facts['kernels']}"
+    )
+
+
+def _fp8(engine: Any) -> FP8Config | None:
+    """The engine's section, where it is enabled."""
+    config: FP8Config | None = getattr(engine._config, "ds_fp8", None)
+    return config if config is not None and config.enabled else None
+
+
+def _accumulating(engine: Any) -> bool:
+    """Whether several micro-steps reach the reduced gradient before a step."""
+    return bool(engine.zero_optimization_stage() == 2 and engine.gradient_accumulation_steps() > 1)
+
+
+def initialize_params(original: Method) -> Method:
+    """DeepSpeedConfig._initialize_params: parse the section, refuse what the config alone shows."""
+
+    @functools.wraps(original)
+    def method(self: Any, param_dict: dict[str, Any]) -> None:
+        config = parse(param_dict)
+        idle = ds_config.check(param_dict) if config is not None and config.enabled else []
+        original(self, param_dict)
+        self.ds_fp8, self.ds_fp8_idle_keys = config, idle
+        if config is not None and config.enabled and str(self.optimizer_name).lower() == "fp8adamw":
+            self.optimizer_name = "adamw"  # the engine knows no other name for it
+
+    return method
+
+
+def configure_basic_optimizer(original: Method) -> Method:
+    """DeepSpeedEngine._configure_basic_optimizer: FP8AdamW from the "optimizer" section."""
+
+    @functools.wraps(original)
+    def method(self: Any, model_parameters: Any) -> Any:
+        if _fp8(self) is None:
+            return original(self, model_parameters)
+        params = dict(self.optimizer_params() or {})
+        for key, value in params.items():
+            if key not in OPTIMIZER_PARAMS and value:
+                raise refusal(f"optimizer.params.{key}", value, ", ".join(OPTIMIZER_PARAMS))
+        known = {key: value for key, value in params.items() if key in OPTIMIZER_PARAMS}
+        decoupled = self.optimizer_name() == "adamw" or bool(known.pop("adam_w_mode", True))
+        known.pop("adam_w_mode", None)
+        # DeepSpeed's fused Adam decays nothing unless told to; torch's AdamW decays .01.
+        torch_adam = bool(known.pop("torch_adam", False))
+        known.setdefault("weight_decay", 0.01 if torch_adam and decoupled else 0.0)
+        return FP8AdamW(model_parameters, adam_w_mode=decoupled, **known)
+
+    return method
+
+
+def do_optimizer_sanity_check(original: Method) -> Method:
+    """DeepSpeedEngine._do_optimizer_sanity_check: stage 1 and 2 alike go to the ZeRO handler."""
+
+    @functools.wraps(original)
+    def method(self: Any, basic_optimizer: Any) -> Any:
+        if _fp8(self) is not None:
+            return ZERO_OPTIMIZATION
+        logger.info('ds_fp8 %s: OFF, this engine\'s config has no enabled "fp8" section', ds_fp8.__version__)
+        return original(self, basic_optimizer)
+
+    return method
+
+
+def configure_zero_optimizer(original: Method) -> Method:
+    """DeepSpeedEngine._configure_zero_optimizer: our handler instead of DeepSpeed's."""
+
+    @functools.wraps(original)
+    def method(self: Any, optimizer: Any) -> Any:
+        config = _fp8(self)
+        if config is None:
+            return original(self, optimizer)
+        check_engine(self)
+        self.basic_optimizer = replace_optimizer(optimizer)
+        self.optimizer = FP8ZeROOptimizer(
+            self.basic_optimizer,
+            self.param_names,
+            recipe_of(config, accumulating=_accumulating(self)),
+            settings_of(config, self),
+            self.seq_data_parallel_group,
+            self.timers if self.wall_clock_breakdown() else NoopTimer(),
+        )
+        logger.info("%s", _banner(self))
+        if self._config.ds_fp8_idle_keys:
+            logger.info("without effect with fp8: %s", "; ".join(self._config.ds_fp8_idle_keys))
+        return self.optimizer
+
+    return method
+
+
+def recipe_of(config: FP8Config, *, accumulating: bool) -> Recipe:
+    """The section as plain values; `accumulating`: several micro-steps reach the reduced gradient."""
+    states, gradients = config.states, config.gradients
+    wire = BY_NAME[gradients.dtype]
+    shard = BY_NAME[gradients.accum_dtype] if gradients.accum_dtype else FP32 if accumulating else wire
+    return Recipe(
+        block_size=config.block_size,
+        wire=wire,
+        shard=shard,
+        promote=gradients.accum_dtype is None,
+        master=BY_NAME[states.master],
+        exp_avg=BY_NAME[states.exp_avg],
+        exp_avg_sq=BY_NAME[states.exp_avg_sq],
+        clamp=config.optimizer.clamp,
+        seed=config.optimizer.seed,
+    )
+
+
+def settings_of(config: FP8Config, engine: Any) -> ZeroSettings:
+    """What the handler obeys of the engine's config."""
+    return ZeroSettings(
+        stage=int(engine.zero_optimization_stage()),
+        bucket_elements=int(engine.zero_reduce_bucket_size()),
+        gradient_clipping=float(engine.gradient_clipping()),
+        max_consecutive_skips=config.max_consecutive_skips,
+        save_fp32_master=config.checkpoint.fp32_master,
+    )
+
+
+def check_engine(engine: Any) -> None:
+    """Refuse, before anything is allocated, what only the model shows. Raises ValueError."""
+    refused = {
+        "a PipelineModule": engine.pipeline_parallelism,
+        "a model with MoE layers": engine.has_moe_layers,
+        "an mpu (model parallelism)": engine.mpu is not None,
+    }
+    for what, present in refused.items():
+        if present:
+            raise ValueError(
+                f"deepspeed.initialize: received {what}, allowed with fp8: data parallelism only"
+            )
+    for module_name, module in engine.module.named_modules():
+        if isinstance(module, torch.nn.Embedding | torch.nn.EmbeddingBag) and module.sparse:
+            raise refusal(f"{module_name}.sparse", True, "false with fp8 enabled")
+    for name, parameter in engine.module.named_parameters():
+        if parameter.requires_grad and parameter.dtype not in WEIGHT_DTYPES:
+            raise refusal(f"dtype of {name}", str(parameter.dtype), ", ".join(map(str, WEIGHT_DTYPES)))
+
+
+def replace_optimizer(optimizer: Any) -> FP8AdamW:
+    """FP8AdamW with the very param_groups of a client's Adam, so that its schedulers go on working.
+
+    Raises ValueError for an optimizer of another type and for one that has stepped already.
+    """
+    if type(optimizer) is FP8AdamW:
+        return optimizer
+    decoupled: dict[type, Callable[[], bool]] = {
+        torch.optim.AdamW: lambda: True,
+        torch.optim.Adam: lambda: bool(optimizer.param_groups[0].get("decoupled_weight_decay")),
+        FusedAdam: lambda: bool(optimizer.adam_w_mode),
+        DeepSpeedCPUAdam: lambda: bool(optimizer.adam_w_mode),
+    }
+    if type(optimizer) not in decoupled:
+        known = "torch.optim.Adam, torch.optim.AdamW, FusedAdam, DeepSpeedCPUAdam, ds_fp8.FP8AdamW"
+        received = (
+            "none" if not isinstance(optimizer, torch.optim.Optimizer) else type(optimizer).__qualname__
+        )
+        raise ValueError(f"optimizer: received {received}, allowed with fp8: {known}")
+    if optimizer.state:
+        raise ValueError("optimizer: received one that has stepped already, allowed: one without state")
+    replaced = FP8AdamW(optimizer.param_groups, adam_w_mode=decoupled[type(optimizer)]())
+    optimizer._opt_called = True  # or a scheduler made with it warns that it was never stepped
+    return replaced

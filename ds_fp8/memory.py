@@ -1,0 +1,68 @@
+"""Bytes a parameter and bytes on the wire, as plain arithmetic.
+
+One source for the banner, the documentation and the tests, which count what is really allocated
+and sent and compare.
+"""
+
+from collections.abc import Sequence
+
+from ds_fp8.ops.formats import FP32, Format
+from ds_fp8.zero_fp8.optimizer import Recipe
+from ds_fp8.zero_fp8.partition import Bucket
+
+MESSAGE_ALIGNMENT = 16  # bytes a message between two ranks is padded to
+
+
+def bytes_an_element(fmt: Format, block_size: int) -> float:
+    """A code and its share of the block's scale byte."""
+    return fmt.itemsize + (1 / block_size if fmt.scaled else 0)
+
+
+def state_bytes_a_parameter(recipe: Recipe) -> float:
+    """Master weight, exp_avg and exp_avg_sq."""
+    states = (recipe.master, recipe.exp_avg, recipe.exp_avg_sq)
+    return sum(bytes_an_element(fmt, recipe.block_size) for fmt in states)
+
+
+def gradient_bytes_a_parameter(recipe: Recipe, *, accumulating: bool) -> float:
+    """The reduced gradient; `accumulating`: several micro-steps reach it before a step."""
+    fmt = FP32 if accumulating and recipe.promote else recipe.shard
+    return bytes_an_element(fmt, recipe.block_size)
+
+
+def wire_bytes_an_element(recipe: Recipe) -> float:
+    """What a gradient element weighs on its way to its owner."""
+    return bytes_an_element(recipe.wire, recipe.block_size)
+
+
+def block_bytes(blocks: int, block_size: int, fmt: Format) -> int:
+    return blocks * (block_size * fmt.itemsize + fmt.scaled)
+
+
+def state_bytes(recipe: Recipe, buckets: Sequence[Bucket]) -> int:
+    """Bytes of one rank's master weights, exp_avg and exp_avg_sq, padding included."""
+    return sum(
+        block_bytes(bucket.blocks_per_rank, recipe.block_size, fmt)
+        for bucket in buckets
+        for fmt in (recipe.master, recipe.exp_avg, recipe.exp_avg_sq)
+    )
+
+
+def gradient_bytes(recipe: Recipe, buckets: Sequence[Bucket], *, accumulating: bool) -> int:
+    """Bytes of one rank's reduced gradient, padding included."""
+    fmt = FP32 if accumulating and recipe.promote else recipe.shard
+    return sum(block_bytes(bucket.blocks_per_rank, recipe.block_size, fmt) for bucket in buckets)
+
+
+def weight_bytes(itemsize: int, buckets: Sequence[Bucket]) -> int:
+    """Bytes of the weights on every rank, padding included; itemsize: bytes of the model's dtype."""
+    return sum(bucket.world_size * bucket.elements_per_rank * itemsize for bucket in buckets)
+
+
+def exchange_bytes(recipe: Recipe, bucket: Bucket) -> int:
+    """Bytes that one rank hands to the exchange of a bucket; its own part is among them.
+
+    The send and the receive buffer have this size each and live while the bucket travels.
+    """
+    payload = block_bytes(bucket.blocks_per_rank, recipe.block_size, recipe.wire)
+    return bucket.world_size * (-(-payload // MESSAGE_ALIGNMENT) * MESSAGE_ALIGNMENT)

@@ -1,0 +1,86 @@
+"""register() and unregister(): put the seam into DeepSpeed's classes, and take it out again.
+
+The methods are replaced in place and not on subclasses: a subclass bound to `deepspeed.DeepSpeedEngine`
+would make `isinstance` false for engines of the original class, on which accelerate relies.
+"""
+
+import gc
+import logging
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ds_fp8 import engine
+from ds_fp8.compat import DeepSpeedConfig, DeepSpeedEngine, check_signatures
+
+logger = logging.getLogger("ds_fp8")
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One attribute of a foreign class, replaced, and the original to put back."""
+
+    owner: type
+    name: str
+    original: Any
+
+    @staticmethod
+    def apply(owner: type, name: str, make: Callable[[Any], Any]) -> "Patch":
+        original = vars(owner)[name]
+        setattr(owner, name, make(original))
+        return Patch(owner, name, original)
+
+    def undo(self) -> None:
+        setattr(self.owner, self.name, self.original)
+
+
+SEAM = (
+    (DeepSpeedConfig, "_initialize_params", engine.initialize_params),
+    (DeepSpeedEngine, "_configure_basic_optimizer", engine.configure_basic_optimizer),
+    (DeepSpeedEngine, "_do_optimizer_sanity_check", engine.do_optimizer_sanity_check),
+    (DeepSpeedEngine, "_configure_zero_optimizer", engine.configure_zero_optimizer),
+)
+
+_patches: list[Patch] = []
+
+
+def register() -> None:
+    """Make DeepSpeed read the "fp8" section of its config. Calling it again changes nothing.
+
+    Raises RuntimeError where the installed DeepSpeed is not one that ds_fp8 knows. Warns where an
+    engine exists already: it was built without the section.
+    """
+    if _patches:
+        return
+    check_signatures()
+    _set_up_log()
+    if any(issubclass(type(each), DeepSpeedEngine) for each in gc.get_objects()):
+        logger.warning(
+            "register() came after a DeepSpeed engine was built; that engine ignores its fp8 section. "
+            "Call register() before deepspeed.initialize()"
+        )
+    _patches.extend(Patch.apply(*place) for place in SEAM)
+
+
+def unregister() -> None:
+    """Put DeepSpeed's own methods back."""
+    while _patches:
+        _patches.pop().undo()
+
+
+def _set_up_log() -> None:
+    """Our own handler: Hugging Face mutes DeepSpeed's logger, and the banner must be seen."""
+    if logger.handlers:
+        return
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("[%(name)s] %(message)s"))
+    handler.addFilter(lambda record: record.levelno >= logging.WARNING or _rank() == 0)
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))

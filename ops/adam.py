@@ -1,0 +1,156 @@
+"""Adam on low-precision states: one sweep a step.
+
+Gradient, master weight, exp_avg (m) and exp_avg_sq (v) and their scales are read once, computed in
+FP32, written once, and the model weight is written in the same sweep. Block scales make that
+possible: a block's new amax is known as soon as the block is computed. (FP8-LM, arXiv 2310.18313
+section 2.2, keeps one scale a tensor and so needs two sweeps.)
+
+What keeps a small v from breaking the update (v flushed to zero while m survives is a division by
+eps): below FP32 the square root of v is stored, rounded stochastically and never from non-zero to
+zero; and m is clamped to what exact Adam obeys anyway, |m| <= C sqrt(v) (Cauchy-Schwarz over the
+same decaying sum, `next_clamp`).
+
+The weight is the rounded value of the master *as stored*, so weights are a function of the state.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ds_fp8.ops.blocks import Blocks, chunks, decode, encode, scale_down, scale_exponents
+from ds_fp8.ops.formats import FP32
+from ds_fp8.ops.rounding import key, random_bits, round_up_from_zero
+
+
+@dataclass(frozen=True)
+class AdamState:
+    """States of consecutive blocks; exp_avg_sq holds v in FP32 and sqrt(v) in any other format."""
+
+    master: Blocks
+    exp_avg: Blocks
+    exp_avg_sq: Blocks
+
+    def __getitem__(self, rows: slice) -> "AdamState":
+        return AdamState(self.master[rows], self.exp_avg[rows], self.exp_avg_sq[rows])
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive blocks of one parameter inside a shard."""
+
+    blocks: slice  # rows of the shard
+    parameter: int  # global index of the parameter
+    first_element: int  # element of the parameter with which the rows begin
+
+
+@dataclass(frozen=True)
+class AdamScalars:
+    """What a sweep multiplies with; each is rounded to FP32 where it meets a tensor."""
+
+    step: int  # counted from 1
+    gradient: float  # 1 / world size, loss scale and clip factor in one
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    decoupled: bool  # decay the weight (AdamW), not the gradient (L2)
+    bias_correction: bool
+    clamp: float | None  # C of |m| <= C sqrt(v); None leaves m alone
+
+    @property
+    def step_size(self) -> float:
+        return self.lr / (1 - self.beta1**self.step) if self.bias_correction else self.lr
+
+    @property
+    def root_correction(self) -> float:
+        """What turns sqrt(v) into its bias-corrected value."""
+        return 1 / math.sqrt(1 - self.beta2**self.step) if self.bias_correction else 1.0
+
+
+def next_clamp(previous: float | None, betas: tuple[float, float]) -> float:
+    """C_t^2 from C_{t-1}^2, or its fixed point where `previous` is None; inf: no bound, ever after.
+
+    C_t^2 = (beta1^2 / beta2) C_{t-1}^2 + (1 - beta1)^2 / (1 - beta2), by Cauchy-Schwarz on
+    m_t = beta1 m + (1 - beta1) g and v_t = beta2 v + (1 - beta2) g^2; it needs beta1^2 < beta2.
+    """
+    beta1, beta2 = betas
+    if beta1**2 >= beta2:
+        return math.inf
+    fresh = (1 - beta1) ** 2 / (1 - beta2)
+    ratio = beta1**2 / beta2
+    return fresh / (1 - ratio) if previous is None else ratio * previous + fresh
+
+
+def adam_step(
+    state: AdamState,
+    gradient: Blocks,  # sum over ranks, of the same rows as the state
+    weights: Tensor,  # [rows, block size] model dtype, written
+    segments: Iterable[Segment],
+    scalars: AdamScalars,
+    *,
+    seed: int,
+) -> None:
+    """One sweep over the segments of a shard; rows outside every segment are left alone."""
+    for segment in segments:
+        words = key(seed, scalars.step, segment.parameter)
+        start, size = segment.blocks.start, gradient.block_size
+        for part in chunks(segment.blocks.stop - start, size):
+            rows = slice(start + part.start, start + part.stop)
+            first = segment.first_element + part.start * size
+            bits = random_bits(words, first, (part.stop - part.start) * size, weights.device)
+            _sweep(state[rows], gradient[rows], weights[rows], scalars, bits.view(-1, size))
+
+
+def _sweep(state: AdamState, gradient: Blocks, weights: Tensor, s: AdamScalars, bits: Tensor) -> None:
+    p, m, g = decode(state.master), decode(state.exp_avg), decode(gradient) * s.gradient
+    v = decode_second_moment(state.exp_avg_sq)
+    if not s.decoupled:
+        g = g + p * s.weight_decay
+    m = m * s.beta1 + g * (1 - s.beta1)
+    v = v * s.beta2 + g * g * (1 - s.beta2)
+    root = v.sqrt()
+    if s.clamp is not None:
+        bound = root * s.clamp
+        m = torch.minimum(torch.maximum(m, -bound), bound)
+    if s.decoupled:
+        p = p * (1 - s.lr * s.weight_decay)
+    p = p - m / (root * s.root_correction + s.eps) * s.step_size
+    encode(p, state.master)
+    encode(m, state.exp_avg)
+    encode_second_moment(v, root, state.exp_avg_sq, bits)
+    write_weights(decode(state.master), weights)
+
+
+def decode_second_moment(blocks: Blocks) -> Tensor:
+    """v of a chunk, [rows, block size] float32."""
+    stored = decode(blocks)
+    return stored if blocks.format is FP32 else stored * stored
+
+
+def encode_second_moment(v: Tensor, root: Tensor, out: Blocks, bits: Tensor) -> None:
+    """Store v in FP32, or sqrt(v) rounded stochastically, non-zero values never to zero."""
+    if out.format is FP32:
+        encode(v, out)
+        return
+    if out.scales is not None:
+        e = scale_exponents(root, out.format)
+        out.scales.copy_(e)
+        root = scale_down(root, e)
+    out.codes.copy_(round_up_from_zero(root, bits, out.format))
+
+
+def write_weights(master: Tensor, weights: Tensor) -> None:
+    """Round FP32 masters to the model's dtype.
+
+    To BF16 by adding half a code to the bits and cutting, which rounds ties away from zero: so a
+    master may one day be split into its BF16 weight and the bits that the cut dropped.
+    """
+    if weights.dtype is not torch.bfloat16:
+        weights.copy_(master)
+        return
+    rounded = ((master.view(torch.int32) + 0x8000) >> 16).to(torch.int16).view(torch.bfloat16)
+    weights.copy_(torch.where(master.isnan(), torch.nan, rounded))

@@ -1,0 +1,138 @@
+"""Blocks of codes with power-of-two scales, and the nearest rounding into them.
+
+A block is a row of consecutive values. In a scaled format it has one E8M0 byte e (OCP MX v1.0
+section 5.4.1) and value = code * 2^(e - 127), with the smallest e in 1..254 that brings the
+block's largest magnitude under the format's maximum. It is read off the float's bits: a
+logarithm would round. A power of two makes scaling exact, so requantising an unchanged block
+keeps its values. A block of zeros has e = 1. A block that holds inf or NaN has e = 255 and
+decodes to NaN throughout: non-finite values travel in band and nobody has to look for them.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ds_fp8.ops.formats import Format
+
+CHUNK = 1 << 16  # elements computed at a time, so that no temporary is as long as its operand
+NOT_FINITE = 255  # E8M0 code of a block that holds inf or NaN
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Values as codes of one format and, where the format is scaled, one scale a block."""
+
+    codes: Tensor  # [blocks, block size] format.dtype
+    scales: Tensor | None  # [blocks] uint8, E8M0; None where the format carries none
+    format: Format
+
+    @staticmethod
+    def zeros(blocks: int, block_size: int, fmt: Format, device: torch.device) -> "Blocks":
+        codes = torch.zeros(blocks, block_size, dtype=fmt.dtype, device=device)
+        scales = torch.ones(blocks, dtype=torch.uint8, device=device) if fmt.scaled else None
+        return Blocks(codes, scales, fmt)
+
+    @property
+    def block_size(self) -> int:
+        return self.codes.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        return self.codes.nbytes + (self.scales.nbytes if self.scales is not None else 0)
+
+    def __len__(self) -> int:
+        return self.codes.shape[0]
+
+    def __getitem__(self, rows: slice) -> "Blocks":
+        scales = self.scales[rows] if self.scales is not None else None
+        return Blocks(self.codes[rows], scales, self.format)
+
+    def zero_(self) -> None:
+        self.codes.zero_()
+        if self.scales is not None:
+            self.scales.fill_(1)
+
+    def copy_(self, other: "Blocks") -> None:
+        """Copy codes and scales of the same format and shape."""
+        assert self.format == other.format
+        self.codes.copy_(other.codes)
+        if self.scales is not None and other.scales is not None:
+            self.scales.copy_(other.scales)
+
+
+def chunks(blocks: int, block_size: int) -> Iterator[slice]:
+    """Rows of at most CHUNK elements each, in order."""
+    rows = max(1, CHUNK // block_size)
+    for first in range(0, blocks, rows):
+        yield slice(first, min(first + rows, blocks))
+
+
+def scale_exponents(values: Tensor, fmt: Format) -> Tensor:
+    """The E8M0 byte of each row of `values`, [rows, block size] float32 -> [rows] int32."""
+    bits = values.abs().amax(dim=1).view(torch.int32)
+    exponent, mantissa = bits >> 23, bits & 0x7FFFFF
+    max_mantissa = int((fmt.max_significand - 1) * 2**23)
+    e = (exponent - fmt.max_exponent + (mantissa > max_mantissa)).clamp_(1, 254)
+    return torch.where(exponent == 255, NOT_FINITE, e)
+
+
+def power_of_two(e: Tensor) -> Tensor:
+    """2^(e - 127) as float32, for e in 1..254; e = 255 gives inf, and 0 * inf is NaN."""
+    return (e.to(torch.int32) << 23).view(torch.float32)
+
+
+def scale_down(values: Tensor, e: Tensor) -> Tensor:
+    """Rows of `values` divided by their scale, exactly; rows that are not finite become zeros."""
+    finite = (e < NOT_FINITE)[:, None]
+    inverse = power_of_two(torch.where(e < NOT_FINITE, 254 - e, 1))
+    return torch.where(finite, values * inverse[:, None], 0.0)
+
+
+def encode(values: Tensor, out: Blocks) -> None:
+    """Round [rows, block size] float32 to nearest, ties to even, into as many blocks.
+
+    One chunk: the caller cuts. A value never exceeds the format's maximum after scaling.
+    """
+    if out.scales is not None:
+        e = scale_exponents(values, out.format)
+        out.scales.copy_(e)
+        values = scale_down(values, e)
+    out.codes.copy_(values)
+
+
+def decode(blocks: Blocks) -> Tensor:
+    """Values of a chunk of blocks, [rows, block size] float32."""
+    values = blocks.codes.to(torch.float32)
+    if blocks.scales is None:
+        return values
+    return values * power_of_two(blocks.scales)[:, None]
+
+
+def quantize(values: Tensor, out: Blocks) -> None:
+    """Quantise a contiguous vector of at most len(out) * block size elements, zeros after it.
+
+    values: [n] float32, bfloat16 or float16, consecutive elements of one parameter from a block
+    boundary on; a short last block is filled with zeros.
+    """
+    block_size = out.block_size
+    whole = values.numel() // block_size
+    rows = values[: whole * block_size].view(whole, block_size)
+    for part in chunks(whole, block_size):
+        encode(rows[part].to(torch.float32), out[part])
+    tail = values[whole * block_size :]
+    if tail.numel():
+        last = torch.zeros(1, block_size, device=values.device)
+        last[0, : tail.numel()] = tail
+        encode(last, out[whole : whole + 1])
+        whole += 1
+    out[whole:].zero_()
+
+
+def dequantize(blocks: Blocks, out: Tensor) -> None:
+    """Write the values of `blocks` to the vector `out`, [n], dropping what lies past its end."""
+    for part in chunks(len(blocks), blocks.block_size):
+        first = part.start * blocks.block_size
+        piece = out[first : part.stop * blocks.block_size]
+        piece.copy_(decode(blocks[part]).view(-1)[: piece.numel()])

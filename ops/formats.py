@@ -1,0 +1,77 @@
+"""Number formats as values: every limit is derived from the bits.
+
+E4M3 and E5M2 are the OCP 8-bit formats (OCP MX v1.0 section 5.3.1): E4M3 gives up only its
+last code to NaN and so reaches 448, E5M2 keeps the IEEE infinities and stops at 57344.
+A format with fewer exponent bits than FP32 cannot hold every FP32 value, so a block of it
+carries a scale (`ops.blocks`); FP32 and BF16 carry none.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+
+@dataclass(frozen=True)
+class Format:
+    """A binary floating-point format.
+
+    `reserved` says what infinities and NaN take from the top of the range: the whole last
+    exponent ("exponent", IEEE 754) or the last code only ("code", OCP E4M3).
+    """
+
+    name: str
+    exponent_bits: int
+    mantissa_bits: int
+    reserved: Literal["exponent", "code"]
+    dtype: torch.dtype
+
+    @property
+    def bias(self) -> int:
+        return int(2 ** (self.exponent_bits - 1)) - 1
+
+    @property
+    def max_exponent(self) -> int:
+        """Exponent of the largest finite value."""
+        top = int(2**self.exponent_bits) - 1 - self.bias
+        return top - 1 if self.reserved == "exponent" else top
+
+    @property
+    def max_significand(self) -> float:
+        """Significand, in [1, 2), of the largest finite value."""
+        lost_codes = 2 if self.reserved == "code" else 1
+        return 2 - lost_codes * 2.0**-self.mantissa_bits
+
+    @property
+    def max(self) -> float:
+        """Largest finite value."""
+        return self.max_significand * 2.0**self.max_exponent
+
+    @property
+    def min_exponent(self) -> int:
+        """Exponent of the smallest normal value."""
+        return 1 - self.bias
+
+    @property
+    def smallest(self) -> float:
+        """Smallest positive value, a subnormal."""
+        return 2.0 ** (self.min_exponent - self.mantissa_bits)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes a code."""
+        return self.dtype.itemsize
+
+    @property
+    def scaled(self) -> bool:
+        """Whether a block of this format carries an E8M0 scale."""
+        return self.exponent_bits < FP32.exponent_bits
+
+
+FP32 = Format("fp32", 8, 23, "exponent", torch.float32)
+BF16 = Format("bf16", 8, 7, "exponent", torch.bfloat16)
+FP16 = Format("fp16", 5, 10, "exponent", torch.float16)
+E4M3 = Format("e4m3", 4, 3, "code", torch.float8_e4m3fn)
+E5M2 = Format("e5m2", 5, 2, "exponent", torch.float8_e5m2)
+
+BY_NAME = {each.name: each for each in (FP32, BF16, FP16, E4M3, E5M2)}

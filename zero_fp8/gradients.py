@@ -1,0 +1,137 @@
+"""A gradient's way: hook -> bucket -> exchange -> shard.
+
+Autograd calls a hook when it has accumulated a parameter's gradient. The gradient stays in `.grad`
+until every parameter of its bucket has one; then the bucket is quantised, `.grad` is dropped, and
+the bucket travels. Buckets travel in index order on every rank, whatever order they fill in; what
+backward did not fill goes at the epilogue, with zeros for parameters that this rank did not use,
+so ranks that used different parameters neither wait for each other nor mix.
+
+A parameter may fire again after its bucket has left (weights tied under reentrant checkpointing
+do). Such a gradient waits in `.grad` for an extra round at the epilogue, and the ranks agree on
+which buckets have one.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.nn import Parameter
+from torch.utils.hooks import RemovableHandle
+
+from ds_fp8.ops.blocks import quantize
+from ds_fp8.zero_fp8.comm import Message, exchange, max_over_ranks
+from ds_fp8.zero_fp8.optimizer import Recipe, Shard
+from ds_fp8.zero_fp8.partition import Bucket
+
+logger = logging.getLogger("ds_fp8")
+
+
+class GradientReducer:
+    """Brings every rank's gradients to the shards that own them."""
+
+    def __init__(
+        self,
+        buckets: Sequence[Bucket],
+        parameters: Mapping[int, Parameter],
+        shards: Sequence[Shard],
+        recipe: Recipe,
+        group: ProcessGroup,
+    ) -> None:
+        self._buckets = buckets
+        self._parameters = parameters
+        self._shards = shards
+        self._recipe = recipe
+        self._group = group
+        self._hooks: list[RemovableHandle] = []
+        self._promotion_logged = False
+        self._start_round()
+
+    def listen(self) -> None:
+        """Reduce buckets while backward runs, as their gradients arrive (ZeRO 2)."""
+        for bucket in self._buckets:
+            for slot in bucket.slots:
+                self._hooks.append(self._listen_to(bucket.index, slot.parameter))
+
+    def _listen_to(self, bucket: int, index: int) -> RemovableHandle:
+        def on_gradient(_: Tensor) -> None:
+            if self.active:
+                self._missing[bucket].discard(index)
+                self._launch_filled()
+
+        parameter = self._parameters[index]
+        handle: RemovableHandle = parameter.register_post_accumulate_grad_hook(on_gradient)  # type: ignore[no-untyped-call]
+        return handle
+
+    def remove_hooks(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    def finish(self) -> None:
+        """End a backward: launch what is left, then the extra round for gradients that came late."""
+        while self._next < len(self._buckets):
+            self._launch(self._next)
+            self._next += 1
+        if self._hooks:
+            for index in self._late_buckets():
+                self._launch(index)
+        self._start_round()
+
+    def _start_round(self) -> None:
+        self.active = False
+        self._next = 0  # the bucket that travels next
+        self._missing = [{slot.parameter for slot in bucket.slots} for bucket in self._buckets]
+
+    def _launch_filled(self) -> None:
+        while self._next < len(self._buckets) and not self._missing[self._next]:
+            self._launch(self._next)
+            self._next += 1
+
+    def _launch(self, index: int) -> None:
+        bucket, shard = self._buckets[index], self._shards[index]
+        message = Message(bucket.blocks_per_rank, bucket.block_size, self._recipe.wire)
+        received = exchange(self._quantize(bucket, message), self._group)
+        if shard.must_promote():
+            self._log_promotion()
+            shard.promote()
+        shard.receive([message.blocks_of(each) for each in received])
+
+    def _quantize(self, bucket: Bucket, message: Message) -> Tensor:
+        """The bucket's gradients as one message a rank; drops them. Zero bytes decode to zeros."""
+        first = self._parameters[bucket.slots[0].parameter]
+        messages = message.buffer(bucket.world_size, first.device)
+        gradients = {slot.parameter: self._take_gradient(slot.parameter) for slot in bucket.slots}
+        for rank in range(bucket.world_size):
+            blocks = message.blocks_of(messages[rank])
+            for piece in bucket.pieces(rank):
+                gradient = gradients[piece.slot.parameter]
+                if gradient is not None:
+                    quantize(gradient[piece.elements], blocks[piece.rows])
+        return messages
+
+    def _take_gradient(self, index: int) -> Tensor | None:
+        """The parameter's gradient as a vector, taken off the parameter."""
+        parameter = self._parameters[index]
+        gradient, parameter.grad = parameter.grad, None
+        return gradient.reshape(-1) if gradient is not None else None
+
+    def _late_buckets(self) -> list[int]:
+        """Buckets that on any rank hold a gradient although they have travelled."""
+        device = self._parameters[self._buckets[0].slots[0].parameter].device
+        late = torch.zeros(len(self._buckets), dtype=torch.uint8, device=device)
+        for bucket in self._buckets:
+            if any(self._parameters[slot.parameter].grad is not None for slot in bucket.slots):
+                late[bucket.index] = 1
+        max_over_ranks(late, self._group)
+        return [int(index) for index in late.nonzero()]
+
+    def _log_promotion(self) -> None:
+        if not self._promotion_logged and torch.distributed.get_rank(self._group) == 0:
+            logger.info(
+                "fp8.gradients.accum_dtype was left out and a second micro-step arrived: "
+                "the reduced gradient turns from %s to fp32",
+                self._recipe.shard.name,
+            )
+        self._promotion_logged = True

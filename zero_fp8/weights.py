@@ -1,0 +1,48 @@
+"""The model's weights, a flat buffer a bucket, whose views are the parameters.
+
+The sweep writes a rank's own rows, the gather brings the others'. Nobody else writes weights: what
+the parameters are made of (views of their own dtype today) is known here only.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.nn import Parameter
+
+from ds_fp8.ops.adam import write_weights
+from ds_fp8.ops.blocks import Blocks, chunks, decode
+from ds_fp8.zero_fp8.comm import gather
+from ds_fp8.zero_fp8.partition import Bucket
+
+
+class Weights:
+    """The flat weight buffer of one bucket."""
+
+    def __init__(self, bucket: Bucket, parameters: Mapping[int, Parameter], rank: int) -> None:
+        """Copy the bucket's parameters into a new buffer and make them views of it."""
+        first = parameters[bucket.slots[0].parameter]
+        size = bucket.world_size * bucket.elements_per_rank
+        self.buffer = torch.zeros(size, dtype=first.dtype, device=first.device)
+        for slot in bucket.slots:
+            parameter = parameters[slot.parameter]
+            view = self.buffer[bucket.offset(slot) :][: slot.numel].view(parameter.shape)
+            view.copy_(parameter.data)
+            parameter.data = view
+        self._rows = slice(rank * bucket.blocks_per_rank, (rank + 1) * bucket.blocks_per_rank)
+        self._block_size = bucket.block_size
+
+    @property
+    def own(self) -> Tensor:
+        """The rows that this rank writes, [blocks, block size]."""
+        return self.buffer.view(-1, self._block_size)[self._rows]
+
+    def write(self, masters: Blocks) -> None:
+        """Round masters, the owned rows, into the weights."""
+        for part in chunks(len(masters), masters.block_size):
+            write_weights(decode(masters[part]), self.own[part])
+
+    def gather(self, group: ProcessGroup) -> None:
+        """Bring the other ranks' rows."""
+        gather(self.buffer, group)
