@@ -1,0 +1,21 @@
+"""Shared fixtures: the ranks, and `torch.empty` that shows what was never written."""
+
+import os
+from collections.abc import Iterator
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+from ranks import RankPools, on_examples_path
+
+torch.set_num_threads(1)
+on_examples_path()
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[RankPools]:
+    """`ranks.run(world_size, function, *arguments)`: results by rank."""
+    pools = RankPools()
+    yield pools
+    pools.stop()

@@ -1,0 +1,139 @@
+"""Run plain functions on real gloo ranks.
+
+Ranks are processes that stay alive between tests, one set a world size: starting one costs seconds.
+A rank that raises or hangs takes its set down, and the next test starts a fresh one.
+"""
+
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch.multiprocessing as mp
+
+HANG = 300.0  # seconds after which a rank is taken to hang
+
+
+def free_port() -> int:
+    with socket.socket() as each:
+        each.bind(("127.0.0.1", 0))
+        return int(each.getsockname()[1])
+
+
+def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
+    os.environ.update(rank_environment(rank, world_size, port))
+    import deepspeed
+    import torch
+
+    import ds_fp8
+
+    torch.set_num_threads(1)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # minutes of C++ for nothing here
+    deepspeed.utils.logger.setLevel("ERROR")
+    deepspeed.init_distributed("gloo")
+    ds_fp8.register()
+    while True:
+        request = pipe.recv()
+        if request is None:
+            break
+        function, arguments = request
+        try:
+            pipe.send((True, function(*arguments)))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))
+            break
+    torch.distributed.destroy_process_group()
+
+
+class Ranks:
+    """`world_size` processes in one process group."""
+
+    def __init__(self, world_size: int) -> None:
+        context = mp.get_context("spawn")
+        port = free_port()
+        self._pipes: list[Connection] = []
+        self._processes = []
+        for rank in range(world_size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, world_size, port, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    @property
+    def alive(self) -> bool:
+        return all(process.is_alive() for process in self._processes)
+
+    def run(self, function: Callable[..., Any], *arguments: Any, timeout: float = HANG) -> list[Any]:
+        """The function's results by rank. Raises AssertionError with a rank's traceback."""
+        for pipe in self._pipes:
+            pipe.send((function, arguments))
+        results = []
+        for rank, pipe in enumerate(self._pipes):
+            outcome = self._receive(pipe, timeout)
+            if outcome is None or not outcome[0]:
+                self._report_and_stop(rank, outcome)
+            results.append(outcome[1])
+        return results
+
+    @staticmethod
+    def _receive(pipe: Connection, timeout: float) -> Any:
+        try:
+            return pipe.recv() if pipe.poll(timeout) else None
+        except EOFError:
+            return None
+
+    def _report_and_stop(self, rank: int, outcome: Any) -> None:
+        """Prefer the rank that raised to one that waited for it."""
+        failures = {rank: outcome[1]} if outcome else {}
+        for other, pipe in enumerate(self._pipes):
+            late = self._receive(pipe, 2.0) if other != rank else None
+            if late and not late[0]:
+                failures[other] = late[1]
+        self.stop()
+        told = "\n".join(f"rank {number}: {text}" for number, text in failures.items())
+        raise AssertionError(told or f"rank {rank} hung or died")
+
+    def stop(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join()
+
+
+class RankPools:
+    """Ranks by world size, started when first asked for."""
+
+    def __init__(self) -> None:
+        self._pools: dict[int, Ranks] = {}
+
+    def run(self, world_size: int, function: Callable[..., Any], *arguments: Any, **options: Any) -> list[Any]:
+        pool = self._pools.get(world_size)
+        if pool is None or not pool.alive:
+            pool = self._pools[world_size] = Ranks(world_size)
+        return pool.run(function, *arguments, **options)
+
+    def stop(self) -> None:
+        for pool in self._pools.values():
+            pool.stop()
+
+
+def on_examples_path() -> None:
+    """Let tests, and the ranks they start, import the example's modules."""
+    examples = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "examples")
+    if examples not in sys.path:
+        sys.path.insert(0, examples)

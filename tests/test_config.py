@@ -1,0 +1,469 @@
+"""The "fp8" section and what becomes of the rest of a ds_config."""
+
+import json
+import re
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from ds_fp8 import ds_config
+from ds_fp8.config import BUILT, FP8Config, Level, parse
+
+README = Path(__file__).parents[1] / "README.md"
+SHIPPED = sorted(
+    each.name for each in resources.files("ds_fp8.configs").iterdir() if each.name.endswith(".json")
+)
+
+
+def section(path: str, value: Any, **others: Any) -> dict[str, Any]:
+    """`section("a.b", 1)` is {"a": {"b": 1}}."""
+    for name in reversed(path.split(".")):
+        value = {name: value}
+    return {**value, **others}
+
+
+def strict_json(text: str) -> Any:
+    """json.loads, which takes NaN and repeated keys as they come, without that leniency."""
+
+    def refuse_constant(name: str) -> None:
+        raise ValueError(f"{name} is no JSON")
+
+    def refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        assert len(dict(pairs)) == len(pairs), f"a key is repeated: {[key for key, _ in pairs]}"
+        return dict(pairs)
+
+    return json.loads(text, parse_constant=refuse_constant, object_pairs_hook=refuse_repeats)
+
+
+class TestSection:
+    def test_defaults(self) -> None:
+        config = parse({"fp8": {}})
+        assert config is not None
+        assert config.model_dump() == {
+            "enabled": False,
+            "opt_level": "O2",
+            "scaling": "block",
+            "block_size": 128,
+            "gradients": {
+                "dtype": "e4m3",
+                "reduction": "fp32",
+                "autoscale": None,
+                "accum_dtype": None,
+                "intra_node_size": None,
+                "inter_node_dtype": None,
+            },
+            "optimizer": {
+                "master_dtype": None,
+                "exp_avg_dtype": None,
+                "exp_avg_sq_dtype": None,
+                "rounding": None,
+                "clamp": True,
+                "seed": 0,
+            },
+            "weights": {"dtype": None},
+            "checkpoint": {"fp32_master": True, "allow_conversion": False},
+            "stats": {"interval": 0},
+            "max_consecutive_skips": 50,
+        }
+
+    @pytest.mark.parametrize(
+        "others", [{}, {"train_batch_size": 8}, {"bf16": {"enabled": True}}, {"msamp": {"enabled": False}}]
+    )
+    def test_no_section(self, others: dict[str, Any]) -> None:
+        assert parse(others) is None
+
+    def test_switched_off(self) -> None:
+        config = parse({"fp8": {"enabled": False, "opt_level": "O1"}})
+        assert config is not None
+        assert not config.enabled
+
+    def test_frozen(self) -> None:
+        config = FP8Config()
+        with pytest.raises(ValidationError, match="frozen"):
+            config.enabled = True  # type: ignore[misc]
+        with pytest.raises(ValidationError, match="frozen"):
+            config.gradients.dtype = "bf16"  # type: ignore[misc]
+
+    @pytest.mark.parametrize(
+        ("level", "states"), [("O1", ("fp32", "fp32", "fp32")), ("O2", ("fp16", "e4m3", "fp16"))]
+    )
+    def test_level_table(self, level: str, states: tuple[str, str, str]) -> None:
+        config = parse({"fp8": {"enabled": True, "opt_level": level}})
+        assert config is not None
+        assert config.states == Level(*states)
+        assert config.gradients.dtype == "e4m3"
+
+    @pytest.mark.parametrize(
+        ("key", "value", "states"),
+        [
+            ("master_dtype", "bf16", Level("bf16", "e4m3", "fp16")),
+            ("exp_avg_dtype", "e5m2", Level("fp16", "e5m2", "fp16")),
+            ("exp_avg_sq_dtype", "fp32", Level("fp16", "e4m3", "fp32")),
+        ],
+    )
+    def test_a_named_format_goes_before_the_level(self, key: str, value: str, states: Level) -> None:
+        config = parse({"fp8": {"enabled": True, "opt_level": "O2", "optimizer": {key: value}}})
+        assert config is not None
+        assert config.states == states
+
+    @pytest.mark.parametrize("path", sorted(BUILT))
+    def test_what_is_built_is_accepted(self, path: str) -> None:
+        for value in BUILT[path]:
+            given = {} if value is None else section(path, value)
+            assert parse({"fp8": {"enabled": True, **given}}) is not None
+
+
+WRONG = [  # section, path in the message, value in the message, a part of what is allowed
+    # unknown keys, at each depth
+    ({"levl": "O2"}, "fp8.levl", "unknown key", "opt_level, scaling"),
+    ({"enable": True}, "fp8.enable", "unknown key", 'did you mean "enabled"?'),
+    ({"optlevel": "O2"}, "fp8.optlevel", "unknown key", 'did you mean "opt_level"?'),
+    ({"gradients": {"dtyp": "e4m3"}}, "fp8.gradients.dtyp", "unknown key", 'did you mean "dtype"?'),
+    ({"optimizer": {"exp_avg": "e4m3"}}, "fp8.optimizer.exp_avg", "unknown key", '"exp_avg_dtype"?'),
+    ({"optimizer": {"lr": 0.1}}, "fp8.optimizer.lr", "unknown key", "master_dtype, exp_avg_dtype"),
+    ({"weights": {"dtypes": "e4m3"}}, "fp8.weights.dtypes", "unknown key", 'did you mean "dtype"?'),
+    ({"checkpoint": {"fp32": True}}, "fp8.checkpoint.fp32", "unknown key", "fp32_master"),
+    ({"stats": {"intervall": 1}}, "fp8.stats.intervall", "unknown key", 'did you mean "interval"?'),
+    # wrong types
+    ({"enabled": "true"}, "fp8.enabled", '"true"', "boolean"),
+    ({"enabled": 1}, "fp8.enabled", "1", "boolean"),
+    ({"enabled": None}, "fp8.enabled", "null", "boolean"),
+    ({"block_size": "128"}, "fp8.block_size", '"128"', "32, 64, 128 or 256"),
+    ({"block_size": 128.0}, "fp8.block_size", "128.0", "32, 64, 128 or 256"),
+    ({"block_size": 128.5}, "fp8.block_size", "128.5", "32, 64, 128 or 256"),
+    ({"block_size": True}, "fp8.block_size", "true", "32, 64, 128 or 256"),
+    ({"max_consecutive_skips": "50"}, "fp8.max_consecutive_skips", '"50"', "integer"),
+    ({"max_consecutive_skips": 2.0}, "fp8.max_consecutive_skips", "2.0", "integer"),
+    ({"optimizer": {"seed": True}}, "fp8.optimizer.seed", "true", "integer"),
+    ({"optimizer": {"clamp": 0}}, "fp8.optimizer.clamp", "0", "boolean"),
+    ({"checkpoint": {"fp32_master": "no"}}, "fp8.checkpoint.fp32_master", '"no"', "boolean"),
+    ({"gradients": {"dtype": ["e4m3"]}}, "fp8.gradients.dtype", '["e4m3"]', '"e5m2"'),
+    ({"gradients": "e4m3"}, "fp8.gradients", '"e4m3"', "an object of dtype"),
+    ({"optimizer": None}, "fp8.optimizer", "null", "an object of master_dtype"),
+    ({"stats": 10}, "fp8.stats", "10", "an object of interval"),
+    # "auto", which accelerate could not fill
+    ({"enabled": "auto"}, "fp8.enabled", '"auto"', "boolean"),
+    ({"opt_level": "auto"}, "fp8.opt_level", '"auto"', '"O2"'),
+    ({"block_size": "auto"}, "fp8.block_size", '"auto"', "128"),
+    ({"gradients": {"dtype": "auto"}}, "fp8.gradients.dtype", '"auto"', '"e4m3"'),
+    ({"optimizer": {"seed": "auto"}}, "fp8.optimizer.seed", '"auto"', "integer"),
+    ({"max_consecutive_skips": "auto"}, "fp8.max_consecutive_skips", '"auto"', "integer"),
+    # wrong literals and ranges
+    ({"opt_level": "o2"}, "fp8.opt_level", '"o2"', '"O2"'),
+    ({"opt_level": "O4"}, "fp8.opt_level", '"O4"', '"O1"'),
+    ({"scaling": "row"}, "fp8.scaling", '"row"', '"block"'),
+    ({"block_size": 100}, "fp8.block_size", "100", "32, 64, 128 or 256"),
+    ({"gradients": {"dtype": "fp8"}}, "fp8.gradients.dtype", '"fp8"', '"e4m3"'),
+    ({"gradients": {"dtype": "E4M3"}}, "fp8.gradients.dtype", '"E4M3"', '"e4m3"'),
+    ({"gradients": {"reduction": "bf16"}}, "fp8.gradients.reduction", '"bf16"', '"fp32"'),
+    ({"gradients": {"accum_dtype": "e5m2"}}, "fp8.gradients.accum_dtype", '"e5m2"', '"fp32"'),
+    ({"optimizer": {"master_dtype": "float32"}}, "fp8.optimizer.master_dtype", '"float32"', '"fp32"'),
+    ({"optimizer": {"exp_avg_dtype": "ue4m4"}}, "fp8.optimizer.exp_avg_dtype", '"ue4m4"', '"e4m3"'),
+    ({"optimizer": {"exp_avg_sq_dtype": "int8"}}, "fp8.optimizer.exp_avg_sq_dtype", '"int8"', '"fp16"'),
+    ({"optimizer": {"rounding": "up"}}, "fp8.optimizer.rounding", '"up"', '"nearest"'),
+    ({"optimizer": {"seed": -1}}, "fp8.optimizer.seed", "-1", "greater than or equal to 0"),
+    ({"weights": {"dtype": "bf16"}}, "fp8.weights.dtype", '"bf16"', '"e4m3"'),
+    ({"gradients": {"intra_node_size": 0}}, "fp8.gradients.intra_node_size", "0", "or equal to 1"),
+    ({"stats": {"interval": -1}}, "fp8.stats.interval", "-1", "greater than or equal to 0"),
+    ({"max_consecutive_skips": 0}, "fp8.max_consecutive_skips", "0", "greater than or equal to 1"),
+    # the section is no object
+    (None, "fp8", "null", "an object of enabled, opt_level"),
+    (True, "fp8", "true", "an object of enabled, opt_level"),
+    ("O2", "fp8", '"O2"', "an object of enabled, opt_level"),
+    ([], "fp8", "[]", "an object of enabled, opt_level"),
+]
+
+UNBUILT = [  # path, value, a part of what is allowed
+    ("opt_level", "O3", '"O2"'),
+    ("opt_level", "O2+", '"O2"'),
+    ("scaling", "tensor", '"block"'),
+    ("gradients.reduction", "fp8", '"fp32"'),
+    ("gradients.autoscale", "dynamic", "left out"),
+    ("gradients.autoscale", "pre", "left out"),
+    ("gradients.autoscale", "post", "left out"),
+    ("gradients.intra_node_size", 8, "left out"),
+    ("gradients.inter_node_dtype", "bf16", "left out"),
+    ("optimizer.master_dtype", "split16", '"fp16"'),
+    ("optimizer.master_dtype", "split8", '"fp16"'),
+    ("optimizer.exp_avg_sq_dtype", "ue4m4", '"fp16"'),
+    ("optimizer.exp_avg_sq_dtype", "e4m3", '"fp16"'),
+    ("optimizer.exp_avg_sq_dtype", "e5m2", '"fp16"'),
+    ("optimizer.rounding", "stochastic", '"nearest"'),
+    ("weights.dtype", "e4m3", "left out"),
+    ("checkpoint.allow_conversion", True, "false"),
+    ("stats.interval", 10, "0"),
+]
+
+
+def assert_refusal(message: str, path: str, received: str, allowed: str) -> None:
+    """The one form of a refusal; `received` is the whole value, `allowed` a part."""
+    assert re.search(rf"^{re.escape(path)}: received (an )?{re.escape(received)}, allowed: ", message), (
+        message
+    )
+    assert allowed in message.split(", allowed: ", 1)[1]
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(("fp8", "path", "received", "allowed"), WRONG)
+    def test_wrong_section(self, fp8: Any, path: str, received: str, allowed: str) -> None:
+        with pytest.raises(ValueError, match=re.escape(path)) as refused:
+            parse({"fp8": fp8})
+        assert_refusal(str(refused.value), path, received, allowed)
+
+    @pytest.mark.parametrize(("path", "value", "allowed"), UNBUILT)
+    def test_not_built_yet(self, path: str, value: Any, allowed: str) -> None:
+        with pytest.raises(ValueError, match="not built yet") as refused:
+            parse({"fp8": section(path, value, enabled=True)})
+        assert_refusal(str(refused.value), f"fp8.{path}", json.dumps(value), allowed)
+
+    @pytest.mark.parametrize(("path", "value", "allowed"), UNBUILT)
+    def test_not_built_yet_is_fine_while_off(self, path: str, value: Any, allowed: str) -> None:
+        assert parse({"fp8": section(path, value, enabled=False)}) is not None
+
+    def test_every_unbuilt_key_is_tried(self) -> None:
+        assert {path for path, _, _ in UNBUILT} == set(BUILT)
+
+    def test_two_mistakes_are_both_named(self) -> None:
+        with pytest.raises(ValueError, match=r"fp8\.scaling") as refused:
+            parse({"fp8": {"scaling": "row", "stats": {"interval": "x"}}})
+        assert [line.split(":")[0] for line in str(refused.value).splitlines()] == [
+            "fp8.scaling",
+            "fp8.stats.interval",
+        ]
+
+    @pytest.mark.parametrize("key", ["fp_8", "FP8", "Fp8", "fp-8", "float8", "ds_fp8"])
+    def test_near_typos_of_the_section(self, key: str) -> None:
+        with pytest.raises(ValueError, match="spelled") as refused:
+            parse({"train_batch_size": 8, key: {"enabled": True}})
+        assert_refusal(str(refused.value), key, '{"enabled": true}', '"fp8"')
+
+    @pytest.mark.parametrize(
+        ("level", "equivalent"), [({}, "O1"), ({"opt_level": "O2"}, "O2"), ({"opt_level": "O3"}, "O2")]
+    )
+    def test_msamp_is_answered_with_the_equivalent_section(
+        self, level: dict[str, str], equivalent: str
+    ) -> None:
+        msamp = {"enabled": True, **level}
+        answer = json.dumps({"fp8": {"enabled": True, "opt_level": equivalent}})
+        with pytest.raises(ValueError, match="MS-AMP") as refused:
+            parse({"msamp": msamp})
+        assert_refusal(str(refused.value), "msamp", json.dumps(msamp), answer)
+        assert parse(json.loads(answer)) is not None
+
+
+MINIMAL: dict[str, Any] = {"zero_optimization": {"stage": 2}}
+
+REFUSED = [  # ds_config, path in the message, value in the message, a part of what is allowed
+    ({}, "zero_optimization.stage", "0", "1, 2"),
+    ({"zero_optimization": {}}, "zero_optimization.stage", "0", "1, 2"),
+    ({"zero_optimization": {"stage": 0}}, "zero_optimization.stage", "0", "1, 2"),
+    ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage", "3", "1, 2"),
+    ({"zero_optimization": {"stage": "auto"}}, "zero_optimization.stage", '"auto"', "1, 2"),
+    ({"zero_optimization": True}, "zero_optimization", "true", "object"),
+    ({"zero_optimization": None}, "zero_optimization", "null", "object"),
+    ({**MINIMAL, "bf16": True}, "bf16", "true", "object"),
+    ({**MINIMAL, "optimizer": "AdamW"}, "optimizer", '"AdamW"', "object"),
+    ({**MINIMAL, "fp16": {"enabled": True}}, "fp16", '{"enabled": true}', "left out"),
+    ({**MINIMAL, "fp16": {"enabled": "auto"}}, "fp16", '{"enabled": "auto"}', "left out"),
+    ({**MINIMAL, "fp16": {"loss_scale": 0}}, "fp16", '{"loss_scale": 0}', "left out"),
+    ({**MINIMAL, "torch_autocast": {"enabled": True}}, "torch_autocast", '{"enabled": true}', "left out"),
+    ({**MINIMAL, "communication_data_type": "fp16"}, "communication_data_type", '"fp16"', "gradients.dtype"),
+    ({**MINIMAL, "hybrid_engine": {"enabled": True}}, "hybrid_engine", '{"enabled": true}', "left out"),
+    ({**MINIMAL, "gradient_predivide_factor": 2.0}, "gradient_predivide_factor", "2.0", "1.0"),
+    ({**MINIMAL, "prescale_gradients": True}, "prescale_gradients", "true", "false"),
+    ({**MINIMAL, "sequence_parallel_size": 2}, "sequence_parallel_size", "2", "1"),
+    ({**MINIMAL, "compile": {"deepcompile": True}}, "compile", '{"deepcompile": true}', "left out"),
+    ({**MINIMAL, "optimizer": {"type": "SGD"}}, "optimizer.type", '"SGD"', "Adam, AdamW, FP8AdamW"),
+    ({**MINIMAL, "optimizer": {"type": "Lamb"}}, "optimizer.type", '"Lamb"', "Adam, AdamW, FP8AdamW"),
+    ({**MINIMAL, "gradient_cliping": 1.0}, "gradient_cliping", "1.0", "left out"),
+    (
+        {**MINIMAL, "bf16": {"enabled": True, "bf16_optimizer_states": True}},
+        "bf16.bf16_optimizer_states",
+        "true",
+        "exp_avg_dtype",
+    ),
+    (
+        {**MINIMAL, "bf16": {"enabled": True, "bf16_master_weights_and_grads": True}},
+        "bf16.bf16_master_weights_and_grads",
+        "true",
+        "master_dtype",
+    ),
+    ({**MINIMAL, "bfloat16": {"enable": True}}, "bfloat16.enable", "true", "left out"),
+]
+
+REFUSED_IN_ZERO = [  # field, value, a part of what is allowed
+    ("offload_optimizer", {"device": "cpu"}, '{"device": "none"}'),
+    ("offload_optimizer", {"device": "nvme", "nvme_path": "/x"}, '{"device": "none"}'),
+    ("offload_param", {"device": "cpu"}, '{"device": "none"}'),
+    ("cpu_offload", True, "false"),
+    ("zero_quantized_gradients", True, "false"),
+    ("zero_quantized_weights", True, "false"),
+    ("zero_hpz_partition_size", 8, "1"),
+    ("zenflow", {"topk_ratio": 0.05}, "null"),
+    ("round_robin_gradients", True, "false"),
+    ("elastic_checkpoint", True, "false"),
+    ("overlap_com", True, "left out"),
+]
+
+HARMLESS: list[dict[str, Any]] = [
+    {},
+    {"bf16": {"enabled": True}},
+    {"bf16": {"enabled": False}},
+    {"bf16": {"enabled": True, "bf16_optimizer_states": False}},
+    {"fp16": {}},
+    {"fp16": {"enabled": False}},
+    {"fp16": {"enabled": False, "loss_scale": 0, "hysteresis": 2}},
+    {"torch_autocast": {"enabled": False, "dtype": "bfloat16"}},
+    {"communication_data_type": None},
+    {"hybrid_engine": {"enabled": False}},
+    {"gradient_predivide_factor": 1.0, "prescale_gradients": False, "sequence_parallel_size": 1},
+    {"optimizer": {"type": "adam", "params": {"lr": 1e-3}}},
+    {"optimizer": {"type": "FP8AdamW", "params": {"lr": 1e-3}}},
+    {"optimizer": {}},
+    {"zero_optimization": {"stage": 1}},
+    {"zero_optimization": {"stage": 2, "round_robin_gradients": False, "zero_hpz_partition_size": 1}},
+    {"zero_optimization": {"stage": 2, "zenflow": None, "offload_optimizer": None}},
+    {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "none"}}},
+    {"zero_optimization": {"stage": 2, "offload_param": {"device": "none"}, "cpu_offload": False}},
+    # as many templates write it, and DeepSpeed offloads nothing
+    {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "none", "pin_memory": True}}},
+]
+
+# accelerate 1.15, utils/dataclasses.py: DeepSpeedPlugin.__post_init__ and set_mixed_precision
+ACCELERATE: dict[str, Any] = {
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": 8,
+    "gradient_accumulation_steps": 1,
+    "gradient_clipping": 1.0,
+    "zero_optimization": {
+        "stage": 2,
+        "offload_optimizer": {"device": "none", "nvme_path": None},
+        "offload_param": {"device": "none", "nvme_path": None},
+        "stage3_gather_16bit_weights_on_model_save": False,
+    },
+    "steps_per_print": float("inf"),
+    "zero_allow_untested_optimizer": True,
+    "fp16": {"enabled": False},
+    "bf16": {"enabled": True},
+}
+
+
+class TestRestOfTheConfig:
+    @pytest.mark.parametrize(("config", "path", "received", "allowed"), REFUSED)
+    def test_refused(self, config: dict[str, Any], path: str, received: str, allowed: str) -> None:
+        with pytest.raises(ValueError, match=re.escape(path)) as refused:
+            ds_config.check(config)
+        assert_refusal(str(refused.value), path, received, allowed)
+
+    @pytest.mark.parametrize(("field", "value", "allowed"), REFUSED_IN_ZERO)
+    def test_refused_in_zero(self, field: str, value: Any, allowed: str) -> None:
+        with pytest.raises(ValueError, match=field) as refused:
+            ds_config.check({"zero_optimization": {"stage": 2, field: value}})
+        assert_refusal(str(refused.value), f"zero_optimization.{field}", json.dumps(value), allowed)
+
+    @pytest.mark.parametrize("given", HARMLESS)
+    def test_harmless(self, given: dict[str, Any]) -> None:
+        assert ds_config.check({**MINIMAL, **given}) == []
+
+    def test_what_accelerate_adds(self) -> None:
+        idle = ds_config.check(ACCELERATE)
+        assert [line.split(" ")[0] for line in idle] == [
+            "zero_allow_untested_optimizer",
+            "zero_optimization.stage3_gather_16bit_weights_on_model_save",
+        ]
+
+    def test_keys_without_effect_are_returned_with_the_reason(self) -> None:
+        idle = ds_config.check(
+            {
+                "train_batch_size": 8,
+                "aio": {"block_size": 1},
+                "bf16": {"enabled": True, "immediate_grad_update": True},
+                "zero_optimization": {"stage": 2, "reduce_scatter": True, "overlap_comm": True},
+            }
+        )
+        assert idle == [
+            "aio (nothing is offloaded)",
+            "zero_optimization.reduce_scatter (gradients go to their owners by all-to-all)",
+            "zero_optimization.overlap_comm (exchange and backward do not overlap yet)",
+            "bf16.immediate_grad_update (a key of DeepSpeed's BF16 optimizer)",
+        ]
+
+
+class Recorder(dict[str, Any]):
+    """A ds_config that remembers which keys were asked for."""
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.asked: set[str] = set()
+
+    def __contains__(self, key: object) -> bool:
+        self.asked.add(str(key))
+        return super().__contains__(key)
+
+    def __getitem__(self, key: str) -> Any:
+        self.asked.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.asked.add(key)
+        return super().get(key, default)
+
+    def keys(self) -> "Recorder":  # type: ignore[override]
+        return self  # `key in config.keys()` is asking, too
+
+
+class TestTablesAgainstDeepSpeed:
+    """A key that a new DeepSpeed reads must be classed before anybody relies on it."""
+
+    def test_every_top_level_key_is_classed(self) -> None:
+        from deepspeed.runtime.config import DeepSpeedConfig
+
+        recorder = Recorder({"train_micro_batch_size_per_gpu": 1})
+        DeepSpeedConfig(recorder)._initialize_params(recorder)
+        assert {"zero_optimization", "bf16", "fp16", "optimizer", "compile", "aio"} <= recorder.asked
+        assert recorder.asked <= set(ds_config.TOP_LEVEL), recorder.asked - set(ds_config.TOP_LEVEL)
+
+    def test_every_field_of_the_sections_is_classed(self) -> None:
+        from deepspeed.runtime.precision_config import DeepSpeedBF16Config
+        from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+        for model, rules in ((DeepSpeedZeroConfig, ds_config.ZERO), (DeepSpeedBF16Config, ds_config.BF16)):
+            aliases = {each.alias for each in model.model_fields.values() if each.alias}
+            assert set(rules) == set(model.model_fields) | aliases
+
+
+class TestShippedConfigs:
+    def test_there_is_one_a_stage_and_level(self) -> None:
+        assert set(SHIPPED) >= {f"zero{n}_{kind}.json" for n in (1, 2) for kind in ("bf16", "o1", "o2")}
+
+    @pytest.mark.parametrize("name", SHIPPED)
+    def test_parses_and_passes(self, name: str) -> None:
+        config = strict_json(resources.files("ds_fp8.configs").joinpath(name).read_text())
+        stage, kind = re.fullmatch(r"zero(\d)_(\w+)\.json", name).groups()  # type: ignore[union-attr]
+        assert config["zero_optimization"]["stage"] == int(stage)
+        fp8 = parse(config)
+        if kind == "bf16":
+            assert fp8 is None
+            assert config["bf16"] == {"enabled": True}
+        else:
+            assert fp8 is not None
+            assert fp8.enabled
+            assert fp8.opt_level == kind.upper()
+            assert ds_config.check(config) == []
+
+
+def readme_blocks() -> Iterator[str]:
+    if README.exists():
+        yield from re.findall(r"^```json\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.skipif(not README.exists(), reason="there is no README yet")
+def test_json_in_the_readme() -> None:
+    configs = [strict_json(block) for block in readme_blocks() if '"fp8"' in block]
+    assert configs, "the README shows no fp8 section"
+    for config in configs:
+        assert parse(config) is not None
