@@ -1,0 +1,206 @@
+"""The sum of the ranks' gradients: order, formats, and the figures that a step asks of it."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from ds_fp8.ops import blocks as blocks_module
+from ds_fp8.ops.blocks import Blocks, decode, dequantize, quantize
+from ds_fp8.ops.formats import BF16, BY_NAME, E4M3, E5M2, FP32, Format
+from ds_fp8.ops.reduction import accumulate, first_non_finite_block, sum_of_squares
+
+CPU = torch.device("cpu")
+ALL = tuple(BY_NAME.values())
+CODE_DTYPE = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+
+each_wire = pytest.mark.parametrize("wire", [E4M3, E5M2, BF16], ids=lambda fmt: fmt.name)
+each_shard = pytest.mark.parametrize("shard_format", [FP32, BF16, E4M3], ids=lambda fmt: fmt.name)
+each_format = pytest.mark.parametrize("fmt", ALL, ids=lambda fmt: fmt.name)
+
+
+def gradient(rows: int, block_size: int, seed: int) -> Tensor:
+    """Values whose blocks lie far apart, so that the order of addition shows."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(rows, block_size, generator=generator)
+    return values * torch.exp2(torch.randint(-20, 20, (rows, 1), generator=generator))
+
+
+def blocks_of(values: Tensor, fmt: Format) -> Blocks:
+    out = Blocks.zeros(*values.shape, fmt, CPU)
+    quantize(values.reshape(-1), out)
+    return out
+
+
+def values_of(blocks: Blocks) -> Tensor:
+    out = torch.empty(blocks.codes.numel())
+    dequantize(blocks, out)
+    return out.view(len(blocks), -1)
+
+
+def stale(rows: int, block_size: int, fmt: Format) -> Blocks:
+    """A shard full of NaN: whatever reads it shows."""
+    shard = Blocks.zeros(rows, block_size, fmt, CPU)
+    shard.codes.copy_(torch.full((rows, block_size), torch.nan))
+    return shard
+
+
+def assert_same_bits(actual: Blocks, expected: Blocks) -> None:
+    dtype = CODE_DTYPE[actual.format.itemsize]
+    wrong = (actual.codes.view(dtype) != expected.codes.view(dtype)).nonzero()
+    if len(wrong):
+        row, column = wrong[0].tolist()
+        raise AssertionError(f"[{row}, {column}]: {actual.codes[row, column]}, {expected.codes[row, column]}")
+    if expected.scales is not None and actual.scales is not None:
+        assert torch.equal(actual.scales, expected.scales)
+
+
+def sum_in_order(pieces: Sequence[Tensor]) -> Tensor:
+    """((first + second) + third) + ..., each sum rounded to FP32 (exact in float64 before that)."""
+    total = pieces[0]
+    for piece in pieces[1:]:
+        total = (total.to(torch.float64) + piece.to(torch.float64)).to(torch.float32)
+    return total
+
+
+@each_wire
+@each_shard
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+def test_adds_in_rank_order_in_fp32(wire: Format, shard_format: Format, world_size: int) -> None:
+    pieces = [blocks_of(gradient(50, 32, seed=rank), wire) for rank in range(world_size)]
+    values = [values_of(piece) for piece in pieces]
+    expected = sum_in_order(values)
+    shard = stale(50, 32, shard_format)
+    accumulate(pieces, shard, fresh=True)
+    assert_same_bits(shard, blocks_of(expected, shard_format))
+    if world_size > 2:
+        assert not torch.equal(expected, sum_in_order(values[::-1])), "the order does not show in this trial"
+
+
+@each_wire
+@each_shard
+def test_adds_the_sum_to_what_the_shard_holds(wire: Format, shard_format: Format) -> None:
+    shard = blocks_of(gradient(50, 64, seed=100), shard_format)
+    held = values_of(shard)
+    for micro_step in range(3):
+        pieces = [blocks_of(gradient(50, 64, seed=10 * micro_step + rank), wire) for rank in range(3)]
+        accumulate(pieces, shard, fresh=False)
+        total = sum_in_order([held, sum_in_order([values_of(piece) for piece in pieces])])
+        assert_same_bits(shard, blocks_of(total, shard_format))
+        held = values_of(shard)
+
+
+@each_shard
+def test_pieces_are_left_as_they_are(shard_format: Format) -> None:
+    pieces = [blocks_of(gradient(9, 32, seed=rank), E4M3) for rank in range(2)]
+    before = [(piece.codes.view(torch.uint8).clone(), piece.scales) for piece in pieces]
+    accumulate(pieces, stale(9, 32, shard_format), fresh=True)
+    for piece, (codes, scales) in zip(pieces, before, strict=True):
+        assert torch.equal(piece.codes.view(torch.uint8), codes)
+        assert piece.scales is scales
+
+
+@each_shard
+def test_one_rank_that_is_not_finite_spoils_that_block(shard_format: Format) -> None:
+    good, bad = gradient(5, 32, seed=1), gradient(5, 32, seed=2)
+    bad[3, 7] = torch.inf
+    shard = stale(5, 32, shard_format)
+    accumulate([blocks_of(good, E4M3), blocks_of(bad, E4M3)], shard, fresh=True)
+    rows = values_of(shard).isfinite().all(dim=1)
+    assert rows.tolist() == [True, True, True, False, True]
+    assert values_of(shard)[3].isnan().all()
+
+
+@each_shard
+def test_the_sum_does_not_depend_on_the_chunk(shard_format: Format, monkeypatch: pytest.MonkeyPatch) -> None:
+    pieces = [blocks_of(gradient(70, 128, seed=rank), E4M3) for rank in range(3)]
+    results = []
+    for chunk in (1, 1000, 1 << 20):
+        monkeypatch.setattr(blocks_module, "CHUNK", chunk)
+        shard = stale(70, 128, shard_format)
+        accumulate(pieces, shard, fresh=True)
+        accumulate(pieces[:2], shard, fresh=False)
+        results.append(shard)
+    for other in results[1:]:
+        assert_same_bits(other, results[0])
+
+
+@each_format
+@pytest.mark.parametrize("block_size", [32, 64, 128, 256])
+def test_sum_of_squares(fmt: Format, block_size: int) -> None:
+    shard = blocks_of(gradient(300, block_size, seed=3), fmt)
+    squares, non_finite = sum_of_squares(shard).tolist()
+    expected = values_of(shard).to(torch.float64).square().sum().item()
+    assert abs(squares / expected - 1) < 1e-6
+    assert non_finite == 0
+
+
+def test_sum_of_squares_is_float64_between_blocks() -> None:
+    """2^13 blocks of 1 beside one of 2^30: FP32 would lose every one of them."""
+    values = torch.zeros(8193, 32)
+    values[:, 5] = 1
+    values[17, 5] = 2.0**15
+    figures = sum_of_squares(blocks_of(values, FP32))
+    assert figures.dtype is torch.float64
+    assert figures.tolist() == [2.0**30 + 8192, 0]
+
+
+def test_a_blocks_squares_are_halved_until_one_is_left() -> None:
+    """The order of additions in FP32 is part of the contract."""
+    values = torch.randn(40, 64, generator=torch.Generator().manual_seed(4))
+    lists = [[float(each) for each in row.square()] for row in values]
+    total = 0.0
+    for row in lists:
+        while len(row) > 1:
+            half = len(row) // 2
+            row = [float(torch.tensor(row[i]) + torch.tensor(row[i + half])) for i in range(half)]  # noqa: PLW2901
+        total += row[0]
+    assert abs(sum_of_squares(blocks_of(values, FP32))[0].item() / total - 1) < 1e-15
+
+
+@each_format
+def test_shares_of_a_shard_add_up(fmt: Format, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However the blocks are cut, among ranks or chunks, the norm is the same in FP32."""
+    shard = blocks_of(gradient(97, 32, seed=5), fmt)
+    whole = sum_of_squares(shard)[0]
+    for chunk, cuts in ((1, (0, 97)), (1 << 20, (0, 13, 14, 60, 97)), (1000, (0, 48, 97))):
+        monkeypatch.setattr(blocks_module, "CHUNK", chunk)
+        parts = [sum_of_squares(shard[a:b])[0] for a, b in pairwise(cuts)]
+        assert torch.stack(parts).sum().to(torch.float32) == whole.to(torch.float32)
+
+
+@each_format
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
+def test_blocks_that_are_not_finite_are_counted(
+    fmt: Format, bad: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks_module, "CHUNK", 3 * 32)
+    values = gradient(20, 32, seed=6)
+    assert first_non_finite_block(blocks_of(values, fmt)) is None
+    for row, column in ((19, 0), (8, 31), (8, 3), (4, 16)):  # from the last to the first
+        values[row, column] = bad
+        shard = blocks_of(values, fmt)
+        assert first_non_finite_block(shard) == row
+        rows = values.isfinite().all(dim=1)
+        assert sum_of_squares(shard)[1] == (~rows).sum()
+
+
+def test_squares_that_overflow_are_reported_although_the_gradient_is_finite() -> None:
+    """Such a step must be skipped; that no block is to blame is what tells the two apart."""
+    values = torch.ones(4, 32)
+    values[2, 2] = 2.0**64
+    shard = blocks_of(values, FP32)
+    squares, non_finite = sum_of_squares(shard)
+    assert non_finite > 0 or not squares.isfinite()
+    assert first_non_finite_block(shard) is None
+
+
+@each_format
+def test_an_empty_gradient_is_zero(fmt: Format) -> None:
+    shard = Blocks.zeros(3, 128, fmt, CPU)
+    assert sum_of_squares(shard).tolist() == [0, 0]
+    assert first_non_finite_block(shard) is None
+    accumulate([shard, shard], shard, fresh=False)
+    assert not decode(shard).any()
