@@ -7,7 +7,7 @@ import gc
 import warnings
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -44,7 +44,7 @@ class Traffic(TorchDispatchMode):
     all-gather. `sent(ranks)` turns that into what the rank sends in a ring or pairwise exchange.
     """
 
-    SHARE_SENT = {  # of the bytes handed in, by number of ranks
+    SHARE_SENT: ClassVar = {  # of the bytes handed in, by number of ranks
         "allreduce_": lambda n: 2 * (n - 1) / n,
         "_reduce_scatter_base_": lambda n: (n - 1) / n,
         "reduce_": lambda n: (n - 1) / n,

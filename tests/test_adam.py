@@ -162,16 +162,18 @@ def test_fp32_states_step_as_torch_does(
     trial = Trial(peer.detach().clone(), O1)
     scalars = replace(SCALARS, lr=1e-2, beta1=betas[0], beta2=betas[1], weight_decay=weight_decay)
     scalars = replace(scalars, decoupled=optimizer is torch.optim.AdamW)
+    size = torch.logspace(-6, 2, 1000)
     for step in range(1, 51):
-        gradient = normal(1000, seed=step) * torch.logspace(-6, 2, 1000)
+        gradient = normal(1000, seed=step) * size
         peer.grad = gradient.clone()
         other.step()
         trial.step(gradient, replace(scalars, step=step))
-    state = other.state[peer]
-    floor = torch.logspace(-6, 2, 1000)
-    assert ((trial.exp_avg - state["exp_avg"]).abs() <= 4 * 2.0**-24 * (floor + state["exp_avg"].abs())).all()
-    torch.testing.assert_close(trial.exp_avg_sq, state["exp_avg_sq"], rtol=32 * 2.0**-24, atol=0)
-    torch.testing.assert_close(trial.master, peer.detach(), rtol=8 * 2.0**-24, atol=50 * 1e-2 * 2.0**-24)
+    state, ulp = other.state[peer], 2.0**-24
+    through_gradient = 0.0 if scalars.decoupled else weight_decay  # L2: the weight's error enters m and v
+    ulps = 32 if through_gradient else 6
+    assert ((trial.exp_avg - state["exp_avg"]).abs() <= ulps * ulp * (size + through_gradient)).all()
+    torch.testing.assert_close(trial.exp_avg_sq, state["exp_avg_sq"], rtol=ulps * ulp, atol=0)
+    torch.testing.assert_close(trial.master, peer.detach(), rtol=6 * ulp, atol=6 * ulp)
     assert torch.equal(trial.weights.view(-1)[:1000], trial.master)
 
 
@@ -188,7 +190,7 @@ def test_fp32_states_step_as_exact_adam_does(bias_correction: bool, decoupled: b
         exact.step(gradient, replace(scalars, step=step))
     for actual, expected in ((trial.master, exact.p), (trial.exp_avg, exact.m), (trial.exp_avg_sq, exact.v)):
         error = (actual.to(torch.float64) - expected).abs()
-        assert (error <= 2.0**-20 * (expected.abs() + expected.abs().mean())).all()
+        assert (error <= 2.0**-18 * (expected.abs() + expected.abs().mean())).all()
 
 
 def mild_error(formats: Formats, *, steps: int = 100, count: int = 1 << 16) -> float:
@@ -327,14 +329,13 @@ def test_rows_outside_the_segments_are_left_alone(formats: Formats) -> None:
     trial.step(normal(320, seed=1), SCALARS)
     trial.segments = (Segment(slice(2, 4), 0, 0), Segment(slice(7, 9), 1, 64))
     outside = torch.tensor([0, 1, 4, 5, 6, 9])
+    written = torch.cat([torch.arange(64, 128), torch.arange(224, 288)])
     before, weights = raw(trial.state), trial.weights.clone()
-    trial.step(
-        torch.full((320,), torch.nan).index_fill_(0, torch.arange(64, 128), 1.0), replace(SCALARS, step=2)
-    )
+    trial.step(torch.full((320,), torch.nan).index_fill_(0, written, 1.0), replace(SCALARS, step=2))
     for old, new in zip(before, raw(trial.state), strict=True):
         assert torch.equal(new[outside], old[outside])
     assert torch.equal(trial.weights[outside], weights[outside])
-    assert (trial.weights[2:4] != weights[2:4]).all()
+    assert (trial.weights != weights).any(dim=1)[[2, 3, 7, 8]].all()
 
 
 def test_the_clamp_bounds_the_fresh_exp_avg() -> None:
@@ -539,7 +540,7 @@ def test_gradients_enter_as_they_are_stored() -> None:
     assert_same_bytes(summed.state, mean.state)
 
 
-def test_a_seed_or_a_step_changes_only_the_rounding_of_exp_avg_sq() -> None:
+def test_the_seed_changes_only_the_rounding_of_exp_avg_sq() -> None:
     states = []
     for seed in (0, 1):
         trial = Trial(normal(500, seed=0), O2)

@@ -30,7 +30,7 @@ class Bag(nn.Module):
 
 # State bytes over all ranks, by hand: blocks of 128, whole pieces a rank.
 SHAPES: dict[str, tuple[tuple[int, ...], int, dict[str, int]]] = {
-    # sizes, ranks, {level: master + exp_avg + exp_avg_sq, "gradient": e4m3, "accumulated": fp32}
+    # by level, then the reduced gradient in E4M3 and accumulated in FP32
     "even": ((1024, 2048), 2, {"O1": 36_864, "O2": 15_432, "gradient": 3_096, "accumulated": 12_288}),
     "odd": ((1, 129, 1000), 2, {"O1": 18_432, "O2": 7_716, "gradient": 1_548, "accumulated": 6_144}),
     "tiny": ((1,), 3, {"O1": 4_608, "O2": 1_929, "gradient": 387, "accumulated": 1_536}),

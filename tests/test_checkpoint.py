@@ -135,9 +135,7 @@ def load_into(folder: str, config: dict[str, Any], **options: Any) -> tuple[str,
         ({"optimizer": {"seed": 1}}, "seed"),
     ],
 )
-def test_another_recipe_is_refused(
-    ranks: RankPools, tmp_path: Path, fp8: dict[str, Any], word: str
-) -> None:
+def test_another_recipe_is_refused(ranks: RankPools, tmp_path: Path, fp8: dict[str, Any], word: str) -> None:
     ranks.run(2, save_masters, str(tmp_path), True)
     for message, unchanged in ranks.run(2, load_into, str(tmp_path), ds_config(fp8, bucket=10_000)):
         assert "checkpoint recipe: received" in message

@@ -41,7 +41,7 @@ def piped(
 class TestConfigs:
     def test_table(self, capsys: pytest.CaptureFixture[str]) -> None:
         heading, *rows = [line.split() for line in output(capsys, "configs").splitlines()]
-        assert heading == "name stage level gradients master exp_avg exp_avg_sq block".split()
+        assert heading == ["name", "stage", "level", "gradients", "master", "exp_avg", "exp_avg_sq", "block"]
         assert [row[0] for row in rows] == NAMES
         by_name = {row[0]: row[1:] for row in rows}
         assert by_name["zero2_o2"] == ["2", "O2", "e4m3", "fp16", "e4m3", "fp16", "128"]

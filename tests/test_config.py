@@ -84,9 +84,9 @@ class TestSection:
     def test_frozen(self) -> None:
         config = FP8Config()
         with pytest.raises(ValidationError, match="frozen"):
-            config.enabled = True  # type: ignore[misc]
+            config.enabled = True
         with pytest.raises(ValidationError, match="frozen"):
-            config.gradients.dtype = "bf16"  # type: ignore[misc]
+            config.gradients.dtype = "bf16"
 
     @pytest.mark.parametrize(
         ("level", "states"), [("O1", ("fp32", "fp32", "fp32")), ("O2", ("fp16", "e4m3", "fp16"))]

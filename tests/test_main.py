@@ -85,8 +85,8 @@ def project(tmp_path: Path) -> Path:
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "probe.py").write_text(probe)
     (tmp_path / "package" / "__init__.py").touch()
-    for folder in (tmp_path, tmp_path / "scripts"):
-        (folder / "neighbour.py").write_text("ANSWER = 42")
+    for neighbour in ("neighbour.py", "scripts/neighbour.py"):
+        (tmp_path / neighbour).write_text("ANSWER = 42")
     (tmp_path / "links").mkdir()
     (tmp_path / "links" / "linked.py").symlink_to(tmp_path / "scripts" / "probe.py")
     return tmp_path
@@ -101,14 +101,20 @@ def seen(project: Path, *arguments: str, **environment: str) -> dict[str, object
 
 class TestRun:
     @pytest.mark.parametrize(
-        "command", [("scripts/probe.py",), ("-m", "package.probe"), ("links/linked.py",)], ids="".join
+        "command", [("scripts/probe.py",), ("-m", "package.probe"), ("links/linked.py",)], ids=" ".join
     )
     def test_as_python_itself_would(self, project: Path, command: tuple[str, ...]) -> None:
         plain = seen(project, *command, "--lr", "1", "-m")
         ours = seen(project, "-m", "ds_fp8", *command, "--lr", "1", "-m")
         assert plain["name"] == "__main__"
         assert (plain["main"], plain["neighbour"], plain["seam"]) == (True, 42, False)
-        assert ours == {**plain, "seam": True}
+        assert {**ours, "file": ""} == {**plain, "file": "", "seam": True}
+
+    @pytest.mark.parametrize("script", ["scripts/probe.py", "links/linked.py"])
+    def test_file_outlives_a_change_of_folder(self, project: Path, script: str) -> None:
+        """Python makes `__file__` absolute, and scripts look for their data beside it."""
+        (project / "links" / "neighbour.py").write_text("ANSWER = 42")
+        assert seen(project, "-m", "ds_fp8", script)["file"] == seen(project, script)["file"]
 
     def test_launcher_arguments_come_first(self, project: Path) -> None:
         ours = seen(project, "-m", "ds_fp8", "--local_rank=0", "scripts/probe.py", "--lr", "1")

@@ -168,8 +168,7 @@ def mean_gradients(model: nn.Module, micro_batches: list[Tensor]) -> dict[str, T
             parameter.grad = None
     for gradient in total.values():
         dist.all_reduce(gradient)
-        gradient /= dist.get_world_size()
-    return total
+    return {name: gradient / dist.get_world_size() for name, gradient in total.items()}
 
 
 def backward(

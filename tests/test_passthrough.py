@@ -49,9 +49,7 @@ def checkpoint_tensors(folder: Path) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("section", [None, {"enabled": False}, {}], ids=["absent", "disabled", "empty"])
-def test_off_is_stock(
-    ranks: RankPools, tmp_path: Path, section: dict[str, Any] | None, stage: int
-) -> None:
+def test_off_is_stock(ranks: RankPools, tmp_path: Path, section: dict[str, Any] | None, stage: int) -> None:
     stock = ranks.run(2, run, str(tmp_path / "stock"), False, None, stage)
     ours = ranks.run(2, run, str(tmp_path / "ours"), True, section, stage)
     for (losses, weights, kind, _), (losses2, weights2, kind2, active) in zip(stock, ours, strict=True):

@@ -29,7 +29,7 @@ def gradient(rows: int, block_size: int, seed: int) -> Tensor:
 
 
 def blocks_of(values: Tensor, fmt: Format) -> Blocks:
-    out = Blocks.zeros(*values.shape, fmt, CPU)
+    out = Blocks.zeros(values.shape[0], values.shape[1], fmt, CPU)
     quantize(values.reshape(-1), out)
     return out
 

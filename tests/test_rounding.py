@@ -150,6 +150,7 @@ def test_element_indices_pass_the_signed_and_the_unsigned_end(wrap: int) -> None
     assert [int(each) & 0xFFFFFFFF for each in across[63:65]] == expected
 
 
+@settings(deadline=None)
 @given(st.lists(words32, min_size=1, max_size=50))
 def test_the_mixer_is_the_same_on_tensors_and_integers(words: list[int]) -> None:
     tensor = torch.tensor(words, dtype=torch.int64).to(torch.int32)
@@ -158,7 +159,8 @@ def test_the_mixer_is_the_same_on_tensors_and_integers(words: list[int]) -> None
 
 def test_the_mixer_loses_nothing() -> None:
     """A hash with collisions on single words would draw some bits twice as often."""
-    assert len(_mix(torch.arange(1 << 20, dtype=torch.int32)).unique()) == 1 << 20
+    words = _mix(torch.arange(1 << 20, dtype=torch.int32)).sort().values
+    assert (words[1:] != words[:-1]).all()
 
 
 def test_key_takes_every_word_of_its_input() -> None:

@@ -53,9 +53,7 @@ def skip_one(stage: int, value: float) -> dict[str, Any]:
     }
     step(engine, source)
     result["after"] = engine.optimizer.overflow
-    result["moved"] = any(
-        not torch.equal(now, weights[name]) for name, now in weight_bits(engine).items()
-    )
+    result["moved"] = any(not torch.equal(now, weights[name]) for name, now in weight_bits(engine).items())
     engine.destroy()
     return result
 

@@ -1,0 +1,37 @@
+# Every target makes the virtual environment it needs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+export OMP_NUM_THREADS ?= 1
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: install demo test test-all check clean
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV) || { echo "no venv: apt-get install python3-venv" >&2; exit 1; }
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,dev]'
+	touch $@
+
+# FP8 beside stock DeepSpeed BF16 on two CPU ranks; demo/loss.png shows both.
+demo: $(INSTALLED)
+	$(BIN)/python examples/compare.py configs/zero2_o2.json configs/zero2_bf16.json --out demo
+
+# The suite without the long grids.
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -m "not slow"
+
+# The long grids that `make test` leaves out.
+test-all: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow
+
+check: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist demo *.egg-info
