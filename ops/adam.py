@@ -78,7 +78,7 @@ def next_clamp(previous: float | None, betas: tuple[float, float]) -> float:
     m_t = beta1 m + (1 - beta1) g and v_t = beta2 v + (1 - beta2) g^2; it needs beta1^2 < beta2.
     """
     beta1, beta2 = betas
-    if beta1**2 >= beta2:
+    if beta1**2 >= beta2 or previous == math.inf:
         return math.inf
     fresh = (1 - beta1) ** 2 / (1 - beta2)
     ratio = beta1**2 / beta2

@@ -5,7 +5,8 @@ section 5.4.1) and value = code * 2^(e - 127), with the smallest e in 1..254 tha
 block's largest magnitude under the format's maximum. It is read off the float's bits: a
 logarithm would round. A power of two makes scaling exact, so requantising an unchanged block
 keeps its values. A block of zeros has e = 1. A block that holds inf or NaN has e = 255 and
-decodes to NaN throughout: non-finite values travel in band and nobody has to look for them.
+decodes to NaN throughout: non-finite values travel in band and nobody has to look for them. The
+last half code below 2^128 rounds up to 2^128 and so decodes to inf, as FP32 itself would overflow.
 """
 
 from collections.abc import Iterator
@@ -123,7 +124,7 @@ def quantize(values: Tensor, out: Blocks) -> None:
         encode(rows[part].to(torch.float32), out[part])
     tail = values[whole * block_size :]
     if tail.numel():
-        last = torch.zeros(1, block_size, device=values.device)
+        last = torch.zeros(1, block_size, dtype=torch.float32, device=values.device)
         last[0, : tail.numel()] = tail
         encode(last, out[whole : whole + 1])
         whole += 1

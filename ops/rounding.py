@@ -88,5 +88,6 @@ def round_up_from_zero(values: Tensor, bits: Tensor, fmt: Format) -> Tensor:
         random >> (RANDOM_BITS - dropped).clamp(min=0),
     )
     codes = ((significand + noise) >> dropped) + ((field - lowest).clamp(min=0) << fmt.mantissa_bits)
-    codes = torch.where(values > 0, codes.clamp(min=1), 0)
+    top = (1 << fmt.exponent_bits + fmt.mantissa_bits) - 1  # a NaN must not carry into the sign
+    codes = torch.where(values == 0, 0, codes.clamp(1, top))
     return codes.to(CODE_DTYPE[fmt.itemsize]).view(fmt.dtype)

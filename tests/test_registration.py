@@ -162,7 +162,7 @@ class TestVersion:
         with pytest.raises(RuntimeError, match=r"0\.20\.1"):
             check_version("0.20.1")
 
-    @pytest.mark.parametrize("installed", ["0.19.5", "0.19.8", "0.19.8+abcdef", "0.19.9"])
+    @pytest.mark.parametrize("installed", ["0.19.5", "0.19.8", "0.19.8+abcdef", "0.19.9.dev1"])
     def test_a_supported_one_passes_without_a_word(
         self, installed: str, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
     ) -> None:

@@ -102,4 +102,4 @@ def fp32_masters(shard: Shard) -> Tensor:
         values = torch.empty(piece.numel, dtype=torch.float32, device=shard.state.master.codes.device)
         dequantize(shard.state.master[piece.rows], values)
         pieces.append(values.cpu())
-    return torch.cat(pieces) if pieces else torch.empty(0)
+    return torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.float32)

@@ -1,0 +1,57 @@
+"""The launchers that users have, on two CPU ranks, with the script unchanged."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from ranks import free_port
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = [str(ROOT / "examples" / "train_lm.py"), "--steps", "3", "--layers", "1", "--width", "32", "--quiet"]
+
+
+def launch(command: list[str], tmp_path: Path, config: str) -> tuple[dict[str, object], str]:
+    """Run a launcher; the figures it wrote and what it printed."""
+    out = tmp_path / "out.json"
+    arguments = [*SCRIPT, "--deepspeed_config", str(ROOT / "configs" / config), "--json", str(out)]
+    done = subprocess.run(
+        [sys.executable, "-m", *command, *arguments],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    figures: dict[str, object] = json.loads(out.read_text())
+    return figures, done.stdout + done.stderr
+
+
+def deepspeed(*options: str) -> list[str]:
+    return ["deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(free_port()), *options]
+
+
+def torchrun(*options: str) -> list[str]:
+    return ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()), *options]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [deepspeed, torchrun])
+def test_module_turns_fp8_on(tmp_path: Path, launcher: Callable[..., list[str]]) -> None:
+    option = "--module" if launcher is deepspeed else "-m"
+    figures, printed = launch(launcher(option, "ds_fp8"), tmp_path, "zero2_o2.json")
+    assert "ON, O2, ZeRO 2, 2 ranks" in printed
+    assert figures["world_size"] == 2
+    assert float(str(figures["state_bytes_a_parameter"])) < 7
+
+
+@pytest.mark.slow
+def test_without_the_module_deepspeed_is_stock(tmp_path: Path) -> None:
+    figures, printed = launch(deepspeed(), tmp_path, "zero2_bf16.json")
+    assert "ds_fp8 0" not in printed
+    assert float(str(figures["state_bytes_a_parameter"])) > 12
