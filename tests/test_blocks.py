@@ -182,8 +182,8 @@ def test_without_a_scale_values_that_are_not_finite_stand_for_themselves(fmt: Fo
     torch.testing.assert_close(values_of(blocks), values, rtol=0, atol=0, equal_nan=True)
 
 
-HALF_OF_ALL = 2.0**127  # above it the largest values overflow, see below
-finite_floats = st.floats(-HALF_OF_ALL, HALF_OF_ALL, width=32)
+HUGE = 2.0**127  # above it the largest values overflow, see below
+finite_floats = st.floats(-HUGE, HUGE, width=32)
 alike_floats = st.floats(0.5, 2, width=32) | st.floats(2.0**-16, 2.0**-2, width=32) | st.just(0.0)
 
 
