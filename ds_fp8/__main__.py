@@ -5,7 +5,7 @@
     accelerate launch -m ds_fp8 train.py ...
 
 DeepSpeed's launcher puts `--local_rank=N` before the script; the script finds it first among its own
-arguments, as if it had been launched itself.
+arguments, as if it had been launched itself; `sys.argv[0]` is its absolute path.
 """
 
 import os
@@ -37,14 +37,13 @@ def main() -> None:
     from ds_fp8.registration import register
 
     register()
+    sys.argv = [target, *arguments]
     if is_module:
-        sys.argv = [target, *arguments]
-        sys.path[0] = os.getcwd()
         runpy.run_module(target, run_name="__main__", alter_sys=True)
     else:
-        sys.argv = [target, *arguments]
-        sys.path[0] = os.path.dirname(os.path.abspath(target))
-        runpy.run_path(target, run_name="__main__")
+        if not getattr(sys.flags, "safe_path", False):
+            sys.path[0] = os.path.dirname(os.path.realpath(target))
+        runpy.run_path(os.path.abspath(target), run_name="__main__")
 
 
 if __name__ == "__main__":

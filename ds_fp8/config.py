@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 SECTION = "fp8"
 
@@ -85,6 +85,14 @@ class FP8Config(_Section):
     stats: Stats = Stats()
     max_consecutive_skips: int = Field(default=50, ge=1)
 
+    @field_validator("block_size", mode="before")
+    @classmethod
+    def _no_float(cls, value: Any) -> Any:
+        """128.0 equals 128, and so passes for the literal."""
+        if isinstance(value, float):
+            raise ValueError("an integer: 32, 64, 128 or 256")
+        return value
+
     @property
     def states(self) -> Level:
         """Formats of the states: the level's, where the section names none."""
@@ -143,8 +151,8 @@ def _refuse_lookalikes(ds_config: Mapping[str, Any]) -> None:
         if key != SECTION and letters in ("fp8", "float8", "dsfp8", "fp8lm"):
             raise refusal(str(key), ds_config[key], f'the section is spelled "{SECTION}"')
     msamp = ds_config.get("msamp")
-    if isinstance(msamp, Mapping) and msamp.get("enabled"):
-        level = msamp.get("opt_level", "O1")
+    if msamp.get("enabled") if isinstance(msamp, Mapping) else msamp:
+        level = msamp.get("opt_level", "O1") if isinstance(msamp, Mapping) else "O1"
         section = {SECTION: {"enabled": True, "opt_level": level if level in LEVELS else "O2"}}
         raise refusal("msamp", msamp, f"MS-AMP's section is read by MS-AMP only; write {show(section)}")
 
@@ -170,7 +178,8 @@ def _explain(error: Any) -> str:
     if error["type"] == "model_type":
         fields = ", ".join(_model_at(error["loc"]).model_fields)
         return str(refusal(path, error["input"], f"an object of {fields}"))
-    allowed = error["msg"].removeprefix("Input should be ").replace("'", '"')
+    told = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    allowed = told.replace("'", '"')
     return str(refusal(path, error["input"], allowed))
 
 

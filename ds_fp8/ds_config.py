@@ -32,8 +32,18 @@ class Refused:
     harmless: tuple[Any, ...] = ()  # besides a section that says "enabled": false
 
     def accepts(self, value: Any) -> bool:
-        switched_off = isinstance(value, Mapping) and value.get("enabled", value != {}) is False
-        return switched_off or any(value == each for each in self.harmless)
+        if not isinstance(value, Mapping):
+            return any(value == each for each in self.harmless)
+        switched_off = value.get("enabled", value != {}) is False
+        return switched_off or any(_contains(value, each) for each in self.harmless if each)
+
+    def allowed(self, value: Any) -> str:
+        off = ['{"enabled": false}'] if isinstance(value, Mapping) and "enabled" in value else []
+        return ", ".join(["the key left out", *off, *map(show, self.harmless)])
+
+
+def _contains(section: Mapping[str, Any], part: Mapping[str, Any]) -> bool:
+    return all(section.get(key) == value for key, value in part.items())
 
 
 Rule = Honoured | NoEffect | Refused
@@ -181,15 +191,22 @@ STAGES = (1, 2)
 def check(ds_config: Mapping[str, Any]) -> list[str]:
     """Refuse, by a ValueError, what does not go with FP8; the keys that have no effect are returned."""
     idle = _apply(TOP_LEVEL, ds_config, prefix="")
-    zero = ds_config.get("zero_optimization", {})
+    zero = _section(ds_config, "zero_optimization")
     stage = zero.get("stage", 0)
-    if stage not in STAGES:
+    if isinstance(stage, bool) or stage not in STAGES:
         raise refusal("zero_optimization.stage", stage, "1, 2 with fp8 enabled")
     idle += _apply(ZERO, zero, prefix="zero_optimization.")
     for section in ("bf16", "bfloat16"):
-        idle += _apply(BF16, ds_config.get(section, {}), prefix=f"{section}.")
-    _check_optimizer(ds_config.get("optimizer", {}))
+        idle += _apply(BF16, _section(ds_config, section), prefix=f"{section}.")
+    _check_optimizer(_section(ds_config, "optimizer"))
     return idle
+
+
+def _section(ds_config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    section = ds_config.get(name, {})
+    if not isinstance(section, Mapping):
+        raise refusal(name, section, "an object")
+    return section
 
 
 def _apply(rules: Mapping[str, Rule], section: Mapping[str, Any], prefix: str) -> list[str]:
@@ -199,8 +216,7 @@ def _apply(rules: Mapping[str, Rule], section: Mapping[str, Any], prefix: str) -
         if rule is None:
             raise refusal(path, value, "the key left out (ds_fp8 does not know it)")
         if isinstance(rule, Refused) and not rule.accepts(value):
-            allowed = ", ".join(["the key left out", *map(show, rule.harmless)])
-            raise refusal(path, value, f"{allowed} ({key} {rule.why})")
+            raise refusal(path, value, f"{rule.allowed(value)} ({key} {rule.why})")
         if isinstance(rule, NoEffect):
             idle.append(f"{path} ({rule.why})")
     return idle
