@@ -169,7 +169,7 @@ def train(engine: Any, corpus: Corpus, steps: int, seed: int, *, quiet: bool) ->
         start = time.perf_counter()
         losses.append(train_step(engine, batches))
         milliseconds.append((time.perf_counter() - start) * 1000)
-        bar.set_postfix(loss=f"{losses[-1]:.3f}")
+        bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
     validation = validate(engine, corpus.validation_batches(size, 20))
     with Traffic() as traffic:
         train_step(engine, batches)
