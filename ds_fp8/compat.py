@@ -35,10 +35,12 @@ check_version(version("deepspeed"))
 from deepspeed.runtime.base_optimizer import ZeROOptimizer  # noqa: E402
 from deepspeed.runtime.config import DeepSpeedConfig  # noqa: E402
 from deepspeed.runtime.engine import ZERO_OPTIMIZATION, DeepSpeedEngine  # noqa: E402
+from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler  # noqa: E402
 from deepspeed.utils.timer import NoopTimer  # noqa: E402
 
 __all__ = [
     "ZERO_OPTIMIZATION",
+    "CreateLossScaler",
     "DeepSpeedConfig",
     "DeepSpeedEngine",
     "NoopTimer",
@@ -49,6 +51,8 @@ __all__ = [
 
 SIGNATURES: dict[tuple[type, str], tuple[str, ...]] = {
     (DeepSpeedConfig, "_initialize_params"): ("self", "param_dict"),
+    (DeepSpeedEngine, "_configure_distributed_model"): ("self", "model"),
+    (DeepSpeedEngine, "_scheduler_from_config"): ("self", "optimizer"),
     (DeepSpeedEngine, "_configure_basic_optimizer"): ("self", "model_parameters"),
     (DeepSpeedEngine, "_do_optimizer_sanity_check"): ("self", "basic_optimizer"),
     (DeepSpeedEngine, "_configure_zero_optimizer"): ("self", "optimizer"),

@@ -9,13 +9,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from deepspeed import comm as dist
 from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 
 import ds_fp8
 from ds_fp8 import ds_config, memory
-from ds_fp8.compat import ZERO_OPTIMIZATION, NoopTimer
-from ds_fp8.config import FP8Config, parse, refusal
+from ds_fp8.compat import ZERO_OPTIMIZATION, CreateLossScaler, NoopTimer
+from ds_fp8.config import FP8Config, parse, refusal, show
 from ds_fp8.ops.formats import BY_NAME, FP32
+from ds_fp8.zero_fp8.agreement import check_agreement
 from ds_fp8.zero_fp8.handler import FP8ZeROOptimizer, ZeroSettings
 from ds_fp8.zero_fp8.optimizer import FP8AdamW, Recipe
 
@@ -23,6 +25,16 @@ logger = logging.getLogger("ds_fp8")
 
 Method = Callable[..., Any]
 OPTIMIZER_PARAMS = ("lr", "betas", "eps", "weight_decay", "bias_correction", "adam_w_mode", "torch_adam")
+AGREED_KEYS = (
+    "fp8",
+    "bf16",
+    "fp16",
+    "zero_optimization",
+    "optimizer",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "train_micro_batch_size_per_gpu",
+)
 WEIGHT_DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 
 
@@ -97,6 +109,39 @@ def initialize_params(original: Method) -> Method:
     return method
 
 
+def configure_distributed_model(original: Method) -> Method:
+    """DeepSpeedEngine._configure_distributed_model: first see that the ranks agree about it."""
+
+    @functools.wraps(original)
+    def method(self: Any, model: Any) -> None:
+        facts = _facts(self, model) if _fp8(self) is not None else ["fp8 off"]
+        check_agreement("config or model", facts, torch.device(self.device), dist.get_world_group())
+        original(self, model)
+
+    return method
+
+
+def _facts(engine: Any, model: torch.nn.Module) -> list[str]:
+    """What all ranks must have alike, a line each."""
+    section = engine._config._param_dict
+    config = [f'ds_config "{key}": {show(section[key])}' for key in AGREED_KEYS if key in section]
+    trained = [
+        f"{name}: {list(each.shape)}, {each.dtype}, {'trained' if each.requires_grad else 'frozen'}"
+        for name, each in model.named_parameters()
+    ]
+    return [*config, *trained]
+
+
+def scheduler_from_config(original: Method) -> Method:
+    """DeepSpeedEngine._scheduler_from_config: torch's schedulers want a torch optimizer."""
+
+    @functools.wraps(original)
+    def method(self: Any, optimizer: Any) -> Any:
+        return original(self, optimizer.optimizer if is_active(self) else optimizer)
+
+    return method
+
+
 def configure_basic_optimizer(original: Method) -> Method:
     """DeepSpeedEngine._configure_basic_optimizer: FP8AdamW from the "optimizer" section."""
 
@@ -140,15 +185,22 @@ def configure_zero_optimizer(original: Method) -> Method:
         config = _fp8(self)
         if config is None:
             return original(self, optimizer)
-        check_engine(self)
+        recipe = recipe_of(config, accumulating=_accumulating(self))
+        check_engine(self, recipe)
         self.basic_optimizer = replace_optimizer(optimizer)
         self.optimizer = FP8ZeROOptimizer(
             self.basic_optimizer,
             self.param_names,
-            recipe_of(config, accumulating=_accumulating(self)),
+            recipe,
             settings_of(config, self),
             self.seq_data_parallel_group,
             self.timers if self.wall_clock_breakdown() else NoopTimer(),
+            CreateLossScaler(
+                torch.float16 if self.fp16_enabled() else torch.float32,
+                static_loss_scale=self.loss_scale(),
+                dynamic_scaling=self.dynamic_loss_scale(),
+                dynamic_loss_args=self.dynamic_loss_scale_args(),
+            ),
         )
         logger.info("%s", _banner(self))
         if self._config.ds_fp8_idle_keys:
@@ -182,12 +234,13 @@ def settings_of(config: FP8Config, engine: Any) -> ZeroSettings:
         stage=int(engine.zero_optimization_stage()),
         bucket_elements=int(engine.zero_reduce_bucket_size()),
         gradient_clipping=float(engine.gradient_clipping()),
+        average=bool(engine.gradient_average),
         max_consecutive_skips=config.max_consecutive_skips,
         save_fp32_master=config.checkpoint.fp32_master,
     )
 
 
-def check_engine(engine: Any) -> None:
+def check_engine(engine: Any, recipe: Recipe) -> None:
     """Refuse, before anything is allocated, what only the model shows. Raises ValueError."""
     refused = {
         "a PipelineModule": engine.pipeline_parallelism,
@@ -199,6 +252,10 @@ def check_engine(engine: Any) -> None:
             raise ValueError(
                 f"deepspeed.initialize: received {what}, allowed with fp8: data parallelism only"
             )
+    wanted, ours = engine.get_data_types()[1], recipe.shard
+    if engine._config.grad_accum_dtype is not None and wanted is not ours.dtype:
+        allowed = f"{ours.dtype}, that of the reduced gradient"
+        raise refusal("data_types.grad_accum_dtype", str(wanted), allowed)
     for module_name, module in engine.module.named_modules():
         if isinstance(module, torch.nn.Embedding | torch.nn.EmbeddingBag) and module.sparse:
             raise refusal(f"{module_name}.sparse", True, "false with fp8 enabled")

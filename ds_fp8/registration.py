@@ -38,9 +38,11 @@ class Patch:
 
 SEAM = (
     (DeepSpeedConfig, "_initialize_params", engine.initialize_params),
+    (DeepSpeedEngine, "_configure_distributed_model", engine.configure_distributed_model),
     (DeepSpeedEngine, "_configure_basic_optimizer", engine.configure_basic_optimizer),
     (DeepSpeedEngine, "_do_optimizer_sanity_check", engine.do_optimizer_sanity_check),
     (DeepSpeedEngine, "_configure_zero_optimizer", engine.configure_zero_optimizer),
+    (DeepSpeedEngine, "_scheduler_from_config", engine.scheduler_from_config),
 )
 
 _patches: list[Patch] = []

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from ds_fp8 import ds_config
+from ds_fp8 import ds_config, rules
 from ds_fp8.config import BUILT, FP8Config, Level, parse
 
 README = Path(__file__).parents[1] / "README.md"
@@ -267,16 +267,22 @@ REFUSED = [  # ds_config, path in the message, value in the message, a part of w
     ({"zero_optimization": None}, "zero_optimization", "null", "object"),
     ({**MINIMAL, "bf16": True}, "bf16", "true", "object"),
     ({**MINIMAL, "optimizer": "AdamW"}, "optimizer", '"AdamW"', "object"),
-    ({**MINIMAL, "fp16": {"enabled": True}}, "fp16", '{"enabled": true}', "left out"),
-    ({**MINIMAL, "fp16": {"enabled": "auto"}}, "fp16", '{"enabled": "auto"}', "left out"),
-    ({**MINIMAL, "fp16": {"loss_scale": 0}}, "fp16", '{"loss_scale": 0}', "left out"),
+    (
+        {**MINIMAL, "fp16": {"enabled": True, "fp16_master_weights_and_grads": True}},
+        "fp16.fp16_master_weights_and_grads",
+        "true",
+        "false",
+    ),
+    ({**MINIMAL, "checkpoint": {"load_universal": True}}, "checkpoint.load_universal", "true", "false"),
+    ({**MINIMAL, "data_types": {"grad_dtype": "fp32"}}, "data_types.grad_dtype", '"fp32"', "left out"),
+    ({**MINIMAL, "tensor_parallel": {"autotp_size": 2}}, "tensor_parallel", '{"autotp_size": 2}', "left out"),
+    ({**MINIMAL, "pipeline": {"stages": 2}}, "pipeline", '{"stages": 2}', "left out"),
+    ({**MINIMAL, "expert_parallel": {"enabled": True}}, "expert_parallel", '{"enabled": true}', "left out"),
     ({**MINIMAL, "torch_autocast": {"enabled": True}}, "torch_autocast", '{"enabled": true}', "left out"),
     ({**MINIMAL, "communication_data_type": "fp16"}, "communication_data_type", '"fp16"', "gradients.dtype"),
     ({**MINIMAL, "hybrid_engine": {"enabled": True}}, "hybrid_engine", '{"enabled": true}', "left out"),
-    ({**MINIMAL, "gradient_predivide_factor": 2.0}, "gradient_predivide_factor", "2.0", "1.0"),
-    ({**MINIMAL, "prescale_gradients": True}, "prescale_gradients", "true", "false"),
     ({**MINIMAL, "sequence_parallel_size": 2}, "sequence_parallel_size", "2", "1"),
-    ({**MINIMAL, "compile": {"deepcompile": True}}, "compile", '{"deepcompile": true}', "left out"),
+    ({**MINIMAL, "compile": {"deepcompile": True}}, "compile.deepcompile", "true", "false"),
     ({**MINIMAL, "optimizer": {"type": "SGD"}}, "optimizer.type", '"SGD"', "Adam, AdamW, FP8AdamW"),
     ({**MINIMAL, "optimizer": {"type": "Lamb"}}, "optimizer.type", '"Lamb"', "Adam, AdamW, FP8AdamW"),
     ({**MINIMAL, "gradient_cliping": 1.0}, "gradient_cliping", "1.0", "left out"),
@@ -320,7 +326,9 @@ HARMLESS: list[dict[str, Any]] = [
     {"torch_autocast": {"enabled": False, "dtype": "bfloat16"}},
     {"communication_data_type": None},
     {"hybrid_engine": {"enabled": False}},
-    {"gradient_predivide_factor": 1.0, "prescale_gradients": False, "sequence_parallel_size": 1},
+    {"fp16": {"enabled": True, "loss_scale": 0, "initial_scale_power": 16}},
+    {"managed_gradient_accumulation": False, "gradient_allreduce_op": "sum", "sequence_parallel_size": 1},
+    {"data_types": {"grad_accum_dtype": "fp32"}, "checkpoint": {"tag_validation": "Fail"}},
     {"optimizer": {"type": "adam", "params": {"lr": 1e-3}}},
     {"optimizer": {"type": "FP8AdamW", "params": {"lr": 1e-3}}},
     {"optimizer": {}},
@@ -424,15 +432,35 @@ class TestTablesAgainstDeepSpeed:
         recorder = Recorder({"train_micro_batch_size_per_gpu": 1})
         DeepSpeedConfig.__new__(DeepSpeedConfig)._initialize_params(recorder)
         assert {"zero_optimization", "bf16", "fp16", "optimizer", "compile", "aio"} <= recorder.asked
-        assert recorder.asked <= set(ds_config.TOP_LEVEL), recorder.asked - set(ds_config.TOP_LEVEL)
+        assert recorder.asked <= set(rules.TOP_LEVEL), recorder.asked - set(rules.TOP_LEVEL)
 
     def test_every_field_of_the_sections_is_classed(self) -> None:
-        from deepspeed.runtime.precision_config import DeepSpeedBF16Config
+        from deepspeed.compile.config import CompileConfig
+        from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
         from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-        for model, rules in ((DeepSpeedZeroConfig, ds_config.ZERO), (DeepSpeedBF16Config, ds_config.BF16)):
-            aliases = {each.alias for each in model.model_fields.values() if each.alias}
-            assert set(rules) == set(model.model_fields) | aliases
+        for model, table in (
+            (DeepSpeedZeroConfig, rules.ZERO),
+            (DeepSpeedBF16Config, rules.BF16),
+            (DeepSpeedFP16Config, rules.FP16),
+            (CompileConfig, rules.COMPILE),
+        ):
+            assert unclassed(model, table) == set()
+            assert set(table) - fields_of(model) <= rules.NOT_IN_EVERY_VERSION
+
+    def test_a_missing_field_is_noticed(self) -> None:
+        from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+        table = {key: rule for key, rule in rules.ZERO.items() if key != "round_robin_gradients"}
+        assert unclassed(DeepSpeedZeroConfig, table) == {"round_robin_gradients"}
+
+
+def fields_of(model: Any) -> set[str]:
+    return set(model.model_fields) | {each.alias for each in model.model_fields.values() if each.alias}
+
+
+def unclassed(model: Any, table: dict[str, rules.Rule]) -> set[str]:
+    return fields_of(model) - set(table)
 
 
 class TestShippedConfigs:

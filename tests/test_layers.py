@@ -19,13 +19,20 @@ LAYERS = (  # a module imports from the lines below its own only
     ("ds_fp8.engine",),
     ("ds_fp8.memory",),
     ("ds_fp8.zero_fp8.handler",),
-    ("ds_fp8.zero_fp8.gradients", "ds_fp8.zero_fp8.weights", "ds_fp8.zero_fp8.checkpoint"),
-    ("ds_fp8.zero_fp8.comm", "ds_fp8.zero_fp8.optimizer"),
+    (
+        "ds_fp8.zero_fp8.access",
+        "ds_fp8.zero_fp8.checkpoint",
+        "ds_fp8.zero_fp8.gradients",
+        "ds_fp8.zero_fp8.norm",
+        "ds_fp8.zero_fp8.weights",
+    ),
+    ("ds_fp8.zero_fp8.agreement", "ds_fp8.zero_fp8.comm", "ds_fp8.zero_fp8.optimizer"),
     ("ds_fp8.zero_fp8.partition",),
     ("ds_fp8.ops.adam", "ds_fp8.ops.reduction"),
     ("ds_fp8.ops.rounding", "ds_fp8.ops.blocks"),
     ("ds_fp8.ops.formats",),
     ("ds_fp8.ds_config",),
+    ("ds_fp8.rules",),
     ("ds_fp8.config", "ds_fp8.compat"),
 )
 HEIGHT = {module: -depth for depth, layer in enumerate(LAYERS) for module in layer}

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from ds_fp8.ops.adam import AdamState
 from ds_fp8.ops.blocks import Blocks, dequantize
-from ds_fp8.zero_fp8.optimizer import Recipe, Shard
+from ds_fp8.zero_fp8.optimizer import FP8AdamW, Recipe, Shard
 from ds_fp8.zero_fp8.partition import Piece
 
 FORMAT_VERSION = 1
+LOSS_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 Names = Mapping[int, str]  # global parameter index -> name in the module
 
 
@@ -31,14 +32,56 @@ def _block_range(piece: Piece, block_size: int) -> list[int]:
     return [first, first + piece.blocks]
 
 
-def recipe_entry(recipe: Recipe) -> dict[str, Any]:
+def save(shards: Sequence[Shard], names: Names, optimizer: FP8AdamW, loss_scaler: Any) -> dict[str, Any]:
+    """DeepSpeed's "base_optimizer_state" with our native states in it."""
+    return {
+        "state": {},
+        "fp8": {
+            **_identity(shards[0].recipe),
+            "steps": optimizer.steps,
+            "clamp_squares": list(optimizer.clamp_squares),
+            "loss_scaler": {key: each for key, each in vars(loss_scaler).items() if key in LOSS_SCALER_STATE},
+            "parameters": pack(shards, names),
+        },
+        "param_groups": [
+            {key: value for key, value in group.items() if key != "params"}
+            for group in optimizer.param_groups
+        ],
+    }
+
+
+def load(saved: Any, shards: Sequence[Shard], names: Names, optimizer: FP8AdamW, loss_scaler: Any) -> None:
+    """Restore what `save` gave. Raises ValueError, before anything is changed, where it does not fit."""
+    native = saved.get("fp8") if isinstance(saved, dict) else None
+    if native is None:
+        raise ValueError(
+            'checkpoint: received optimizer states that were not written with "fp8" enabled; load them '
+            "without this section, or only the weights (load_optimizer_states=False)"
+        )
+    for key, value in _identity(shards[0].recipe).items():
+        if native[key] != value:
+            raise ValueError(f"checkpoint {key}: received {native[key]}, expected {value}")
+    check(native["parameters"], shards, names)
+
+    unpack(native["parameters"], shards, names)
+    optimizer.steps = native["steps"]
+    optimizer.clamp_squares = list(native["clamp_squares"])
+    vars(loss_scaler).update(native["loss_scaler"])
+    for group, values in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+        group.update(values)
+
+
+def _identity(recipe: Recipe) -> dict[str, Any]:
     """What a checkpoint must share with the run that reads it."""
     return {
-        "block_size": recipe.block_size,
-        "master": recipe.master.name,
-        "exp_avg": recipe.exp_avg.name,
-        "exp_avg_sq": recipe.exp_avg_sq.name,
-        "seed": recipe.seed,
+        "format_version": FORMAT_VERSION,
+        "recipe": {
+            "block_size": recipe.block_size,
+            "master": recipe.master.name,
+            "exp_avg": recipe.exp_avg.name,
+            "exp_avg_sq": recipe.exp_avg_sq.name,
+            "seed": recipe.seed,
+        },
     }
 
 

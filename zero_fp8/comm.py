@@ -60,7 +60,7 @@ def gather(buffer: Tensor, group: ProcessGroup) -> None:
 
 
 def sum_over_ranks(figures: Tensor, group: ProcessGroup) -> None:
-    """Add a few float64 figures over the ranks, in place."""
+    """Add a tensor over the ranks, in place."""
     dist.all_reduce(figures, op=dist.ReduceOp.SUM, group=group)
 
 

@@ -15,16 +15,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from deepspeed import comm as dist
 from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 
 from ds_fp8.compat import ZeROOptimizer
-from ds_fp8.ops.reduction import first_non_finite_block, sum_of_squares
 from ds_fp8.zero_fp8 import checkpoint
-from ds_fp8.zero_fp8.comm import max_over_ranks, sum_over_ranks
+from ds_fp8.zero_fp8.access import FullTensors
+from ds_fp8.zero_fp8.agreement import check_agreement
 from ds_fp8.zero_fp8.gradients import GradientReducer
+from ds_fp8.zero_fp8.norm import clip_factor, non_finite_parameters, reduced_norm
 from ds_fp8.zero_fp8.optimizer import FP8AdamW, Recipe, Shard
 from ds_fp8.zero_fp8.partition import ParameterSpec, partition
 from ds_fp8.zero_fp8.weights import Weights
@@ -39,6 +39,7 @@ class ZeroSettings:
     stage: int  # 1 or 2
     bucket_elements: int  # reduce_bucket_size
     gradient_clipping: float  # largest global norm; 0 = off
+    average: bool  # over the ranks; else their sum
     max_consecutive_skips: int
     save_fp32_master: bool
 
@@ -49,8 +50,6 @@ class FP8ZeROOptimizer(ZeROOptimizer):
     custom_loss_scaler = False
     external_loss_scale = None
     torch_autocast_gradscaler = None
-    loss_scaler = None
-    dynamic_loss_scale = False
 
     def __init__(
         self,
@@ -60,13 +59,16 @@ class FP8ZeROOptimizer(ZeROOptimizer):
         settings: ZeroSettings,
         group: ProcessGroup,
         timers: Any,
+        loss_scaler: Any,
     ) -> None:
         """Take over the parameters: masters are made from them, and they become views of buffers.
 
         names: every parameter of the model, in the model's order, with its name; the order numbers
-        the parameters and so must be the same on every rank. timers: DeepSpeed's.
+        the parameters and so must be the same on every rank. timers, loss_scaler: DeepSpeed's.
+        Raises ValueError where the ranks' parameters or settings differ.
         """
         super().__init__()
+        self.loss_scaler = loss_scaler
         self.optimizer = optimizer
         self.recipe = recipe
         self.settings = settings
@@ -78,6 +80,8 @@ class FP8ZeROOptimizer(ZeROOptimizer):
 
         rank = dist.get_rank(group)
         self.parameters, specs = _trained_parameters(optimizer, names)
+        device = next(iter(self.parameters.values())).device
+        check_agreement("what is trained", _facts(specs, recipe, settings), device, group)
         self.parameter_names = {index: names[each] for index, each in self.parameters.items()}
         self.buckets = partition(
             specs,
@@ -86,12 +90,13 @@ class FP8ZeROOptimizer(ZeROOptimizer):
             world_size=dist.get_world_size(group),
         )
         self.weights = [Weights(bucket, self.parameters, rank) for bucket in self.buckets]
-        device = self.weights[0].buffer.device
         self.shards = [Shard(bucket, rank, recipe, device) for bucket in self.buckets]
         self._masters_from_weights()
         self.gradients = GradientReducer(self.buckets, self.parameters, self.shards, recipe, group)
         if settings.stage == 2:
             self.gradients.listen()
+        self.full_tensors = FullTensors(self.shards, group, self._gradient_scale, self._states_were_set)
+        self.full_tensors.bind(self.parameters)
 
     # Backward
 
@@ -107,6 +112,9 @@ class FP8ZeROOptimizer(ZeROOptimizer):
         """ZeRO 1, at the accumulation boundary."""
         self.gradients.finish()
 
+    def finalize_gradient_accumulation_boundary(self) -> None:
+        """Where the caller owns the boundary: every backward has reduced already (ZeRO 2)."""
+
     # Step
 
     def step(self, closure: Any = None) -> None:
@@ -117,36 +125,24 @@ class FP8ZeROOptimizer(ZeROOptimizer):
         if any(shard.arrivals == 0 for shard in self.shards):
             raise RuntimeError("step() without a gradient: call engine.backward(loss) before engine.step()")
         with _Timed(self.timers, "optimizer_gradients"):
-            norm = self._reduced_norm()
+            norm = reduced_norm(self.shards, self.dp_process_group) * self._gradient_scale()
         self._global_grad_norm = norm
         self.overflow = not math.isfinite(norm)
+        scale = self._gradient_scale() * clip_factor(norm, self.settings.gradient_clipping)
+        if self.dynamic_loss_scale:
+            self.loss_scaler.update_scale(self.overflow)
         if self.overflow:
             self._skip()
         else:
             self.consecutive_skips = 0
-            self._update(self._gradient_scale() * self._clip_factor(norm))
+            self._update(scale)
         for shard in self.shards:
             shard.arrivals = 0
 
     def _gradient_scale(self) -> float:
-        """From the sum over ranks, as stored, to the mean."""
-        return 1.0 / int(dist.get_world_size(self.dp_process_group))
-
-    def _reduced_norm(self) -> float:
-        """2-norm of the mean gradient over all ranks, inf where a value is not finite."""
-        figures = torch.stack([sum_of_squares(shard.gradient) for shard in self.shards]).sum(dim=0)
-        sum_over_ranks(figures, self.dp_process_group)
-        squares, non_finite = figures.tolist()
-        if non_finite or not math.isfinite(squares):
-            return math.inf
-        return math.sqrt(squares) * self._gradient_scale()
-
-    def _clip_factor(self, norm: float) -> float:
-        """Rounded to FP32, so that the order of summation at a world size does not show."""
-        limit = self.settings.gradient_clipping
-        if limit <= 0 or norm + 1e-6 <= limit:
-            return 1.0
-        return float(torch.tensor(limit / (norm + 1e-6), dtype=torch.float32))
+        """From the sum over ranks of scaled gradients, as stored, to the mean."""
+        ranks = int(dist.get_world_size(self.dp_process_group)) if self.settings.average else 1
+        return 1.0 / (ranks * self.loss_scale)
 
     def _update(self, gradient_scale: float) -> None:
         scalars = self.optimizer.advance(gradient_scale, clamp=self.recipe.clamped)
@@ -158,29 +154,14 @@ class FP8ZeROOptimizer(ZeROOptimizer):
 
     def _skip(self) -> None:
         self.consecutive_skips += 1
-        culprit = self._first_non_finite_parameter()
+        culprits = non_finite_parameters(self.shards, self.parameter_names, self.dp_process_group)
         if dist.get_rank(self.dp_process_group) == 0:
-            logger.warning("step skipped: the gradient of %s is not finite", culprit)
+            logger.warning("step skipped: the gradient of %s is not finite", culprits)
         if self.consecutive_skips >= self.settings.max_consecutive_skips:
             raise RuntimeError(
                 f"{self.consecutive_skips} steps skipped in a row, as many as fp8.max_consecutive_skips "
-                f"allows: the gradient of {culprit} is not finite"
+                f"allows: the gradient of {culprits} is not finite"
             )
-
-    def _first_non_finite_parameter(self) -> str:
-        """Name of the first such parameter in the model's order, on any rank."""
-        found = [
-            piece.slot.parameter
-            for shard in self.shards
-            for piece in shard.pieces
-            if first_non_finite_block(shard.gradient[piece.rows]) is not None
-        ]
-        last = max(self.parameters)
-        closeness = torch.tensor([last - min(found) if found else -1])
-        closeness = closeness.to(self.weights[0].buffer.device)
-        max_over_ranks(closeness, self.dp_process_group)
-        index = int(last - closeness.item())
-        return self.parameter_names.get(index, "no single parameter (the sum of squares overflows)")
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         for parameter in self.parameters.values():
@@ -210,10 +191,25 @@ class FP8ZeROOptimizer(ZeROOptimizer):
         """Bytes of this rank's states and reduced gradient."""
         return sum(shard.nbytes for shard in self.shards)
 
+    @property
+    def loss_scale(self) -> float:
+        return float(self.loss_scaler.loss_scale)
+
+    cur_scale = loss_scale
+
+    @property
+    def dynamic_loss_scale(self) -> bool:
+        return bool(self.loss_scaler.dynamic)
+
     def destroy(self) -> None:
+        """Let go of the parameters; they keep their weights."""
         self.gradients.remove_hooks()
+        self.full_tensors.unbind(self.parameters)
 
     # Checkpoint
+
+    def _states_were_set(self) -> None:
+        self.optimizer.drop_clamp("optimizer states were set from outside")
 
     def _masters_from_weights(self) -> None:
         for shard, weights in zip(self.shards, self.weights, strict=True):
@@ -234,17 +230,9 @@ class FP8ZeROOptimizer(ZeROOptimizer):
         saved: dict[str, Any] = {
             "zero_stage": self.settings.stage,
             "partition_count": dist.get_world_size(self.dp_process_group),
-            "base_optimizer_state": {
-                "state": {},
-                "fp8": {
-                    "format_version": checkpoint.FORMAT_VERSION,
-                    "recipe": checkpoint.recipe_entry(self.recipe),
-                    "steps": self.optimizer.steps,
-                    "clamp_squares": list(self.optimizer.clamp_squares),
-                    "parameters": checkpoint.pack(self.shards, self.parameter_names),
-                },
-                "param_groups": [_without_params(group) for group in self.param_groups],
-            },
+            "base_optimizer_state": checkpoint.save(
+                self.shards, self.parameter_names, self.optimizer, self.loss_scaler
+            ),
         }
         if self.settings.save_fp32_master:
             saved["single_partition_of_fp32_groups"] = [checkpoint.fp32_masters(s) for s in self.shards]
@@ -255,28 +243,8 @@ class FP8ZeROOptimizer(ZeROOptimizer):
 
         Raises ValueError, before anything is changed, where the checkpoint does not fit this run.
         """
-        saved = state_dict_list[dist.get_rank(self.dp_process_group)]
-        base = saved.get("base_optimizer_state", {})
-        native = base.get("fp8") if isinstance(base, dict) else None
-        if native is None:
-            raise ValueError(
-                'checkpoint: received optimizer states that were not written with "fp8" enabled; load them '
-                "without this section, or only the weights (load_optimizer_states=False)"
-            )
-        expected = {
-            "format_version": checkpoint.FORMAT_VERSION,
-            "recipe": checkpoint.recipe_entry(self.recipe),
-        }
-        for key, value in expected.items():
-            if native[key] != value:
-                raise ValueError(f"checkpoint {key}: received {native[key]}, expected {value}")
-        checkpoint.check(native["parameters"], self.shards, self.parameter_names)
-
-        checkpoint.unpack(native["parameters"], self.shards, self.parameter_names)
-        self.optimizer.steps = native["steps"]
-        self.optimizer.clamp_squares = list(native["clamp_squares"])
-        for group, values in zip(self.param_groups, base["param_groups"], strict=True):
-            group.update(values)
+        saved = state_dict_list[dist.get_rank(self.dp_process_group)].get("base_optimizer_state")
+        checkpoint.load(saved, self.shards, self.parameter_names, self.optimizer, self.loss_scaler)
         self._weights_from_masters()
 
 
@@ -317,5 +285,6 @@ def _trained_parameters(
     return dict(sorted(parameters.items())), specs
 
 
-def _without_params(group: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in group.items() if key != "params"}
+def _facts(specs: Sequence[ParameterSpec], recipe: Recipe, settings: ZeroSettings) -> list[str]:
+    """What every rank must have alike, a line each."""
+    return [str(recipe), str(settings), *map(str, specs)]

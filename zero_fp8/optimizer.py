@@ -6,6 +6,7 @@ the parameters. It shares the `param_groups` dicts of the optimizer it replaces;
 scheduler would go on writing to dicts that nobody reads.
 """
 
+import logging
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from ds_fp8.ops.blocks import Blocks, chunks, decode, encode
 from ds_fp8.ops.formats import FP32, Format
 from ds_fp8.ops.reduction import accumulate
 from ds_fp8.zero_fp8.partition import Bucket
+
+logger = logging.getLogger("ds_fp8")
 
 UNSUPPORTED_FLAGS = ("amsgrad", "maximize", "differentiable")
 
@@ -89,10 +92,18 @@ class FP8AdamW(torch.optim.Optimizer):
         self._opt_called = True  # what a scheduler asks before it steps
         return [self._scalars(index, gradient, clamp) for index in range(len(self.param_groups))]
 
+    def drop_clamp(self, why: str) -> None:
+        """Bound m no longer: the states did not come from these betas alone."""
+        if any(square != math.inf for square in self.clamp_squares):
+            logger.info("clamp off: %s", why)
+        self.clamp_squares = [math.inf] * len(self.param_groups)
+
     def _scalars(self, index: int, gradient: float, clamp: bool) -> AdamScalars:
         group = self.param_groups[index]
         betas = (float(group["betas"][0]), float(group["betas"][1]))
         square = next_clamp(self.clamp_squares[index], betas)
+        if clamp and math.isinf(square) and self.clamp_squares[index] != math.inf:
+            logger.info("clamp off for param group %d: beta1^2 >= beta2 at betas %s", index, betas)
         self.clamp_squares[index] = square
         return AdamScalars(
             step=self.steps,

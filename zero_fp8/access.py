@@ -1,0 +1,156 @@
+"""Whole FP32 tensors of one parameter, read from the shards and written to them.
+
+What DeepSpeed's `safe_get_full_fp32_param`, `safe_get_full_optimizer_state`, `safe_get_full_grad` and
+their `safe_set_*` twins call: methods bound to the parameters. Reading is collective; writing needs
+the same value on every rank and communicates nothing.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.nn import Parameter
+
+from ds_fp8.ops.adam import decode_second_moment, encode_second_moment, write_weights
+from ds_fp8.ops.blocks import Blocks, chunks, decode, quantize
+from ds_fp8.zero_fp8.comm import sum_over_ranks
+from ds_fp8.zero_fp8.optimizer import Shard
+from ds_fp8.zero_fp8.partition import Piece
+
+BOUND = ("_hp_mapping", "get_full_hp_param", "set_full_hp_param", "get_full_hp_grad", "set_full_hp_grad")
+STATES = ("exp_avg", "exp_avg_sq")
+HALF = 0x8000  # in place of random bits: rounds up from the middle on
+
+
+class FullTensors:
+    """Access to the shards by parameter.
+
+    gradient_scale: from the reduced gradient as stored to the mean over ranks.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        group: ProcessGroup,
+        gradient_scale: Callable[[], float],
+        on_foreign_state: Callable[[], None],
+    ) -> None:
+        self._shards = shards
+        self._group = group
+        self._gradient_scale = gradient_scale
+        self._on_foreign_state = on_foreign_state
+
+    def bind(self, parameters: Mapping[int, Parameter]) -> None:
+        """Give each parameter the methods that DeepSpeed's utilities call."""
+        for index, parameter in parameters.items():
+            methods = (
+                None,  # that the attribute exists is what DeepSpeed asks
+                partial(self.get_state, index, parameter),
+                partial(self.set_state, index, parameter),
+                partial(self.get_gradient, index, parameter),
+                partial(self.set_gradient, index),
+            )
+            for name, method in zip(BOUND, methods, strict=True):
+                setattr(parameter, name, method)
+
+    @staticmethod
+    def unbind(parameters: Mapping[int, Parameter]) -> None:
+        for parameter in parameters.values():
+            for name in BOUND:
+                parameter.__dict__.pop(name, None)
+
+    def get_state(self, index: int, parameter: Parameter, optim_state_key: str | None = None) -> Tensor:
+        """Master weight, or the named state, in FP32. Raises ValueError for another name."""
+        _check_key(optim_state_key)
+
+        def read(shard: Shard, rows: slice) -> Tensor:
+            if optim_state_key == "exp_avg_sq":
+                return decode_second_moment(shard.state.exp_avg_sq[rows])
+            return decode((shard.state.exp_avg if optim_state_key else shard.state.master)[rows])
+
+        return self._gather(index, parameter, read)
+
+    def get_gradient(self, index: int, parameter: Parameter) -> Tensor:
+        """Mean gradient in FP32, without loss scale. Raises ValueError outside backward .. step."""
+        self._check_gradient()
+        scale = self._gradient_scale()
+        return self._gather(index, parameter, lambda shard, rows: decode(shard.gradient[rows]) * scale)
+
+    def set_state(
+        self, index: int, parameter: Parameter, value: Tensor, optim_state_key: str | None = None
+    ) -> None:
+        """Round a value into the master weight, and so into the model's weight, or into a state."""
+        _check_key(optim_state_key)
+        flat = _flat(value, parameter)
+        for shard, piece in self._pieces(index):
+            part = flat[piece.elements]
+            if optim_state_key is None:
+                quantize(part, shard.state.master[piece.rows])
+            elif optim_state_key == "exp_avg":
+                quantize(part, shard.state.exp_avg[piece.rows])
+            else:
+                _quantize_second_moment(part, shard.state.exp_avg_sq[piece.rows])
+        if optim_state_key is None:
+            self._write_weight(flat, parameter)
+        else:
+            self._on_foreign_state()
+
+    def set_gradient(self, index: int, value: Tensor) -> None:
+        """Round a mean gradient into the reduced gradient. Raises ValueError outside backward .. step."""
+        self._check_gradient()
+        flat = value.reshape(-1).to(torch.float32) / self._gradient_scale()
+        for shard, piece in self._pieces(index):
+            quantize(flat[piece.elements], shard.gradient[piece.rows])
+
+    def _write_weight(self, flat: Tensor, parameter: Parameter) -> None:
+        """The whole weight, on every rank, as its owners' masters would give it."""
+        recipe = self._shards[0].recipe
+        size = recipe.block_size
+        weight = parameter.data.view(-1)
+        for part in chunks(-(-flat.numel() // size), size):
+            values = flat[part.start * size : part.stop * size]
+            master = Blocks.zeros(part.stop - part.start, size, recipe.master, flat.device)
+            quantize(values, master)
+            rounded = torch.empty(len(master), size, dtype=weight.dtype, device=weight.device)
+            write_weights(decode(master), rounded)
+            weight[part.start * size :][: values.numel()] = rounded.view(-1)[: values.numel()]
+
+    def _gather(self, index: int, parameter: Parameter, read: Callable[[Shard, slice], Tensor]) -> Tensor:
+        whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
+        for shard, piece in self._pieces(index):
+            whole[piece.elements] = read(shard, piece.rows).view(-1)[: piece.numel]
+        sum_over_ranks(whole, self._group)
+        return whole.view(parameter.shape)
+
+    def _pieces(self, index: int) -> Iterator[tuple[Shard, Piece]]:
+        for shard in self._shards:
+            for piece in shard.pieces:
+                if piece.slot.parameter == index:
+                    yield shard, piece
+
+    def _check_gradient(self) -> None:
+        if any(shard.arrivals == 0 for shard in self._shards):
+            raise ValueError("gradients are there only between engine.backward() and engine.step()")
+
+
+def _check_key(key: str | None) -> None:
+    if key is not None and key not in STATES:
+        raise ValueError(f"optimizer state: received {key!r}, allowed: {', '.join(STATES)}")
+
+
+def _flat(value: Tensor, parameter: Parameter) -> Tensor:
+    if value.shape != parameter.shape:
+        raise ValueError(f"received shape {list(value.shape)}, allowed: {list(parameter.shape)}")
+    return value.detach().to(device=parameter.device, dtype=torch.float32).reshape(-1)
+
+
+def _quantize_second_moment(v: Tensor, out: Blocks) -> None:
+    """A vector of second moments, rounded to nearest, zeros after it."""
+    padded = torch.zeros(len(out) * out.block_size, dtype=torch.float32, device=v.device)
+    padded[: v.numel()] = v
+    rows = padded.view(-1, out.block_size)
+    for part in chunks(len(out), out.block_size):
+        bits = torch.full_like(rows[part], HALF, dtype=torch.int32)
+        encode_second_moment(rows[part], rows[part].sqrt(), out[part], bits)
