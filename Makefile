@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: install demo test test-all check clean
+.PHONY: install demo test test-all test-matrix support check clean
 
 install: $(INSTALLED)
 
@@ -28,6 +28,10 @@ test: $(INSTALLED)
 test-all: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
 
+# docs/support.md, from the tests that prove it.
+support: $(INSTALLED)
+	$(BIN)/python tests/support.py > docs/support.md
+
 check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -35,3 +39,14 @@ check: $(INSTALLED)
 
 clean:
 	rm -rf $(VENV) build dist demo *.egg-info
+
+# The suite at both ends of the supported range of DeepSpeed, each in a virtual environment of its own.
+MATRIX := 0.19.5 $(shell sed -n "s,^deepspeed==,,p" constraints.txt)
+
+test-matrix: $(MATRIX:%=test-matrix-%)
+
+test-matrix-%:
+	test -d .venv-$* || $(PYTHON) -m venv .venv-$*
+	sed 's/^deepspeed==.*/deepspeed==$*/' constraints.txt > .venv-$*/constraints.txt
+	.venv-$*/bin/python -m pip install --quiet --constraint .venv-$*/constraints.txt --editable '.[test]'
+	PATH="$(CURDIR)/.venv-$*/bin:$$PATH" .venv-$*/bin/python -m pytest -m "not slow"

@@ -25,6 +25,7 @@ def ds_config(
     bucket: int = 500_000_000,
     bf16: bool = True,
     scheduler: dict[str, Any] | None = None,
+    zero: dict[str, Any] | None = None,
     **optimizer: Any,
 ) -> dict[str, Any]:
     """A ds_config; without `fp8`, stock DeepSpeed with torch's AdamW, which needs no C++ build."""
@@ -35,7 +36,7 @@ def ds_config(
         "gradient_clipping": clipping,
         "optimizer": {"type": "AdamW", "params": params},
         "bf16": {"enabled": bf16},
-        "zero_optimization": {"stage": stage, "reduce_bucket_size": bucket},
+        "zero_optimization": {"stage": stage, "reduce_bucket_size": bucket, **(zero or {})},
         "steps_per_print": 10**9,
     }
     if scheduler:
@@ -47,8 +48,10 @@ def ds_config(
     return config
 
 
-def build(config: dict[str, Any], model: nn.Module) -> Any:
-    return deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)[0]
+def build(config: dict[str, Any], model: nn.Module, lr_scheduler: Any = None) -> Any:
+    return deepspeed.initialize(
+        model=model, model_parameters=model.parameters(), config=config, lr_scheduler=lr_scheduler
+    )[0]
 
 
 def build_gpt(config: dict[str, Any], shape: Shape = SMALL, seed: int = 0) -> Any:

@@ -2,17 +2,20 @@
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import deepspeed
 import pytest
 import torch
 from engines import SMALL, assert_same_bits, batches, build_gpt, ds_config, train_losses, weight_bits
+from meters import live_tensors, storages
 from ranks import RankPools
 from torch import nn
 from train_lm import ByteGPT
 
 import ds_fp8
+from ds_fp8 import memory
 from ds_fp8.zero_fp8.handler import FP8ZeROOptimizer
 
 HYPER = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
@@ -307,3 +310,69 @@ def odd_parameters() -> list[float]:
 def test_odd_parameters_train(ranks: RankPools) -> None:
     losses = ranks.run(3, odd_parameters)[0]
     assert losses[-1] < losses[0] - 0.3
+
+
+def monitored(folder: str) -> None:
+    config = ds_config({})
+    config["csv_monitor"] = {"enabled": True, "output_path": folder, "job_name": "csv"}
+    config["tensorboard"] = {"enabled": True, "output_path": folder, "job_name": "board"}
+    engine = build_gpt(config)
+    train_losses(engine, batches(engine), 3)
+    engine.destroy()
+
+
+def test_monitors(ranks: RankPools, tmp_path: Path) -> None:
+    ranks.run(2, monitored, str(tmp_path))
+    rates = (tmp_path / "csv" / "Train_Samples_lr.csv").read_text().splitlines()
+    assert [line.split(",")[1] for line in rates[1:]] == ["0.001"] * 3
+    assert list((tmp_path / "board").glob("events*"))
+
+
+def logged_traffic() -> dict[str, Any]:
+    config = ds_config({})
+    config["comms_logger"] = {"enabled": True, "verbose": False, "prof_all": True}
+    engine = build_gpt(config)
+    train_losses(engine, batches(engine), 1)
+    sizes = dict(deepspeed.comm.comm.comms_logger.comms_dict)
+    deepspeed.comm.comm.comms_logger.enabled = False
+    expected = sum(memory.exchange_bytes(engine.optimizer.recipe, each) for each in engine.optimizer.buckets)
+    engine.destroy()
+    return {"exchanged": list(sizes["all_to_all_single"]), "expected": expected}
+
+
+def test_comms_logger_sees_the_exchange(ranks: RankPools) -> None:
+    for found in ranks.run(2, logged_traffic):
+        assert found["exchanged"] == [found["expected"]]
+
+
+def side_by_side() -> None:
+    """Two FP8 engines and a stock one, stepped in turn, train as each would alone."""
+    alone = []
+    for seed in (0, 1):
+        engine = build_gpt(ds_config({}), seed=seed)
+        alone.append(train_losses(engine, batches(engine, seed), 5))
+        engine.destroy()
+    engines = [build_gpt(ds_config({}), seed=seed) for seed in (0, 1)]
+    stock = build_gpt(ds_config())
+    sources = [batches(engine, seed) for seed, engine in enumerate(engines)]
+    together: list[list[float]] = [[], []]
+    others = batches(stock)
+    for _ in range(5):
+        for number, engine in enumerate(engines):
+            together[number] += train_losses(engine, sources[number], 1)
+        train_losses(stock, others, 1)
+    assert together == alone
+
+    first, second = engines
+    states, before = first.optimizer.nbytes, sum(storages(live_tensors()).values())
+    first.destroy()
+    assert not any(hasattr(each, "_hp_mapping") for each in first.module.parameters())
+    assert not any(each._post_accumulate_grad_hooks for each in first.module.parameters())
+    assert before - sum(storages(live_tensors()).values()) >= states > 0
+    assert train_losses(second, sources[1], 1)
+    second.destroy()
+    stock.destroy()
+
+
+def test_engines_side_by_side(ranks: RankPools) -> None:
+    ranks.run(2, side_by_side)

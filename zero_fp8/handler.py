@@ -202,9 +202,10 @@ class FP8ZeROOptimizer(ZeROOptimizer):
         return bool(self.loss_scaler.dynamic)
 
     def destroy(self) -> None:
-        """Let go of the parameters; they keep their weights."""
+        """Let go of the parameters, which keep their weights, and free the states."""
         self.gradients.remove_hooks()
         self.full_tensors.unbind(self.parameters)
+        self.shards.clear()
 
     # Checkpoint
 

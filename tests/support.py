@@ -1,0 +1,391 @@
+"""What works and what is refused, as data: the tests run it, `python tests/support.py` prints it.
+
+A feature is a training run that is made with FP8 and with stock DeepSpeed under the same conditions.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed import comm as dist
+from engines import SMALL, build, ds_config
+from ranks import on_examples_path
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+on_examples_path()
+from train_lm import Block, ByteGPT  # noqa: E402
+
+# Models
+
+
+class Tied(ByteGPT):
+    """The head is the embedding: its gradient comes from both ends of backward."""
+
+    def __init__(self) -> None:
+        super().__init__(SMALL)
+        self.head.weight = self.tokens.weight
+
+
+class Checkpointed(ByteGPT):
+    """Blocks are recomputed in backward; `apart` are run without."""
+
+    reentrant = True
+
+    def __init__(self) -> None:
+        super().__init__(SMALL)
+        self.blocks = nn.ModuleList(Recomputed(block, self.reentrant) for block in self.blocks)
+
+
+class CheckpointedOnce(Checkpointed):
+    reentrant = False
+
+
+class Recomputed(nn.Module):
+    def __init__(self, block: nn.Module, reentrant: bool) -> None:
+        super().__init__()
+        self.block = block
+        self.reentrant = reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        recomputed: Tensor = checkpoint(self.block, x, use_reentrant=self.reentrant)
+        return recomputed
+
+
+class TiedCheckpointed(ByteGPT):
+    """One block used three times, each recomputed: its gradients arrive three times in a backward."""
+
+    def __init__(self) -> None:
+        super().__init__(SMALL)
+        shared = Recomputed(Block(SMALL), reentrant=True)
+        self.blocks = nn.ModuleList([shared, shared, shared])
+
+
+class DeepSpeedCheckpointed(ByteGPT):
+    """Blocks are recomputed by DeepSpeed's own activation checkpointing."""
+
+    def forward(self, text: Tensor) -> Tensor:
+        inputs, targets = text[:, :-1], text[:, 1:]
+        x = self.tokens(inputs) + self.positions(torch.arange(inputs.shape[1]))
+        for block in self.blocks:
+            x = deepspeed.checkpointing.checkpoint(block, x)
+        logits = self.head(self.norm(x)).float()
+        return nn.functional.cross_entropy(logits.flatten(0, 1), targets.reshape(-1))
+
+    @staticmethod
+    def make() -> nn.Module:
+        deepspeed.checkpointing.configure(None, num_checkpoints=SMALL.layers)
+        return DeepSpeedCheckpointed(SMALL)
+
+
+class Unused(ByteGPT):
+    """Layers that no loss reaches, empty and one-element parameters."""
+
+    def __init__(self) -> None:
+        super().__init__(SMALL)
+        self.unused = nn.Linear(7, 5)
+        self.empty = nn.Parameter(torch.zeros(0))
+        self.one = nn.Parameter(torch.ones(1))
+
+    def forward(self, text: Tensor) -> Tensor:
+        return super().forward(text) + 0.01 * self.one.float().square().sum()
+
+
+class UsedOnOneRank(ByteGPT):
+    """A layer that only rank 0 uses."""
+
+    def __init__(self) -> None:
+        super().__init__(SMALL)
+        self.sometimes = nn.Linear(SMALL.width, SMALL.width)
+
+    def forward(self, text: Tensor) -> Tensor:
+        loss = super().forward(text)
+        return loss + self.extra_loss() if dist.get_rank() == 0 else loss
+
+    def extra_loss(self) -> Tensor:
+        ones = torch.ones(3, SMALL.width, dtype=self.sometimes.weight.dtype)
+        extra: Tensor = self.sometimes(ones).float().square().mean()
+        return extra
+
+
+class UsedForNothingElsewhere(UsedOnOneRank):
+    """The same, for who hangs where ranks use different parameters."""
+
+    def forward(self, text: Tensor) -> Tensor:
+        factor = 1.0 if dist.get_rank() == 0 else 0.0
+        return ByteGPT.forward(self, text) + factor * self.extra_loss()
+
+
+def frozen() -> nn.Module:
+    model = ByteGPT(SMALL)
+    model.blocks[0].requires_grad_(False)
+    return model
+
+
+def of_dtype(dtype: torch.dtype) -> Callable[[], nn.Module]:
+    return lambda: ByteGPT(SMALL).to(dtype)
+
+
+def gpt() -> nn.Module:
+    return ByteGPT(SMALL)
+
+
+# Ways to make a step: each returns its loss
+
+
+def plain(engine: Any, source: Iterator[Tensor]) -> Tensor:
+    losses = []
+    for _ in range(engine.gradient_accumulation_steps()):
+        losses.append(engine(next(source)))
+        engine.backward(losses[-1])
+        engine.step()
+    return torch.stack(losses).mean()
+
+
+def torch_style(engine: Any, source: Iterator[Tensor]) -> Tensor:
+    losses = []
+    for _ in range(engine.gradient_accumulation_steps()):
+        losses.append(engine(next(source)))
+        losses[-1].backward()
+        engine.step()
+    return torch.stack(losses).mean()
+
+
+def scaled(engine: Any, source: Iterator[Tensor]) -> Tensor:
+    loss: Tensor = engine(next(source))
+    engine.scale(loss).backward()
+    engine.step()
+    return loss
+
+
+def own_boundary(engine: Any, source: Iterator[Tensor]) -> Tensor:
+    """The caller says which of two micro-steps is the last, as accelerate does."""
+    losses = []
+    for last in (False, True):
+        engine.set_gradient_accumulation_boundary(last)
+        losses.append(engine(next(source)))
+        engine.backward(losses[-1] / 2)
+        engine.step()
+    return torch.stack(losses).mean()
+
+
+def unmanaged(engine: Any, source: Iterator[Tensor]) -> Tensor:
+    """With managed_gradient_accumulation false, step() is the boundary."""
+    losses = [engine(next(source)) for _ in range(2)]
+    for loss in losses:
+        engine.backward(loss / 2)
+    engine.step()
+    return torch.stack(losses).mean()
+
+
+def without_sync(engine: Any, source: Iterator[Tensor]) -> Tensor:
+    with engine.no_sync():
+        first = engine(next(source))
+        engine.backward(first / 2)
+    second = engine(next(source))
+    engine.backward(second / 2)
+    engine.step()
+    loss: Tensor = (first + second) / 2
+    return loss
+
+
+def twice(engine: Any, source: Iterator[Tensor]) -> Tensor:
+    """Two backwards over one graph before a step."""
+    loss: Tensor = engine(next(source))
+    engine.set_gradient_accumulation_boundary(False)
+    engine.backward(loss / 2, retain_graph=True)
+    engine.set_gradient_accumulation_boundary(True)
+    engine.backward(loss / 2)
+    engine.step()
+    return loss
+
+
+@dataclass(frozen=True)
+class Feature:
+    """A way to train that FP8 shares with stock DeepSpeed."""
+
+    model: Callable[[], nn.Module] = gpt
+    step: Callable[[Any, Iterator[Tensor]], Tensor] = plain
+    stages: tuple[int, ...] = (1, 2)
+    config: dict[str, Any] = field(default_factory=dict)  # arguments of engines.ds_config
+    extra: dict[str, Any] = field(default_factory=dict)  # keys added to the ds_config
+    prepare: Callable[[Any], None] | None = None
+    # Where stock DeepSpeed cannot do it as it is, what it does that comes to the same:
+    stock_stage: int | None = None
+    stock_model: Callable[[], nn.Module] | None = None
+    stock_scheduler: Callable[[Any], Any] | None = None  # made by the client
+
+
+def compiled(engine: Any) -> None:
+    engine.compile(backend="aot_eager")
+
+
+def step_lr(optimizer: Any) -> Any:
+    return torch.optim.lr_scheduler.StepLR(optimizer, step_size=10, gamma=0.5)
+
+
+STEP_LR = {"scheduler": {"type": "StepLR", "params": {"step_size": 10, "gamma": 0.5}}}
+WARMUP = {"type": "WarmupLR", "params": {"warmup_max_lr": 1e-3, "warmup_num_steps": 10}}
+PROFILER = {"enabled": True, "profile_step": 3, "detailed": False, "output_file": "/dev/null"}
+
+ALL_REDUCE = {"zero": {"reduce_scatter": False}}  # what stock DeepSpeed wants for these factors
+
+FEATURES: dict[str, Feature] = {
+    "engine.backward(loss)": Feature(),
+    "loss.backward()": Feature(step=torch_style),
+    "engine.scale(loss).backward()": Feature(step=scaled),
+    "gradient accumulation": Feature(config={"micro_steps": 3}),
+    "gradient accumulation with loss.backward()": Feature(step=torch_style, config={"micro_steps": 2}),
+    "set_gradient_accumulation_boundary": Feature(step=own_boundary),
+    "managed_gradient_accumulation: false": Feature(
+        step=unmanaged, extra={"managed_gradient_accumulation": False}
+    ),
+    "no_sync (ZeRO 1)": Feature(step=without_sync, stages=(1,)),
+    "two backwards over one graph": Feature(step=twice),
+    "gradient_clipping": Feature(config={"clipping": 0.3}),
+    "gradient_clipping off": Feature(config={"clipping": 0.0}),
+    "gradient_predivide_factor": Feature(extra={"gradient_predivide_factor": 2.0}, config=ALL_REDUCE),
+    "prescale_gradients": Feature(extra={"prescale_gradients": True}, config=ALL_REDUCE),
+    "activation checkpointing, reentrant": Feature(model=Checkpointed),
+    "activation checkpointing, not reentrant": Feature(model=CheckpointedOnce),
+    "activation checkpointing, DeepSpeed's": Feature(model=DeepSpeedCheckpointed.make),
+    "frozen parameters": Feature(model=frozen),
+    "tied parameters": Feature(model=Tied),
+    "tied parameters under reentrant checkpointing": Feature(model=TiedCheckpointed, stock_stage=1),
+    "unused, empty and one-element parameters": Feature(model=Unused),
+    "parameters used on one rank only": Feature(model=UsedOnOneRank, stock_model=UsedForNothingElsewhere),
+    "parameters larger than reduce_bucket_size": Feature(config={"bucket": 500}),
+    "FP32 parameters": Feature(config={"bf16": False}),
+    "BF16 parameters without a bf16 section": Feature(model=of_dtype(torch.bfloat16), config={"bf16": False}),
+    "a DeepSpeed scheduler": Feature(config={"scheduler": WARMUP}),
+    "a torch scheduler in ds_config": Feature(extra=STEP_LR, stock_scheduler=step_lr),
+    "engine.compile()": Feature(prepare=compiled),
+    "wall_clock_breakdown": Feature(extra={"wall_clock_breakdown": True, "steps_per_print": 5}),
+    "comms_logger": Feature(extra={"comms_logger": {"enabled": True, "verbose": False}}),
+    "flops_profiler": Feature(extra={"flops_profiler": PROFILER}),
+    "steps_per_print": Feature(extra={"steps_per_print": 1}),
+    "data_types.grad_accum_dtype: fp32 with as much in fp8": Feature(
+        config={"micro_steps": 2}, extra={"data_types": {"grad_accum_dtype": "fp32"}}, stages=(2,)
+    ),
+}
+
+# Rows whose proof is a test of its own.
+PROVED_ELSEWHERE = {
+    "ZeRO 1 and 2, any number of ranks": "test_parity.py::test_gradients",
+    "losses of stock DeepSpeed BF16": "test_parity.py::test_losses_equal_stock_bf16",
+    "several param groups, a client's torch scheduler": (
+        "test_engine.py::test_param_groups_and_a_client_scheduler"
+    ),
+    "Adam, AdamW, FP8AdamW from ds_config or the client": (
+        "test_engine.py::test_every_way_to_give_an_optimizer_is_the_same"
+    ),
+    "fp16 parameters, static and dynamic loss scale": "test_loss_scale.py::test_training",
+    "skipping of steps with non-finite gradients": "test_skip.py::test_every_rank_skips",
+    "safe_get_full_fp32_param, _optimizer_state, _grad": "test_access.py::test_reading",
+    "safe_set_full_fp32_param, _optimizer_state, _grad": "test_access.py::test_writing",
+    "csv and tensorboard monitors": "test_engine.py::test_monitors",
+    "engine.destroy(), several engines in a process": "test_engine.py::test_engines_side_by_side",
+    "save_checkpoint, load_checkpoint at the same world size": "test_checkpoint.py::test_resume_is_exact",
+    "zero_to_fp32.py": "test_checkpoint.py::test_zero_to_fp32_reads_the_masters",
+    "ranks that disagree are told so": "test_agreement.py::test_disagreement_is_told",
+}
+
+# Keys of a ds_config, and the message that refuses them.
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "ZeRO 0": ({"zero_optimization": {"stage": 0}}, "zero_optimization.stage: received 0, allowed: 1, 2"),
+    "ZeRO 3": ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage: received 3, allowed: 1, 2"),
+    **{
+        f"zero_optimization.{key}": (
+            {"zero_optimization": {"stage": 2, key: value}},
+            f"zero_optimization.{key}: received",
+        )
+        for key, value in {
+            "offload_optimizer": {"device": "cpu"},
+            "offload_param": {"device": "cpu"},
+            "zero_quantized_weights": True,
+            "zero_quantized_nontrainable_weights": True,
+            "zero_quantized_gradients": True,
+            "zero_hpz_partition_size": 2,
+            "zenflow": {"topk_ratio": 0.1},
+            "round_robin_gradients": True,
+            "elastic_checkpoint": True,
+        }.items()
+    },
+    "torch_autocast": ({"torch_autocast": {"enabled": True}}, "torch_autocast: received"),
+    "communication_data_type": ({"communication_data_type": "fp32"}, "communication_data_type: received"),
+    "DeepCompile": ({"compile": {"deepcompile": True}}, "compile.deepcompile: received true"),
+    "hybrid engine": ({"hybrid_engine": {"enabled": True}}, "hybrid_engine: received"),
+    "tensor parallelism": ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel: received"),
+    "sequence parallelism": ({"sequence_parallel_size": 2}, "sequence_parallel_size: received 2"),
+    "expert parallelism": ({"expert_parallel": {"enabled": True}}, "expert_parallel: received"),
+    "bf16_master_weights_and_grads": (
+        {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}},
+        "bf16.bf16_master_weights_and_grads: received true",
+    ),
+    "bf16_optimizer_states": (
+        {"bf16": {"enabled": True, "bf16_optimizer_states": True}},
+        "bf16.bf16_optimizer_states: received true",
+    ),
+    "universal checkpoints": (
+        {"checkpoint": {"load_universal": True}},
+        "checkpoint.load_universal: received",
+    ),
+    "other optimizers": ({"optimizer": {"type": "Lamb"}}, 'optimizer.type: received "Lamb", allowed: Adam'),
+}
+
+# What only model or arguments show, and the message.
+REFUSED_BY_MODEL = {
+    "a PipelineModule": "deepspeed.initialize: received a PipelineModule, allowed with fp8",
+    "a model with MoE layers": "deepspeed.initialize: received a model with MoE layers, allowed with fp8",
+    "an mpu": "deepspeed.initialize: received an mpu",
+    "grad_accum_dtype other than ours": "data_types.grad_accum_dtype: received",
+    "sparse embeddings": "sparse: received true",
+}
+
+
+def build_feature(name: str, stage: int, fp8: bool) -> Any:
+    """The engine of a feature, with FP8 or as stock DeepSpeed."""
+    feature = FEATURES[name]
+    if not fp8:
+        stage = feature.stock_stage or stage
+    config = ds_config({} if fp8 else None, stage=stage, **feature.config) | feature.extra
+    scheduler = None if fp8 else feature.stock_scheduler
+    if scheduler is not None:
+        del config["scheduler"]
+    torch.manual_seed(0)
+    model = feature.model if fp8 else feature.stock_model or feature.model
+    engine = build(config, model(), scheduler)
+    if feature.prepare is not None:
+        feature.prepare(engine)
+    return engine
+
+
+def markdown() -> str:
+    """docs/support.md."""
+    lines = [
+        "# What works, and what is refused",
+        "",
+        "Generated by `make support` from the tests that prove it. A training row is 30 steps on 2 ranks",
+        "within 0.01 of stock DeepSpeed in loss under the same conditions, gradient norms within 2 % over",
+        "the first 10.",
+        "",
+        "## Works",
+        "",
+        "| feature | ZeRO | test |",
+        "|---|---|---|",
+    ]
+    for name, feature in FEATURES.items():
+        stages = ", ".join(map(str, feature.stages))
+        lines.append(f"| {name} | {stages} | `test_support.py::test_works[{name}]` |")
+    lines += [f"| {name} | 1, 2 | `{test}` |" for name, test in PROVED_ELSEWHERE.items()]
+    lines += ["", "## Refused", "", "| what | message begins |", "|---|---|"]
+    lines += [f"| {name} | `{message}` |" for name, (_, message) in REFUSED.items()]
+    lines += [f"| {name} | `{message}` |" for name, message in REFUSED_BY_MODEL.items()]
+    lines += ["", "Values of the fp8 section that are not built yet are listed in the README.", ""]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")  # noqa: T201

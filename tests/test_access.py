@@ -1,0 +1,130 @@
+"""DeepSpeed's safe_get_full_* and safe_set_full_* on FP8 engines."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from deepspeed import comm as dist
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_grad,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_grad,
+    safe_set_full_optimizer_state,
+)
+from engines import batches, build_gpt, ds_config, train_losses
+from ranks import RankPools
+
+STATES = ("exp_avg", "exp_avg_sq")
+
+
+def compare_with_stock(stage: int, level: str) -> dict[str, float]:
+    """Relative difference of each kind of tensor, over all parameters, after three steps."""
+    ours, stock = build_gpt(ds_config({"opt_level": level}, stage=stage)), build_gpt(ds_config(stage=stage))
+    source, same = batches(ours), batches(stock)
+    train_losses(ours, source, 3)
+    train_losses(stock, same, 3)
+    ours.backward(ours(next(source)))
+    stock.backward(stock(next(same)))
+    errors, sizes = (dict.fromkeys(("param", "grad", *STATES), 0.0) for _ in range(2))
+    for p, q in zip(ours.module.parameters(), stock.module.parameters(), strict=True):
+        pairs = {
+            "param": (safe_get_full_fp32_param(p), safe_get_full_fp32_param(q)),
+            "grad": (safe_get_full_grad(p), safe_get_full_grad(q)),
+            **{
+                key: (safe_get_full_optimizer_state(p, key), safe_get_full_optimizer_state(q, key))
+                for key in STATES
+            },
+        }
+        for key, (mine, theirs) in pairs.items():
+            assert mine.shape == p.shape
+            assert mine.dtype == torch.float32
+            errors[key] += (mine - theirs.float()).square().sum().item()
+            sizes[key] += theirs.float().square().sum().item()
+    ours.destroy()
+    stock.destroy()
+    return {key: math.sqrt(error / sizes[key]) for key, error in errors.items()}
+
+
+@pytest.mark.parametrize("level", ["O1", "O2"])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_reading(ranks: RankPools, stage: int, level: str) -> None:
+    for errors in ranks.run(2, compare_with_stock, stage, level):
+        assert errors["param"] < 0.01
+        assert errors["grad"] < 0.06
+        assert errors["exp_avg"] < 0.06
+        assert errors["exp_avg_sq"] < 0.06
+
+
+def write_and_read(level: str) -> None:
+    engine = build_gpt(ds_config({"opt_level": level}))
+    source = batches(engine)
+    train_losses(engine, source, 2)
+    exact = 1e-6 if level == "O1" else 0.07  # half a code of E4M3 and a little
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in engine.module.named_parameters():
+        value = torch.randn(parameter.shape, generator=generator)
+        safe_set_full_fp32_param(parameter, value)
+        read = safe_get_full_fp32_param(parameter)
+        assert torch.allclose(read, value, rtol=1e-3, atol=1e-6), name
+        assert torch.allclose(parameter.float(), value, rtol=1e-2, atol=1e-6), name
+        for key in STATES:
+            wanted = value.abs() if key == "exp_avg_sq" else value
+            safe_set_full_optimizer_state(parameter, wanted, key)
+            read = safe_get_full_optimizer_state(parameter, key)
+            assert ((read - wanted).norm() / wanted.norm()).item() < exact, (name, key)
+    before = {name: each.detach().clone() for name, each in engine.module.named_parameters()}
+    engine.optimizer._weights_from_masters()
+    for name, each in engine.module.named_parameters():
+        assert torch.equal(each, before[name]), f"{name} is not what its masters say"
+    assert engine.optimizer.optimizer.clamp_squares == [float("inf")]
+
+    engine.backward(engine(next(source)))
+    norms = []
+    for parameter in engine.module.parameters():
+        wanted = torch.randn(parameter.shape, generator=generator)
+        safe_set_full_grad(parameter, wanted)
+        read = safe_get_full_grad(parameter)
+        assert ((read - wanted).norm() / wanted.norm()).item() < 0.07
+        norms.append(wanted.norm())
+    engine.step()
+    assert abs(engine.get_global_grad_norm() / torch.stack(norms).norm().item() - 1) < 0.02
+    engine.destroy()
+
+
+@pytest.mark.parametrize("level", ["O1", "O2"])
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_writing(ranks: RankPools, world_size: int, level: str) -> None:
+    ranks.run(world_size, write_and_read, level)
+
+
+def misuse() -> list[str]:
+    engine = build_gpt(ds_config({}))
+    parameter = next(iter(engine.module.parameters()))
+    messages = []
+    attempts: list[Any] = [
+        lambda: safe_get_full_grad(parameter),
+        lambda: safe_set_full_grad(parameter, torch.zeros_like(parameter)),
+        lambda: safe_get_full_optimizer_state(parameter, "momentum"),
+        lambda: safe_set_full_fp32_param(parameter, torch.zeros(3)),
+    ]
+    for attempt in attempts:
+        try:
+            attempt()
+            messages.append("")
+        except ValueError as error:
+            messages.append(str(error))
+    engine.destroy()
+    assert safe_get_full_fp32_param(parameter) is None
+    assert dist.get_world_size() == 2
+    return messages
+
+
+def test_misuse_is_told(ranks: RankPools) -> None:
+    for messages in ranks.run(2, misuse):
+        assert "between engine.backward() and engine.step()" in messages[0]
+        assert "between engine.backward() and engine.step()" in messages[1]
+        assert "'momentum', allowed: exp_avg, exp_avg_sq" in messages[2]
+        assert "received shape [3], allowed: [256, 32]" in messages[3]
