@@ -30,7 +30,7 @@ test-all: $(INSTALLED)
 
 # docs/support.md, from the tests that prove it.
 support: $(INSTALLED)
-	$(BIN)/python tests/support.py > docs/support.md
+	DS_ACCELERATOR=cpu PYTHONPATH=examples $(BIN)/python tests/support.py > docs/support.md
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -11,12 +11,9 @@ import deepspeed
 import torch
 from deepspeed import comm as dist
 from engines import SMALL, build, ds_config
-from ranks import on_examples_path
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-
-on_examples_path()
-from train_lm import Block, ByteGPT  # noqa: E402
+from train_lm import Block, ByteGPT
 
 # Models
 
