@@ -375,9 +375,11 @@ def markdown() -> str:
     ]
     for name, feature in FEATURES.items():
         stages = ", ".join(map(str, feature.stages))
-        lines.append(f"| {name} | {stages} | `test_support.py::test_works[{name}]` |")
-    lines += [f"| {name} | 1, 2 | `{test}` |" for name, test in PROVED_ELSEWHERE.items()]
-    lines += ["", "## Refused", "", "| what | message begins |", "|---|---|"]
+        lines.append(
+            f"| {name} | {stages} | yes: `test_support.py::test_works[{name}-{feature.stages[-1]}]` |"
+        )
+    lines += [f"| {name} | 1, 2 | yes: `{test}` |" for name, test in PROVED_ELSEWHERE.items()]
+    lines += ["", "## Refused", "", "| what | refused, in the words |", "|---|---|"]
     lines += [f"| {name} | `{message}` |" for name, (_, message) in REFUSED.items()]
     lines += [f"| {name} | `{message}` |" for name, message in REFUSED_BY_MODEL.items()]
     lines += ["", "Values of the fp8 section that are not built yet are listed in the README.", ""]
