@@ -11,6 +11,7 @@ from ds_fp8.config import refusal
 from ds_fp8.rules import SECTIONS, TOP_LEVEL, NoEffect, Refused, Rule
 
 OPTIMIZER_TYPES = ("Adam", "AdamW", "FP8AdamW")
+OPTIMIZER_PARAMS = ("lr", "betas", "eps", "weight_decay", "bias_correction", "adam_w_mode", "torch_adam")
 STAGES = (1, 2)
 
 
@@ -27,10 +28,10 @@ def check(ds_config: Mapping[str, Any]) -> list[str]:
     return idle
 
 
-def _section(ds_config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+def _section(ds_config: Mapping[str, Any], name: str, path: str | None = None) -> Mapping[str, Any]:
     section = ds_config.get(name, {})
     if not isinstance(section, Mapping):
-        raise refusal(name, section, "an object")
+        raise refusal(path or name, section, "an object")
     return section
 
 
@@ -52,3 +53,6 @@ def _check_optimizer(section: Mapping[str, Any]) -> None:
     kind = section.get("type")
     if kind is not None and str(kind).lower() not in allowed:
         raise refusal("optimizer.type", kind, f"{', '.join(OPTIMIZER_TYPES)} with fp8 enabled")
+    for key, value in _section(section, "params", "optimizer.params").items():
+        if key not in OPTIMIZER_PARAMS and value:
+            raise refusal(f"optimizer.params.{key}", value, ", ".join(OPTIMIZER_PARAMS))

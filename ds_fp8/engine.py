@@ -24,7 +24,6 @@ from ds_fp8.zero_fp8.optimizer import FP8AdamW, Recipe
 logger = logging.getLogger("ds_fp8")
 
 Method = Callable[..., Any]
-OPTIMIZER_PARAMS = ("lr", "betas", "eps", "weight_decay", "bias_correction", "adam_w_mode", "torch_adam")
 AGREED_KEYS = (
     "fp8",
     "bf16",
@@ -150,10 +149,7 @@ def configure_basic_optimizer(original: Method) -> Method:
         if _fp8(self) is None:
             return original(self, model_parameters)
         params = dict(self.optimizer_params() or {})
-        for key, value in params.items():
-            if key not in OPTIMIZER_PARAMS and value:
-                raise refusal(f"optimizer.params.{key}", value, ", ".join(OPTIMIZER_PARAMS))
-        known = {key: value for key, value in params.items() if key in OPTIMIZER_PARAMS}
+        known = {key: value for key, value in params.items() if key in ds_config.OPTIMIZER_PARAMS}
         decoupled = self.optimizer_name() == "adamw" or bool(known.pop("adam_w_mode", True))
         known.pop("adam_w_mode", None)
         # DeepSpeed's fused Adam decays nothing unless told to; torch's AdamW decays .01.

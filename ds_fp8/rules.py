@@ -115,6 +115,20 @@ TOP_LEVEL: dict[str, Rule] = {
     "sequence_parallel_size": Refused(NOT_WITH_FP8, (1,)),
     "data_parallel_size": Refused(NOT_WITH_FP8),
     "weight_quantization": Refused(NOT_WITH_FP8),
+    # Of older versions; newer ones refuse them themselves.
+    **dict.fromkeys(
+        (
+            "amp",
+            "compression_training",
+            "curriculum_learning",
+            "graph_harvesting",
+            "nebula",
+            "progressive_layer_drop",
+            "sparse_attention",
+            "sparse_gradients",
+        ),
+        Refused(NOT_WITH_FP8, (False, None)),
+    ),
 }
 
 ZERO: dict[str, Rule] = {

@@ -90,6 +90,14 @@ class Unused(ByteGPT):
         return super().forward(text) + 0.01 * self.one.float().square().sum()
 
 
+class UnusedWithoutEmpty(Unused):
+    """The same, for a DeepSpeed that takes no empty parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.empty
+
+
 class UsedOnOneRank(ByteGPT):
     """A layer that only rank 0 uses."""
 
@@ -211,6 +219,7 @@ class Feature:
     prepare: Callable[[Any], None] | None = None
     # Where stock DeepSpeed cannot do it as it is, what it does that comes to the same:
     stock_stage: int | None = None
+    since: str = "0"  # the DeepSpeed version from which stock DeepSpeed can do it on a CPU
     stock_model: Callable[[], nn.Module] | None = None
     stock_scheduler: Callable[[Any], Any] | None = None  # made by the client
 
@@ -247,15 +256,17 @@ FEATURES: dict[str, Feature] = {
     "prescale_gradients": Feature(extra={"prescale_gradients": True}, config=ALL_REDUCE),
     "activation checkpointing, reentrant": Feature(model=Checkpointed),
     "activation checkpointing, not reentrant": Feature(model=CheckpointedOnce),
-    "activation checkpointing, DeepSpeed's": Feature(model=DeepSpeedCheckpointed.make),
+    "activation checkpointing, DeepSpeed's": Feature(model=DeepSpeedCheckpointed.make, since="0.19.8"),
     "frozen parameters": Feature(model=frozen),
     "tied parameters": Feature(model=Tied),
     "tied parameters under reentrant checkpointing": Feature(model=TiedCheckpointed, stock_stage=1),
-    "unused, empty and one-element parameters": Feature(model=Unused),
+    "unused, empty and one-element parameters": Feature(model=Unused, stock_model=UnusedWithoutEmpty),
     "parameters used on one rank only": Feature(model=UsedOnOneRank, stock_model=UsedForNothingElsewhere),
     "parameters larger than reduce_bucket_size": Feature(config={"bucket": 500}),
     "FP32 parameters": Feature(config={"bf16": False}),
-    "BF16 parameters without a bf16 section": Feature(model=of_dtype(torch.bfloat16), config={"bf16": False}),
+    "BF16 parameters without a bf16 section": Feature(
+        model=of_dtype(torch.bfloat16), config={"bf16": False}, stock_stage=2
+    ),
     "a DeepSpeed scheduler": Feature(config={"scheduler": WARMUP}),
     "a torch scheduler in ds_config": Feature(extra=STEP_LR, stock_scheduler=step_lr),
     "engine.compile()": Feature(prepare=compiled),

@@ -285,6 +285,9 @@ REFUSED = [  # ds_config, path in the message, value in the message, a part of w
     ({**MINIMAL, "compile": {"deepcompile": True}}, "compile.deepcompile", "true", "false"),
     ({**MINIMAL, "optimizer": {"type": "SGD"}}, "optimizer.type", '"SGD"', "Adam, AdamW, FP8AdamW"),
     ({**MINIMAL, "optimizer": {"type": "Lamb"}}, "optimizer.type", '"Lamb"', "Adam, AdamW, FP8AdamW"),
+    ({**MINIMAL, "optimizer": {"params": {"momentum": 0.9}}}, "optimizer.params.momentum", "0.9", "betas"),
+    ({**MINIMAL, "optimizer": {"params": 1e-3}}, "optimizer.params", "0.001", "object"),
+    ({**MINIMAL, "nebula": {"enabled": True}}, "nebula", '{"enabled": true}', "left out"),
     ({**MINIMAL, "gradient_cliping": 1.0}, "gradient_cliping", "1.0", "left out"),
     (
         {**MINIMAL, "bf16": {"enabled": True, "bf16_optimizer_states": True}},
