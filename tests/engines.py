@@ -48,10 +48,10 @@ def ds_config(
     return config
 
 
-def build(config: dict[str, Any], model: nn.Module, lr_scheduler: Any = None) -> Any:
-    return deepspeed.initialize(
-        model=model, model_parameters=model.parameters(), config=config, lr_scheduler=lr_scheduler
-    )[0]
+def build(config: dict[str, Any], model: nn.Module, **options: Any) -> Any:
+    """The engine; options as `deepspeed.initialize` takes them."""
+    parameters = model.parameters()
+    return deepspeed.initialize(model=model, model_parameters=parameters, config=config, **options)[0]
 
 
 def build_gpt(config: dict[str, Any], shape: Shape = SMALL, seed: int = 0) -> Any:

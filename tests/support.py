@@ -3,6 +3,7 @@
 A feature is a training run that is made with FP8 and with stock DeepSpeed under the same conditions.
 """
 
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +11,14 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed import comm as dist
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_grad,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_grad,
+    safe_set_full_optimizer_state,
+)
 from engines import SMALL, build, ds_config
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -207,6 +216,51 @@ def twice(engine: Any, source: Iterator[Tensor]) -> Tensor:
     return loss
 
 
+def with_full_tensors(engine: Any, source: Iterator[Tensor]) -> Tensor:
+    """Read gradient, master weight and states between backward and step; write them after it."""
+    loss: Tensor = engine(next(source))
+    engine.backward(loss)
+    parameter = engine.module.blocks[0].up.weight
+    safe_set_full_grad(parameter, safe_get_full_grad(parameter).float() * 0.5)
+    engine.step()
+    safe_set_full_fp32_param(parameter, safe_get_full_fp32_param(parameter) * 0.999)
+    for key in ("exp_avg", "exp_avg_sq"):
+        safe_set_full_optimizer_state(parameter, safe_get_full_optimizer_state(parameter, key), key)
+    return loss
+
+
+def beside_another(engine: Any, source: Iterator[Tensor]) -> Tensor:
+    """Step a second engine of the same process in between."""
+    if not hasattr(engine, "other"):
+        torch.manual_seed(1)
+        engine.other = build(engine.config, gpt())
+    batch = next(source)
+    engine.other.backward(engine.other(batch))
+    loss: Tensor = engine(batch)
+    engine.backward(loss)
+    engine.other.step()
+    engine.step()
+    return loss
+
+
+# Optimizers of the client
+
+
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95))
+
+
+def adam(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.Adam(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.01)
+
+
+def grouped(model: nn.Module) -> torch.optim.Optimizer:
+    matrices = [each for each in model.parameters() if each.ndim > 1]
+    vectors = [each for each in model.parameters() if each.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "lr": 2e-3, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95))
+
+
 @dataclass(frozen=True)
 class Feature:
     """A way to train that FP8 shares with stock DeepSpeed."""
@@ -216,6 +270,7 @@ class Feature:
     stages: tuple[int, ...] = (1, 2)
     config: dict[str, Any] = field(default_factory=dict)  # arguments of engines.ds_config
     extra: dict[str, Any] = field(default_factory=dict)  # keys added to the ds_config
+    optimizer: Callable[[nn.Module], torch.optim.Optimizer] | None = None  # in place of ds_config's
     prepare: Callable[[Any], None] | None = None
     # Where stock DeepSpeed cannot do it as it is, what it does that comes to the same:
     stock_stage: int | None = None
@@ -234,6 +289,7 @@ def step_lr(optimizer: Any) -> Any:
 
 STEP_LR = {"scheduler": {"type": "StepLR", "params": {"step_size": 10, "gamma": 0.5}}}
 WARMUP = {"type": "WarmupLR", "params": {"warmup_max_lr": 1e-3, "warmup_num_steps": 10}}
+MONITOR = {"enabled": True, "output_path": tempfile.gettempdir(), "job_name": "ds_fp8_test_monitor"}
 PROFILER = {"enabled": True, "profile_step": 3, "detailed": False, "output_file": "/dev/null"}
 
 ALL_REDUCE = {"zero": {"reduce_scatter": False}}  # what stock DeepSpeed wants for these factors
@@ -264,11 +320,21 @@ FEATURES: dict[str, Feature] = {
     "parameters used on one rank only": Feature(model=UsedOnOneRank, stock_model=UsedForNothingElsewhere),
     "parameters larger than reduce_bucket_size": Feature(config={"bucket": 500}),
     "FP32 parameters": Feature(config={"bf16": False}),
+    "FP16 parameters without an fp16 section": Feature(
+        model=of_dtype(torch.float16), config={"bf16": False}, stock_stage=2
+    ),
     "BF16 parameters without a bf16 section": Feature(
         model=of_dtype(torch.bfloat16), config={"bf16": False}, stock_stage=2
     ),
     "a DeepSpeed scheduler": Feature(config={"scheduler": WARMUP}),
     "a torch scheduler in ds_config": Feature(extra=STEP_LR, stock_scheduler=step_lr),
+    "a client's torch.optim.AdamW": Feature(optimizer=adamw),
+    "a client's torch.optim.Adam (L2)": Feature(optimizer=adam),
+    "several param groups": Feature(optimizer=grouped),
+    "safe_get_full_* and safe_set_full_* in every step": Feature(step=with_full_tensors),
+    "several engines in one process": Feature(step=beside_another),
+    "csv_monitor": Feature(extra={"csv_monitor": MONITOR}),
+    "tensorboard": Feature(extra={"tensorboard": MONITOR}),
     "engine.compile()": Feature(prepare=compiled),
     "wall_clock_breakdown": Feature(extra={"wall_clock_breakdown": True, "steps_per_print": 5}),
     "comms_logger": Feature(extra={"comms_logger": {"enabled": True, "verbose": False}}),
@@ -363,8 +429,12 @@ def build_feature(name: str, stage: int, fp8: bool) -> Any:
     if scheduler is not None:
         del config["scheduler"]
     torch.manual_seed(0)
-    model = feature.model if fp8 else feature.stock_model or feature.model
-    engine = build(config, model(), scheduler)
+    model = (feature.model if fp8 else feature.stock_model or feature.model)()
+    optimizer = None
+    if feature.optimizer is not None:
+        del config["optimizer"]
+        optimizer = feature.optimizer(model)
+    engine = build(config, model, lr_scheduler=scheduler, optimizer=optimizer)
     if feature.prepare is not None:
         feature.prepare(engine)
     return engine
