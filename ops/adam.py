@@ -112,7 +112,7 @@ def _sweep(state: AdamState, gradient: Blocks, weights: Tensor, s: AdamScalars, 
         g = g + p * s.weight_decay
     m = m * s.beta1 + g * (1 - s.beta1)
     v = v * s.beta2 + g * g * (1 - s.beta2)
-    root = v.sqrt()
+    root = square_root(v)
     if s.clamp is not None:
         bound = root * s.clamp
         m = torch.minimum(torch.maximum(m, -bound), bound)
@@ -123,6 +123,14 @@ def _sweep(state: AdamState, gradient: Blocks, weights: Tensor, s: AdamScalars, 
     encode(m, state.exp_avg)
     encode_second_moment(v, root, state.exp_avg_sq, bits)
     write_weights(decode(state.master), weights)
+
+
+def square_root(v: Tensor) -> Tensor:
+    """FP32 square roots, correctly rounded: torch's own on a CPU may be off by one in the last place.
+
+    A float64 root has more than twice the digits, so rounding it again changes nothing.
+    """
+    return v.to(torch.float64).sqrt().to(torch.float32)
 
 
 def decode_second_moment(blocks: Blocks) -> Tensor:

@@ -21,6 +21,7 @@ from ds_fp8.ops.adam import (
     decode_second_moment,
     encode_second_moment,
     next_clamp,
+    square_root,
     write_weights,
 )
 from ds_fp8.ops.blocks import Blocks, decode, dequantize, quantize
@@ -558,3 +559,16 @@ def test_no_temporary_is_as_long_as_the_shard(formats: Formats) -> None:
     with LargestTemporary() as largest:
         trial.step(gradient, replace(SCALARS, clamp=1.165))
     assert 0 < largest.nbytes <= 8 * blocks_module.CHUNK  # the widest: indices, int64
+
+
+def test_roots_are_correctly_rounded() -> None:
+    """The nearest float32 to the exact root: neighbours of it are further away, in exact integers."""
+    v = torch.cat(
+        [torch.rand(20_000, generator=torch.Generator().manual_seed(0)) * scale for scale in SCALES]
+    )
+    roots = square_root(v)
+    for sign in (-torch.inf, torch.inf):
+        neighbour = torch.nextafter(roots, torch.full_like(roots, sign))
+        middle = (roots.double() + neighbour.double()) / 2  # exact: one bit more than float32
+        beyond = middle * middle < v.double() if sign > 0 else middle * middle > v.double()
+        assert not beyond.any()

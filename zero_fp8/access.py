@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 
-from ds_fp8.ops.adam import decode_second_moment, encode_second_moment, write_weights
+from ds_fp8.ops.adam import decode_second_moment, encode_second_moment, square_root, write_weights
 from ds_fp8.ops.blocks import Blocks, chunks, decode, quantize
 from ds_fp8.zero_fp8.comm import sum_over_ranks
 from ds_fp8.zero_fp8.optimizer import Shard
@@ -153,4 +153,4 @@ def _quantize_second_moment(v: Tensor, out: Blocks) -> None:
     rows = padded.view(-1, out.block_size)
     for part in chunks(len(out), out.block_size):
         bits = torch.full_like(rows[part], HALF, dtype=torch.int32)
-        encode_second_moment(rows[part], rows[part].sqrt(), out[part], bits)
+        encode_second_moment(rows[part], square_root(rows[part]), out[part], bits)
