@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -126,13 +126,21 @@ def parse(ds_config: Mapping[str, Any]) -> FP8Config | None:
     _refuse_lookalikes(ds_config)
     if SECTION not in ds_config:
         return None
-    try:
-        config = FP8Config.model_validate(ds_config[SECTION])
-    except ValidationError as error:
-        raise ValueError("\n".join(_explain(each) for each in error.errors())) from None
+    config = validate(FP8Config, ds_config[SECTION], SECTION)
     if config.enabled:
         _refuse_unbuilt(config)
     return config
+
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def validate(model: type[M], section: Any, path: str) -> M:
+    """A section as its model. Raises ValueError with a line for each thing that is wrong."""
+    try:
+        return model.model_validate(section)
+    except ValidationError as error:
+        raise ValueError("\n".join(_explain(model, each, path) for each in error.errors())) from None
 
 
 def refusal(path: str, received: Any, allowed: str) -> ValueError:
@@ -163,28 +171,35 @@ def _refuse_unbuilt(config: FP8Config) -> None:
         for name in path.split("."):
             value = getattr(value, name)
         if value not in built:
-            allowed = ", ".join("the key left out" if each is None else show(each) for each in built)
-            raise refusal(f"{SECTION}.{path}", value, f"{allowed} (this value is not built yet)")
+            raise refusal(f"{SECTION}.{path}", value, f"{_built(path)} (this value is not built yet)")
 
 
-def _explain(error: Any) -> str:
+def _built(path: str) -> str:
+    """The values of a key that this version takes."""
+    return ", ".join("the key left out" if each is None else show(each) for each in BUILT[path])
+
+
+def _explain(model: type[BaseModel], error: Any, section: str) -> str:
     """One of pydantic's errors in our form."""
-    path = ".".join([SECTION, *map(str, error["loc"])])
+    key = ".".join(map(str, error["loc"]))
+    path = f"{section}.{key}" if key else section
     if error["type"] == "extra_forbidden":
-        keys = list(_model_at(error["loc"][:-1]).model_fields)
+        keys = list(_model_at(model, error["loc"][:-1]).model_fields)
         close = difflib.get_close_matches(str(error["loc"][-1]), keys, n=1)
         hint = f' (did you mean "{close[0]}"?)' if close else ""
-        return f"{path}: received an unknown key, allowed: {', '.join(keys)}{hint}"
+        received = f"received an unknown key with the value {show(error['input'])}"
+        return f"{path}: {received}, allowed: {', '.join(keys)}{hint}"
     if error["type"] == "model_type":
-        fields = ", ".join(_model_at(error["loc"]).model_fields)
+        fields = ", ".join(_model_at(model, error["loc"]).model_fields)
         return str(refusal(path, error["input"], f"an object of {fields}"))
+    if section == SECTION and key in BUILT:
+        return str(refusal(path, error["input"], _built(key)))
     told = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     allowed = told.replace("'", '"')
     return str(refusal(path, error["input"], allowed))
 
 
-def _model_at(location: tuple[Any, ...]) -> type[BaseModel]:
-    model: type[BaseModel] = FP8Config
+def _model_at(model: type[BaseModel], location: tuple[Any, ...]) -> type[BaseModel]:
     for name in location:
         annotation = model.model_fields[name].annotation
         assert isinstance(annotation, type)

@@ -4,15 +4,42 @@ The tables are in `rules`. A key that they lack is refused too: better an error 
 silently does something else.
 """
 
+import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from ds_fp8.config import refusal
+from pydantic import BaseModel, ConfigDict, Field
+
+from ds_fp8.config import refusal, validate
 from ds_fp8.rules import SECTIONS, TOP_LEVEL, NoEffect, Refused, Rule
 
 OPTIMIZER_TYPES = ("Adam", "AdamW", "FP8AdamW")
-OPTIMIZER_PARAMS = ("lr", "betas", "eps", "weight_decay", "bias_correction", "adam_w_mode", "torch_adam")
+
+
+class OptimizerParams(BaseModel):
+    """ "params" of the "optimizer" section."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    lr: float = Field(default=1e-3, ge=0)
+    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(default=[0.9, 0.999], min_length=2, max_length=2)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float | None = Field(default=None, ge=0)
+    bias_correction: bool = True
+    adam_w_mode: bool = True
+    torch_adam: bool = False
+    amsgrad: Literal[False] = False
+
+
+def optimizer_params(params: Mapping[str, Any]) -> OptimizerParams:
+    """Checked hyperparameters of ds_config's optimizer. Raises ValueError."""
+    known = {key: list(value) if isinstance(value, tuple) else value for key, value in params.items()}
+    return validate(OptimizerParams, known, "optimizer.params")
+
+
 STAGES = (1, 2)
+NULLABLE = ("bf16", "fp16")  # sections that DeepSpeed takes as absent where they are null
+COMMENTS = ("comment", "comments")
 
 
 def check(ds_config: Mapping[str, Any]) -> list[str]:
@@ -25,11 +52,16 @@ def check(ds_config: Mapping[str, Any]) -> list[str]:
     for name, rules in SECTIONS.items():
         idle += _apply(rules, _section(ds_config, name), prefix=f"{name}.")
     _check_optimizer(_section(ds_config, "optimizer"))
+    clipping = ds_config.get("gradient_clipping", 0.0)
+    if isinstance(clipping, bool) or not isinstance(clipping, int | float) or not 0 <= clipping < math.inf:
+        raise refusal("gradient_clipping", clipping, "a number, 0 or more")
     return idle
 
 
 def _section(ds_config: Mapping[str, Any], name: str, path: str | None = None) -> Mapping[str, Any]:
     section = ds_config.get(name, {})
+    if section is None and name in NULLABLE:
+        return {}
     if not isinstance(section, Mapping):
         raise refusal(path or name, section, "an object")
     return section
@@ -38,6 +70,8 @@ def _section(ds_config: Mapping[str, Any], name: str, path: str | None = None) -
 def _apply(rules: Mapping[str, Rule], section: Mapping[str, Any], prefix: str) -> list[str]:
     idle = []
     for key, value in section.items():
+        if key.startswith("_") or key in COMMENTS:
+            continue
         path, rule = prefix + key, rules.get(key)
         if rule is None:
             raise refusal(path, value, "the key left out (ds_fp8 does not know it)")
@@ -53,6 +87,4 @@ def _check_optimizer(section: Mapping[str, Any]) -> None:
     kind = section.get("type")
     if kind is not None and str(kind).lower() not in allowed:
         raise refusal("optimizer.type", kind, f"{', '.join(OPTIMIZER_TYPES)} with fp8 enabled")
-    for key, value in _section(section, "params", "optimizer.params").items():
-        if key not in OPTIMIZER_PARAMS and value:
-            raise refusal(f"optimizer.params.{key}", value, ", ".join(OPTIMIZER_PARAMS))
+    optimizer_params(_section(section, "params", "optimizer.params"))

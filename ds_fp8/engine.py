@@ -103,7 +103,7 @@ def initialize_params(original: Method) -> Method:
         original(self, param_dict)
         self.ds_fp8, self.ds_fp8_idle_keys = config, idle
         if config is not None and config.enabled and str(self.optimizer_name).lower() == "fp8adamw":
-            self.optimizer_name = "adamw"  # the engine knows no other name for it
+            self.optimizer_name = "adam"  # the engine knows it not; Adam is decoupled unless told otherwise
 
     return method
 
@@ -148,14 +148,19 @@ def configure_basic_optimizer(original: Method) -> Method:
     def method(self: Any, model_parameters: Any) -> Any:
         if _fp8(self) is None:
             return original(self, model_parameters)
-        params = dict(self.optimizer_params() or {})
-        known = {key: value for key, value in params.items() if key in ds_config.OPTIMIZER_PARAMS}
-        decoupled = self.optimizer_name() == "adamw" or bool(known.pop("adam_w_mode", True))
-        known.pop("adam_w_mode", None)
+        params = ds_config.optimizer_params(self.optimizer_params() or {})
+        decoupled = self.optimizer_name() == "adamw" or params.adam_w_mode
         # DeepSpeed's fused Adam decays nothing unless told to; torch's AdamW decays .01.
-        torch_adam = bool(known.pop("torch_adam", False))
-        known.setdefault("weight_decay", 0.01 if torch_adam and decoupled else 0.0)
-        return FP8AdamW(model_parameters, adam_w_mode=decoupled, **known)
+        default_decay = 0.01 if params.torch_adam and decoupled else 0.0
+        return FP8AdamW(
+            model_parameters,
+            lr=params.lr,
+            betas=(params.betas[0], params.betas[1]),
+            eps=params.eps,
+            weight_decay=default_decay if params.weight_decay is None else params.weight_decay,
+            bias_correction=params.bias_correction,
+            adam_w_mode=decoupled,
+        )
 
     return method
 
@@ -248,10 +253,11 @@ def check_engine(engine: Any, recipe: Recipe) -> None:
             raise ValueError(
                 f"deepspeed.initialize: received {what}, allowed with fp8: data parallelism only"
             )
-    wanted, ours = engine.get_data_types()[1], recipe.shard
-    if engine._config.grad_accum_dtype is not None and wanted is not ours.dtype:
-        allowed = f"{ours.dtype}, that of the reduced gradient"
-        raise refusal("data_types.grad_accum_dtype", str(wanted), allowed)
+    model_dtype, wanted = engine.get_data_types()
+    ours = recipe.shard.dtype if engine.zero_optimization_stage() == 2 else model_dtype
+    if engine._config.grad_accum_dtype is not None and wanted is not ours:
+        where = "in the reduced gradient under ZeRO 2, in the model's .grad under ZeRO 1"
+        raise refusal("data_types.grad_accum_dtype", str(wanted), f"{ours} (micro-steps add up {where})")
     for module_name, module in engine.module.named_modules():
         if isinstance(module, torch.nn.Embedding | torch.nn.EmbeddingBag) and module.sparse:
             raise refusal(f"{module_name}.sparse", True, "false with fp8 enabled")
@@ -267,11 +273,11 @@ def replace_optimizer(optimizer: Any) -> FP8AdamW:
     """
     if type(optimizer) is FP8AdamW:
         return optimizer
-    decoupled: dict[type, Callable[[], bool]] = {
-        torch.optim.AdamW: lambda: True,
-        torch.optim.Adam: lambda: bool(optimizer.param_groups[0].get("decoupled_weight_decay")),
-        FusedAdam: lambda: bool(optimizer.adam_w_mode),
-        DeepSpeedCPUAdam: lambda: bool(optimizer.adam_w_mode),
+    decoupled: dict[type, Callable[[dict[str, Any]], bool]] = {
+        torch.optim.AdamW: lambda _: True,
+        torch.optim.Adam: lambda group: bool(group.get("decoupled_weight_decay")),
+        FusedAdam: lambda _: bool(optimizer.adam_w_mode),
+        DeepSpeedCPUAdam: lambda _: bool(optimizer.adam_w_mode),
     }
     if type(optimizer) not in decoupled:
         known = "torch.optim.Adam, torch.optim.AdamW, FusedAdam, DeepSpeedCPUAdam, ds_fp8.FP8AdamW"
@@ -281,6 +287,8 @@ def replace_optimizer(optimizer: Any) -> FP8AdamW:
         raise ValueError(f"optimizer: received {received}, allowed with fp8: {known}")
     if optimizer.state:
         raise ValueError("optimizer: received one that has stepped already, allowed: one without state")
-    replaced = FP8AdamW(optimizer.param_groups, adam_w_mode=decoupled[type(optimizer)]())
+    for group in optimizer.param_groups:
+        group["adam_w_mode"] = decoupled[type(optimizer)](group)
+    replaced = FP8AdamW(optimizer.param_groups)
     optimizer._opt_called = True  # or a scheduler made with it warns that it was never stepped
     return replaced

@@ -109,11 +109,11 @@ TOP_LEVEL: dict[str, Rule] = {
     "disable_allgather": Refused(NOT_WITH_FP8, (False,)),
     "datastates_ckpt": Refused(NOT_YET),
     "hybrid_engine": Refused(NOT_WITH_FP8),
-    "pipeline": Refused(NOT_WITH_FP8, ({},)),
-    "tensor_parallel": Refused(NOT_WITH_FP8, ({}, {"autotp_size": 0})),
+    "pipeline": NoEffect("the model is no PipelineModule"),
+    "tensor_parallel": Refused(NOT_WITH_FP8, ({}, {"autotp_size": 0}, {"autotp_size": 1})),
     "expert_parallel": Refused(NOT_WITH_FP8),
     "sequence_parallel_size": Refused(NOT_WITH_FP8, (1,)),
-    "data_parallel_size": Refused(NOT_WITH_FP8),
+    "data_parallel_size": Refused(NOT_WITH_FP8, (1,)),
     "weight_quantization": Refused(NOT_WITH_FP8),
     # Of older versions; newer ones refuse them themselves.
     **dict.fromkeys(

@@ -262,9 +262,15 @@ def test_client_optimizers_are_refused(
         ({"momentum": 0.9}, ("optimizer.params.momentum", "0.9", "betas")),
         ({"max_grad_norm": 1.0}, ("optimizer.params.max_grad_norm", "1.0")),
         ({"amsgrad": True}, ("optimizer.params.amsgrad", "true")),
-        ({"betas": [0.9, 1.0]}, ("optimizer.params.betas", "1.0", "[0, 1)")),
-        ({"eps": 0.0}, ("optimizer.params.eps", "0.0", "more than 0")),
-        ({"lr": -1.0}, ("optimizer.params.lr", "-1.0", "0 or more")),
+        ({"betas": [0.9, 1.0]}, ("optimizer.params.betas.1", "1.0", "less than 1")),
+        ({"eps": 1e-60}, ("optimizer.params.eps", "1e-60", "more than 0 in FP32")),
+        ({"lr": "1e-3"}, ("optimizer.params.lr", '"1e-3"', "number")),
+        ({"lr": True}, ("optimizer.params.lr", "true", "number")),
+        ({"lr": None}, ("optimizer.params.lr", "null", "number")),
+        ({"betas": 0.9}, ("optimizer.params.betas", "0.9", "list")),
+        ({"adam_w_mode": "false"}, ("optimizer.params.adam_w_mode", '"false"', "boolean")),
+        ({"eps": 0.0}, ("optimizer.params.eps", "0.0", "greater than 0")),
+        ({"lr": -1.0}, ("optimizer.params.lr", "-1.0", "or equal to 0")),
     ],
 )
 def test_optimizer_params_are_refused(

@@ -24,6 +24,7 @@ LAYERS = (  # a module imports from the lines below its own only
         "ds_fp8.zero_fp8.checkpoint",
         "ds_fp8.zero_fp8.gradients",
         "ds_fp8.zero_fp8.norm",
+        "ds_fp8.zero_fp8.trained",
         "ds_fp8.zero_fp8.weights",
     ),
     ("ds_fp8.zero_fp8.agreement", "ds_fp8.zero_fp8.comm", "ds_fp8.zero_fp8.optimizer"),

@@ -50,7 +50,7 @@ class FullTensors:
                 partial(self.get_state, index, parameter),
                 partial(self.set_state, index, parameter),
                 partial(self.get_gradient, index, parameter),
-                partial(self.set_gradient, index),
+                partial(self.set_gradient, index, parameter),
             )
             for name, method in zip(BOUND, methods, strict=True):
                 setattr(parameter, name, method)
@@ -97,10 +97,10 @@ class FullTensors:
         else:
             self._on_foreign_state()
 
-    def set_gradient(self, index: int, value: Tensor) -> None:
+    def set_gradient(self, index: int, parameter: Parameter, value: Tensor) -> None:
         """Round a mean gradient into the reduced gradient. Raises ValueError outside backward .. step."""
         self._check_gradient()
-        flat = value.reshape(-1).to(torch.float32) / self._gradient_scale()
+        flat = _flat(value, parameter) / self._gradient_scale()
         for shard, piece in self._pieces(index):
             quantize(flat[piece.elements], shard.gradient[piece.rows])
 

@@ -28,6 +28,13 @@ def check_agreement(subject: str, facts: Sequence[str], device: torch.device, gr
             raise ValueError(f"ranks disagree about {subject}: rank 0 has {first}, rank {rank} has {other}")
 
 
+def first_objection(objection: str | None, group: ProcessGroup) -> str | None:
+    """The objection of the first rank that has one, on every rank."""
+    everybody: list[str | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everybody, objection, group=group)
+    return next((f"rank {rank}: {each}" for rank, each in enumerate(everybody) if each), None)
+
+
 def first_difference(facts: Sequence[str], theirs: Sequence[str]) -> tuple[str, str]:
     """The first pair of facts that differ; "nothing more" where one side has ended."""
     for mine, other in zip(facts, theirs, strict=False):

@@ -20,6 +20,7 @@ from ds_fp8.zero_fp8.partition import Piece
 FORMAT_VERSION = 1
 LOSS_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 Names = Mapping[int, str]  # global parameter index -> name in the module
+Groups = Sequence[Sequence[str]]  # names of each param group's parameters
 
 
 def _state_blocks(state: AdamState) -> dict[str, Blocks]:
@@ -32,12 +33,14 @@ def _block_range(piece: Piece, block_size: int) -> list[int]:
     return [first, first + piece.blocks]
 
 
-def save(shards: Sequence[Shard], names: Names, optimizer: FP8AdamW, loss_scaler: Any) -> dict[str, Any]:
-    """DeepSpeed's "base_optimizer_state" with our native states in it."""
+def save(
+    shards: Sequence[Shard], names: Names, groups: Groups, optimizer: FP8AdamW, loss_scaler: Any
+) -> dict[str, Any]:
+    """DeepSpeed's "base_optimizer_state" with our native states in it, on the CPU."""
     return {
         "state": {},
         "fp8": {
-            **_identity(shards[0].recipe),
+            **_identity(shards[0].recipe, groups),
             "steps": optimizer.steps,
             "clamp_squares": list(optimizer.clamp_squares),
             "loss_scaler": {key: each for key, each in vars(loss_scaler).items() if key in LOSS_SCALER_STATE},
@@ -50,19 +53,23 @@ def save(shards: Sequence[Shard], names: Names, optimizer: FP8AdamW, loss_scaler
     }
 
 
-def load(saved: Any, shards: Sequence[Shard], names: Names, optimizer: FP8AdamW, loss_scaler: Any) -> None:
-    """Restore what `save` gave. Raises ValueError, before anything is changed, where it does not fit."""
+def check(saved: Any, shards: Sequence[Shard], names: Names, groups: Groups) -> None:
+    """Refuse, by a ValueError, what `save` did not write for these shards."""
     native = saved.get("fp8") if isinstance(saved, dict) else None
     if native is None:
         raise ValueError(
             'checkpoint: received optimizer states that were not written with "fp8" enabled; load them '
             "without this section, or only the weights (load_optimizer_states=False)"
         )
-    for key, value in _identity(shards[0].recipe).items():
-        if native[key] != value:
-            raise ValueError(f"checkpoint {key}: received {native[key]}, expected {value}")
-    check(native["parameters"], shards, names)
+    for key, value in _identity(shards[0].recipe, groups).items():
+        if native.get(key) != value:
+            raise ValueError(f"checkpoint {key}: received {native.get(key)}, expected {value}")
+    _check_pieces(native["parameters"], shards, names)
 
+
+def restore(saved: Any, shards: Sequence[Shard], names: Names, optimizer: FP8AdamW, loss_scaler: Any) -> None:
+    """Take over a checked checkpoint."""
+    native = saved["fp8"]
     unpack(native["parameters"], shards, names)
     optimizer.steps = native["steps"]
     optimizer.clamp_squares = list(native["clamp_squares"])
@@ -71,7 +78,7 @@ def load(saved: Any, shards: Sequence[Shard], names: Names, optimizer: FP8AdamW,
         group.update(values)
 
 
-def _identity(recipe: Recipe) -> dict[str, Any]:
+def _identity(recipe: Recipe, groups: Groups) -> dict[str, Any]:
     """What a checkpoint must share with the run that reads it."""
     return {
         "format_version": FORMAT_VERSION,
@@ -82,6 +89,7 @@ def _identity(recipe: Recipe) -> dict[str, Any]:
             "exp_avg_sq": recipe.exp_avg_sq.name,
             "seed": recipe.seed,
         },
+        "groups": [list(names) for names in groups],
     }
 
 
@@ -93,13 +101,13 @@ def pack(shards: Sequence[Shard], names: Names) -> dict[str, Any]:
             entry: dict[str, Any] = {"blocks": _block_range(piece, shard.recipe.block_size)}
             for key, blocks in _state_blocks(shard.state).items():
                 for suffix, tensor in _tensors(blocks[piece.rows]).items():
-                    entry[key + suffix] = tensor.clone()
+                    entry[key + suffix] = tensor.to("cpu", copy=True)
             packed[names[piece.slot.parameter]] = entry
     return packed
 
 
-def check(packed: Mapping[str, Any], shards: Sequence[Shard], names: Names) -> None:
-    """Refuse, before anything is written, a checkpoint that does not fit the shards."""
+def _check_pieces(packed: Mapping[str, Any], shards: Sequence[Shard], names: Names) -> None:
+    """Refuse other parameters, blocks or shapes than those of the shards."""
     expected = {names[piece.slot.parameter]: (shard, piece) for shard in shards for piece in shard.pieces}
     missing, extra = sorted(expected.keys() - packed.keys()), sorted(packed.keys() - expected.keys())
     if missing or extra:

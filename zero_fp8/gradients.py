@@ -46,7 +46,7 @@ class GradientReducer:
         self._group = group
         self._hooks: list[RemovableHandle] = []
         self._promotion_logged = False
-        self._start_round()
+        self.drop()
 
     def listen(self) -> None:
         """Reduce buckets while backward runs, as their gradients arrive (ZeRO 2)."""
@@ -69,8 +69,21 @@ class GradientReducer:
             hook.remove()
         self._hooks.clear()
 
-    def finish(self) -> None:
-        """End a backward: launch what is left, then the extra round for gradients that came late."""
+    def drop(self) -> None:
+        """Forget everything that has been reduced or is on its way."""
+        self._begin_accumulation()
+        self._start_round()
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether a backward has begun to send and has not come to its end."""
+        return self._next > 0
+
+    def finish(self, *, last: bool) -> None:
+        """End a backward: launch what is left, then the extra round for gradients that came late.
+
+        last: the step follows. A further backward before it begins anew, as with DeepSpeed's own handler.
+        """
         while self._next < len(self._buckets):
             self._launch(self._next)
             self._next += 1
@@ -78,6 +91,7 @@ class GradientReducer:
             for index in self._late_buckets():
                 self._launch(index)
         self._start_round()
+        self._complete = last
 
     def _start_round(self) -> None:
         self.active = False
@@ -90,6 +104,8 @@ class GradientReducer:
             self._next += 1
 
     def _launch(self, index: int) -> None:
+        if self._complete:
+            self._begin_accumulation()
         bucket, shard = self._buckets[index], self._shards[index]
         message = Message(bucket.blocks_per_rank, bucket.block_size, self._recipe.wire)
         received = exchange(self._quantize(bucket, message), self._group)
@@ -97,6 +113,13 @@ class GradientReducer:
             self._log_promotion()
             shard.promote()
         shard.receive([message.blocks_of(each) for each in received])
+
+    def _begin_accumulation(self) -> None:
+        """The next arrival replaces what was reduced before."""
+        for shard in self._shards:
+            shard.arrivals = 0
+        self.taken = 0  # gradients of this rank since then
+        self._complete = False  # whether the last backward was the last of its step
 
     def _quantize(self, bucket: Bucket, message: Message) -> Tensor:
         """The bucket's gradients as one message a rank; drops them. Zero bytes decode to zeros."""
@@ -115,7 +138,10 @@ class GradientReducer:
         """The parameter's gradient as a vector, taken off the parameter."""
         parameter = self._parameters[index]
         gradient, parameter.grad = parameter.grad, None
-        return gradient.reshape(-1) if gradient is not None else None
+        if gradient is None:
+            return None
+        self.taken += 1
+        return gradient.reshape(-1)
 
     def _late_buckets(self) -> list[int]:
         """Buckets that on any rank hold a gradient although they have travelled."""

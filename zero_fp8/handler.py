@@ -22,11 +22,12 @@ from torch.nn import Parameter
 from ds_fp8.compat import ZeROOptimizer
 from ds_fp8.zero_fp8 import checkpoint
 from ds_fp8.zero_fp8.access import FullTensors
-from ds_fp8.zero_fp8.agreement import check_agreement
+from ds_fp8.zero_fp8.agreement import check_agreement, first_objection
 from ds_fp8.zero_fp8.gradients import GradientReducer
 from ds_fp8.zero_fp8.norm import clip_factor, non_finite_parameters, reduced_norm
 from ds_fp8.zero_fp8.optimizer import FP8AdamW, Recipe, Shard
-from ds_fp8.zero_fp8.partition import ParameterSpec, partition
+from ds_fp8.zero_fp8.partition import partition
+from ds_fp8.zero_fp8.trained import check_finite, trained_parameters
 from ds_fp8.zero_fp8.weights import Weights
 
 logger = logging.getLogger("ds_fp8")
@@ -79,10 +80,16 @@ class FP8ZeROOptimizer(ZeROOptimizer):
         self._global_grad_norm: float | None = None
 
         rank = dist.get_rank(group)
-        self.parameters, specs = _trained_parameters(optimizer, names)
+        self.parameters, specs = trained_parameters(optimizer, names)
         device = next(iter(self.parameters.values())).device
-        check_agreement("what is trained", _facts(specs, recipe, settings), device, group)
+        check_agreement("what is trained", [str(recipe), str(settings), *map(str, specs)], device, group)
         self.parameter_names = {index: names[each] for index, each in self.parameters.items()}
+        self.group_names = [
+            [self.parameter_names[spec.index] for spec in specs if spec.group == number]
+            for number in range(len(optimizer.param_groups))
+        ]
+        if recipe.master.scaled:
+            check_finite(self.parameters, self.parameter_names)
         self.buckets = partition(
             specs,
             bucket_elements=settings.bucket_elements,
@@ -91,8 +98,8 @@ class FP8ZeROOptimizer(ZeROOptimizer):
         )
         self.weights = [Weights(bucket, self.parameters, rank) for bucket in self.buckets]
         self.shards = [Shard(bucket, rank, recipe, device) for bucket in self.buckets]
-        self._masters_from_weights()
         self.gradients = GradientReducer(self.buckets, self.parameters, self.shards, recipe, group)
+        self._masters_from_weights()
         if settings.stage == 2:
             self.gradients.listen()
         self.full_tensors = FullTensors(self.shards, group, self._gradient_scale, self._states_were_set)
@@ -100,17 +107,25 @@ class FP8ZeROOptimizer(ZeROOptimizer):
 
     # Backward
 
+    def clear_backward_seen_flag(self) -> None:
+        """At every forward: drop what a backward has left that raised half-way."""
+        super().clear_backward_seen_flag()
+        if self.gradients.interrupted:
+            logger.warning("the last backward did not come to its end; its gradients are dropped")
+            self._backward_active_depth = 0
+            self.zero_grad()
+
     def enter_backward(self) -> None:
         super().enter_backward()
         self.gradients.active = True
 
     def overlapping_partition_gradients_reduce_epilogue(self) -> None:
         """ZeRO 2, after every micro-step: what backward has not sent yet."""
-        self.gradients.finish()
+        self.gradients.finish(last=self.is_gradient_accumulation_boundary())
 
     def reduce_gradients(self, pipeline_parallel: bool = False) -> None:
         """ZeRO 1, at the accumulation boundary."""
-        self.gradients.finish()
+        self.gradients.finish(last=True)
 
     def finalize_gradient_accumulation_boundary(self) -> None:
         """Where the caller owns the boundary: every backward has reduced already (ZeRO 2)."""
@@ -125,19 +140,21 @@ class FP8ZeROOptimizer(ZeROOptimizer):
         if any(shard.arrivals == 0 for shard in self.shards):
             raise RuntimeError("step() without a gradient: call engine.backward(loss) before engine.step()")
         with _Timed(self.timers, "optimizer_gradients"):
-            norm = reduced_norm(self.shards, self.dp_process_group) * self._gradient_scale()
+            norm = reduced_norm(self.shards, self.gradients.taken, self.dp_process_group)
+            norm *= self._gradient_scale()
         self._global_grad_norm = norm
         self.overflow = not math.isfinite(norm)
         scale = self._gradient_scale() * clip_factor(norm, self.settings.gradient_clipping)
         if self.dynamic_loss_scale:
             self.loss_scaler.update_scale(self.overflow)
-        if self.overflow:
-            self._skip()
-        else:
-            self.consecutive_skips = 0
-            self._update(scale)
-        for shard in self.shards:
-            shard.arrivals = 0
+        try:
+            if self.overflow:
+                self._skip()
+            else:
+                self.consecutive_skips = 0
+                self._update(scale)
+        finally:
+            self.gradients.drop()
 
     def _gradient_scale(self) -> float:
         """From the sum over ranks of scaled gradients, as stored, to the mean."""
@@ -164,8 +181,10 @@ class FP8ZeROOptimizer(ZeROOptimizer):
             )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop gradients, reduced ones too."""
         for parameter in self.parameters.values():
             parameter.grad = None
+        self.gradients.drop()
 
     # What DeepSpeed, schedulers and Hugging Face read
 
@@ -213,6 +232,7 @@ class FP8ZeROOptimizer(ZeROOptimizer):
         self.optimizer.drop_clamp("optimizer states were set from outside")
 
     def _masters_from_weights(self) -> None:
+        self.gradients.drop()
         for shard, weights in zip(self.shards, self.weights, strict=True):
             shard.take_masters(weights.own)
         self._weights_from_masters()
@@ -232,7 +252,7 @@ class FP8ZeROOptimizer(ZeROOptimizer):
             "zero_stage": self.settings.stage,
             "partition_count": dist.get_world_size(self.dp_process_group),
             "base_optimizer_state": checkpoint.save(
-                self.shards, self.parameter_names, self.optimizer, self.loss_scaler
+                self.shards, self.parameter_names, self.group_names, self.optimizer, self.loss_scaler
             ),
         }
         if self.settings.save_fp32_master:
@@ -242,11 +262,22 @@ class FP8ZeROOptimizer(ZeROOptimizer):
     def load_state_dict(self, state_dict_list: Sequence[Mapping[str, Any]], **_: Any) -> None:
         """Restore this rank's entry of the list, bit for bit; another world size is not read yet.
 
-        Raises ValueError, before anything is changed, where the checkpoint does not fit this run.
+        Raises ValueError, on every rank, where the checkpoint does not fit this run on any: states stay
+        as they are, and the trained weights, which DeepSpeed has loaded by then, are set back.
         """
         saved = state_dict_list[dist.get_rank(self.dp_process_group)].get("base_optimizer_state")
-        checkpoint.load(saved, self.shards, self.parameter_names, self.optimizer, self.loss_scaler)
+        refused = None
+        try:
+            checkpoint.check(saved, self.shards, self.parameter_names, self.group_names)
+        except ValueError as error:
+            refused = str(error)
+        refused = first_objection(refused, self.dp_process_group)
+        if refused is None:
+            checkpoint.restore(saved, self.shards, self.parameter_names, self.optimizer, self.loss_scaler)
+        self.gradients.drop()
         self._weights_from_masters()
+        if refused is not None:
+            raise ValueError(refused)
 
 
 class _Timed:
@@ -260,32 +291,3 @@ class _Timed:
 
     def __exit__(self, *_: object) -> None:
         self._timer.stop()
-
-
-def _trained_parameters(
-    optimizer: FP8AdamW, names: Mapping[Parameter, str]
-) -> tuple[dict[int, Parameter], list[ParameterSpec]]:
-    """The optimizer's parameters that require a gradient and are not empty, by global index."""
-    indices = {parameter: index for index, parameter in enumerate(names)}
-    parameters: dict[int, Parameter] = {}
-    specs: list[ParameterSpec] = []
-    for number, group in enumerate(optimizer.param_groups):
-        for parameter in group["params"]:
-            if not parameter.requires_grad or not parameter.numel():
-                continue
-            if parameter not in indices:
-                raise ValueError(
-                    f"optimizer: received a parameter of shape {list(parameter.shape)} that is not in the "
-                    "model, allowed: parameters of the model given to deepspeed.initialize"
-                )
-            index = indices[parameter]
-            parameters[index] = parameter
-            specs.append(ParameterSpec(index, parameter.numel(), number, parameter.dtype))
-    if not specs:
-        raise ValueError("optimizer: received no parameter that trains, allowed: at least one")
-    return dict(sorted(parameters.items())), specs
-
-
-def _facts(specs: Sequence[ParameterSpec], recipe: Recipe, settings: ZeroSettings) -> list[str]:
-    """What every rank must have alike, a line each."""
-    return [str(recipe), str(settings), *map(str, specs)]

@@ -13,11 +13,21 @@ from ds_fp8.zero_fp8.optimizer import Shard
 NAMED = 3  # parameters that a message names
 
 
-def reduced_norm(shards: Sequence[Shard], group: ProcessGroup) -> float:
-    """2-norm of the gradients as stored, over all ranks; inf where a value is not finite."""
+def reduced_norm(shards: Sequence[Shard], taken: int, group: ProcessGroup) -> float:
+    """2-norm of the gradients as stored, over all ranks; inf where a value is not finite.
+
+    taken: how many gradients this rank put into them. Raises RuntimeError where no rank had any.
+    """
     figures = torch.stack([sum_of_squares(shard.gradient) for shard in shards]).sum(dim=0)
+    figures = torch.cat([figures, figures.new_tensor([taken])])
     sum_over_ranks(figures, group)
-    squares, non_finite = figures.tolist()
+    squares, non_finite, gradients = figures.tolist()
+    if not gradients:
+        raise RuntimeError(
+            "step() without a gradient: no parameter that the optimizer trains received one on any rank. "
+            "Were the model's parameters replaced after deepspeed.initialize, say by "
+            "load_state_dict(assign=True)?"
+        )
     if non_finite or not math.isfinite(squares):
         return math.inf
     return math.sqrt(squares)
