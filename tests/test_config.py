@@ -117,21 +117,23 @@ class TestSection:
             assert parse({"fp8": {"enabled": True, **given}}) is not None
 
 
+UNKNOWN = "unknown key with the value "
+
 WRONG = [  # section, path in the message, value in the message, a part of what is allowed
     # unknown keys, at each depth
-    ({"levl": "O2"}, "fp8.levl", 'unknown key with the value "O2"', "opt_level, scaling"),
+    ({"levl": "O2"}, "fp8.levl", UNKNOWN + '"O2"', "opt_level, scaling"),
     ({"enable": True}, "fp8.enable", "unknown key with the value true", 'did you mean "enabled"?'),
-    ({"optlevel": "O2"}, "fp8.optlevel", 'unknown key with the value "O2"', 'did you mean "opt_level"?'),
+    ({"optlevel": "O2"}, "fp8.optlevel", UNKNOWN + '"O2"', 'did you mean "opt_level"?'),
     (
         {"gradients": {"dtyp": "e4m3"}},
         "fp8.gradients.dtyp",
-        'unknown key with the value "e4m3"',
+        UNKNOWN + '"e4m3"',
         'did you mean "dtype"?',
     ),
     (
         {"optimizer": {"exp_avg": "e4m3"}},
         "fp8.optimizer.exp_avg",
-        'unknown key with the value "e4m3"',
+        UNKNOWN + '"e4m3"',
         '"exp_avg_dtype"?',
     ),
     (
@@ -143,7 +145,7 @@ WRONG = [  # section, path in the message, value in the message, a part of what 
     (
         {"weights": {"dtypes": "e4m3"}},
         "fp8.weights.dtypes",
-        'unknown key with the value "e4m3"',
+        UNKNOWN + '"e4m3"',
         'did you mean "dtype"?',
     ),
     ({"checkpoint": {"fp32": True}}, "fp8.checkpoint.fp32", "unknown key with the value true", "fp32_master"),
