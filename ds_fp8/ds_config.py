@@ -13,11 +13,14 @@ from pydantic import BaseModel, ConfigDict, Field
 from ds_fp8.config import refusal, validate
 from ds_fp8.rules import SECTIONS, TOP_LEVEL, NoEffect, Refused, Rule
 
+STAGES = (1, 2)
 OPTIMIZER_TYPES = ("Adam", "AdamW", "FP8AdamW")
+NULLABLE = ("bf16", "fp16")  # sections that DeepSpeed takes as absent where they are null
+COMMENTS = ("comment", "comments")
 
 
 class OptimizerParams(BaseModel):
-    """ "params" of the "optimizer" section."""
+    """The "params" of the "optimizer" section."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -35,11 +38,6 @@ def optimizer_params(params: Mapping[str, Any]) -> OptimizerParams:
     """Checked hyperparameters of ds_config's optimizer. Raises ValueError."""
     known = {key: list(value) if isinstance(value, tuple) else value for key, value in params.items()}
     return validate(OptimizerParams, known, "optimizer.params")
-
-
-STAGES = (1, 2)
-NULLABLE = ("bf16", "fp16")  # sections that DeepSpeed takes as absent where they are null
-COMMENTS = ("comment", "comments")
 
 
 def check(ds_config: Mapping[str, Any]) -> list[str]:
