@@ -79,13 +79,13 @@ class Ranks:
     def alive(self) -> bool:
         return all(process.is_alive() for process in self._processes)
 
-    def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    def run(self, function: Callable[..., Any], *arguments: Any, seconds: float = HANG) -> list[Any]:
         """The function's results by rank. Raises AssertionError with a rank's traceback."""
         for pipe in self._pipes:
             pipe.send((function, arguments))
         results = []
         for rank, pipe in enumerate(self._pipes):
-            outcome = self._receive(pipe, HANG)
+            outcome = self._receive(pipe, seconds)
             if outcome is None or not outcome[0]:
                 self._report_and_stop(rank, outcome)
             results.append(outcome[1])
@@ -121,11 +121,13 @@ class RankPools:
     def __init__(self) -> None:
         self._pools: dict[int, Ranks] = {}
 
-    def run(self, world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    def run(
+        self, world_size: int, function: Callable[..., Any], *arguments: Any, seconds: float = HANG
+    ) -> list[Any]:
         pool = self._pools.get(world_size)
         if pool is None or not pool.alive:
             pool = self._pools[world_size] = Ranks(world_size)
-        return pool.run(function, *arguments)
+        return pool.run(function, *arguments, seconds=seconds)
 
     def stop(self) -> None:
         for pool in self._pools.values():

@@ -94,5 +94,5 @@ def worst_error(handler: Any, exact: dict[str, Tensor]) -> float:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_any_order(ranks: RankPools, seed: int) -> None:
-    for worst in ranks.run(2 + seed % 2, run, seed):
+    for worst in ranks.run(2 + seed % 2, run, seed, seconds=60):
         assert max(worst) < 0.05
