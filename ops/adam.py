@@ -14,7 +14,7 @@ The weight is the rounded value of the master *as stored*, so weights are a func
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ds_fp8.ops.blocks import Blocks, chunks, decode, encode, scale_down, scale_exponents
 from ds_fp8.ops.formats import FP32
-from ds_fp8.ops.rounding import key, random_bits, round_up_from_zero
+from ds_fp8.ops.rounding import EXP_AVG_SQ, key, random_bits, round_up_from_zero, stream
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,6 @@ class AdamScalars:
     """What a sweep multiplies with; each is rounded to FP32 where it meets a tensor."""
 
     step: int  # counted from 1
-    gradient: float  # 1 / world size, loss scale and clip factor in one
     lr: float
     beta1: float
     beta2: float
@@ -89,35 +88,44 @@ def adam_step(
     state: AdamState,
     gradient: Blocks,  # sum over ranks, of the same rows as the state
     weights: Tensor,  # [rows, block size] model dtype, written
-    segments: Iterable[Segment],
+    segments: Sequence[Segment],
     scalars: AdamScalars,
+    control: Tensor,  # [2] float32
     *,
     seed: int,
 ) -> None:
-    """One sweep over the segments of a shard; rows outside every segment are left alone."""
+    """One sweep over the segments of a shard.
+
+    control: what the gradient is multiplied with (1 / world size, loss scale and clip factor in one),
+    and 1 where the step is taken, 0 where every byte stays as it is. Both are read where the tensor is,
+    so that a GPU does not wait for the host. Rows outside every segment hold zeros and keep them.
+    """
+    if not control[1]:
+        return
+    noise = stream(seed, scalars.step, EXP_AVG_SQ)
     for segment in segments:
-        words = key(seed, scalars.step, segment.parameter)
+        word = key(noise, segment.parameter)
         start, size = segment.blocks.start, gradient.block_size
         for part in chunks(segment.blocks.stop - start, size):
             rows = slice(start + part.start, start + part.stop)
             first = segment.first_element + part.start * size
-            bits = random_bits(words, first, (part.stop - part.start) * size, weights.device)
-            _sweep(state[rows], gradient[rows], weights[rows], scalars, bits.view(-1, size))
+            bits = random_bits(word, first, (part.stop - part.start) * size, weights.device)
+            scaled = decode(gradient[rows], control[0])
+            _sweep(state[rows], scaled, weights[rows], scalars, bits.view(-1, size))
 
 
-def _sweep(state: AdamState, gradient: Blocks, weights: Tensor, s: AdamScalars, bits: Tensor) -> None:
-    p, m, g = decode(state.master), decode(state.exp_avg), decode(gradient) * s.gradient
-    v = decode_second_moment(state.exp_avg_sq)
-    if not s.decoupled:
+def _sweep(state: AdamState, g: Tensor, weights: Tensor, s: AdamScalars, bits: Tensor) -> None:
+    if s.decoupled:
+        p = decode(state.master, 1 - s.lr * s.weight_decay)
+    else:
+        p = decode(state.master)
         g = g + p * s.weight_decay
-    m = m * s.beta1 + g * (1 - s.beta1)
-    v = v * s.beta2 + g * g * (1 - s.beta2)
+    m = decode(state.exp_avg, s.beta1) + g * (1 - s.beta1)
+    v = decode_second_moment(state.exp_avg_sq) * s.beta2 + g * g * (1 - s.beta2)
     root = square_root(v)
     if s.clamp is not None:
         bound = root * s.clamp
         m = torch.minimum(torch.maximum(m, -bound), bound)
-    if s.decoupled:
-        p = p * (1 - s.lr * s.weight_decay)
     p = p - m / (root * s.root_correction + s.eps) * s.step_size
     encode(p, state.master)
     encode(m, state.exp_avg)

@@ -4,9 +4,10 @@ A block is a row of consecutive values. In a scaled format it has one E8M0 byte 
 section 5.4.1) and value = code * 2^(e - 127), with the smallest e in 1..254 that brings the
 block's largest magnitude under the format's maximum. It is read off the float's bits: a
 logarithm would round. A power of two makes scaling exact, so requantising an unchanged block
-keeps its values. A block of zeros has e = 1. A block that holds inf or NaN has e = 255 and
-decodes to NaN throughout: non-finite values travel in band and nobody has to look for them. The
-last half code below 2^128 rounds up to 2^128 and so decodes to inf, as FP32 itself would overflow.
+keeps its values. A block of zeros has e = 1. A block that holds inf or NaN has e = 255, its codes
+mean nothing and no value that it decodes to is finite: non-finite values travel in band and nobody
+has to look for them. The last half code below 2^128 rounds up to 2^128 and so decodes to inf, as
+FP32 itself would overflow.
 """
 
 from collections.abc import Iterator
@@ -85,10 +86,8 @@ def power_of_two(e: Tensor) -> Tensor:
 
 
 def scale_down(values: Tensor, e: Tensor) -> Tensor:
-    """Rows of `values` divided by their scale, exactly; rows that are not finite become zeros."""
-    finite = (e < NOT_FINITE)[:, None]
-    inverse = power_of_two(torch.where(e < NOT_FINITE, 254 - e, 1))
-    return torch.where(finite, values * inverse[:, None], 0.0)
+    """Rows of `values` divided by their scale, exactly; rows that are not finite come to nothing."""
+    return values * power_of_two((254 - e).clamp(min=0))[:, None]
 
 
 def encode(values: Tensor, out: Blocks) -> None:
@@ -103,12 +102,15 @@ def encode(values: Tensor, out: Blocks) -> None:
     out.codes.copy_(values)
 
 
-def decode(blocks: Blocks) -> Tensor:
-    """Values of a chunk of blocks, [rows, block size] float32."""
+def decode(blocks: Blocks, factor: float | Tensor = 1.0) -> Tensor:
+    """Values of a chunk of blocks times a factor, [rows, block size] float32.
+
+    The factor, a number or a 0-d float32 tensor, meets the scale first: a row's multiplications are one.
+    """
     values = blocks.codes.to(torch.float32)
     if blocks.scales is None:
-        return values
-    return values * power_of_two(blocks.scales)[:, None]
+        return values * factor
+    return values * (power_of_two(blocks.scales) * factor)[:, None]
 
 
 def quantize(values: Tensor, out: Blocks) -> None:

@@ -10,37 +10,38 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ds_fp8.ops.blocks import Blocks, chunks, decode, encode
+from ds_fp8.ops.blocks import NOT_FINITE, Blocks, chunks, decode, encode, power_of_two
 
 
-def accumulate(pieces: Sequence[Blocks], shard: Blocks, *, fresh: bool) -> None:
-    """Add the ranks' pieces, in the order given, and add their sum to the shard.
+def accumulate(pieces: Sequence[Blocks], shard: Blocks, *, fresh: bool) -> Tensor:
+    """Add the ranks' pieces, in the order given, and add their sum to the shard; returns its figures.
 
-    pieces: one a rank, each of the shard's length and block size; fresh: the shard's old content
-    is not read. The sum is FP32 and is rounded once, into the shard's format.
+    pieces: one a rank, each of the shard's length and block size, at equal distances in one buffer;
+    fresh: the shard's old content is not read. The sum is FP32 and is rounded once, into the shard's
+    format. Returns what `figures` does, for the shard as stored.
     """
+    result = torch.zeros(2, dtype=torch.float64, device=shard.codes.device)
     for part in chunks(len(shard), shard.block_size):
         total = decode(pieces[0][part])
         for piece in pieces[1:]:
             total = total + decode(piece[part])
         encode(total if fresh else decode(shard[part]) + total, shard[part])
-
-
-def sum_of_squares(shard: Blocks) -> Tensor:
-    """[2] float64: sum of squares of the shard as stored, and its count of non-finite blocks.
-
-    Squares are added in FP32 within a block, halving it until one value is left, and in float64
-    between blocks.
-    """
-    result = torch.zeros(2, dtype=torch.float64, device=shard.codes.device)
-    for part in chunks(len(shard), shard.block_size):
-        squares = decode(shard[part]).square()
-        while squares.shape[1] > 1:
-            half = squares.shape[1] // 2
-            squares = squares[:, :half] + squares[:, half:]
-        result[0] += squares.sum(dtype=torch.float64)
-        result[1] += (~squares.isfinite()).sum()
+        result += figures(shard[part])
     return result
+
+
+def figures(blocks: Blocks) -> Tensor:
+    """[2] float64: sum of squares of the finite blocks of a chunk, and the count of the others.
+
+    Squares are added in FP32 within a block, without its scale, and in float64 between blocks.
+    """
+    squares = blocks.codes.to(torch.float32).square().sum(dim=1)
+    if blocks.scales is None:
+        finite, scales = squares.isfinite(), torch.ones_like(squares)
+    else:
+        finite, scales = blocks.scales < NOT_FINITE, power_of_two(blocks.scales)
+    squares = squares.to(torch.float64) * scales.to(torch.float64).square()
+    return torch.stack([squares[finite].sum(), (~finite).sum()])
 
 
 def first_non_finite_block(shard: Blocks) -> int | None:

@@ -5,34 +5,47 @@ moment does at (1 - beta2) = .001 to .05; rounding up with the probability of th
 follows it in the mean. The bits come from a hash of (seed, step, parameter, element), never from
 a generator with a state: they are the same in every kernel, at every world size, after a resume.
 
-One hash gives 32 bits an element and step; exp_avg_sq takes the low 16, the master weight the
-high 16, so the two draw independently. Sixteen bits leave a bias of at most 2^-16 of a code.
-The mixer is a 32-bit integer hash of two multiplications (constants of Wellons' hash-prospector,
-bias 0.107), applied twice around the two words of the key.
+A hash gives 16 bits, which leave a bias of at most 2^-16 of a code (2^-13 in FP16, which drops no
+more bits). Each state of an element draws from its own stream. The mixer is a 32-bit integer hash of
+two multiplications (constants of Wellons' hash-prospector, bias 0.107).
 """
 
 import torch
 from torch import Tensor
 
-from ds_fp8.ops.formats import Format
+from ds_fp8.ops.formats import FP32, Format
 
 MASK = 0xFFFFFFFF
 MULTIPLIERS = (0x21F0AAAD, 0xD35A2D97)
-KEY_START = (0x243F6A88, 0x85A308D3)  # the first words of pi
+START = 0x243F6A88  # the first word of pi
 RANDOM_BITS = 16  # bits a rounding consumes
+EXP_AVG_SQ = 2  # the state whose stream this is
+QUIET_NAN = 0x7FC00000
 CODE_DTYPE = {1: torch.uint8, 2: torch.int16}  # integers as wide as a code
 
 
-def _mix_word(x: int) -> int:
-    """The mixer on one unsigned 32-bit word; `_mix` is the same on a tensor."""
-    x ^= x >> 16
-    x = x * MULTIPLIERS[0] & MASK
-    x ^= x >> 15
-    x = x * MULTIPLIERS[1] & MASK
+def mix(x: int) -> int:
+    """The mixer on one unsigned 32-bit word."""
+    x = (x ^ x >> 16) * MULTIPLIERS[0] & MASK
+    x = (x ^ x >> 15) * MULTIPLIERS[1] & MASK
     return x ^ x >> 15
 
 
-def _signed(word: int) -> int:
+def stream(seed: int, step: int, state: int) -> int:
+    """The 32-bit word of one state's random bits at one step; seed is taken modulo 2^64."""
+    word = START
+    for each in (seed & MASK, seed >> 32 & MASK, step & MASK, state):
+        word = mix(word ^ each)
+    return word
+
+
+def key(stream: int, parameter: int) -> int:
+    """The 32-bit word of one parameter in a stream."""
+    return mix(stream ^ parameter & MASK)
+
+
+def signed(word: int) -> int:
+    """An unsigned 32-bit word as int32 holds it."""
     return word - (1 << 32) if word >= 1 << 31 else word
 
 
@@ -41,53 +54,30 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & (MASK >> bits)
 
 
-def _mix(x: Tensor) -> Tensor:
-    x = (x ^ _shift_right(x, 16)) * _signed(MULTIPLIERS[0])
-    x = (x ^ _shift_right(x, 15)) * _signed(MULTIPLIERS[1])
-    return x ^ _shift_right(x, 15)
+def random_bits(key: int, first: int, count: int, device: torch.device) -> Tensor:
+    """16 random bits for the elements first .. first + count - 1 of a parameter, [count] int32.
 
-
-def key(seed: int, step: int, parameter: int) -> tuple[int, int]:
-    """Two 32-bit words for one parameter at one step; seed is taken modulo 2^64."""
-    words = (seed & MASK, seed >> 32 & MASK, step & MASK, parameter & MASK)
-    low, high = KEY_START
-    for word in words:
-        low, high = _mix_word(low ^ word), _mix_word(high ^ word)
-    return low, high
-
-
-def random_bits(words: tuple[int, int], first: int, count: int, device: torch.device) -> Tensor:
-    """32 random bits for the elements first .. first + count - 1 of a parameter, [count] int32.
-
-    The element index counts modulo 2^32.
+    The upper half of `mix` before its last step, which reaches the lower half only. The element
+    index counts modulo 2^32.
     """
-    index = torch.arange(first, first + count, dtype=torch.int64, device=device).to(torch.int32)
-    return _mix(_mix(index ^ _signed(words[0])) ^ _signed(words[1]))
+    x = torch.arange(first, first + count, dtype=torch.int64, device=device).to(torch.int32) ^ signed(key)
+    x = (x ^ _shift_right(x, 16)) * signed(MULTIPLIERS[0])
+    x = (x ^ _shift_right(x, 15)) * signed(MULTIPLIERS[1])
+    return _shift_right(x, 32 - RANDOM_BITS)
 
 
 def round_up_from_zero(values: Tensor, bits: Tensor, fmt: Format) -> Tensor:
     """Codes of non-negative values, rounded stochastically, non-zero values never to zero.
 
-    values: float32, at most fmt.max; bits: int32 of the same shape whose low 16 bits are random;
-    returns fmt.dtype. A value between two codes goes to the upper one with the probability of its
-    distance from the lower. Works on the integers: a code of a positive value is its exponent and
-    mantissa side by side, so a carry out of the mantissa lands where it should, and below the
-    smallest normal value only the number of dropped bits grows.
+    values: float32, at most fmt.max; bits: int32 of the same shape, 16 random bits; returns fmt.dtype.
+    A value between two codes goes to the upper one with the probability of its distance from the lower.
+
+    Where the format's exponents are brought onto FP32's own, its codes are the upper bits of the float,
+    subnormals included: adding noise below them and cutting rounds.
     """
-    raw = values.view(torch.int32)
-    field = raw >> 23
-    significand = (raw & 0x7FFFFF) | (field > 0).to(torch.int32) << 23
-    field = field.clamp(min=1)
-    lowest = 127 + fmt.min_exponent  # FP32 exponent field of the smallest normal value
-    # With 24 bits dropped every significand lands on code 0 or 1, as with more.
-    dropped = (23 - fmt.mantissa_bits + (lowest - field).clamp(min=0)).clamp(max=24)
-    random = bits & 0xFFFF
-    noise = torch.where(
-        dropped > RANDOM_BITS,
-        random << (dropped - RANDOM_BITS).clamp(min=0),
-        random >> (RANDOM_BITS - dropped).clamp(min=0),
-    )
-    codes = ((significand + noise) >> dropped) + ((field - lowest).clamp(min=0) << fmt.mantissa_bits)
-    top = (1 << fmt.exponent_bits + fmt.mantissa_bits) - 1  # a NaN must not carry into the sign
-    codes = torch.where(values == 0, 0, codes.clamp(1, top))
+    dropped = 23 - fmt.mantissa_bits
+    noise = bits << dropped - RANDOM_BITS if dropped > RANDOM_BITS else bits >> RANDOM_BITS - dropped
+    raw = (values * 2.0 ** (fmt.bias - FP32.bias)).view(torch.int32)
+    codes = (raw.clamp(max=QUIET_NAN) + noise) >> dropped  # a NaN must not carry into the sign
+    codes = torch.where(values == 0, 0, codes.clamp(min=1))
     return codes.to(CODE_DTYPE[fmt.itemsize]).view(fmt.dtype)

@@ -1,0 +1,278 @@
+"""The Adam sweep on a GPU: `ops.adam.adam_step` as one Triton launch a shard.
+
+Formats are compile-time constants, hyperparameters are not. Which parameter a row belongs to, and so
+the key of its random bits, is looked up in a table: the first segment of each tile, and from there over
+the few that begin inside the tile. Whether the step is taken, and what the gradient is multiplied with,
+is read from device memory: nothing waits for the host.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ds_fp8.ops.adam import AdamScalars, AdamState, Segment
+from ds_fp8.ops.blocks import Blocks
+from ds_fp8.ops.blocks_triton import (
+    OPTIONS,
+    decode,
+    hardware_fp8,
+    inverse_scale,
+    is_scaled,
+    launch_shape,
+    load_codes,
+    load_scales,
+    power_of_two,
+    raw,
+    scale_exponent,
+    scales_of,
+    store_blocks,
+    tile_rows,
+    times,
+)
+from ds_fp8.ops.formats import BY_NAME
+from ds_fp8.ops.rounding import EXP_AVG_SQ, MULTIPLIERS, signed, stream
+
+FIRST_MULTIPLIER = tl.constexpr(MULTIPLIERS[0])
+SECOND_MULTIPLIER = tl.constexpr(MULTIPLIERS[1])
+
+
+@triton.constexpr_function
+def dropped_bits(name):  # type: ignore[no-untyped-def]
+    return 23 - BY_NAME[name].mantissa_bits
+
+
+@triton.constexpr_function
+def exponent_shift(name):  # type: ignore[no-untyped-def]
+    return BY_NAME[name].bias - 127
+
+
+@triton.constexpr_function
+def two_to_the(exponent):  # type: ignore[no-untyped-def]
+    return 2.0**exponent
+
+
+@triton.jit
+def mix(x):
+    """`ops.rounding.mix` on uint32, without its last step: the high 16 bits are random."""
+    x = (x ^ (x >> 16)) * FIRST_MULTIPLIER
+    return (x ^ (x >> 15)) * SECOND_MULTIPLIER
+
+
+@triton.jit
+def row_keys(stream, first, rows, table, tile_segments, tile, segments, BLOCK: tl.constexpr):
+    """Each row's key of random bits and the element of its parameter with which it begins, uint32."""
+    starts, first_blocks, parameters = table, table + segments, table + 2 * segments
+    segment = tl.load(tile_segments + tile)
+    row = rows + first.to(tl.int32)
+    block = row - tl.load(starts + segment) + tl.load(first_blocks + segment)
+    parameter = tl.full(rows.shape, tl.load(parameters + segment), tl.int32)
+    for other in range(segment + 1, tl.load(tile_segments + tile + 1) + 1):
+        start = tl.load(starts + other)
+        block = tl.where(row >= start, row - start + tl.load(first_blocks + other), block)
+        parameter = tl.where(row >= start, tl.load(parameters + other), parameter)
+    x = mix(stream.to(tl.uint32) ^ parameter.to(tl.uint32))
+    return x ^ (x >> 15), block.to(tl.uint32) * BLOCK
+
+
+@triton.jit
+def round_up_from_zero(values, random, FORMAT: tl.constexpr):
+    """`ops.rounding.round_up_from_zero`; the high 16 bits of `random`, uint32, are used."""
+    DROPPED: tl.constexpr = dropped_bits(FORMAT)
+    bits = values.to(tl.int32, bitcast=True)
+    if not is_scaled(FORMAT):
+        bits = tl.minimum(bits, 0x7FC00000)  # a NaN must not carry into the sign
+    if DROPPED > 16:
+        noise = (random >> 16) << (DROPPED - 16)
+    else:
+        noise = random >> (32 - DROPPED)
+    return (bits + noise.to(tl.int32)) >> DROPPED
+
+
+@triton.jit
+def store_second_moment(
+    root, key, first_element, codes, scales, rows, offset, inside, FORMAT: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Store sqrt(v) rounded stochastically, non-zero values never to zero."""
+    nonzero = tl.minimum(root.to(tl.int32, bitcast=True), 1)
+    factor = tl.full(rows.shape, 1.0, tl.float32)
+    if is_scaled(FORMAT):
+        e = scale_exponent(root, FORMAT)
+        tl.store(scales + rows, e.to(tl.uint8), mask=inside)
+        factor = inverse_scale(e) * two_to_the(exponent_shift(FORMAT))
+        root = root * factor[:, None]
+    element = first_element[:, None] + tl.arange(0, BLOCK)[None, :].to(tl.uint32)
+    code = tl.maximum(round_up_from_zero(root, mix(element ^ key[:, None]), FORMAT), nonzero)
+    if FORMAT == "fp16":
+        code = code.to(tl.int16).to(tl.float16, bitcast=True)
+    elif FORMAT == "bf16":
+        code = code.to(tl.int16).to(tl.bfloat16, bitcast=True)
+    tl.store(codes + offset, code.to(codes.dtype.element_ty), mask=inside[:, None])
+
+
+@triton.jit
+def store_weights(p, weights, offset, inside):
+    """Round masters as stored to the model's dtype; `ops.adam.write_weights`."""
+    if weights.dtype.element_ty == tl.bfloat16:
+        bits = (p.to(tl.int32, bitcast=True) + 0x8000) >> 16
+        bits = tl.where(p != p, 0x7FC0, bits)
+        w = bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        w = p.to(weights.dtype.element_ty)
+    tl.store(weights + offset, w, mask=inside[:, None])
+
+
+@triton.jit(do_not_specialize=["stream", "segments"])
+def adam_kernel(
+    control,  # [2] float32: what the gradient is multiplied with; 0 where the step is skipped
+    gradient_codes,
+    gradient_scales,
+    master_codes,
+    master_scales,
+    m_codes,
+    m_scales,
+    v_codes,
+    v_scales,
+    weights,
+    table,  # [3, segments] int32: row with which a segment begins, its block of the parameter, the parameter
+    tile_segments,  # [tiles + 1] int32: the segment with which a tile begins
+    segments,
+    stream,  # word of the step's random bits
+    blocks,
+    beta1,
+    one_minus_beta1,
+    beta2,
+    one_minus_beta2,
+    step_size,
+    root_correction,
+    eps,
+    decay,  # decoupled: 1 - lr * weight decay; else the weight decay
+    clamp,
+    DECOUPLED: tl.constexpr,
+    CLAMPED: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    MASTER: tl.constexpr,
+    M: tl.constexpr,
+    V: tl.constexpr,
+    HARDWARE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    if tl.load(control + 1) == 0.0:
+        return
+    tile = tl.program_id(0)
+    first, rows, offset, inside = tile_rows(blocks, tile, BLOCK, ROWS)
+    start = first * BLOCK
+    g = load_codes(gradient_codes + start, offset, inside, GRADIENT, HARDWARE)
+    p = load_codes(master_codes + start, offset, inside, MASTER, HARDWARE)
+    m = load_codes(m_codes + start, offset, inside, M, HARDWARE)
+    v = load_codes(v_codes + start, offset, inside, V, HARDWARE)
+    g_scale = load_scales(gradient_scales + first, rows, inside, GRADIENT)
+    p_scale = load_scales(master_scales + first, rows, inside, MASTER)
+    m_scale = load_scales(m_scales + first, rows, inside, M)
+    v_scale = load_scales(v_scales + first, rows, inside, V)
+
+    g = g * (g_scale * tl.load(control))[:, None]
+    if DECOUPLED:
+        p = p * (p_scale * decay)[:, None]
+    else:
+        p = times(p, p_scale, MASTER)
+        g = g + p * decay
+    m = m * (m_scale * beta1)[:, None] + g * one_minus_beta1
+    v = times(v, v_scale, V)
+    if V != "fp32":
+        v = v * v
+    v = v * beta2 + g * g * one_minus_beta2
+    root = tl.sqrt_rn(v)
+    if CLAMPED:
+        bound = root * clamp
+        m = tl.minimum(tl.maximum(m, -bound), bound)
+    p = p - tl.div_rn(m, root * root_correction + eps) * step_size
+
+    stored, e = store_blocks(
+        p, master_codes + start, master_scales + first, rows, offset, inside, MASTER, HARDWARE
+    )
+    p = times(decode(stored, MASTER, HARDWARE), power_of_two(e), MASTER)
+    store_weights(p, weights + start, offset, inside)
+    store_blocks(m, m_codes + start, m_scales + first, rows, offset, inside, M, HARDWARE)
+    if V == "fp32":
+        tl.store(v_codes + start + offset, v, mask=inside[:, None])
+    else:
+        key, element = row_keys(stream, first, rows, table, tile_segments, tile, segments, BLOCK)
+        store_second_moment(
+            root, key, element, v_codes + start, v_scales + first, rows, offset, inside, V, BLOCK
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The segments of a shard, as the kernel looks them up."""
+
+    table: Tensor  # [3, segments] int32: row with which one begins, its block of the parameter, the parameter
+    tile_segments: Tensor  # [tiles + 1] int32: the segment with which a tile begins
+
+
+def plan(segments: Sequence[Segment], blocks: int, block_size: int, device: torch.device) -> Plan:
+    """What a sweep over a shard of so many blocks looks up; made once."""
+    columns = [(each.blocks.start, each.first_element // block_size, each.parameter) for each in segments]
+    table = torch.tensor(columns or [(0, 0, 0)], dtype=torch.int32).t().contiguous()
+    grid, rows = launch_shape(blocks, block_size)
+    tiles = torch.arange(grid[0] + 1, dtype=torch.int32) * rows
+    tile_segments = torch.searchsorted(table[0], tiles, right=True, out_int32=True) - 1
+    return Plan(table.to(device), tile_segments.to(device))
+
+
+def adam_step(
+    state: AdamState,
+    gradient: Blocks,
+    weights: Tensor,
+    plan: Plan,
+    scalars: AdamScalars,
+    control: Tensor,
+    *,
+    seed: int,
+) -> None:
+    """`ops.adam.adam_step` in one launch."""
+    if not len(gradient):
+        return
+    grid, rows = launch_shape(len(gradient), gradient.block_size)
+    s = scalars
+    adam_kernel[grid](
+        control,
+        raw(gradient.codes),
+        scales_of(gradient),
+        raw(state.master.codes),
+        scales_of(state.master),
+        raw(state.exp_avg.codes),
+        scales_of(state.exp_avg),
+        raw(state.exp_avg_sq.codes),
+        scales_of(state.exp_avg_sq),
+        weights,
+        plan.table,
+        plan.tile_segments,
+        plan.table.shape[1],
+        signed(stream(seed, s.step, EXP_AVG_SQ)),
+        len(gradient),
+        s.beta1,
+        1 - s.beta1,
+        s.beta2,
+        1 - s.beta2,
+        s.step_size,
+        s.root_correction,
+        s.eps,
+        1 - s.lr * s.weight_decay if s.decoupled else s.weight_decay,
+        s.clamp or 0.0,
+        DECOUPLED=s.decoupled,
+        CLAMPED=s.clamp is not None,
+        GRADIENT=gradient.format.name,
+        MASTER=state.master.format.name,
+        M=state.exp_avg.format.name,
+        V=state.exp_avg_sq.format.name,
+        HARDWARE=hardware_fp8(weights.device),
+        BLOCK=gradient.block_size,
+        ROWS=rows,
+        **OPTIONS,
+    )

@@ -1,0 +1,285 @@
+"""Blocks on a GPU: `quantize` and `dequantize` of `ops.blocks` as Triton kernels.
+
+The device functions that read, round and write a tile of blocks are here for the other kernels too. A
+tile is [ROWS, BLOCK]: a block is a row, so its amax is a reduction in registers. Formats are compile-time
+constants. From sm_89 on the hardware converts FP8; before, integer arithmetic does, to the same bits.
+
+Kernels are bound by instructions as much as by memory, hence: a scale meets a row's other factors before
+it meets the row, and a tile's address is one 64-bit base and 32-bit offsets.
+"""
+
+import os
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ds_fp8.ops.blocks import Blocks
+from ds_fp8.ops.formats import BY_NAME
+
+TILE = 2048  # elements of a tile: 16 a thread, one 16-byte access of an 8-bit format
+WARPS = 4
+FIRST_WITH_FP8 = (8, 9)  # compute capability
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# A fused multiply-add rounds once where the reference rounds twice.
+OPTIONS: dict[str, object] = {} if INTERPRETED else {"num_warps": WARPS, "enable_fp_fusion": False}
+
+
+def hardware_fp8(device: torch.device) -> bool:
+    """Whether the device converts FP8 itself."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= FIRST_WITH_FP8
+
+
+def raw(codes: Tensor) -> Tensor:
+    """Codes as kernels take them: FP8 as bytes, which every architecture can load."""
+    return codes.view(torch.uint8) if codes.element_size() == 1 else codes
+
+
+def scales_of(blocks: Blocks) -> Tensor:
+    """The scales, or something with an address where there are none."""
+    return raw(blocks.codes) if blocks.scales is None else blocks.scales
+
+
+@triton.constexpr_function
+def is_scaled(name):  # type: ignore[no-untyped-def]
+    return BY_NAME[name].scaled
+
+
+@triton.constexpr_function
+def max_exponent(name):  # type: ignore[no-untyped-def]
+    return BY_NAME[name].max_exponent
+
+
+@triton.constexpr_function
+def max_mantissa(name):  # type: ignore[no-untyped-def]
+    return int((BY_NAME[name].max_significand - 1) * 2**23)
+
+
+@triton.jit
+def power_of_two(e):
+    """2^(e - 127); e = 255 gives inf, and 0 * inf is NaN."""
+    return (e.to(tl.int32) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def decode(codes, FORMAT: tl.constexpr, HARDWARE: tl.constexpr):
+    """Codes to float32, unscaled."""
+    if FORMAT == "e4m3":
+        if HARDWARE:
+            return codes.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+        byte = codes.to(tl.int32)
+        bits = ((byte & 0x7F) << 20) | ((byte & 0x80) << 24)
+        return bits.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
+    elif FORMAT == "e5m2":  # the upper byte of an FP16
+        return (codes.to(tl.int16) << 8).to(tl.float16, bitcast=True).to(tl.float32)
+    elif FORMAT == "bf16":  # the upper half of an FP32
+        return (codes.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return codes.to(tl.float32)
+
+
+@triton.jit
+def round_to_byte(values, DROPPED: tl.constexpr, BIAS: tl.constexpr):
+    """float32 to the code of an 8-bit float, to nearest with ties to even, by integers alone."""
+    bits = values.to(tl.int32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    normal = (magnitude - ((127 - BIAS) << 23) + ((1 << (DROPPED - 1)) - 1) + ((magnitude >> DROPPED) & 1)) >> DROPPED
+    # Below the smallest normal value the codes lie as far apart as the float32 near this number.
+    MAGIC: tl.constexpr = (127 - BIAS + 1 + DROPPED) << 23
+    magic = tl.full(magnitude.shape, MAGIC, tl.int32).to(tl.float32, bitcast=True)
+    subnormal = (magnitude.to(tl.float32, bitcast=True) + magic).to(tl.int32, bitcast=True) - MAGIC
+    code = tl.where(magnitude < ((128 - BIAS) << 23), subnormal, normal)
+    return (code | ((bits >> 24) & 0x80)).to(tl.uint8)
+
+
+@triton.jit
+def round_to_bf16(values):
+    """float32 to the codes of BF16, to nearest with ties to even."""
+    bits = values.to(tl.int32, bitcast=True)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return tl.where(values != values, 0x7FC0, rounded).to(tl.int16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def encode(values, FORMAT: tl.constexpr, HARDWARE: tl.constexpr):
+    """float32 within the format's range to codes, to nearest with ties to even."""
+    if FORMAT == "e4m3":
+        if HARDWARE:
+            return values.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+        return round_to_byte(values, 20, 7)
+    elif FORMAT == "e5m2":
+        return round_to_byte(values, 21, 15)
+    elif FORMAT == "fp16":
+        return values.to(tl.float16)
+    elif FORMAT == "bf16":
+        return round_to_bf16(values)
+    else:
+        return values
+
+
+@triton.jit
+def scale_exponent(values, FORMAT: tl.constexpr):
+    """The E8M0 byte of each row, [ROWS] int32."""
+    amax = tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
+    exponent = amax >> 23
+    e = exponent - max_exponent(FORMAT) + ((amax & 0x7FFFFF) > max_mantissa(FORMAT)).to(tl.int32)
+    return tl.where(exponent == 255, 255, tl.minimum(tl.maximum(e, 1), 254))
+
+
+@triton.jit
+def inverse_scale(e):
+    """What divides a row by its scale; 0 for a row that is not finite."""
+    return (tl.maximum(254 - e, 0) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def load_codes(codes, offset, inside, FORMAT: tl.constexpr, HARDWARE: tl.constexpr):
+    """A tile's codes from memory, as unscaled float32; rows that are not inside are zeros."""
+    return decode(tl.load(codes + offset, mask=inside[:, None], other=0), FORMAT, HARDWARE)
+
+
+@triton.jit
+def load_scales(scales, rows, inside, FORMAT: tl.constexpr):
+    """What a row's codes are multiplied with, [ROWS] float32."""
+    if is_scaled(FORMAT):
+        return power_of_two(tl.load(scales + rows, mask=inside, other=1))
+    return tl.full(rows.shape, 1.0, tl.float32)
+
+
+@triton.jit
+def times(values, factor, FORMAT: tl.constexpr):
+    """A tile times its rows' scales, where the format has any."""
+    if is_scaled(FORMAT):
+        return values * factor[:, None]
+    return values
+
+
+@triton.jit
+def store_blocks(values, codes, scales, rows, offset, inside, FORMAT: tl.constexpr, HARDWARE: tl.constexpr):
+    """Round a tile to nearest into memory; returns codes and scale exponents as stored."""
+    e = tl.full(rows.shape, 127, tl.int32)
+    if is_scaled(FORMAT):
+        e = scale_exponent(values, FORMAT)
+        tl.store(scales + rows, e.to(tl.uint8), mask=inside)
+        values = values * inverse_scale(e)[:, None]
+    stored = encode(values, FORMAT, HARDWARE)
+    tl.store(codes + offset, stored, mask=inside[:, None])
+    return stored, e
+
+
+@triton.jit
+def tile_rows(blocks, tile, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """First row of a tile (64 bits), its rows, offsets of its elements, and which rows there are."""
+    first = tile.to(tl.int64) * ROWS
+    rows = tl.arange(0, ROWS)
+    offset = rows[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    return first, rows, offset, rows < blocks - first
+
+
+@triton.jit
+def load_values(values, numel, rows, offset, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """A tile of a vector of which `numel` elements are left, zeros after them, as float32.
+
+    Whole rows are read in wide words; only a tile with a short last row asks element by element.
+    """
+    whole = rows < numel // BLOCK
+    x = load_as_float(values, offset, whole[:, None])
+    if (numel < ROWS * BLOCK) & (numel % BLOCK != 0):
+        x = tl.where(whole[:, None], x, load_as_float(values, offset, offset < numel))
+    return x
+
+
+@triton.jit
+def load_as_float(values, offset, mask):
+    x = tl.load(values + offset, mask=mask, other=0.0)
+    if values.dtype.element_ty == tl.bfloat16:
+        return decode(x, "bf16", False)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def quantize_kernel(
+    values,  # [numel] float32, bfloat16 or float16
+    codes,  # [blocks, BLOCK]
+    scales,  # [blocks] uint8, not touched where the format has none
+    numel,
+    blocks,
+    FORMAT: tl.constexpr,
+    HARDWARE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    first, rows, offset, inside = tile_rows(blocks, tl.program_id(0), BLOCK, ROWS)
+    x = load_values(values + first * BLOCK, numel - first * BLOCK, rows, offset, BLOCK, ROWS)
+    store_blocks(x, codes + first * BLOCK, scales + first, rows, offset, inside, FORMAT, HARDWARE)
+
+
+@triton.jit
+def dequantize_kernel(
+    codes,
+    scales,
+    values,  # [numel], written
+    numel,
+    blocks,
+    FORMAT: tl.constexpr,
+    HARDWARE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    first, rows, offset, inside = tile_rows(blocks, tl.program_id(0), BLOCK, ROWS)
+    x = load_codes(codes + first * BLOCK, offset, inside, FORMAT, HARDWARE)
+    x = times(x, load_scales(scales + first, rows, inside, FORMAT), FORMAT)
+    if values.dtype.element_ty == tl.bfloat16:
+        x = round_to_bf16(x)
+    x = x.to(values.dtype.element_ty)
+    values += first * BLOCK
+    left = numel - first * BLOCK
+    whole = rows < left // BLOCK
+    tl.store(values + offset, x, mask=whole[:, None])
+    if (left < ROWS * BLOCK) & (left % BLOCK != 0):
+        tl.store(values + offset, x, mask=(offset < left) & (rows == left // BLOCK)[:, None])
+
+
+def launch_shape(blocks: int, block_size: int, tiles: int = 1) -> tuple[tuple[int], int]:
+    """Grid of programs with so many tiles each, and rows of a tile."""
+    rows = TILE // block_size
+    return (triton.cdiv(blocks, rows * tiles),), rows
+
+
+def quantize(values: Tensor, out: Blocks) -> None:
+    """`ops.blocks.quantize` in one launch."""
+    if not len(out):
+        return
+    grid, rows = launch_shape(len(out), out.block_size)
+    quantize_kernel[grid](
+        values,
+        raw(out.codes),
+        scales_of(out),
+        values.numel(),
+        len(out),
+        FORMAT=out.format.name,
+        HARDWARE=hardware_fp8(values.device),
+        BLOCK=out.block_size,
+        ROWS=rows,
+        **OPTIONS,
+    )
+
+
+def dequantize(blocks: Blocks, out: Tensor) -> None:
+    """`ops.blocks.dequantize` in one launch."""
+    if not len(blocks):
+        return
+    grid, rows = launch_shape(len(blocks), blocks.block_size)
+    dequantize_kernel[grid](
+        raw(blocks.codes),
+        scales_of(blocks),
+        out,
+        out.numel(),
+        len(blocks),
+        FORMAT=blocks.format.name,
+        HARDWARE=hardware_fp8(out.device),
+        BLOCK=blocks.block_size,
+        ROWS=rows,
+        **OPTIONS,
+    )

@@ -1,0 +1,125 @@
+"""The sum of the ranks' gradients on a GPU: `ops.reduction.accumulate` as one Triton launch.
+
+A program decodes its rows of every rank's message in rank order, adds them to its rows of the shard
+and sums the squares of what it stores. It leaves one pair of partial figures; they are added in
+float64 on the device, and nothing waits for the host.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ds_fp8.ops.blocks import Blocks
+from ds_fp8.ops.blocks_triton import (
+    OPTIONS,
+    decode,
+    hardware_fp8,
+    is_scaled,
+    launch_shape,
+    load_codes,
+    load_scales,
+    raw,
+    scales_of,
+    store_blocks,
+    tile_rows,
+    times,
+)
+
+TILES = 4  # tiles a program: its figures are added over threads once
+
+
+@triton.jit
+def square_of_scale(e):
+    """4^(e - 127) as float64."""
+    return ((2 * e + 769).to(tl.int64) << 52).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def figures_of(stored, e, inside, FORMAT: tl.constexpr, HARDWARE: tl.constexpr):
+    """Each row's sum of squares as stored, float64, and whether it holds a non-finite value."""
+    x = decode(stored, FORMAT, HARDWARE)
+    squares = tl.sum(x * x, axis=1)
+    if is_scaled(FORMAT):
+        bad = e == 255
+    else:
+        bad = squares - squares != 0.0  # inf - inf and NaN - NaN are NaN, which equals nothing
+    squares = tl.where(inside & ~bad, squares, 0.0).to(tl.float64)
+    if is_scaled(FORMAT):
+        squares *= square_of_scale(e)
+    return squares, (inside & bad).to(tl.int32)
+
+
+@triton.jit
+def accumulate_kernel(
+    codes,  # of rank 0's piece; the other ranks' follow at a constant distance
+    scales,
+    stride,  # codes between two ranks' pieces
+    scale_stride,  # bytes between two ranks' scales
+    shard_codes,
+    shard_scales,
+    partial,  # [programs, 2] float64: sum of squares, non-finite blocks
+    blocks,
+    RANKS: tl.constexpr,
+    FRESH: tl.constexpr,
+    WIRE: tl.constexpr,
+    FORMAT: tl.constexpr,
+    HARDWARE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    squares = tl.zeros((ROWS,), tl.float64)
+    bad = tl.zeros((ROWS,), tl.int32)
+    for tile in range(TILES):
+        first, rows, offset, inside = tile_rows(blocks, tl.program_id(0) * TILES + tile, BLOCK, ROWS)
+        piece, piece_scales = codes + first * BLOCK, scales + first
+        total = times(
+            load_codes(piece, offset, inside, WIRE, HARDWARE), load_scales(piece_scales, rows, inside, WIRE), WIRE
+        )
+        for _ in tl.range(1, RANKS, loop_unroll_factor=4):
+            piece += stride
+            piece_scales += scale_stride
+            x = load_codes(piece, offset, inside, WIRE, HARDWARE)
+            total += times(x, load_scales(piece_scales, rows, inside, WIRE), WIRE)
+        if not FRESH:
+            old = load_codes(shard_codes + first * BLOCK, offset, inside, FORMAT, HARDWARE)
+            total = times(old, load_scales(shard_scales + first, rows, inside, FORMAT), FORMAT) + total
+        stored, e = store_blocks(
+            total, shard_codes + first * BLOCK, shard_scales + first, rows, offset, inside, FORMAT, HARDWARE
+        )
+        row_squares, row_bad = figures_of(stored, e, inside, FORMAT, HARDWARE)
+        squares += row_squares
+        bad += row_bad
+    place = partial + tl.program_id(0) * 2
+    tl.store(place, tl.sum(squares, axis=0))
+    tl.store(place + 1, tl.sum(bad, axis=0).to(tl.float64))
+
+
+def accumulate(pieces: Sequence[Blocks], shard: Blocks, *, fresh: bool) -> Tensor:
+    """`ops.reduction.accumulate` in one launch; the pieces lie at equal distances in one buffer."""
+    first, second = pieces[0], pieces[min(1, len(pieces) - 1)]
+    grid, rows = launch_shape(len(shard), shard.block_size, TILES)
+    partial = torch.empty(grid[0], 2, dtype=torch.float64, device=shard.codes.device)
+    accumulate_kernel[grid](
+        raw(first.codes),
+        scales_of(first),
+        second.codes.storage_offset() - first.codes.storage_offset(),
+        0 if first.scales is None else second.scales.storage_offset() - first.scales.storage_offset(),
+        raw(shard.codes),
+        scales_of(shard),
+        partial,
+        len(shard),
+        RANKS=len(pieces),
+        FRESH=fresh,
+        WIRE=first.format.name,
+        FORMAT=shard.format.name,
+        HARDWARE=hardware_fp8(shard.codes.device),
+        BLOCK=shard.block_size,
+        ROWS=rows,
+        TILES=TILES,
+        **OPTIONS,
+    )
+    return partial.sum(dim=0)
