@@ -10,6 +10,9 @@ eps): below FP32 the square root of v is stored, rounded stochastically and neve
 zero; and m is clamped to what exact Adam obeys anyway, |m| <= C sqrt(v) (Cauchy-Schwarz over the
 same decaying sum, `next_clamp`).
 
+Adam does not notice the unit of the gradient, so the sweep takes it 2^24 times smaller: then the square
+of a gradient of 1e-20 is still a normal FP32 number. v saturates where FP32 ends.
+
 The weight is the rounded value of the master *as stored*, so weights are a function of the state.
 """
 
@@ -23,6 +26,8 @@ from torch import Tensor
 from ds_fp8.ops.blocks import Blocks, chunks, decode, encode, scale_down, scale_exponents
 from ds_fp8.ops.formats import FP32
 from ds_fp8.ops.rounding import EXP_AVG_SQ, key, random_bits, round_up_from_zero, stream
+
+UNIT = 2.0**24  # of the gradient, inside the sweep
 
 
 @dataclass(frozen=True)
@@ -110,26 +115,27 @@ def adam_step(
             rows = slice(start + part.start, start + part.stop)
             first = segment.first_element + part.start * size
             bits = random_bits(word, first, (part.stop - part.start) * size, weights.device)
-            scaled = decode(gradient[rows], control[0])
-            _sweep(state[rows], scaled, weights[rows], scalars, bits.view(-1, size))
+            g = decode(gradient[rows], control[0] * UNIT)
+            _sweep(state[rows], g, weights[rows], scalars, bits.view(-1, size))
 
 
 def _sweep(state: AdamState, g: Tensor, weights: Tensor, s: AdamScalars, bits: Tensor) -> None:
+    """Rows of a segment; g, m, v and eps are in the unit of the gradient times UNIT."""
     if s.decoupled:
         p = decode(state.master, 1 - s.lr * s.weight_decay)
     else:
         p = decode(state.master)
-        g = g + p * s.weight_decay
-    m = decode(state.exp_avg, s.beta1) + g * (1 - s.beta1)
-    v = decode_second_moment(state.exp_avg_sq) * s.beta2 + g * g * (1 - s.beta2)
+        g = g + p * (s.weight_decay * UNIT)
+    m = decode(state.exp_avg, s.beta1 * UNIT) + g * (1 - s.beta1)
+    v = decode_second_moment(state.exp_avg_sq, UNIT) * s.beta2 + g * g * (1 - s.beta2)
+    v = v.clamp(max=FP32.max)
     root = square_root(v)
     if s.clamp is not None:
-        bound = root * s.clamp
-        m = torch.minimum(torch.maximum(m, -bound), bound)
-    p = p - m / (root * s.root_correction + s.eps) * s.step_size
+        m = torch.copysign(torch.minimum(m.abs(), root * s.clamp), m)
+    p = p - m / (root * s.root_correction + s.eps * UNIT) * s.step_size
     encode(p, state.master)
-    encode(m, state.exp_avg)
-    encode_second_moment(v, root, state.exp_avg_sq, bits)
+    encode(m * UNIT**-1, state.exp_avg)
+    encode_second_moment(v * UNIT**-2, root * UNIT**-1, state.exp_avg_sq, bits)
     write_weights(decode(state.master), weights)
 
 
@@ -141,10 +147,12 @@ def square_root(v: Tensor) -> Tensor:
     return v.to(torch.float64).sqrt().to(torch.float32)
 
 
-def decode_second_moment(blocks: Blocks) -> Tensor:
-    """v of a chunk, [rows, block size] float32."""
-    stored = decode(blocks)
-    return stored if blocks.format is FP32 else stored * stored
+def decode_second_moment(blocks: Blocks, unit: float = 1.0) -> Tensor:
+    """v of a chunk times unit^2, [rows, block size] float32."""
+    if blocks.format is FP32:
+        return decode(blocks, unit**2)
+    root = decode(blocks, unit)
+    return root * root
 
 
 def encode_second_moment(v: Tensor, root: Tensor, out: Blocks, bits: Tensor) -> None:

@@ -6,6 +6,7 @@ the few that begin inside the tile. Whether the step is taken, and what the grad
 is read from device memory: nothing waits for the host.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ds_fp8.ops import adam, blocks_triton
 from ds_fp8.ops.adam import AdamScalars, AdamState, Segment
 from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.blocks_triton import (
@@ -25,6 +27,7 @@ from ds_fp8.ops.blocks_triton import (
     launch_shape,
     load_codes,
     load_scales,
+    magnitude,
     power_of_two,
     raw,
     scale_exponent,
@@ -32,10 +35,13 @@ from ds_fp8.ops.blocks_triton import (
     store_blocks,
     tile_rows,
     times,
+    two_to_the,
 )
 from ds_fp8.ops.formats import BY_NAME
 from ds_fp8.ops.rounding import EXP_AVG_SQ, MULTIPLIERS, signed, stream
 
+UNIT = tl.constexpr(int(math.log2(adam.UNIT)))
+INTERPRETED = tl.constexpr(blocks_triton.INTERPRETED)
 FIRST_MULTIPLIER = tl.constexpr(MULTIPLIERS[0])
 SECOND_MULTIPLIER = tl.constexpr(MULTIPLIERS[1])
 
@@ -50,9 +56,31 @@ def exponent_shift(name):  # type: ignore[no-untyped-def]
     return BY_NAME[name].bias - 127
 
 
-@triton.constexpr_function
-def two_to_the(exponent):  # type: ignore[no-untyped-def]
-    return 2.0**exponent
+@triton.jit
+def square_root(v):
+    """Correctly rounded for 0 and from 2^-102 on; v is finite.
+
+    What `sqrt.rn` does for normal numbers, without its branch for the others: approximate, then correct
+    by the exact remainder.
+    """
+    if INTERPRETED:
+        return tl.sqrt_rn(v)
+    y = tl.inline_asm_elementwise(
+        "rsqrt.approx.ftz.f32 $0, $1;", "=f,f", [tl.maximum(v, 1.1754943508222875e-38)], tl.float32, True, 1
+    )
+    s = v * y
+    return tl.fma(tl.fma(s * -1.0, s, v), y * 0.5, s)
+
+
+@triton.jit
+def divide(a, b):
+    """Correctly rounded where |a| is 0 or from 2^-102 on, b positive and normal; as `div.rn` without branch."""
+    if INTERPRETED:
+        return tl.div_rn(a, b)
+    y = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [b], tl.float32, True, 1)
+    y = tl.fma(tl.fma(b * -1.0, y, 1.0), y, y)
+    q = a * y
+    return tl.fma(tl.fma(b * -1.0, q, a), y, q)
 
 
 @triton.jit
@@ -79,33 +107,34 @@ def row_keys(stream, first, rows, table, tile_segments, tile, segments, BLOCK: t
 
 
 @triton.jit
-def round_up_from_zero(values, random, FORMAT: tl.constexpr):
-    """`ops.rounding.round_up_from_zero`; the high 16 bits of `random`, uint32, are used."""
+def round_up_from_zero(values, random, floor, FORMAT: tl.constexpr):
+    """`ops.rounding.round_up_from_zero`; the high 16 bits of `random`, uint32, are used.
+
+    floor: at least 1 << 23 as int32 where the result must not be zero, 0 elsewhere.
+    """
     DROPPED: tl.constexpr = dropped_bits(FORMAT)
     bits = values.to(tl.int32, bitcast=True)
-    if not is_scaled(FORMAT):
-        bits = tl.minimum(bits, 0x7FC00000)  # a NaN must not carry into the sign
     if DROPPED > 16:
         noise = (random >> 16) << (DROPPED - 16)
     else:
         noise = random >> (32 - DROPPED)
-    return (bits + noise.to(tl.int32)) >> DROPPED
+    return tl.maximum(bits + noise.to(tl.int32), tl.minimum(floor, 1 << DROPPED)) >> DROPPED
 
 
 @triton.jit
 def store_second_moment(
     root, key, first_element, codes, scales, rows, offset, inside, FORMAT: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Store sqrt(v) rounded stochastically, non-zero values never to zero."""
-    nonzero = tl.minimum(root.to(tl.int32, bitcast=True), 1)
-    factor = tl.full(rows.shape, 1.0, tl.float32)
+    """Store sqrt(v), given times UNIT, rounded stochastically, non-zero values never to zero."""
+    floor = root.to(tl.int32, bitcast=True)
     if is_scaled(FORMAT):
-        e = scale_exponent(root, FORMAT)
+        e = scale_exponent(floor, FORMAT, UNIT)
         tl.store(scales + rows, e.to(tl.uint8), mask=inside)
-        factor = inverse_scale(e) * two_to_the(exponent_shift(FORMAT))
-        root = root * factor[:, None]
+        root = root * inverse_scale(e, UNIT)[:, None] * two_to_the(exponent_shift(FORMAT))
+    else:
+        root = root * two_to_the(-UNIT)
     element = first_element[:, None] + tl.arange(0, BLOCK)[None, :].to(tl.uint32)
-    code = tl.maximum(round_up_from_zero(root, mix(element ^ key[:, None]), FORMAT), nonzero)
+    code = round_up_from_zero(root, mix(element ^ key[:, None]), floor, FORMAT)
     if FORMAT == "fp16":
         code = code.to(tl.int16).to(tl.float16, bitcast=True)
     elif FORMAT == "bf16":
@@ -117,8 +146,8 @@ def store_second_moment(
 def store_weights(p, weights, offset, inside):
     """Round masters as stored to the model's dtype; `ops.adam.write_weights`."""
     if weights.dtype.element_ty == tl.bfloat16:
-        bits = (p.to(tl.int32, bitcast=True) + 0x8000) >> 16
-        bits = tl.where(p != p, 0x7FC0, bits)
+        # The largest NaN, the one that arithmetic makes on a GPU, would carry into the sign.
+        bits = (tl.minimum(p.to(tl.int32, bitcast=True), 0x7FFF7FFF) + 0x8000) >> 16
         w = bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
     else:
         w = p.to(weights.dtype.element_ty)
@@ -175,31 +204,37 @@ def adam_kernel(
     m_scale = load_scales(m_scales + first, rows, inside, M)
     v_scale = load_scales(v_scales + first, rows, inside, V)
 
-    g = g * (g_scale * tl.load(control))[:, None]
+    unit = two_to_the(UNIT)
+    g = g * (g_scale * (tl.load(control) * unit))[:, None]
     if DECOUPLED:
         p = p * (p_scale * decay)[:, None]
     else:
         p = times(p, p_scale, MASTER)
-        g = g + p * decay
-    m = m * (m_scale * beta1)[:, None] + g * one_minus_beta1
-    v = times(v, v_scale, V)
-    if V != "fp32":
+        g = g + p * (decay * unit)
+    m = m * (m_scale * (beta1 * unit))[:, None] + g * one_minus_beta1
+    if V == "fp32":
+        v = v * (unit * unit)
+    else:
+        v = v * (v_scale * unit)[:, None]
         v = v * v
-    v = v * beta2 + g * g * one_minus_beta2
-    root = tl.sqrt_rn(v)
+    v = tl.minimum(v * beta2 + g * g * one_minus_beta2, 3.4028234663852886e38)
+    root = square_root(v)
     if CLAMPED:
-        bound = root * clamp
-        m = tl.minimum(tl.maximum(m, -bound), bound)
-    p = p - tl.div_rn(m, root * root_correction + eps) * step_size
+        bounded = tl.minimum(tl.abs(m), root * clamp).to(tl.int32, bitcast=True)
+        m = (bounded | (m.to(tl.int32, bitcast=True) & -0x80000000)).to(tl.float32, bitcast=True)
+        m_size = bounded
+    else:
+        m_size = magnitude(m)
+    p = p - divide(m, root * root_correction + eps * unit) * step_size
 
     stored, e = store_blocks(
-        p, master_codes + start, master_scales + first, rows, offset, inside, MASTER, HARDWARE
+        p, magnitude(p), master_codes + start, master_scales + first, rows, offset, inside, MASTER, HARDWARE, 0
     )
     p = times(decode(stored, MASTER, HARDWARE), power_of_two(e), MASTER)
     store_weights(p, weights + start, offset, inside)
-    store_blocks(m, m_codes + start, m_scales + first, rows, offset, inside, M, HARDWARE)
+    store_blocks(m, m_size, m_codes + start, m_scales + first, rows, offset, inside, M, HARDWARE, UNIT)
     if V == "fp32":
-        tl.store(v_codes + start + offset, v, mask=inside[:, None])
+        tl.store(v_codes + start + offset, v * two_to_the(-2 * UNIT), mask=inside[:, None])
     else:
         key, element = row_keys(stream, first, rows, table, tile_segments, tile, segments, BLOCK)
         store_second_moment(

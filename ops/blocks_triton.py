@@ -56,6 +56,11 @@ def max_mantissa(name):  # type: ignore[no-untyped-def]
     return int((BY_NAME[name].max_significand - 1) * 2**23)
 
 
+@triton.constexpr_function
+def two_to_the(exponent):  # type: ignore[no-untyped-def]
+    return 2.0**exponent
+
+
 @triton.jit
 def power_of_two(e):
     """2^(e - 127); e = 255 gives inf, and 0 * inf is NaN."""
@@ -119,18 +124,24 @@ def encode(values, FORMAT: tl.constexpr, HARDWARE: tl.constexpr):
 
 
 @triton.jit
-def scale_exponent(values, FORMAT: tl.constexpr):
-    """The E8M0 byte of each row, [ROWS] int32."""
-    amax = tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
+def magnitude(values):
+    """The bits of |values|, int32; they are in the order of the values."""
+    return values.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def scale_exponent(magnitudes, FORMAT: tl.constexpr, UNIT: tl.constexpr):
+    """The E8M0 byte of each row, [ROWS] int32; the values are 2^UNIT times what is stored."""
+    amax = tl.max(magnitudes, axis=1)
     exponent = amax >> 23
-    e = exponent - max_exponent(FORMAT) + ((amax & 0x7FFFFF) > max_mantissa(FORMAT)).to(tl.int32)
+    e = exponent - (max_exponent(FORMAT) + UNIT) + ((amax & 0x7FFFFF) > max_mantissa(FORMAT)).to(tl.int32)
     return tl.where(exponent == 255, 255, tl.minimum(tl.maximum(e, 1), 254))
 
 
 @triton.jit
-def inverse_scale(e):
-    """What divides a row by its scale; 0 for a row that is not finite."""
-    return (tl.maximum(254 - e, 0) << 23).to(tl.float32, bitcast=True)
+def inverse_scale(e, UNIT: tl.constexpr):
+    """What turns a row of values into codes; 0 for a row that is not finite."""
+    return (tl.maximum(tl.where(e == 255, 0, 254 - UNIT - e), 0) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -156,13 +167,26 @@ def times(values, factor, FORMAT: tl.constexpr):
 
 
 @triton.jit
-def store_blocks(values, codes, scales, rows, offset, inside, FORMAT: tl.constexpr, HARDWARE: tl.constexpr):
-    """Round a tile to nearest into memory; returns codes and scale exponents as stored."""
+def store_blocks(
+    values,
+    magnitudes,
+    codes,
+    scales,
+    rows,
+    offset,
+    inside,
+    FORMAT: tl.constexpr,
+    HARDWARE: tl.constexpr,
+    UNIT: tl.constexpr,
+):
+    """Round a tile of values, 2^UNIT times what is stored, to nearest; returns codes and scale exponents."""
     e = tl.full(rows.shape, 127, tl.int32)
     if is_scaled(FORMAT):
-        e = scale_exponent(values, FORMAT)
+        e = scale_exponent(magnitudes, FORMAT, UNIT)
         tl.store(scales + rows, e.to(tl.uint8), mask=inside)
-        values = values * inverse_scale(e)[:, None]
+        values = values * inverse_scale(e, UNIT)[:, None]
+    elif UNIT != 0:
+        values = values * two_to_the(-UNIT)
     stored = encode(values, FORMAT, HARDWARE)
     tl.store(codes + offset, stored, mask=inside[:, None])
     return stored, e
@@ -212,7 +236,8 @@ def quantize_kernel(
 ):
     first, rows, offset, inside = tile_rows(blocks, tl.program_id(0), BLOCK, ROWS)
     x = load_values(values + first * BLOCK, numel - first * BLOCK, rows, offset, BLOCK, ROWS)
-    store_blocks(x, codes + first * BLOCK, scales + first, rows, offset, inside, FORMAT, HARDWARE)
+    codes, scales = codes + first * BLOCK, scales + first
+    store_blocks(x, magnitude(x), codes, scales, rows, offset, inside, FORMAT, HARDWARE, 0)
 
 
 @triton.jit

@@ -21,6 +21,7 @@ from ds_fp8.ops.blocks_triton import (
     launch_shape,
     load_codes,
     load_scales,
+    magnitude,
     raw,
     scales_of,
     store_blocks,
@@ -29,6 +30,7 @@ from ds_fp8.ops.blocks_triton import (
 )
 
 TILES = 4  # tiles a program: its figures are added over threads once
+STAGES = 1
 
 
 @triton.jit
@@ -38,7 +40,7 @@ def square_of_scale(e):
 
 
 @triton.jit
-def figures_of(stored, e, inside, FORMAT: tl.constexpr, HARDWARE: tl.constexpr):
+def figures_of(stored, e, FORMAT: tl.constexpr, HARDWARE: tl.constexpr):
     """Each row's sum of squares as stored, float64, and whether it holds a non-finite value."""
     x = decode(stored, FORMAT, HARDWARE)
     squares = tl.sum(x * x, axis=1)
@@ -46,10 +48,10 @@ def figures_of(stored, e, inside, FORMAT: tl.constexpr, HARDWARE: tl.constexpr):
         bad = e == 255
     else:
         bad = squares - squares != 0.0  # inf - inf and NaN - NaN are NaN, which equals nothing
-    squares = tl.where(inside & ~bad, squares, 0.0).to(tl.float64)
+    squares = tl.where(bad, 0.0, squares).to(tl.float64)
     if is_scaled(FORMAT):
         squares *= square_of_scale(e)
-    return squares, (inside & bad).to(tl.int32)
+    return squares, bad.to(tl.int32)
 
 
 @triton.jit
@@ -70,10 +72,11 @@ def accumulate_kernel(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     TILES: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     squares = tl.zeros((ROWS,), tl.float64)
     bad = tl.zeros((ROWS,), tl.int32)
-    for tile in range(TILES):
+    for tile in tl.range(TILES, num_stages=STAGES):
         first, rows, offset, inside = tile_rows(blocks, tl.program_id(0) * TILES + tile, BLOCK, ROWS)
         piece, piece_scales = codes + first * BLOCK, scales + first
         total = times(
@@ -83,19 +86,20 @@ def accumulate_kernel(
             piece += stride
             piece_scales += scale_stride
             x = load_codes(piece, offset, inside, WIRE, HARDWARE)
-            total += times(x, load_scales(piece_scales, rows, inside, WIRE), WIRE)
+            # A code times its scale is exact, so that one rounding is as good as two.
+            total = tl.fma(x, load_scales(piece_scales, rows, inside, WIRE)[:, None], total)
         if not FRESH:
             old = load_codes(shard_codes + first * BLOCK, offset, inside, FORMAT, HARDWARE)
             total = times(old, load_scales(shard_scales + first, rows, inside, FORMAT), FORMAT) + total
         stored, e = store_blocks(
-            total, shard_codes + first * BLOCK, shard_scales + first, rows, offset, inside, FORMAT, HARDWARE
+            total, magnitude(total), shard_codes + first * BLOCK, shard_scales + first, rows, offset, inside, FORMAT, HARDWARE, 0
         )
-        row_squares, row_bad = figures_of(stored, e, inside, FORMAT, HARDWARE)
+        row_squares, row_bad = figures_of(stored, e, FORMAT, HARDWARE)
         squares += row_squares
         bad += row_bad
     place = partial + tl.program_id(0) * 2
-    tl.store(place, tl.sum(squares, axis=0))
-    tl.store(place + 1, tl.sum(bad, axis=0).to(tl.float64))
+    tl.store(place, tl.sum(squares))
+    tl.store(place + 1, tl.sum(bad).to(tl.float64))
 
 
 def accumulate(pieces: Sequence[Blocks], shard: Blocks, *, fresh: bool) -> Tensor:
@@ -120,6 +124,7 @@ def accumulate(pieces: Sequence[Blocks], shard: Blocks, *, fresh: bool) -> Tenso
         BLOCK=shard.block_size,
         ROWS=rows,
         TILES=TILES,
+        STAGES=STAGES,
         **OPTIONS,
     )
     return partial.sum(dim=0)
