@@ -89,17 +89,24 @@ def next_clamp(previous: float | None, betas: tuple[float, float]) -> float:
     return fresh / (1 - ratio) if previous is None else ratio * previous + fresh
 
 
+def plan(
+    segments: Sequence[Segment], blocks: int, block_size: int, device: torch.device
+) -> tuple[Segment, ...]:
+    """What `adam_step` needs to know of a shard of so many blocks, made once; here the segments."""
+    return tuple(segments)
+
+
 def adam_step(
     state: AdamState,
     gradient: Blocks,  # sum over ranks, of the same rows as the state
     weights: Tensor,  # [rows, block size] model dtype, written
-    segments: Sequence[Segment],
+    plan: Sequence[Segment],
     scalars: AdamScalars,
     control: Tensor,  # [2] float32
     *,
     seed: int,
 ) -> None:
-    """One sweep over the segments of a shard.
+    """One sweep over the segments of a shard, in the order of its rows.
 
     control: what the gradient is multiplied with (1 / world size, loss scale and clip factor in one),
     and 1 where the step is taken, 0 where every byte stays as it is. Both are read where the tensor is,
@@ -108,7 +115,7 @@ def adam_step(
     if not control[1]:
         return
     noise = stream(seed, scalars.step, EXP_AVG_SQ)
-    for segment in segments:
+    for segment in plan:
         word = key(noise, segment.parameter)
         start, size = segment.blocks.start, gradient.block_size
         for part in chunks(segment.blocks.stop - start, size):

@@ -19,12 +19,11 @@ from ds_fp8.ops import adam, blocks_triton
 from ds_fp8.ops.adam import AdamScalars, AdamState, Segment
 from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.blocks_triton import (
-    OPTIONS,
     decode,
     hardware_fp8,
     inverse_scale,
     is_scaled,
-    launch_shape,
+    launch,
     load_codes,
     load_scales,
     magnitude,
@@ -33,6 +32,7 @@ from ds_fp8.ops.blocks_triton import (
     scale_exponent,
     scales_of,
     store_blocks,
+    tile_of,
     tile_rows,
     times,
     two_to_the,
@@ -40,6 +40,7 @@ from ds_fp8.ops.blocks_triton import (
 from ds_fp8.ops.formats import BY_NAME
 from ds_fp8.ops.rounding import EXP_AVG_SQ, MULTIPLIERS, signed, stream
 
+WARPS = 2
 UNIT = tl.constexpr(int(math.log2(adam.UNIT)))
 INTERPRETED = tl.constexpr(blocks_triton.INTERPRETED)
 FIRST_MULTIPLIER = tl.constexpr(MULTIPLIERS[0])
@@ -143,11 +144,15 @@ def store_second_moment(
 
 
 @triton.jit
-def store_weights(p, weights, offset, inside):
+def store_weights(p, e, weights, offset, inside, MASTER: tl.constexpr):
     """Round masters as stored to the model's dtype; `ops.adam.write_weights`."""
     if weights.dtype.element_ty == tl.bfloat16:
+        bits = p.to(tl.int32, bitcast=True)
         # The largest NaN, the one that arithmetic makes on a GPU, would carry into the sign.
-        bits = (tl.minimum(p.to(tl.int32, bitcast=True), 0x7FFF7FFF) + 0x8000) >> 16
+        if is_scaled(MASTER):
+            bits = (bits + tl.where(e == 255, 0, 0x8000)[:, None]) >> 16
+        else:
+            bits = (tl.minimum(bits, 0x7FFF7FFF) + 0x8000) >> 16
         w = bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
     else:
         w = p.to(weights.dtype.element_ty)
@@ -213,11 +218,11 @@ def adam_kernel(
         g = g + p * (decay * unit)
     m = m * (m_scale * (beta1 * unit))[:, None] + g * one_minus_beta1
     if V == "fp32":
-        v = v * (unit * unit)
-    else:
-        v = v * (v_scale * unit)[:, None]
-        v = v * v
-    v = tl.minimum(v * beta2 + g * g * one_minus_beta2, 3.4028234663852886e38)
+        v = v * (unit * unit * beta2)
+    else:  # the square of a code is exact
+        v_scale *= unit
+        v = v * v * (v_scale * v_scale * beta2)[:, None]
+    v = tl.minimum(v + g * g * one_minus_beta2, 3.4028234663852886e38)
     root = square_root(v)
     if CLAMPED:
         bounded = tl.minimum(tl.abs(m), root * clamp).to(tl.int32, bitcast=True)
@@ -231,7 +236,7 @@ def adam_kernel(
         p, magnitude(p), master_codes + start, master_scales + first, rows, offset, inside, MASTER, HARDWARE, 0
     )
     p = times(decode(stored, MASTER, HARDWARE), power_of_two(e), MASTER)
-    store_weights(p, weights + start, offset, inside)
+    store_weights(p, e, weights + start, offset, inside, MASTER)
     store_blocks(m, m_size, m_codes + start, m_scales + first, rows, offset, inside, M, HARDWARE, UNIT)
     if V == "fp32":
         tl.store(v_codes + start + offset, v * two_to_the(-2 * UNIT), mask=inside[:, None])
@@ -251,12 +256,12 @@ class Plan:
 
 
 def plan(segments: Sequence[Segment], blocks: int, block_size: int, device: torch.device) -> Plan:
-    """What a sweep over a shard of so many blocks looks up; made once."""
+    """`ops.adam.plan`: the segments of a shard of so many blocks, as the kernel looks them up."""
     columns = [(each.blocks.start, each.first_element // block_size, each.parameter) for each in segments]
     table = torch.tensor(columns or [(0, 0, 0)], dtype=torch.int32).t().contiguous()
-    grid, rows = launch_shape(blocks, block_size)
-    tiles = torch.arange(grid[0] + 1, dtype=torch.int32) * rows
-    tile_segments = torch.searchsorted(table[0], tiles, right=True, out_int32=True) - 1
+    rows, programs = tile_of(blocks, block_size, WARPS)
+    first_rows = torch.arange(programs + 1, dtype=torch.int32) * rows
+    tile_segments = torch.searchsorted(table[0], first_rows, right=True, out_int32=True) - 1
     return Plan(table.to(device), tile_segments.to(device))
 
 
@@ -273,9 +278,12 @@ def adam_step(
     """`ops.adam.adam_step` in one launch."""
     if not len(gradient):
         return
-    grid, rows = launch_shape(len(gradient), gradient.block_size)
+    rows, programs = tile_of(len(gradient), gradient.block_size, WARPS)
     s = scalars
-    adam_kernel[grid](
+    launch(
+        adam_kernel,
+        programs,
+        WARPS,
         control,
         raw(gradient.codes),
         scales_of(gradient),
@@ -309,5 +317,4 @@ def adam_step(
         HARDWARE=hardware_fp8(weights.device),
         BLOCK=gradient.block_size,
         ROWS=rows,
-        **OPTIONS,
     )

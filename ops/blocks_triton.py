@@ -9,6 +9,7 @@ it meets the row, and a tile's address is one 64-bit base and 32-bit offsets.
 """
 
 import os
+from typing import Any
 
 import torch
 import triton
@@ -18,12 +19,22 @@ from torch import Tensor
 from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.formats import BY_NAME
 
-TILE = 2048  # elements of a tile: 16 a thread, one 16-byte access of an 8-bit format
-WARPS = 4
 FIRST_WITH_FP8 = (8, 9)  # compute capability
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# A fused multiply-add rounds once where the reference rounds twice.
-OPTIONS: dict[str, object] = {} if INTERPRETED else {"num_warps": WARPS, "enable_fp_fusion": False}
+PER_WARP = 512  # elements of a tile: 16 a thread, one 16-byte access of an 8-bit format
+WARPS = 4
+
+
+def launch(kernel: Any, programs: int, warps: int, *arguments: object, **constants: object) -> None:
+    """Launch without fused multiply-adds, which round once where the reference rounds twice."""
+    options = {} if INTERPRETED else {"num_warps": warps, "enable_fp_fusion": False}
+    kernel[(programs,)](*arguments, **constants, **options)
+
+
+def tile_of(blocks: int, block_size: int, warps: int, tiles: int = 1) -> tuple[int, int]:
+    """Rows of a tile for so many warps, and programs for so many tiles each."""
+    rows = PER_WARP * warps // block_size
+    return rows, -(-blocks // (rows * tiles))
 
 
 def hardware_fp8(device: torch.device) -> bool:
@@ -266,18 +277,15 @@ def dequantize_kernel(
         tl.store(values + offset, x, mask=(offset < left) & (rows == left // BLOCK)[:, None])
 
 
-def launch_shape(blocks: int, block_size: int, tiles: int = 1) -> tuple[tuple[int], int]:
-    """Grid of programs with so many tiles each, and rows of a tile."""
-    rows = TILE // block_size
-    return (triton.cdiv(blocks, rows * tiles),), rows
-
-
 def quantize(values: Tensor, out: Blocks) -> None:
     """`ops.blocks.quantize` in one launch."""
     if not len(out):
         return
-    grid, rows = launch_shape(len(out), out.block_size)
-    quantize_kernel[grid](
+    rows, programs = tile_of(len(out), out.block_size, WARPS)
+    launch(
+        quantize_kernel,
+        programs,
+        WARPS,
         values,
         raw(out.codes),
         scales_of(out),
@@ -287,7 +295,6 @@ def quantize(values: Tensor, out: Blocks) -> None:
         HARDWARE=hardware_fp8(values.device),
         BLOCK=out.block_size,
         ROWS=rows,
-        **OPTIONS,
     )
 
 
@@ -295,8 +302,11 @@ def dequantize(blocks: Blocks, out: Tensor) -> None:
     """`ops.blocks.dequantize` in one launch."""
     if not len(blocks):
         return
-    grid, rows = launch_shape(len(blocks), blocks.block_size)
-    dequantize_kernel[grid](
+    rows, programs = tile_of(len(blocks), blocks.block_size, WARPS)
+    launch(
+        dequantize_kernel,
+        programs,
+        WARPS,
         raw(blocks.codes),
         scales_of(blocks),
         out,
@@ -306,5 +316,4 @@ def dequantize(blocks: Blocks, out: Tensor) -> None:
         HARDWARE=hardware_fp8(out.device),
         BLOCK=blocks.block_size,
         ROWS=rows,
-        **OPTIONS,
     )

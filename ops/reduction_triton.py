@@ -14,23 +14,23 @@ from torch import Tensor
 
 from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.blocks_triton import (
-    OPTIONS,
     decode,
     hardware_fp8,
     is_scaled,
-    launch_shape,
+    launch,
     load_codes,
     load_scales,
     magnitude,
     raw,
     scales_of,
     store_blocks,
+    tile_of,
     tile_rows,
     times,
 )
 
-TILES = 4  # tiles a program: its figures are added over threads once
-STAGES = 1
+WARPS = 1
+TILES = 8  # tiles a program: its figures are added over threads once
 
 
 @triton.jit
@@ -72,11 +72,10 @@ def accumulate_kernel(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     TILES: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     squares = tl.zeros((ROWS,), tl.float64)
     bad = tl.zeros((ROWS,), tl.int32)
-    for tile in tl.range(TILES, num_stages=STAGES):
+    for tile in range(TILES):
         first, rows, offset, inside = tile_rows(blocks, tl.program_id(0) * TILES + tile, BLOCK, ROWS)
         piece, piece_scales = codes + first * BLOCK, scales + first
         total = times(
@@ -105,9 +104,14 @@ def accumulate_kernel(
 def accumulate(pieces: Sequence[Blocks], shard: Blocks, *, fresh: bool) -> Tensor:
     """`ops.reduction.accumulate` in one launch; the pieces lie at equal distances in one buffer."""
     first, second = pieces[0], pieces[min(1, len(pieces) - 1)]
-    grid, rows = launch_shape(len(shard), shard.block_size, TILES)
-    partial = torch.empty(grid[0], 2, dtype=torch.float64, device=shard.codes.device)
-    accumulate_kernel[grid](
+    rows, programs = tile_of(len(shard), shard.block_size, WARPS, TILES)
+    partial = torch.zeros(programs, 2, dtype=torch.float64, device=shard.codes.device)
+    if not len(shard):
+        return partial.sum(dim=0)
+    launch(
+        accumulate_kernel,
+        programs,
+        WARPS,
         raw(first.codes),
         scales_of(first),
         second.codes.storage_offset() - first.codes.storage_offset(),
@@ -124,7 +128,5 @@ def accumulate(pieces: Sequence[Blocks], shard: Blocks, *, fresh: bool) -> Tenso
         BLOCK=shard.block_size,
         ROWS=rows,
         TILES=TILES,
-        STAGES=STAGES,
-        **OPTIONS,
     )
     return partial.sum(dim=0)

@@ -1,0 +1,87 @@
+"""Which kernels run: the one place where that is decided.
+
+Every backend holds the same functions, whose contracts are those of `ops.blocks`, `ops.reduction` and
+`ops.adam`. The device decides; DS_FP8_BACKEND overrides it. A GPU without a usable kernel is refused:
+the reference on a GPU is right, but slower than no FP8 at all.
+"""
+
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_fp8.ops import adam, blocks, reduction
+
+VARIABLE = "DS_FP8_BACKEND"
+BUILT = ("reference", "triton")
+OLDEST_GPU = (8, 0)  # compute capability: BF16 and 16-byte asynchronous loads
+
+
+@dataclass(frozen=True)
+class Backend:
+    """The ops of one implementation."""
+
+    name: str
+    quantize: Callable[[Tensor, blocks.Blocks], None]
+    dequantize: Callable[[blocks.Blocks, Tensor], None]
+    accumulate: Callable[..., Tensor]
+    plan: Callable[..., Any]
+    adam_step: Callable[..., None]
+
+
+REFERENCE = Backend(
+    "reference", blocks.quantize, blocks.dequantize, reduction.accumulate, adam.plan, adam.adam_step
+)
+
+
+def choose(device: torch.device) -> Backend:
+    """The backend for tensors on this device.
+
+    Raises ValueError where DS_FP8_BACKEND names one that does not exist or cannot run, RuntimeError where
+    the device is a GPU and Triton cannot be used on it.
+    """
+    wanted = os.environ.get(VARIABLE)
+    if wanted is not None and wanted not in BUILT:
+        raise ValueError(f"{VARIABLE}: received {wanted!r}, allowed: {', '.join(BUILT)}")
+    if wanted == "reference" or (wanted is None and device.type == "cpu"):
+        return REFERENCE
+    obstacle = triton_obstacle(device)
+    if obstacle is None:
+        return triton_backend()
+    if wanted is None:
+        raise RuntimeError(
+            f"no ds_fp8 kernel for {device}: {obstacle}. {VARIABLE}=reference runs on plain PyTorch, slowly"
+        )
+    raise ValueError(f"{VARIABLE}: received {wanted!r}, which cannot run on {device}: {obstacle}")
+
+
+def triton_obstacle(device: torch.device) -> str | None:
+    """Why the Triton kernels cannot run on this device; None where they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return "Triton needs an NVIDIA GPU (or TRITON_INTERPRET=1, for tests)"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < OLDEST_GPU:
+        return f"its compute capability is {capability[0]}.{capability[1]}, needed is 8.0 (A100) or later"
+    return None
+
+
+def triton_backend() -> Backend:
+    """The Triton kernels; Triton is imported here, and nowhere where it is not used."""
+    from ds_fp8.ops import adam_triton, blocks_triton, reduction_triton
+
+    return Backend(
+        "triton",
+        blocks_triton.quantize,
+        blocks_triton.dequantize,
+        reduction_triton.accumulate,
+        adam_triton.plan,
+        adam_triton.adam_step,
+    )
