@@ -29,7 +29,10 @@ LAYERS = (  # a module imports from the lines below its own only
     ),
     ("ds_fp8.zero_fp8.agreement", "ds_fp8.zero_fp8.comm", "ds_fp8.zero_fp8.optimizer"),
     ("ds_fp8.zero_fp8.partition",),
-    ("ds_fp8.ops.adam", "ds_fp8.ops.reduction"),
+    ("ds_fp8.ops.builder",),
+    ("ds_fp8.ops.backend",),
+    ("ds_fp8.ops.adam_triton", "ds_fp8.ops.reduction_triton"),
+    ("ds_fp8.ops.blocks_triton", "ds_fp8.ops.adam", "ds_fp8.ops.reduction"),
     ("ds_fp8.ops.rounding", "ds_fp8.ops.blocks"),
     ("ds_fp8.ops.formats",),
     ("ds_fp8.ds_config",),
@@ -38,7 +41,13 @@ LAYERS = (  # a module imports from the lines below its own only
 )
 HEIGHT = {module: -depth for depth, layer in enumerate(LAYERS) for module in layer}
 
-PUBLIC = ("deepspeed.comm", "deepspeed.ops.adam", "deepspeed.initialize", "deepspeed.accelerator")
+PUBLIC = (
+    "deepspeed.comm",
+    "deepspeed.ops.adam",
+    "deepspeed.ops.op_builder.builder",
+    "deepspeed.initialize",
+    "deepspeed.accelerator",
+)
 OWN_ROOTS = ("ops", "zero_fp8", "configs")  # folders here, but somebody else's names when installed
 
 
