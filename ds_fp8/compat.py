@@ -32,6 +32,7 @@ def check_version(installed: str) -> None:
 check_version(version("deepspeed"))
 
 # After the check: another version may lack these names.
+from deepspeed.ops.op_builder.all_ops import ALL_OPS  # noqa: E402
 from deepspeed.runtime.base_optimizer import ZeROOptimizer  # noqa: E402
 from deepspeed.runtime.config import DeepSpeedConfig  # noqa: E402
 from deepspeed.runtime.engine import ZERO_OPTIMIZATION, DeepSpeedEngine  # noqa: E402
@@ -39,6 +40,7 @@ from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler  # noqa: E402
 from deepspeed.utils.timer import NoopTimer  # noqa: E402
 
 __all__ = [
+    "ALL_OPS",
     "ZERO_OPTIMIZATION",
     "CreateLossScaler",
     "DeepSpeedConfig",

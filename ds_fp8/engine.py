@@ -65,7 +65,7 @@ def describe(engine: Any) -> dict[str, Any]:
         "state_bytes_a_parameter": memory.state_bytes_a_parameter(recipe),
         "gradient_bytes_a_parameter": memory.gradient_bytes_a_parameter(recipe, accumulating=accumulating),
         "wire_bytes_a_gradient_element": memory.wire_bytes_an_element(recipe),
-        "kernels": "reference",
+        "kernels": handler.backend.name,
     }
 
 

@@ -12,8 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from deepspeed.accelerator import get_accelerator
+
 from ds_fp8 import engine
-from ds_fp8.compat import DeepSpeedConfig, DeepSpeedEngine, check_signatures
+from ds_fp8.compat import ALL_OPS, DeepSpeedConfig, DeepSpeedEngine, check_signatures
+from ds_fp8.ops.builder import FP8TritonBuilder
 
 logger = logging.getLogger("ds_fp8")
 
@@ -45,6 +48,8 @@ SEAM = (
     (DeepSpeedEngine, "_scheduler_from_config", engine.scheduler_from_config),
 )
 
+BUILDERS = {each.__name__: each for each in (FP8TritonBuilder,)}
+
 _patches: list[Patch] = []
 
 
@@ -64,12 +69,33 @@ def register() -> None:
             "Call register() before deepspeed.initialize()"
         )
     _patches.extend(Patch.apply(*place) for place in SEAM)
+    _show_builders()
 
 
 def unregister() -> None:
     """Put DeepSpeed's own methods back."""
     while _patches:
         _patches.pop().undo()
+    for builder in BUILDERS.values():
+        ALL_OPS.pop(builder.NAME, None)
+
+
+def _show_builders() -> None:
+    """To the accelerator's lookup by class name, and to the op report."""
+
+    def with_ours(find: Callable[[Any, str], Any], ours: Callable[[str], Any]) -> Callable[[Any, str], Any]:
+        return lambda self, name: ours(name) if name in BUILDERS else find(self, name)
+
+    accelerator = type(get_accelerator())
+    _patches.append(
+        Patch.apply(accelerator, "get_op_builder", lambda find: with_ours(find, BUILDERS.__getitem__))
+    )
+    _patches.append(
+        Patch.apply(
+            accelerator, "create_op_builder", lambda find: with_ours(find, lambda name: BUILDERS[name]())
+        )
+    )
+    ALL_OPS.update({builder.NAME: builder() for builder in BUILDERS.values()})
 
 
 def _set_up_log() -> None:

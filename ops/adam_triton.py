@@ -48,12 +48,12 @@ SECOND_MULTIPLIER = tl.constexpr(MULTIPLIERS[1])
 
 
 @triton.constexpr_function
-def dropped_bits(name):  # type: ignore[no-untyped-def]
+def dropped_bits(name):
     return 23 - BY_NAME[name].mantissa_bits
 
 
 @triton.constexpr_function
-def exponent_shift(name):  # type: ignore[no-untyped-def]
+def exponent_shift(name):
     return BY_NAME[name].bias - 127
 
 
@@ -75,7 +75,7 @@ def square_root(v):
 
 @triton.jit
 def divide(a, b):
-    """Correctly rounded where |a| is 0 or from 2^-102 on, b positive and normal; as `div.rn` without branch."""
+    """Correctly rounded where |a| is 0 or from 2^-102 on and b positive and normal, by the same means."""
     if INTERPRETED:
         return tl.div_rn(a, b)
     y = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [b], tl.float32, True, 1)
@@ -233,7 +233,16 @@ def adam_kernel(
     p = p - divide(m, root * root_correction + eps * unit) * step_size
 
     stored, e = store_blocks(
-        p, magnitude(p), master_codes + start, master_scales + first, rows, offset, inside, MASTER, HARDWARE, 0
+        p,
+        magnitude(p),
+        master_codes + start,
+        master_scales + first,
+        rows,
+        offset,
+        inside,
+        MASTER,
+        HARDWARE,
+        0,
     )
     p = times(decode(stored, MASTER, HARDWARE), power_of_two(e), MASTER)
     store_weights(p, e, weights + start, offset, inside, MASTER)

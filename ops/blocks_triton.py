@@ -53,22 +53,22 @@ def scales_of(blocks: Blocks) -> Tensor:
 
 
 @triton.constexpr_function
-def is_scaled(name):  # type: ignore[no-untyped-def]
+def is_scaled(name):
     return BY_NAME[name].scaled
 
 
 @triton.constexpr_function
-def max_exponent(name):  # type: ignore[no-untyped-def]
+def max_exponent(name):
     return BY_NAME[name].max_exponent
 
 
 @triton.constexpr_function
-def max_mantissa(name):  # type: ignore[no-untyped-def]
+def max_mantissa(name):
     return int((BY_NAME[name].max_significand - 1) * 2**23)
 
 
 @triton.constexpr_function
-def two_to_the(exponent):  # type: ignore[no-untyped-def]
+def two_to_the(exponent):
     return 2.0**exponent
 
 
@@ -100,7 +100,9 @@ def round_to_byte(values, DROPPED: tl.constexpr, BIAS: tl.constexpr):
     """float32 to the code of an 8-bit float, to nearest with ties to even, by integers alone."""
     bits = values.to(tl.int32, bitcast=True)
     magnitude = bits & 0x7FFFFFFF
-    normal = (magnitude - ((127 - BIAS) << 23) + ((1 << (DROPPED - 1)) - 1) + ((magnitude >> DROPPED) & 1)) >> DROPPED
+    normal = (
+        magnitude - ((127 - BIAS) << 23) + ((1 << (DROPPED - 1)) - 1) + ((magnitude >> DROPPED) & 1)
+    ) >> DROPPED
     # Below the smallest normal value the codes lie as far apart as the float32 near this number.
     MAGIC: tl.constexpr = (127 - BIAS + 1 + DROPPED) << 23
     magic = tl.full(magnitude.shape, MAGIC, tl.int32).to(tl.float32, bitcast=True)

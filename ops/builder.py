@@ -10,7 +10,7 @@ from deepspeed.ops.op_builder.builder import OpBuilder
 from ds_fp8.ops.backend import Backend, triton_backend, triton_obstacle
 
 
-class FP8TritonBuilder(OpBuilder):  # type: ignore[misc]
+class FP8TritonBuilder(OpBuilder):
     """The FP8 kernels for NVIDIA GPUs: blocks, reduction and the Adam sweep."""
 
     BUILD_VAR = "DS_BUILD_FP8_TRITON"

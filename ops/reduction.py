@@ -18,30 +18,31 @@ def accumulate(pieces: Sequence[Blocks], shard: Blocks, *, fresh: bool) -> Tenso
 
     pieces: one a rank, each of the shard's length and block size, at equal distances in one buffer;
     fresh: the shard's old content is not read. The sum is FP32 and is rounded once, into the shard's
-    format. Returns what `figures` does, for the shard as stored.
+    format. Returns what `figures` does of the shard.
     """
-    result = torch.zeros(2, dtype=torch.float64, device=shard.codes.device)
     for part in chunks(len(shard), shard.block_size):
         total = decode(pieces[0][part])
         for piece in pieces[1:]:
             total = total + decode(piece[part])
         encode(total if fresh else decode(shard[part]) + total, shard[part])
-        result += figures(shard[part])
-    return result
+    return figures(shard)
 
 
-def figures(blocks: Blocks) -> Tensor:
-    """[2] float64: sum of squares of the finite blocks of a chunk, and the count of the others.
+def figures(shard: Blocks) -> Tensor:
+    """[2] float64: sum of squares of the finite blocks as stored, and the count of the others.
 
     Squares are added in FP32 within a block, without its scale, and in float64 between blocks.
     """
-    squares = blocks.codes.to(torch.float32).square().sum(dim=1)
-    if blocks.scales is None:
-        finite, scales = squares.isfinite(), torch.ones_like(squares)
-    else:
-        finite, scales = blocks.scales < NOT_FINITE, power_of_two(blocks.scales)
-    squares = squares.to(torch.float64) * scales.to(torch.float64).square()
-    return torch.stack([squares[finite].sum(), (~finite).sum()])
+    result = torch.zeros(2, dtype=torch.float64, device=shard.codes.device)
+    for part in chunks(len(shard), shard.block_size):
+        squares = shard.codes[part].to(torch.float32).square().sum(dim=1)
+        finite = squares.isfinite()
+        squares = squares.to(torch.float64)
+        if shard.scales is not None:
+            finite = shard.scales[part] < NOT_FINITE
+            squares = squares * power_of_two(shard.scales[part]).to(torch.float64).square()
+        result += torch.stack([torch.where(finite, squares, 0.0).sum(), (~finite).sum()])
+    return result
 
 
 def first_non_finite_block(shard: Blocks) -> int | None:

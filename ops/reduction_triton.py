@@ -79,7 +79,9 @@ def accumulate_kernel(
         first, rows, offset, inside = tile_rows(blocks, tl.program_id(0) * TILES + tile, BLOCK, ROWS)
         piece, piece_scales = codes + first * BLOCK, scales + first
         total = times(
-            load_codes(piece, offset, inside, WIRE, HARDWARE), load_scales(piece_scales, rows, inside, WIRE), WIRE
+            load_codes(piece, offset, inside, WIRE, HARDWARE),
+            load_scales(piece_scales, rows, inside, WIRE),
+            WIRE,
         )
         for _ in tl.range(1, RANKS, loop_unroll_factor=4):
             piece += stride
@@ -91,7 +93,16 @@ def accumulate_kernel(
             old = load_codes(shard_codes + first * BLOCK, offset, inside, FORMAT, HARDWARE)
             total = times(old, load_scales(shard_scales + first, rows, inside, FORMAT), FORMAT) + total
         stored, e = store_blocks(
-            total, magnitude(total), shard_codes + first * BLOCK, shard_scales + first, rows, offset, inside, FORMAT, HARDWARE, 0
+            total,
+            magnitude(total),
+            shard_codes + first * BLOCK,
+            shard_scales + first,
+            rows,
+            offset,
+            inside,
+            FORMAT,
+            HARDWARE,
+            0,
         )
         row_squares, row_bad = figures_of(stored, e, FORMAT, HARDWARE)
         squares += row_squares
@@ -115,7 +126,7 @@ def accumulate(pieces: Sequence[Blocks], shard: Blocks, *, fresh: bool) -> Tenso
         raw(first.codes),
         scales_of(first),
         second.codes.storage_offset() - first.codes.storage_offset(),
-        0 if first.scales is None else second.scales.storage_offset() - first.scales.storage_offset(),
+        scales_of(second).storage_offset() - scales_of(first).storage_offset(),
         raw(shard.codes),
         scales_of(shard),
         partial,

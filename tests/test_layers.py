@@ -78,7 +78,7 @@ def module_of(name: str) -> str | None:
 
 
 def complaint_about_deepspeed(importer: str, name: str) -> str | None:
-    if within(importer, "ds_fp8.ops"):
+    if within(importer, "ds_fp8.ops") and importer != "ds_fp8.ops.builder":
         return "ops knows no DeepSpeed"
     public = name == "deepspeed" or any(within(name, each) for each in PUBLIC)
     return None if public or importer == "ds_fp8.compat" else "a private name of DeepSpeed"

@@ -8,6 +8,7 @@ from engines import assert_same_bits, build, ds_config, weight_bits, whole_state
 from ranks import RankPools
 from torch import Tensor, nn
 
+from ds_fp8.ops.backend import REFERENCE
 from ds_fp8.ops.blocks import quantize
 from ds_fp8.ops.formats import BY_NAME, E4M3
 from ds_fp8.zero_fp8 import checkpoint
@@ -103,18 +104,19 @@ def inject(world_size: int) -> dict[str, Tensor]:
     start = [each.detach().bfloat16() for each in Dictated().weights]
     packed = []
     for rank in range(world_size):
-        shards = [Shard(bucket, rank, RECIPE, torch.device("cpu")) for bucket in buckets]
+        shards = [Shard(bucket, rank, RECIPE, torch.device("cpu"), REFERENCE) for bucket in buckets]
         weights = [_own_weights(bucket, rank, start) for bucket in buckets]
         for shard, rows in zip(shards, weights, strict=True):
             shard.take_masters(rows)
         optimizer = FP8AdamW([torch.zeros(1)], weight_decay=0.1, betas=(0.9, 0.95))
         for step in range(STEPS):
-            scalars = optimizer.advance(0.5, clamp=True)[0]
+            scalars = optimizer.scalars(clamp=True)[0]
             for shard, rows in zip(shards, weights, strict=True):
                 for piece in shard.pieces:
                     whole = gradient(step, piece.slot.parameter)
                     quantize(whole[piece.elements], shard.gradient[piece.rows])
-                shard.sweep(rows, scalars)
+                shard.sweep(rows, scalars, torch.tensor([0.5, 1.0]))
+            optimizer.advance(clamp=True)
         packed.append(checkpoint.pack(shards, names))
     return whole_states(packed)
 

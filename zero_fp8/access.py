@@ -27,7 +27,8 @@ HALF = 0x8000  # in place of random bits: rounds up from the middle on
 class FullTensors:
     """Access to the shards by parameter.
 
-    gradient_scale: from the reduced gradient as stored to the mean over ranks.
+    gradient_scale: from the reduced gradient as stored to the mean over ranks. on_reading_gradients:
+    called, on every rank, before a gradient is read or set; it brings what has not arrived yet.
     """
 
     def __init__(
@@ -36,11 +37,13 @@ class FullTensors:
         group: ProcessGroup,
         gradient_scale: Callable[[], float],
         on_foreign_state: Callable[[], None],
+        on_reading_gradients: Callable[[], None],
     ) -> None:
         self._shards = shards
         self._group = group
         self._gradient_scale = gradient_scale
         self._on_foreign_state = on_foreign_state
+        self._on_reading_gradients = on_reading_gradients
 
     def bind(self, parameters: Mapping[int, Parameter]) -> None:
         """Give each parameter the methods that DeepSpeed's utilities call."""
@@ -75,6 +78,7 @@ class FullTensors:
     def get_gradient(self, index: int, parameter: Parameter) -> Tensor:
         """Mean gradient in FP32, without loss scale. Raises ValueError outside backward .. step."""
         self._check_gradient()
+        self._on_reading_gradients()
         scale = self._gradient_scale()
         return self._gather(index, parameter, lambda shard, rows: decode(shard.gradient[rows]) * scale)
 
@@ -100,9 +104,10 @@ class FullTensors:
     def set_gradient(self, index: int, parameter: Parameter, value: Tensor) -> None:
         """Round a mean gradient into the reduced gradient. Raises ValueError outside backward .. step."""
         self._check_gradient()
+        self._on_reading_gradients()
         flat = _flat(value, parameter) / self._gradient_scale()
         for shard, piece in self._pieces(index):
-            quantize(flat[piece.elements], shard.gradient[piece.rows])
+            shard.set_gradient(flat[piece.elements], piece.rows)
 
     def _write_weight(self, flat: Tensor, parameter: Parameter) -> None:
         """The whole weight, on every rank, as its owners' masters would give it."""

@@ -7,8 +7,9 @@ backward did not fill goes at the epilogue, with zeros for parameters that this 
 so ranks that used different parameters neither wait for each other nor mix.
 
 A parameter may fire again after its bucket has left (weights tied under reentrant checkpointing
-do). Such a gradient waits in `.grad` for an extra round at the epilogue, and the ranks agree on
-which buckets have one.
+do). Such a gradient waits in `.grad` and goes with the next micro-step's, or before the step in an
+extra round for which the ranks agree on the buckets. That a rank has one is a figure of the step's
+all-reduce: nobody asks after every backward, and a step that finds one is repeated.
 """
 
 import logging
@@ -20,7 +21,7 @@ from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 from torch.utils.hooks import RemovableHandle
 
-from ds_fp8.ops.blocks import quantize
+from ds_fp8.ops.backend import Backend
 from ds_fp8.zero_fp8.comm import Message, exchange, max_over_ranks
 from ds_fp8.zero_fp8.optimizer import Recipe, Shard
 from ds_fp8.zero_fp8.partition import Bucket
@@ -38,12 +39,15 @@ class GradientReducer:
         shards: Sequence[Shard],
         recipe: Recipe,
         group: ProcessGroup,
+        backend: Backend,
     ) -> None:
         self._buckets = buckets
         self._parameters = parameters
         self._shards = shards
         self._recipe = recipe
         self._group = group
+        self._backend = backend
+        self.expects_late = False  # a step has found late gradients; the next will have them too
         self._hooks: list[RemovableHandle] = []
         self._promotion_logged = False
         self.drop()
@@ -79,19 +83,35 @@ class GradientReducer:
         """Whether a backward has begun to send and has not come to its end."""
         return self._next > 0
 
+    def begin(self) -> None:
+        """A backward begins; after a whole one without a step nothing of that is left."""
+        self.active = True
+        if self._complete:
+            for parameter in self._parameters.values():
+                parameter.grad = None
+
     def finish(self, *, last: bool) -> None:
-        """End a backward: launch what is left, then the extra round for gradients that came late.
+        """End a backward: launch what is left.
 
         last: the step follows. A further backward before it begins anew, as with DeepSpeed's own handler.
         """
         while self._next < len(self._buckets):
-            self._launch(self._next)
-            self._next += 1
+            self._launch_next()
+        self._start_round()
+        self._complete = last
+
+    @property
+    def late(self) -> int:
+        """Gradients of this rank that came after their bucket had left."""
+        if not self._hooks:
+            return 0
+        return sum(parameter.grad is not None for parameter in self._parameters.values())
+
+    def send_late(self) -> None:
+        """The extra round for late gradients; on every rank or none."""
         if self._hooks:
             for index in self._late_buckets():
                 self._launch(index)
-        self._start_round()
-        self._complete = last
 
     def _start_round(self) -> None:
         self.active = False
@@ -100,12 +120,15 @@ class GradientReducer:
 
     def _launch_filled(self) -> None:
         while self._next < len(self._buckets) and not self._missing[self._next]:
-            self._launch(self._next)
-            self._next += 1
+            self._launch_next()
 
-    def _launch(self, index: int) -> None:
+    def _launch_next(self) -> None:
         if self._complete:
             self._begin_accumulation()
+        self._launch(self._next)
+        self._next += 1
+
+    def _launch(self, index: int) -> None:
         bucket, shard = self._buckets[index], self._shards[index]
         message = Message(bucket.blocks_per_rank, bucket.block_size, self._recipe.wire)
         received = exchange(self._quantize(bucket, message), self._group)
@@ -117,7 +140,7 @@ class GradientReducer:
     def _begin_accumulation(self) -> None:
         """The next arrival replaces what was reduced before."""
         for shard in self._shards:
-            shard.arrivals = 0
+            shard.forget()
         self.taken = 0  # gradients of this rank since then
         self._complete = False  # whether the last backward was the last of its step
 
@@ -131,7 +154,7 @@ class GradientReducer:
             for piece in bucket.pieces(rank):
                 gradient = gradients[piece.slot.parameter]
                 if gradient is not None:
-                    quantize(gradient[piece.elements], blocks[piece.rows])
+                    self._backend.quantize(gradient[piece.elements], blocks[piece.rows])
         return messages
 
     def _take_gradient(self, index: int) -> Tensor | None:

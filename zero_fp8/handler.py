@@ -20,11 +20,12 @@ from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 
 from ds_fp8.compat import ZeROOptimizer
+from ds_fp8.ops.backend import choose
 from ds_fp8.zero_fp8 import checkpoint
 from ds_fp8.zero_fp8.access import FullTensors
 from ds_fp8.zero_fp8.agreement import check_agreement, first_objection
 from ds_fp8.zero_fp8.gradients import GradientReducer
-from ds_fp8.zero_fp8.norm import clip_factor, non_finite_parameters, reduced_norm
+from ds_fp8.zero_fp8.norm import Verdict, non_finite_parameters
 from ds_fp8.zero_fp8.optimizer import FP8AdamW, Recipe, Shard
 from ds_fp8.zero_fp8.partition import partition
 from ds_fp8.zero_fp8.trained import check_finite, trained_parameters
@@ -66,7 +67,8 @@ class FP8ZeROOptimizer(ZeROOptimizer):
 
         names: every parameter of the model, in the model's order, with its name; the order numbers
         the parameters and so must be the same on every rank. timers, loss_scaler: DeepSpeed's.
-        Raises ValueError where the ranks' parameters or settings differ.
+        Raises ValueError where the ranks' parameters or settings differ, RuntimeError on a GPU without a
+        usable kernel.
         """
         super().__init__()
         self.loss_scaler = loss_scaler
@@ -97,12 +99,17 @@ class FP8ZeROOptimizer(ZeROOptimizer):
             world_size=dist.get_world_size(group),
         )
         self.weights = [Weights(bucket, self.parameters, rank) for bucket in self.buckets]
-        self.shards = [Shard(bucket, rank, recipe, device) for bucket in self.buckets]
-        self.gradients = GradientReducer(self.buckets, self.parameters, self.shards, recipe, group)
+        self.backend = choose(device)
+        self.shards = [Shard(bucket, rank, recipe, device, self.backend) for bucket in self.buckets]
+        self.gradients = GradientReducer(
+            self.buckets, self.parameters, self.shards, recipe, group, self.backend
+        )
         self._masters_from_weights()
         if settings.stage == 2:
             self.gradients.listen()
-        self.full_tensors = FullTensors(self.shards, group, self._gradient_scale, self._states_were_set)
+        self.full_tensors = FullTensors(
+            self.shards, group, self._gradient_scale, self._states_were_set, self.gradients.send_late
+        )
         self.full_tensors.bind(self.parameters)
 
     # Backward
@@ -117,7 +124,7 @@ class FP8ZeROOptimizer(ZeROOptimizer):
 
     def enter_backward(self) -> None:
         super().enter_backward()
-        self.gradients.active = True
+        self.gradients.begin()
 
     def overlapping_partition_gradients_reduce_epilogue(self) -> None:
         """ZeRO 2, after every micro-step: what backward has not sent yet."""
@@ -135,39 +142,64 @@ class FP8ZeROOptimizer(ZeROOptimizer):
     def step(self, closure: Any = None) -> None:
         """One Adam step on every shard, or none: then every byte of state stays as it was.
 
-        Raises RuntimeError without a gradient, and after `max_consecutive_skips` skips in a row.
+        Everything is launched before the host knows which of the two it is. Raises RuntimeError without
+        a gradient, and after `max_consecutive_skips` skips in a row.
         """
         if any(shard.arrivals == 0 for shard in self.shards):
             raise RuntimeError("step() without a gradient: call engine.backward(loss) before engine.step()")
-        with _Timed(self.timers, "optimizer_gradients"):
-            norm = reduced_norm(self.shards, self.gradients.taken, self.dp_process_group)
-            norm *= self._gradient_scale()
-        self._global_grad_norm = norm
-        self.overflow = not math.isfinite(norm)
-        scale = self._gradient_scale() * clip_factor(norm, self.settings.gradient_clipping)
-        if self.dynamic_loss_scale:
-            self.loss_scaler.update_scale(self.overflow)
         try:
-            if self.overflow:
-                self._skip()
-            else:
-                self.consecutive_skips = 0
-                self._update(scale)
+            if self.gradients.expects_late:
+                self.gradients.send_late()
+            verdict = self._try_step()
+            if verdict.late:
+                self.gradients.expects_late = True
+                self.gradients.send_late()
+                verdict = self._try_step()
+            self._settle(verdict)
         finally:
             self.gradients.drop()
+
+    def _try_step(self) -> Verdict:
+        """Launch a step, which the device takes or not, and learn which."""
+        with _Timed(self.timers, "optimizer_gradients"):
+            verdict = Verdict(
+                self.shards,
+                taken=self.gradients.taken,
+                late=self.gradients.late,
+                gradient_scale=self._gradient_scale(),
+                clip=self.settings.gradient_clipping,
+                group=self.dp_process_group,
+            )
+        scalars = self.optimizer.scalars(clamp=self.recipe.clamped)
+        for bucket, shard, weights in zip(self.buckets, self.shards, self.weights, strict=True):
+            with _Timed(self.timers, "optimizer_step"):
+                shard.sweep(weights.own, scalars[bucket.group], verdict.control)
+            with _Timed(self.timers, "optimizer_allgather"):
+                weights.gather(self.dp_process_group)
+        return verdict.read()
+
+    def _settle(self, verdict: Verdict) -> None:
+        """Count the step, or the skip, as the device has decided."""
+        if not verdict.taken:
+            raise RuntimeError(
+                "step() without a gradient: no parameter that the optimizer trains received one on any rank. "
+                "Were the model's parameters replaced after deepspeed.initialize, say by "
+                "load_state_dict(assign=True)?"
+            )
+        self._global_grad_norm = verdict.norm
+        self.overflow = not math.isfinite(verdict.norm)
+        if self.dynamic_loss_scale:
+            self.loss_scaler.update_scale(self.overflow)
+        if self.overflow:
+            self._skip()
+        else:
+            self.consecutive_skips = 0
+            self.optimizer.advance(clamp=self.recipe.clamped)
 
     def _gradient_scale(self) -> float:
         """From the sum over ranks of scaled gradients, as stored, to the mean."""
         ranks = int(dist.get_world_size(self.dp_process_group)) if self.settings.average else 1
         return 1.0 / (ranks * self.loss_scale)
-
-    def _update(self, gradient_scale: float) -> None:
-        scalars = self.optimizer.advance(gradient_scale, clamp=self.recipe.clamped)
-        for bucket, shard, weights in zip(self.buckets, self.shards, self.weights, strict=True):
-            with _Timed(self.timers, "optimizer_step"):
-                shard.sweep(weights.own, scalars[bucket.group])
-            with _Timed(self.timers, "optimizer_allgather"):
-                weights.gather(self.dp_process_group)
 
     def _skip(self) -> None:
         self.consecutive_skips += 1

@@ -1,46 +1,74 @@
-"""What one all-reduce tells every rank about the reduced gradient: norm, clip factor, skip or not."""
+"""What one all-reduce tells every rank about a step: norm, clip factor, take it or not.
+
+The sweep reads the answer where it is computed, on the device. The host reads it when everything
+that the step launches has been launched, so a GPU never waits for the host.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ds_fp8.ops.reduction import first_non_finite_block, sum_of_squares
+from ds_fp8.ops.reduction import first_non_finite_block
 from ds_fp8.zero_fp8.comm import max_over_ranks, sum_over_ranks
 from ds_fp8.zero_fp8.optimizer import Shard
 
 NAMED = 3  # parameters that a message names
 
 
-def reduced_norm(shards: Sequence[Shard], taken: int, group: ProcessGroup) -> float:
-    """2-norm of the gradients as stored, over all ranks; inf where a value is not finite.
+class Verdict:
+    """The figures of a step over all ranks, and what follows from them.
 
-    taken: how many gradients this rank put into them. Raises RuntimeError where no rank had any.
+    control: [2] float32 on the device, as `ops.adam.adam_step` takes it. The same bits on every rank.
     """
-    figures = torch.stack([sum_of_squares(shard.gradient) for shard in shards]).sum(dim=0)
-    figures = torch.cat([figures, figures.new_tensor([taken])])
-    sum_over_ranks(figures, group)
-    squares, non_finite, gradients = figures.tolist()
-    if not gradients:
-        raise RuntimeError(
-            "step() without a gradient: no parameter that the optimizer trains received one on any rank. "
-            "Were the model's parameters replaced after deepspeed.initialize, say by "
-            "load_state_dict(assign=True)?"
-        )
-    if non_finite or not math.isfinite(squares):
-        return math.inf
-    return math.sqrt(squares)
+
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        *,
+        taken: int,  # gradients that this rank put into the shards
+        late: int,  # gradients of this rank that have not travelled yet; the step waits for them
+        gradient_scale: float,  # from the reduced gradient as stored to the mean
+        clip: float,  # largest norm of the mean; 0 = any
+        group: ProcessGroup,
+    ) -> None:
+        reduced = [shard.figures for shard in shards if shard.figures is not None]
+        figures = torch.zeros(4, dtype=torch.float64, device=reduced[0].device)
+        figures[:2] = torch.stack(reduced).sum(dim=0)
+        figures[2].fill_(taken)
+        figures[3].fill_(late)
+        sum_over_ranks(figures, group)
+        norm = figures[0].sqrt() * gradient_scale
+        go = norm.isfinite() & (figures[1] == 0) & (figures[2] > 0) & (figures[3] == 0)
+        self.control = torch.stack([clip_factor(norm, clip) * gradient_scale, go]).to(torch.float32)
+        self._gradient_scale = gradient_scale
+        self._figures = figures.to("cpu", non_blocking=True)
+        self._arrived = None
+        if figures.is_cuda:
+            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._arrived.record()
+
+    def read(self) -> "Verdict":
+        """Wait for the figures; before this only `control` is known."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        squares, non_finite, self.taken, self.late = self._figures.tolist()
+        finite = non_finite == 0 and math.isfinite(squares)
+        self.norm = math.sqrt(squares) * self._gradient_scale if finite else math.inf
+        return self
 
 
-def clip_factor(norm: float, limit: float) -> float:
-    """What brings the norm under the limit (0: none), as DeepSpeed computes it.
+def clip_factor(norm: Tensor, limit: float) -> Tensor:
+    """What brings the norm, a 0-d float64, under the limit (0: none), as DeepSpeed computes it.
 
     Rounded to FP32, so that the order of summation at a world size does not show.
     """
-    if limit <= 0 or norm + 1e-6 <= limit:
-        return 1.0
-    return float(torch.tensor(limit / (norm + 1e-6), dtype=torch.float32))
+    if limit <= 0:
+        return torch.ones_like(norm)
+    factor = (limit / (norm + 1e-6)).to(torch.float32).to(torch.float64)
+    return torch.where(norm + 1e-6 <= limit, 1.0, factor)
 
 
 def non_finite_parameters(shards: Sequence[Shard], names: Mapping[int, str], group: ProcessGroup) -> str:

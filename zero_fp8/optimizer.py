@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_fp8.ops.adam import AdamScalars, AdamState, Segment, adam_step, next_clamp
+from ds_fp8.ops.adam import AdamScalars, AdamState, Segment, next_clamp
+from ds_fp8.ops.backend import Backend
 from ds_fp8.ops.blocks import Blocks, chunks, decode, encode
 from ds_fp8.ops.formats import FP32, Format
-from ds_fp8.ops.reduction import accumulate
+from ds_fp8.ops.reduction import figures
 from ds_fp8.zero_fp8.partition import Bucket
 
 logger = logging.getLogger("ds_fp8")
@@ -86,11 +87,21 @@ class FP8AdamW(torch.optim.Optimizer):
             "it does not step on its own in this version"
         )
 
-    def advance(self, gradient: float, *, clamp: bool) -> list[AdamScalars]:
-        """Count a step and return its scalars, one set a param group."""
+    def scalars(self, *, clamp: bool) -> list[AdamScalars]:
+        """What the next step multiplies with, one set a param group; `advance` counts the step."""
+        squares = self._next_clamp_squares()
+        return [self._scalars(*each, clamp) for each in zip(self.param_groups, squares, strict=True)]
+
+    def advance(self, *, clamp: bool) -> None:
+        """Count a step."""
         self.steps += 1
         self._opt_called = True  # what a scheduler asks before it steps
-        return [self._scalars(index, gradient, clamp) for index in range(len(self.param_groups))]
+        squares = self._next_clamp_squares()
+        for index, (before, after) in enumerate(zip(self.clamp_squares, squares, strict=True)):
+            if clamp and after == math.inf != before:
+                betas = _betas(self.param_groups[index])
+                logger.info("clamp off for param group %d: beta1^2 >= beta2 at betas %s", index, betas)
+        self.clamp_squares = list(squares)
 
     def drop_clamp(self, why: str) -> None:
         """Bound m no longer: the states did not come from these betas alone."""
@@ -98,25 +109,27 @@ class FP8AdamW(torch.optim.Optimizer):
             logger.info("clamp off: %s", why)
         self.clamp_squares = [math.inf] * len(self.param_groups)
 
-    def _scalars(self, index: int, gradient: float, clamp: bool) -> AdamScalars:
-        group = self.param_groups[index]
-        betas = (float(group["betas"][0]), float(group["betas"][1]))
-        square = next_clamp(self.clamp_squares[index], betas)
-        if clamp and math.isinf(square) and self.clamp_squares[index] != math.inf:
-            logger.info("clamp off for param group %d: beta1^2 >= beta2 at betas %s", index, betas)
-        self.clamp_squares[index] = square
+    def _next_clamp_squares(self) -> list[float]:
+        pairs = zip(self.clamp_squares, self.param_groups, strict=True)
+        return [next_clamp(square, _betas(group)) for square, group in pairs]
+
+    def _scalars(self, group: dict[str, Any], clamp_square: float, clamp: bool) -> AdamScalars:
+        beta1, beta2 = _betas(group)
         return AdamScalars(
-            step=self.steps,
-            gradient=gradient,
+            step=self.steps + 1,
             lr=float(group["lr"]),
-            beta1=betas[0],
-            beta2=betas[1],
+            beta1=beta1,
+            beta2=beta2,
             eps=float(group["eps"]),
             weight_decay=float(group["weight_decay"]),
             decoupled=group["adam_w_mode"],
             bias_correction=group["bias_correction"],
-            clamp=math.sqrt(square) if clamp and math.isfinite(square) else None,
+            clamp=math.sqrt(clamp_square) if clamp and math.isfinite(clamp_square) else None,
         )
+
+
+def _betas(group: dict[str, Any]) -> tuple[float, float]:
+    return float(group["betas"][0]), float(group["betas"][1])
 
 
 def check_group(group: dict[str, Any]) -> None:
@@ -138,29 +151,34 @@ def check_group(group: dict[str, Any]) -> None:
 class Shard:
     """One rank's blocks of one bucket: reduced gradient and Adam states."""
 
-    def __init__(self, bucket: Bucket, rank: int, recipe: Recipe, device: torch.device) -> None:
+    def __init__(
+        self, bucket: Bucket, rank: int, recipe: Recipe, device: torch.device, backend: Backend
+    ) -> None:
         def zeros(fmt: Format) -> Blocks:
             return Blocks.zeros(bucket.blocks_per_rank, bucket.block_size, fmt, device)
 
         self.recipe = recipe
+        self._backend = backend
         self.pieces = tuple(bucket.pieces(rank))
-        self.segments = tuple(
-            Segment(piece.rows, piece.slot.parameter, piece.first_element) for piece in self.pieces
-        )
+        segments = [Segment(each.rows, each.slot.parameter, each.first_element) for each in self.pieces]
+        self._plan = backend.plan(segments, bucket.blocks_per_rank, bucket.block_size, device)
         self.state = AdamState(zeros(recipe.master), zeros(recipe.exp_avg), zeros(recipe.exp_avg_sq))
         self.gradient = zeros(recipe.shard)
-        self.arrivals = 0  # exchanges since the last step
+        self.forget()
 
     @property
     def nbytes(self) -> int:
         state = self.state
         return sum(each.nbytes for each in (state.master, state.exp_avg, state.exp_avg_sq, self.gradient))
 
+    def forget(self) -> None:
+        """Let the next arrival replace what has been reduced."""
+        self.arrivals = 0  # exchanges since the last step
+        self.figures: Tensor | None = None  # of the reduced gradient, as `ops.reduction.figures` gives them
+
     def take_masters(self, weights: Tensor) -> None:
         """Round weights, [blocks, block size] of the model's dtype, into the masters."""
-        master = self.state.master
-        for part in chunks(len(master), master.block_size):
-            encode(weights[part].to(torch.float32), master[part])
+        self._backend.quantize(weights.view(-1), self.state.master)
 
     def must_promote(self) -> bool:
         """Whether the next arrival would be lost in an 8-bit sum that nobody asked for."""
@@ -175,9 +193,15 @@ class Shard:
 
     def receive(self, pieces: Sequence[Blocks]) -> None:
         """Add one exchange's pieces, in rank order, to the reduced gradient."""
-        accumulate(pieces, self.gradient, fresh=self.arrivals == 0)
+        self.figures = self._backend.accumulate(pieces, self.gradient, fresh=self.arrivals == 0)
         self.arrivals += 1
 
-    def sweep(self, weights: Tensor, scalars: AdamScalars) -> None:
-        """One Adam step; writes the owned rows of the weights."""
-        adam_step(self.state, self.gradient, weights, self.segments, scalars, seed=self.recipe.seed)
+    def set_gradient(self, values: Tensor, rows: slice) -> None:
+        """Round a vector into rows of the reduced gradient."""
+        self._backend.quantize(values, self.gradient[rows])
+        self.figures = figures(self.gradient)
+
+    def sweep(self, weights: Tensor, scalars: AdamScalars, control: Tensor) -> None:
+        """One Adam step, or none where `control` says so; writes the owned rows of the weights."""
+        seed = self.recipe.seed
+        self._backend.adam_step(self.state, self.gradient, weights, self._plan, scalars, control, seed=seed)
