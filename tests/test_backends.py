@@ -1,0 +1,75 @@
+"""The whole handler on the Triton kernels, interpreted, trains to the bits of the reference."""
+
+import os
+from typing import Any
+
+import pytest
+import torch
+from engines import assert_same_bits, batches, build_gpt, ds_config, state_bits, train_losses, weight_bits
+from ranks import RankPools
+from train_lm import Shape
+
+import ds_fp8
+
+TINY = Shape(layers=1, width=24, heads=2, context=16)  # 24: parameters end inside a block
+STEPS = 4
+
+
+def train(backend: str, fp8: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    os.environ["DS_FP8_BACKEND"] = backend
+    try:
+        engine = build_gpt(ds_config(fp8, micro_batch=2, bucket=6_000, **options), TINY)
+    finally:
+        del os.environ["DS_FP8_BACKEND"]
+    losses = train_losses(engine, batches(engine, shape=TINY), STEPS)
+    result = {
+        "kernels": ds_fp8.describe(engine)["kernels"],
+        "losses": torch.tensor(losses),
+        "norm": engine.get_global_grad_norm(),
+        "weights": weight_bits(engine),
+        "states": state_bits(engine.optimizer),
+    }
+    engine.destroy()
+    return result
+
+
+@pytest.mark.parametrize(
+    ("fp8", "options"),
+    [
+        ({"opt_level": "O2"}, {"stage": 2}),
+        ({"opt_level": "O2"}, {"stage": 1, "bf16": False}),
+        ({"opt_level": "O1", "block_size": 32}, {"stage": 2, "micro_steps": 2}),
+        (
+            {"opt_level": "O2", "gradients": {"dtype": "e5m2", "accum_dtype": "bf16"}},
+            {"stage": 2, "clipping": 0.0},
+        ),
+    ],
+)
+def test_same_bits_as_the_reference(ranks: RankPools, fp8: dict[str, Any], options: dict[str, Any]) -> None:
+    expected = ranks.run(2, train, "reference", fp8, options)
+    found = ranks.run(2, train, "triton", fp8, options, seconds=300)
+    assert {each["kernels"] for each in expected} == {"reference"}
+    assert {each["kernels"] for each in found} == {"triton"}
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours["losses"].tolist() == theirs["losses"].tolist()
+        assert ours["norm"] == pytest.approx(theirs["norm"], rel=1e-6)  # free order of summation in a block
+        assert_same_bits(ours["weights"], theirs["weights"])
+        assert_same_bits(ours["states"], theirs["states"])
+
+
+def refused(backend: str) -> str:
+    os.environ["DS_FP8_BACKEND"] = backend
+    try:
+        build_gpt(ds_config({}), TINY)
+    except ValueError as error:
+        return str(error)
+    finally:
+        del os.environ["DS_FP8_BACKEND"]
+    return "not refused"
+
+
+def test_a_wrong_backend_is_refused_by_name(ranks: RankPools) -> None:
+    for message in ranks.run(2, refused, "cuda"):
+        assert "DS_FP8_BACKEND" in message
+        assert "'cuda'" in message
+        assert "reference, triton" in message
