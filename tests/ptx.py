@@ -1,26 +1,25 @@
-"""The child of test_ptx.py: compile the kernels for GPUs that are not here, and run their addresses.
+"""The child of test_ptx.py: compiles the kernels for GPUs that are not here, and walks through their PTX.
 
-It is a process of its own because a kernel defined under TRITON_INTERPRET=1 cannot be compiled. Nothing of
-a launch is written down twice: the launch code itself runs, on tensors without memory and with a recorder
+A process of its own, because a kernel that is defined under TRITON_INTERPRET=1 cannot be compiled. Nothing
+of a launch is written down twice: the launch code itself runs, on tensors without memory and with a recorder
 in the kernel's place, and says how many warps, rows and tiles there are and what is constant.
 
-What a thread loads and stores cannot be counted in PTX by eye (loops are unrolled or not, a tile is spread
-over threads in this way or that), so every statement is executed, for all threads of a program at once.
-Integers are followed, floats are not: addresses, loop counts and masks do not depend on them.
+How much a kernel loads and stores cannot be counted in PTX by eye: loops are unrolled or not, and a tile is
+spread over threads in one way or another. So a program's statements are executed, for all its threads at
+once. Integers are followed, floats are not: no address, mask or number of rounds depends on one.
 """
 
 import json
 import math
-import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections import Counter
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -43,12 +42,13 @@ from ds_fp8.zero_fp8.optimizer import Recipe
 META = torch.device("meta")
 ARCHITECTURES = (80, 89, 90)
 BLOCK = 128
-BLOCKS = 2**25 - 1  # so many that the ranks' messages lie more than 2^31 bytes apart
+BLOCKS = 2**20 + 1
+BLOCKS_FAR = 2**24 + 1  # so many that the ranks' messages lie more than 2^31 bytes apart
+MISSING = 5  # elements that the last block of a vector is short of
 BETAS = (0.9, 0.95)
-PROGRAM = 3  # the one that runs
-LEFT = 3  # blocks that a ragged program finds, the last of them MISSING elements short
-MISSING = 5
-CUOBJDUMP = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
+PROGRAM = 3  # the one that is walked through
+LEFT = 3  # blocks that it finds where it is the last
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 TYPES = {
     torch.uint8: "*u8",
     torch.int32: "*i32",
@@ -59,93 +59,75 @@ TYPES = {
 }
 
 
-# ---- what the launch code launches
-
-
-class Recorder:
+class Launch:
     """Stands where a kernel does and keeps what it is launched with."""
 
-    def __init__(self, kernel: Any) -> None:
-        self.kernel = kernel
-        self.given: dict[str, Any] = {}  # by the names of the kernel's parameters
-        self.options: dict[str, Any] = {}
+    def __init__(self, module: Any, kernel: str, code: Callable[[], object]) -> None:
+        self.kernel = getattr(module, kernel)
+        with mock.patch.object(module, kernel, self):
+            code()
 
-    def __getitem__(self, grid: tuple[int, ...]) -> "Recorder":
+    def __getitem__(self, grid: tuple[int, ...]) -> "Launch":
         return self
 
-    def __call__(self, *arguments: object, **named: object) -> None:
+    def __call__(self, *arguments: object, **named: Any) -> None:
         names = self.kernel.arg_names
         given = dict(zip(names, arguments, strict=False)) | named
-        self.given = {name: given[name] for name in names}
+        constant = {each.name for each in self.kernel.params if each.is_constexpr}
+        self.constants = {name: given[name] for name in names if name in constant}
+        self.parameters = {name: given[name] for name in names if name not in constant}
         self.options = {name: value for name, value in given.items() if name not in names}
 
-
-def recorded(module: Any, kernel: str, launch: Callable[[], object]) -> Recorder:
-    recorder = Recorder(getattr(module, kernel))
-    with mock.patch.object(module, kernel, recorder):
-        launch()
-    return recorder
+    @property
+    def rows(self) -> int:
+        """Blocks a program."""
+        return int(self.constants["ROWS"] * self.constants.get("TILES", 1))
 
 
-def blocks_of(fmt: Format) -> Blocks:
-    return Blocks.zeros(BLOCKS, BLOCK, fmt, META)
+def blocks_of(fmt: Format, blocks: int = BLOCKS) -> Blocks:
+    return Blocks.zeros(blocks, BLOCK, fmt, META)
 
 
 def vector(dtype: torch.dtype) -> Tensor:
-    return torch.empty(BLOCKS * BLOCK, dtype=dtype, device=META)
+    return torch.empty(BLOCKS * BLOCK - MISSING, dtype=dtype, device=META)
 
 
-def quantize() -> Recorder:
-    launch = partial(blocks_triton.quantize, vector(torch.bfloat16), blocks_of(E4M3))
-    return recorded(blocks_triton, "quantize_kernel", launch)
-
-
-def dequantize() -> Recorder:
-    launch = partial(blocks_triton.dequantize, blocks_of(E4M3), vector(torch.float32))
-    return recorded(blocks_triton, "dequantize_kernel", launch)
-
-
-def accumulate(ranks: int, shard: Format, fresh: bool) -> Recorder:
-    message = Message(BLOCKS, BLOCK, E4M3)
+def accumulate(ranks: int, shard: Format, fresh: bool) -> Launch:
+    message = Message(BLOCKS_FAR, BLOCK, E4M3)
     pieces = [message.blocks_of(each) for each in message.buffer(ranks, META)]
-    launch = partial(reduction_triton.accumulate, pieces, blocks_of(shard), fresh=fresh)
-    return recorded(reduction_triton, "accumulate_kernel", launch)
+    code = partial(reduction_triton.accumulate, pieces, blocks_of(shard, BLOCKS_FAR), fresh=fresh)
+    return Launch(reduction_triton, "accumulate_kernel", code)
 
 
-def sweep(opt_level: str) -> Recorder:
+def sweep(opt_level: str) -> Launch:
     config = FP8Config.model_validate({"enabled": True, "opt_level": opt_level})
-    states = config.states
-    formats = [BY_NAME[name] for name in (states.master, states.exp_avg, states.exp_avg_sq)]
-    recipe = Recipe(BLOCK, E4M3, E4M3, True, *formats, config.optimizer.clamp, config.optimizer.seed)
+    states, ours = config.states, config.optimizer
+    master, m, v = (BY_NAME[name] for name in (states.master, states.exp_avg, states.exp_avg_sq))
+    recipe = Recipe(BLOCK, E4M3, E4M3, True, master, m, v, ours.clamp, ours.seed)
     clamp = math.sqrt(next_clamp(None, BETAS)) if recipe.clamped else None
     scalars = AdamScalars(7, 1e-3, *BETAS, 1e-8, 0.1, decoupled=True, bias_correction=True, clamp=clamp)
-    segments = [Segment(slice(0, 1), 0, 0), Segment(slice(1, 2), 1, 0), Segment(slice(2, BLOCKS), 2, 0)]
-    with mock.patch.object(torch, "searchsorted", lambda table, rows, **_: torch.zeros_like(rows)):
-        plan = adam_triton.plan(segments, 2, BLOCK, META)  # its content is not read
-    launch = partial(
-        adam_triton.adam_step,
-        AdamState(*(blocks_of(fmt) for fmt in formats)),
-        blocks_of(E4M3),
-        vector(torch.bfloat16).view(-1, BLOCK),
-        plan,
-        scalars,
-        torch.empty(2, device=META),
-        seed=recipe.seed,
-    )
-    return recorded(adam_triton, "adam_kernel", launch)
+    segments = [Segment(slice(first, first + 1), first, 0) for first in range(3)]
+    plan = adam_triton.plan(segments, BLOCKS, BLOCK, META)
+    state = AdamState(blocks_of(master), blocks_of(m), blocks_of(v))
+    weights = torch.empty(BLOCKS, BLOCK, dtype=torch.bfloat16, device=META)
+    operands = (state, blocks_of(E4M3), weights, plan, scalars, torch.empty(2, device=META))
+    code = partial(adam_triton.adam_step, *operands, seed=recipe.seed)
+    return Launch(adam_triton, "adam_kernel", code)
 
 
-def launches() -> dict[str, Recorder]:
-    found = {"quantize": quantize(), "dequantize": dequantize()}
+def launches() -> dict[str, Launch]:
+    """What test_ptx.DESIGN names."""
+    quantize = partial(blocks_triton.quantize, vector(torch.bfloat16), blocks_of(E4M3))
+    dequantize = partial(blocks_triton.dequantize, blocks_of(E4M3), vector(torch.float32))
+    found = {
+        "quantize": Launch(blocks_triton, "quantize_kernel", quantize),
+        "dequantize": Launch(blocks_triton, "dequantize_kernel", dequantize),
+    }
     for ranks in (2, 8):
         for shard in (E4M3, FP32):
-            for fresh in (True, False):
-                name = f"accumulate {ranks} into {'a fresh' if fresh else 'an old'} {shard.name}"
-                found[name] = accumulate(ranks, shard, fresh)
+            found[f"accumulate {ranks} into a fresh {shard.name}"] = accumulate(ranks, shard, True)
+            found[f"accumulate {ranks} into an old {shard.name}"] = accumulate(ranks, shard, False)
     return found | {f"sweep {level}": sweep(level) for level in ("O1", "O2")}
-
-
-# ---- the compiler
 
 
 def type_of(value: object) -> str:
@@ -157,25 +139,19 @@ def type_of(value: object) -> str:
     return "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
-def divisible(value: object) -> bool:
-    """By 16: addresses, and distances between the ranks' messages."""
-    return isinstance(value, Tensor) or (type_of(value) == "i64" and int(str(value)) % 16 == 0)
-
-
-def compiled(launch: Recorder, architecture: int) -> Any:
-    kernel, given = launch.kernel, dict(launch.given)
-    given["HARDWARE"] = divmod(architecture, 10) >= blocks_triton.FIRST_WITH_FP8
-    constant = {each.name for each in kernel.params if each.is_constexpr}
-    positions = {name: (index,) for index, name in enumerate(kernel.arg_names)}
+def compiled(launch: Launch, architecture: int) -> Any:
+    """The kernel for one compute capability; tensors and 64-bit distances are divisible by 16."""
+    constants = dict(launch.constants)
+    constants["HARDWARE"] = divmod(architecture, 10) >= blocks_triton.FIRST_WITH_FP8
+    types = {name: type_of(value) for name, value in launch.parameters.items()}
+    assert all(value % 16 == 0 for name, value in launch.parameters.items() if types[name] == "i64")
+    names = launch.kernel.arg_names
+    wide = [name for name, each in types.items() if each == "i64" or each[0] == "*"]
     source = ASTSource(
-        fn=kernel,
-        signature={name: "constexpr" if name in constant else type_of(given[name]) for name in given},
-        constexprs={positions[name]: given[name] for name in constant},
-        attrs={
-            positions[name]: [["tt.divisibility", 16]]
-            for name in given
-            if name not in constant and divisible(given[name])
-        },
+        fn=launch.kernel,
+        signature={name: types.get(name, "constexpr") for name in names},
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in wide},
     )
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=launch.options)
 
@@ -185,20 +161,20 @@ def resources(cubin: bytes) -> dict[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        printed = subprocess.run(
-            [CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", printed))
+        command = [str(CUOBJDUMP), "-res-usage", file.name]
+        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = dict(re.findall(r"(\w+):(\d+)", printed))
     return {name: int(found[name]) for name in ("REG", "STACK", "LOCAL")}
 
 
-# ---- PTX
-
-Bits = NDArray[Any]  # a register in every thread, uint64
-Value = Bits | None  # None: not followed
+Bits = NDArray[np.int64]  # a register in every thread
 SHIFT = 44  # a tensor's address is its parameter's number, counted from 1, times 2^44
-
-BINARY: dict[str, Callable[[Any, Any], Any]] = {
+INTEGER = re.compile(r"pred|[bus](?:16|32|64)")
+UNDERSTOOD: dict[str, Callable[..., Any]] = {
+    "mov": lambda a: a,
+    "cvt": lambda a: a,
+    "neg": np.negative,
+    "not": np.invert,
     "add": np.add,
     "sub": np.subtract,
     "mul": np.multiply,
@@ -209,24 +185,23 @@ BINARY: dict[str, Callable[[Any, Any], Any]] = {
     "max": np.maximum,
     "shl": np.left_shift,
     "shr": np.right_shift,
+    "mad": lambda a, b, c: a * b + c,
+    "bfe": lambda a, start, length: (a >> start) & ((1 << length) - 1),
+    "selp": lambda a, b, chosen: np.where(chosen, a, b),
+    "setp.eq": np.equal,
+    "setp.ne": np.not_equal,
+    "setp.lt": np.less,
+    "setp.le": np.less_equal,
+    "setp.gt": np.greater,
+    "setp.ge": np.greater_equal,
 }
-COMPARED: dict[str, Callable[[Any, Any], Any]] = {
-    "eq": np.equal,
-    "ne": np.not_equal,
-    "neu": np.not_equal,
-    "lt": np.less,
-    "le": np.less_equal,
-    "gt": np.greater,
-    "ge": np.greater_equal,
-}
-FOLLOWED = {*BINARY, "mov", "cvt", "mad", "bfe", "neg", "not", "selp", "setp"}
 
 
 @dataclass(frozen=True)
 class Statement:
     guard: str  # "", "%p1" or "!%p1"
     op: str
-    operands: tuple[str, ...]
+    operands: list[str]
 
 
 def parse(ptx: str) -> tuple[list[Statement], dict[str, int]]:
@@ -234,30 +209,50 @@ def parse(ptx: str) -> tuple[list[Statement], dict[str, int]]:
     statements: list[Statement] = []
     labels: dict[str, int] = {}
     for line in ptx.split(".section", maxsplit=1)[0].splitlines():
-        text = line.split("//")[0].strip().removeprefix("{ ").strip()
-        if label := re.match(r"(\$\w+):", text):
+        if label := re.match(r"(\$\w+):", line):
             labels[label[1]] = len(statements)
-        elif text.endswith(";") and text[0] != ".":
-            found = re.match(r"(?:@(!?%p\d+)\s+)?([\w.:]+)\s*(.*);", text)
-            assert found, line
-            operands = re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s{\[][^,]*", found[3])
-            statements.append(Statement(found[1] or "", found[2], tuple(each.strip() for each in operands)))
+        elif found := re.match(r"\s*(?:@(!?%p\d+)\s+)?([a-z][\w.:]+)\s*(.*);", line):
+            operands = re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+", found[3])
+            statements.append(Statement(found[1] or "", found[2], operands))
     return statements, labels
 
 
-def width_of(type_name: str) -> int:
-    return 1 if type_name == "pred" else int(type_name[1:])
-
-
-def global_width(op: str) -> int:
-    """Bytes of a global access, 0 of any other statement. Accesses of kinds unknown here are refused."""
+@cache
+def width_of(op: str) -> int:
+    """Bytes of a global access, 0 of any other operation; no other way to global memory is allowed."""
     name, *rest = op.split(".")
     assert name not in ("atom", "red", "cp"), op
     if name not in ("ld", "st") or rest[0] in ("shared", "param"):
         return 0
     assert rest[0] == "global", op
-    vectors = [int(each[1:]) for each in rest if re.fullmatch(r"v\d", each)]
-    return math.prod(vectors) * width_of(rest[-1]) // 8
+    vector = math.prod(int(each[1:]) for each in rest if re.fullmatch(r"v\d", each))
+    return vector * int(rest[-1][1:]) // 8
+
+
+@cache
+def meaning(op: str) -> tuple[Callable[..., Any], list[str], str] | None:
+    """What an operation on integers computes, the types of its operands and that of its result."""
+    name, *rest = op.split(".")
+    kind = rest[-1] if rest else ""
+    function = UNDERSTOOD.get(f"setp.{rest[0]}" if name == "setp" else name)
+    out = {"setp": "pred", "cvt": rest[0] if rest else ""}.get(name, kind)
+    if function is None or not INTEGER.fullmatch(kind) or not INTEGER.fullmatch(out):
+        return None
+    if "wide" in rest:
+        out = {"s32": "s64", "u32": "u64"}[kind]
+    return function, [kind, kind, {"selp": "pred", "mad": out}.get(name, kind)], out
+
+
+def bits_of(kind: str) -> int:
+    return 1 if kind == "pred" else int(kind[1:])
+
+
+def fitted(bits: Bits, kind: str) -> Bits:
+    """Cut to a type's width, and extended by its sign where it has one."""
+    width = bits_of(kind)
+    if kind[0] == "s":
+        return (bits << (64 - width)) >> (64 - width)
+    return bits & ((1 << width) - 1) if width < 64 else bits
 
 
 class Program:
@@ -265,229 +260,147 @@ class Program:
 
     def __init__(self, ptx: str, parameters: dict[str, Any], memory: dict[tuple[str, int], int]) -> None:
         self.statements, self.labels = parse(ptx)
-        self.parameters = parameters  # by name, in the kernel's order; those that are not constants
-        self.memory = memory  # (parameter, byte) -> word; zero elsewhere
-        found = re.search(r"\.reqntid (\d+)", ptx)
-        assert found
-        self.threads = int(found[1])
-        self.registers: dict[str, Value] = {
-            "%tid.x": np.arange(self.threads, dtype=np.uint64),
-            "%ctaid.x": self.filled(PROGRAM),
-        }
-        self.executed: Counter[int] = Counter()
-        self.accesses: dict[int, str] = {}  # statement -> parameter
-        self.asked: Counter[str] = Counter()  # bytes times threads
-        self.bytes: dict[str, set[int]] = {}
+        self.parameters = list(parameters.items())
+        self.memory = memory  # (tensor, byte) -> word; zero elsewhere
+        self.threads = int(ptx.split(".reqntid ")[1].split(maxsplit=1)[0])
+        # A register that is not here is not followed.
+        self.registers = {"%tid.x": np.arange(self.threads), "%ctaid.x": self.filled(PROGRAM)}
+        self.executed: Counter[str] = Counter()
+        self.tensors: dict[int, str] = {}  # of the statements that reach one
+        self.asked: Counter[str] = Counter()  # bytes, times threads
+        # Bytes, each once.
+        self.touched: defaultdict[str, Bits] = defaultdict(lambda: np.zeros(0, np.int64))
 
     def filled(self, value: int) -> Bits:
-        return np.full(self.threads, value % 2**64, dtype=np.uint64)
+        return np.full(self.threads, value)
 
-    # operands
-
-    def read(self, operand: str, type_name: str) -> Value:
-        """A register or number as int64 or uint64 of its value, or bool of a predicate."""
-        width = width_of(type_name)
-        bits = self.registers.get(operand)
-        if bits is None:
-            with suppress(ValueError):
-                number = int(operand[2:], 16) if operand[:2] == "0f" else int(operand.rstrip("U"), 0)
-                bits = self.filled(number)
-        if bits is None or type_name == "pred":
-            return bits
-        if type_name == "f32":
-            return bits.astype(np.uint32).view(np.float32)
-        up = np.uint64(64 - width)
-        if type_name[0] == "s":
-            return (bits << up).view(np.int64) >> np.int64(up)
-        return (bits << up) >> up
-
-    def write(self, operand: str, type_name: str, value: Value, active: Any = None) -> None:
-        if value is not None and type_name != "pred":
-            up = np.uint64(64 - width_of(type_name))
-            value = (value.astype(np.int64).view(np.uint64) << up) >> up
-        if active is not None and not active.all():
-            old = self.registers.get(operand)
-            value = None if value is None or old is None else np.where(active, value, old)
-        self.registers[operand] = value
-
-    def forget(self, operands: Iterable[str]) -> None:
-        for operand in operands:
-            for register in re.findall(r"%\w+", operand):
-                self.registers[register] = None
-
-    def active(self, guard: str) -> Bits:
-        if not guard:
-            return np.ones(self.threads, dtype=bool)
-        value = self.registers.get(guard.lstrip("!"))
-        assert value is not None, f"{guard} depends on what is not followed"
-        return ~value if guard[0] == "!" else value
-
-    # statements
-
-    def run(self) -> None:
+    def run(self) -> "Program":
         at = 0
-        while True:
+        while self.statements[at].op != "ret":
             statement = self.statements[at]
-            self.executed[at] += 1
+            self.executed[statement.op] += 1
             assert self.executed.total() < 10**6, "a loop without end"
-            name = statement.op.split(".")[0]
-            if name in ("bra", "ret"):
-                taken = self.active(statement.guard)
-                assert taken.all() or not taken.any(), "threads part"
-                if taken.all() and name == "ret":
-                    return
-                at = self.labels[statement.operands[0]] if taken.all() else at + 1
-                continue
-            self.execute(at, statement)
-            at += 1
+            if width_of(statement.op):
+                self.access(at, statement)
+            elif statement.op[:2] not in ("st", "br"):
+                self.compute(statement)
+            at = self.labels[statement.operands[0]] if self.taken(statement) else at + 1
+        return self
 
-    def execute(self, at: int, statement: Statement) -> None:
-        name, *rest = statement.op.split(".")
-        operands = statement.operands
-        if global_width(statement.op):
-            self.access(at, statement)
-        elif statement.op.startswith("ld.param"):
-            self.load_parameter(operands, rest[-1])
-        elif name in FOLLOWED and not statement.guard and operands[0][0] == "%":
-            self.compute(name, rest, operands)
-        elif name not in ("st", "bar"):
-            self.forget(operands[:1])
+    def taken(self, statement: Statement) -> bool:
+        if statement.op not in ("bra", "bra.uni"):
+            return False
+        taken = self.active(statement.guard)
+        assert taken.all() or not taken.any(), "the threads part"
+        return bool(taken.all())
 
-    def load_parameter(self, operands: tuple[str, ...], type_name: str) -> None:
-        found = re.fullmatch(r"\[\w+_param_(\d+)\]", operands[1])
-        assert found, operands
-        index = int(found[1])
-        value = list(self.parameters.values())[index]
-        if isinstance(value, Tensor):
-            value = (index + 1) << SHIFT
-        self.write(operands[0], type_name, self.filled(value) if isinstance(value, int) else None)
+    def active(self, guard: str) -> NDArray[np.bool_]:
+        """The threads that a statement is for."""
+        if not guard:
+            return np.ones(self.threads, dtype=np.bool_)
+        set_in = self.registers[guard.lstrip("!")].astype(np.bool_)
+        return np.logical_not(set_in) if guard[0] == "!" else set_in
 
-    def compute(self, name: str, rest: list[str], operands: tuple[str, ...]) -> None:
-        out, type_name = operands[0], rest[-1]
-        if name == "setp":
-            a, b = (self.read(each, type_name) for each in operands[1:])
-            known = a is not None and b is not None
-            return self.write(out, "pred", COMPARED[rest[0]](a, b) if known else None)
-        if type_name[0] == "f" or rest[0][0] == "f":
-            return self.forget([out])
-        if name == "cvt":
-            return self.write(out, rest[0], self.read(operands[1], type_name))
-        if name == "selp":
-            chosen = self.read(operands[3], "pred")
-            a, b = (self.read(each, type_name) for each in operands[1:3])
-            known = chosen is not None and a is not None and b is not None
-            return self.write(out, type_name, np.where(chosen, a, b) if known else None)
-        result = self.integer(name, [self.read(each, type_name) for each in operands[1:]])
-        wide = f"{type_name[0]}{2 * width_of(type_name)}" if "wide" in rest else type_name
-        if name == "mad":
-            addend = self.read(operands[3], wide)
-            product = self.integer("mul", [self.read(each, type_name) for each in operands[1:3]])
-            result = None if product is None else self.integer("add", [product, addend])
-        return self.write(out, wide, result)
+    def write(self, operand: str, bits: Bits | None, kind: str = "b64") -> None:
+        """To a register, or to several that share the bits; None where they are not known."""
+        registers = re.findall(r"%\w+|\b_\b", operand)
+        for index, register in enumerate(registers):
+            self.registers.pop(register, None)
+            if bits is not None:
+                part = bits_of(kind) // len(registers)
+                self.registers[register] = fitted(bits >> (index * part), f"u{part}")
 
-    @staticmethod
-    def integer(name: str, values: list[Value]) -> Value:
-        known = [each for each in values if each is not None]
-        if len(known) < len(values) or name == "mad":
+    def read(self, operand: str, kind: str) -> Bits | None:
+        """The value of a number, of a register, or of several that share its bits."""
+        if re.fullmatch(r"-?\d+|0x\w+", operand):
+            return self.filled(int(operand.rstrip("U"), 0))
+        registers = re.findall(r"%[\w.]+", operand)
+        if not registers or any(each not in self.registers for each in registers):
             return None
-        if name == "mov":
-            return known[0]
-        if name in ("neg", "not"):
-            return -known[0] if name == "neg" else ~known[0]
-        if name == "bfe":
-            one = np.uint64(1)
-            return (known[0] >> known[1]) & ((one << known[2]) - one)
-        result: Bits = BINARY[name](known[0], known[1].astype(known[0].dtype))
-        return result
+        part = bits_of(kind) // len(registers)
+        bits = self.filled(0)
+        for index, register in enumerate(registers):
+            bits |= fitted(self.registers[register], f"u{part}") << (index * part)
+        return fitted(bits, kind)
 
-    # memory
+    def compute(self, statement: Statement) -> None:
+        """What a statement makes of integers, where its operands are known."""
+        if statement.op.startswith("ld.param"):
+            return self.write(statement.operands[0], self.parameter(statement.operands[1]))
+        known = meaning(statement.op)
+        if known is None or statement.guard:
+            return self.write(",".join(statement.operands[:1]), None)
+        function, kinds, out = known
+        values = [self.read(*each) for each in zip(statement.operands[1:], kinds, strict=False)]
+        complete = all(each is not None for each in values)
+        bits = np.asarray(function(*values), dtype=np.int64) if complete else None
+        return self.write(statement.operands[0], bits, out)
+
+    def parameter(self, operand: str) -> Bits | None:
+        number = int(operand.rstrip("]").split("_param_")[1])
+        value = self.parameters[number][1]
+        if isinstance(value, Tensor):
+            return self.filled((number + 1) << SHIFT)
+        return self.filled(value) if isinstance(value, int) else None
 
     def access(self, at: int, statement: Statement) -> None:
-        """Note which bytes of which tensor are loaded or stored, and load words that are known."""
-        kind, width = statement.op[:2], global_width(statement.op)
-        place = statement.operands[0 if kind == "st" else 1]
-        found = re.fullmatch(r"\[\s*(%\w+)\s*(?:\+\s*(-?\d+)\s*)?\]", place)
-        assert found, place
-        base, active = self.registers.get(found[1]), self.active(statement.guard)
-        assert base is not None, f"{statement} goes where it cannot be followed"
-        address = base + np.uint64(int(found[2] or 0))
-        assert not (address[active] % np.uint64(width)).any(), f"{statement} is not aligned"
-        name, offsets = self.place(address)
-        self.accesses[at] = name
+        """Note which bytes of which tensor are loaded or stored; words that are loaded are followed."""
+        kind, width, active = statement.op[:2], width_of(statement.op), self.active(statement.guard)
+        place = re.findall(r"%\w+|-?\d+", statement.operands[0 if kind == "st" else 1])
+        address = self.registers[place[0]] + sum(map(int, place[1:]))
+        name = self.parameters[int(address[0] >> SHIFT) - 1][0]
+        offset = address & ((1 << SHIFT) - 1)
+        assert len(set(address >> SHIFT)) == 1, f"{statement}: two tensors"
+        assert not (offset[active] % width).any(), f"{statement}: not aligned"
+        self.tensors[at] = name
         self.asked[f"{kind} {name}"] += int(active.sum()) * width
-        touched = self.bytes.setdefault(f"{kind} {name}", set())
-        touched.update((offsets[active][:, None] + np.arange(width)).ravel().tolist())
-        if kind == "ld" and width == 4:
-            words = np.array([self.memory.get((name, int(each)), 0) for each in offsets], dtype=np.uint64)
-            self.write(statement.operands[0].strip("{ }"), "b32", words, active)
-        elif kind == "ld":
-            self.forget(statement.operands[:1])
-
-    def place(self, address: Bits) -> tuple[str, Any]:
-        number = {int(each) for each in address >> np.uint64(SHIFT)}
-        assert len(number) == 1, "one statement, two tensors"
-        offsets = (address & np.uint64(2**SHIFT - 1)).astype(np.int64)
-        return list(self.parameters)[number.pop() - 1], offsets
+        touched = (offset[active][:, None] + np.arange(width)).ravel()
+        self.touched[f"{kind} {name}"] = np.union1d(self.touched[f"{kind} {name}"], touched)
+        if kind == "ld":
+            words = np.array([self.memory.get((name, each), 0) for each in offset.tolist()])
+            self.write(statement.operands[0], words if width == 4 and active.all() else None, "b32")
 
 
-# ---- what is reported
-
-
-def control_words(ragged: bool) -> dict[tuple[str, int], int]:
-    """The sweep takes its step; in a ragged program a second segment begins."""
-    one = int(np.float32(1).view(np.uint32))
-    return {("control", 4): one, ("tile_segments", 4 * (PROGRAM + 1)): int(ragged)}
-
-
-def walked(ptx: str, launch: Recorder, rows: int, *, ragged: bool) -> dict[str, Any]:
-    """A program whose blocks are all there, or one at the end of the tensors."""
-    constant = {each.name for each in launch.kernel.params if each.is_constexpr}
-    parameters = {name: value for name, value in launch.given.items() if name not in constant}
-    if ragged:
-        left = PROGRAM * rows + LEFT
-        changed = {"blocks": left, "numel": left * BLOCK - MISSING}
+def walked(ptx: str, launch: Launch, *, last: bool) -> dict[str, Any]:
+    """What a program does; `last`: at the ragged end of the tensors, and a second segment begins."""
+    parameters = dict(launch.parameters)
+    if last:
+        blocks = PROGRAM * launch.rows + LEFT
+        changed = {"blocks": blocks, "numel": blocks * BLOCK - MISSING}
         parameters |= {name: value for name, value in changed.items() if name in parameters}
-    program = Program(ptx, parameters, control_words(ragged))
-    program.run()
-    ops: Counter[str] = Counter()
-    for at, times in program.executed.items():
-        ops[program.statements[at].op] += times
+    one = int(np.float32(1).view(np.int32))  # the step is taken
+    memory = {("control", 4): one, ("tile_segments", 4 * (PROGRAM + 1)): int(last)}
+    program = Program(ptx, parameters, memory).run()
     return {
         "threads": program.threads,
-        "ops": ops,
-        "accesses": [
-            {"statement": at, "width": global_width(program.statements[at].op), "tensor": name}
-            for at, name in program.accesses.items()
-        ],
+        "executed": program.executed,
+        "tensors": program.tensors,
         "asked": program.asked,
-        "bytes": {name: len(each) for name, each in program.bytes.items()},
+        "touched": {name: len(each) for name, each in program.touched.items()},
     }
 
 
-def report(launch: Recorder, architecture: int) -> dict[str, Any]:
+def report(launch: Launch, architecture: int) -> dict[str, Any]:
     kernel = compiled(launch, architecture)
     ptx = kernel.asm["ptx"]
-    rows = launch.given["ROWS"] * launch.given.get("TILES", 1)
     return {
         "ptx": ptx,
         "resources": resources(kernel.asm["cubin"]),
-        "rows": rows,
-        "left": LEFT,
-        "missing": MISSING,
-        "accesses": [at for at, each in enumerate(parse(ptx)[0]) if global_width(each.op)],
-        "whole": walked(ptx, launch, rows, ragged=False),
-        "ragged": walked(ptx, launch, rows, ragged=True),
+        "rows": launch.rows,
+        "widths": {at: width_of(each.op) for at, each in enumerate(parse(ptx)[0]) if width_of(each.op)},
+        "whole": walked(ptx, launch, last=False),
+        "last": walked(ptx, launch, last=True),
     }
 
 
 def main() -> None:
-    found = launches()
     kernels = {
-        f"{name} sm_{architecture}": report(launch, architecture)
-        for name, launch in found.items()
+        f"{name}, sm_{architecture}": report(launch, architecture)
+        for name, launch in launches().items()
         for architecture in ARCHITECTURES
     }
-    json.dump({"triton": triton.__version__, "kernels": kernels}, sys.stdout)
+    figures = {"triton": triton.__version__, "left": LEFT, "missing": MISSING, "kernels": kernels}
+    Path(sys.argv[1]).write_text(json.dumps(figures))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ds_fp8.ops import blocks as blocks_module
 from ds_fp8.ops.adam import (
+    UNIT,
     AdamScalars,
     AdamState,
     Segment,
@@ -21,12 +22,13 @@ from ds_fp8.ops.adam import (
     decode_second_moment,
     encode_second_moment,
     next_clamp,
+    plan,
     square_root,
     write_weights,
 )
 from ds_fp8.ops.blocks import Blocks, decode, dequantize, quantize
 from ds_fp8.ops.formats import BF16, BY_NAME, E4M3, E5M2, FP16, FP32, Format
-from ds_fp8.ops.rounding import key, random_bits, round_up_from_zero
+from ds_fp8.ops.rounding import EXP_AVG_SQ, key, random_bits, round_up_from_zero, stream
 
 CPU = torch.device("cpu")
 ALL = tuple(BY_NAME.values())
@@ -37,7 +39,6 @@ CODE_DTYPE = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 BETAS = (0.9, 0.95)
 SCALARS = AdamScalars(
     step=1,
-    gradient=1.0,
     lr=1e-3,
     beta1=BETAS[0],
     beta2=BETAS[1],
@@ -113,10 +114,21 @@ class Trial:
         write_weights(decode(self.state.master), self.weights)
         self.segments: Sequence[Segment] = (Segment(slice(0, len(self.state.master)), 0, 0),)
 
-    def step(self, gradient: Tensor | Blocks, scalars: AdamScalars, seed: int = 0) -> None:
+    def step(
+        self,
+        gradient: Tensor | Blocks,
+        scalars: AdamScalars,
+        *,
+        factor: float = 1.0,
+        taken: bool = True,
+        seed: int = 0,
+    ) -> None:
+        block_size = self.weights.shape[1]
         if isinstance(gradient, Tensor):
-            gradient = blocks_of(gradient, FP32, self.weights.shape[1])
-        adam_step(self.state, gradient, self.weights, self.segments, scalars, seed=seed)
+            gradient = blocks_of(gradient, FP32, block_size)
+        sweep = plan(self.segments, len(gradient), block_size, CPU)
+        control = torch.tensor([factor, taken], dtype=torch.float32)
+        adam_step(self.state, gradient, self.weights, sweep, scalars, control, seed=seed)
 
     @property
     def master(self) -> Tensor:
@@ -138,8 +150,8 @@ class Exact:
         self.p = parameter.to(torch.float64)
         self.m, self.v = torch.zeros_like(self.p), torch.zeros_like(self.p)
 
-    def step(self, gradient: Tensor, s: AdamScalars) -> None:
-        g = gradient.to(torch.float64) * s.gradient
+    def step(self, gradient: Tensor, s: AdamScalars, *, factor: float = 1.0) -> None:
+        g = gradient.to(torch.float64) * factor
         if s.decoupled:
             self.p = self.p - s.lr * s.weight_decay * self.p
         else:
@@ -183,12 +195,12 @@ def test_fp32_states_step_as_torch_does(
 @pytest.mark.parametrize("eps", [1e-8, 1e-3])
 def test_fp32_states_step_as_exact_adam_does(bias_correction: bool, decoupled: bool, eps: float) -> None:
     trial, exact = Trial(normal(500, seed=0)), Exact(normal(500, seed=0))
-    scalars = replace(SCALARS, decoupled=decoupled, bias_correction=bias_correction, eps=eps, gradient=1 / 3)
+    scalars = replace(SCALARS, decoupled=decoupled, bias_correction=bias_correction, eps=eps)
     scalars = replace(scalars, weight_decay=0.1, lr=1e-2)
     for step in range(1, 51):
         gradient = 3 * normal(500, seed=step)
-        trial.step(gradient, replace(scalars, step=step))
-        exact.step(gradient, replace(scalars, step=step))
+        trial.step(gradient, replace(scalars, step=step), factor=1 / 3)
+        exact.step(gradient, replace(scalars, step=step), factor=1 / 3)
     for actual, expected in ((trial.master, exact.p), (trial.exp_avg, exact.m), (trial.exp_avg_sq, exact.v)):
         error = (actual.to(torch.float64) - expected).abs()
         assert (error <= 2.0**-18 * (expected.abs() + expected.abs().mean())).all()
@@ -363,6 +375,19 @@ def test_the_clamp_bounds_the_fresh_exp_avg() -> None:
         assert unclamped.exp_avg.abs().max() > 100 * bound.max()
 
 
+@pytest.mark.parametrize("exp_avg", [FP32, BF16, E4M3], ids=names)
+@pytest.mark.parametrize("v", [0.0, 1e-6])
+def test_the_clamp_keeps_the_sign(exp_avg: Format, v: float) -> None:
+    """Also where nothing is left of exp_avg."""
+    trial = Trial(normal(512, seed=0), (FP32, exp_avg, FP32))
+    held = normal(512, seed=1)
+    quantize(held, trial.state.exp_avg)
+    quantize(torch.full((512,), v), trial.state.exp_avg_sq)
+    trial.step(torch.zeros(512), replace(SCALARS, step=9, clamp=1.165))
+    assert torch.equal(trial.exp_avg.signbit(), held.signbit())
+    assert trial.exp_avg.abs().max() <= 1.165 * math.sqrt(v) * 1.07
+
+
 def test_the_clamp_changes_nothing_in_exact_adam() -> None:
     clamped, free = Trial(normal(500, seed=0)), Trial(normal(500, seed=0))
     square = None
@@ -491,6 +516,45 @@ def test_exp_avg_sq_never_becomes_zero(fmt: Format) -> None:
         assert trial.exp_avg_sq[63] == 0
 
 
+@pytest.mark.parametrize(
+    "formats", [O2, (BF16, E4M3, E4M3), (FP32, BF16, BF16), (FP16, E5M2, E5M2)], ids=names
+)
+@pytest.mark.parametrize("smaller", [2.0**-60, 2.0**-30, 2.0**30])
+def test_the_unit_of_the_gradient_does_not_matter(formats: Formats, smaller: float) -> None:
+    """To the bit, where eps is 0 and the unit a power of two."""
+    one, other = Trial(normal(512, seed=0), formats), Trial(normal(512, seed=0), formats)
+    for step in range(1, 11):
+        scalars = replace(SCALARS, step=step, eps=0.0, weight_decay=0.1, clamp=1.165)
+        one.step(normal(512, seed=step), scalars)
+        other.step(normal(512, seed=step) * smaller, scalars)
+        assert torch.equal(other.master, one.master), f"step {step}"
+        assert torch.equal(other.exp_avg, one.exp_avg * smaller)
+
+
+@pytest.mark.parametrize("fmt", ALL, ids=names)
+@pytest.mark.parametrize("clamp", [None, 1.165])
+def test_v_saturates_where_fp32_ends(fmt: Format, clamp: float | None) -> None:
+    """In the unit of the sweep; and comes back from there."""
+    top = FP32.max / UNIT**2
+    trial = Trial(normal(512, seed=0), (FP32, FP32, fmt))
+    start = trial.master
+    size = torch.tensor([1e13, 1e15, 1e20, 1e30]).repeat(128)
+    for step in range(1, 6):
+        trial.step(normal(512, seed=step).sign() * size, replace(SCALARS, step=step, clamp=clamp))
+        room = 0.0 if fmt is FP32 else 2.0 ** (1 - fmt.mantissa_bits)
+        assert ((trial.exp_avg_sq / top - 1).abs() <= 2.5 * room + 1e-6).all()
+        assert trial.master.isfinite().all()
+        if clamp is not None:
+            assert (trial.exp_avg.abs() <= clamp * math.sqrt(top) * (1 + 1e-6)).all()
+    if clamp is not None:
+        reach = 5 * SCALARS.lr / (1 - BETAS[0]) * clamp
+        assert (trial.master - start).abs().max() <= reach
+    for step in range(6, 106):
+        trial.step(torch.zeros(512), replace(SCALARS, step=step, clamp=clamp))
+    assert abs(float(trial.exp_avg_sq.mean()) / (top * BETAS[1] ** 100) - 1) < 0.05
+    assert trial.master.isfinite().all()
+
+
 @pytest.mark.parametrize("fmt", NARROW, ids=names)
 def test_the_root_of_v_is_stored_with_the_bits_of_its_place(fmt: Format) -> None:
     """Keyed by seed, step, parameter and element of the parameter; block maximum under the format's."""
@@ -499,14 +563,15 @@ def test_the_root_of_v_is_stored_with_the_bits_of_its_place(fmt: Format) -> None
     trial.segments = (Segment(slice(0, 10), parameter, first),)
     gradient = normal(count, seed=1)
     trial.step(gradient, replace(SCALARS, step=step), seed=seed)
-    root = (gradient * gradient * (1 - BETAS[1])).sqrt().view(-1, 32)
+    root = square_root(gradient * gradient * (1 - BETAS[1])).view(-1, 32)
     stored = trial.state.exp_avg_sq
     if stored.scales is not None:
         nearest = blocks_of(root.view(-1), fmt).scales
         assert nearest is not None
         assert torch.equal(stored.scales, nearest)
         root = root * torch.exp2(127.0 - nearest.to(torch.float32))[:, None]
-    bits = random_bits(key(seed, step, parameter), first, count, CPU).view(-1, 32)
+    word = key(stream(seed, step, EXP_AVG_SQ), parameter)
+    bits = random_bits(word, first, count, CPU).view(-1, 32)
     expected = round_up_from_zero(root, bits, fmt).view(CODE_DTYPE[fmt.itemsize])
     assert torch.equal(stored.codes.view(CODE_DTYPE[fmt.itemsize]), expected)
 
@@ -536,9 +601,78 @@ def test_gradients_enter_as_they_are_stored() -> None:
     """A block-scaled gradient, a sum over four ranks, steps as the FP32 mean of the same values."""
     stored = blocks_of(normal(500, seed=1), E4M3)
     summed, mean = Trial(normal(500, seed=0), O2), Trial(normal(500, seed=0), O2)
-    summed.step(stored, replace(SCALARS, gradient=0.25))
+    summed.step(stored, SCALARS, factor=0.25)
     mean.step(values_of(stored, 500) / 4, SCALARS)
     assert_same_bytes(summed.state, mean.state)
+
+
+@each_level
+@pytest.mark.parametrize("factor", [1.0, 0.0, torch.inf, torch.nan])
+@pytest.mark.parametrize("bad", [1.0, torch.nan], ids=["finite", "nan"])
+def test_a_step_that_is_not_taken_leaves_every_byte(formats: Formats, factor: float, bad: float) -> None:
+    trial = Trial(normal(500, seed=0), formats, weight_dtype=torch.bfloat16)
+    trial.step(normal(500, seed=1), SCALARS)
+    trial.weights.view(-1)[::7] = torch.nan  # not what the master says: a write would show
+    before, weights = raw(trial.state), trial.weights.view(torch.int16).clone()
+    trial.step(
+        normal(500, seed=2) * bad, replace(SCALARS, step=2, weight_decay=0.1), factor=factor, taken=False
+    )
+    assert all(torch.equal(old, new) for old, new in zip(before, raw(trial.state), strict=True))
+    assert torch.equal(trial.weights.view(torch.int16), weights)
+
+
+@each_level
+def test_a_step_after_one_that_was_not_taken_is_as_if_there_had_been_none(formats: Formats) -> None:
+    once, twice = Trial(normal(500, seed=0), formats), Trial(normal(500, seed=0), formats)
+    twice.step(torch.full((500,), torch.inf), SCALARS, taken=False)
+    for trial in (once, twice):
+        trial.step(normal(500, seed=1), SCALARS)
+    assert_same_bytes(twice.state, once.state)
+    assert torch.equal(twice.weights, once.weights)
+
+
+@each_level
+@pytest.mark.parametrize("factor", [0.0, 2.0**-20, 0.5, 64.0, -1.0])
+def test_the_factor_multiplies_the_gradient_alone(formats: Formats, factor: float) -> None:
+    """Powers of two, which are exact: not the weight decay, eps or what the moments hold."""
+    for scalars in (replace(SCALARS, weight_decay=0.1), replace(SCALARS, weight_decay=0.1, decoupled=False)):
+        outside, inside = Trial(normal(500, seed=0), formats), Trial(normal(500, seed=0), formats)
+        for step in range(1, 4):
+            gradient = normal(500, seed=step)
+            outside.step(gradient, replace(scalars, step=step), factor=factor)
+            inside.step(gradient * factor, replace(scalars, step=step))
+        assert_same_bytes(outside.state, inside.state)
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_the_plan_of_the_reference_is_the_segments(count: int) -> None:
+    segments = [Segment(slice(row, row + 1), row, 32 * row) for row in range(count)]
+    assert plan(segments, 5, 32, CPU) == tuple(segments)
+
+
+@pytest.mark.parametrize(
+    ("formats", "smallest", "bound"),
+    [
+        (O1, -20, 1e-3),  # v itself is stored: a subnormal of few bits
+        ((FP32, FP32, FP16), -25, 1e-3),
+        ((FP32, FP32, BF16), -25, 1e-3),
+        ((FP32, E4M3, FP16), -25, 0.02),
+    ],
+    ids=names,
+)
+def test_tiny_gradients_step_as_exact_adam_does(formats: Formats, smallest: int, bound: float) -> None:
+    """Their squares are no normal FP32 numbers, or none at all, and eps does not hide it."""
+    size = torch.logspace(smallest, smallest + 2, 512)
+    assert size.square().min() < torch.finfo(torch.float32).tiny
+    trial, exact = Trial(torch.zeros(512), formats), Exact(torch.zeros(512))
+    for step in range(1, 21):
+        gradient = normal(512, seed=step) * size
+        scalars = replace(SCALARS, step=step, eps=1e-30)
+        trial.step(gradient, scalars)
+        exact.step(gradient, scalars)
+    error = trial.master.to(torch.float64) - exact.p
+    print("ERR", formats, float(error.norm()/exact.p.norm()))
+    assert error.norm() < bound * exact.p.norm()
 
 
 def test_the_seed_changes_only_the_rounding_of_exp_avg_sq() -> None:

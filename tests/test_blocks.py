@@ -47,6 +47,11 @@ def raw(codes: Tensor) -> Tensor:
     return codes.view(CODE_DTYPE[codes.element_size()])
 
 
+def every_code(fmt: Format) -> Tensor:
+    """All codes of a format, in the order of their bits; the first half is not negative."""
+    return torch.arange(1 << 8 * fmt.itemsize).to(CODE_DTYPE[fmt.itemsize]).view(fmt.dtype)
+
+
 def dirty(rows: int, block_size: int, fmt: Format) -> Blocks:
     """Blocks full of what an earlier use may have left."""
     out = Blocks.zeros(rows, block_size, fmt, CPU)
@@ -167,10 +172,22 @@ def test_a_value_that_is_not_finite_spoils_its_block_only(fmt: Format, bits: int
     blocks = quantized(values, fmt)
     assert blocks.scales is not None
     assert blocks.scales[1] == NOT_FINITE == 255
-    assert values_of(blocks)[32:64].isnan().all()
+    assert not values_of(blocks)[32:64].isfinite().any()
     for neighbour in (slice(0, 1), slice(2, 3)):
         assert_same_bytes(blocks[neighbour], alone[neighbour])
         assert decode(blocks[neighbour]).isfinite().all()
+
+
+@each_scaled_format
+@pytest.mark.parametrize("factor", [1.0, -3.0, 2.0**-126, 0.0])
+def test_a_block_that_is_not_finite_decodes_to_no_number_whatever_its_codes(
+    fmt: Format, factor: float
+) -> None:
+    every = every_code(fmt).view(-1, 32)
+    blocks = Blocks(every, torch.full((len(every),), NOT_FINITE, dtype=torch.uint8), fmt)
+    assert not decode(blocks, factor).isfinite().any()
+    assert not decode(blocks, torch.tensor(factor, dtype=torch.float32)).isfinite().any()
+    assert not values_of(blocks).isfinite().any()
 
 
 @pytest.mark.parametrize("fmt", UNSCALED, ids=lambda fmt: fmt.name)
@@ -210,7 +227,7 @@ def test_the_largest_values_overflow_as_in_fp32(fmt: Format, value: float) -> No
 @each_scaled_format
 def test_requantising_keeps_every_code_at_every_scale_in_use(fmt: Format) -> None:
     """All finite codes under the largest one, at the ends and the middle of the range of scales."""
-    every = torch.arange(1 << 8 * fmt.itemsize).to(CODE_DTYPE[fmt.itemsize]).view(fmt.dtype)
+    every = every_code(fmt)
     every = every[every.to(torch.float32).isfinite()]
     rows = torch.nn.functional.pad(every, (0, -every.numel() % 31)).view(-1, 31)
     codes = torch.cat([torch.full((len(rows), 1), fmt.max).to(fmt.dtype), rows], dim=1)
@@ -322,9 +339,36 @@ def test_the_default_dtype_does_not_matter(fmt: Format, dtype: torch.dtype) -> N
     expected = quantized(values, fmt)
     with default_dtype(dtype):
         blocks = quantized(values, fmt)
-        decoded = decode(blocks)
+        decoded, third = decode(blocks), decode(blocks, 1 / 3)
     assert_same_bytes(blocks, expected)
     assert torch.equal(decoded, decode(expected))
+    assert torch.equal(third, decode(expected, 1 / 3))
+    assert decoded.dtype is third.dtype is torch.float32
+
+
+@each_format
+@pytest.mark.parametrize("factor", [1 / 3, -7.5, 2.0**24, 2.0**-30, 0.0])
+def test_a_factor_is_rounded_with_the_scale_and_then_with_the_code(fmt: Format, factor: float) -> None:
+    """Once each, in FP32; the products here are exact in float64. A number is as good as a tensor."""
+    normal = torch.randn(64 * 32, generator=torch.Generator().manual_seed(13))
+    single = torch.tensor(factor, dtype=torch.float32)
+    for size in (1e-37, 1e-3, 1e28):
+        blocks = quantized(normal * size, fmt)
+        exponents = [127] * 64 if blocks.scales is None else blocks.scales.tolist()
+        scales = torch.tensor([2.0 ** (e - 127) for e in exponents], dtype=torch.float64)
+        combined = (scales * single.to(torch.float64)).to(torch.float32).to(torch.float64)
+        exact = blocks.codes.to(torch.float32).to(torch.float64) * combined[:, None]
+        assert torch.equal(decode(blocks, factor), exact.to(torch.float32))
+        assert torch.equal(decode(blocks, single), exact.to(torch.float32))
+
+
+@each_scaled_format
+def test_a_factor_brings_values_out_of_reach_of_fp32_into_it(fmt: Format) -> None:
+    """It meets the scale first: neither the largest nor the smallest code passes the end of FP32."""
+    codes = torch.tensor([[fmt.max, -fmt.max], [fmt.smallest, -fmt.smallest]]).to(fmt.dtype)
+    blocks = Blocks(codes, torch.tensor([254, 1], dtype=torch.uint8), fmt)
+    assert decode(blocks[:1], 2.0**-24).tolist() == [[fmt.max * 2.0**103, -fmt.max * 2.0**103]]
+    assert decode(blocks[1:], 2.0**24).tolist() == [[fmt.smallest * 2.0**-102, -fmt.smallest * 2.0**-102]]
 
 
 @each_format

@@ -8,17 +8,21 @@ import torch
 from torch import Tensor
 
 from ds_fp8.ops import blocks as blocks_module
-from ds_fp8.ops.blocks import Blocks, decode, dequantize, quantize
-from ds_fp8.ops.formats import BF16, BY_NAME, E4M3, E5M2, FP32, Format
-from ds_fp8.ops.reduction import accumulate, first_non_finite_block, sum_of_squares
+from ds_fp8.ops.blocks import NOT_FINITE, Blocks, decode, dequantize, quantize
+from ds_fp8.ops.formats import BF16, BY_NAME, E4M3, E5M2, FP16, FP32, Format
+from ds_fp8.ops.reduction import accumulate, figures, first_non_finite_block
 
 CPU = torch.device("cpu")
 ALL = tuple(BY_NAME.values())
+SCALED = (E4M3, E5M2, FP16)
+UNSCALED = (FP32, BF16)
 CODE_DTYPE = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 each_wire = pytest.mark.parametrize("wire", [E4M3, E5M2, BF16], ids=lambda fmt: fmt.name)
 each_shard = pytest.mark.parametrize("shard_format", [FP32, BF16, E4M3], ids=lambda fmt: fmt.name)
 each_format = pytest.mark.parametrize("fmt", ALL, ids=lambda fmt: fmt.name)
+each_scaled_format = pytest.mark.parametrize("fmt", SCALED, ids=lambda fmt: fmt.name)
+each_unscaled_format = pytest.mark.parametrize("fmt", UNSCALED, ids=lambda fmt: fmt.name)
 
 
 def gradient(rows: int, block_size: int, seed: int) -> Tensor:
@@ -57,6 +61,23 @@ def assert_same_bits(actual: Blocks, expected: Blocks) -> None:
         assert torch.equal(actual.scales, expected.scales)
 
 
+def exact_squares(shard: Blocks) -> float:
+    """The sum of squares of what is stored, in float64: FP32 may hold neither the values nor their squares."""
+    codes = shard.codes.to(torch.float32).to(torch.float64)
+    if shard.scales is not None:
+        codes = codes * torch.exp2(shard.scales.to(torch.float64) - 127)[:, None]
+    return codes.square().sum().item()
+
+
+def assert_figures(actual: Tensor, shard: Blocks) -> None:
+    """Those of a shard of finite values as it is stored now."""
+    assert actual.dtype is torch.float64
+    squares, non_finite = actual.tolist()
+    assert abs(squares / exact_squares(shard) - 1) < 1e-6
+    assert non_finite == 0
+    assert torch.equal(actual, figures(shard))
+
+
 def sum_in_order(pieces: Sequence[Tensor]) -> Tensor:
     """((first + second) + third) + ..., each sum rounded to FP32 (exact in float64 before that)."""
     total = pieces[0]
@@ -73,7 +94,7 @@ def test_adds_in_rank_order_in_fp32(wire: Format, shard_format: Format, world_si
     values = [values_of(piece) for piece in pieces]
     expected = sum_in_order(values)
     shard = stale(50, 32, shard_format)
-    accumulate(pieces, shard, fresh=True)
+    assert_figures(accumulate(pieces, shard, fresh=True), shard)
     assert_same_bits(shard, blocks_of(expected, shard_format))
     if world_size > 2:
         assert not torch.equal(expected, sum_in_order(values[::-1])), "the order does not show in this trial"
@@ -86,7 +107,7 @@ def test_adds_the_sum_to_what_the_shard_holds(wire: Format, shard_format: Format
     held = values_of(shard)
     for micro_step in range(3):
         pieces = [blocks_of(gradient(50, 64, seed=10 * micro_step + rank), wire) for rank in range(3)]
-        accumulate(pieces, shard, fresh=False)
+        assert_figures(accumulate(pieces, shard, fresh=False), shard)
         total = sum_in_order([held, sum_in_order([values_of(piece) for piece in pieces])])
         assert_same_bits(shard, blocks_of(total, shard_format))
         held = values_of(shard)
@@ -107,10 +128,13 @@ def test_one_rank_that_is_not_finite_spoils_that_block(shard_format: Format) -> 
     good, bad = gradient(5, 32, seed=1), gradient(5, 32, seed=2)
     bad[3, 7] = torch.inf
     shard = stale(5, 32, shard_format)
-    accumulate([blocks_of(good, E4M3), blocks_of(bad, E4M3)], shard, fresh=True)
-    rows = values_of(shard).isfinite().all(dim=1)
-    assert rows.tolist() == [True, True, True, False, True]
-    assert values_of(shard)[3].isnan().all()
+    returned = accumulate([blocks_of(good, E4M3), blocks_of(bad, E4M3)], shard, fresh=True)
+    rows = values_of(shard).isfinite()
+    assert rows.all(dim=1).tolist() == [True, True, True, False, True]
+    assert not rows[3].any()
+    others = figures(shard[:3]) + figures(shard[4:])
+    assert returned[1] == 1
+    assert abs(returned[0] / others[0] - 1) < 1e-14
 
 
 @each_shard
@@ -120,21 +144,19 @@ def test_the_sum_does_not_depend_on_the_chunk(shard_format: Format, monkeypatch:
     for chunk in (1, 1000, 1 << 20):
         monkeypatch.setattr(blocks_module, "CHUNK", chunk)
         shard = stale(70, 128, shard_format)
-        accumulate(pieces, shard, fresh=True)
-        accumulate(pieces[:2], shard, fresh=False)
-        results.append(shard)
-    for other in results[1:]:
-        assert_same_bits(other, results[0])
+        first = accumulate(pieces, shard, fresh=True)
+        second = accumulate(pieces[:2], shard, fresh=False)
+        results.append((shard, torch.stack([first, second])))
+    for shard, returned in results[1:]:
+        assert_same_bits(shard, results[0][0])
+        torch.testing.assert_close(returned, results[0][1], rtol=1e-14, atol=0)
 
 
 @each_format
 @pytest.mark.parametrize("block_size", [32, 64, 128, 256])
 def test_sum_of_squares(fmt: Format, block_size: int) -> None:
     shard = blocks_of(gradient(300, block_size, seed=3), fmt)
-    squares, non_finite = sum_of_squares(shard).tolist()
-    expected = values_of(shard).to(torch.float64).square().sum().item()
-    assert abs(squares / expected - 1) < 1e-6
-    assert non_finite == 0
+    assert_figures(figures(shard), shard)
 
 
 def test_sum_of_squares_is_float64_between_blocks() -> None:
@@ -142,32 +164,43 @@ def test_sum_of_squares_is_float64_between_blocks() -> None:
     values = torch.zeros(8193, 32)
     values[:, 5] = 1
     values[17, 5] = 2.0**15
-    figures = sum_of_squares(blocks_of(values, FP32))
-    assert figures.dtype is torch.float64
-    assert figures.tolist() == [2.0**30 + 8192, 0]
+    result = figures(blocks_of(values, FP32))
+    assert result.dtype is torch.float64
+    assert result.tolist() == [2.0**30 + 8192, 0]
 
 
-def test_a_blocks_squares_are_halved_until_one_is_left() -> None:
-    """The order of additions in FP32 is part of the contract."""
-    values = torch.randn(40, 64, generator=torch.Generator().manual_seed(4))
-    lists = [[float(each) for each in row.square()] for row in values]
-    total = 0.0
-    for row in lists:
-        while len(row) > 1:
-            half = len(row) // 2
-            row = [float(torch.tensor(row[i]) + torch.tensor(row[i + half])) for i in range(half)]  # noqa: PLW2901
-        total += row[0]
-    assert abs(sum_of_squares(blocks_of(values, FP32))[0].item() / total - 1) < 1e-15
+@each_scaled_format
+@pytest.mark.parametrize("size", [1e-34, 1e-30, 1e-20, 1e20, 1e30])
+def test_squares_beyond_the_range_of_fp32_are_counted(fmt: Format, size: float) -> None:
+    """A scale stays outside the FP32 sum: neither tiny nor huge gradients lose their norm."""
+    values = torch.randn(50, 64, generator=torch.Generator().manual_seed(4)) * size
+    in_fp32 = values.square().sum()
+    assert in_fp32 == 0 or in_fp32 == torch.inf or in_fp32 < 1e-35
+    shard = blocks_of(values, fmt)
+    assert_figures(figures(shard), shard)
+    returned = accumulate([shard, shard], stale(50, 64, fmt), fresh=True)
+    assert abs(returned[0].item() / exact_squares(shard) / 4 - 1) < 1e-6
+
+
+@each_scaled_format
+def test_a_scale_enters_by_its_exact_square(fmt: Format) -> None:
+    """From the lowest scale to the highest: the same codes give the same digits."""
+    codes = blocks_of(torch.randn(1, 32, generator=torch.Generator().manual_seed(5)), fmt).codes
+    at_one = figures(Blocks(codes, torch.tensor([127], dtype=torch.uint8), fmt))[0].item()
+    for e in range(1, 255):
+        squares, non_finite = figures(Blocks(codes, torch.tensor([e], dtype=torch.uint8), fmt)).tolist()
+        assert squares == at_one * 4.0 ** (e - 127)
+        assert non_finite == 0
 
 
 @each_format
 def test_shares_of_a_shard_add_up(fmt: Format, monkeypatch: pytest.MonkeyPatch) -> None:
     """However the blocks are cut, among ranks or chunks, the norm is the same in FP32."""
     shard = blocks_of(gradient(97, 32, seed=5), fmt)
-    whole = sum_of_squares(shard)[0]
+    whole = figures(shard)[0]
     for chunk, cuts in ((1, (0, 97)), (1 << 20, (0, 13, 14, 60, 97)), (1000, (0, 48, 97))):
         monkeypatch.setattr(blocks_module, "CHUNK", chunk)
-        parts = [sum_of_squares(shard[a:b])[0] for a, b in pairwise(cuts)]
+        parts = [figures(shard[a:b])[0] for a, b in pairwise(cuts)]
         assert torch.stack(parts).sum().to(torch.float32) == whole.to(torch.float32)
 
 
@@ -178,29 +211,42 @@ def test_blocks_that_are_not_finite_are_counted(
 ) -> None:
     monkeypatch.setattr(blocks_module, "CHUNK", 3 * 32)
     values = gradient(20, 32, seed=6)
+    rest = values.clone()
     assert first_non_finite_block(blocks_of(values, fmt)) is None
-    for row, column in ((19, 0), (8, 31), (7, 3), (4, 16)):  # from the last to the first
+    for count, (row, column) in enumerate(((19, 0), (8, 31), (7, 3), (4, 16)), start=1):  # last to first
         values[row, column] = bad
+        rest[row] = 0
         shard = blocks_of(values, fmt)
         assert first_non_finite_block(shard) == row
-        rows = values.isfinite().all(dim=1)
-        assert sum_of_squares(shard)[1] == (~rows).sum()
+        assert figures(shard).tolist() == [figures(blocks_of(rest, fmt))[0].item(), count]
+        assert_same_bits(shard, blocks_of(values, fmt))
 
 
-def test_squares_that_overflow_are_reported_although_the_gradient_is_finite() -> None:
+@each_scaled_format
+def test_no_code_of_a_block_that_is_not_finite_is_summed(fmt: Format) -> None:
+    """Its codes mean nothing: numbers, infinities and NaN count once a block and add nothing."""
+    every = torch.arange(1 << 8 * fmt.itemsize).to(CODE_DTYPE[fmt.itemsize]).view(fmt.dtype).view(-1, 32)
+    blocks = Blocks(every, torch.full((len(every),), NOT_FINITE, dtype=torch.uint8), fmt)
+    assert figures(blocks).tolist() == [0, len(every)]
+    assert all(first_non_finite_block(blocks[row : row + 1]) == 0 for row in range(min(len(every), 64)))
+    returned = accumulate([blocks], Blocks.zeros(len(every), 32, fmt, CPU), fresh=False)
+    assert returned.tolist() == [0, len(every)]
+
+
+@each_unscaled_format
+def test_squares_that_overflow_are_reported_although_the_gradient_is_finite(fmt: Format) -> None:
     """Such a step must be skipped; that no block is to blame is what tells the two apart."""
     values = torch.ones(4, 32)
     values[2, 2] = 2.0**64
-    shard = blocks_of(values, FP32)
-    squares, non_finite = sum_of_squares(shard)
-    assert non_finite > 0 or not squares.isfinite()
+    shard = blocks_of(values, fmt)
+    assert figures(shard).tolist() == [3 * 32, 1]
     assert first_non_finite_block(shard) is None
 
 
 @each_format
 def test_an_empty_gradient_is_zero(fmt: Format) -> None:
     shard = Blocks.zeros(3, 128, fmt, CPU)
-    assert sum_of_squares(shard).tolist() == [0, 0]
+    assert figures(shard).tolist() == [0, 0]
     assert first_non_finite_block(shard) is None
-    accumulate([shard, shard], shard, fresh=False)
+    assert accumulate([shard, shard], shard, fresh=False).tolist() == [0, 0]
     assert not decode(shard).any()

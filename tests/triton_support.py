@@ -29,9 +29,16 @@ FP8 = {tl.float8e4nv: torch.float8_e4m3fn, tl.float8e5: torch.float8_e5m2}
 FLOAT32_MAX = torch.finfo(torch.float32).max
 
 CONVERSIONS = (False, True) if blocks_triton.INTERPRETED or blocks_triton.hardware_fp8(DEVICE) else (False,)
-each_conversion = pytest.mark.parametrize(
-    "hardware", CONVERSIONS, ids=lambda hardware: "hardware" if hardware else "integers"
-)
+
+
+def each_conversion(*formats: Format) -> pytest.MarkDecorator:
+    """A test for every format, FP8 converted either way."""
+    pairs = [
+        (fmt, hardware) for fmt in formats for hardware in CONVERSIONS if fmt.itemsize == 1 or not hardware
+    ]
+    ids = [f"{fmt.name}-hardware" if hardware else fmt.name for fmt, hardware in pairs]
+    return pytest.mark.parametrize(("fmt", "hardware"), pairs, ids=ids)
+
 
 interpreted_cast = interpreter._convert_float
 
@@ -57,7 +64,7 @@ def exact_cast(data: Any, source: tl.dtype, target: tl.dtype, rounding: Any) -> 
 @contextmanager
 def conversion(hardware: bool) -> Iterator[None]:
     """FP8 is converted by the hardware, as from sm_89 on, or by integers, as before."""
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, np.errstate(all="ignore"):
         for module in (blocks_triton, reduction_triton, adam_triton):
             patch.setattr(module, "hardware_fp8", lambda device: hardware)
         patch.setattr(interpreter, "_convert_float", exact_cast)
@@ -135,7 +142,7 @@ def inner(outer: Blocks) -> Blocks:
 
 def guarded(values: Tensor, fmt: Format) -> Blocks:
     """Rows of values, quantised by the reference, between guards."""
-    outer = dirty(*values.shape, fmt)
+    outer = dirty(len(values), values.shape[1], fmt)
     quantize(values.reshape(-1), inner(outer))
     return outer
 
@@ -169,18 +176,22 @@ def nasty_values(fmt: Format) -> Tensor:
     if fmt is FP32:
         return special_values()
     codes = every_code(fmt).to(torch.float64)
-    codes = codes[codes.isfinite()].unique()
+    codes = codes[codes.isfinite()].sort().values
     edges = torch.cat([codes, (codes[1:] + codes[:-1]) / 2]).to(torch.float32)
     values = torch.cat([neighbours(edges), torch.tensor([0.0, -0.0]), special_values()])
     return values[values.abs() <= (fmt.max if fmt.scaled else FLOAT32_MAX)]
 
 
-ROW_KINDS = ("normal", "normal", "zero", "denormal", "tiny", "huge", "bits", "inf", "nan")
-FINITE_KINDS = ROW_KINDS[:6]
+FINITE_KINDS = ("normal", "zero", "denormal", "tiny", "faint", "huge")
+ROW_KINDS = (*FINITE_KINDS, "bits", "inf", "nan")
+
+
+def cycled(kinds: Sequence[str], rows: int, turn: int = 0) -> list[str]:
+    return [kinds[(row + turn) % len(kinds)] for row in range(rows)]
 
 
 def rows_of(kinds: Sequence[str], block_size: int, seed: int) -> Tensor:
-    """A row of float32 values of each kind, [kinds, block size]."""
+    """A row of float32 values of each kind, [kinds, block size]; "bits" may be anything."""
     generator = torch.Generator().manual_seed(seed)
     shape = (len(kinds), block_size)
     normal = torch.randn(shape, generator=generator)
@@ -192,7 +203,8 @@ def rows_of(kinds: Sequence[str], block_size: int, seed: int) -> Tensor:
         "zero": sign * 0.0,
         "denormal": (bits & 0x7FFFFF).view(torch.float32) * sign,
         "tiny": normal * 1e-37,
-        "huge": torch.where(spot, sign * FLOAT32_MAX, normal * 1e37),
+        "faint": normal * torch.exp2(torch.randint(-100, -50, (len(kinds), 1), generator=generator)),
+        "huge": torch.where(spot, sign * 2.0**127, normal * 1e37),
         "bits": bits.view(torch.float32),
         "inf": torch.where(spot, sign * torch.inf, normal),
         "nan": torch.where(spot, torch.nan, normal),

@@ -1,0 +1,237 @@
+"""The kernels on one GPU: equal to the reference, then timed beside their peers and a plain copy.
+
+    python benchmarks/gpu_one.py --json gpu_one.json
+    DS_FP8_BACKEND=triton TRITON_INTERPRET=1 python benchmarks/gpu_one.py --parameters 65536 --repeat 1   # no GPU
+
+Peers: torch's fused FP32 AdamW, DeepSpeed's FusedAdam where it builds, torchao's AdamWFp8 where installed.
+Each also writes the BF16 weights, as the sweep does. The limit is a device-to-device copy, counting
+bytes read and written. Kernel times are medians between CUDA events after a warm-up of half a second.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from verify import verify
+
+from ds_fp8.ops.adam import AdamScalars, AdamState, Segment
+from ds_fp8.ops.backend import Backend, choose
+from ds_fp8.ops.blocks import Blocks
+from ds_fp8.ops.formats import E4M3, FP16, FP32, Format
+
+BLOCK = 128
+LEVELS = {"O1": (FP32, FP32, FP32), "O2": (FP16, E4M3, FP16)}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One timed operation."""
+
+    name: str
+    milliseconds: float
+    bytes_moved: int
+    of_copy: float  # share of the copy's bandwidth
+
+
+class Clock:
+    """Medians of an operation's time, by CUDA events, or by the host's clock where there is no GPU."""
+
+    def __init__(self, device: torch.device, repeat: int) -> None:
+        self._cuda = device.type == "cuda"
+        self._repeat = repeat
+
+    def milliseconds(self, operation: Callable[[], object]) -> float:
+        warm_until = time.perf_counter() + (0.5 if self._cuda else 0.0)
+        operation()
+        while time.perf_counter() < warm_until:
+            operation()
+            torch.cuda.synchronize()
+        return statistics.median(self._once(operation) for _ in range(self._repeat))
+
+    def _once(self, operation: Callable[[], object]) -> float:
+        if not self._cuda:
+            start = time.perf_counter()
+            operation()
+            return (time.perf_counter() - start) * 1000
+        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        first.record()
+        operation()
+        last.record()
+        last.synchronize()
+        return first.elapsed_time(last)
+
+
+def copy_bandwidth(clock: Clock, device: torch.device, size: int) -> float:
+    """Bytes a second, read and written."""
+    source = torch.empty(size, dtype=torch.uint8, device=device).random_()
+    target = torch.empty_like(source)
+    return 2 * size / clock.milliseconds(lambda: target.copy_(source)) * 1000
+
+
+def gradients(size: int, device: torch.device) -> Tensor:
+    """Random BF16 of a gradient's magnitude, made without a float32 as long as the vector."""
+    piece = torch.randn(min(size, 1 << 24), device=device).mul_(1e-3).bfloat16()
+    return piece.repeat(-(-size // len(piece)))[:size]
+
+
+def zeros(fmt: Format, blocks: int, device: torch.device) -> Blocks:
+    return Blocks.zeros(blocks, BLOCK, fmt, device)
+
+
+def quantized(backend: Backend, size: int, device: torch.device) -> Iterator[tuple[str, Any, int]]:
+    source, target = gradients(size, device), zeros(E4M3, size // BLOCK, device)
+    moved = source.nbytes + target.nbytes
+    yield "quantize bf16 to e4m3", lambda: backend.quantize(source, target), moved
+    values = torch.empty(size, dtype=torch.bfloat16, device=device)
+    yield "dequantize e4m3 to bf16", lambda: backend.dequantize(target, values), moved
+
+
+def accumulated(backend: Backend, size: int, device: torch.device) -> Iterator[tuple[str, Any, int]]:
+    for ranks in (2, 8):
+        blocks = size // BLOCK // ranks
+        codes = zeros(E4M3, ranks * blocks, device)
+        backend.quantize(gradients(ranks * blocks * BLOCK, device), codes)
+        pieces = [codes[slice(rank * blocks, (rank + 1) * blocks)] for rank in range(ranks)]
+        for fmt in (E4M3, FP32):
+            shard = zeros(fmt, blocks, device)
+            yield (
+                f"decode and sum {ranks} ranks into {fmt.name}",
+                lambda pieces=pieces, shard=shard: backend.accumulate(pieces, shard, fresh=True),
+                codes.nbytes + shard.nbytes,
+            )
+
+
+def swept(backend: Backend, size: int, device: torch.device) -> Iterator[tuple[str, Any, int]]:
+    blocks = size // BLOCK
+    segments = [Segment(slice(0, blocks // 3), 0, 0), Segment(slice(blocks // 3, blocks), 1, 0)]
+    plan = backend.plan(segments, blocks, BLOCK, device)
+    control = torch.tensor([0.5, 1.0], device=device)
+    for level, formats in LEVELS.items():
+        state = AdamState(*(zeros(fmt, blocks, device) for fmt in formats))
+        gradient = zeros(E4M3, blocks, device)
+        backend.quantize(gradients(size, device), gradient)
+        backend.quantize(gradients(size, device), state.master)
+        weights = torch.zeros(blocks, BLOCK, dtype=torch.bfloat16, device=device)
+        scalars = AdamScalars(10, 1e-3, 0.9, 0.95, 1e-8, 0.1, True, True, 1.165 if level == "O2" else None)
+        states = (state.master, state.exp_avg, state.exp_avg_sq)
+        yield (
+            f"sweep {level}, writes bf16 weights",
+            lambda state=state, gradient=gradient, weights=weights, scalars=scalars: backend.adam_step(
+                state, gradient, weights, plan, scalars, control, seed=0
+            ),
+            2 * sum(each.nbytes for each in states) + gradient.nbytes + weights.nbytes,
+        )
+
+
+def peers(size: int, device: torch.device, skipped: list[str]) -> Iterator[tuple[str, Any, int]]:
+    """FP32 AdamWs that also write BF16 weights; 30 bytes a parameter."""
+    parameter = torch.nn.Parameter(torch.randn(size, device=device))
+    parameter.grad = torch.randn(size, device=device) * 1e-3
+    weights = torch.zeros(size, dtype=torch.bfloat16, device=device)
+    for name, make in {
+        "torch AdamW fused": torch_adamw,
+        "DeepSpeed FusedAdam": fused_adam,
+        "torchao AdamWFp8": adamw_fp8,
+    }.items():
+        try:
+            optimizer = make(parameter)
+            optimizer.step()
+        except Exception as error:  # a peer that does not build here is named, with its reason
+            skipped.append(f"{name}: {type(error).__name__}: {str(error).splitlines()[0][:150]}")
+            continue
+
+        def step(optimizer: Any = optimizer) -> None:
+            optimizer.step()
+            weights.copy_(parameter.detach())
+
+        yield f"{name}, then bf16 weights", step, 0 if "Fp8" in name else 34 * size
+        optimizer.state.clear()
+
+
+def torch_adamw(parameter: Tensor) -> Any:
+    return torch.optim.AdamW([parameter], lr=1e-3, betas=(0.9, 0.95), fused=True)
+
+
+def fused_adam(parameter: Tensor) -> Any:
+    from deepspeed.ops.adam import FusedAdam
+
+    return FusedAdam([parameter], lr=1e-3, betas=(0.9, 0.95), weight_decay=0.01)
+
+
+def adamw_fp8(parameter: Tensor) -> Any:
+    from torchao.optim import AdamWFp8
+
+    return AdamWFp8([parameter], lr=1e-3, betas=(0.9, 0.95))
+
+
+def measure(size: int, repeat: int, device: torch.device) -> dict[str, Any]:
+    backend, clock = choose(device), Clock(device, repeat)
+    skipped: list[str] = []
+    verified = verify(backend, device)
+    bandwidth = copy_bandwidth(clock, device, 4 * size)
+    rows = []
+    for make in (quantized, accumulated, swept):
+        rows += [timed(clock, bandwidth, *each) for each in make(backend, size, device)]
+    rows += [timed(clock, bandwidth, *each) for each in peers(size, device, skipped)]
+    return {
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "cpu",
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "parameters": size,
+        "kernels": backend.name,
+        "verified": verified,
+        "copy_gigabytes_a_second": bandwidth / 1e9,
+        "rows": [asdict(row) for row in rows],
+        "skipped_peers": skipped,
+    }
+
+
+def timed(clock: Clock, bandwidth: float, name: str, operation: Callable[[], object], moved: int) -> Row:
+    milliseconds = clock.milliseconds(operation)
+    return Row(name, milliseconds, moved, moved / milliseconds * 1000 / bandwidth)
+
+
+def print_result(result: dict[str, Any]) -> None:
+    console = Console(width=110)
+    for line in result["verified"]:
+        console.print(line)
+    table = Table(title=f"{result['device']}, {result['parameters']:,} parameters")
+    for column in ("operation", "ms", "bytes a parameter", "of a copy's bandwidth"):
+        table.add_column(column, justify="left" if column == "operation" else "right")
+    table.add_row("device-to-device copy", "", "", f"{result['copy_gigabytes_a_second']:,.0f} GB/s")
+    for row in result["rows"]:
+        share = [f"{row['bytes_moved'] / result['parameters']:.2f}", f"{row['of_copy']:.3f}"]
+        table.add_row(row["name"], f"{row['milliseconds']:.2f}", *(share if row["bytes_moved"] else ["", ""]))
+    console.print(table)
+    for line in result["skipped_peers"]:
+        console.print(f"not run: {line}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--parameters", type=int, default=1 << 30, help="a multiple of 1024")
+    parser.add_argument("--repeat", type=int, default=31)
+    parser.add_argument("--json", type=Path, metavar="OUT")
+    arguments = parser.parse_args()
+    if arguments.parameters < 1024 or arguments.parameters % 1024:
+        parser.error(f"--parameters: received {arguments.parameters}, allowed: multiples of 1024")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    result = measure(arguments.parameters, arguments.repeat, device)
+    print_result(result)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""Kernels against the plain-PyTorch reference on the same device; a benchmark runs this before it times."""
+
+from collections.abc import Iterator, Sequence
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from ds_fp8.ops.adam import AdamScalars, AdamState, Segment
+from ds_fp8.ops.backend import REFERENCE, Backend
+from ds_fp8.ops.blocks import NOT_FINITE, Blocks
+from ds_fp8.ops.formats import BF16, BY_NAME, E4M3, E5M2, FP16, FP32, Format
+
+BLOCK = 128
+BLOCKS = 300
+STATES = {
+    "O1": (FP32, FP32, FP32),
+    "O2": (FP16, E4M3, FP16),
+    "bf16, e5m2, bf16": (BF16, E5M2, BF16),
+    "fp16, fp16, fp32": (FP16, FP16, FP32),
+    "fp32, bf16, fp16": (FP32, BF16, FP16),
+}
+
+
+def verify(backend: Backend, device: torch.device) -> list[str]:
+    """One line a kernel and kind of input: how many cases, none different. Raises AssertionError."""
+    checks = {"quantize, dequantize": quantized(backend, device), "accumulate": accumulated(backend, device)}
+    checks["adam_step"] = stepped(backend, device)
+    return [f"{name}: {sum(1 for _ in cases)} cases equal the reference" for name, cases in checks.items()]
+
+
+def inputs(device: torch.device) -> dict[str, Tensor]:
+    """Vectors of values that do not end with a block."""
+    generator = torch.Generator().manual_seed(0)
+    size = BLOCKS * BLOCK - 77
+    normal = torch.randn(size, generator=generator)
+    wide = normal * torch.randn(size, generator=generator).mul(8).exp()
+    nasty = normal.clone()
+    nasty[5], nasty[2 * BLOCK], nasty[3 * BLOCK + 1] = torch.inf, torch.nan, -torch.inf
+    for row, factor in enumerate((0.0, 1e-37, 1e-44, 1e37, -0.0, 3e38), start=5):
+        nasty[row * BLOCK : (row + 1) * BLOCK] *= factor
+    named = {"normal": normal * 1e-3, "wide": wide, "nasty": nasty}
+    return {name: values.to(device) for name, values in named.items()}
+
+
+def empty(fmt: Format, device: torch.device, blocks: int = BLOCKS) -> Blocks:
+    """Blocks full of garbage, so that what a kernel leaves out shows."""
+    garbage = Blocks.zeros(blocks, BLOCK, fmt, device)
+    garbage.codes.view(torch.uint8).fill_(0xA5)
+    if garbage.scales is not None:
+        garbage.scales.fill_(0x5A)
+    return garbage
+
+
+def copy(blocks: Blocks) -> Blocks:
+    scales = None if blocks.scales is None else blocks.scales.clone()
+    return Blocks(blocks.codes.clone(), scales, blocks.format)
+
+
+def assert_equal(found: Blocks, expected: Blocks, what: str) -> None:
+    """Bits of codes and scales, of blocks and values that are finite; what is not must not be in both."""
+    finite = torch.ones(len(found), dtype=torch.bool, device=found.codes.device)
+    if found.scales is not None and expected.scales is not None:
+        assert torch.equal(found.scales, expected.scales), f"{what}: scales differ"
+        finite = expected.scales < NOT_FINITE
+    assert_same(found.codes[finite], expected.codes[finite], what)
+
+
+def assert_same(found: Tensor, expected: Tensor, what: str) -> None:
+    same = (found.view(torch.uint8) == expected.view(torch.uint8)).view(*found.shape, -1).all(dim=-1)
+    different = ~(same | ~(found.float().isfinite() | expected.float().isfinite()))
+    if different.any():
+        where = tuple(different.nonzero()[0].tolist())
+        values = found[where].float().item(), expected[where].float().item()
+        raise AssertionError(f"{what}: {int(different.sum())} differ, first at {where}: {values}")
+
+
+def quantized(backend: Backend, device: torch.device) -> Iterator[None]:
+    for (name, values), dtype, fmt in product(
+        inputs(device).items(), (torch.float32, torch.bfloat16, torch.float16), BY_NAME.values()
+    ):
+        what = f"quantize {name} {dtype} to {fmt.name}"
+        found, expected = empty(fmt, device, BLOCKS + 2), empty(fmt, device, BLOCKS + 2)
+        backend.quantize(values.to(dtype), found)
+        REFERENCE.quantize(values.to(dtype), expected)
+        assert_equal(found, expected, what)
+        back, expected_back = torch.full_like(values, 7.0), torch.full_like(values, 9.0)
+        backend.dequantize(found, back)
+        REFERENCE.dequantize(found, expected_back)
+        assert_same(back, expected_back, f"de{what}")
+        yield
+
+
+def pieces_of(values: Tensor, ranks: int, fmt: Format) -> list[Blocks]:
+    """The values, rolled for each rank, as messages in one buffer."""
+    codes = torch.zeros(ranks, BLOCKS, BLOCK, dtype=fmt.dtype, device=values.device)
+    scales = torch.ones(ranks, -(-BLOCKS // 16) * 16, dtype=torch.uint8, device=values.device)
+    pieces = [
+        Blocks(codes[rank], scales[rank, :BLOCKS] if fmt.scaled else None, fmt) for rank in range(ranks)
+    ]
+    for rank, piece in enumerate(pieces):
+        REFERENCE.quantize(values.roll(1000 * rank), piece)
+    return pieces
+
+
+def accumulated(backend: Backend, device: torch.device) -> Iterator[None]:
+    for (name, values), wire, shard, ranks, fresh in product(
+        inputs(device).items(), (E4M3, E5M2, BF16), (E4M3, FP32, BF16), (1, 2, 3, 8), (True, False)
+    ):
+        what = f"accumulate {ranks} ranks of {name} {wire.name} into {shard.name}, fresh {fresh}"
+        pieces = pieces_of(values, ranks, wire)
+        found, expected = empty(shard, device), empty(shard, device)
+        if not fresh:
+            REFERENCE.quantize(inputs(device)["normal"], expected)
+            found = copy(expected)
+        figures = backend.accumulate(pieces, found, fresh=fresh)
+        expected_figures = REFERENCE.accumulate(pieces, expected, fresh=fresh)
+        assert_equal(found, expected, what)
+        torch.testing.assert_close(figures, expected_figures, rtol=1e-6, atol=0, msg=what)
+        yield
+
+
+SEGMENTS = (
+    Segment(slice(0, 122), 4, BLOCK * 7),
+    Segment(slice(122, 123), 2, 0),
+    Segment(slice(123, BLOCKS), 9, 0),
+)
+
+
+def stepped(backend: Backend, device: torch.device) -> Iterator[None]:
+    for (name, formats), wire, decoupled, dtype in product(
+        STATES.items(), (E4M3, FP32, BF16), (True, False), (torch.bfloat16, torch.float32)
+    ):
+        what = f"adam_step {name}, gradient {wire.name}, decoupled {decoupled}, weights {dtype}"
+        expected = take_steps(REFERENCE, device, formats, wire, decoupled, dtype)
+        found = take_steps(backend, device, formats, wire, decoupled, dtype)
+        for ours, theirs in zip(found[:-1], expected[:-1], strict=True):
+            assert_equal(ours, theirs, what)
+        assert_same(found[-1].codes, expected[-1].codes, f"{what}: weights")
+        yield
+
+
+def take_steps(
+    backend: Backend,
+    device: torch.device,
+    formats: Sequence[Format],
+    wire: Format,
+    decoupled: bool,
+    dtype: torch.dtype,
+) -> list[Blocks]:
+    """States, and weights as blocks, after three steps and one that is skipped."""
+    state = AdamState(*(Blocks.zeros(BLOCKS, BLOCK, fmt, device) for fmt in formats))
+    REFERENCE.quantize(inputs(device)["normal"] * 20, state.master)
+    weights = torch.full((BLOCKS, BLOCK), 7.0, dtype=dtype, device=device)
+    plan = backend.plan(SEGMENTS, BLOCKS, BLOCK, device)
+    gradient = Blocks.zeros(BLOCKS, BLOCK, wire, device)
+    for step, go in enumerate((1.0, 1.0, 0.0, 1.0), start=1):
+        source = inputs(device)["wide" if step == 2 else "normal"]
+        REFERENCE.quantize(source.clamp(-1e15, 1e15).roll(33 * step), gradient)
+        scalars = AdamScalars(step, 1e-3, 0.9, 0.95, 1e-8, 0.1, decoupled, True, 1.165)
+        control = torch.tensor([0.3, go], device=device)
+        backend.adam_step(state, gradient, weights, plan, scalars, control, seed=5)
+    shown = {torch.bfloat16: BF16, torch.float32: FP32}[dtype]
+    return [state.master, state.exp_avg, state.exp_avg_sq, Blocks(weights, None, shown)]
