@@ -1,7 +1,7 @@
 """The kernels on one GPU: equal to the reference, then timed beside their peers and a plain copy.
 
     python benchmarks/gpu_one.py --json gpu_one.json
-    DS_FP8_BACKEND=triton TRITON_INTERPRET=1 python benchmarks/gpu_one.py --parameters 65536 --repeat 1   # no GPU
+    DS_FP8_BACKEND=triton TRITON_INTERPRET=1 python benchmarks/gpu_one.py --parameters 8192   # without a GPU
 
 Peers: torch's fused FP32 AdamW, DeepSpeed's FusedAdam where it builds, torchao's AdamWFp8 where installed.
 Each also writes the BF16 weights, as the sweep does. The limit is a device-to-device copy, counting
@@ -164,6 +164,8 @@ def torch_adamw(parameter: Tensor) -> Any:
 
 
 def fused_adam(parameter: Tensor) -> Any:
+    if not parameter.is_cuda:
+        raise RuntimeError("needs a GPU")
     from deepspeed.ops.adam import FusedAdam
 
     return FusedAdam([parameter], lr=1e-3, betas=(0.9, 0.95), weight_decay=0.01)
@@ -221,7 +223,7 @@ def print_result(result: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--parameters", type=int, default=1 << 30, help="a multiple of 1024")
-    parser.add_argument("--repeat", type=int, default=31)
+    parser.add_argument("--repeat", type=int, default=31 if torch.cuda.is_available() else 1)
     parser.add_argument("--json", type=Path, metavar="OUT")
     arguments = parser.parse_args()
     if arguments.parameters < 1024 or arguments.parameters % 1024:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ds_fp8.ops.blocks import Blocks, chunks, decode, encode, scale_down, scale_exponents
+from ds_fp8.ops.blocks import Blocks, chunks, decode, encode, power_of_two, scale_down, scale_exponents
 from ds_fp8.ops.formats import FP32
 from ds_fp8.ops.rounding import EXP_AVG_SQ, key, random_bits, round_up_from_zero, stream
 
@@ -134,7 +134,7 @@ def _sweep(state: AdamState, g: Tensor, weights: Tensor, s: AdamScalars, bits: T
         p = decode(state.master)
         g = g + p * (s.weight_decay * UNIT)
     m = decode(state.exp_avg, s.beta1 * UNIT) + g * (1 - s.beta1)
-    v = decode_second_moment(state.exp_avg_sq, UNIT) * s.beta2 + g * g * (1 - s.beta2)
+    v = decode_second_moment(state.exp_avg_sq, s.beta2) + g * g * (1 - s.beta2)
     v = v.clamp(max=FP32.max)
     root = square_root(v)
     if s.clamp is not None:
@@ -154,12 +154,18 @@ def square_root(v: Tensor) -> Tensor:
     return v.to(torch.float64).sqrt().to(torch.float32)
 
 
-def decode_second_moment(blocks: Blocks, unit: float = 1.0) -> Tensor:
-    """v of a chunk times unit^2, [rows, block size] float32."""
+def decode_second_moment(blocks: Blocks, factor: float = 1.0) -> Tensor:
+    """v of a chunk times UNIT^2 and a factor, [rows, block size] float32.
+
+    The square of a code is exact, so that the scale is squared apart and meets the factor first.
+    """
     if blocks.format is FP32:
-        return decode(blocks, unit**2)
-    root = decode(blocks, unit)
-    return root * root
+        return decode(blocks, UNIT**2 * factor)
+    root = blocks.codes.to(torch.float32)
+    if blocks.scales is None:
+        return root * root * (UNIT**2 * factor)
+    scale = power_of_two(blocks.scales) * UNIT
+    return root * root * (scale * scale * factor)[:, None]
 
 
 def encode_second_moment(v: Tensor, root: Tensor, out: Blocks, bits: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The pretraining example on a tiny model: it learns, stops in time, resumes exactly; its sizes are as named."""
+"""The pretraining example on a tiny model: it learns, stops in time, resumes exactly; sizes are as named."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from typing import Any
 import gpt_pretrain
 import pytest
 import torch
-from gpt_pretrain import GPT, MODELS, cosine, parse_arguments
+from gpt_pretrain import GPT, MODELS, build_model, cosine, parse_arguments
 from ranks import RankPools
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,6 +32,17 @@ def test_shapes_have_the_parameters_of_their_names(name: str) -> None:
         model = GPT(MODELS[name])
     parameters = sum(parameter.numel() for parameter in model.parameters())
     assert abs(parameters / NAMED[name] - 1) < 0.02, f"{name} has {parameters:,} parameters"
+
+
+def test_model_is_born_in_its_dtype_with_smaller_residual_weights() -> None:
+    model = build_model(MODELS["tiny"], {"bf16": {"enabled": True}}, torch.device("cpu"))
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == torch.bfloat16
+        if parameter.dim() == 2:
+            std = 0.01 if name.endswith(("out.weight", "down.weight")) else 0.02  # 0.02 / sqrt(2 * 2 layers)
+            assert parameter.float().std().item() == pytest.approx(std, rel=0.05), name
+        else:
+            assert parameter.eq(float(name.endswith("weight"))).all(), name
 
 
 def test_schedule_warms_up_and_falls_to_a_tenth() -> None:

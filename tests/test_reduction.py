@@ -62,7 +62,7 @@ def assert_same_bits(actual: Blocks, expected: Blocks) -> None:
 
 
 def exact_squares(shard: Blocks) -> float:
-    """The sum of squares of what is stored, in float64: FP32 may hold neither the values nor their squares."""
+    """Sum of squares of what is stored, in float64: FP32 may hold neither the values nor their squares."""
     codes = shard.codes.to(torch.float32).to(torch.float64)
     if shard.scales is not None:
         codes = codes * torch.exp2(shard.scales.to(torch.float64) - 127)[:, None]
@@ -175,7 +175,7 @@ def test_squares_beyond_the_range_of_fp32_are_counted(fmt: Format, size: float) 
     """A scale stays outside the FP32 sum: neither tiny nor huge gradients lose their norm."""
     values = torch.randn(50, 64, generator=torch.Generator().manual_seed(4)) * size
     in_fp32 = values.square().sum()
-    assert in_fp32 == 0 or in_fp32 == torch.inf or in_fp32 < 1e-35
+    assert in_fp32 < 1e-35 or in_fp32 == torch.inf
     shard = blocks_of(values, fmt)
     assert_figures(figures(shard), shard)
     returned = accumulate([shard, shard], stale(50, 64, fmt), fresh=True)

@@ -189,7 +189,13 @@ def test_without_a_scale_a_value_that_is_not_finite_stays_so(bits: int) -> None:
 GOLDEN = [  # seed, step, state, parameter; stream, key, first element, bits of the elements from there on
     ((0, 1, EXP_AVG_SQ, 0), 0x2B55BE41, 0xCCBC6CD9, 0, [16077, 30007, 32964, 25277]),
     ((1234, 1000, EXP_AVG_SQ, 77), 0xA31127C1, 0x37C66720, 1 << 20, [31376, 57117, 13155, 12902]),
-    ((0xDEADBEEFCAFEF00D, 250_000, 1, 4095), 0x7F4079BB, 0xA32D203F, (1 << 31) - 2, [48450, 36753, 44710, 570]),
+    (
+        (0xDEADBEEFCAFEF00D, 250_000, 1, 4095),
+        0x7F4079BB,
+        0xA32D203F,
+        (1 << 31) - 2,
+        [48450, 36753, 44710, 570],
+    ),
     (((1 << 64) - 1, MASK, 0, MASK), 0x8D8BCAF7, 0x07392351, (1 << 32) - 2, [28043, 30762, 8280, 29752]),
 ]
 
@@ -333,4 +339,6 @@ def test_an_element_draws_on_its_own_from_one_key_to_the_next(along: str) -> Non
         assert abs(chi_square(bits >> 8, 256)) < 4
         assert abs(float(uniform(bits).mean())) < 4 / math.sqrt(count)
         for lag in (1, 2, 16):
-            assert_uncorrelated(uniform(bits[:-lag]), uniform(bits[lag:]), f"element {element}, {lag} {along}")
+            assert_uncorrelated(
+                uniform(bits[:-lag]), uniform(bits[lag:]), f"element {element}, {lag} {along}"
+            )

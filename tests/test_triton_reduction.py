@@ -128,7 +128,7 @@ def test_half_a_code_below_overflow(wire: Format) -> None:
     wire=st.sampled_from(WIRES),
     fmt=st.sampled_from(SHARDS),
     block_size=st.sampled_from((32, 64, 128, 256)),
-    rows=st.integers(0, 70),
+    rows=st.integers(0, 40),
     kinds=st.lists(st.sampled_from(ROW_KINDS), min_size=1, max_size=6),
     ranks=st.integers(1, 9),
     turn=st.integers(0, 5),

@@ -182,7 +182,7 @@ def nasty_values(fmt: Format) -> Tensor:
     return values[values.abs() <= (fmt.max if fmt.scaled else FLOAT32_MAX)]
 
 
-FINITE_KINDS = ("normal", "zero", "denormal", "tiny", "faint", "huge")
+FINITE_KINDS = ("normal", "zero", "denormal", "tiny", "huge")
 ROW_KINDS = (*FINITE_KINDS, "bits", "inf", "nan")
 
 
@@ -203,7 +203,10 @@ def rows_of(kinds: Sequence[str], block_size: int, seed: int) -> Tensor:
         "zero": sign * 0.0,
         "denormal": (bits & 0x7FFFFF).view(torch.float32) * sign,
         "tiny": normal * 1e-37,
-        "faint": normal * torch.exp2(torch.randint(-100, -50, (len(kinds), 1), generator=generator)),
+        "weak": normal * 2.0**-40,
+        "faint": normal * 2.0**-70,
+        "strong": normal * 2.0**60,
+        "sparse": torch.where(bits % 3 == 0, normal, (bits & 0x7FFFFF).view(torch.float32) * (bits % 3 - 1)),
         "huge": torch.where(spot, sign * 2.0**127, normal * 1e37),
         "bits": bits.view(torch.float32),
         "inf": torch.where(spot, sign * torch.inf, normal),

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 
-from ds_fp8.ops.adam import decode_second_moment, encode_second_moment, square_root, write_weights
+from ds_fp8.ops.adam import UNIT, decode_second_moment, encode_second_moment, square_root, write_weights
 from ds_fp8.ops.blocks import Blocks, chunks, decode, quantize
 from ds_fp8.zero_fp8.comm import sum_over_ranks
 from ds_fp8.zero_fp8.optimizer import Shard
@@ -70,7 +70,7 @@ class FullTensors:
 
         def read(shard: Shard, rows: slice) -> Tensor:
             if optim_state_key == "exp_avg_sq":
-                return decode_second_moment(shard.state.exp_avg_sq[rows])
+                return decode_second_moment(shard.state.exp_avg_sq[rows], UNIT**-2)
             return decode((shard.state.exp_avg if optim_state_key else shard.state.master)[rows])
 
         return self._gather(index, parameter, read)

@@ -21,7 +21,7 @@ def check_agreement(subject: str, facts: Sequence[str], device: torch.device, gr
     if bool((found == found[0]).all()):
         return
     everybody: list[Sequence[str]] = [()] * ranks
-    dist.all_gather_object(everybody, list(facts), group=group)
+    torch.distributed.all_gather_object(everybody, list(facts), group=group)
     for rank, theirs in enumerate(everybody):
         if list(theirs) != list(everybody[0]):
             first, other = first_difference(everybody[0], theirs)
@@ -31,7 +31,7 @@ def check_agreement(subject: str, facts: Sequence[str], device: torch.device, gr
 def first_objection(objection: str | None, group: ProcessGroup) -> str | None:
     """The objection of the first rank that has one, on every rank."""
     everybody: list[str | None] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everybody, objection, group=group)
+    torch.distributed.all_gather_object(everybody, objection, group=group)
     return next((f"rank {rank}: {each}" for rank, each in enumerate(everybody) if each), None)
 
 
