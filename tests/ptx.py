@@ -222,7 +222,7 @@ def width_of(op: str) -> int:
     """Bytes of a global access, 0 of any other operation; no other way to global memory is allowed."""
     name, *rest = op.split(".")
     assert name not in ("atom", "red", "cp"), op
-    if name not in ("ld", "st") or rest[0] in ("shared", "param"):
+    if name not in ("ld", "st") or rest[0].split("::")[0] in ("shared", "param"):
         return 0
     assert rest[0] == "global", op
     vector = math.prod(int(each[1:]) for each in rest if re.fullmatch(r"v\d", each))

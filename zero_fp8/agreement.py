@@ -30,6 +30,7 @@ def check_agreement(subject: str, facts: Sequence[str], device: torch.device, gr
 
 def first_objection(objection: str | None, group: ProcessGroup) -> str | None:
     """The objection of the first rank that has one, on every rank."""
+    # Not DeepSpeed's, which ends the process where its comms logger is on.
     everybody: list[str | None] = [None] * dist.get_world_size(group)
     torch.distributed.all_gather_object(everybody, objection, group=group)
     return next((f"rank {rank}: {each}" for rank, each in enumerate(everybody) if each), None)
