@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ds_fp8.ops.blocks import Blocks, chunks, decode, encode, power_of_two, scale_down, scale_exponents
+from ds_fp8.ops.blocks import Blocks, chunks, decode, encode, scale_down, scale_exponents
 from ds_fp8.ops.formats import FP32
 from ds_fp8.ops.rounding import EXP_AVG_SQ, key, random_bits, round_up_from_zero, stream
 
@@ -157,15 +157,11 @@ def square_root(v: Tensor) -> Tensor:
 def decode_second_moment(blocks: Blocks, factor: float = 1.0) -> Tensor:
     """v of a chunk times UNIT^2 and a factor, [rows, block size] float32.
 
-    The square of a code is exact, so that the scale is squared apart and meets the factor first.
+    A stored root takes the root of the factor, before it is squared: so nothing leaves FP32's range.
     """
     if blocks.format is FP32:
         return decode(blocks, UNIT**2 * factor)
-    root = blocks.codes.to(torch.float32)
-    if blocks.scales is None:
-        return root * root * (UNIT**2 * factor)
-    scale = power_of_two(blocks.scales) * UNIT
-    return root * root * (scale * scale * factor)[:, None]
+    return decode(blocks, UNIT * math.sqrt(factor)).square()
 
 
 def encode_second_moment(v: Tensor, root: Tensor, out: Blocks, bits: Tensor) -> None:

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ds_fp8.ops import adam, blocks_triton
+from ds_fp8.ops import adam, blocks_triton, rounding
 from ds_fp8.ops.adam import AdamScalars, AdamState, Segment
 from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.blocks_triton import (
@@ -43,6 +43,7 @@ from ds_fp8.ops.rounding import EXP_AVG_SQ, MULTIPLIERS, signed, stream
 WARPS = 2
 UNIT = tl.constexpr(int(math.log2(adam.UNIT)))
 INTERPRETED = tl.constexpr(blocks_triton.INTERPRETED)
+SPREAD = tl.constexpr(rounding.SPREAD)
 FIRST_MULTIPLIER = tl.constexpr(MULTIPLIERS[0])
 SECOND_MULTIPLIER = tl.constexpr(MULTIPLIERS[1])
 
@@ -135,7 +136,7 @@ def store_second_moment(
     else:
         root = root * two_to_the(-UNIT)
     element = first_element[:, None] + tl.arange(0, BLOCK)[None, :].to(tl.uint32)
-    code = round_up_from_zero(root, mix(element ^ key[:, None]), floor, FORMAT)
+    code = round_up_from_zero(root, mix(element * SPREAD + key[:, None]), floor, FORMAT)
     if FORMAT == "fp16":
         code = code.to(tl.int16).to(tl.float16, bitcast=True)
     elif FORMAT == "bf16":
@@ -180,6 +181,7 @@ def adam_kernel(
     one_minus_beta1,
     beta2,
     one_minus_beta2,
+    root_beta2,
     step_size,
     root_correction,
     eps,
@@ -219,9 +221,9 @@ def adam_kernel(
     m = m * (m_scale * (beta1 * unit))[:, None] + g * one_minus_beta1
     if V == "fp32":
         v = v * (unit * unit * beta2)
-    else:  # the square of a code is exact
-        v_scale *= unit
-        v = v * v * (v_scale * v_scale * beta2)[:, None]
+    else:
+        v = v * (v_scale * (unit * root_beta2))[:, None]
+        v = v * v
     v = tl.minimum(v + g * g * one_minus_beta2, 3.4028234663852886e38)
     root = square_root(v)
     if CLAMPED:
@@ -312,6 +314,7 @@ def adam_step(
         1 - s.beta1,
         s.beta2,
         1 - s.beta2,
+        math.sqrt(s.beta2),
         s.step_size,
         s.root_correction,
         s.eps,

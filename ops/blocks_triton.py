@@ -14,12 +14,15 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from packaging.version import Version
 from torch import Tensor
 
 from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.formats import BY_NAME
 
-FIRST_WITH_FP8 = (8, 9)  # compute capability
+# First compute capability whose own conversion is used: on sm_89 Triton before 3.9 goes through FP16 and
+# so rounds twice.
+FIRST_WITH_FP8 = (8, 9) if Version(triton.__version__) >= Version("3.9") else (9, 0)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 PER_WARP = 512  # elements of a tile: 16 a thread, one 16-byte access of an 8-bit format
 WARPS = 4

@@ -17,6 +17,7 @@ from ds_fp8.ops.formats import FP32, Format
 
 MASK = 0xFFFFFFFF
 MULTIPLIERS = (0x21F0AAAD, 0xD35A2D97)
+SPREAD = 0x9E3779B9  # 2^32 over the golden ratio
 START = 0x243F6A88  # the first word of pi
 RANDOM_BITS = 16  # bits a rounding consumes
 EXP_AVG_SQ = 2  # the state whose stream this is
@@ -57,10 +58,11 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
 def random_bits(key: int, first: int, count: int, device: torch.device) -> Tensor:
     """16 random bits for the elements first .. first + count - 1 of a parameter, [count] int32.
 
-    The upper half of `mix` before its last step, which reaches the lower half only. The element
-    index counts modulo 2^32.
+    The element index counts modulo 2^32. It is spread over the word first, or distant elements would
+    follow each other, and mixed but for the last step, which the upper half does not need.
     """
-    x = torch.arange(first, first + count, dtype=torch.int64, device=device).to(torch.int32) ^ signed(key)
+    index = torch.arange(first, first + count, dtype=torch.int64, device=device).to(torch.int32)
+    x = index * signed(SPREAD) + signed(key)
     x = (x ^ _shift_right(x, 16)) * signed(MULTIPLIERS[0])
     x = (x ^ _shift_right(x, 15)) * signed(MULTIPLIERS[1])
     return _shift_right(x, 32 - RANDOM_BITS)
@@ -78,6 +80,7 @@ def round_up_from_zero(values: Tensor, bits: Tensor, fmt: Format) -> Tensor:
     dropped = 23 - fmt.mantissa_bits
     noise = bits << dropped - RANDOM_BITS if dropped > RANDOM_BITS else bits >> RANDOM_BITS - dropped
     raw = (values * 2.0 ** (fmt.bias - FP32.bias)).view(torch.int32)
-    codes = (raw.clamp(max=QUIET_NAN) + noise) >> dropped  # a NaN must not carry into the sign
+    raw = torch.where(values.isnan(), QUIET_NAN, raw)  # another NaN could carry into the sign, or have one
+    codes = (raw + noise) >> dropped
     codes = torch.where(values == 0, 0, codes.clamp(min=1))
     return codes.to(CODE_DTYPE[fmt.itemsize]).view(fmt.dtype)

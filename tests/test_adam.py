@@ -520,7 +520,7 @@ def test_exp_avg_sq_never_becomes_zero(fmt: Format) -> None:
 @pytest.mark.parametrize(
     "formats", [O2, (BF16, E4M3, E4M3), (FP32, BF16, BF16), (FP16, E5M2, E5M2)], ids=names
 )
-@pytest.mark.parametrize("smaller", [2.0**-60, 2.0**-30, 2.0**30])
+@pytest.mark.parametrize("smaller", [2.0**-50, 2.0**-30, 2.0**30])
 def test_the_unit_of_the_gradient_does_not_matter(formats: Formats, smaller: float) -> None:
     """To the bit, where eps is 0 and the unit a power of two."""
     one, other = Trial(normal(512, seed=0), formats), Trial(normal(512, seed=0), formats)
@@ -593,24 +593,23 @@ def test_exp_avg_sq_follows_its_mean(fmt: Format, bias: float) -> None:
         assert abs(float(trial.exp_avg_sq.mean()) / exact - 1) < bias + 0.01, f"step {step}"
 
 
-becomes_a_number = pytest.mark.xfail(strict=True, reason="rounding lifts a NaN with a sign to the first code")
-
-
-@pytest.mark.parametrize(
-    ("fmt", "bad"),
-    [
-        *product(ALL, [torch.inf, torch.nan]),
-        *((fmt, -torch.nan) for fmt in (FP32, FP16, E4M3, E5M2)),
-        pytest.param(BF16, -torch.nan, marks=becomes_a_number),
-    ],
-    ids=names,
-)
+@pytest.mark.parametrize(("fmt", "bad"), list(product(ALL, [torch.inf, torch.nan, -torch.nan])), ids=names)
 def test_a_second_moment_that_is_not_finite_is_not_stored_as_a_number(fmt: Format, bad: float) -> None:
     root = torch.ones(1, 32)
     root[0, 3] = bad  # arithmetic on x86 makes the negative NaN
     out = Blocks.zeros(1, 32, fmt, CPU)
     encode_second_moment(root * root, root, out, torch.zeros(1, 32, dtype=torch.int32))
     assert not decode_second_moment(out)[0, 3].isfinite()
+
+
+@pytest.mark.parametrize("fmt", ALL, ids=names)
+@pytest.mark.parametrize("factor", [1.0, BETAS[1], UNIT**-2])
+def test_the_second_moment_is_read_in_the_unit_of_the_sweep(fmt: Format, factor: float) -> None:
+    stored = blocks_of(normal(512, seed=0).abs() * 1e-3, fmt)
+    held = values_of(stored, 512).to(torch.float64)
+    expected = (held if fmt is FP32 else held**2) * UNIT**2 * factor
+    actual = decode_second_moment(stored, factor).view(-1).to(torch.float64)
+    torch.testing.assert_close(actual, expected, rtol=2.0**-21, atol=0)  # a root's rounding counts twice
 
 
 def test_gradients_enter_as_they_are_stored() -> None:
@@ -667,19 +666,14 @@ def test_the_plan_of_the_reference_is_the_segments(count: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("formats", "smallest", "bound"),
-    [
-        (O1, -20, 1e-3),  # v itself is stored: a subnormal of few bits
-        ((FP32, FP32, FP16), -25, 1e-3),
-        ((FP32, FP32, BF16), -25, 5e-3),
-        ((FP32, E4M3, FP16), -25, 0.05),
-    ],
+    ("formats", "bound"),
+    [(O1, 1e-4), ((FP32, FP32, FP16), 1e-3), ((FP32, FP32, BF16), 5e-3), ((FP32, E4M3, FP16), 0.05)],
     ids=names,
 )
-def test_tiny_gradients_step_as_exact_adam_does(formats: Formats, smallest: int, bound: float) -> None:
-    """Their squares are no normal FP32 numbers, or none at all, and eps does not hide it."""
-    size = torch.logspace(smallest, smallest + 2, 512)
-    assert size.square().min() < torch.finfo(torch.float32).tiny
+def test_tiny_gradients_step_as_exact_adam_does(formats: Formats, bound: float) -> None:
+    """Their squares are no normal FP32 numbers, and eps does not hide it."""
+    size = torch.logspace(-20, -19, 512)
+    assert size.square().max() < torch.finfo(torch.float32).tiny
     trial, exact = Trial(torch.zeros(512), formats), Exact(torch.zeros(512))
     for step in range(1, 21):
         gradient = normal(512, seed=step) * size

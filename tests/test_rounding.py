@@ -23,6 +23,7 @@ DRAWS = 1_000_000
 ALL_DRAWS = torch.arange(1 << 16, dtype=torch.int32)
 MASK = 0xFFFFFFFF
 MULTIPLIERS = (0x21F0AAAD, 0xD35A2D97)
+SPREAD = 0x9E3779B9
 words32 = st.integers(0, MASK)
 
 each_format = pytest.mark.parametrize("fmt", NARROW, ids=lambda fmt: fmt.name)
@@ -67,7 +68,7 @@ def values_between_codes(fmt: Format) -> Tensor:
 
 def bits_of(word: int, element: int) -> int:
     """The 16 random bits of one element, in integers."""
-    x = element & MASK ^ word
+    x = (element * SPREAD + word) & MASK
     x = (x ^ x >> 16) * MULTIPLIERS[0] & MASK
     x = (x ^ x >> 15) * MULTIPLIERS[1] & MASK
     return x >> 16
@@ -187,16 +188,16 @@ def test_without_a_scale_a_value_that_is_not_finite_stays_so(bits: int) -> None:
 
 
 GOLDEN = [  # seed, step, state, parameter; stream, key, first element, bits of the elements from there on
-    ((0, 1, EXP_AVG_SQ, 0), 0x2B55BE41, 0xCCBC6CD9, 0, [16077, 30007, 32964, 25277]),
-    ((1234, 1000, EXP_AVG_SQ, 77), 0xA31127C1, 0x37C66720, 1 << 20, [31376, 57117, 13155, 12902]),
+    ((0, 1, EXP_AVG_SQ, 0), 0x2B55BE41, 0xCCBC6CD9, 0, [16077, 38668, 47070, 26329]),
+    ((1234, 1000, EXP_AVG_SQ, 77), 0xA31127C1, 0x37C66720, 1 << 20, [46570, 35263, 45312, 8308]),
     (
         (0xDEADBEEFCAFEF00D, 250_000, 1, 4095),
         0x7F4079BB,
         0xA32D203F,
         (1 << 31) - 2,
-        [48450, 36753, 44710, 570],
+        [27803, 24974, 44710, 50548],
     ),
-    (((1 << 64) - 1, MASK, 0, MASK), 0x8D8BCAF7, 0x07392351, (1 << 32) - 2, [28043, 30762, 8280, 29752]),
+    (((1 << 64) - 1, MASK, 0, MASK), 0x8D8BCAF7, 0x07392351, (1 << 32) - 2, [42947, 42688, 8280, 44234]),
 ]
 
 
@@ -318,11 +319,10 @@ def test_neighbouring_elements_draw_on_their_own(lag: int) -> None:
 
 
 @pytest.mark.parametrize("lag", [2048, 4096, 5120, 7168, 12288, 20480])
-def test_distant_elements_hardly_follow_each_other(lag: int) -> None:
-    """Two multiplications leave a trace at multiples of 1,024: 0.027 at the worst measured, of 1."""
+def test_distant_elements_do_not_follow_each_other(lag: int) -> None:
     for step in range(1, 5):
-        draws = uniform(random_bits(key(stream(0, step, 2), 0), 0, DRAWS // 2, CPU))
-        assert abs(float((draws[:-lag] * draws[lag:]).mean())) < 0.04
+        draws = uniform(random_bits(key(stream(0, step, 2), 0), 0, DRAWS, CPU))
+        assert_uncorrelated(draws[:-lag], draws[lag:], f"elements {lag} apart at step {step}")
 
 
 @pytest.mark.parametrize("along", ["steps", "parameters"])

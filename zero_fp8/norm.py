@@ -16,6 +16,7 @@ from ds_fp8.zero_fp8.comm import max_over_ranks, sum_over_ranks
 from ds_fp8.zero_fp8.optimizer import Shard
 
 NAMED = 3  # parameters that a message names
+LARGEST = 2.0**40  # norm that a step takes, after clipping; beyond it sqrt(v) saturates
 
 
 class Verdict:
@@ -41,9 +42,11 @@ class Verdict:
         figures[3].fill_(late)
         sum_over_ranks(figures, group)
         norm = figures[0].sqrt() * gradient_scale
-        go = norm.isfinite() & (figures[1] == 0) & (figures[2] > 0) & (figures[3] == 0)
-        self.control = torch.stack([clip_factor(norm, clip) * gradient_scale, go]).to(torch.float32)
+        factor = clip_factor(norm, clip)
+        go = (norm * factor <= LARGEST) & (figures[1] == 0) & (figures[2] > 0) & (figures[3] == 0)
+        self.control = torch.stack([factor * gradient_scale, go]).to(torch.float32)
         self._gradient_scale = gradient_scale
+        self._largest = math.inf if clip > 0 else LARGEST
         self._figures = figures.to("cpu", non_blocking=True)
         self._arrived = None
         if figures.is_cuda:
@@ -55,8 +58,9 @@ class Verdict:
         if self._arrived is not None:
             self._arrived.synchronize()
         squares, non_finite, self.taken, self.late = self._figures.tolist()
-        finite = non_finite == 0 and math.isfinite(squares)
-        self.norm = math.sqrt(squares) * self._gradient_scale if finite else math.inf
+        self.norm = math.sqrt(squares) * self._gradient_scale if non_finite == 0 else math.inf
+        if self.norm > self._largest:
+            self.norm = math.inf
         return self
 
 
@@ -82,6 +86,6 @@ def non_finite_parameters(shards: Sequence[Shard], names: Mapping[int, str], gro
     max_over_ranks(found, group)
     bad = [name for name, flag in zip(names.values(), found.tolist(), strict=True) if flag]
     if not bad:
-        return "no single parameter (the sum of squares overflows)"
+        return "no single parameter (their norm is beyond 2^40)"
     more = f" and {len(bad) - NAMED} more" if len(bad) > NAMED else ""
     return ", ".join(bad[:NAMED]) + more
