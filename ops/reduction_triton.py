@@ -30,7 +30,7 @@ from ds_fp8.ops.blocks_triton import (
 )
 
 WARPS = 1
-TILES = 8  # tiles a program: its figures are added over threads once
+TILES = 4  # tiles a program: its figures are added over threads once
 
 
 @triton.jit
