@@ -27,7 +27,8 @@ from ds_fp8.ops.blocks import Blocks, chunks, decode, encode, scale_down, scale_
 from ds_fp8.ops.formats import FP32
 from ds_fp8.ops.rounding import EXP_AVG_SQ, key, random_bits, round_up_from_zero, stream
 
-UNIT = 2.0**24  # of the gradient, inside the sweep
+LOG_UNIT = 24
+UNIT = 2.0**LOG_UNIT  # of the gradient, inside the sweep
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ def _sweep(state: AdamState, g: Tensor, weights: Tensor, s: AdamScalars, bits: T
         m = torch.copysign(torch.minimum(m.abs(), root * s.clamp), m)
     p = p - m / (root * s.root_correction + s.eps * UNIT) * s.step_size
     encode(p, state.master)
-    encode(m * UNIT**-1, state.exp_avg)
+    encode(m, state.exp_avg, LOG_UNIT)
     encode_second_moment(v * UNIT**-2, root * UNIT**-1, state.exp_avg_sq, bits)
     write_weights(decode(state.master), weights)
 

@@ -41,7 +41,7 @@ from ds_fp8.ops.formats import BY_NAME
 from ds_fp8.ops.rounding import EXP_AVG_SQ, MULTIPLIERS, signed, stream
 
 WARPS = 2
-UNIT = tl.constexpr(int(math.log2(adam.UNIT)))
+UNIT = tl.constexpr(adam.LOG_UNIT)
 INTERPRETED = tl.constexpr(blocks_triton.INTERPRETED)
 SPREAD = tl.constexpr(rounding.SPREAD)
 FIRST_MULTIPLIER = tl.constexpr(MULTIPLIERS[0])
@@ -56,6 +56,12 @@ def dropped_bits(name):
 @triton.constexpr_function
 def exponent_shift(name):
     return BY_NAME[name].bias - 127
+
+
+@triton.jit
+def minimum(a, b):
+    """NaN where either is."""
+    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -224,10 +230,10 @@ def adam_kernel(
     else:
         v = v * (v_scale * (unit * root_beta2))[:, None]
         v = v * v
-    v = tl.minimum(v + g * g * one_minus_beta2, 3.4028234663852886e38)
+    v = minimum(v + g * g * one_minus_beta2, 3.4028234663852886e38)
     root = square_root(v)
     if CLAMPED:
-        bounded = tl.minimum(tl.abs(m), root * clamp).to(tl.int32, bitcast=True)
+        bounded = minimum(tl.abs(m), root * clamp).to(tl.int32, bitcast=True)
         m = (bounded | (m.to(tl.int32, bitcast=True) & -0x80000000)).to(tl.float32, bitcast=True)
         m_size = bounded
     else:

@@ -71,12 +71,15 @@ def chunks(blocks: int, block_size: int) -> Iterator[slice]:
         yield slice(first, min(first + rows, blocks))
 
 
-def scale_exponents(values: Tensor, fmt: Format) -> Tensor:
-    """The E8M0 byte of each row of `values`, [rows, block size] float32 -> [rows] int32."""
+def scale_exponents(values: Tensor, fmt: Format, unit: int = 0) -> Tensor:
+    """The E8M0 byte of each row of `values`, [rows, block size] float32 -> [rows] int32.
+
+    The values are 2^unit times what is stored.
+    """
     bits = values.abs().amax(dim=1).view(torch.int32)
     exponent, mantissa = bits >> 23, bits & 0x7FFFFF
     max_mantissa = int((fmt.max_significand - 1) * 2**23)
-    e = (exponent - fmt.max_exponent + (mantissa > max_mantissa)).clamp_(1, 254)
+    e = (exponent - (fmt.max_exponent + unit) + (mantissa > max_mantissa)).clamp_(1, 254)
     return torch.where(exponent == 255, NOT_FINITE, e)
 
 
@@ -85,20 +88,24 @@ def power_of_two(e: Tensor) -> Tensor:
     return (e.to(torch.int32) << 23).view(torch.float32)
 
 
-def scale_down(values: Tensor, e: Tensor) -> Tensor:
+def scale_down(values: Tensor, e: Tensor, unit: int = 0) -> Tensor:
     """Rows of `values` divided by their scale, exactly; rows that are not finite come to nothing."""
-    return values * power_of_two((254 - e).clamp(min=0))[:, None]
+    inverse = torch.where(e < NOT_FINITE, 254 - unit - e, 0).clamp(min=0)
+    return values * power_of_two(inverse)[:, None]
 
 
-def encode(values: Tensor, out: Blocks) -> None:
+def encode(values: Tensor, out: Blocks, unit: int = 0) -> None:
     """Round [rows, block size] float32 to nearest, ties to even, into as many blocks.
 
-    One chunk: the caller cuts. A value never exceeds the format's maximum after scaling.
+    One chunk: the caller cuts. The values are 2^unit times what is stored. A value never exceeds the
+    format's maximum after scaling.
     """
     if out.scales is not None:
-        e = scale_exponents(values, out.format)
+        e = scale_exponents(values, out.format, unit)
         out.scales.copy_(e)
-        values = scale_down(values, e)
+        values = scale_down(values, e, unit)
+    elif unit:
+        values = values * 2.0**-unit
     out.codes.copy_(values)
 
 
