@@ -23,7 +23,7 @@ from ds_fp8.ops.formats import FP32, Format
 CPU = torch.device("cpu")
 DEVICE = torch.device("cpu" if blocks_triton.INTERPRETED else "cuda")
 GARBAGE = 0xA5
-GUARD = 2  # rows of garbage on either side
+GUARD = 64  # rows of garbage on either side: as many as a tile has, so that a store without a mask shows
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 FP8 = {tl.float8e4nv: torch.float8_e4m3fn, tl.float8e5: torch.float8_e5m2}
 FLOAT32_MAX = torch.finfo(torch.float32).max
