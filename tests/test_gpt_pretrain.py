@@ -108,6 +108,21 @@ def test_refused_arguments(capsys: pytest.CaptureFixture[str], options: list[str
     assert told in capsys.readouterr().err
 
 
+def on_backend(backend: str) -> dict[str, Any]:
+    os.environ["DS_FP8_BACKEND"] = backend
+    try:
+        return pretrain("zero2_o2.json", "--steps", "3", "--context", "16")
+    finally:
+        del os.environ["DS_FP8_BACKEND"]
+
+
+@pytest.mark.slow
+def test_the_interpreted_kernels_train_it_as_the_reference_does(ranks: RankPools) -> None:
+    reference, triton = (ranks.run(1, on_backend, each, seconds=300)[0] for each in ("reference", "triton"))
+    assert triton["losses"] == reference["losses"]
+    assert triton["validation_loss"] == reference["validation_loss"]
+
+
 @pytest.mark.slow
 def test_runs_without_a_launcher(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
