@@ -122,6 +122,8 @@ def round_up_from_zero(values, random, floor, FORMAT: tl.constexpr):
     """
     DROPPED: tl.constexpr = dropped_bits(FORMAT)
     bits = values.to(tl.int32, bitcast=True)
+    if not is_scaled(FORMAT):
+        bits = tl.minimum(bits, 0x7FC00000)  # a larger NaN would carry into the sign
     if DROPPED > 16:
         noise = (random >> 16) << (DROPPED - 16)
     else:
