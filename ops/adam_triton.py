@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ds_fp8.ops import adam, blocks_triton, rounding
+from ds_fp8.ops import adam, blocks_triton
 from ds_fp8.ops.adam import AdamScalars, AdamState, Segment
 from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.blocks_triton import (
@@ -37,25 +37,12 @@ from ds_fp8.ops.blocks_triton import (
     times,
     two_to_the,
 )
-from ds_fp8.ops.formats import BY_NAME
-from ds_fp8.ops.rounding import EXP_AVG_SQ, MULTIPLIERS, signed, stream
+from ds_fp8.ops.rounding import EXP_AVG_SQ, signed, stream
+from ds_fp8.ops.rounding_triton import exponent_shift, key_of, random_bits, round_up_from_zero
 
 WARPS = 2
 UNIT = tl.constexpr(adam.LOG_UNIT)
 INTERPRETED = tl.constexpr(blocks_triton.INTERPRETED)
-SPREAD = tl.constexpr(rounding.SPREAD)
-FIRST_MULTIPLIER = tl.constexpr(MULTIPLIERS[0])
-SECOND_MULTIPLIER = tl.constexpr(MULTIPLIERS[1])
-
-
-@triton.constexpr_function
-def dropped_bits(name):
-    return 23 - BY_NAME[name].mantissa_bits
-
-
-@triton.constexpr_function
-def exponent_shift(name):
-    return BY_NAME[name].bias - 127
 
 
 @triton.jit
@@ -92,13 +79,6 @@ def divide(a, b):
 
 
 @triton.jit
-def mix(x):
-    """`ops.rounding.mix` on uint32, without its last step: the high 16 bits are random."""
-    x = (x ^ (x >> 16)) * FIRST_MULTIPLIER
-    return (x ^ (x >> 15)) * SECOND_MULTIPLIER
-
-
-@triton.jit
 def row_keys(stream, first, rows, table, tile_segments, tile, segments, BLOCK: tl.constexpr):
     """Each row's key of random bits and the element of its parameter with which it begins, uint32."""
     starts, first_blocks, parameters = table, table + segments, table + 2 * segments
@@ -110,25 +90,7 @@ def row_keys(stream, first, rows, table, tile_segments, tile, segments, BLOCK: t
         start = tl.load(starts + other)
         block = tl.where(row >= start, row - start + tl.load(first_blocks + other), block)
         parameter = tl.where(row >= start, tl.load(parameters + other), parameter)
-    x = mix(stream.to(tl.uint32) ^ parameter.to(tl.uint32))
-    return x ^ (x >> 15), block.to(tl.uint32) * BLOCK
-
-
-@triton.jit
-def round_up_from_zero(values, random, floor, FORMAT: tl.constexpr):
-    """`ops.rounding.round_up_from_zero`; the high 16 bits of `random`, uint32, are used.
-
-    floor: at least 1 << 23 as int32 where the result must not be zero, 0 elsewhere.
-    """
-    DROPPED: tl.constexpr = dropped_bits(FORMAT)
-    bits = values.to(tl.int32, bitcast=True)
-    if not is_scaled(FORMAT):
-        bits = tl.minimum(bits, 0x7FC00000)  # a larger NaN would carry into the sign
-    if DROPPED > 16:
-        noise = (random >> 16) << (DROPPED - 16)
-    else:
-        noise = random >> (32 - DROPPED)
-    return tl.maximum(bits + noise.to(tl.int32), tl.minimum(floor, 1 << DROPPED)) >> DROPPED
+    return key_of(stream, parameter), block.to(tl.uint32) * BLOCK
 
 
 @triton.jit
@@ -144,7 +106,7 @@ def store_second_moment(
     else:
         root = root * two_to_the(-UNIT)
     element = first_element[:, None] + tl.arange(0, BLOCK)[None, :].to(tl.uint32)
-    code = round_up_from_zero(root, mix(element * SPREAD + key[:, None]), floor, FORMAT)
+    code = round_up_from_zero(root, random_bits(key[:, None], element), floor, FORMAT)
     if FORMAT == "fp16":
         code = code.to(tl.int16).to(tl.float16, bitcast=True)
     elif FORMAT == "bf16":

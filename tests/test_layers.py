@@ -32,6 +32,7 @@ LAYERS = (  # a module imports from the lines below its own only
     ("ds_fp8.ops.builder",),
     ("ds_fp8.ops.backend",),
     ("ds_fp8.ops.adam_triton", "ds_fp8.ops.reduction_triton"),
+    ("ds_fp8.ops.rounding_triton",),
     ("ds_fp8.ops.blocks_triton", "ds_fp8.ops.adam", "ds_fp8.ops.reduction"),
     ("ds_fp8.ops.rounding", "ds_fp8.ops.blocks"),
     ("ds_fp8.ops.formats",),

@@ -33,7 +33,7 @@ from triton_support import (
     to,
 )
 
-from ds_fp8.ops import adam_triton, blocks, blocks_triton
+from ds_fp8.ops import blocks, blocks_triton, rounding_triton
 from ds_fp8.ops.blocks import NOT_FINITE, Blocks
 from ds_fp8.ops.blocks_triton import INTERPRETED
 from ds_fp8.ops.formats import BF16, BY_NAME, E4M3, E5M2, FP16, FP32, Format
@@ -72,8 +72,8 @@ def round_up_kernel(values, bits, codes, count, FORMAT: tl.constexpr):  # type: 
     x = tl.load(values + i, mask=i < count, other=0.0)
     random = tl.load(bits + i, mask=i < count, other=0).to(tl.uint32) << 16
     floor = (x > 0).to(tl.int32) << 23
-    x *= blocks_triton.two_to_the(adam_triton.exponent_shift(FORMAT))
-    code = adam_triton.round_up_from_zero(x, random, floor, FORMAT)
+    x *= blocks_triton.two_to_the(rounding_triton.exponent_shift(FORMAT))
+    code = rounding_triton.round_up_from_zero(x, random, floor, FORMAT)
     tl.store(codes + i, code.to(codes.dtype.element_ty), mask=i < count)
 
 

@@ -1,0 +1,59 @@
+"""Stochastic rounding on a GPU: the device functions of `ops.rounding`, bit for bit."""
+
+import triton
+import triton.language as tl
+
+from ds_fp8.ops import rounding
+from ds_fp8.ops.blocks_triton import is_scaled
+from ds_fp8.ops.formats import BY_NAME
+
+SPREAD = tl.constexpr(rounding.SPREAD)
+FIRST_MULTIPLIER = tl.constexpr(rounding.MULTIPLIERS[0])
+SECOND_MULTIPLIER = tl.constexpr(rounding.MULTIPLIERS[1])
+
+
+@triton.constexpr_function
+def dropped_bits(name):
+    return 23 - BY_NAME[name].mantissa_bits
+
+
+@triton.constexpr_function
+def exponent_shift(name):
+    return BY_NAME[name].bias - 127
+
+
+@triton.jit
+def mix(x):
+    """`ops.rounding.mix` on uint32, without its last step: the high 16 bits are random."""
+    x = (x ^ (x >> 16)) * FIRST_MULTIPLIER
+    return (x ^ (x >> 15)) * SECOND_MULTIPLIER
+
+
+@triton.jit
+def key_of(stream, parameter):
+    """`ops.rounding.key`, uint32."""
+    x = mix(stream.to(tl.uint32) ^ parameter.to(tl.uint32))
+    return x ^ (x >> 15)
+
+
+@triton.jit
+def random_bits(key, element):
+    """16 random bits of an element, on top of an uint32."""
+    return mix(element * SPREAD + key)
+
+
+@triton.jit
+def round_up_from_zero(values, random, floor, FORMAT: tl.constexpr):
+    """`ops.rounding.round_up_from_zero`; the high 16 bits of `random`, uint32, are used.
+
+    floor: at least 1 << 23 as int32 where the result must not be zero, 0 elsewhere.
+    """
+    DROPPED: tl.constexpr = dropped_bits(FORMAT)
+    bits = values.to(tl.int32, bitcast=True)
+    if not is_scaled(FORMAT):
+        bits = tl.minimum(bits, 0x7FC00000)  # a larger NaN would carry into the sign
+    if DROPPED > 16:
+        noise = (random >> 16) << (DROPPED - 16)
+    else:
+        noise = random >> (32 - DROPPED)
+    return tl.maximum(bits + noise.to(tl.int32), tl.minimum(floor, 1 << DROPPED)) >> DROPPED
