@@ -36,6 +36,7 @@ check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror ops/csrc/*
 
 clean:
 	rm -rf $(VENV) build dist demo *.egg-info

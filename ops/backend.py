@@ -1,23 +1,24 @@
 """Which kernels run: the one place where that is decided.
 
 Every backend holds the same functions, whose contracts are those of `ops.blocks`, `ops.reduction` and
-`ops.adam`. The device decides; DS_FP8_BACKEND overrides it. A GPU without a usable kernel is refused:
-the reference on a GPU is right, but slower than no FP8 at all.
+`ops.adam`. The device decides: C++ on a CPU, Triton on a GPU; DS_FP8_BACKEND overrides it. A GPU without a
+usable kernel is refused: the reference on a GPU is right, but slower than no FP8 at all. On a CPU without a
+compiler the reference runs, and says so.
 """
 
 import importlib.util
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ds_fp8.ops import adam, blocks, reduction
+from ds_fp8.ops.build import BuildError
 
 VARIABLE = "DS_FP8_BACKEND"
-BUILT = ("reference", "triton")
 OLDEST_GPU = (8, 0)  # compute capability: BF16 and 16-byte asynchronous loads
 
 
@@ -31,6 +32,7 @@ class Backend:
     accumulate: Callable[..., Tensor]
     plan: Callable[..., Any]
     adam_step: Callable[..., None]
+    instead: str | None = None  # why it runs although a faster one was wanted
 
 
 REFERENCE = Backend(
@@ -45,18 +47,43 @@ def choose(device: torch.device) -> Backend:
     the device is a GPU and Triton cannot be used on it.
     """
     wanted = os.environ.get(VARIABLE)
-    if wanted is not None and wanted not in BUILT:
-        raise ValueError(f"{VARIABLE}: received {wanted!r}, allowed: {', '.join(BUILT)}")
-    if wanted == "reference" or (wanted is None and device.type == "cpu"):
+    if wanted is not None and wanted not in (REFERENCE.name, *BUILT):
+        allowed = ", ".join((REFERENCE.name, *BUILT))
+        raise ValueError(f"{VARIABLE}: received {wanted!r}, allowed: {allowed}")
+    name = wanted or ("cpu" if device.type == "cpu" else "triton")
+    if name == REFERENCE.name:
         return REFERENCE
-    obstacle = triton_obstacle(device)
+    obstacle_of, load = BUILT[name]
+    obstacle = obstacle_of(device)
     if obstacle is None:
-        return triton_backend()
-    if wanted is None:
-        raise RuntimeError(
-            f"no ds_fp8 kernel for {device}: {obstacle}. {VARIABLE}=reference runs on plain PyTorch, slowly"
-        )
-    raise ValueError(f"{VARIABLE}: received {wanted!r}, which cannot run on {device}: {obstacle}")
+        return load()
+    if wanted is not None:
+        raise ValueError(f"{VARIABLE}: received {wanted!r}, which cannot run on {device}: {obstacle}")
+    if device.type == "cpu":
+        return replace(REFERENCE, instead=obstacle)
+    raise RuntimeError(
+        f"no ds_fp8 kernel for {device}: {obstacle}. {VARIABLE}=reference runs on plain PyTorch, slowly"
+    )
+
+
+def cpu_obstacle(device: torch.device) -> str | None:
+    """Why the C++ kernels cannot run on this device; None where they can. Builds them."""
+    from ds_fp8.ops import cpu
+
+    if device.type != "cpu":
+        return "they need tensors in the host's memory"
+    try:
+        cpu.load()
+    except BuildError as error:
+        return str(error)
+    return None
+
+
+def cpu_backend() -> Backend:
+    """The C++ kernels."""
+    from ds_fp8.ops import cpu
+
+    return Backend("cpu", cpu.quantize, cpu.dequantize, cpu.accumulate, cpu.plan, cpu.adam_step)
 
 
 def triton_obstacle(device: torch.device) -> str | None:
@@ -85,3 +112,9 @@ def triton_backend() -> Backend:
         adam_triton.plan,
         adam_triton.adam_step,
     )
+
+
+BUILT: dict[str, tuple[Callable[[torch.device], str | None], Callable[[], Backend]]] = {
+    "cpu": (cpu_obstacle, cpu_backend),
+    "triton": (triton_obstacle, triton_backend),
+}

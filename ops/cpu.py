@@ -1,0 +1,208 @@
+"""The four ops on a CPU: `ops.blocks`, `ops.reduction` and `ops.adam` in C++ (`csrc/`), bit for bit.
+
+Tensors go in as pointers, through ctypes, which lets other threads of Python run meanwhile. The processor
+chooses the instruction set; DS_FP8_CPU_ISA overrides it.
+"""
+
+import ctypes
+import functools
+import math
+import os
+from collections.abc import Sequence
+from ctypes import POINTER, Structure, byref, c_char_p, c_float, c_int32, c_int64, c_uint32, c_void_p
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_fp8.ops import build
+from ds_fp8.ops.adam import UNIT, AdamScalars, AdamState, Segment
+from ds_fp8.ops.blocks import Blocks
+from ds_fp8.ops.formats import BF16, E4M3, E5M2, FP16, FP32
+from ds_fp8.ops.rounding import EXP_AVG_SQ, stream
+
+VARIABLE = "DS_FP8_CPU_ISA"
+FORMATS = {fmt: index for index, fmt in enumerate((FP32, BF16, FP16, E4M3, E5M2))}  # of csrc/formats.h
+DTYPES = {fmt.dtype: index for fmt, index in FORMATS.items()}
+
+
+class CBlocks(Structure):
+    """`Blocks` of csrc/kernels.cpp."""
+
+    _fields_ = [("codes", c_void_p), ("scales", c_void_p), ("format", c_int64)]
+
+
+class CValues(Structure):
+    """`Values` of csrc/kernels.cpp."""
+
+    _fields_ = [("data", c_void_p), ("dtype", c_int64)]
+
+
+class CScalars(Structure):
+    """`Scalars` of csrc/kernels.cpp."""
+
+    _fields_ = [
+        *((name, c_float) for name in ("beta1", "one_minus_beta1", "beta2", "one_minus_beta2", "root_beta2")),
+        *((name, c_float) for name in ("step_size", "root_correction", "eps", "decay", "clamp")),
+        ("decoupled", c_int32),
+    ]
+
+
+class CSweep(Structure):
+    """`Sweep` of csrc/kernels.cpp."""
+
+    _fields_ = [
+        *((name, CBlocks) for name in ("gradient", "master", "exp_avg", "exp_avg_sq")),
+        ("weights", CValues),
+        ("segments", c_void_p),
+        ("segment_count", c_int64),
+        ("control", c_void_p),
+        ("stream", c_uint32),
+        ("block_size", c_int32),
+        ("scalars", CScalars),
+        ("factors", c_float * 4),  # for the kernel's own use
+    ]
+
+
+class Kernels:
+    """The compiled functions of one instruction set."""
+
+    def __init__(self, library: ctypes.CDLL, isa: str) -> None:
+        def function(name: str, *arguments: Any) -> Any:
+            found = getattr(library, f"{name}_{isa}")
+            found.argtypes, found.restype = arguments, None
+            return found
+
+        blocks, values = POINTER(CBlocks), POINTER(CValues)
+        self.isa = isa
+        self.quantize = function("quantize", values, c_int64, blocks, c_int64, c_int32, c_int32)
+        self.dequantize = function("dequantize", blocks, values, c_int64, c_int32, c_int32)
+        self.accumulate = function(
+            "accumulate", blocks, c_int32, blocks, c_int32, c_int64, c_int32, c_int32, c_void_p
+        )
+        self.adam_step = function("adam_step", POINTER(CSweep), c_int32)
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    path = build.library()
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise build.BuildError(f"{path} does not load: {error}") from error
+    library.best_isa.restype = c_char_p
+    return library
+
+
+@functools.cache
+def kernels(isa: str | None) -> Kernels:
+    """The kernels of an instruction set; of the processor's best where None.
+
+    Raises `ops.build.BuildError` where they cannot be built, ValueError for a set that is not compiled or
+    that the processor lacks.
+    """
+    library = _library()
+    best: str = library.best_isa().decode()
+    sets = list(build.instruction_sets())
+    allowed = sets[sets.index(best) :]
+    if isa is not None and isa not in allowed:
+        raise ValueError(f"{VARIABLE}: received {isa!r}, allowed on this processor: {', '.join(allowed)}")
+    return Kernels(library, isa or best)
+
+
+def load() -> Kernels:
+    """The kernels that the environment and the processor choose; `kernels` says what it raises."""
+    return kernels(os.environ.get(VARIABLE))
+
+
+def _blocks(blocks: Blocks) -> CBlocks:
+    scales = None if blocks.scales is None else blocks.scales.data_ptr()
+    return CBlocks(blocks.codes.data_ptr(), scales, FORMATS[blocks.format])
+
+
+def _values(values: Tensor) -> CValues:
+    assert values.is_contiguous()
+    return CValues(values.data_ptr(), DTYPES[values.dtype])
+
+
+def quantize(values: Tensor, out: Blocks) -> None:
+    """`ops.blocks.quantize`."""
+    load().quantize(
+        byref(_values(values)),
+        values.numel(),
+        byref(_blocks(out)),
+        len(out),
+        out.block_size,
+        torch.get_num_threads(),
+    )
+
+
+def dequantize(blocks: Blocks, out: Tensor) -> None:
+    """`ops.blocks.dequantize`."""
+    count = min(out.numel(), blocks.codes.numel())
+    threads = torch.get_num_threads()
+    load().dequantize(byref(_blocks(blocks)), byref(_values(out)), count, blocks.block_size, threads)
+
+
+def accumulate(pieces: Sequence[Blocks], shard: Blocks, *, fresh: bool) -> Tensor:
+    """`ops.reduction.accumulate`."""
+    threads = torch.get_num_threads()
+    parts = torch.zeros(threads, 2, dtype=torch.float64)
+    array = (CBlocks * len(pieces))(*map(_blocks, pieces))
+    load().accumulate(
+        array,
+        len(pieces),
+        byref(_blocks(shard)),
+        fresh,
+        len(shard),
+        shard.block_size,
+        threads,
+        parts.data_ptr(),
+    )
+    return parts.sum(dim=0)
+
+
+def plan(segments: Sequence[Segment], blocks: int, block_size: int, device: torch.device) -> Tensor:
+    """`ops.adam.plan`: [segments, 4] int64: first row, last row, first element, parameter."""
+    rows = [(s.blocks.start, s.blocks.stop, s.first_element, s.parameter) for s in segments]
+    return torch.tensor(rows, dtype=torch.int64).view(-1, 4)
+
+
+def adam_step(
+    state: AdamState,
+    gradient: Blocks,
+    weights: Tensor,
+    plan: Tensor,
+    scalars: AdamScalars,
+    control: Tensor,
+    *,
+    seed: int,
+) -> None:
+    """`ops.adam.adam_step`."""
+    s = scalars
+    sweep = CSweep(
+        gradient=_blocks(gradient),
+        master=_blocks(state.master),
+        exp_avg=_blocks(state.exp_avg),
+        exp_avg_sq=_blocks(state.exp_avg_sq),
+        weights=_values(weights),
+        segments=plan.data_ptr(),
+        segment_count=len(plan),
+        control=control.data_ptr(),
+        stream=stream(seed, s.step, EXP_AVG_SQ),
+        block_size=gradient.block_size,
+        scalars=CScalars(
+            beta1=s.beta1,
+            one_minus_beta1=1 - s.beta1,
+            beta2=s.beta2,
+            one_minus_beta2=1 - s.beta2,
+            root_beta2=math.sqrt(s.beta2),
+            step_size=s.step_size,
+            root_correction=s.root_correction,
+            eps=s.eps * UNIT,
+            decay=1 - s.lr * s.weight_decay if s.decoupled else s.weight_decay,
+            clamp=math.inf if s.clamp is None else s.clamp,
+            decoupled=s.decoupled,
+        ),
+    )
+    load().adam_step(byref(sweep), torch.get_num_threads())

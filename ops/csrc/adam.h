@@ -1,0 +1,202 @@
+// The Adam sweep; ops/adam.py.
+#pragma once
+#include "blocks.h"
+
+namespace ISA {
+
+constexpr int UNIT = 24;  // ops.adam.LOG_UNIT
+
+struct Scalars {
+    float beta1, one_minus_beta1, beta2, one_minus_beta2, root_beta2, step_size, root_correction;
+    float eps;  // in the unit of the sweep
+    float decay;
+    float clamp;  // inf: none
+    int32_t decoupled;
+};
+
+struct Segment {
+    int64_t first_row, last_row, first_element, parameter;
+};
+
+struct Factors {  // what decoded values are multiplied with
+    float g, p, m, v;
+};
+
+struct Sweep {
+    Blocks gradient, master, m, v;
+    Values weights;
+    const Segment* segments;
+    int64_t segment_count;
+    const float* control;  // what the gradient is multiplied with; 0 where the step is skipped
+    uint32_t stream;
+    int32_t n;
+    Scalars scalars;
+    Factors by;  // filled in here
+};
+
+struct Batch {
+    alignas(64) float g[BATCH], p[BATCH], m[BATCH], v[BATCH];
+    uint32_t p_amax[MAX_ROWS], m_amax[MAX_ROWS], root_amax[MAX_ROWS];
+};
+
+struct Ready {  // values that have been decoded, as a Reader
+    const float* values;
+
+    float scale(int) const { return 1; }
+    f32 at(int i, float) const { return load<f32>(values + i); }
+};
+
+// The arithmetic, from codes or decoded values to what is encoded; g becomes the root of v.
+template <bool ROOT, typename G, typename P, typename M, typename V>
+void adam(G g_in, P p_in, M m_in, V v_in, Batch& out, int rows, int n, const Scalars s) {
+    const float l2 = s.decay * power_of_two(127 + UNIT);
+    for (int row = 0, i = 0; row < rows; ++row) {
+        const float g_scale = g_in.scale(row), p_scale = p_in.scale(row), m_scale = m_in.scale(row);
+        const float v_scale = v_in.scale(row);
+        u32 p_amax = {}, m_amax = {}, root_amax = {};
+        for (; i < (row + 1) * n; i += LANES) {
+            f32 g = g_in.at(i, g_scale), p = p_in.at(i, p_scale), v = v_in.at(i, v_scale);
+            if (!s.decoupled) g = g + p * l2;
+            f32 m = m_in.at(i, m_scale) + g * s.one_minus_beta1;
+            if (ROOT) v = v * v;
+            v = at_most(v + g * g * s.one_minus_beta2, f32{} + 3.4028234663852886e38f);
+            f32 root = square_root(v), size = at_most(absolute(m), root * s.clamp);
+            m = float_of(pick(SIGN, bits_of(m), bits_of(size)));
+            p = p - m / (root * s.root_correction + s.eps) * s.step_size;
+            p_amax = larger(p_amax, bits_of(absolute(p)));
+            m_amax = larger(m_amax, bits_of(size));
+            root_amax = larger(root_amax, bits_of(root));
+            store(out.p + i, p);
+            store(out.m + i, m);
+            store((ROOT ? out.g : out.v) + i, ROOT ? root : v);
+        }
+        out.p_amax[row] = largest(p_amax);
+        out.m_amax[row] = largest(m_amax);
+        out.root_amax[row] = largest(root_amax);
+    }
+}
+
+inline u32 to_weight(f32 x) {  // BF16: half a code added, and cut; ops.adam.write_weights
+    return x == x ? (bits_of(x) + 0x8000) >> 16 : u32{} + 0x7FC0;
+}
+
+void write_weights(const float* p, int count, char* to, int64_t dtype) {
+    if (dtype != number<BF16>) return write(p, count, to, dtype);
+    for (int i = 0; i < count; i += 2 * LANES)
+        store_low_halves(to + 2 * i, to_weight(load<f32>(p + i)), to_weight(load<f32>(p + i + LANES)));
+}
+
+// Decodes, computes and encodes a batch; a state's formats choose one.
+using Work = void (*)(const Sweep&, int64_t row, int rows, Random);
+
+// Any formats: decoded first, encoded last.
+void sweep_by_pointer(const Sweep& sweep, int64_t row, int rows, Random random) {
+    Batch batch;
+    const int n = sweep.n;
+    const Blocks& v = sweep.v;
+    sweep.gradient.decode(row, rows, n, sweep.by.g, batch.g);
+    sweep.master.decode(row, rows, n, sweep.by.p, batch.p);
+    sweep.m.decode(row, rows, n, sweep.by.m, batch.m);
+    sweep.v.decode(row, rows, n, sweep.by.v, batch.v);
+    const bool root = v.f().encode_up;
+    (root ? adam<true, Ready, Ready, Ready, Ready>
+          : adam<false, Ready, Ready, Ready, Ready>)({batch.g}, {batch.p}, {batch.m}, {batch.v}, batch, rows,
+                                                     n, sweep.scalars);
+    sweep.master.encode(row, rows, n, batch.p, batch.p_amax, 0);
+    sweep.m.encode(row, rows, n, batch.m, batch.m_amax, UNIT);
+    if (root)
+        v.f().encode_up(batch.g, random, batch.root_amax, UNIT, v.at(row, n), v.scale(row), rows, n);
+    else
+        v.encode(row, rows, n, batch.v, batch.root_amax, 2 * UNIT);
+    sweep.master.decode(row, rows, n, 1.0f, batch.p);
+    write_weights(batch.p, rows * n, sweep.weights.at(row * n), sweep.weights.dtype);
+}
+
+template <typename F>
+Reader<F> reader(const Blocks& blocks, int64_t row, int n, float factor) {
+    return {blocks.at(row, n), blocks.scale(row), factor};
+}
+
+// The formats of a shipped level, with BF16 weights: codes are read and written in the loops that compute.
+template <typename G, typename P, typename M, typename V>
+void sweep_in_place(const Sweep& sweep, int64_t row, int rows, Random random) {
+    constexpr bool ROOT = dropped<V> != 0;
+    Batch batch;
+    const int n = sweep.n;
+    adam<ROOT>(reader<G>(sweep.gradient, row, n, sweep.by.g), reader<P>(sweep.master, row, n, sweep.by.p),
+               reader<M>(sweep.m, row, n, sweep.by.m), reader<V>(sweep.v, row, n, sweep.by.v), batch, rows, n,
+               sweep.scalars);
+    char *p = sweep.master.at(row, n), *m = sweep.m.at(row, n), *v = sweep.v.at(row, n);
+    char* weights = sweep.weights.at(row * n);
+    uint8_t *p_scales = sweep.master.scale(row), *m_scales = sweep.m.scale(row),
+            *v_scales = sweep.v.scale(row);
+    for (int each = 0, i = 0; each < rows; ++each) {
+        const float p_inverse = scale_down<P>(batch.p_amax[each], 0, p_scales + each);
+        const float m_inverse = scale_down<M>(batch.m_amax[each], UNIT, m_scales + each);
+        const float v_inverse = scale_down<V>(batch.root_amax[each], ROOT ? UNIT : 2 * UNIT, v_scales + each);
+        const float p_scale = scaled<P> ? power_of_two(p_scales[each]) : 1;
+        for (; i < (each + 1) * n; i += 2 * LANES) {
+            const Pair stored =
+                put_and_read<P>(p + i * itemsize<P>, load_two(batch.p + i) * p_inverse) * p_scale;
+            store_low_halves(weights + 2 * i, to_weight(stored.a), to_weight(stored.b));
+            put<M>(m + i * itemsize<M>, load_two(batch.m + i) * m_inverse);
+            if constexpr (ROOT)
+                put_up<V>(v + i * itemsize<V>, load_two(batch.g + i), v_inverse, random);
+            else
+                put<V>(v + i * itemsize<V>, load_two(batch.v + i) * v_inverse);
+        }
+    }
+}
+
+template <typename G>
+Work with_gradient(const Sweep& sweep) {
+    const Blocks &p = sweep.master, &m = sweep.m, &v = sweep.v;
+    if (sweep.weights.dtype != number<BF16>) return sweep_by_pointer;
+    if (p.is<FP32>() && m.is<FP32>() && v.is<FP32>()) return sweep_in_place<G, FP32, FP32, FP32>;  // O1
+    if (p.is<FP16>() && m.is<E4M3>() && v.is<FP16>()) return sweep_in_place<G, FP16, E4M3, FP16>;  // O2
+    return sweep_by_pointer;
+}
+
+Work work_of(const Sweep& sweep) {
+    if (sweep.gradient.is<FP32>()) return with_gradient<FP32>(sweep);
+    if (sweep.gradient.is<BF16>()) return with_gradient<BF16>(sweep);
+    if (sweep.gradient.is<E4M3>()) return with_gradient<E4M3>(sweep);
+    return sweep_by_pointer;
+}
+
+uint32_t key_of(uint32_t stream, int64_t parameter) {
+    uint32_t word = mix_but_for_the_end(stream ^ uint32_t(parameter));
+    return word ^ word >> 15;
+}
+
+// Rows first to last of all segments', one after the other.
+void adam_rows(const Sweep& sweep, int64_t first, int64_t last) {
+    const Work work = work_of(sweep);
+    int64_t seen = 0;  // rows of the segments so far
+    for (int64_t each = 0; each < sweep.segment_count && seen < last; ++each) {
+        const Segment& segment = sweep.segments[each];
+        const int64_t length = segment.last_row - segment.first_row;
+        const uint32_t key = key_of(sweep.stream, segment.parameter);
+        const int64_t from = first > seen ? first - seen : 0,
+                      to = last < seen + length ? last - seen : length;
+        in_batches(from, to, sweep.n, [&](int64_t row, int rows) {
+            const Random random(key, uint32_t(segment.first_element + row * sweep.n));
+            work(sweep, segment.first_row + row, rows, random);
+        });
+        seen += length;
+    }
+}
+
+void adam_step(Sweep& sweep, int threads) {
+    if (sweep.control[1] == 0) return;
+    const Scalars& s = sweep.scalars;
+    const float unit = power_of_two(127 + UNIT);
+    sweep.by = {sweep.control[0] * unit, s.decoupled ? s.decay : 1.0f, s.beta1 * unit,
+                sweep.v.f().encode_up ? unit * s.root_beta2 : unit * unit * s.beta2};
+    int64_t rows = 0;
+    for (int64_t each = 0; each < sweep.segment_count; ++each)
+        rows += sweep.segments[each].last_row - sweep.segments[each].first_row;
+    in_parallel(rows, threads, [&](int64_t first, int64_t last, int) { adam_rows(sweep, first, last); });
+}
+
+}  // namespace ISA

@@ -1,0 +1,105 @@
+// Blocks and values in memory, and the conversions between them; ops/blocks.py.
+#pragma once
+#include "formats.h"
+
+namespace ISA {
+
+struct Blocks {  // as ops.blocks.Blocks: codes [blocks, n], scales [blocks] or null
+    char* codes;
+    uint8_t* scales;
+    int64_t format;
+
+    template <typename F>
+    bool is() const {
+        return format == number<F>;
+    }
+    const Format& f() const { return FORMATS[format]; }
+    char* at(int64_t row, int n) const { return codes + row * n * f().itemsize; }
+    uint8_t* scale(int64_t row) const { return scales ? scales + row : nullptr; }
+
+    void decode(int64_t row, int rows, int n, float factor, float* out) const {
+        f().decode(at(row, n), scale(row), factor, out, rows, n);
+    }
+    void encode(int64_t row, int rows, int n, const float* x, const uint32_t* amax, int unit) const {
+        f().encode(x, amax, unit, at(row, n), scale(row), rows, n);
+    }
+    void encode(int64_t row, int rows, int n, const float* x) const {
+        uint32_t amax[MAX_ROWS];
+        for (int i = 0; i < rows; ++i) amax[i] = amax_of(x + i * n, n);
+        encode(row, rows, n, x, amax, 0);
+    }
+};
+
+struct Values {  // a tensor in the model's dtype
+    char* data;
+    int64_t dtype;  // as Blocks::format
+
+    int itemsize() const { return FORMATS[dtype].itemsize; }
+    char* at(int64_t element) const { return data + element * itemsize(); }
+};
+
+void read(const char* from, int64_t dtype, float* x, int count) {
+    if (dtype == number<FP16>)  // a half without a scale
+        for (int i = 0; i < count; i += LANES) store(x + i, from_half(load<u16>(from + 2 * i)));
+    else
+        FORMATS[dtype].decode(from, nullptr, 1.0f, x, 1, count);
+}
+
+void write(const float* x, int count, char* to, int64_t dtype) {
+    const uint32_t amax = 0;
+    if (dtype == number<FP16>)
+        for (int i = 0; i < count; i += LANES) store(to + 2 * i, to_half(load<f32>(x + i)));
+    else
+        FORMATS[dtype].encode(x, &amax, 0, to, nullptr, 1, count);
+}
+
+// Calls work(row, rows) for batches of the rows.
+template <typename Work>
+void in_batches(int64_t first, int64_t last, int n, Work work) {
+    const int64_t batch = BATCH / n;
+    for (int64_t row = first; row < last; row += batch)
+        work(row, int(last - row < batch ? last - row : batch));
+}
+
+// Calls work(first, last, part): rows first to last are a thread's part.
+template <typename Work>
+void in_parallel(int64_t rows, int threads, Work work) {
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int part = 0; part < threads; ++part) work(rows * part / threads, rows * (part + 1) / threads, part);
+}
+template <typename Work>
+void in_parallel_batches(int64_t rows, int n, int threads, Work work) {
+    in_parallel(rows, threads, [&](int64_t first, int64_t last, int part) {
+        in_batches(first, last, n, [&](int64_t row, int count) { work(row, count, part); });
+    });
+}
+
+void quantize(const Values& values, int64_t count, const Blocks& out, int64_t blocks, int n, int threads) {
+    in_parallel_batches(blocks, n, threads, [&](int64_t row, int rows, int) {
+        alignas(64) float x[BATCH];
+        alignas(64) char padded[BATCH * 4];
+        const char* from = values.at(row * n);
+        const int64_t left = count - row * n;
+        if (left < rows * n) {  // past the end of a parameter
+            memset(padded, 0, size_t(rows * n * values.itemsize()));
+            if (left > 0) memcpy(padded, from, size_t(left * values.itemsize()));
+            from = padded;
+        }
+        read(from, values.dtype, x, rows * n);
+        out.encode(row, rows, n, x);
+    });
+}
+
+void dequantize(const Blocks& blocks, const Values& out, int64_t count, int n, int threads) {
+    in_parallel_batches((count + n - 1) / n, n, threads, [&](int64_t row, int rows, int) {
+        alignas(64) float x[BATCH];
+        alignas(64) char whole[BATCH * 4];
+        blocks.decode(row, rows, n, 1.0f, x);
+        const int64_t left = count - row * n;
+        if (left >= rows * n) return write(x, rows * n, out.at(row * n), out.dtype);
+        write(x, rows * n, whole, out.dtype);
+        memcpy(out.at(row * n), whole, size_t(left * out.itemsize()));
+    });
+}
+
+}  // namespace ISA

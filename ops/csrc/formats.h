@@ -1,0 +1,268 @@
+// One decoder, one encoder and one stochastic encoder a format, on a block of FP32 values in L1.
+// The arithmetic is that of ops/blocks.py and ops/rounding.py. Formats meet by pointer: no product of
+// formats is ever compiled.
+#pragma once
+#include "lanes.h"
+
+namespace ISA {
+
+constexpr int BATCH = 256;  // elements worked on at a time: their FP32 values stay in L1
+constexpr int MAX_ROWS = BATCH / 32;
+constexpr int RANDOM_BITS = 16;
+
+struct E4M3 {
+    using Code = u8;
+    static constexpr int exponent_bits = 4, mantissa_bits = 3, lost_codes = 2;
+    // As a half, 2^8 smaller: four exponent bits in the low four of five.
+    static constexpr int unit = 8;
+    static f32 decode(u8 code) { return from_half(widen_signed((i8)code) << 7 & 0xBFFF); }
+};
+
+struct E5M2 {
+    using Code = u8;
+    static constexpr int exponent_bits = 5, mantissa_bits = 2, lost_codes = 1;
+    static constexpr int unit = 0;
+    static f32 decode(u8 code) { return from_half(widen_signed((i8)code) << 8); }
+};
+
+struct FP16 {
+    using Code = u16;
+    static constexpr int exponent_bits = 5, mantissa_bits = 10, lost_codes = 1;
+    static constexpr int unit = 0;
+    static f32 decode(u16 code) { return from_half(code); }
+    static u16 encode(f32 x) { return to_half(x); }
+};
+
+struct BF16 {
+    using Code = u16;
+    static constexpr int exponent_bits = 8, mantissa_bits = 7, lost_codes = 1;
+    static constexpr int unit = 0;
+    static f32 decode(u16 code) { return float_of(widen(code) << 16); }
+    static u16 encode(f32 x) {
+        u32 bits = bits_of(x), rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+        return low_half((bits & MAGNITUDE) > INFINITE ? u32{} + 0x7FC0 : rounded);
+    }
+};
+
+struct FP32 {
+    using Code = f32;
+    static constexpr int exponent_bits = 8, mantissa_bits = 23, lost_codes = 1;
+    static constexpr int unit = 0;
+    static f32 decode(f32 code) { return code; }
+    static f32 encode(f32 x) { return x; }
+};
+
+// Their numbers, as in ops.cpu.FORMATS.
+template <typename F>
+constexpr int64_t number = -1;
+template <>
+constexpr int64_t number<FP32> = 0;
+template <>
+constexpr int64_t number<BF16> = 1;
+template <>
+constexpr int64_t number<FP16> = 2;
+template <>
+constexpr int64_t number<E4M3> = 3;
+template <>
+constexpr int64_t number<E5M2> = 4;
+
+template <typename F>
+constexpr int itemsize = int(sizeof(typename F::Code)) / LANES;
+template <typename F>
+constexpr bool scaled = F::exponent_bits < 8;
+template <typename F>
+constexpr int bias = (1 << (F::exponent_bits - 1)) - 1;
+template <typename F>
+constexpr int dropped = 23 - F::mantissa_bits;
+template <typename F>
+constexpr int max_exponent = bias<F> + (F::lost_codes == 2 ? 1 : 0);
+template <typename F>
+constexpr uint32_t max_mantissa = (1u << 23) - (uint32_t(F::lost_codes) << dropped<F>);
+
+// To the nearest code, ties to even, of values within an 8-bit format's range. Adding a number of which
+// the code's last place is the last place rounds; what lands in its low byte, with the exponent above it
+// shifted down to it, is the code, for a constant that is part of the number.
+template <typename F>
+inline u32 nearest(f32 x) {  // the low byte
+    constexpr int drop = dropped<F>, mantissa = F::mantissa_bits, smallest = 128 - bias<F>;
+    constexpr uint32_t low = 0u - (uint32_t(smallest + drop) << mantissa);
+    u32 bits = bits_of(x);
+    u32 exponent = larger(bits & INFINITE, (u32{} + smallest) << 23);
+    f32 rounded = absolute(x) + float_of(exponent + ((uint32_t(drop) << 23) + (low & 0xFF)));
+    u32 code = bits_of(rounded) + (bits_of(rounded) >> drop);
+    return pick(0x80, bits >> 24, code);
+}
+
+struct Pair {  // 2 * LANES values, one after the other
+    f32 a, b;
+    Pair operator*(float x) const { return {a * x, b * x}; }
+};
+inline Pair load_two(const float* x) { return {load<f32>(x), load<f32>(x + LANES)}; }
+
+// Rounds scaled values to nearest and stores their codes.
+template <typename F>
+inline void put(char* to, Pair x) {
+    if constexpr (itemsize<F> == 1) {
+        store_low_bytes(to, nearest<F>(x.a), nearest<F>(x.b));
+    } else {
+        store(to, F::encode(x.a));
+        store(to + LANES * itemsize<F>, F::encode(x.b));
+    }
+}
+
+// The same, and returns what the codes decode to.
+template <typename F>
+inline Pair put_and_read(char* to, Pair x) {
+    const typename F::Code a = F::encode(x.a), b = F::encode(x.b);
+    store(to, a);
+    store(to + LANES * itemsize<F>, b);
+    return {F::decode(a), F::decode(b)};
+}
+
+inline uint32_t amax_of(const float* x, int n) {  // as bits
+    u32 amax = {};
+    for (int i = 0; i < n; i += LANES) amax = larger(amax, load<u32>(x + i) & MAGNITUDE);
+    return largest(amax);
+}
+
+struct Scale {
+    int e;          // its E8M0 byte
+    float inverse;  // what brings 2^unit times the values onto the codes
+};
+
+// Of a block of zeros, or with inf or NaN, or near the end of the range. Kept apart: where a compiler sees
+// these minima among the rest, it moves the scalars into vectors and back, and waits.
+__attribute__((noinline, cold)) inline Scale rare_scale(int exponent, int e, int unit) {
+    if (exponent == 255) return {255, 0.0f};
+    e = e < 1 ? 1 : e > 254 ? 254 : e;
+    return {e, power_of_two(254 - unit - e < 0 ? 0 : 254 - unit - e)};
+}
+
+template <typename F>
+inline Scale scale_of(uint32_t amax, int unit) {
+    const int exponent = int(amax >> 23);
+    const int e = exponent - (max_exponent<F> + unit) + ((amax & 0x7FFFFF) > max_mantissa<F>);
+    if (e < 1 || e > 254 - unit || exponent == 255) return rare_scale(exponent, e, unit);
+    return {e, power_of_two(254 - unit - e)};
+}
+
+// What brings 2^unit times the values onto the codes; writes the scale.
+template <typename F>
+inline float scale_down(uint32_t amax, int unit, uint8_t* scale) {
+    if constexpr (!scaled<F>) return power_of_two(127 - unit);
+    const Scale found = scale_of<F>(amax, unit);
+    *scale = uint8_t(found.e);
+    return found.inverse;
+}
+
+// Codes of a batch of blocks, read where they lie.
+template <typename F>
+struct Reader {
+    const char* codes;
+    const uint8_t* scales;
+    float factor;
+
+    float scale(int row) const { return scaled<F> ? power_of_two(scales[row]) * factor : factor; }
+    f32 at(int i, float scale) const {  // LANES values from the i-th on, which are a row's
+        f32 x = F::decode(load<typename F::Code>(codes + i * itemsize<F>));
+        if constexpr (F::unit != 0) x = x * power_of_two(127 + F::unit);
+        return x * scale;
+    }
+};
+
+// `rows` blocks of n values each.
+template <typename F>
+void decode(const void* codes, const uint8_t* scales, float factor, float* out, int rows, int n) {
+    const Reader<F> from = {static_cast<const char*>(codes), scales, factor};
+    for (int row = 0, i = 0; row < rows; ++row) {
+        const float scale = from.scale(row);
+        for (; i < (row + 1) * n; i += LANES) store(out + i, from.at(i, scale));
+    }
+}
+
+template <typename F>
+void encode(const float* x, const uint32_t* amax, int unit, void* codes, uint8_t* scales, int rows, int n) {
+    char* to = static_cast<char*>(codes);
+    for (int row = 0, i = 0; row < rows; ++row) {
+        const float inverse = scale_down<F>(amax[row], unit, scales + row);
+        for (; i < (row + 1) * n; i += 2 * LANES) put<F>(to + i * itemsize<F>, load_two(x + i) * inverse);
+    }
+}
+
+// The upper 16 of 32 hashed bits are the random ones; ops/rounding.py.
+constexpr uint32_t SPREAD = 0x9E3779B9;
+template <typename T>
+inline T mix_but_for_the_end(T x) {
+    x = (x ^ x >> 16) * 0x21F0AAADu;
+    return (x ^ x >> 15) * 0xD35A2D97u;
+}
+
+struct Random {  // of elements one after the other
+    u32 index;
+
+    Random(uint32_t key, uint32_t element) {
+        for (int i = 0; i < LANES; ++i) index[i] = (element + uint32_t(i)) * SPREAD + key;
+    }
+    u32 next() {
+        const u32 bits = mix_but_for_the_end(index) >> (32 - RANDOM_BITS);
+        index += LANES * SPREAD;
+        return bits;
+    }
+};
+
+template <typename F>
+inline u32 round_up_from_zero(f32 value, f32 onto_codes, u32 random) {
+    constexpr int drop = dropped<F>, more = (drop - RANDOM_BITS) & 31, fewer = (RANDOM_BITS - drop) & 31;
+    u32 bits = bits_of(onto_codes);
+    if constexpr (!scaled<F>) bits = value == value ? bits : u32{} + 0x7FC00000;
+    u32 noise = drop > RANDOM_BITS ? random << more : random >> fewer;
+    u32 code = larger((bits + noise) >> drop, u32{} + 1);
+    return value == f32{} ? u32{} : code;
+}
+
+// Stores codes of values that are not negative, rounded stochastically, never from non-zero to zero. The bits
+// below the code are cut, after noise as wide as they are has been added.
+template <typename F>
+inline void put_up(char* to, Pair x, float inverse, Random& random) {
+    const float onto_fp32 = power_of_two(bias<F>);  // 2^(bias - 127)
+    const Pair codes = x * inverse * onto_fp32;
+    const u32 a = round_up_from_zero<F>(x.a, codes.a, random.next());
+    const u32 b = round_up_from_zero<F>(x.b, codes.b, random.next());
+    if constexpr (itemsize<F> == 1)
+        store_low_bytes(to, a, b);
+    else
+        store_low_halves(to, a, b);
+}
+
+template <typename F>
+void encode_up(const float* x, Random random, const uint32_t* amax, int unit, void* codes, uint8_t* scales,
+               int rows, int n) {
+    char* to = static_cast<char*>(codes);
+    for (int row = 0, i = 0; row < rows; ++row) {
+        const float inverse = scale_down<F>(amax[row], unit, scales + row);
+        for (; i < (row + 1) * n; i += 2 * LANES)
+            put_up<F>(to + i * itemsize<F>, load_two(x + i), inverse, random);
+    }
+}
+
+struct Format {
+    void (*decode)(const void* codes, const uint8_t* scales, float factor, float* out, int rows, int n);
+    void (*encode)(const float* x, const uint32_t* amax, int unit, void* codes, uint8_t* scales, int rows,
+                   int n);
+    void (*encode_up)(const float* x, Random random, const uint32_t* amax, int unit, void* codes,
+                      uint8_t* scales, int rows, int n);
+    int itemsize;
+};
+
+template <typename F>
+constexpr Format by_pointer() {
+    if constexpr (dropped<F> == 0)
+        return {decode<F>, encode<F>, nullptr, itemsize<F>};
+    else
+        return {decode<F>, encode<F>, encode_up<F>, itemsize<F>};
+}
+// By number.
+constexpr Format FORMATS[] = {by_pointer<FP32>(), by_pointer<BF16>(), by_pointer<FP16>(), by_pointer<E4M3>(),
+                              by_pointer<E5M2>()};
+
+}  // namespace ISA

@@ -1,0 +1,24 @@
+// The four ops of a backend on a CPU, behind the contracts of ops/blocks.py, ops/reduction.py and
+// ops/adam.py: same codes, same scales. A batch of blocks is decoded into FP32 in L1 by its format, computed,
+// and encoded by its format; nothing longer is ever in between. Compiled once an instruction set, which ISA
+// names, and without fused multiply-add: the order of roundings is part of the contract.
+#include "adam.h"
+#include "reduction.h"
+
+#define JOIN(name, isa) name##_##isa
+#define NAMED(name, isa) JOIN(name, isa)
+#define EXPORT extern "C" __attribute__((visibility("default"))) void
+
+EXPORT NAMED(quantize, ISA)(const ISA::Values* values, int64_t count, const ISA::Blocks* out, int64_t blocks,
+                            int n, int threads) {
+    ISA::quantize(*values, count, *out, blocks, n, threads);
+}
+EXPORT NAMED(dequantize, ISA)(const ISA::Blocks* blocks, const ISA::Values* out, int64_t count, int n,
+                              int threads) {
+    ISA::dequantize(*blocks, *out, count, n, threads);
+}
+EXPORT NAMED(accumulate, ISA)(const ISA::Blocks* pieces, int ranks, const ISA::Blocks* shard, int fresh,
+                              int64_t blocks, int n, int threads, ISA::Figures* figures) {
+    ISA::accumulate(pieces, ranks, *shard, fresh, blocks, n, threads, figures);
+}
+EXPORT NAMED(adam_step, ISA)(ISA::Sweep* sweep, int threads) { ISA::adam_step(*sweep, threads); }
