@@ -16,10 +16,11 @@ import ds_fp8
 from ds_fp8 import ds_config, memory
 from ds_fp8.compat import ZERO_OPTIMIZATION, CreateLossScaler, NoopTimer
 from ds_fp8.config import FP8Config, parse, refusal, show
-from ds_fp8.ops.formats import BY_NAME, FP32
+from ds_fp8.ops.formats import FP32
 from ds_fp8.zero_fp8.agreement import check_agreement
 from ds_fp8.zero_fp8.handler import FP8ZeROOptimizer, ZeroSettings
-from ds_fp8.zero_fp8.optimizer import FP8AdamW, Recipe
+from ds_fp8.zero_fp8.optimizer import FP8AdamW
+from ds_fp8.zero_fp8.recipe import Recipe, recipe_of
 
 logger = logging.getLogger("ds_fp8")
 
@@ -211,24 +212,6 @@ def configure_zero_optimizer(original: Method) -> Method:
     return method
 
 
-def recipe_of(config: FP8Config, *, accumulating: bool) -> Recipe:
-    """The section as plain values; `accumulating`: several micro-steps reach the reduced gradient."""
-    states, gradients = config.states, config.gradients
-    wire = BY_NAME[gradients.dtype]
-    shard = BY_NAME[gradients.accum_dtype] if gradients.accum_dtype else FP32 if accumulating else wire
-    return Recipe(
-        block_size=config.block_size,
-        wire=wire,
-        shard=shard,
-        promote=gradients.accum_dtype is None,
-        master=BY_NAME[states.master],
-        exp_avg=BY_NAME[states.exp_avg],
-        exp_avg_sq=BY_NAME[states.exp_avg_sq],
-        clamp=config.optimizer.clamp,
-        seed=config.optimizer.seed,
-    )
-
-
 def settings_of(config: FP8Config, engine: Any) -> ZeroSettings:
     """What the handler obeys of the engine's config."""
     return ZeroSettings(
@@ -272,6 +255,7 @@ def replace_optimizer(optimizer: Any) -> FP8AdamW:
     Raises ValueError for an optimizer of another type and for one that has stepped already.
     """
     if type(optimizer) is FP8AdamW:
+        _refuse_used_alone(optimizer)
         return optimizer
     decoupled: dict[type, Callable[[dict[str, Any]], bool]] = {
         torch.optim.AdamW: lambda _: True,
@@ -285,10 +269,23 @@ def replace_optimizer(optimizer: Any) -> FP8AdamW:
             "none" if not isinstance(optimizer, torch.optim.Optimizer) else type(optimizer).__qualname__
         )
         raise ValueError(f"optimizer: received {received}, allowed with fp8: {known}")
-    if optimizer.state:
-        raise ValueError("optimizer: received one that has stepped already, allowed: one without state")
+    _refuse_stepped(optimizer)
     for group in optimizer.param_groups:
         group["adam_w_mode"] = decoupled[type(optimizer)](group)
     replaced = FP8AdamW(optimizer.param_groups)
     optimizer._opt_called = True  # or a scheduler made with it warns that it was never stepped
     return replaced
+
+
+def _refuse_used_alone(optimizer: FP8AdamW) -> None:
+    _refuse_stepped(optimizer)
+    if optimizer.fp8 is not None:
+        raise ValueError(
+            f"FP8AdamW(fp8=...): received {show(optimizer.fp8)}, allowed with DeepSpeed: none; the formats "
+            'are those of the "fp8" section of its config'
+        )
+
+
+def _refuse_stepped(optimizer: Any) -> None:
+    if optimizer.state:
+        raise ValueError("optimizer: received one that has stepped already, allowed: one without state")

@@ -7,8 +7,8 @@ and sent and compare.
 from collections.abc import Sequence
 
 from ds_fp8.ops.formats import FP32, Format
-from ds_fp8.zero_fp8.optimizer import Recipe
 from ds_fp8.zero_fp8.partition import Bucket
+from ds_fp8.zero_fp8.recipe import Recipe
 
 MESSAGE_ALIGNMENT = 16  # bytes a message between two ranks is padded to
 

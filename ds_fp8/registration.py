@@ -16,7 +16,7 @@ from deepspeed.accelerator import get_accelerator
 
 from ds_fp8 import engine
 from ds_fp8.compat import ALL_OPS, DeepSpeedConfig, DeepSpeedEngine, check_signatures
-from ds_fp8.ops.builder import FP8TritonBuilder
+from ds_fp8.ops.builder import FP8CPUBuilder, FP8TritonBuilder
 
 logger = logging.getLogger("ds_fp8")
 
@@ -48,7 +48,7 @@ SEAM = (
     (DeepSpeedEngine, "_scheduler_from_config", engine.scheduler_from_config),
 )
 
-BUILDERS = {each.__name__: each for each in (FP8TritonBuilder,)}
+BUILDERS = {each.__name__: each for each in (FP8CPUBuilder, FP8TritonBuilder)}
 
 _patches: list[Patch] = []
 

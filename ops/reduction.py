@@ -12,6 +12,8 @@ from torch import Tensor
 
 from ds_fp8.ops.blocks import NOT_FINITE, Blocks, chunks, decode, encode, power_of_two
 
+LANES = 16
+
 
 def accumulate(pieces: Sequence[Blocks], shard: Blocks, *, fresh: bool) -> Tensor:
     """Add the ranks' pieces, in the order given, and add their sum to the shard; returns its figures.
@@ -31,11 +33,13 @@ def accumulate(pieces: Sequence[Blocks], shard: Blocks, *, fresh: bool) -> Tenso
 def figures(shard: Blocks) -> Tensor:
     """[2] float64: sum of squares of the finite blocks as stored, and the count of the others.
 
-    Squares are added in FP32 within a block, without its scale, and in float64 between blocks.
+    Squares are added in FP32 within a block, without its scale, and in float64 between blocks. Within a
+    block there are LANES sums of every LANES-th square, added in turn: the order of the C++ kernels. A GPU
+    adds in an order of its own, with a norm that differs in the last place.
     """
     result = torch.zeros(2, dtype=torch.float64, device=shard.codes.device)
     for part in chunks(len(shard), shard.block_size):
-        squares = shard.codes[part].to(torch.float32).square().sum(dim=1)
+        squares = _sum_in_lanes(shard.codes[part].to(torch.float32).square())
         finite = squares.isfinite()
         squares = squares.to(torch.float64)
         if shard.scales is not None:
@@ -43,6 +47,13 @@ def figures(shard: Blocks) -> Tensor:
             squares = squares * power_of_two(shard.scales[part]).to(torch.float64).square()
         result += torch.stack([torch.where(finite, squares, 0.0).sum(), (~finite).sum()])
     return result
+
+
+def _sum_in_lanes(values: Tensor) -> Tensor:
+    """Sums of the rows of [rows, block size], in the order that `figures` tells."""
+    lanes = values.view(len(values), -1, LANES)
+    sums = sum(lanes.unbind(dim=1)[1:], start=lanes[:, 0])
+    return sum(sums.unbind(dim=1)[1:], start=sums[:, 0])
 
 
 def first_non_finite_block(shard: Blocks) -> int | None:

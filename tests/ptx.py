@@ -35,7 +35,7 @@ from ds_fp8.ops.adam import AdamScalars, AdamState, Segment, next_clamp
 from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.formats import BY_NAME, E4M3, FP32, Format
 from ds_fp8.zero_fp8.comm import Message
-from ds_fp8.zero_fp8.optimizer import Recipe
+from ds_fp8.zero_fp8.recipe import Recipe
 
 META = torch.device("meta")
 ARCHITECTURES = (80, 89, 90)

@@ -1,4 +1,4 @@
-"""DeepSpeed finds the builder by name and in its op report, with status and reason."""
+"""DeepSpeed finds the builders by name and in its op report, with status and reason."""
 
 import contextlib
 import io
@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from deepspeed.env_report import op_report
 
 import ds_fp8
 from ds_fp8.compat import ALL_OPS
-from ds_fp8.ops.builder import FP8TritonBuilder
+from ds_fp8.ops import build
+from ds_fp8.ops.builder import FP8CPUBuilder, FP8TritonBuilder
 
 
 @pytest.fixture
@@ -35,9 +37,10 @@ def line_of(text: str, name: str) -> str:
     return next(line for line in text.splitlines() if line.startswith(name))
 
 
-def test_found_by_class_name(registered: None) -> None:
-    assert get_accelerator().get_op_builder("FP8TritonBuilder") is FP8TritonBuilder
-    assert isinstance(get_accelerator().create_op_builder("FP8TritonBuilder"), FP8TritonBuilder)
+@pytest.mark.parametrize("builder", [FP8CPUBuilder, FP8TritonBuilder])
+def test_found_by_class_name(registered: None, builder: type) -> None:
+    assert get_accelerator().get_op_builder(builder.__name__) is builder
+    assert isinstance(get_accelerator().create_op_builder(builder.__name__), builder)
 
 
 def test_other_builders_are_found_as_ever(registered: None) -> None:
@@ -86,9 +89,40 @@ def test_load_returns_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     assert FP8TritonBuilder().load().name == "triton"
 
 
+needs_compiler = pytest.mark.skipif(build.compiler() is None, reason=build.NO_COMPILER)
+
+
+@needs_compiler
+def test_cpu_kernels_are_reported_without_building(
+    registered: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    assert "OKAY" in line_of(report(), "fp8_cpu")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_report_says_that_a_compiler_is_missing(
+    registered: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(build, "compiler", lambda: None)
+    text = report()
+    assert "NO" in line_of(text, "fp8_cpu").split()[-1]
+    assert "install g++" in text
+    with pytest.raises(RuntimeError, match=r"fp8_cpu: no C\+\+ compiler"):
+        FP8CPUBuilder().load()
+
+
+@needs_compiler
+def test_load_builds_the_cpu_kernels() -> None:
+    assert FP8CPUBuilder().load().name == "cpu"
+    assert all(Path(each).is_absolute() for each in FP8CPUBuilder().sources())
+
+
 def test_deepspeeds_own_report_through_the_launcher() -> None:
     """`python -m ds_fp8 -m deepspeed.env_report`: the op report of a process that has registered."""
     command = [sys.executable, "-m", "ds_fp8", "-m", "deepspeed.env_report"]
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert "fp8_triton" in done.stdout, done.stderr
+    assert "fp8_cpu" in done.stdout, done.stderr

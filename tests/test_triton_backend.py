@@ -5,8 +5,8 @@ import importlib.util
 import pytest
 import torch
 
-from ds_fp8.ops import adam_triton, blocks_triton, reduction_triton
-from ds_fp8.ops.backend import BUILT, REFERENCE, VARIABLE, choose, triton_backend
+from ds_fp8.ops import adam_triton, blocks_triton, build, reduction_triton
+from ds_fp8.ops.backend import BUILT, REFERENCE, VARIABLE, choose, cpu_backend, triton_backend
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -24,14 +24,13 @@ def give_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> No
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
 
 
-def test_a_cpu_has_the_reference() -> None:
-    assert choose(CPU) is REFERENCE
-    assert REFERENCE.name == "reference"
-
-
-def test_a_cpu_has_the_reference_though_triton_is_interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert choose(CPU) is REFERENCE
+@pytest.mark.skipif(build.compiler() is None, reason=build.NO_COMPILER)
+@pytest.mark.parametrize("interpreted", [False, True])
+def test_a_cpu_has_the_cpp_kernels(monkeypatch: pytest.MonkeyPatch, interpreted: bool) -> None:
+    if interpreted:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert choose(CPU) == cpu_backend()
+    assert choose(CPU).name == "cpu"
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (12, 0)])
@@ -73,7 +72,7 @@ def test_a_wrong_value_is_refused(monkeypatch: pytest.MonkeyPatch, value: str, d
     monkeypatch.setenv(VARIABLE, value)
     with pytest.raises(ValueError, match="allowed") as caught:
         choose(device)
-    assert str(caught.value) == f"DS_FP8_BACKEND: received {value!r}, allowed: {', '.join(BUILT)}"
+    assert str(caught.value) == f"DS_FP8_BACKEND: received {value!r}, allowed: reference, {', '.join(BUILT)}"
 
 
 @pytest.mark.parametrize("interpret", [None, "0"])

@@ -12,8 +12,10 @@ from ds_fp8.ops.backend import REFERENCE
 from ds_fp8.ops.blocks import quantize
 from ds_fp8.ops.formats import BY_NAME, E4M3
 from ds_fp8.zero_fp8 import checkpoint
-from ds_fp8.zero_fp8.optimizer import FP8AdamW, Recipe, Shard
+from ds_fp8.zero_fp8.optimizer import FP8AdamW
 from ds_fp8.zero_fp8.partition import Bucket, ParameterSpec, partition
+from ds_fp8.zero_fp8.recipe import Recipe
+from ds_fp8.zero_fp8.shard import Shard
 
 SIZES = (1, 7, 129, 1000, 333, 128, 2047)  # nothing divides, blocks of 128 among 4 ranks
 STEPS = 20

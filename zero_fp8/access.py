@@ -16,8 +16,8 @@ from torch.nn import Parameter
 from ds_fp8.ops.adam import UNIT, decode_second_moment, encode_second_moment, square_root, write_weights
 from ds_fp8.ops.blocks import Blocks, chunks, decode, quantize
 from ds_fp8.zero_fp8.comm import sum_over_ranks
-from ds_fp8.zero_fp8.optimizer import Shard
 from ds_fp8.zero_fp8.partition import Piece
+from ds_fp8.zero_fp8.shard import Shard
 
 BOUND = ("_hp_mapping", "get_full_hp_param", "set_full_hp_param", "get_full_hp_grad", "set_full_hp_grad")
 STATES = ("exp_avg", "exp_avg_sq")

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from ds_fp8.ops.adam import AdamState
 from ds_fp8.ops.blocks import Blocks, dequantize
-from ds_fp8.zero_fp8.optimizer import FP8AdamW, Recipe, Shard
+from ds_fp8.zero_fp8.optimizer import FP8AdamW
 from ds_fp8.zero_fp8.partition import Piece
+from ds_fp8.zero_fp8.recipe import Recipe
+from ds_fp8.zero_fp8.shard import Shard
 
 FORMAT_VERSION = 1
 LOSS_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")

@@ -23,8 +23,9 @@ from torch.utils.hooks import RemovableHandle
 
 from ds_fp8.ops.backend import Backend
 from ds_fp8.zero_fp8.comm import Message, exchange, max_over_ranks
-from ds_fp8.zero_fp8.optimizer import Recipe, Shard
 from ds_fp8.zero_fp8.partition import Bucket
+from ds_fp8.zero_fp8.recipe import Recipe
+from ds_fp8.zero_fp8.shard import Shard
 
 logger = logging.getLogger("ds_fp8")
 

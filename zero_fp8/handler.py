@@ -26,8 +26,10 @@ from ds_fp8.zero_fp8.access import FullTensors
 from ds_fp8.zero_fp8.agreement import check_agreement, first_objection
 from ds_fp8.zero_fp8.gradients import GradientReducer
 from ds_fp8.zero_fp8.norm import Verdict, non_finite_parameters
-from ds_fp8.zero_fp8.optimizer import FP8AdamW, Recipe, Shard
+from ds_fp8.zero_fp8.optimizer import FP8AdamW
 from ds_fp8.zero_fp8.partition import partition
+from ds_fp8.zero_fp8.recipe import Recipe
+from ds_fp8.zero_fp8.shard import Shard
 from ds_fp8.zero_fp8.trained import check_finite, trained_parameters
 from ds_fp8.zero_fp8.weights import Weights
 
@@ -100,6 +102,10 @@ class FP8ZeROOptimizer(ZeROOptimizer):
         )
         self.weights = [Weights(bucket, self.parameters, rank) for bucket in self.buckets]
         self.backend = choose(device)
+        if self.backend.instead and rank == 0:
+            logger.warning(
+                "plain PyTorch instead of kernels, with the same numbers: %s", self.backend.instead
+            )
         self.shards = [Shard(bucket, rank, recipe, device, self.backend) for bucket in self.buckets]
         self.gradients = GradientReducer(
             self.buckets, self.parameters, self.shards, recipe, group, self.backend

@@ -13,7 +13,7 @@ from torch.distributed import ProcessGroup
 
 from ds_fp8.ops.reduction import first_non_finite_block
 from ds_fp8.zero_fp8.comm import max_over_ranks, sum_over_ranks
-from ds_fp8.zero_fp8.optimizer import Shard
+from ds_fp8.zero_fp8.shard import Shard
 
 NAMED = 3  # parameters that a message names
 LARGEST = 2.0**40  # norm that a step takes, after clipping; beyond it sqrt(v) saturates

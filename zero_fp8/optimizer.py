@@ -1,58 +1,37 @@
-"""FP8AdamW, the hyperparameters of a run, and Shard, one rank's states of one bucket.
+"""FP8AdamW: the hyperparameters of a run in DeepSpeed, and an optimizer of its own without it.
 
-FP8AdamW is a real `torch.optim.Optimizer`, so that learning-rate schedulers accept it, but it
-holds no state of its own: the states live in shards, whose blocks follow the partition and not
-the parameters. It shares the `param_groups` dicts of the optimizer it replaces; with copies a
-scheduler would go on writing to dicts that nobody reads.
+It is a real `torch.optim.Optimizer`, so that learning-rate schedulers accept it. Under ZeRO it holds no
+state: the states live in shards, whose blocks follow the partition and not the parameters, and it
+shares the `param_groups` dicts of the optimizer that it replaces; with copies a scheduler would go on
+writing to dicts that nobody reads. Alone, `step` sweeps each parameter with the same kernels
+(`alone.py`).
 """
 
 import logging
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ds_fp8.ops.adam import AdamScalars, AdamState, Segment, next_clamp
-from ds_fp8.ops.backend import Backend
-from ds_fp8.ops.blocks import Blocks, chunks, decode, encode
-from ds_fp8.ops.formats import FP32, Format
-from ds_fp8.ops.reduction import figures
-from ds_fp8.zero_fp8.partition import Bucket
+from ds_fp8.config import SECTION, FP8Config, parse
+from ds_fp8.ops.adam import AdamScalars, next_clamp
+from ds_fp8.zero_fp8.alone import States
+from ds_fp8.zero_fp8.recipe import recipe_of
 
 logger = logging.getLogger("ds_fp8")
 
 UNSUPPORTED_FLAGS = ("amsgrad", "maximize", "differentiable")
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """The formats and rules of a run, as plain values."""
-
-    block_size: int
-    wire: Format  # gradients between ranks
-    shard: Format  # the reduced gradient
-    promote: bool  # a second micro-step turns the reduced gradient FP32
-    master: Format
-    exp_avg: Format
-    exp_avg_sq: Format
-    clamp: bool
-    seed: int
-
-    @property
-    def clamped(self) -> bool:
-        """Whether m is clamped: only a state below FP32 can need it."""
-        return self.clamp and (self.exp_avg is not FP32 or self.exp_avg_sq is not FP32)
-
-
 class FP8AdamW(torch.optim.Optimizer):
     """Adam or AdamW over FP8 states.
 
     lr, betas, eps, weight_decay, bias_correction: as in DeepSpeed's FusedAdam. adam_w_mode: decoupled
-    weight decay (AdamW) where true, L2 (Adam) where false. Raises ValueError for a value out of range
-    and for amsgrad, maximize and differentiable.
+    weight decay (AdamW) where true, L2 (Adam) where false. fp8: for use without DeepSpeed, formats of the
+    states as in the "fp8" section of a ds_config (opt_level, block_size, optimizer); O2 where left out.
+    Raises ValueError for a value out of range and for amsgrad, maximize and differentiable.
     """
 
     def __init__(
@@ -65,6 +44,7 @@ class FP8AdamW(torch.optim.Optimizer):
         *,
         bias_correction: bool = True,
         adam_w_mode: bool = True,
+        fp8: Mapping[str, Any] | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -74,29 +54,82 @@ class FP8AdamW(torch.optim.Optimizer):
             "bias_correction": bias_correction,
             "adam_w_mode": adam_w_mode,
         }
-        super().__init__(params, defaults)
-        for group in self.param_groups:
-            check_group(group)
         self.steps = 0
-        self.clamp_squares: list[float | None] = [None] * len(self.param_groups)
+        self.clamp_squares: list[float | None] = []
+        self.fp8 = fp8
+        config = parse({SECTION: {**(fp8 or {}), "enabled": True}})
+        assert isinstance(config, FP8Config)
+        self._alone = States(recipe_of(config))
+        super().__init__(params, defaults)
 
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Refused: the states live in the ZeRO handler."""
-        raise RuntimeError(
-            'FP8AdamW.step() runs inside DeepSpeed ZeRO 1 or 2 with "fp8": {"enabled": true}; '
-            "it does not step on its own in this version"
-        )
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        check_group(self.param_groups[-1])
+        self.clamp_squares.append(None)
+
+    # Without DeepSpeed
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of every parameter that has a gradient, without DeepSpeed.
+
+        The states of a parameter are made at its first step, its master from its weight. A gradient that
+        is not finite spoils the states, as in torch: clip and check before.
+        Raises ValueError for a parameter or gradient that the kernels cannot take.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        index = 0
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    state = self.state[parameter]
+                    self._alone.prepare(state, parameter)
+                    scalars, state["clamp_square"] = _scalars(
+                        group, state["step"] + 1, state["clamp_square"], clamp=self._alone.recipe.clamped
+                    )
+                    state["step"] += 1
+                    self._alone.sweep(state, parameter, index, scalars)
+                index += 1
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, the states as bytes; "fp8" says what they are."""
+        return {**super().state_dict(), "fp8": self._alone.identity}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what `state_dict` gave, byte for byte.
+
+        Raises ValueError, before anything is changed, where formats or shapes differ.
+        """
+        parameters = [each for group in self.param_groups for each in group["params"]]
+        self._alone.check(state_dict, parameters)
+        # torch casts states to the dtype of their parameter: not ours.
+        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
+        for index, saved in state_dict["state"].items():
+            device = parameters[index].device
+            self.state[parameters[index]] = {
+                key: value.to(device, copy=True) if isinstance(value, Tensor) else value
+                for key, value in saved.items()
+            }
+
+    # Under ZeRO
 
     def scalars(self, *, clamp: bool) -> list[AdamScalars]:
         """What the next step multiplies with, one set a param group; `advance` counts the step."""
-        squares = self._next_clamp_squares()
-        return [self._scalars(*each, clamp) for each in zip(self.param_groups, squares, strict=True)]
+        pairs = zip(self.param_groups, self.clamp_squares, strict=True)
+        return [_scalars(group, self.steps + 1, square, clamp=clamp)[0] for group, square in pairs]
 
     def advance(self, *, clamp: bool) -> None:
         """Count a step."""
         self.steps += 1
         self._opt_called = True  # what a scheduler asks before it steps
-        squares = self._next_clamp_squares()
+        squares = [
+            next_clamp(square, _betas(group))
+            for square, group in zip(self.clamp_squares, self.param_groups, strict=True)
+        ]
         for index, (before, after) in enumerate(zip(self.clamp_squares, squares, strict=True)):
             if clamp and after == math.inf != before:
                 betas = _betas(self.param_groups[index])
@@ -109,27 +142,29 @@ class FP8AdamW(torch.optim.Optimizer):
             logger.info("clamp off: %s", why)
         self.clamp_squares = [math.inf] * len(self.param_groups)
 
-    def _next_clamp_squares(self) -> list[float]:
-        pairs = zip(self.clamp_squares, self.param_groups, strict=True)
-        return [next_clamp(square, _betas(group)) for square, group in pairs]
-
-    def _scalars(self, group: dict[str, Any], clamp_square: float, clamp: bool) -> AdamScalars:
-        beta1, beta2 = _betas(group)
-        return AdamScalars(
-            step=self.steps + 1,
-            lr=float(group["lr"]),
-            beta1=beta1,
-            beta2=beta2,
-            eps=float(group["eps"]),
-            weight_decay=float(group["weight_decay"]),
-            decoupled=group["adam_w_mode"],
-            bias_correction=group["bias_correction"],
-            clamp=math.sqrt(clamp_square) if clamp and math.isfinite(clamp_square) else None,
-        )
-
 
 def _betas(group: dict[str, Any]) -> tuple[float, float]:
     return float(group["betas"][0]), float(group["betas"][1])
+
+
+def _scalars(
+    group: dict[str, Any], step: int, clamp_square: float | None, *, clamp: bool
+) -> tuple[AdamScalars, float]:
+    """What a step multiplies with, and the square of its clamp; clamp_square: the last step's."""
+    beta1, beta2 = _betas(group)
+    square = next_clamp(clamp_square, (beta1, beta2))
+    scalars = AdamScalars(
+        step=step,
+        lr=float(group["lr"]),
+        beta1=beta1,
+        beta2=beta2,
+        eps=float(group["eps"]),
+        weight_decay=float(group["weight_decay"]),
+        decoupled=group["adam_w_mode"],
+        bias_correction=group["bias_correction"],
+        clamp=math.sqrt(square) if clamp and math.isfinite(square) else None,
+    )
+    return scalars, square
 
 
 def check_group(group: dict[str, Any]) -> None:
@@ -146,62 +181,3 @@ def check_group(group: dict[str, Any]) -> None:
     betas = group["betas"]
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"optimizer.params.betas: received {betas}, allowed: two numbers in [0, 1)")
-
-
-class Shard:
-    """One rank's blocks of one bucket: reduced gradient and Adam states."""
-
-    def __init__(
-        self, bucket: Bucket, rank: int, recipe: Recipe, device: torch.device, backend: Backend
-    ) -> None:
-        def zeros(fmt: Format) -> Blocks:
-            return Blocks.zeros(bucket.blocks_per_rank, bucket.block_size, fmt, device)
-
-        self.recipe = recipe
-        self._backend = backend
-        self.pieces = tuple(bucket.pieces(rank))
-        segments = [Segment(each.rows, each.slot.parameter, each.first_element) for each in self.pieces]
-        self._plan = backend.plan(segments, bucket.blocks_per_rank, bucket.block_size, device)
-        self.state = AdamState(zeros(recipe.master), zeros(recipe.exp_avg), zeros(recipe.exp_avg_sq))
-        self.gradient = zeros(recipe.shard)
-        self.forget()
-
-    @property
-    def nbytes(self) -> int:
-        state = self.state
-        return sum(each.nbytes for each in (state.master, state.exp_avg, state.exp_avg_sq, self.gradient))
-
-    def forget(self) -> None:
-        """Let the next arrival replace what has been reduced."""
-        self.arrivals = 0  # exchanges since the last step
-        self.figures: Tensor | None = None  # of the reduced gradient, as `ops.reduction.figures` gives them
-
-    def take_masters(self, weights: Tensor) -> None:
-        """Round weights, [blocks, block size] of the model's dtype, into the masters."""
-        self._backend.quantize(weights.view(-1), self.state.master)
-
-    def must_promote(self) -> bool:
-        """Whether the next arrival would be lost in an 8-bit sum that nobody asked for."""
-        return self.recipe.promote and self.arrivals > 0 and self.gradient.format is not FP32
-
-    def promote(self) -> None:
-        """Turn the reduced gradient FP32, keeping its values."""
-        wide = Blocks.zeros(len(self.gradient), self.gradient.block_size, FP32, self.gradient.codes.device)
-        for part in chunks(len(wide), wide.block_size):
-            encode(decode(self.gradient[part]), wide[part])
-        self.gradient = wide
-
-    def receive(self, pieces: Sequence[Blocks]) -> None:
-        """Add one exchange's pieces, in rank order, to the reduced gradient."""
-        self.figures = self._backend.accumulate(pieces, self.gradient, fresh=self.arrivals == 0)
-        self.arrivals += 1
-
-    def set_gradient(self, values: Tensor, rows: slice) -> None:
-        """Round a vector into rows of the reduced gradient."""
-        self._backend.quantize(values, self.gradient[rows])
-        self.figures = figures(self.gradient)
-
-    def sweep(self, weights: Tensor, scalars: AdamScalars, control: Tensor) -> None:
-        """One Adam step, or none where `control` says so; writes the owned rows of the weights."""
-        seed = self.recipe.seed
-        self._backend.adam_step(self.state, self.gradient, weights, self._plan, scalars, control, seed=seed)

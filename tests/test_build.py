@@ -1,0 +1,181 @@
+"""The C++ kernels are built once, by one process, and nothing that was killed keeps anyone waiting."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from filelock import FileLock
+
+from ds_fp8.ops import backend, build, cpu
+from ds_fp8.ops.backend import REFERENCE, VARIABLE, choose
+
+CPU = torch.device("cpu")
+BUILD = "from ds_fp8.ops import build; print(build.library())"
+
+needs_compiler = pytest.mark.skipif(build.compiler() is None, reason=build.NO_COMPILER)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Nothing has been built, and nothing that this process has loaded counts."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
+    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.setattr(cpu, "_library", cpu._library.__wrapped__)
+    monkeypatch.setattr(cpu, "kernels", cpu.kernels.__wrapped__)
+    return tmp_path
+
+
+@pytest.fixture
+def counting_compiler(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A compiler that notes each call in a file."""
+    real, log, wrapper = build.compiler(), cache / "calls", cache / "my c++"
+    wrapper.write_text(f'#!/bin/sh\necho "$@" >> "{log}"\nexec "{real}" "$@"\n')
+    wrapper.chmod(0o755)
+    monkeypatch.setenv("CXX", str(wrapper))
+    return log
+
+
+def start(code: str = BUILD) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-c", f"import torch; {code}"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def outcome(process: "subprocess.Popen[str]") -> Path:
+    told, error = process.communicate(timeout=120)
+    assert process.returncode == 0, error
+    return Path(told.strip().splitlines()[-1])
+
+
+@needs_compiler
+def test_two_ranks_at_once_build_once(counting_compiler: Path) -> None:
+    """From nothing, in less than 30 seconds."""
+    began = time.monotonic()
+    ranks = [start() for _ in range(3)]
+    libraries = {outcome(each) for each in ranks}
+    assert time.monotonic() - began < 30
+    assert len(libraries) == 1
+    calls = counting_compiler.read_text().splitlines()
+    assert len(calls) == len(build.instruction_sets()) + 2  # dispatch, and the link
+    assert outcome(start()) in libraries
+    assert len(counting_compiler.read_text().splitlines()) == len(calls)
+
+
+@needs_compiler
+def test_what_a_killed_build_left_is_in_nobodys_way(counting_compiler: Path, cache: Path) -> None:
+    """Killed with its compilers, while it holds the lock."""
+    killed = start()
+    while not counting_compiler.exists():
+        time.sleep(0.01)
+    time.sleep(0.3)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    lock = next((cache / "cache").rglob("*.lock"))
+    assert lock.exists()
+    began = time.monotonic()
+    assert outcome(start()).exists()
+    assert time.monotonic() - began < 30
+
+
+def test_a_lock_that_is_held_is_named(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "PATIENCE", 0.2)
+    monkeypatch.setenv("CXX", sys.executable)  # never run
+    lock = build.library_path().with_suffix(".lock")
+    lock.parent.mkdir(parents=True)
+    with FileLock(lock), pytest.raises(build.BuildError) as caught:
+        build.library()
+    assert str(lock) in str(caught.value)
+    assert "has held the lock" in str(caught.value)
+
+
+def without_compiler(monkeypatch: pytest.MonkeyPatch, empty: Path) -> None:
+    monkeypatch.setenv("PATH", str(empty))
+    monkeypatch.delenv("CXX", raising=False)
+
+
+def test_without_a_compiler_the_reference_runs(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_compiler(monkeypatch, cache)
+    chosen = choose(CPU)
+    assert chosen.name == "reference"
+    assert chosen.adam_step is REFERENCE.adam_step
+    assert chosen.instead == build.NO_COMPILER
+    assert "g++" in build.NO_COMPILER
+    monkeypatch.setenv(VARIABLE, "cpu")
+    with pytest.raises(
+        ValueError, match=r"DS_FP8_BACKEND: received 'cpu', which cannot run on cpu: no C\+\+"
+    ):
+        choose(CPU)
+
+
+@needs_compiler
+def test_what_was_built_needs_no_compiler(counting_compiler: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = build.library()
+    without_compiler(monkeypatch, counting_compiler.parent)
+    assert build.library() == built
+    assert choose(CPU).name == "cpu"
+
+
+def test_a_build_that_fails_says_why(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = cache / "broken"
+    compiler.write_text("#!/bin/sh\necho 'error: no such thing as C++17'\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    with pytest.raises(
+        build.BuildError, match=r"the build failed: error: no such thing as C\+\+17"
+    ) as caught:
+        build.library()
+    log = Path(str(caught.value).rsplit("(all of it in ", 1)[1].rstrip(")"))
+    assert "no such thing" in log.read_text()
+    assert not build.library_path().exists()
+    assert "the build failed" in str(choose(CPU).instead)
+
+
+def test_a_cache_that_cannot_be_written_says_so(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (cache / "file").touch()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(cache / "file"))
+    monkeypatch.setenv("CXX", sys.executable)  # never run
+    with pytest.raises(build.BuildError, match=r"cannot build in .*file"):
+        build.library()
+
+
+def test_other_sources_are_another_library(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = build.library_path()
+    changed = cache / "csrc"
+    shutil.copytree(build.SOURCES, changed)
+    monkeypatch.setattr(build, "SOURCES", changed)
+    assert build.library_path() == before
+    with (changed / "adam.h").open("a") as file:
+        file.write("\n")
+    assert build.library_path() != before
+
+
+@needs_compiler
+def test_an_instruction_set_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(cpu.VARIABLE, "avx1024")
+    with pytest.raises(ValueError, match=r"DS_FP8_CPU_ISA: received 'avx1024', allowed .*portable"):
+        cpu.load()
+
+
+@needs_compiler
+def test_tensors_elsewhere_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "cpu")
+    with pytest.raises(ValueError, match=r"'cpu', which cannot run on cuda: .*host's memory"):
+        choose(torch.device("cuda"))
+
+
+@needs_compiler
+def test_the_kernels_are_those_of_the_module() -> None:
+    chosen = backend.cpu_backend()
+    assert chosen.name == "cpu"
+    for name in ("quantize", "dequantize", "accumulate", "plan", "adam_step"):
+        assert getattr(chosen, name) is getattr(cpu, name)

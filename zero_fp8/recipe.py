@@ -1,0 +1,44 @@
+"""The formats and rules of a run, as plain values: what the layers below see of the config."""
+
+from dataclasses import dataclass
+
+from ds_fp8.config import FP8Config
+from ds_fp8.ops.formats import BY_NAME, FP32, Format
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The formats and rules of a run, as plain values."""
+
+    block_size: int
+    wire: Format  # gradients between ranks
+    shard: Format  # the reduced gradient
+    promote: bool  # a second micro-step turns the reduced gradient FP32
+    master: Format
+    exp_avg: Format
+    exp_avg_sq: Format
+    clamp: bool
+    seed: int
+
+    @property
+    def clamped(self) -> bool:
+        """Whether m is clamped: only a state below FP32 can need it."""
+        return self.clamp and (self.exp_avg is not FP32 or self.exp_avg_sq is not FP32)
+
+
+def recipe_of(config: FP8Config, *, accumulating: bool = False) -> Recipe:
+    """The section as plain values; `accumulating`: several micro-steps reach the reduced gradient."""
+    states, gradients = config.states, config.gradients
+    wire = BY_NAME[gradients.dtype]
+    shard = BY_NAME[gradients.accum_dtype] if gradients.accum_dtype else FP32 if accumulating else wire
+    return Recipe(
+        block_size=config.block_size,
+        wire=wire,
+        shard=shard,
+        promote=gradients.accum_dtype is None,
+        master=BY_NAME[states.master],
+        exp_avg=BY_NAME[states.exp_avg],
+        exp_avg_sq=BY_NAME[states.exp_avg_sq],
+        clamp=config.optimizer.clamp,
+        seed=config.optimizer.seed,
+    )

@@ -1,0 +1,73 @@
+"""Shard: one rank's blocks of one bucket, reduced gradient and Adam states."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ds_fp8.ops.adam import AdamScalars, AdamState, Segment
+from ds_fp8.ops.backend import Backend
+from ds_fp8.ops.blocks import Blocks, chunks, decode, encode
+from ds_fp8.ops.formats import FP32, Format
+from ds_fp8.ops.reduction import figures
+from ds_fp8.zero_fp8.partition import Bucket
+from ds_fp8.zero_fp8.recipe import Recipe
+
+
+class Shard:
+    """One rank's blocks of one bucket: reduced gradient and Adam states."""
+
+    def __init__(
+        self, bucket: Bucket, rank: int, recipe: Recipe, device: torch.device, backend: Backend
+    ) -> None:
+        def zeros(fmt: Format) -> Blocks:
+            return Blocks.zeros(bucket.blocks_per_rank, bucket.block_size, fmt, device)
+
+        self.recipe = recipe
+        self._backend = backend
+        self.pieces = tuple(bucket.pieces(rank))
+        segments = [Segment(each.rows, each.slot.parameter, each.first_element) for each in self.pieces]
+        self._plan = backend.plan(segments, bucket.blocks_per_rank, bucket.block_size, device)
+        self.state = AdamState(zeros(recipe.master), zeros(recipe.exp_avg), zeros(recipe.exp_avg_sq))
+        self.gradient = zeros(recipe.shard)
+        self.forget()
+
+    @property
+    def nbytes(self) -> int:
+        state = self.state
+        return sum(each.nbytes for each in (state.master, state.exp_avg, state.exp_avg_sq, self.gradient))
+
+    def forget(self) -> None:
+        """Let the next arrival replace what has been reduced."""
+        self.arrivals = 0  # exchanges since the last step
+        self.figures: Tensor | None = None  # of the reduced gradient, as `ops.reduction.figures` gives them
+
+    def take_masters(self, weights: Tensor) -> None:
+        """Round weights, [blocks, block size] of the model's dtype, into the masters."""
+        self._backend.quantize(weights.view(-1), self.state.master)
+
+    def must_promote(self) -> bool:
+        """Whether the next arrival would be lost in an 8-bit sum that nobody asked for."""
+        return self.recipe.promote and self.arrivals > 0 and self.gradient.format is not FP32
+
+    def promote(self) -> None:
+        """Turn the reduced gradient FP32, keeping its values."""
+        wide = Blocks.zeros(len(self.gradient), self.gradient.block_size, FP32, self.gradient.codes.device)
+        for part in chunks(len(wide), wide.block_size):
+            encode(decode(self.gradient[part]), wide[part])
+        self.gradient = wide
+
+    def receive(self, pieces: Sequence[Blocks]) -> None:
+        """Add one exchange's pieces, in rank order, to the reduced gradient."""
+        self.figures = self._backend.accumulate(pieces, self.gradient, fresh=self.arrivals == 0)
+        self.arrivals += 1
+
+    def set_gradient(self, values: Tensor, rows: slice) -> None:
+        """Round a vector into rows of the reduced gradient."""
+        self._backend.quantize(values, self.gradient[rows])
+        self.figures = figures(self.gradient)
+
+    def sweep(self, weights: Tensor, scalars: AdamScalars, control: Tensor) -> None:
+        """One Adam step, or none where `control` says so; writes the owned rows of the weights."""
+        seed = self.recipe.seed
+        self._backend.adam_step(self.state, self.gradient, weights, self._plan, scalars, control, seed=seed)
