@@ -34,8 +34,8 @@ def figures(shard: Blocks) -> Tensor:
     """[2] float64: sum of squares of the finite blocks as stored, and the count of the others.
 
     Squares are added in FP32 within a block, without its scale, and in float64 between blocks. Within a
-    block there are LANES sums of every LANES-th square, added in turn: the order of the C++ kernels. A GPU
-    adds in an order of its own, with a norm that differs in the last place.
+    block there are LANES sums of every LANES-th square, then sums of halves of halves: the order of the C++
+    kernels. A GPU adds in an order of its own, and its norm may differ in the last place.
     """
     result = torch.zeros(2, dtype=torch.float64, device=shard.codes.device)
     for part in chunks(len(shard), shard.block_size):
@@ -51,9 +51,12 @@ def figures(shard: Blocks) -> Tensor:
 
 def _sum_in_lanes(values: Tensor) -> Tensor:
     """Sums of the rows of [rows, block size], in the order that `figures` tells."""
-    lanes = values.view(len(values), -1, LANES)
-    sums = sum(lanes.unbind(dim=1)[1:], start=lanes[:, 0])
-    return sum(sums.unbind(dim=1)[1:], start=sums[:, 0])
+    first, *others = values.view(len(values), -1, LANES).unbind(dim=1)
+    sums = sum(others, start=first)
+    while sums.shape[1] > 1:
+        half = sums.shape[1] // 2
+        sums = sums[:, :half] + sums[:, half:]
+    return sums[:, 0]
 
 
 def first_non_finite_block(shard: Blocks) -> int | None:

@@ -136,8 +136,7 @@ void sweep_in_place(const Sweep& sweep, int64_t row, int rows, Random random) {
         const float v_inverse = scale_down<V>(batch.root_amax[each], ROOT ? UNIT : 2 * UNIT, v_scales + each);
         const float p_scale = scaled<P> ? power_of_two(p_scales[each]) : 1;
         for (; i < (each + 1) * n; i += 2 * LANES) {
-            const Pair stored =
-                put_and_read<P>(p + i * itemsize<P>, load_two(batch.p + i) * p_inverse) * p_scale;
+            const Pair stored = put<P>(p + i * itemsize<P>, load_two(batch.p + i) * p_inverse) * p_scale;
             store_low_halves(weights + 2 * i, to_weight(stored.a), to_weight(stored.b));
             put<M>(m + i * itemsize<M>, load_two(batch.m + i) * m_inverse);
             if constexpr (ROOT)

@@ -20,6 +20,9 @@ struct Blocks {  // as ops.blocks.Blocks: codes [blocks, n], scales [blocks] or 
     void decode(int64_t row, int rows, int n, float factor, float* out) const {
         f().decode(at(row, n), scale(row), factor, out, rows, n);
     }
+    void add(int64_t row, int rows, int n, float* out) const {
+        f().add(at(row, n), scale(row), 1.0f, out, rows, n);
+    }
     void encode(int64_t row, int rows, int n, const float* x, const uint32_t* amax, int unit) const {
         f().encode(x, amax, unit, at(row, n), scale(row), rows, n);
     }

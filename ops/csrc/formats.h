@@ -79,18 +79,23 @@ constexpr int max_exponent = bias<F> + (F::lost_codes == 2 ? 1 : 0);
 template <typename F>
 constexpr uint32_t max_mantissa = (1u << 23) - (uint32_t(F::lost_codes) << dropped<F>);
 
+struct Rounded {
+    u32 code;       // the low byte
+    f32 magnitude;  // what it decodes to, without its sign
+};
+
 // To the nearest code, ties to even, of values within an 8-bit format's range. Adding a number of which
 // the code's last place is the last place rounds; what lands in its low byte, with the exponent above it
 // shifted down to it, is the code, for a constant that is part of the number.
 template <typename F>
-inline u32 nearest(f32 x) {  // the low byte
+inline Rounded nearest(f32 x) {
     constexpr int drop = dropped<F>, mantissa = F::mantissa_bits, smallest = 128 - bias<F>;
     constexpr uint32_t low = 0u - (uint32_t(smallest + drop) << mantissa);
-    u32 bits = bits_of(x);
-    u32 exponent = larger(bits & INFINITE, (u32{} + smallest) << 23);
-    f32 rounded = absolute(x) + float_of(exponent + ((uint32_t(drop) << 23) + (low & 0xFF)));
-    u32 code = bits_of(rounded) + (bits_of(rounded) >> drop);
-    return pick(0x80, bits >> 24, code);
+    const u32 bits = bits_of(x), exponent = larger(bits & INFINITE, (u32{} + smallest) << 23);
+    const f32 large = float_of(exponent + ((uint32_t(drop) << 23) + (low & 0xFF)));
+    const f32 sum = absolute(x) + large;
+    const u32 code = bits_of(sum) + (bits_of(sum) >> drop);
+    return {pick(0x80, bits >> 24, code), sum - large};
 }
 
 struct Pair {  // 2 * LANES values, one after the other
@@ -99,24 +104,20 @@ struct Pair {  // 2 * LANES values, one after the other
 };
 inline Pair load_two(const float* x) { return {load<f32>(x), load<f32>(x + LANES)}; }
 
-// Rounds scaled values to nearest and stores their codes.
+// Rounds scaled values to nearest and stores their codes; returns what those decode to, of an 8-bit format
+// without the sign.
 template <typename F>
-inline void put(char* to, Pair x) {
+inline Pair put(char* to, Pair x) {
     if constexpr (itemsize<F> == 1) {
-        store_low_bytes(to, nearest<F>(x.a), nearest<F>(x.b));
+        const Rounded a = nearest<F>(x.a), b = nearest<F>(x.b);
+        store_low_bytes(to, a.code, b.code);
+        return {a.magnitude, b.magnitude};
     } else {
-        store(to, F::encode(x.a));
-        store(to + LANES * itemsize<F>, F::encode(x.b));
+        const typename F::Code a = F::encode(x.a), b = F::encode(x.b);
+        store(to, a);
+        store(to + LANES * itemsize<F>, b);
+        return {F::decode(a), F::decode(b)};
     }
-}
-
-// The same, and returns what the codes decode to.
-template <typename F>
-inline Pair put_and_read(char* to, Pair x) {
-    const typename F::Code a = F::encode(x.a), b = F::encode(x.b);
-    store(to, a);
-    store(to + LANES * itemsize<F>, b);
-    return {F::decode(a), F::decode(b)};
 }
 
 inline uint32_t amax_of(const float* x, int n) {  // as bits
@@ -149,10 +150,13 @@ inline Scale scale_of(uint32_t amax, int unit) {
 // What brings 2^unit times the values onto the codes; writes the scale.
 template <typename F>
 inline float scale_down(uint32_t amax, int unit, uint8_t* scale) {
-    if constexpr (!scaled<F>) return power_of_two(127 - unit);
-    const Scale found = scale_of<F>(amax, unit);
-    *scale = uint8_t(found.e);
-    return found.inverse;
+    if constexpr (scaled<F>) {
+        const Scale found = scale_of<F>(amax, unit);
+        *scale = uint8_t(found.e);
+        return found.inverse;
+    } else {
+        return power_of_two(127 - unit);
+    }
 }
 
 // Codes of a batch of blocks, read where they lie.
@@ -170,22 +174,61 @@ struct Reader {
     }
 };
 
-// `rows` blocks of n values each.
-template <typename F>
+// `rows` blocks of n values each, written to `out` or added to what is there.
+template <typename F, bool ADD>
 void decode(const void* codes, const uint8_t* scales, float factor, float* out, int rows, int n) {
     const Reader<F> from = {static_cast<const char*>(codes), scales, factor};
     for (int row = 0, i = 0; row < rows; ++row) {
         const float scale = from.scale(row);
-        for (; i < (row + 1) * n; i += LANES) store(out + i, from.at(i, scale));
+        for (; i < (row + 1) * n; i += LANES) {
+            const f32 x = from.at(i, scale);
+            store(out + i, ADD ? load<f32>(out + i) + x : x);
+        }
     }
 }
 
+// amax: of each block, as bits.
 template <typename F>
 void encode(const float* x, const uint32_t* amax, int unit, void* codes, uint8_t* scales, int rows, int n) {
     char* to = static_cast<char*>(codes);
     for (int row = 0, i = 0; row < rows; ++row) {
         const float inverse = scale_down<F>(amax[row], unit, scales + row);
         for (; i < (row + 1) * n; i += 2 * LANES) put<F>(to + i * itemsize<F>, load_two(x + i) * inverse);
+    }
+}
+
+// Sixteen sums, whatever the width of the lanes, and then the sum of halves of halves: every instruction set
+// and ops/reduction.py find the same one.
+struct Squares {
+    static constexpr int SUMS = 16, VECTORS = SUMS / LANES, AT_ONCE = VECTORS > 2 ? VECTORS : 2;
+    f32 sums[VECTORS] = {};
+
+    void add(int vector, f32 x) { sums[vector % VECTORS] += x * x; }
+    float total() const {
+        alignas(64) float each[SUMS];
+        memcpy(each, sums, sizeof each);
+        for (int half = SUMS / 2; half; half /= 2)
+            for (int i = 0; i < half; ++i) each[i] += each[i + half];
+        return each[0];
+    }
+};
+
+// Also the sum of squares of each block as stored, without its scale.
+template <typename F>
+void encode_and_square(const float* x, const uint32_t* amax, void* codes, uint8_t* scales, float* squares,
+                       int rows, int n) {
+    char* to = static_cast<char*>(codes);
+    for (int row = 0, i = 0; row < rows; ++row) {
+        const float inverse = scale_down<F>(amax[row], 0, scales + row);
+        Squares sum;
+        for (; i < (row + 1) * n; i += Squares::AT_ONCE * LANES)
+            for (int j = 0; j < Squares::AT_ONCE; j += 2) {
+                const int k = i + j * LANES;
+                const Pair stored = put<F>(to + k * itemsize<F>, load_two(x + k) * inverse);
+                sum.add(j, stored.a);
+                sum.add(j + 1, stored.b);
+            }
+        squares[row] = sum.total();
     }
 }
 
@@ -247,8 +290,11 @@ void encode_up(const float* x, Random random, const uint32_t* amax, int unit, vo
 
 struct Format {
     void (*decode)(const void* codes, const uint8_t* scales, float factor, float* out, int rows, int n);
+    void (*add)(const void* codes, const uint8_t* scales, float factor, float* out, int rows, int n);
     void (*encode)(const float* x, const uint32_t* amax, int unit, void* codes, uint8_t* scales, int rows,
                    int n);
+    void (*encode_and_square)(const float* x, const uint32_t* amax, void* codes, uint8_t* scales,
+                              float* squares, int rows, int n);
     void (*encode_up)(const float* x, Random random, const uint32_t* amax, int unit, void* codes,
                       uint8_t* scales, int rows, int n);
     int itemsize;
@@ -256,10 +302,9 @@ struct Format {
 
 template <typename F>
 constexpr Format by_pointer() {
-    if constexpr (dropped<F> == 0)
-        return {decode<F>, encode<F>, nullptr, itemsize<F>};
-    else
-        return {decode<F>, encode<F>, encode_up<F>, itemsize<F>};
+    Format all = {decode<F, false>, decode<F, true>, encode<F>, encode_and_square<F>, nullptr, itemsize<F>};
+    if constexpr (dropped<F> != 0) all.encode_up = encode_up<F>;
+    return all;
 }
 // By number.
 constexpr Format FORMATS[] = {by_pointer<FP32>(), by_pointer<BF16>(), by_pointer<FP16>(), by_pointer<E4M3>(),

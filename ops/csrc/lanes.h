@@ -59,18 +59,11 @@ inline u32 pick(uint32_t mask, u32 ones, u32 zeros) {  // bit by bit
 inline u32 widen(u16 x) { return (u32)_mm512_cvtepu16_epi32((__m256i)x); }
 inline u16 widen_signed(i8 x) { return (u16)_mm256_cvtepi8_epi16((__m128i)x); }
 inline u16 low_half(u32 x) { return (u16)_mm512_cvtepi32_epi16((__m512i)x); }
-inline __m512i low_halves(u32 a, u32 b) {
+inline void store_low_halves(void* to, u32 a, u32 b) {
     alignas(64) static const uint16_t EVEN[32] = {0,  2,  4,  6,  8,  10, 12, 14, 16, 18, 20,
                                                   22, 24, 26, 28, 30, 32, 34, 36, 38, 40, 42,
                                                   44, 46, 48, 50, 52, 54, 56, 58, 60, 62};
-    return _mm512_permutex2var_epi16((__m512i)a, _mm512_load_si512(EVEN), (__m512i)b);
-}
-inline void store_low_halves(void* to, u32 a, u32 b) { _mm512_storeu_si512(to, low_halves(a, b)); }
-inline void store_low_bytes(void* to, u32 a, u32 b) {  // vpmovdb is slower than all of these
-    const __m512i even = _mm512_set4_epi32(0, 0, 0x0E0C0A08, 0x06040200);
-    const __m512i low = _mm512_set_epi64(0, 0, 0, 0, 6, 4, 2, 0);
-    __m512i bytes = _mm512_permutexvar_epi64(low, _mm512_shuffle_epi8(low_halves(a, b), even));
-    _mm256_storeu_si256((__m256i*)to, _mm512_castsi512_si256(bytes));
+    _mm512_storeu_si512(to, _mm512_permutex2var_epi16((__m512i)a, _mm512_load_si512(EVEN), (__m512i)b));
 }
 inline u8 low_byte(u32 x) { return (u8)_mm512_cvtepi32_epi8((__m512i)x); }
 inline f32 from_half(u16 x) { return (f32)_mm512_cvtph_ps((__m256i)x); }
@@ -100,10 +93,6 @@ inline u8 low_byte(u32 x) {
     __m128i both = _mm_unpacklo_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1));
     return (u8)_mm_cvtsi128_si64(both);
 }
-inline void store_low_bytes(void* to, u32 a, u32 b) {
-    store(to, low_byte(a));
-    store(static_cast<char*>(to) + LANES, low_byte(b));
-}
 inline f32 from_half(u16 x) { return (f32)_mm256_cvtph_ps((__m128i)x); }
 inline u16 to_half(f32 x) { return (u16)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT); }
 inline uint32_t largest(u32 x) {
@@ -132,10 +121,6 @@ inline void store_low_halves(void* to, u32 a, u32 b) {
     store(static_cast<char*>(to) + 2 * LANES, low_half(b));
 }
 inline u8 low_byte(u32 x) { return __builtin_convertvector(x, u8); }
-inline void store_low_bytes(void* to, u32 a, u32 b) {
-    store(to, low_byte(a));
-    store(static_cast<char*>(to) + LANES, low_byte(b));
-}
 inline f32 from_half(u16 x) {
     u32 code = widen(x), magnitude = code & 0x7FFF;
     f32 finite = float_of(magnitude << 13) * power_of_two(127 + 112);
@@ -159,5 +144,10 @@ inline uint32_t largest(u32 x) {
 }
 
 #endif
+
+inline void store_low_bytes(void* to, u32 a, u32 b) {
+    store(to, low_byte(a));
+    store(static_cast<char*>(to) + LANES, low_byte(b));
+}
 
 }  // namespace ISA
