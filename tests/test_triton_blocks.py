@@ -8,47 +8,42 @@ import triton
 import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
-from triton_support import (
-    CONVERSIONS,
-    CPU,
-    DEVICE,
-    FLOAT32_MAX,
-    ROW_KINDS,
+from kernel_checks import (
+    SOURCES,
+    VECTORS,
+    Source,
+    Vector,
+    check_every_code,
+    check_few_elements,
+    check_fp32,
+    check_nasty_values,
+    check_quantize,
+    check_scales_at_their_boundaries,
+    check_source,
+)
+from kernel_support import (
+    ALL,
+    NARROW,
+    SCALED,
     assert_same,
-    assert_same_blocks,
-    conversion,
-    cycled,
-    dirty,
-    each_conversion,
+    each_dtype,
+    each_format,
+    each_narrow_format,
     every_code,
     garbage,
-    inner,
     nasty_values,
-    neighbours,
-    not_finite,
     raw,
-    rows_of,
-    special_values,
-    to,
 )
+from torch import Tensor
+from triton_support import CONVERSIONS, DEVICE, TRITON, conversion, each_conversion
 
-from ds_fp8.ops import blocks, blocks_triton, rounding_triton
-from ds_fp8.ops.blocks import NOT_FINITE, Blocks
+from ds_fp8.ops import blocks_triton, rounding_triton
 from ds_fp8.ops.blocks_triton import INTERPRETED
-from ds_fp8.ops.formats import BF16, BY_NAME, E4M3, E5M2, FP16, FP32, Format
+from ds_fp8.ops.formats import E4M3, Format
 from ds_fp8.ops.rounding import round_up_from_zero
 
-ALL = tuple(BY_NAME.values())
-SCALED = tuple(fmt for fmt in ALL if fmt.scaled)
-NARROW = (E4M3, E5M2, FP16, BF16)
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-BLOCK_SIZES = (32, 64, 128, 256)
 TILE = tl.constexpr(1 << 16 if INTERPRETED else 1 << 12)  # the interpreter pays by the tile
 
-each_format = pytest.mark.parametrize("fmt", ALL, ids=lambda fmt: fmt.name)
-each_narrow_format = pytest.mark.parametrize("fmt", NARROW, ids=lambda fmt: fmt.name)
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 quick = settings(deadline=None, derandomize=True, max_examples=60)
 
 
@@ -124,159 +119,49 @@ def test_every_nasty_value_is_rounded_stochastically(fmt: Format, draw: int | No
     assert_same(codes, round_up_from_zero(values, bits, fmt), fmt.name)
 
 
-def quantized(values: Tensor, outer: Blocks, hardware: bool) -> Blocks:
-    """What the kernel makes of a copy of `outer`; the reference's work is left in `outer` itself."""
-    twin = to(outer, DEVICE)
-    with conversion(hardware):
-        blocks_triton.quantize(values.to(DEVICE), inner(twin))
-    blocks.quantize(values, inner(outer))
-    return to(twin, CPU)
-
-
-def in_rows(values: Tensor, block_size: int, anchor: float) -> Tensor:
-    """Rows of values that end with an anchor, [rows, block size]; the last row is filled with zeros."""
-    short = -len(values) % (block_size - 1)
-    rows = torch.cat([values, torch.zeros(short)]).view(-1, block_size - 1)
-    return torch.cat([rows, torch.full((len(rows), 1), anchor)], dim=1)
-
-
 @each_conversion(*ALL)
 def test_nasty_values_are_quantized(fmt: Format, hardware: bool) -> None:
-    """With an anchor of the format's maximum, so that codes meet the values themselves, and without."""
-    values = nasty_values(fmt)
-    values = values[:: 1 if fmt.itemsize == 1 else 23]  # `encode` alone has seen them all
-    others = special_values()[::3]
-    anchors = (fmt.max, 0.0, -torch.inf, torch.nan)
-    rows = torch.cat([in_rows(values, 64, anchor) for anchor in anchors[:2]])
-    rows = torch.cat([rows, rows[:1] * 0.0, *(in_rows(others, 64, anchor) for anchor in anchors)])
-    outer = dirty(len(rows), 64, fmt)
-    twin = quantized(rows.view(-1), outer, hardware)
-    assert_same_blocks(twin, outer, fmt.name)
-    if outer.scales is not None:
-        assert NOT_FINITE in inner(outer).scales.tolist()  # type: ignore[union-attr]
+    with conversion(hardware):
+        check_nasty_values(TRITON, fmt, every=1 if fmt.itemsize == 1 else 23)  # `encode` alone has seen all
 
 
 @each_conversion(*SCALED)
 def test_scales_at_their_boundaries(fmt: Format, hardware: bool) -> None:
-    """A block's maximum on, just below and just above every power of two times the format's maximum."""
-    tops = torch.exp2(torch.arange(-160.0, 121.0, dtype=torch.float64)) * fmt.max
-    sizes = neighbours(tops[tops <= FLOAT32_MAX].to(torch.float32))
-    sizes = sizes[sizes.isfinite()]
-    rows = torch.rand(len(sizes), 32, generator=torch.Generator().manual_seed(0)) * sizes[:, None]
-    rows[torch.arange(len(sizes)), torch.arange(len(sizes)) % 32] = sizes
-    rows[::2] *= -1
-    outer = dirty(len(rows), 32, fmt)
-    assert_same_blocks(quantized(rows.view(-1), outer, hardware), outer, fmt.name)
-    assert len(inner(outer).scales.unique()) > 230  # type: ignore[union-attr]
-
-
-def check_dequantize(source: Blocks, numel: int, dtype: torch.dtype, hardware: bool) -> None:
-    """Into the first `numel` elements after eight; the others, a tile and more, stay what they are.
-
-    What a block that is not finite decodes to is not finite either, and no more is promised.
-    """
-    expected = garbage(numel + 4096, dtype=dtype)
-    found = expected.to(DEVICE, copy=True)
     with conversion(hardware):
-        blocks_triton.dequantize(to(source, DEVICE), found[8 : 8 + numel])
-    blocks.dequantize(source, expected[8 : 8 + numel])
-    alike = not_finite if source.format.scaled else torch.isnan
-    assert_same(found, expected, f"{source.format.name} as {dtype}", alike=alike)
+        check_scales_at_their_boundaries(TRITON, fmt)
 
 
 @each_conversion(*NARROW)
 @each_dtype
 def test_every_code_is_dequantized(fmt: Format, dtype: torch.dtype, hardware: bool) -> None:
-    """Every code with every scale where the code has 8 bits, with some of them where it has 16."""
-    codes = every_code(fmt)
-    if fmt.itemsize == 1:
-        raw(codes)[codes.to(torch.float32).isnan()] = 0  # NaN stands in no block that is finite
-        scales = torch.arange(1, 256)
-    else:
-        scales = torch.tensor([1, 2, 127, 255] if fmt.scaled else [127])
-    rows = raw(codes).view(-1, 256).repeat(len(scales), 1).view(fmt.dtype)
-    of_rows = scales.repeat_interleave(len(codes) // 256).to(torch.uint8) if fmt.scaled else None
-    check_dequantize(Blocks(rows, of_rows, fmt), rows.numel(), dtype, hardware)
+    with conversion(hardware):
+        check_every_code(TRITON, fmt, dtype)
 
 
 @each_dtype
 def test_fp32_is_dequantized(dtype: torch.dtype) -> None:
-    """Rounded to the vector's dtype, ties and values past its maximum included."""
-    fmt = {torch.bfloat16: BF16, torch.float16: FP16, torch.float32: FP32}[dtype]
-    values = torch.cat([nasty_values(fmt)[::5], special_values(), torch.tensor([torch.inf, torch.nan])])
-    rows = in_rows(values, 64, 65520.0)
-    check_dequantize(Blocks(rows, None, FP32), rows.numel(), dtype, hardware=False)
+    with conversion(hardware=False):
+        check_fp32(TRITON, dtype, every=5)
 
 
 @quick
-@given(
-    fmt=st.sampled_from(ALL),
-    dtype=st.sampled_from(DTYPES),
-    block_size=st.sampled_from(BLOCK_SIZES),
-    rows=st.integers(0, 70),
-    kinds=st.lists(st.sampled_from(ROW_KINDS), min_size=1, max_size=6),
-    missing=st.integers(0, 255),
-    extra_rows=st.integers(0, 40),
-    offset=st.integers(0, 17),
-    hardware=st.sampled_from(CONVERSIONS),
-    seed=st.integers(0, 1000),
-)
-def test_any_vector_is_quantized(
-    *,
-    fmt: Format,
-    dtype: torch.dtype,
-    block_size: int,
-    rows: int,
-    kinds: list[str],
-    missing: int,
-    extra_rows: int,
-    offset: int,
-    hardware: bool,
-    seed: int,
-) -> None:
+@given(vector=VECTORS, hardware=st.sampled_from(CONVERSIONS))
+def test_any_vector_is_quantized(vector: Vector, hardware: bool) -> None:
     """From anywhere in a buffer; the last block short by any number, none and one element included."""
-    values = rows_of(cycled(kinds, rows), block_size, seed).view(-1)
-    numel = max(0, len(values) - missing % block_size)
-    buffer = torch.cat([torch.full((offset,), torch.nan), values, torch.full((300,), torch.nan)]).to(dtype)
-    outer = dirty(rows + extra_rows, block_size, fmt)
-    twin = quantized(buffer[offset : offset + numel], outer, hardware)
-    assert_same_blocks(twin, outer, f"{fmt.name} of {numel}")
+    with conversion(hardware):
+        check_quantize(TRITON, vector.values, vector.blocks)
 
 
 @quick
-@given(
-    fmt=st.sampled_from(ALL),
-    dtype=st.sampled_from(DTYPES),
-    block_size=st.sampled_from(BLOCK_SIZES),
-    rows=st.integers(0, 70),
-    kinds=st.lists(st.sampled_from(ROW_KINDS), min_size=1, max_size=6),
-    missing=st.one_of(st.integers(0, 255), st.integers(0, 10_000)),
-    hardware=st.sampled_from(CONVERSIONS),
-    seed=st.integers(0, 1000),
-)
-def test_any_blocks_are_dequantized(
-    *,
-    fmt: Format,
-    dtype: torch.dtype,
-    block_size: int,
-    rows: int,
-    kinds: list[str],
-    missing: int,
-    hardware: bool,
-    seed: int,
-) -> None:
+@given(source=SOURCES, hardware=st.sampled_from(CONVERSIONS))
+def test_any_blocks_are_dequantized(source: Source, hardware: bool) -> None:
     """Into a vector that ends inside a block, or blocks before the last, or has no element at all."""
-    source = dirty(rows, block_size, fmt)
-    blocks.quantize(rows_of(cycled(kinds, rows), block_size, seed).view(-1), inner(source))
-    numel = max(0, rows * block_size - missing)
-    check_dequantize(inner(source), numel, dtype, hardware)
+    with conversion(hardware):
+        check_source(TRITON, source)
 
 
 @each_format
 @pytest.mark.parametrize("numel", [0, 1, 31, 32, 33])
 def test_few_elements(fmt: Format, numel: int) -> None:
-    """No block, a block of one element, one that is one short or just full, and one element more."""
-    values = torch.linspace(-3, 3, numel)
-    outer = dirty(-(-numel // 32), 32, fmt)
-    assert_same_blocks(quantized(values, outer, hardware=False), outer, fmt.name)
-    check_dequantize(inner(outer), numel, torch.float32, hardware=False)
+    with conversion(hardware=False):
+        check_few_elements(TRITON, fmt, numel)

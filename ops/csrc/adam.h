@@ -72,7 +72,7 @@ void adam(G g_in, P p_in, M m_in, V v_in, Batch& out, int rows, int n, const Sca
         }
         out.p_amax[row] = largest(p_amax);
         out.m_amax[row] = largest(m_amax);
-        out.root_amax[row] = largest(root_amax);
+        out.root_amax[row] = largest(root_amax) & MAGNITUDE;  // NaN has either sign
     }
 }
 
