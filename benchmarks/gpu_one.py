@@ -20,18 +20,13 @@ from typing import Any
 
 import torch
 import triton
+from operations import accumulated, quantized, swept
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from verify import verify
 
-from ds_fp8.ops.adam import AdamScalars, AdamState, Segment
-from ds_fp8.ops.backend import Backend, choose
-from ds_fp8.ops.blocks import Blocks
-from ds_fp8.ops.formats import E4M3, FP16, FP32, Format
-
-BLOCK = 128
-LEVELS = {"O1": (FP32, FP32, FP32), "O2": (FP16, E4M3, FP16)}
+from ds_fp8.ops.backend import choose
 
 
 @dataclass(frozen=True)
@@ -77,61 +72,6 @@ def copy_bandwidth(clock: Clock, device: torch.device, size: int) -> float:
     source = torch.empty(size, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
     return 2 * size / clock.milliseconds(lambda: target.copy_(source)) * 1000
-
-
-def gradients(size: int, device: torch.device) -> Tensor:
-    """Random BF16 of a gradient's magnitude, made without a float32 as long as the vector."""
-    piece = torch.randn(min(size, 1 << 24), device=device).mul_(1e-3).bfloat16()
-    return piece.repeat(-(-size // len(piece)))[:size]
-
-
-def zeros(fmt: Format, blocks: int, device: torch.device) -> Blocks:
-    return Blocks.zeros(blocks, BLOCK, fmt, device)
-
-
-def quantized(backend: Backend, size: int, device: torch.device) -> Iterator[tuple[str, Any, int]]:
-    source, target = gradients(size, device), zeros(E4M3, size // BLOCK, device)
-    moved = source.nbytes + target.nbytes
-    yield "quantize bf16 to e4m3", lambda: backend.quantize(source, target), moved
-    values = torch.empty(size, dtype=torch.bfloat16, device=device)
-    yield "dequantize e4m3 to bf16", lambda: backend.dequantize(target, values), moved
-
-
-def accumulated(backend: Backend, size: int, device: torch.device) -> Iterator[tuple[str, Any, int]]:
-    for ranks in (2, 8):
-        blocks = size // BLOCK // ranks
-        codes = zeros(E4M3, ranks * blocks, device)
-        backend.quantize(gradients(ranks * blocks * BLOCK, device), codes)
-        pieces = [codes[slice(rank * blocks, (rank + 1) * blocks)] for rank in range(ranks)]
-        for fmt in (E4M3, FP32):
-            shard = zeros(fmt, blocks, device)
-            yield (
-                f"decode and sum {ranks} ranks into {fmt.name}",
-                lambda pieces=pieces, shard=shard: backend.accumulate(pieces, shard, fresh=True),
-                codes.nbytes + shard.nbytes,
-            )
-
-
-def swept(backend: Backend, size: int, device: torch.device) -> Iterator[tuple[str, Any, int]]:
-    blocks = size // BLOCK
-    segments = [Segment(slice(0, blocks // 3), 0, 0), Segment(slice(blocks // 3, blocks), 1, 0)]
-    plan = backend.plan(segments, blocks, BLOCK, device)
-    control = torch.tensor([0.5, 1.0], device=device)
-    for level, formats in LEVELS.items():
-        state = AdamState(*(zeros(fmt, blocks, device) for fmt in formats))
-        gradient = zeros(E4M3, blocks, device)
-        backend.quantize(gradients(size, device), gradient)
-        backend.quantize(gradients(size, device), state.master)
-        weights = torch.zeros(blocks, BLOCK, dtype=torch.bfloat16, device=device)
-        scalars = AdamScalars(10, 1e-3, 0.9, 0.95, 1e-8, 0.1, True, True, 1.165 if level == "O2" else None)
-        states = (state.master, state.exp_avg, state.exp_avg_sq)
-        yield (
-            f"sweep {level}, writes bf16 weights",
-            lambda state=state, gradient=gradient, weights=weights, scalars=scalars: backend.adam_step(
-                state, gradient, weights, plan, scalars, control, seed=0
-            ),
-            2 * sum(each.nbytes for each in states) + gradient.nbytes + weights.nbytes,
-        )
 
 
 def peers(size: int, device: torch.device, skipped: list[str]) -> Iterator[tuple[str, Any, int]]:

@@ -27,19 +27,19 @@ DTYPES = {fmt.dtype: index for fmt, index in FORMATS.items()}
 
 
 class CBlocks(Structure):
-    """`Blocks` of csrc/kernels.cpp."""
+    """`Blocks` of csrc/blocks.h."""
 
     _fields_ = [("codes", c_void_p), ("scales", c_void_p), ("format", c_int64)]
 
 
 class CValues(Structure):
-    """`Values` of csrc/kernels.cpp."""
+    """`Values` of csrc/blocks.h."""
 
     _fields_ = [("data", c_void_p), ("dtype", c_int64)]
 
 
 class CScalars(Structure):
-    """`Scalars` of csrc/kernels.cpp."""
+    """`Scalars` of csrc/adam.h."""
 
     _fields_ = [
         *((name, c_float) for name in ("beta1", "one_minus_beta1", "beta2", "one_minus_beta2", "root_beta2")),
@@ -48,8 +48,17 @@ class CScalars(Structure):
     ]
 
 
+class CSegment(Structure):
+    """`Segment` of csrc/adam.h."""
+
+    _fields_ = [(name, c_int64) for name in ("first_row", "last_row", "first_element", "parameter")]
+
+
+Plan = ctypes.Array[CSegment]
+
+
 class CSweep(Structure):
-    """`Sweep` of csrc/kernels.cpp."""
+    """`Sweep` of csrc/adam.h."""
 
     _fields_ = [
         *((name, CBlocks) for name in ("gradient", "master", "exp_avg", "exp_avg_sq")),
@@ -162,17 +171,17 @@ def accumulate(pieces: Sequence[Blocks], shard: Blocks, *, fresh: bool) -> Tenso
     return parts.sum(dim=0)
 
 
-def plan(segments: Sequence[Segment], blocks: int, block_size: int, device: torch.device) -> Tensor:
-    """`ops.adam.plan`: [segments, 4] int64: first row, last row, first element, parameter."""
-    rows = [(s.blocks.start, s.blocks.stop, s.first_element, s.parameter) for s in segments]
-    return torch.tensor(rows, dtype=torch.int64).view(-1, 4)
+def plan(segments: Sequence[Segment], blocks: int, block_size: int, device: torch.device) -> Plan:
+    """`ops.adam.plan`: the segments as the kernel reads them."""
+    rows = [CSegment(s.blocks.start, s.blocks.stop, s.first_element, s.parameter) for s in segments]
+    return (CSegment * len(rows))(*rows)
 
 
 def adam_step(
     state: AdamState,
     gradient: Blocks,
     weights: Tensor,
-    plan: Tensor,
+    plan: Plan,
     scalars: AdamScalars,
     control: Tensor,
     *,
@@ -186,7 +195,7 @@ def adam_step(
         exp_avg=_blocks(state.exp_avg),
         exp_avg_sq=_blocks(state.exp_avg_sq),
         weights=_values(weights),
-        segments=plan.data_ptr(),
+        segments=ctypes.addressof(plan),
         segment_count=len(plan),
         control=control.data_ptr(),
         stream=stream(seed, s.step, EXP_AVG_SQ),
