@@ -1,7 +1,9 @@
 """Training with FP8 equals stock DeepSpeed BF16, and the checks can tell when it does not."""
 
+import os
 import statistics
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Any
 from unittest.mock import patch
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from train_lm import ByteGPT, Shape
 
 from ds_fp8.ops import adam
+from ds_fp8.ops.backend import REFERENCE, VARIABLE
 from ds_fp8.ops.blocks import Blocks, decode
 from ds_fp8.zero_fp8.handler import FP8ZeROOptimizer
 from ds_fp8.zero_fp8.shard import Shard
@@ -48,10 +51,17 @@ def fault(name: str | None) -> AbstractContextManager[Any]:
         "no 1/accumulation": nullcontext(),  # planted in the loss: the division is DeepSpeed's
         "no 1/N": patch.object(FP8ZeROOptimizer, "_gradient_scale", lambda _: 1.0),
         "one rank dropped": patch.object(Shard, "receive", _without_last_rank),
-        "scale of m dropped": patch.object(adam, "_sweep", _without_scale_of_m),
-        "v not squared": patch.object(adam, "decode_second_moment", decode),
+        "scale of m dropped": _in_reference("_sweep", _without_scale_of_m),
+        "v not squared": _in_reference("decode_second_moment", decode),
     }
     return faults[name]
+
+
+@contextmanager
+def _in_reference(function: str, replacement: Callable[..., Any]) -> Iterator[None]:
+    """A fault of `ops.adam`, whose functions only the reference calls."""
+    with patch.object(adam, function, replacement), patch.dict(os.environ, {VARIABLE: REFERENCE.name}):
+        yield
 
 
 # Losses
