@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ds_fp8.ops.adam import AdamState
-from ds_fp8.ops.blocks import Blocks, dequantize
+from ds_fp8.ops.blocks import Blocks
+from ds_fp8.ops.masters import load_masters
 from ds_fp8.zero_fp8.optimizer import FP8AdamW
 from ds_fp8.zero_fp8.partition import Piece
 from ds_fp8.zero_fp8.recipe import Recipe
@@ -148,11 +149,11 @@ def unpack(packed: Mapping[str, Any], shards: Sequence[Shard], names: Names) -> 
                     tensor.copy_(entry[key + suffix])
 
 
-def fp32_masters(shard: Shard) -> Tensor:
-    """The shard's masters in FP32 without padding, [elements], on the CPU."""
+def fp32_masters(shard: Shard, weights: Tensor) -> Tensor:
+    """The shard's masters in FP32 without padding, [elements], on the CPU; weights: of the same rows."""
     pieces = []
     for piece in shard.pieces:
         values = torch.empty(piece.numel, dtype=torch.float32, device=shard.state.master.codes.device)
-        dequantize(shard.state.master[piece.rows], values)
+        load_masters(shard.state.master[piece.rows], weights[piece.rows], values)
         pieces.append(values.cpu())
     return torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.float32)

@@ -114,7 +114,12 @@ class FP8ZeROOptimizer(ZeROOptimizer):
         if settings.stage == 2:
             self.gradients.listen()
         self.full_tensors = FullTensors(
-            self.shards, group, self._gradient_scale, self._states_were_set, self.gradients.send_late
+            self.shards,
+            self.weights,
+            group,
+            self._gradient_scale,
+            self._states_were_set,
+            self.gradients.send_late,
         )
         self.full_tensors.bind(self.parameters)
 
@@ -294,7 +299,10 @@ class FP8ZeROOptimizer(ZeROOptimizer):
             ),
         }
         if self.settings.save_fp32_master:
-            saved["single_partition_of_fp32_groups"] = [checkpoint.fp32_masters(s) for s in self.shards]
+            saved["single_partition_of_fp32_groups"] = [
+                checkpoint.fp32_masters(shard, weights.own)
+                for shard, weights in zip(self.shards, self.weights, strict=True)
+            ]
         return saved
 
     def load_state_dict(self, state_dict_list: Sequence[Mapping[str, Any]], **_: Any) -> None:
