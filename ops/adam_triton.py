@@ -182,15 +182,16 @@ def adam_kernel(
         m_size = magnitude(m)
     p = p - divide(m, root * root_correction + eps * unit) * step_size
 
-    parameter, element = row_places(first, rows, table, tile_segments, tile, segments, BLOCK)
-    random = element  # of masters that are rounded to nearest: not looked at
+    random = offset  # of masters that are rounded to nearest: not looked at
     if STOCHASTIC:
+        parameter, element = row_places(first, rows, table, tile_segments, tile, segments, BLOCK)
         random = random_bits(key_of(p_stream, parameter)[:, None], element)
     store_masters(p, random, masters, p_scales, w, rows, offset, inside, MASTER, STOCHASTIC, HARDWARE)
     store_blocks(m, m_size, m_codes + start, m_scales + first, rows, offset, inside, M, HARDWARE, UNIT)
     if V == "fp32":
         tl.store(v_codes + start + offset, v * two_to_the(-2 * UNIT), mask=inside[:, None])
     else:
+        parameter, element = row_places(first, rows, table, tile_segments, tile, segments, BLOCK)
         random = random_bits(key_of(v_stream, parameter)[:, None], element)
         store_second_moment(root, random, v_codes + start, v_scales + first, rows, offset, inside, V)
 
