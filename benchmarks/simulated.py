@@ -1,8 +1,8 @@
 """AdamW whose states are rounded as if they had been stored with one scale a tensor, to nearest.
 
-FP8-LM (arXiv 2310.18313) keeps its states so, and shows in Table 6 which of them stand it; Transformer Engine's
-FusedAdam scales a tensor at a time, too. ds_fp8 offers neither, so both are simulated here: the arithmetic is
-torch's in FP32, and what it leaves in a state is rounded and decoded in place.
+FP8-LM (arXiv 2310.18313) keeps its states so, and shows in Table 6 which of them stand it; Transformer
+Engine's FusedAdam scales a tensor at a time, too. ds_fp8 offers neither, so both are simulated here: the
+arithmetic is torch's in FP32, and what it leaves in a state is rounded and decoded in place.
 """
 
 from collections.abc import Iterable

@@ -31,7 +31,7 @@ import torch
 import torch.multiprocessing as mp
 from rich.console import Console
 from rich.table import Table
-from timing import busy_seconds, checked_backend, facts, parser_of, round_count, title, write
+from timing import busy_seconds, checked_backend, facts, round_count, timing_parser_of, title, write
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
 
@@ -270,7 +270,7 @@ def print_result(result: dict[str, Any], machine: dict[str, Any]) -> None:
 
 
 def options() -> argparse.ArgumentParser:
-    parser = parser_of(__doc__)
+    parser = timing_parser_of(__doc__)
     parser.add_argument("--stock-optimizer", choices=tuple(STOCK), default="torch_adam")
     parser.add_argument("--ranks", type=round_count, default=2)
     for name, default in {"layers": 6, "width": 512, "heads": 8, "context": 128, "micro-batch": 4}.items():

@@ -166,9 +166,15 @@ def round_count(text: str) -> int:
 def parser_of(doc: str | None) -> argparse.ArgumentParser:
     """A parser with the options that every CPU benchmark has; the docstring is its help."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=round_count, help="in which everybody is timed once")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes and few rounds: to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, little work: to see that it runs")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write every number to this JSON file")
+    return parser
+
+
+def timing_parser_of(doc: str | None) -> argparse.ArgumentParser:
+    """A parser for what is timed in rounds."""
+    parser = parser_of(doc)
+    parser.add_argument("--rounds", type=round_count, help="in which everybody is timed once")
     return parser
 
 
@@ -201,6 +207,9 @@ def title(what: str, machine: dict[str, Any], others: float) -> str:
 
 
 def write(out: Path | None, result: dict[str, Any]) -> None:
+    """Replace the file in one stroke: who is killed meanwhile leaves the old one."""
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result, indent=1) + "\n")
+        fresh = out.with_name(f"{out.name}.new")
+        fresh.write_text(json.dumps(result, indent=1) + "\n")
+        fresh.replace(out)
