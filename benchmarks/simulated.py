@@ -5,11 +5,11 @@ Engine's FusedAdam scales a tensor at a time, too. ds_fp8 offers neither, so bot
 arithmetic is torch's in FP32, and what it leaves in a state is rounded and decoded in place.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ds_fp8.ops.formats import Format
 
@@ -47,3 +47,39 @@ class RoundedAdamW(torch.optim.AdamW):
                 if fmt:
                     round_tensor(state[name], fmt)
         return loss
+
+
+class MixedPrecision:
+    """As much of a DeepSpeed engine as training takes: a BF16 model beside FP32 masters."""
+
+    def __init__(self, model: nn.Module, optimizer: Callable[[list[Tensor]], Any], clipping: float) -> None:
+        """optimizer: of the masters."""
+        self.module = model.to(torch.bfloat16)
+        self.device = next(model.parameters()).device
+        self._weights = list(model.parameters())
+        self._masters = [nn.Parameter(weight.detach().to(torch.float32)) for weight in self._weights]
+        self._clipping = clipping
+        self.optimizer = optimizer(self._masters)
+        self.train, self.eval = model.train, model.eval
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        return self.module(*inputs)
+
+    def gradient_accumulation_steps(self) -> int:
+        return 1
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for weight, master in zip(self._weights, self._masters, strict=True):
+            assert weight.grad is not None
+            master.grad, weight.grad = weight.grad.to(torch.float32), None
+        nn.utils.clip_grad_norm_(self._masters, self._clipping)
+        self.optimizer.step()
+        for weight, master in zip(self._weights, self._masters, strict=True):
+            weight.copy_(master)
+
+    def destroy(self) -> None:
+        self._weights, self._masters = [], []
