@@ -32,7 +32,9 @@ class Gradients(_Section):
     accum_dtype: Literal["fp32", "bf16", "e4m3"] | None = None
     """The reduced gradient; left out: as `dtype` with one micro-step a step, else fp32."""
     intra_node_size: int | None = Field(default=None, ge=1)
+    """Consecutive ranks that make a node of the two-hop exchange; left out, 1, the world size: one hop."""
     inter_node_dtype: Literal["e4m3", "bf16"] | None = None
+    """Between nodes; left out: as `dtype`."""
 
 
 class Optimizer(_Section):
@@ -110,8 +112,6 @@ BUILT: dict[str, tuple[Any, ...]] = {
     "scaling": ("block",),
     "gradients.reduction": ("fp32",),
     "gradients.autoscale": (None,),
-    "gradients.intra_node_size": (None,),
-    "gradients.inter_node_dtype": (None,),
     "optimizer.master_dtype": (None, "fp32", "fp16", "bf16"),
     "optimizer.exp_avg_sq_dtype": (None, "fp32", "bf16", "fp16"),
     "optimizer.rounding": (None, "nearest"),
@@ -129,6 +129,7 @@ def parse(ds_config: Mapping[str, Any]) -> FP8Config | None:
     config = validate(FP8Config, ds_config[SECTION], SECTION)
     if config.enabled:
         _refuse_unbuilt(config)
+        _refuse_without_nodes(config.gradients)
     return config
 
 
@@ -172,6 +173,12 @@ def _refuse_unbuilt(config: FP8Config) -> None:
             value = getattr(value, name)
         if value not in built:
             raise refusal(f"{SECTION}.{path}", value, f"{_built(path)} (this value is not built yet)")
+
+
+def _refuse_without_nodes(gradients: Gradients) -> None:
+    if gradients.inter_node_dtype is not None and gradients.intra_node_size is None:
+        allowed = "the key left out, or fp8.gradients.intra_node_size beside it"
+        raise refusal(f"{SECTION}.gradients.inter_node_dtype", gradients.inter_node_dtype, allowed)
 
 
 def _built(path: str) -> str:

@@ -66,6 +66,11 @@ def describe(engine: Any) -> dict[str, Any]:
         "state_bytes_a_parameter": memory.state_bytes_a_parameter(recipe),
         "gradient_bytes_a_parameter": memory.gradient_bytes_a_parameter(recipe, accumulating=accumulating),
         "wire_bytes_a_gradient_element": memory.wire_bytes_an_element(recipe),
+        "overlap_comm": handler.settings.overlap,
+        "intra_node_size": handler.nodes.size,
+        "nodes": handler.nodes.count,
+        "between_nodes": recipe.between_nodes.name if handler.nodes.count > 1 else None,
+        "bytes_in_flight": memory.in_flight_bytes(recipe, handler.buckets, overlap=handler.settings.overlap),
         "kernels": handler.backend.name,
     }
 
@@ -73,12 +78,14 @@ def describe(engine: Any) -> dict[str, Any]:
 def _banner(engine: Any) -> str:
     facts = describe(engine)
     total = facts["state_bytes_a_parameter"] + facts["gradient_bytes_a_parameter"]
+    hops = f"two hops, {facts['nodes']} nodes of {facts['intra_node_size']}, {facts['between_nodes']} between"
     return (
         f"ds_fp8 {facts['version']}: ON, {facts['opt_level']}, ZeRO {facts['zero_stage']}, "
         f"{facts['world_size']} ranks | gradients {facts['gradients']}, reduced {facts['reduced_gradient']}, "
         f"master {facts['master']}, exp_avg {facts['exp_avg']}, exp_avg_sq {facts['exp_avg_sq']}, "
         f"block {facts['block_size']} | {total:.2f} bytes a parameter over the ranks, "
-        f"{facts['wire_bytes_a_gradient_element']:.4f} wire bytes a gradient element | "
+        f"{facts['wire_bytes_a_gradient_element']:.4f} wire bytes a gradient element, "
+        f"{hops if facts['nodes'] > 1 else 'one hop'}, {'' if facts['overlap_comm'] else 'not '}overlapped | "
         f"kernels: {facts['kernels']}"
     )
 
@@ -217,6 +224,7 @@ def settings_of(config: FP8Config, engine: Any) -> ZeroSettings:
     return ZeroSettings(
         stage=int(engine.zero_optimization_stage()),
         bucket_elements=int(engine.zero_reduce_bucket_size()),
+        overlap=bool(engine.zero_overlap_comm()),
         gradient_clipping=float(engine.gradient_clipping()),
         average=bool(engine.gradient_average),
         max_consecutive_skips=config.max_consecutive_skips,
@@ -236,6 +244,7 @@ def check_engine(engine: Any, recipe: Recipe) -> None:
             raise ValueError(
                 f"deepspeed.initialize: received {what}, allowed with fp8: data parallelism only"
             )
+    _check_nodes(recipe.intra_node_size, dist.get_world_size(engine.seq_data_parallel_group))
     model_dtype, wanted = engine.get_data_types()
     ours = recipe.shard.dtype if engine.zero_optimization_stage() == 2 else model_dtype
     if engine._config.grad_accum_dtype is not None and wanted is not ours:
@@ -247,6 +256,13 @@ def check_engine(engine: Any, recipe: Recipe) -> None:
     for name, parameter in engine.module.named_parameters():
         if parameter.requires_grad and parameter.dtype not in WEIGHT_DTYPES:
             raise refusal(f"dtype of {name}", str(parameter.dtype), ", ".join(map(str, WEIGHT_DTYPES)))
+
+
+def _check_nodes(size: int, ranks: int) -> None:
+    if ranks % size:
+        divisors = ", ".join(str(each) for each in range(1, ranks + 1) if ranks % each == 0)
+        allowed = f"divisors of the world size {ranks}: {divisors}"
+        raise refusal("fp8.gradients.intra_node_size", size, allowed)
 
 
 def replace_optimizer(optimizer: Any) -> FP8AdamW:

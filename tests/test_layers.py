@@ -27,6 +27,7 @@ LAYERS = (  # a module imports from the lines below its own only
         "ds_fp8.zero_fp8.trained",
         "ds_fp8.zero_fp8.weights",
     ),
+    ("ds_fp8.zero_fp8.exchange",),
     (
         "ds_fp8.zero_fp8.agreement",
         "ds_fp8.zero_fp8.comm",

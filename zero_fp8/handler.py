@@ -24,6 +24,7 @@ from ds_fp8.ops.backend import choose
 from ds_fp8.zero_fp8 import checkpoint
 from ds_fp8.zero_fp8.access import FullTensors
 from ds_fp8.zero_fp8.agreement import check_agreement, first_objection
+from ds_fp8.zero_fp8.comm import Nodes
 from ds_fp8.zero_fp8.gradients import GradientReducer
 from ds_fp8.zero_fp8.norm import Verdict, non_finite_parameters
 from ds_fp8.zero_fp8.optimizer import FP8AdamW
@@ -31,7 +32,7 @@ from ds_fp8.zero_fp8.partition import partition
 from ds_fp8.zero_fp8.recipe import Recipe
 from ds_fp8.zero_fp8.shard import Shard
 from ds_fp8.zero_fp8.trained import check_finite, trained_parameters
-from ds_fp8.zero_fp8.weights import Weights
+from ds_fp8.zero_fp8.weights import Gathers, Weights
 
 logger = logging.getLogger("ds_fp8")
 
@@ -42,6 +43,7 @@ class ZeroSettings:
 
     stage: int  # 1 or 2
     bucket_elements: int  # reduce_bucket_size
+    overlap: bool  # exchanges run while backward goes on
     gradient_clipping: float  # largest global norm; 0 = off
     average: bool  # over the ranks; else their sum
     max_consecutive_skips: int
@@ -107,8 +109,15 @@ class FP8ZeROOptimizer(ZeROOptimizer):
                 "plain PyTorch instead of kernels, with the same numbers: %s", self.backend.instead
             )
         self.shards = [Shard(bucket, rank, recipe, device, self.backend) for bucket in self.buckets]
+        self.nodes = Nodes(group, recipe.intra_node_size)
         self.gradients = GradientReducer(
-            self.buckets, self.parameters, self.shards, recipe, group, self.backend
+            self.buckets,
+            self.parameters,
+            self.shards,
+            recipe,
+            self.nodes,
+            self.backend,
+            overlap=settings.overlap,
         )
         self._masters_from_weights()
         if settings.stage == 2:
@@ -177,11 +186,14 @@ class FP8ZeROOptimizer(ZeROOptimizer):
                 group=self.dp_process_group,
             )
         scalars = self.optimizer.scalars(clamp=self.recipe.clamped)
+        gathers = Gathers(self.nodes)
         for bucket, shard, weights in zip(self.buckets, self.shards, self.weights, strict=True):
             with _Timed(self.timers, "optimizer_step"):
                 shard.sweep(weights.own, scalars[bucket.group], verdict.control)
             with _Timed(self.timers, "optimizer_allgather"):
-                weights.gather(self.dp_process_group)
+                gathers.launch(weights)
+        with _Timed(self.timers, "optimizer_allgather"):
+            gathers.wait()
         return verdict.read()
 
     def _settle(self, verdict: Verdict) -> None:
@@ -263,6 +275,7 @@ class FP8ZeROOptimizer(ZeROOptimizer):
         self.gradients.remove_hooks()
         self.full_tensors.unbind(self.parameters)
         self.shards.clear()
+        self.nodes.close()
 
     # Checkpoint
 
@@ -277,9 +290,11 @@ class FP8ZeROOptimizer(ZeROOptimizer):
 
     def _weights_from_masters(self) -> None:
         """Weights are a function of the state, from the first step and after every load."""
+        gathers = Gathers(self.nodes)
         for shard, weights in zip(self.shards, self.weights, strict=True):
             weights.write(shard.state.master)
-            weights.gather(self.dp_process_group)
+            gathers.launch(weights)
+        gathers.wait()
 
     _restore_from_bit16_weights = _masters_from_weights
     refresh_fp32_params = _masters_from_weights

@@ -19,6 +19,13 @@ class Recipe:
     exp_avg_sq: Format
     clamp: bool
     seed: int
+    intra_node_size: int = 1  # ranks a node of the two-hop exchange; 1 = one hop
+    inter_node: Format | None = None  # gradients between nodes; None = as wire
+
+    @property
+    def between_nodes(self) -> Format:
+        """Of gradients on their second hop."""
+        return self.inter_node or self.wire
 
     @property
     def clamped(self) -> bool:
@@ -41,4 +48,6 @@ def recipe_of(config: FP8Config, *, accumulating: bool = False) -> Recipe:
         exp_avg_sq=BY_NAME[states.exp_avg_sq],
         clamp=config.optimizer.clamp,
         seed=config.optimizer.seed,
+        intra_node_size=gradients.intra_node_size or 1,
+        inter_node=BY_NAME[gradients.inter_node_dtype] if gradients.inter_node_dtype else None,
     )
