@@ -194,7 +194,8 @@ def configure_zero_optimizer(original: Method) -> Method:
         config = _fp8(self)
         if config is None:
             return original(self, optimizer)
-        recipe = recipe_of(config, accumulating=_accumulating(self))
+        ranks = dist.get_world_size(self.seq_data_parallel_group)
+        recipe = recipe_of(config, accumulating=_accumulating(self), ranks=ranks)
         check_engine(self, recipe)
         self.basic_optimizer = replace_optimizer(optimizer)
         self.optimizer = FP8ZeROOptimizer(

@@ -59,15 +59,10 @@ def weight_bytes(itemsize: int, buckets: Sequence[Bucket]) -> int:
     return sum(bucket.world_size * bucket.elements_per_rank * itemsize for bucket in buckets)
 
 
-def two_hops(recipe: Recipe, ranks: int) -> bool:
-    """Whether the ranks make several nodes of several ranks."""
-    return 1 < recipe.intra_node_size < ranks
-
-
 def hop_bytes(recipe: Recipe, bucket: Bucket) -> list[int]:
     """Bytes that one rank hands to each hop of a bucket's exchange; its own part is among them."""
     messages = [(bucket.world_size, recipe.wire)]
-    if two_hops(recipe, bucket.world_size):
+    if recipe.two_hops(bucket.world_size):
         messages.append((bucket.world_size // recipe.intra_node_size, recipe.between_nodes))
     return [
         count
@@ -93,7 +88,7 @@ def in_flight_bytes(recipe: Recipe, buckets: Sequence[Bucket], *, overlap: bool)
 
 
 def gather_bytes(recipe: Recipe, itemsize: int, buckets: Sequence[Bucket]) -> int:
-    """Bytes that a gather of weights takes besides the weights, at most: slices on their way between nodes."""
-    if not two_hops(recipe, buckets[0].world_size):
+    """Bytes that a gather of weights takes besides them, at most: slices on their way between nodes."""
+    if not recipe.two_hops(buckets[0].world_size):
         return 0
     return max(weight_bytes(itemsize, [bucket]) for bucket in buckets) // recipe.intra_node_size
