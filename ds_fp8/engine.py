@@ -5,7 +5,8 @@ Each replacement calls the original whenever FP8 is off. `registration` puts the
 
 import functools
 import logging
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from ds_fp8.config import FP8Config, parse, refusal, show
 from ds_fp8.ops.formats import FP32
 from ds_fp8.zero_fp8.agreement import check_agreement
 from ds_fp8.zero_fp8.handler import FP8ZeROOptimizer, ZeroSettings
+from ds_fp8.zero_fp8.health import Health
 from ds_fp8.zero_fp8.optimizer import FP8AdamW
 from ds_fp8.zero_fp8.recipe import Recipe, recipe_of, weight_dtypes
 
@@ -47,8 +49,7 @@ def describe(engine: Any) -> dict[str, Any]:
 
     Raises ValueError for an engine without FP8.
     """
-    if not is_active(engine):
-        raise ValueError('this engine does not use ds_fp8: is "fp8": {"enabled": true} in its config?')
+    _require_active(engine)
     handler: FP8ZeROOptimizer = engine.optimizer
     recipe, accumulating = handler.recipe, _accumulating(engine)
     return {
@@ -66,21 +67,65 @@ def describe(engine: Any) -> dict[str, Any]:
         "state_bytes_a_parameter": memory.state_bytes_a_parameter(recipe),
         "gradient_bytes_a_parameter": memory.gradient_bytes_a_parameter(recipe, accumulating=accumulating),
         "wire_bytes_a_gradient_element": memory.wire_bytes_an_element(recipe),
+        "overlap_comm": handler.settings.overlap,
+        "intra_node_size": handler.nodes.size,
+        "nodes": handler.nodes.count,
+        "between_nodes": recipe.between_nodes.name if handler.nodes.count > 1 else None,
+        "bytes_in_flight": memory.in_flight_bytes(recipe, handler.buckets, overlap=handler.settings.overlap),
         "kernels": handler.backend.name,
     }
+
+
+def stats(engine: Any) -> dict[str, Any] | None:
+    """Health of the last measured step, over all ranks; None before the first.
+
+    "total" and, for each param group, "groups" hold shares of all elements (gradient_underflow,
+    gradient_saturated, exp_avg_clamped, exp_avg_underflow, exp_avg_sq_rescued), the count
+    gradient_non_finite_blocks and gradient_snr_db. Raises ValueError for an engine without FP8 and where
+    fp8.stats.interval is 0.
+    """
+    _require_active(engine)
+    health: Health = engine.optimizer.health
+    if not health.interval:
+        raise refusal("fp8.stats.interval", 0, "1 or more, to measure every so many steps")
+    return health.last
+
+
+def write_events(engine: Any, measured: Mapping[str, Any]) -> None:
+    """Health as events of DeepSpeed's monitors, `Train/FP8/...` over steps."""
+    if not engine.monitor.enabled or dist.get_rank() != 0:
+        return
+    places = {"": measured["total"]}
+    if len(measured["groups"]) > 1:
+        places |= {f"group{index}/": each for index, each in enumerate(measured["groups"])}
+    engine.monitor.write_events(
+        [
+            (f"Train/FP8/{place}{name}", value, measured["step"])
+            for place, figures in places.items()
+            for name, value in figures.items()
+            if math.isfinite(value)
+        ]
+    )
+
+
+def _require_active(engine: Any) -> None:
+    if not is_active(engine):
+        raise ValueError('this engine does not use ds_fp8: is "fp8": {"enabled": true} in its config?')
 
 
 def _banner(engine: Any) -> str:
     facts = describe(engine)
     rounding = ", rounded stochastically" if facts["rounding"] == "stochastic" else ""
     total = facts["state_bytes_a_parameter"] + facts["gradient_bytes_a_parameter"]
+    hops = f"two hops, {facts['nodes']} nodes of {facts['intra_node_size']}, {facts['between_nodes']} between"
     return (
         f"ds_fp8 {facts['version']}: ON, {facts['opt_level']}, ZeRO {facts['zero_stage']}, "
         f"{facts['world_size']} ranks | gradients {facts['gradients']}, reduced {facts['reduced_gradient']}, "
         f"master {facts['master']}{rounding}, exp_avg {facts['exp_avg']}, "
         f"exp_avg_sq {facts['exp_avg_sq']}, block {facts['block_size']} | "
         f"{total:.2f} bytes a parameter over the ranks, "
-        f"{facts['wire_bytes_a_gradient_element']:.4f} wire bytes a gradient element | "
+        f"{facts['wire_bytes_a_gradient_element']:.4f} wire bytes a gradient element, "
+        f"{hops if facts['nodes'] > 1 else 'one hop'}, {'' if facts['overlap_comm'] else 'not '}overlapped | "
         f"kernels: {facts['kernels']}"
     )
 
@@ -189,7 +234,8 @@ def configure_zero_optimizer(original: Method) -> Method:
         config = _fp8(self)
         if config is None:
             return original(self, optimizer)
-        recipe = recipe_of(config, accumulating=_accumulating(self))
+        ranks = dist.get_world_size(self.seq_data_parallel_group)
+        recipe = recipe_of(config, accumulating=_accumulating(self), ranks=ranks)
         check_engine(self, recipe)
         self.basic_optimizer = replace_optimizer(optimizer)
         self.optimizer = FP8ZeROOptimizer(
@@ -206,6 +252,7 @@ def configure_zero_optimizer(original: Method) -> Method:
                 dynamic_loss_args=self.dynamic_loss_scale_args(),
             ),
         )
+        self.optimizer.health.listeners.append(functools.partial(write_events, self))
         logger.info("%s", _banner(self))
         if self._config.ds_fp8_idle_keys:
             logger.info("without effect with fp8: %s", "; ".join(self._config.ds_fp8_idle_keys))
@@ -219,10 +266,12 @@ def settings_of(config: FP8Config, engine: Any) -> ZeroSettings:
     return ZeroSettings(
         stage=int(engine.zero_optimization_stage()),
         bucket_elements=int(engine.zero_reduce_bucket_size()),
+        overlap=bool(engine.zero_overlap_comm()),
         gradient_clipping=float(engine.gradient_clipping()),
         average=bool(engine.gradient_average),
         max_consecutive_skips=config.max_consecutive_skips,
         save_fp32_master=config.checkpoint.fp32_master,
+        stats_interval=config.stats.interval,
     )
 
 
@@ -238,6 +287,7 @@ def check_engine(engine: Any, recipe: Recipe) -> None:
             raise ValueError(
                 f"deepspeed.initialize: received {what}, allowed with fp8: data parallelism only"
             )
+    _check_nodes(recipe.intra_node_size, dist.get_world_size(engine.seq_data_parallel_group))
     model_dtype, wanted = engine.get_data_types()
     ours = recipe.shard.dtype if engine.zero_optimization_stage() == 2 else model_dtype
     if engine._config.grad_accum_dtype is not None and wanted is not ours:
@@ -252,6 +302,13 @@ def check_engine(engine: Any, recipe: Recipe) -> None:
             beside = f" beside a master {recipe.master.name}" if recipe.master.split else ""
             allowed = ", ".join(map(str, dtypes)) + beside
             raise refusal(f"dtype of {name}", str(parameter.dtype), allowed)
+
+
+def _check_nodes(size: int, ranks: int) -> None:
+    if ranks % size:
+        divisors = ", ".join(str(each) for each in range(1, ranks + 1) if ranks % each == 0)
+        allowed = f"divisors of the world size {ranks}: {divisors}"
+        raise refusal("fp8.gradients.intra_node_size", size, allowed)
 
 
 def replace_optimizer(optimizer: Any) -> FP8AdamW:
