@@ -194,7 +194,20 @@ WRONG = [  # section, path in the message, value in the message, a part of what 
     ({"optimizer": {"rounding": "up"}}, "fp8.optimizer.rounding", '"up"', '"nearest"'),
     ({"optimizer": {"seed": -1}}, "fp8.optimizer.seed", "-1", "greater than or equal to 0"),
     ({"weights": {"dtype": "bf16"}}, "fp8.weights.dtype", '"bf16"', "left out"),
-    ({"gradients": {"intra_node_size": 0}}, "fp8.gradients.intra_node_size", "0", "left out"),
+    (
+        {"gradients": {"intra_node_size": 0}},
+        "fp8.gradients.intra_node_size",
+        "0",
+        "greater than or equal to 1",
+    ),
+    ({"gradients": {"intra_node_size": "8"}}, "fp8.gradients.intra_node_size", '"8"', "integer"),
+    ({"gradients": {"inter_node_dtype": "e5m2"}}, "fp8.gradients.inter_node_dtype", '"e5m2"', '"bf16"'),
+    (
+        {"enabled": True, "gradients": {"inter_node_dtype": "bf16"}},
+        "fp8.gradients.inter_node_dtype",
+        '"bf16"',
+        "the key left out, or fp8.gradients.intra_node_size beside it",
+    ),
     ({"stats": {"interval": -1}}, "fp8.stats.interval", "-1", "0"),
     ({"max_consecutive_skips": 0}, "fp8.max_consecutive_skips", "0", "greater than or equal to 1"),
     # the section is no object
@@ -211,8 +224,6 @@ UNBUILT = [  # path, value, a part of what is allowed
     ("gradients.autoscale", "dynamic", "left out"),
     ("gradients.autoscale", "pre", "left out"),
     ("gradients.autoscale", "post", "left out"),
-    ("gradients.intra_node_size", 8, "left out"),
-    ("gradients.inter_node_dtype", "bf16", "left out"),
     ("weights.dtype", "e4m3", "left out"),
     ("checkpoint.allow_conversion", True, "false"),
 ]
@@ -364,6 +375,7 @@ HARMLESS: list[dict[str, Any]] = [
     {"optimizer": {"type": "FP8AdamW", "params": {"lr": 1e-3}}},
     {"optimizer": {}},
     {"zero_optimization": {"stage": 1}},
+    {"zero_optimization": {"stage": 2, "overlap_comm": True}},
     {"zero_optimization": {"stage": 2, "round_robin_gradients": False, "zero_hpz_partition_size": 1}},
     {"zero_optimization": {"stage": 2, "zenflow": None, "offload_optimizer": None}},
     {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "none"}}},
@@ -420,13 +432,13 @@ class TestRestOfTheConfig:
                 "train_batch_size": 8,
                 "aio": {"block_size": 1},
                 "bf16": {"enabled": True, "immediate_grad_update": True},
-                "zero_optimization": {"stage": 2, "reduce_scatter": True, "overlap_comm": True},
+                "zero_optimization": {"stage": 2, "reduce_scatter": True, "allgather_partitions": True},
             }
         )
         assert idle == [
             "aio (nothing is offloaded)",
             "zero_optimization.reduce_scatter (gradients go to their owners by all-to-all)",
-            "zero_optimization.overlap_comm (exchange and backward do not overlap yet)",
+            "zero_optimization.allgather_partitions (weights are gathered a bucket at a time)",
             "bf16.immediate_grad_update (a key of DeepSpeed's BF16 optimizer)",
         ]
 

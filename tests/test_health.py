@@ -92,7 +92,7 @@ def extreme(bad: float, wire: str = "e4m3") -> dict[str, Any]:
     groups = [{"params": [model.uneven]}, {"params": [model.even], "lr": 1e-4}]
     fp8 = {"opt_level": "O2+", "stats": {"interval": 1}, "gradients": {"dtype": wire}}
     config = ds_config(fp8, clipping=0.0)
-    engine = build(config, model, optimizer=torch.optim.AdamW(groups, lr=1e-3))
+    engine = build(config, model, optimizer=torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95)))
     for sign in (1.0, bad):
         engine.backward(engine(sign))
         engine.step()
@@ -112,10 +112,10 @@ def test_groups_are_told_apart(ranks: RankPools) -> None:
 
 
 def test_a_second_moment_that_would_be_lost_is_counted(ranks: RankPools) -> None:
-    """BF16 brings the tiny gradients, and UE4M4 reaches down to 2e-6 of a block's largest only."""
+    """BF16 brings tiny gradients. The first step leaves the smallest code: half of one in the next scale."""
     uneven, even = ranks.run(2, extreme, 1.0, "bf16")[0]["groups"]
     assert uneven["gradient_underflow"] == 0
-    assert 0.8 < uneven["exp_avg_sq_rescued"] < 1
+    assert 0.4 < uneven["exp_avg_sq_rescued"] < 0.6
     assert uneven["exp_avg_underflow"] == 254 / 256
     assert even["exp_avg_sq_rescued"] == 0
 

@@ -145,12 +145,54 @@ def test_two_buckets_are_under_way(ranks: RankPools, world_size: int, stage: int
     assert events == [*expected, f"wait {buckets - 2}", f"wait {buckets - 1}"]
 
 
+def test_the_second_hop_starts_before_the_next_bucket(ranks: RankPools) -> None:
+    """Every bucket makes two collectives: its second is launched just before the next one's first."""
+    config = ds_config({"gradients": {"intra_node_size": 2}}, zero=OVERLAP, bucket=4000)
+    events = ranks.run(4, diary_of, config, "backward")[0]
+    launches = len(events) // 2
+    assert launches > 10
+    name = "all_to_all_single"
+    expected = [f"{name} 0", "wait 0", f"{name} 1", f"{name} 2"]  # 0, 1: hops of the first bucket
+    for number in range(2, launches - 1, 2):
+        expected += [f"wait {number - 1}", f"wait {number}", f"{name} {number + 1}"]
+        expected += [f"{name} {number + 2}"] * (number + 2 < launches)
+    assert events == [*expected, f"wait {launches - 1}"]
+
+
 def test_without_overlap_an_exchange_is_waited_for(ranks: RankPools) -> None:
     events = ranks.run(2, diary_of, ds_config({}, bucket=4000), "backward")[0]
     buckets = len(events) // 2
     assert events == [
         event for number in range(buckets) for event in (f"all_to_all_single {number}", f"wait {number}")
     ]
+
+
+def diary_of_an_interruption() -> list[str]:
+    """A backward that raises after some buckets have left, then the engine forgets it."""
+
+    def fail(_: Tensor) -> Tensor:
+        raise ArithmeticError("planted")
+
+    engine = build_gpt(ds_config({}, zero=OVERLAP, bucket=4000))
+    handle = engine.module.blocks[0].up.weight.register_hook(fail)
+    loss = engine(next(batches(engine)))
+    diary = Diary()
+    with diary.collective("all_to_all_single"):
+        with pytest.raises(ArithmeticError, match="planted"):
+            engine.backward(loss)
+        diary.events.append("raised")
+        engine.optimizer.zero_grad()
+    handle.remove()
+    engine.destroy()
+    return diary.events
+
+
+def test_what_an_error_leaves_under_way_is_waited_for(ranks: RankPools) -> None:
+    events = ranks.run(2, diary_of_an_interruption)[0]
+    before, after = events[: events.index("raised")], events[events.index("raised") + 1 :]
+    launched, waited = (sum(event.startswith(word) for event in before) for word in ("all_to", "wait"))
+    assert after == [f"wait {number}" for number in range(waited, launched)]
+    assert len(after) == 2
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

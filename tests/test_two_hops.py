@@ -32,18 +32,21 @@ BLOCK = 128
 # Where it coincides with one hop
 
 
-def losses_and_weights(gradients: dict[str, Any], zero: dict[str, Any], stage: int) -> tuple[Any, Any]:
+def train(gradients: dict[str, Any], zero: dict[str, Any], stage: int) -> tuple[Any, Any, Any]:
+    """Losses, weights, and bytes handed to collectives, of five steps."""
     engine = build_gpt(ds_config({"gradients": gradients}, zero=zero, stage=stage, bucket=4000))
-    losses = train_losses(engine, batches(engine), 5)
+    with Traffic() as traffic:
+        losses = train_losses(engine, batches(engine), 5)
     bits = weight_bits(engine)
     engine.destroy()
-    return losses, bits
+    return losses, bits, dict(traffic.handed)
 
 
 def assert_same_runs(runs: list[Any], others: list[Any]) -> None:
-    for (losses, bits), (other_losses, other_bits) in zip(runs, others, strict=True):
+    for (losses, bits, handed), (other_losses, other_bits, other_handed) in zip(runs, others, strict=True):
         assert losses == other_losses
         assert_same_bits(bits, other_bits)
+        assert handed == other_handed
 
 
 @pytest.mark.parametrize("zero", [{}, OVERLAP], ids=["plain", "overlap"])
@@ -52,19 +55,19 @@ def assert_same_runs(runs: list[Any], others: list[Any]) -> None:
 def test_nodes_of_one_rank_and_one_node_are_one_hop(
     ranks: RankPools, world_size: int, stage: int, zero: dict[str, Any]
 ) -> None:
-    plain = ranks.run(world_size, losses_and_weights, {}, {}, stage)
+    plain = ranks.run(world_size, train, {}, {}, stage)
     for size in (1, world_size):
         section = {"intra_node_size": size, "inter_node_dtype": "bf16"}
-        assert_same_runs(ranks.run(world_size, losses_and_weights, section, zero, stage), plain)
+        assert_same_runs(ranks.run(world_size, train, section, zero, stage), plain)
 
 
 @pytest.mark.parametrize("inter_node_dtype", ["e4m3", "bf16"])
 @pytest.mark.parametrize("stage", [1, 2])
 def test_overlap_changes_no_bit(ranks: RankPools, stage: int, inter_node_dtype: str) -> None:
     section = {"intra_node_size": 2, "inter_node_dtype": inter_node_dtype}
-    plain, overlapped = (ranks.run(4, losses_and_weights, section, zero, stage) for zero in ({}, OVERLAP))
+    plain, overlapped = (ranks.run(4, train, section, zero, stage) for zero in ({}, OVERLAP))
     assert_same_runs(overlapped, plain)
-    for _, bits in plain:
+    for _, bits, _ in plain:
         assert_same_bits(bits, plain[0][1])  # every rank has gathered the same weights
 
 
@@ -83,12 +86,17 @@ class Given(nn.Module):
 
 
 def given_gradient(kind: str, rank: int, size: int) -> Tensor:
-    """BF16: independent on every rank, or the same but for a fifth, so that each rounds on its own."""
+    """BF16: independent on every rank; the same but for a fifth, so that each rounds on its own; or so that
+    the FP32 sum shows its order.
+    """
     own, common = torch.Generator().manual_seed(1 + rank), torch.Generator().manual_seed(0)
-    noise = torch.randn(size, generator=own)
-    if kind == "independent":
-        return noise.bfloat16()
-    return (torch.randn(size, generator=common) + noise / 5).bfloat16()
+    noise, shared = torch.randn(size, generator=own), torch.randn(size, generator=common)
+    values = {
+        "independent": noise,
+        "equal": shared + noise / 5,
+        "cancelling": (noise, shared * 2**20, noise, -shared * 2**20)[rank % 4],
+    }
+    return values[kind].bfloat16()
 
 
 def reduced(gradients: dict[str, Any], kind: str, size: int) -> Tensor:
@@ -135,14 +143,15 @@ HOPS = [  # ranks, ranks a node, wire, between nodes
 ]
 
 
+@pytest.mark.parametrize("kind", ["independent", "cancelling"])
 @pytest.mark.parametrize(("world_size", "node", "wire", "between"), HOPS)
 def test_the_sum_is_that_of_nodes(
-    ranks: RankPools, world_size: int, node: int, wire: str, between: str | None
+    ranks: RankPools, world_size: int, node: int, wire: str, between: str | None, kind: str
 ) -> None:
     section = {"dtype": wire, "intra_node_size": node}
     section |= {"inter_node_dtype": between} if between else {}
-    found = whole(ranks.run(world_size, reduced, section, "independent", SIZE), SIZE)
-    expected = sum_by_hand("independent", world_size, node, BY_NAME[wire], BY_NAME[between or wire], SIZE)
+    found = whole(ranks.run(world_size, reduced, section, kind, SIZE), SIZE)
+    expected = sum_by_hand(kind, world_size, node, BY_NAME[wire], BY_NAME[between or wire], SIZE)
     assert_same_bits({"sum": found.view(torch.int32)}, {"sum": expected.view(torch.int32)})
 
 
