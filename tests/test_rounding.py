@@ -323,7 +323,7 @@ def test_bits_are_balanced_and_independent_within_a_draw(word: int) -> None:
 
 @pytest.mark.parametrize("word", [key(stream(0, 1, 2), 0), key(stream(1234, 1000, 2), 77)], ids=hex)
 def test_bits_are_uniform(word: int) -> None:
-    """Chi-square within 4 sigma: cells of the upper 16 bits, and of 12 at the top, in the middle and below."""
+    """Chi-square within 4 sigma: cells of the upper 16 bits, and of 12 at the top, in the middle and last."""
     bits = random_bits(word, 0, DRAWS, CPU)
     for cells, count in (
         (bits >> 8, 1 << 16),
