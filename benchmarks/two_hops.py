@@ -5,11 +5,11 @@
 Gradients of N ranks are drawn with a correlation between ranks, rounded, added and rounded as the exchange
 does it (tests/test_two_hops.py holds the exchange to the same sums, bit for bit), and compared with the exact
 sum. "cost" is one hop's dB less two hops', without the rounding of the reduced gradient itself. "theory"
-takes the second rounding to be as noisy, relative to what it rounds, as the first: 10 log10(2 + (k - 1) c) with
-the correlation c, which is 3 dB for independent gradients and 10 log10(1 + k) for equal ones. "with ties"
-counts that a sum of k codes of one binade often lies in the middle between two codes: at most 1 + 2/k^2 times
-the noise. "kept" is with the rounding of the reduced gradient; the defaults are E4M3 with one hop and BF16
-with two in E4M3.
+takes the second rounding to be as noisy, for what it rounds, as the first: 10 log10(2 + (k - 1) c) dB,
+c the correlation: 3 for independent gradients, 10 log10(1 + k) for equal ones. "with ties" counts that a sum
+of k codes of one binade often lies in the middle between two codes: at most 1 + 2/k^2 times the noise.
+"kept" is with the rounding of the reduced gradient; the defaults are E4M3 with one hop and BF16 with two in
+E4M3.
 """
 
 import math
