@@ -2,7 +2,7 @@
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 from unittest.mock import patch
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 from deepspeed import comm as dist
 from engines import SMALL, assert_same_bits, batches, build, build_gpt, ds_config, train_losses, weight_bits
+from meters import storages
 from ranks import RankPools
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -212,21 +213,24 @@ def test_weights_are_gathered_as_soon_as_they_are_swept(ranks: RankPools, world_
 
 
 class InFlight(TorchDispatchMode):
-    """The most bytes that were alive of what is handed to all-to-alls and what they fill."""
+    """The most bytes that were alive of what a collective is handed and fills, but for `others`."""
 
-    def __init__(self) -> None:
+    def __init__(self, collective: str = "alltoall_base_", others: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.peak = 0
+        self._collective = collective
+        self._others = storages(others)
         self._buffers: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func.namespace == "c10d" and func._opname == "alltoall_base_":
+        if func.namespace == "c10d" and func._opname == self._collective:
             time.sleep(0.01)  # gloo's thread lets go of the last exchange a moment after it is done
             for tensor in args[:2]:
                 storage = tensor.untyped_storage()
-                self._buffers[storage.data_ptr()] = StorageWeakRef(storage), storage.nbytes()
+                if storage.data_ptr() not in self._others:
+                    self._buffers[storage.data_ptr()] = StorageWeakRef(storage), storage.nbytes()
             alive = [size for reference, size in self._buffers.values() if not reference.expired()]
             self.peak = max(self.peak, sum(alive))
         return func(*args, **(kwargs or {}))
@@ -248,13 +252,21 @@ def bytes_in_flight(config: dict[str, Any], size: int) -> dict[str, int]:
     for _ in range(2):
         with InFlight() as counted:
             engine.backward(engine(torch.ones((), dtype=torch.bfloat16)))
-        engine.step()
+        with InFlight("_allgather_base_", engine.module.parameters()) as gathered:
+            engine.step()
     handler = engine.optimizer
     buckets = handler.buckets
     expected = memory.in_flight_bytes(handler.recipe, buckets, overlap=handler.settings.overlap)
     elements = [sum(slot.numel for slot in bucket.slots) for bucket in buckets]
     engine.destroy()
-    return {"peak": counted.peak, "expected": expected, "largest": max(elements), "buckets": len(buckets)}
+    return {
+        "peak": counted.peak,
+        "expected": expected,
+        "largest": max(elements),
+        "buckets": len(buckets),
+        "gathered": gathered.peak,
+        "gathered_expected": memory.gather_bytes(handler.recipe, 2, buckets),
+    }
 
 
 SIZE = 128 * 16 * 16  # 16 blocks and more on each of 2 or 4 ranks, so that no message is padded
@@ -284,6 +296,9 @@ def test_bytes_in_flight(
         assert found["buckets"] == 8
         assert found["peak"] == found["expected"] == bytes_an_element * found["largest"]
         assert found["peak"] <= 4.04 * found["largest"]
+        nodes_of = gradients.get("intra_node_size")
+        of_weights = 2 * found["largest"] // nodes_of if nodes_of else 0
+        assert found["gathered"] == found["gathered_expected"] == of_weights
 
 
 def test_bytes_in_flight_of_unequal_buckets_are_within_the_bound(ranks: RankPools) -> None:

@@ -1,6 +1,7 @@
 """The exchange in two hops: its arithmetic, bytes between nodes, what the second rounding costs."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from engines import (
     build,
     build_gpt,
     ds_config,
+    state_bits,
     train_losses,
     train_run,
     weight_bits,
@@ -270,6 +272,26 @@ def test_what_is_not_finite_travels_through_both_hops(
 ) -> None:
     section = {"intra_node_size": 2, "inter_node_dtype": inter_node_dtype}
     assert all(ranks.run(4, skipped, section, value))
+
+
+def saved_and_resumed(folder: str, gradients: dict[str, Any]) -> Any:
+    """Masters and states as they are after loading what one hop has saved."""
+    engine = build_gpt(ds_config({}, bucket=4000))
+    train_losses(engine, batches(engine), 2)
+    engine.save_checkpoint(folder)
+    saved = state_bits(engine.optimizer)
+    engine.destroy()
+    engine = build_gpt(ds_config({"gradients": gradients}, bucket=4000), seed=1)
+    engine.load_checkpoint(folder)
+    loaded = state_bits(engine.optimizer)
+    assert train_losses(engine, batches(engine), 1)
+    engine.destroy()
+    return saved, loaded
+
+
+def test_a_checkpoint_does_not_know_the_hops(ranks: RankPools, tmp_path: Path) -> None:
+    for saved, loaded in ranks.run(4, saved_and_resumed, str(tmp_path), {"intra_node_size": 2}):
+        assert_same_bits(saved, loaded)
 
 
 def refuse_nodes(size: int) -> str:

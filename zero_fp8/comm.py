@@ -82,6 +82,7 @@ class Nodes:
         if self.across is not None:
             dist.destroy_process_group(self.inside)
             dist.destroy_process_group(self.across)
+            self.across = None
 
 
 class Transfer:
