@@ -364,6 +364,14 @@ PROVED_ELSEWHERE = {
     "skipping of steps with non-finite gradients": "test_skip.py::test_every_rank_skips",
     "safe_get_full_fp32_param, _optimizer_state, _grad": "test_access.py::test_reading",
     "safe_set_full_fp32_param, _optimizer_state, _grad": "test_access.py::test_writing",
+    "opt_level O2+: losses of stock DeepSpeed BF16": "test_parity.py::test_losses_equal_stock_bf16",
+    "master_dtype split16: FP32 masters, bit for bit": (
+        "test_parity.py::test_split16_is_an_fp32_master_bit_for_bit"
+    ),
+    "stochastic masters: the same bits at any world size": (
+        "test_world_size.py::test_states_do_not_depend_on_the_world_size"
+    ),
+    "fp8.stats.interval: health on monitors": "test_health.py::test_events_reach_the_monitor",
     "csv and tensorboard monitors": "test_engine.py::test_monitors",
     "engine.destroy(), several engines in a process": "test_engine.py::test_engines_side_by_side",
     "save_checkpoint, load_checkpoint at the same world size": "test_checkpoint.py::test_resume_is_exact",

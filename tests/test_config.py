@@ -119,6 +119,7 @@ class TestSection:
 
 UNKNOWN = "unknown key with the value "
 
+IDLE_ROUNDING = ("fp8.optimizer.rounding", '"stochastic"', '"nearest" with the master split16')
 WRONG = [  # section, path in the message, value in the message, a part of what is allowed
     # unknown keys, at each depth
     ({"levl": "O2"}, "fp8.levl", UNKNOWN + '"O2"', "opt_level, scaling"),
@@ -210,6 +211,14 @@ WRONG = [  # section, path in the message, value in the message, a part of what 
     ),
     ({"stats": {"interval": -1}}, "fp8.stats.interval", "-1", "0"),
     ({"max_consecutive_skips": 0}, "fp8.max_consecutive_skips", "0", "greater than or equal to 1"),
+    # nothing is rounded away
+    ({"enabled": True, "opt_level": "O2+", "optimizer": {"rounding": "stochastic"}}, *IDLE_ROUNDING),
+    (
+        {"enabled": True, "optimizer": {"rounding": "stochastic", "master_dtype": "fp32"}},
+        "fp8.optimizer.rounding",
+        '"stochastic"',
+        '"stochastic" with fp16, bf16, split8',
+    ),
     # the section is no object
     (None, "fp8", "null", "an object of enabled, opt_level"),
     (True, "fp8", "true", "an object of enabled, opt_level"),
