@@ -17,6 +17,7 @@ LAYERS = (  # a module imports from the lines below its own only
     ("ds_fp8.cli", "ds_fp8.__main__", "ds_fp8.hf"),
     ("ds_fp8.registration",),
     ("ds_fp8.engine",),
+    ("ds_fp8.status",),
     ("ds_fp8.memory",),
     ("ds_fp8.zero_fp8.handler",),
     (
