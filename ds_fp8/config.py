@@ -116,7 +116,6 @@ BUILT: dict[str, tuple[Any, ...]] = {
     "optimizer.exp_avg_sq_dtype": (None, "fp32", "bf16", "fp16"),
     "optimizer.rounding": (None, "nearest"),
     "weights.dtype": (None,),
-    "checkpoint.allow_conversion": (False,),
     "stats.interval": (0,),
 }
 

@@ -155,6 +155,11 @@ def square_root(v: Tensor) -> Tensor:
     return v.to(torch.float64).sqrt().to(torch.float32)
 
 
+def decode_master(master: Blocks, weights: Tensor) -> Tensor:
+    """FP32 masters of a chunk, [rows, block size]; weights: the model's, of the same rows."""
+    return decode(master)
+
+
 def decode_second_moment(blocks: Blocks, factor: float = 1.0) -> Tensor:
     """v of a chunk times UNIT^2 and a factor, [rows, block size] float32.
 
