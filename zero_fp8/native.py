@@ -161,9 +161,10 @@ def load_plain(path: Path) -> dict[str, Any]:
         loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"{path}: missing") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        first_line = str(error).splitlines()[0]
-        raise ValueError(f"{path}: not a file of tensors and plain values: {first_line}") from None
+    except pickle.UnpicklingError:
+        raise ValueError(f"{path}: holds more than tensors and plain values, and is not unpickled") from None
+    except (RuntimeError, EOFError) as error:
+        raise ValueError(f"{path}: not a file that torch.save wrote: {str(error).splitlines()[0]}") from None
     if not isinstance(loaded, dict):
         raise ValueError(f"{path}: received {type(loaded).__name__}, expected a dict")
     return loaded
