@@ -68,7 +68,12 @@ class Level:
     exp_avg_sq: str
 
 
-LEVELS = {"O1": Level("fp32", "fp32", "fp32"), "O2": Level("fp16", "e4m3", "fp16")}
+LEVELS = {
+    "O1": Level("fp32", "fp32", "fp32"),
+    "O2": Level("fp16", "e4m3", "fp16"),
+    "O2+": Level("split16", "e4m3", "ue4m4"),
+}
+ROUNDED = ("fp16", "bf16", "split8")  # masters that can be rounded stochastically
 
 
 class FP8Config(_Section):
@@ -103,18 +108,20 @@ class FP8Config(_Section):
             given.exp_avg_sq_dtype or level.exp_avg_sq,
         )
 
+    @property
+    def stochastic(self) -> bool:
+        """Whether masters are rounded stochastically."""
+        return self.optimizer.rounding == "stochastic"
+
 
 # What this version does with a key that the design gives more values; None: left out.
 BUILT: dict[str, tuple[Any, ...]] = {
-    "opt_level": ("O1", "O2"),
+    "opt_level": tuple(LEVELS),
     "scaling": ("block",),
     "gradients.reduction": ("fp32",),
     "gradients.autoscale": (None,),
     "gradients.intra_node_size": (None,),
     "gradients.inter_node_dtype": (None,),
-    "optimizer.master_dtype": (None, "fp32", "fp16", "bf16"),
-    "optimizer.exp_avg_sq_dtype": (None, "fp32", "bf16", "fp16"),
-    "optimizer.rounding": (None, "nearest"),
     "weights.dtype": (None,),
     "stats.interval": (0,),
 }
@@ -128,6 +135,7 @@ def parse(ds_config: Mapping[str, Any]) -> FP8Config | None:
     config = validate(FP8Config, ds_config[SECTION], SECTION)
     if config.enabled:
         _refuse_unbuilt(config)
+        _refuse_idle_rounding(config)
     return config
 
 
@@ -171,6 +179,14 @@ def _refuse_unbuilt(config: FP8Config) -> None:
             value = getattr(value, name)
         if value not in built:
             raise refusal(f"{SECTION}.{path}", value, f"{_built(path)} (this value is not built yet)")
+
+
+def _refuse_idle_rounding(config: FP8Config) -> None:
+    if config.stochastic and config.states.master not in ROUNDED:
+        allowed = f'"nearest" with the master {config.states.master}, of which nothing is rounded away; '
+        raise refusal(
+            f"{SECTION}.optimizer.rounding", "stochastic", f'{allowed}"stochastic" with {", ".join(ROUNDED)}'
+        )
 
 
 def _built(path: str) -> str:

@@ -20,7 +20,7 @@ from ds_fp8.ops.formats import FP32
 from ds_fp8.zero_fp8.agreement import check_agreement
 from ds_fp8.zero_fp8.handler import FP8ZeROOptimizer, ZeroSettings
 from ds_fp8.zero_fp8.optimizer import FP8AdamW
-from ds_fp8.zero_fp8.recipe import Recipe, recipe_of
+from ds_fp8.zero_fp8.recipe import Recipe, recipe_of, weight_dtypes
 
 logger = logging.getLogger("ds_fp8")
 
@@ -35,7 +35,6 @@ AGREED_KEYS = (
     "gradient_clipping",
     "train_micro_batch_size_per_gpu",
 )
-WEIGHT_DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 
 
 def is_active(engine: Any) -> bool:
@@ -60,6 +59,7 @@ def describe(engine: Any) -> dict[str, Any]:
         "gradients": recipe.wire.name,
         "reduced_gradient": (FP32 if accumulating and recipe.promote else recipe.shard).name,
         "master": recipe.master.name,
+        "rounding": "stochastic" if recipe.stochastic else "nearest",
         "exp_avg": recipe.exp_avg.name,
         "exp_avg_sq": recipe.exp_avg_sq.name,
         "block_size": recipe.block_size,
@@ -72,12 +72,14 @@ def describe(engine: Any) -> dict[str, Any]:
 
 def _banner(engine: Any) -> str:
     facts = describe(engine)
+    rounding = ", rounded stochastically" if facts["rounding"] == "stochastic" else ""
     total = facts["state_bytes_a_parameter"] + facts["gradient_bytes_a_parameter"]
     return (
         f"ds_fp8 {facts['version']}: ON, {facts['opt_level']}, ZeRO {facts['zero_stage']}, "
         f"{facts['world_size']} ranks | gradients {facts['gradients']}, reduced {facts['reduced_gradient']}, "
-        f"master {facts['master']}, exp_avg {facts['exp_avg']}, exp_avg_sq {facts['exp_avg_sq']}, "
-        f"block {facts['block_size']} | {total:.2f} bytes a parameter over the ranks, "
+        f"master {facts['master']}{rounding}, exp_avg {facts['exp_avg']}, "
+        f"exp_avg_sq {facts['exp_avg_sq']}, block {facts['block_size']} | "
+        f"{total:.2f} bytes a parameter over the ranks, "
         f"{facts['wire_bytes_a_gradient_element']:.4f} wire bytes a gradient element | "
         f"kernels: {facts['kernels']}"
     )
@@ -244,9 +246,12 @@ def check_engine(engine: Any, recipe: Recipe) -> None:
     for module_name, module in engine.module.named_modules():
         if isinstance(module, torch.nn.Embedding | torch.nn.EmbeddingBag) and module.sparse:
             raise refusal(f"{module_name}.sparse", True, "false with fp8 enabled")
+    dtypes = weight_dtypes(recipe.master)
     for name, parameter in engine.module.named_parameters():
-        if parameter.requires_grad and parameter.dtype not in WEIGHT_DTYPES:
-            raise refusal(f"dtype of {name}", str(parameter.dtype), ", ".join(map(str, WEIGHT_DTYPES)))
+        if parameter.requires_grad and parameter.dtype not in dtypes:
+            beside = f" beside a master {recipe.master.name}" if recipe.master.split else ""
+            allowed = ", ".join(map(str, dtypes)) + beside
+            raise refusal(f"dtype of {name}", str(parameter.dtype), allowed)
 
 
 def replace_optimizer(optimizer: Any) -> FP8AdamW:

@@ -42,7 +42,7 @@ def check(engine: Any, folder: Path, facts: Manifest, wanted: Wanted) -> Restora
         return None
     _check_parameters(engine, path, facts)
     handler: FP8ZeROOptimizer = engine.optimizer
-    native, recipe = Native(folder, facts), recipe_facts(handler.recipe)
+    native, recipe = Native(folder, facts, unpickle=True), recipe_facts(handler.recipe)
     native.check(handler.shards, handler.parameter_names)
     if facts.recipe == recipe:
         return native

@@ -4,10 +4,12 @@ The methods are replaced in place and not on subclasses: a subclass bound to `de
 would make `isinstance` false for engines of the original class, on which accelerate relies.
 """
 
+import atexit
 import gc
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +21,8 @@ from ds_fp8.compat import ALL_OPS, DeepSpeedConfig, DeepSpeedEngine, check_signa
 from ds_fp8.ops.builder import FP8CPUBuilder, FP8TritonBuilder
 
 logger = logging.getLogger("ds_fp8")
+
+GLOO_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,7 @@ def register() -> None:
         )
     _patches.extend(Patch.apply(*place) for place in SEAM)
     _show_builders()
+    atexit.register(_let_gloo_finish)
 
 
 def unregister() -> None:
@@ -80,6 +85,17 @@ def unregister() -> None:
         _patches.pop().undo()
     for builder in BUILDERS.values():
         ALL_OPS.pop(builder.NAME, None)
+    atexit.unregister(_let_gloo_finish)
+
+
+def _let_gloo_finish() -> None:
+    """Wait at exit: gloo's threads drop the tensors of the last collective after it has returned.
+
+    One that comes to it when the interpreter is ending aborts the process (torch 2.13, Python before 3.14),
+    and DeepSpeed keeps groups, and so their threads, alive beyond `destroy_process_group`.
+    """
+    if get_accelerator().communication_backend_name() == "gloo":
+        time.sleep(GLOO_SECONDS)
 
 
 def _show_builders() -> None:

@@ -38,7 +38,7 @@ from torch import Tensor, cuda, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.checkpoint import checkpoint
-from train_lm import Block, Corpus, Shape, mean_over_ranks, validate
+from train_lm import Block, Corpus, Shape, leave_ranks, mean_over_ranks, validate
 
 
 @dataclass(frozen=True)
@@ -279,7 +279,7 @@ def main() -> None:
         if arguments.json:
             arguments.json.parent.mkdir(parents=True, exist_ok=True)
             arguments.json.write_text(json.dumps(result, indent=1))
-    torch.distributed.destroy_process_group()
+    leave_ranks()
     if not math.isfinite(result["final_loss"]):
         raise SystemExit("the loss is not finite")
 

@@ -182,6 +182,12 @@ def train(engine: Any, corpus: Corpus, steps: int, seed: int, *, quiet: bool) ->
     }
 
 
+def leave_ranks() -> None:
+    """End of the process group; gloo's threads drop their last tensors before Python ends."""
+    torch.distributed.destroy_process_group()
+    time.sleep(0.2)
+
+
 def main() -> None:
     arguments = parse_arguments()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -206,7 +212,7 @@ def main() -> None:
             arguments.json.parent.mkdir(parents=True, exist_ok=True)
             arguments.json.write_text(json.dumps(result, indent=1))
     engine.destroy()
-    torch.distributed.destroy_process_group()
+    leave_ranks()
     if not math.isfinite(result["final_loss"]):
         raise SystemExit("the loss is not finite")
 

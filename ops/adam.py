@@ -13,19 +13,21 @@ same decaying sum, `next_clamp`).
 Adam does not notice the unit of the gradient, so the sweep takes it 2^24 times smaller: then the square
 of a gradient of 1e-20 is still a normal FP32 number. v saturates where FP32 ends.
 
-The weight is the rounded value of the master *as stored*, so weights are a function of the state.
+Masters and weights are stored together (`ops.masters`).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ds_fp8.ops.blocks import Blocks, chunks, decode, encode, scale_down, scale_exponents
 from ds_fp8.ops.formats import FP32
-from ds_fp8.ops.rounding import EXP_AVG_SQ, key, random_bits, round_up_from_zero, stream
+from ds_fp8.ops.masters import decode_masters, encode_masters
+from ds_fp8.ops.rounding import EXP_AVG_SQ, MASTER, key, random_bits, round_up_from_zero, stream
 
 LOG_UNIT = 24
 UNIT = 2.0**LOG_UNIT  # of the gradient, inside the sweep
@@ -100,39 +102,52 @@ def plan(
 def adam_step(
     state: AdamState,
     gradient: Blocks,  # sum over ranks, of the same rows as the state
-    weights: Tensor,  # [rows, block size] model dtype, written
+    weights: Tensor,  # [rows, block size] model dtype, written; read where the master is split
     plan: Sequence[Segment],
     scalars: AdamScalars,
     control: Tensor,  # [2] float32
     *,
     seed: int,
+    stochastic: bool = False,
 ) -> None:
     """One sweep over the segments of a shard, in the order of its rows.
 
     control: what the gradient is multiplied with (1 / world size, loss scale and clip factor in one),
     and 1 where the step is taken, 0 where every byte stays as it is. Both are read where the tensor is,
     so that a GPU does not wait for the host. Rows outside every segment hold zeros and keep them.
+    seed, stochastic: of the random bits, and whether masters are rounded by them too.
     """
     if not control[1]:
         return
-    noise = stream(seed, scalars.step, EXP_AVG_SQ)
     for segment in plan:
-        word = key(noise, segment.parameter)
         start, size = segment.blocks.start, gradient.block_size
         for part in chunks(segment.blocks.stop - start, size):
             rows = slice(start + part.start, start + part.stop)
-            first = segment.first_element + part.start * size
-            bits = random_bits(word, first, (part.stop - part.start) * size, weights.device)
             g = decode(gradient[rows], control[0] * UNIT)
-            _sweep(state[rows], g, weights[rows], scalars, bits.view(-1, size))
+            first = segment.first_element + part.start * size
+            noise = partial(_noise, seed, scalars.step, segment.parameter, first, g)
+            _sweep(state[rows], g, weights[rows], scalars, noise, stochastic)
 
 
-def _sweep(state: AdamState, g: Tensor, weights: Tensor, s: AdamScalars, bits: Tensor) -> None:
+def _noise(seed: int, step: int, parameter: int, first: int, like: Tensor, state: int) -> Tensor:
+    """16 random bits for each element of a state's rows, int32; `first` is the first element's index."""
+    word = key(stream(seed, step, state), parameter)
+    return random_bits(word, first, like.numel(), like.device).view_as(like)
+
+
+def _sweep(
+    state: AdamState,
+    g: Tensor,
+    weights: Tensor,
+    s: AdamScalars,
+    noise: Callable[[int], Tensor],
+    stochastic: bool,
+) -> None:
     """Rows of a segment; g, m, v and eps are in the unit of the gradient times UNIT."""
     if s.decoupled:
-        p = decode(state.master, 1 - s.lr * s.weight_decay)
+        p = decode_masters(state.master, weights, 1 - s.lr * s.weight_decay)
     else:
-        p = decode(state.master)
+        p = decode_masters(state.master, weights)
         g = g + p * (s.weight_decay * UNIT)
     m = decode(state.exp_avg, s.beta1 * UNIT) + g * (1 - s.beta1)
     v = decode_second_moment(state.exp_avg_sq, s.beta2) + g * g * (1 - s.beta2)
@@ -141,10 +156,9 @@ def _sweep(state: AdamState, g: Tensor, weights: Tensor, s: AdamScalars, bits: T
     if s.clamp is not None:
         m = torch.copysign(torch.minimum(m.abs(), root * s.clamp), m)
     p = p - m / (root * s.root_correction + s.eps * UNIT) * s.step_size
-    encode(p, state.master)
+    encode_masters(p, state.master, weights, noise(MASTER) if stochastic else None)
     encode(m, state.exp_avg, LOG_UNIT)
-    encode_second_moment(v * UNIT**-2, root * UNIT**-1, state.exp_avg_sq, bits)
-    write_weights(decode(state.master), weights)
+    encode_second_moment(v * UNIT**-2, root * UNIT**-1, state.exp_avg_sq, noise(EXP_AVG_SQ))
 
 
 def square_root(v: Tensor) -> Tensor:
@@ -153,11 +167,6 @@ def square_root(v: Tensor) -> Tensor:
     A float64 root has more than twice the digits, so rounding it again changes nothing.
     """
     return v.to(torch.float64).sqrt().to(torch.float32)
-
-
-def decode_master(master: Blocks, weights: Tensor) -> Tensor:
-    """FP32 masters of a chunk, [rows, block size]; weights: the model's, of the same rows."""
-    return decode(master)
 
 
 def decode_second_moment(blocks: Blocks, factor: float = 1.0) -> Tensor:
@@ -180,16 +189,3 @@ def encode_second_moment(v: Tensor, root: Tensor, out: Blocks, bits: Tensor) -> 
         out.scales.copy_(e)
         root = scale_down(root, e)
     out.codes.copy_(round_up_from_zero(root, bits, out.format))
-
-
-def write_weights(master: Tensor, weights: Tensor) -> None:
-    """Round FP32 masters to the model's dtype.
-
-    To BF16 by adding half a code to the bits and cutting, which rounds ties away from zero: so a
-    master may one day be split into its BF16 weight and the bits that the cut dropped.
-    """
-    if weights.dtype is not torch.bfloat16:
-        weights.copy_(master)
-        return
-    rounded = ((master.view(torch.int32) + 0x8000) >> 16).to(torch.int16).view(torch.bfloat16)
-    weights.copy_(torch.where(master.isnan(), torch.nan, rounded))

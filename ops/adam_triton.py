@@ -19,7 +19,6 @@ from ds_fp8.ops import adam, blocks_triton
 from ds_fp8.ops.adam import AdamScalars, AdamState, Segment
 from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.blocks_triton import (
-    decode,
     hardware_fp8,
     inverse_scale,
     is_scaled,
@@ -27,18 +26,17 @@ from ds_fp8.ops.blocks_triton import (
     load_codes,
     load_scales,
     magnitude,
-    power_of_two,
     raw,
     scale_exponent,
     scales_of,
     store_blocks,
     tile_of,
     tile_rows,
-    times,
     two_to_the,
 )
-from ds_fp8.ops.rounding import EXP_AVG_SQ, signed, stream
-from ds_fp8.ops.rounding_triton import exponent_shift, key_of, random_bits, round_up_from_zero
+from ds_fp8.ops.masters_triton import load_masters, store_masters
+from ds_fp8.ops.rounding import EXP_AVG_SQ, MASTER, signed, stream
+from ds_fp8.ops.rounding_triton import as_half, exponent_shift, key_of, random_bits, round_up_from_zero
 
 WARPS = 2
 UNIT = tl.constexpr(adam.LOG_UNIT)
@@ -79,8 +77,8 @@ def divide(a, b):
 
 
 @triton.jit
-def row_keys(stream, first, rows, table, tile_segments, tile, segments, BLOCK: tl.constexpr):
-    """Each row's key of random bits and the element of its parameter with which it begins, uint32."""
+def row_places(first, rows, table, tile_segments, tile, segments, BLOCK: tl.constexpr):
+    """Each row's parameter, int32, and the elements of it that the row holds, uint32."""
     starts, first_blocks, parameters = table, table + segments, table + 2 * segments
     segment = tl.load(tile_segments + tile)
     row = rows + first.to(tl.int32)
@@ -90,13 +88,11 @@ def row_keys(stream, first, rows, table, tile_segments, tile, segments, BLOCK: t
         start = tl.load(starts + other)
         block = tl.where(row >= start, row - start + tl.load(first_blocks + other), block)
         parameter = tl.where(row >= start, tl.load(parameters + other), parameter)
-    return key_of(stream, parameter), block.to(tl.uint32) * BLOCK
+    return parameter, (block.to(tl.uint32) * BLOCK)[:, None] + tl.arange(0, BLOCK)[None, :].to(tl.uint32)
 
 
 @triton.jit
-def store_second_moment(
-    root, key, first_element, codes, scales, rows, offset, inside, FORMAT: tl.constexpr, BLOCK: tl.constexpr
-):
+def store_second_moment(root, random, codes, scales, rows, offset, inside, FORMAT: tl.constexpr):
     """Store sqrt(v), given times UNIT, rounded stochastically, non-zero values never to zero."""
     floor = root.to(tl.int32, bitcast=True)
     if is_scaled(FORMAT):
@@ -105,32 +101,13 @@ def store_second_moment(
         root = root * inverse_scale(e, UNIT)[:, None] * two_to_the(exponent_shift(FORMAT))
     else:
         root = root * two_to_the(-UNIT)
-    element = first_element[:, None] + tl.arange(0, BLOCK)[None, :].to(tl.uint32)
-    code = round_up_from_zero(root, random_bits(key[:, None], element), floor, FORMAT)
-    if FORMAT == "fp16":
-        code = code.to(tl.int16).to(tl.float16, bitcast=True)
-    elif FORMAT == "bf16":
-        code = code.to(tl.int16).to(tl.bfloat16, bitcast=True)
+    code = round_up_from_zero(root, random, floor, FORMAT)
+    if codes.dtype.element_ty.is_floating():
+        code = as_half(code, FORMAT)
     tl.store(codes + offset, code.to(codes.dtype.element_ty), mask=inside[:, None])
 
 
-@triton.jit
-def store_weights(p, e, weights, offset, inside, MASTER: tl.constexpr):
-    """Round masters as stored to the model's dtype; `ops.adam.write_weights`."""
-    if weights.dtype.element_ty == tl.bfloat16:
-        bits = p.to(tl.int32, bitcast=True)
-        # The largest NaN, the one that arithmetic makes on a GPU, would carry into the sign.
-        if is_scaled(MASTER):
-            bits = (bits + tl.where(e == 255, 0, 0x8000)[:, None]) >> 16
-        else:
-            bits = (tl.minimum(bits, 0x7FFF7FFF) + 0x8000) >> 16
-        w = bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
-    else:
-        w = p.to(weights.dtype.element_ty)
-    tl.store(weights + offset, w, mask=inside[:, None])
-
-
-@triton.jit(do_not_specialize=["stream", "segments"])
+@triton.jit(do_not_specialize=["v_stream", "p_stream", "segments"])
 def adam_kernel(
     control,  # [2] float32: what the gradient is multiplied with; 0 where the step is skipped
     gradient_codes,
@@ -145,7 +122,8 @@ def adam_kernel(
     table,  # [3, segments] int32: row with which a segment begins, its block of the parameter, the parameter
     tile_segments,  # [tiles + 1] int32: the segment with which a tile begins
     segments,
-    stream,  # word of the step's random bits
+    v_stream,  # words of the step's random bits
+    p_stream,
     blocks,
     beta1,
     one_minus_beta1,
@@ -159,6 +137,7 @@ def adam_kernel(
     clamp,
     DECOUPLED: tl.constexpr,
     CLAMPED: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
     GRADIENT: tl.constexpr,
     MASTER: tl.constexpr,
     M: tl.constexpr,
@@ -173,20 +152,19 @@ def adam_kernel(
     first, rows, offset, inside = tile_rows(blocks, tile, BLOCK, ROWS)
     start = first * BLOCK
     g = load_codes(gradient_codes + start, offset, inside, GRADIENT, HARDWARE)
-    p = load_codes(master_codes + start, offset, inside, MASTER, HARDWARE)
     m = load_codes(m_codes + start, offset, inside, M, HARDWARE)
     v = load_codes(v_codes + start, offset, inside, V, HARDWARE)
     g_scale = load_scales(gradient_scales + first, rows, inside, GRADIENT)
-    p_scale = load_scales(master_scales + first, rows, inside, MASTER)
     m_scale = load_scales(m_scales + first, rows, inside, M)
     v_scale = load_scales(v_scales + first, rows, inside, V)
 
     unit = two_to_the(UNIT)
     g = g * (g_scale * (tl.load(control) * unit))[:, None]
+    masters, p_scales, w = master_codes + start, master_scales + first, weights + start
     if DECOUPLED:
-        p = p * (p_scale * decay)[:, None]
+        p = load_masters(masters, p_scales, w, rows, offset, inside, decay, MASTER, HARDWARE)
     else:
-        p = times(p, p_scale, MASTER)
+        p = load_masters(masters, p_scales, w, rows, offset, inside, 1.0, MASTER, HARDWARE)
         g = g + p * (decay * unit)
     m = m * (m_scale * (beta1 * unit))[:, None] + g * one_minus_beta1
     if V == "fp32":
@@ -204,28 +182,17 @@ def adam_kernel(
         m_size = magnitude(m)
     p = p - divide(m, root * root_correction + eps * unit) * step_size
 
-    stored, e = store_blocks(
-        p,
-        magnitude(p),
-        master_codes + start,
-        master_scales + first,
-        rows,
-        offset,
-        inside,
-        MASTER,
-        HARDWARE,
-        0,
-    )
-    p = times(decode(stored, MASTER, HARDWARE), power_of_two(e), MASTER)
-    store_weights(p, e, weights + start, offset, inside, MASTER)
+    parameter, element = row_places(first, rows, table, tile_segments, tile, segments, BLOCK)
+    random = element  # of masters that are rounded to nearest: not looked at
+    if STOCHASTIC:
+        random = random_bits(key_of(p_stream, parameter)[:, None], element)
+    store_masters(p, random, masters, p_scales, w, rows, offset, inside, MASTER, STOCHASTIC, HARDWARE)
     store_blocks(m, m_size, m_codes + start, m_scales + first, rows, offset, inside, M, HARDWARE, UNIT)
     if V == "fp32":
         tl.store(v_codes + start + offset, v * two_to_the(-2 * UNIT), mask=inside[:, None])
     else:
-        key, element = row_keys(stream, first, rows, table, tile_segments, tile, segments, BLOCK)
-        store_second_moment(
-            root, key, element, v_codes + start, v_scales + first, rows, offset, inside, V, BLOCK
-        )
+        random = random_bits(key_of(v_stream, parameter)[:, None], element)
+        store_second_moment(root, random, v_codes + start, v_scales + first, rows, offset, inside, V)
 
 
 @dataclass(frozen=True)
@@ -255,6 +222,7 @@ def adam_step(
     control: Tensor,
     *,
     seed: int,
+    stochastic: bool = False,
 ) -> None:
     """`ops.adam.adam_step` in one launch."""
     if not len(gradient):
@@ -279,6 +247,7 @@ def adam_step(
         plan.tile_segments,
         plan.table.shape[1],
         signed(stream(seed, s.step, EXP_AVG_SQ)),
+        signed(stream(seed, s.step, MASTER)),
         len(gradient),
         s.beta1,
         1 - s.beta1,
@@ -292,6 +261,7 @@ def adam_step(
         s.clamp or 0.0,
         DECOUPLED=s.decoupled,
         CLAMPED=s.clamp is not None,
+        STOCHASTIC=stochastic,
         GRADIENT=gradient.format.name,
         MASTER=state.master.format.name,
         M=state.exp_avg.format.name,

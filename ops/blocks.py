@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ds_fp8.ops.formats import Format
+from ds_fp8.ops.formats import FP32, Format
 
 CHUNK = 1 << 16  # elements computed at a time, so that no temporary is as long as its operand
 NOT_FINITE = 255  # E8M0 code of a block that holds inf or NaN
@@ -98,8 +98,9 @@ def encode(values: Tensor, out: Blocks, unit: int = 0) -> None:
     """Round [rows, block size] float32 to nearest, ties to even, into as many blocks.
 
     One chunk: the caller cuts. The values are 2^unit times what is stored. A value never exceeds the
-    format's maximum after scaling.
+    format's maximum after scaling. The format is one of torch's own.
     """
+    assert out.codes.is_floating_point()
     if out.scales is not None:
         e = scale_exponents(values, out.format, unit)
         out.scales.copy_(e)
@@ -109,12 +110,22 @@ def encode(values: Tensor, out: Blocks, unit: int = 0) -> None:
     out.codes.copy_(values)
 
 
+def to_float32(codes: Tensor, fmt: Format) -> Tensor:
+    """Codes as numbers, without their scale; split codes are not numbers."""
+    assert not fmt.split
+    if codes.is_floating_point():
+        return codes.to(torch.float32)
+    # In the place of FP32's own bits; a power of two takes the exponents to FP32's, subnormals included.
+    bits = codes.to(torch.int32) << FP32.mantissa_bits - fmt.mantissa_bits
+    return bits.view(torch.float32) * 2.0 ** (FP32.bias - fmt.bias)
+
+
 def decode(blocks: Blocks, factor: float | Tensor = 1.0) -> Tensor:
     """Values of a chunk of blocks times a factor, [rows, block size] float32.
 
     The factor, a number or a 0-d float32 tensor, meets the scale first: a row's multiplications are one.
     """
-    values = blocks.codes.to(torch.float32)
+    values = to_float32(blocks.codes, blocks.format)
     if blocks.scales is None:
         return values * factor
     return values * (power_of_two(blocks.scales) * factor)[:, None]

@@ -92,6 +92,9 @@ def decode(codes, FORMAT: tl.constexpr, HARDWARE: tl.constexpr):
         return bits.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
     elif FORMAT == "e5m2":  # the upper byte of an FP16
         return (codes.to(tl.int16) << 8).to(tl.float16, bitcast=True).to(tl.float32)
+    elif FORMAT == "ue4m4":  # below the exponent of FP32, brought onto it
+        bits = codes.to(tl.int32) << 19
+        return bits.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
     elif FORMAT == "bf16":  # the upper half of an FP32
         return (codes.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
     else:

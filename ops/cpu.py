@@ -18,12 +18,12 @@ from torch import Tensor
 from ds_fp8.ops import build
 from ds_fp8.ops.adam import UNIT, AdamScalars, AdamState, Segment
 from ds_fp8.ops.blocks import Blocks
-from ds_fp8.ops.formats import BF16, E4M3, E5M2, FP16, FP32
-from ds_fp8.ops.rounding import EXP_AVG_SQ, stream
+from ds_fp8.ops.formats import BY_NAME
+from ds_fp8.ops.rounding import EXP_AVG_SQ, MASTER, stream
 
 VARIABLE = "DS_FP8_CPU_ISA"
-FORMATS = {fmt: index for index, fmt in enumerate((FP32, BF16, FP16, E4M3, E5M2))}  # of csrc/formats.h
-DTYPES = {fmt.dtype: index for fmt, index in FORMATS.items()}
+FORMATS = {fmt: index for index, fmt in enumerate(BY_NAME.values())}  # the order of csrc/formats.h
+DTYPES = {fmt.dtype: index for fmt, index in FORMATS.items() if fmt.dtype.is_floating_point}
 
 
 class CBlocks(Structure):
@@ -66,8 +66,10 @@ class CSweep(Structure):
         ("segments", c_void_p),
         ("segment_count", c_int64),
         ("control", c_void_p),
-        ("stream", c_uint32),
+        ("exp_avg_sq_stream", c_uint32),
+        ("master_stream", c_uint32),
         ("block_size", c_int32),
+        ("stochastic", c_int32),
         ("scalars", CScalars),
         ("factors", c_float * 4),  # for the kernel's own use
     ]
@@ -186,6 +188,7 @@ def adam_step(
     control: Tensor,
     *,
     seed: int,
+    stochastic: bool = False,
 ) -> None:
     """`ops.adam.adam_step`."""
     s = scalars
@@ -198,8 +201,10 @@ def adam_step(
         segments=ctypes.addressof(plan),
         segment_count=len(plan),
         control=control.data_ptr(),
-        stream=stream(seed, s.step, EXP_AVG_SQ),
+        exp_avg_sq_stream=stream(seed, s.step, EXP_AVG_SQ),
+        master_stream=stream(seed, s.step, MASTER),
         block_size=gradient.block_size,
+        stochastic=stochastic,
         scalars=CScalars(
             beta1=s.beta1,
             one_minus_beta1=1 - s.beta1,

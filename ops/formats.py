@@ -4,6 +4,10 @@ E4M3 and E5M2 are the OCP 8-bit formats (OCP MX v1.0 section 5.3.1): E4M3 gives 
 last code to NaN and so reaches 448, E5M2 keeps the IEEE infinities and stops at 57344.
 A format with fewer exponent bits than FP32 cannot hold every FP32 value, so a block of it
 carries a scale (`ops.blocks`); FP32 and BF16 carry none.
+
+Two kinds of format are ours. UE4M4 has no sign and no code for inf or NaN: a byte for the root of a
+second moment, with a mantissa bit more than E4M3. Of a master in SPLIT16 or SPLIT8 the BF16 weight is the
+upper half; its code is what lies below, all 16 bits (the master is FP32) or the upper 8.
 """
 
 from dataclasses import dataclass
@@ -17,14 +21,16 @@ class Format:
     """A binary floating-point format.
 
     `reserved` says what infinities and NaN take from the top of the range: the whole last
-    exponent ("exponent", IEEE 754) or the last code only ("code", OCP E4M3).
+    exponent ("exponent", IEEE 754), the last code only ("code", OCP E4M3), or nothing.
     """
 
     name: str
     exponent_bits: int
     mantissa_bits: int
-    reserved: Literal["exponent", "code"]
-    dtype: torch.dtype
+    reserved: Literal["exponent", "code", "nothing"]
+    dtype: torch.dtype  # of a code; an integer where torch does not know the format
+    signed: bool = True
+    split: bool = False  # the code is what lies below the bits of the BF16 weight (`ops.masters`)
 
     @property
     def bias(self) -> int:
@@ -39,7 +45,7 @@ class Format:
     @property
     def max_significand(self) -> float:
         """Significand, in [1, 2), of the largest finite value."""
-        lost_codes = 2 if self.reserved == "code" else 1
+        lost_codes = 2 if self.reserved == "code" else 1  # the next significand, 2, is one already
         return 2 - lost_codes * 2.0**-self.mantissa_bits
 
     @property
@@ -73,5 +79,8 @@ BF16 = Format("bf16", 8, 7, "exponent", torch.bfloat16)
 FP16 = Format("fp16", 5, 10, "exponent", torch.float16)
 E4M3 = Format("e4m3", 4, 3, "code", torch.float8_e4m3fn)
 E5M2 = Format("e5m2", 5, 2, "exponent", torch.float8_e5m2)
+UE4M4 = Format("ue4m4", 4, 4, "nothing", torch.uint8, signed=False)
+SPLIT16 = Format("split16", 8, 23, "exponent", torch.int16, split=True)
+SPLIT8 = Format("split8", 8, 15, "exponent", torch.int8, split=True)
 
-BY_NAME = {each.name: each for each in (FP32, BF16, FP16, E4M3, E5M2)}
+BY_NAME = {each.name: each for each in (FP32, BF16, FP16, E4M3, E5M2, UE4M4, SPLIT16, SPLIT8)}

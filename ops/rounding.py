@@ -20,7 +20,7 @@ MULTIPLIERS = (0x21F0AAAD, 0xD35A2D97)
 SPREAD = 0x9E3779B9  # 2^32 over the golden ratio
 START = 0x243F6A88  # the first word of pi
 RANDOM_BITS = 16  # bits a rounding consumes
-EXP_AVG_SQ = 2  # the state whose stream this is
+MASTER, EXP_AVG_SQ = 0, 2  # the states whose streams these are; exp_avg, 1, rounds to nearest
 QUIET_NAN = 0x7FC00000
 CODE_DTYPE = {1: torch.uint8, 2: torch.int16}  # integers as wide as a code
 
@@ -68,19 +68,33 @@ def random_bits(key: int, first: int, count: int, device: torch.device) -> Tenso
     return _shift_right(x, 32 - RANDOM_BITS)
 
 
-def round_up_from_zero(values: Tensor, bits: Tensor, fmt: Format) -> Tensor:
-    """Codes of non-negative values, rounded stochastically, non-zero values never to zero.
+def round_stochastically(magnitudes: Tensor, bits: Tensor, fmt: Format) -> Tensor:
+    """Codes, int32, of non-negative values rounded to one of the two next to them.
 
-    values: float32, at most fmt.max; bits: int32 of the same shape, 16 random bits; returns fmt.dtype.
-    A value between two codes goes to the upper one with the probability of its distance from the lower.
+    magnitudes: float32, at most fmt.max where the format is scaled; bits: int32 of the same shape, 16 random
+    bits. A value between two codes goes to the upper one with the probability of its distance from the lower.
 
     Where the format's exponents are brought onto FP32's own, its codes are the upper bits of the float,
     subnormals included: adding noise below them and cutting rounds.
     """
     dropped = 23 - fmt.mantissa_bits
     noise = bits << dropped - RANDOM_BITS if dropped > RANDOM_BITS else bits >> RANDOM_BITS - dropped
-    raw = (values * 2.0 ** (fmt.bias - FP32.bias)).view(torch.int32)
-    raw = torch.where(values.isnan(), QUIET_NAN, raw)  # another NaN could carry into the sign, or have one
-    codes = (raw + noise) >> dropped
-    codes = torch.where(values == 0, 0, codes.clamp(min=1))
-    return codes.to(CODE_DTYPE[fmt.itemsize]).view(fmt.dtype)
+    raw = (magnitudes * 2.0 ** (fmt.bias - FP32.bias)).view(torch.int32)
+    raw = torch.where(magnitudes.isnan(), QUIET_NAN, raw)  # another could carry into the sign
+    return (raw + noise) >> dropped
+
+
+def round_up_from_zero(values: Tensor, bits: Tensor, fmt: Format) -> Tensor:
+    """Codes, fmt.dtype, of non-negative values rounded stochastically, non-zero values never to zero."""
+    codes = round_stochastically(values, bits, fmt)
+    return as_codes(torch.where(values == 0, 0, codes.clamp(min=1)), fmt)
+
+
+def round_either_way(values: Tensor, bits: Tensor, fmt: Format) -> Tensor:
+    """Codes, fmt.dtype, of values of either sign rounded stochastically."""
+    sign = torch.where(values.signbit(), 1 << 8 * fmt.itemsize - 1, 0)
+    return as_codes(round_stochastically(values.abs(), bits, fmt) | sign, fmt)
+
+
+def as_codes(integers: Tensor, fmt: Format) -> Tensor:
+    return integers.to(CODE_DTYPE[fmt.itemsize]).view(fmt.dtype)

@@ -43,17 +43,43 @@ def random_bits(key, element):
 
 
 @triton.jit
-def round_up_from_zero(values, random, floor, FORMAT: tl.constexpr):
-    """`ops.rounding.round_up_from_zero`; the high 16 bits of `random`, uint32, are used.
+def with_noise(bits, random, FORMAT: tl.constexpr):
+    """The bits of positive values, int32, and noise below the code bits: what `ops.rounding` cuts.
 
-    floor: at least 1 << 23 as int32 where the result must not be zero, 0 elsewhere.
+    The high 16 bits of `random`, uint32, are used.
     """
     DROPPED: tl.constexpr = dropped_bits(FORMAT)
-    bits = values.to(tl.int32, bitcast=True)
     if not is_scaled(FORMAT):
         bits = tl.minimum(bits, 0x7FC00000)  # a larger NaN would carry into the sign
     if DROPPED > 16:
         noise = (random >> 16) << (DROPPED - 16)
     else:
         noise = random >> (32 - DROPPED)
-    return tl.maximum(bits + noise.to(tl.int32), tl.minimum(floor, 1 << DROPPED)) >> DROPPED
+    return bits + noise.to(tl.int32)
+
+
+@triton.jit
+def round_up_from_zero(values, random, floor, FORMAT: tl.constexpr):
+    """`ops.rounding.round_up_from_zero`.
+
+    floor: at least 1 << 23 as int32 where the result must not be zero, 0 elsewhere.
+    """
+    DROPPED: tl.constexpr = dropped_bits(FORMAT)
+    noisy = with_noise(values.to(tl.int32, bitcast=True), random, FORMAT)
+    return tl.maximum(noisy, tl.minimum(floor, 1 << DROPPED)) >> DROPPED
+
+
+@triton.jit
+def round_either_way(values, random, FORMAT: tl.constexpr):
+    """`ops.rounding.round_either_way` into a format of 16 bits."""
+    DROPPED: tl.constexpr = dropped_bits(FORMAT)
+    bits = values.to(tl.int32, bitcast=True)
+    return (with_noise(bits & 0x7FFFFFFF, random, FORMAT) >> DROPPED) | ((bits >> 16) & 0x8000)
+
+
+@triton.jit
+def as_half(code, FORMAT: tl.constexpr):
+    """A code of 16 bits, int32, as the format's type."""
+    if FORMAT == "fp16":
+        return code.to(tl.int16).to(tl.float16, bitcast=True)
+    return code.to(tl.int16).to(tl.bfloat16, bitcast=True)

@@ -35,7 +35,7 @@ from kernel_support import (
 from torch import Tensor
 
 from ds_fp8.ops import blocks, reduction
-from ds_fp8.ops.blocks import NOT_FINITE, Blocks, quantize
+from ds_fp8.ops.blocks import NOT_FINITE, Blocks, quantize, to_float32
 from ds_fp8.ops.formats import BF16, E4M3, E5M2, FP16, FP32, Format
 
 SHAPES = {
@@ -99,7 +99,7 @@ def check_every_code(kernels: Kernels, fmt: Format, dtype: torch.dtype) -> None:
     """Every code with every scale where the code has 8 bits, with some of them where it has 16."""
     codes = every_code(fmt)
     if fmt.itemsize == 1:
-        raw(codes)[codes.to(torch.float32).isnan()] = 0  # NaN stands in no block that is finite
+        raw(codes)[to_float32(codes, fmt).isnan()] = 0  # NaN stands in no block that is finite
         scales = torch.arange(1, 256)
     else:
         scales = torch.tensor([1, 2, 127, 255] if fmt.scaled else [127])

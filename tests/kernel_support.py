@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ds_fp8.ops.backend import Backend
-from ds_fp8.ops.blocks import NOT_FINITE, Blocks, quantize
-from ds_fp8.ops.formats import BF16, BY_NAME, E4M3, E5M2, FP16, FP32, Format
+from ds_fp8.ops.blocks import NOT_FINITE, Blocks, quantize, scale_down, scale_exponents, to_float32
+from ds_fp8.ops.formats import BF16, BY_NAME, E4M3, E5M2, FP16, FP32, UE4M4, Format
+from ds_fp8.ops.rounding import round_up_from_zero
 
 CPU = torch.device("cpu")
 GARBAGE = 0xA5
@@ -23,14 +24,16 @@ INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 FLOAT32_MAX = torch.finfo(torch.float32).max
 BAD = (torch.inf, -torch.inf, torch.nan)
 
-ALL = tuple(BY_NAME.values())
+ALL = tuple(fmt for fmt in BY_NAME.values() if fmt.dtype.is_floating_point)  # to which anything is rounded
 SCALED = tuple(fmt for fmt in ALL if fmt.scaled)
 NARROW = (E4M3, E5M2, FP16, BF16)
+DECODED = (*NARROW, UE4M4)  # whose every code is decoded alone
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCK_SIZES = (32, 64, 128, 256)
 
 each_format = pytest.mark.parametrize("fmt", ALL, ids=lambda fmt: fmt.name)
 each_narrow_format = pytest.mark.parametrize("fmt", NARROW, ids=lambda fmt: fmt.name)
+each_decoded_format = pytest.mark.parametrize("fmt", DECODED, ids=lambda fmt: fmt.name)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 
@@ -113,10 +116,22 @@ def inner(outer: Blocks) -> Blocks:
 
 
 def guarded(values: Tensor, fmt: Format) -> Blocks:
-    """Rows of values, quantised by the reference, between guards."""
+    """Rows of values, rounded by the reference, between guards."""
     outer = dirty(len(values), values.shape[1], fmt)
-    quantize(values.reshape(-1), inner(outer))
+    round_to_nearest(values, inner(outer))
     return outer
+
+
+def round_to_nearest(values: Tensor, out: Blocks) -> None:
+    """Rows of values into blocks; of an unsigned format their magnitudes."""
+    if out.format.signed:
+        quantize(values.reshape(-1), out)
+        return
+    assert out.scales is not None
+    e = scale_exponents(values, out.format)
+    halves = torch.full(values.shape, 0x8000, dtype=torch.int32)
+    out.scales.copy_(e)
+    out.codes.copy_(round_up_from_zero(scale_down(values.abs(), e), halves, out.format))
 
 
 def every_code(fmt: Format) -> Tensor:
@@ -147,7 +162,7 @@ def nasty_values(fmt: Format) -> Tensor:
     """
     if fmt is FP32:
         return special_values()
-    codes = every_code(fmt).to(torch.float64)
+    codes = to_float32(every_code(fmt), fmt).to(torch.float64)
     codes = codes[codes.isfinite()].sort().values
     edges = torch.cat([codes, (codes[1:] + codes[:-1]) / 2]).to(torch.float32)
     values = torch.cat([neighbours(edges), torch.tensor([0.0, -0.0]), special_values()])

@@ -33,10 +33,12 @@ from kernel_support import (
 )
 from torch import Tensor
 
-from ds_fp8.config import BUILT, FP8Config, Gradients, Optimizer
+from ds_fp8.config import BUILT, ROUNDED, FP8Config, Gradients, Optimizer
 from ds_fp8.ops import adam
 from ds_fp8.ops.adam import AdamScalars, AdamState, Segment, next_clamp
-from ds_fp8.ops.formats import BY_NAME, Format
+from ds_fp8.ops.blocks import Blocks
+from ds_fp8.ops.formats import BF16, BY_NAME, FP32, Format
+from ds_fp8.ops.masters import store_masters
 
 BETAS = (0.9, 0.95)
 FORMATS = ("gradient", "master", "exp_avg", "exp_avg_sq")
@@ -59,7 +61,7 @@ DIMENSIONS: dict[str, Sequence[Any]] = {
     "gradient": sorted(
         {x for key in ("dtype", "accum_dtype") for x in literals(Gradients.model_fields[key].annotation)}
     ),
-    "master": built("master_dtype"),
+    "master": [*built("master_dtype"), *(f"{name}, stochastic" for name in ROUNDED)],
     "exp_avg": built("exp_avg_dtype"),
     "exp_avg_sq": built("exp_avg_sq_dtype"),
     "block_size": list(literals(FP8Config.model_fields["block_size"].annotation)),
@@ -72,7 +74,7 @@ DIMENSIONS: dict[str, Sequence[Any]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """One value of each of DIMENSIONS."""
+    """One value of each of DIMENSIONS; weights beside a split master are BF16 all the same."""
 
     gradient: str
     master: str
@@ -92,8 +94,17 @@ class Case:
         return "-".join(map(str, [*names, *(each for each in switches if getattr(self, each))]))
 
     @property
-    def states(self) -> list[str]:
-        return [getattr(self, name) for name in STATES]
+    def states(self) -> list[Format]:
+        return [BY_NAME[getattr(self, name).split(",")[0]] for name in STATES]
+
+    @property
+    def stochastic(self) -> bool:
+        return self.master.endswith("stochastic")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return torch.bfloat16 if self.states[0].split else getattr(torch, self.weights)  # type: ignore[no-any-return]
 
     def scalars(self, step: int) -> AdamScalars:
         clamp = sqrt(next_clamp(None, self.betas)) if self.clamped else None
@@ -124,18 +135,12 @@ def pairwise(dimensions: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
 
 
 def combinations_of(formats: Sequence[str]) -> Iterator[Case]:
-    """The full product of block sizes, kinds of decay and clamp.
-
-    The others are independent of them and drawn at random: the weights' dtype is met by the stored master
-    only, and bias correction by two factors of the host.
-    """
+    """Every block size, the other dimensions drawn at random: all pairs of them are tried elsewhere."""
     draw = random.Random("-".join(formats))
-    for block_size, decoupled, clamped in product(
-        *(DIMENSIONS[name] for name in ("block_size", "decoupled", "clamped"))
-    ):
-        drawn = {name: draw.choice(DIMENSIONS[name]) for name in ("weights", "bias_correction")}
-        chosen = dict(zip(FORMATS, formats, strict=True), block_size=block_size, decoupled=decoupled)
-        yield Case(**chosen, clamped=clamped, **drawn)
+    others = [name for name in DIMENSIONS if name not in (*FORMATS, "block_size")]
+    for block_size in DIMENSIONS["block_size"]:
+        drawn = {name: draw.choice(DIMENSIONS[name]) for name in others}
+        yield Case(**dict(zip(FORMATS, formats, strict=True)), block_size=block_size, **drawn)
 
 
 class Twins:
@@ -154,26 +159,33 @@ class Twins:
         self.rows = len(values[0]) + padding
         empty = torch.zeros(padding, case.block_size)
         self.padding = empty
-        self.states = [
-            guarded(torch.cat([x, empty]), BY_NAME[name]) for name, x in zip(case.states, values, strict=True)
-        ]
-        shape = (self.rows + 2 * GUARD, case.block_size)
-        self.weights = garbage(*shape, dtype=getattr(torch, case.weights))
+        self.weights = garbage(self.rows + 2 * GUARD, case.block_size, dtype=case.dtype)
         self.weights[len(self.weights) - GUARD - padding : len(self.weights) - GUARD] = 0
+        self.states = [
+            self._start(torch.cat([x, empty]), fmt) for fmt, x in zip(case.states, values, strict=True)
+        ]
         self.twin_states = [to(each, kernels.device) for each in self.states]
         self.twin_weights = self.weights.to(kernels.device, copy=True)
+
+    def _start(self, values: Tensor, fmt: Format) -> Blocks:
+        if not fmt.split:
+            return guarded(values, fmt)
+        outer = dirty(len(values), values.shape[1], fmt)
+        store_masters(values.view(-1), inner(outer), self.weights[GUARD:-GUARD])
+        return outer
 
     def step(self, step: int, gradient: Tensor, control: Tensor, seed: int = 5) -> None:
         case, kernels, scalars = self.case, self.kernels, self.case.scalars(step)
         blocks = inner(guarded(torch.cat([gradient, self.padding]), BY_NAME[case.gradient]))
         plan = adam.plan(self.segments, self.rows, case.block_size, CPU)
         state = AdamState(*map(inner, self.states))
-        adam.adam_step(state, blocks, self.weights[GUARD:-GUARD], plan, scalars, control, seed=seed)
+        how: dict[str, Any] = {"seed": seed, "stochastic": case.stochastic}
+        adam.adam_step(state, blocks, self.weights[GUARD:-GUARD], plan, scalars, control, **how)
         plan = kernels.ops.plan(self.segments, self.rows, case.block_size, kernels.device)
         twin = AdamState(*map(inner, self.twin_states))
         received, weights = to(blocks, kernels.device), self.twin_weights[GUARD:-GUARD]
         control = control.to(kernels.device)
-        kernels.ops.adam_step(twin, received, weights, plan, scalars, control, seed=seed)
+        kernels.ops.adam_step(twin, received, weights, plan, scalars, control, **how)
         self.check(f"{case}, step {step}")
 
     def check(self, what: str) -> None:
@@ -254,12 +266,27 @@ def check_every_nasty_master(kernels: Kernels, fmt: Format, gradient: str) -> No
     assert_same(inner(twins.states[0]).codes, masters, "masters")
 
 
+def check_every_nasty_split_master(kernels: Kernels, master: str) -> None:
+    """Midpoints of the weights and of what is kept, in a step that moves no master, nearest or not."""
+    fmt = BY_NAME[master.split(",", maxsplit=1)[0]]
+    kept = torch.arange(0, 1 << 24, 4093, dtype=torch.int32) << 7  # half a code of SPLIT8 is 1 << 7
+    values = [*map(nasty_values, (BF16, FP32)), kept.view(torch.float32), torch.tensor(BAD)]
+    masters = torch.cat(values)
+    masters = masters[: len(masters) // 256 * 256].view(-1, 256)
+    zeros = torch.zeros_like(masters)
+    case = Case("fp32", master, "fp32", "fp32", 256, "bfloat16", weight_decay=0.0)
+    twins = Twins(kernels, case, segments_of([len(masters)], 256), [masters, zeros, zeros])
+    before = inner(twins.states[0]).codes.clone()
+    twins.step(1, zeros, TAKEN)
+    finite = twins.weights[GUARD:-GUARD].isfinite()
+    assert torch.equal(inner(twins.states[0]).codes[finite], before[finite]), f"{fmt.name} masters moved"
+
+
 def check_a_skipped_step(kernels: Kernels, case: Case) -> None:
     """Garbage in the states, NaN in the weights; and a step that is taken leaves nothing as it was."""
     size = case.block_size
-    outer = [to(dirty(40, size, BY_NAME[name]), kernels.device) for name in case.states]
-    dtype = getattr(torch, case.weights)
-    weights = torch.full((40, size), torch.nan, dtype=dtype, device=kernels.device)
+    outer = [to(dirty(40, size, fmt), kernels.device) for fmt in case.states]
+    weights = torch.full((40, size), torch.nan, dtype=case.dtype, device=kernels.device)
     tensors = [weights, *(x for each in outer for x in (each.codes, each.scales) if x is not None)]
     before = [raw(each).clone() for each in tensors]
     values = rows_of(cycled(ROW_KINDS, 40), size, seed=0)

@@ -248,14 +248,18 @@ def test_a_foreign_state_is_refused(change: Callable[[dict[str, Any]], Any], mes
 
 
 def test_bad_parameters_are_refused() -> None:
-    def step(parameter: nn.Parameter, gradient: Tensor) -> None:
+    def step(parameter: nn.Parameter, gradient: Tensor, **options: Any) -> None:
         parameter.grad = gradient
-        FP8AdamW([parameter]).step()
+        FP8AdamW([parameter], **options).step()
 
-    with pytest.raises(ValueError, match=r"parameter of torch\.float64, allowed: torch\.float32"):
+    with pytest.raises(
+        ValueError, match=r"parameter of torch\.float64, allowed: torch\.bfloat16, torch\.float32"
+    ):
         step(nn.Parameter(torch.zeros(3, dtype=torch.float64)), torch.zeros(3, dtype=torch.float64))
     with pytest.raises(ValueError, match=r"shape \[3\] with inf or NaN"):
         step(nn.Parameter(torch.tensor([1.0, torch.nan, 2.0])), torch.zeros(3))
+    with pytest.raises(ValueError, match=r"parameter of torch\.float32, allowed: torch\.bfloat16$"):
+        step(nn.Parameter(torch.zeros(3)), torch.zeros(3), fp8={"opt_level": "O2+"})
     with pytest.raises(ValueError, match=r"sparse gradient"):
         step(nn.Parameter(torch.zeros(3)), torch.zeros(3).to_sparse())
     with pytest.raises(ValueError, match=r'fp8\.opt_level: received "O9"'):

@@ -206,7 +206,6 @@ WRONG = [  # section, path in the message, value in the message, a part of what 
 
 UNBUILT = [  # path, value, a part of what is allowed
     ("opt_level", "O3", '"O2"'),
-    ("opt_level", "O2+", '"O2"'),
     ("scaling", "tensor", '"block"'),
     ("gradients.reduction", "fp8", '"fp32"'),
     ("gradients.autoscale", "dynamic", "left out"),
@@ -214,12 +213,6 @@ UNBUILT = [  # path, value, a part of what is allowed
     ("gradients.autoscale", "post", "left out"),
     ("gradients.intra_node_size", 8, "left out"),
     ("gradients.inter_node_dtype", "bf16", "left out"),
-    ("optimizer.master_dtype", "split16", '"fp16"'),
-    ("optimizer.master_dtype", "split8", '"fp16"'),
-    ("optimizer.exp_avg_sq_dtype", "ue4m4", '"fp16"'),
-    ("optimizer.exp_avg_sq_dtype", "e4m3", '"fp16"'),
-    ("optimizer.exp_avg_sq_dtype", "e5m2", '"fp16"'),
-    ("optimizer.rounding", "stochastic", '"nearest"'),
     ("weights.dtype", "e4m3", "left out"),
     ("stats.interval", 10, "0"),
 ]

@@ -29,6 +29,7 @@ from kernel_support import (
     assert_same,
     cycled,
     dirty,
+    each_decoded_format,
     each_dtype,
     each_format,
     each_narrow_format,
@@ -113,7 +114,7 @@ def test_scales_at_their_boundaries(fmt: Format, isa: str) -> None:
 
 
 @each_isa
-@each_narrow_format
+@each_decoded_format
 @each_dtype
 def test_every_code_is_dequantized(fmt: Format, dtype: torch.dtype, isa: str) -> None:
     with running(isa):

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ds_fp8.ops.formats import BF16, BY_NAME, E4M3, E5M2, FP16, FP32, Format
+from ds_fp8.ops.blocks import to_float32
+from ds_fp8.ops.formats import BF16, BY_NAME, E4M3, E5M2, FP16, FP32, SPLIT8, SPLIT16, UE4M4, Format
 
 NARROW = (E4M3, E5M2, FP16, BF16)
 CODE_DTYPE = {1: torch.uint8, 2: torch.int16}
@@ -44,7 +45,7 @@ def all_codes(fmt: Format) -> Tensor:
 
 
 def test_every_format_is_known_by_its_name() -> None:
-    assert set(BY_NAME) == set(STANDARD)
+    assert set(BY_NAME) == {*STANDARD, "ue4m4", "split16", "split8"}
     assert all(fmt.name == name for name, fmt in BY_NAME.items())
 
 
@@ -66,7 +67,7 @@ def test_limits_are_those_of_torch(name: str) -> None:
 
 
 def test_only_formats_of_fp32_range_go_without_a_scale() -> None:
-    assert {name for name, fmt in BY_NAME.items() if fmt.scaled} == {"fp16", "e4m3", "e5m2"}
+    assert {name for name, fmt in BY_NAME.items() if fmt.scaled} == {"fp16", "e4m3", "e5m2", "ue4m4"}
 
 
 @pytest.mark.parametrize("fmt", NARROW, ids=lambda fmt: fmt.name)
@@ -104,12 +105,30 @@ def test_limits_bound_the_codes(fmt: Format) -> None:
     assert (ascending.diff() > 0).all(), "positive codes must ascend: stochastic rounding adds to them"
 
 
-@pytest.mark.parametrize("reserved", ["exponent", "code"])
+def test_ue4m4_has_no_sign_and_a_value_for_every_code() -> None:
+    """Four exponent bits of bias 7, four mantissa bits, up to 496, from 2^-10."""
+    values = to_float32(all_codes(UE4M4), UE4M4).to(torch.float64)
+    expected = [decode_bits(code, 4, 4, "nothing") for code in range(256)]
+    assert values.tolist() == expected
+    assert (UE4M4.max, UE4M4.smallest, UE4M4.bias) == (496, 2.0**-10, 7) == (max(expected), expected[1], 7)
+    assert (values.diff() > 0).all(), "codes must ascend: stochastic rounding adds to them"
+    assert UE4M4.itemsize * 8 == UE4M4.exponent_bits + UE4M4.mantissa_bits
+
+
+def test_split_formats_count_the_bits_of_the_weight() -> None:
+    """The sign, the exponent and 7 bits of the mantissa are those of BF16; the code is the rest."""
+    for fmt in (SPLIT16, SPLIT8):
+        assert 1 + fmt.exponent_bits + fmt.mantissa_bits == 16 + 8 * fmt.itemsize
+        assert not fmt.scaled
+    assert (SPLIT16.max, SPLIT16.smallest) == (FP32.max, FP32.smallest)
+
+
+@pytest.mark.parametrize("reserved", ["exponent", "code", "nothing"])
 @pytest.mark.parametrize(
     ("exponent_bits", "mantissa_bits"), list(itertools.product(range(2, 6), range(1, 6)))
 )
 def test_limits_of_any_format_follow_from_its_bits(
-    exponent_bits: int, mantissa_bits: int, reserved: Literal["exponent", "code"]
+    exponent_bits: int, mantissa_bits: int, reserved: Literal["exponent", "code", "nothing"]
 ) -> None:
     fmt = Format("trial", exponent_bits, mantissa_bits, reserved, torch.uint8)
     codes = range(1 << (exponent_bits + mantissa_bits))

@@ -55,3 +55,25 @@ def test_without_the_module_deepspeed_is_stock(tmp_path: Path) -> None:
     figures, printed = launch(deepspeed(), tmp_path, "zero2_bf16.json")
     assert "ds_fp8 0" not in printed
     assert float(str(figures["state_bytes_a_parameter"])) > 12
+
+
+LAST_COLLECTIVE = """
+import sys, torch, deepspeed, ds_fp8
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+ds_fp8.register()
+deepspeed.init_distributed("gloo")
+for _ in range(3):
+    deepspeed.comm.all_reduce(torch.ones(()))
+"""
+
+
+@pytest.mark.slow
+def test_ranks_end_quietly(tmp_path: Path) -> None:
+    """gloo's threads have dropped their last tensors when Python ends; without a wait some runs abort."""
+    script = tmp_path / "last_collective.py"
+    script.write_text(LAST_COLLECTIVE)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    for _ in range(6):
+        command = [sys.executable, "-m", *torchrun(), str(script)]
+        done = subprocess.run(command, env=environment, capture_output=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr.decode()

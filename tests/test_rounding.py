@@ -13,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ds_fp8.ops.formats import BF16, E4M3, E5M2, FP16, Format
+from ds_fp8.ops.blocks import to_float32
+from ds_fp8.ops.formats import BF16, E4M3, E5M2, FP16, UE4M4, Format
 from ds_fp8.ops.rounding import EXP_AVG_SQ, START, key, mix, random_bits, round_up_from_zero, stream
 
 CPU = torch.device("cpu")
-NARROW = (FP16, BF16, E4M3, E5M2)
+NARROW = (FP16, BF16, E4M3, E5M2, UE4M4)
 CODE_DTYPE = {1: torch.uint8, 2: torch.int16}
 DRAWS = 1_000_000
 ALL_DRAWS = torch.arange(1 << 16, dtype=torch.int32)
@@ -31,8 +32,8 @@ each_format = pytest.mark.parametrize("fmt", NARROW, ids=lambda fmt: fmt.name)
 
 def table(fmt: Format) -> Tensor:
     """The finite non-negative values of a format, [codes] float32; the index is the code."""
-    codes = torch.arange(1 << (8 * fmt.itemsize - 1)).to(CODE_DTYPE[fmt.itemsize])
-    values = codes.view(fmt.dtype).to(torch.float32)
+    codes = torch.arange(1 << (8 * fmt.itemsize - fmt.signed)).to(CODE_DTYPE[fmt.itemsize])
+    values = to_float32(codes.view(fmt.dtype), fmt)
     return values[values.isfinite()]
 
 

@@ -23,6 +23,7 @@ from sweep_checks import (
     check_a_denormal_exp_avg,
     check_a_skipped_step,
     check_every_nasty_master,
+    check_every_nasty_split_master,
     check_nan_stays_nan,
     check_sweep,
     combinations_of,
@@ -36,6 +37,7 @@ from ds_fp8.ops.formats import BF16, FP16, Format
 
 # On a GPU the root of v is right for 0 and from 2^-102 on, in the sweep's unit; an interpreted one always is.
 KINDS = MOMENTS if INTERPRETED else tuple(kind for kind in MOMENTS if kind != "faint")
+SPLIT = [name for name in DIMENSIONS["master"] if name.startswith("split")]
 PAIRS = pairwise({**DIMENSIONS, "hardware": CONVERSIONS})
 
 
@@ -67,6 +69,12 @@ def test_any_segments(case: Case, sweep: Sweep, hardware: bool) -> None:
 def test_every_nasty_master_is_rounded_to_a_weight(fmt: Format) -> None:
     with conversion(hardware=False):
         check_every_nasty_master(TRITON, fmt, "fp32")
+
+
+@pytest.mark.parametrize("master", SPLIT)
+def test_every_nasty_master_is_split(master: str) -> None:
+    with conversion(hardware=False):
+        check_every_nasty_split_master(TRITON, master)
 
 
 @pytest.mark.parametrize("exp_avg_sq", DIMENSIONS["exp_avg_sq"])

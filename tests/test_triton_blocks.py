@@ -23,12 +23,13 @@ from kernel_checks import (
 )
 from kernel_support import (
     ALL,
+    DECODED,
     NARROW,
     SCALED,
     assert_same,
+    each_decoded_format,
     each_dtype,
     each_format,
-    each_narrow_format,
     every_code,
     garbage,
     nasty_values,
@@ -38,6 +39,7 @@ from torch import Tensor
 from triton_support import CONVERSIONS, DEVICE, TRITON, conversion, each_conversion
 
 from ds_fp8.ops import blocks_triton, rounding_triton
+from ds_fp8.ops.blocks import to_float32
 from ds_fp8.ops.blocks_triton import INTERPRETED
 from ds_fp8.ops.formats import E4M3, Format
 from ds_fp8.ops.rounding import round_up_from_zero
@@ -84,13 +86,13 @@ def readable(codes: Tensor, hardware: bool) -> Tensor:
     return codes if codes.dtype is not E4M3.dtype or hardware else codes[codes.to(torch.float32).isfinite()]
 
 
-@each_conversion(*NARROW)
+@each_conversion(*DECODED)
 def test_every_code_is_decoded(fmt: Format, hardware: bool) -> None:
     codes = readable(every_code(fmt), hardware)
     values = torch.full(codes.shape, 7.0)
     with conversion(hardware):
         launch(decode_kernel, blocks_triton.raw(codes), values, FORMAT=fmt.name, HARDWARE=hardware)
-    assert_same(values, codes.to(torch.float32), fmt.name)
+    assert_same(values, to_float32(codes, fmt), fmt.name)
 
 
 @each_conversion(*NARROW)
@@ -104,7 +106,7 @@ def test_every_nasty_value_is_encoded(fmt: Format, hardware: bool) -> None:
     assert_same(codes, values.to(fmt.dtype), fmt.name)
 
 
-@each_narrow_format
+@each_decoded_format
 @pytest.mark.parametrize("draw", [0, 1, 0x7FFF, 0x8000, 0xFFFF, None])
 def test_every_nasty_value_is_rounded_stochastically(fmt: Format, draw: int | None) -> None:
     """All FP16 and BF16 values too: what is rounded up from zero is not negative."""
@@ -131,7 +133,7 @@ def test_scales_at_their_boundaries(fmt: Format, hardware: bool) -> None:
         check_scales_at_their_boundaries(TRITON, fmt)
 
 
-@each_conversion(*NARROW)
+@each_conversion(*DECODED)
 @each_dtype
 def test_every_code_is_dequantized(fmt: Format, dtype: torch.dtype, hardware: bool) -> None:
     with conversion(hardware):

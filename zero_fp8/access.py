@@ -13,11 +13,13 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 
-from ds_fp8.ops.adam import UNIT, decode_second_moment, encode_second_moment, square_root, write_weights
+from ds_fp8.ops.adam import UNIT, decode_second_moment, encode_second_moment, square_root
 from ds_fp8.ops.blocks import Blocks, chunks, decode, quantize
+from ds_fp8.ops.masters import decode_masters, store_masters
 from ds_fp8.zero_fp8.comm import sum_over_ranks
 from ds_fp8.zero_fp8.partition import Piece
 from ds_fp8.zero_fp8.shard import Shard
+from ds_fp8.zero_fp8.weights import Weights
 
 BOUND = ("_hp_mapping", "get_full_hp_param", "set_full_hp_param", "get_full_hp_grad", "set_full_hp_grad")
 STATES = ("exp_avg", "exp_avg_sq")
@@ -34,12 +36,14 @@ class FullTensors:
     def __init__(
         self,
         shards: Sequence[Shard],
+        weights: Sequence[Weights],
         group: ProcessGroup,
         gradient_scale: Callable[[], float],
         on_foreign_state: Callable[[], None],
         on_reading_gradients: Callable[[], None],
     ) -> None:
         self._shards = shards
+        self._weights = weights
         self._group = group
         self._gradient_scale = gradient_scale
         self._on_foreign_state = on_foreign_state
@@ -68,10 +72,12 @@ class FullTensors:
         """Master weight, or the named state, in FP32. Raises ValueError for another name."""
         _check_key(optim_state_key)
 
-        def read(shard: Shard, rows: slice) -> Tensor:
+        def read(shard: Shard, weights: Tensor, rows: slice) -> Tensor:
             if optim_state_key == "exp_avg_sq":
                 return decode_second_moment(shard.state.exp_avg_sq[rows], UNIT**-2)
-            return decode((shard.state.exp_avg if optim_state_key else shard.state.master)[rows])
+            if optim_state_key == "exp_avg":
+                return decode(shard.state.exp_avg[rows])
+            return decode_masters(shard.state.master[rows], weights[rows])
 
         return self._gather(index, parameter, read)
 
@@ -80,7 +86,7 @@ class FullTensors:
         self._check_gradient()
         self._on_reading_gradients()
         scale = self._gradient_scale()
-        return self._gather(index, parameter, lambda shard, rows: decode(shard.gradient[rows]) * scale)
+        return self._gather(index, parameter, lambda shard, _, rows: decode(shard.gradient[rows]) * scale)
 
     def set_state(
         self, index: int, parameter: Parameter, value: Tensor, optim_state_key: str | None = None
@@ -88,10 +94,10 @@ class FullTensors:
         """Round a value into the master weight, and so into the model's weight, or into a state."""
         _check_key(optim_state_key)
         flat = _flat(value, parameter)
-        for shard, piece in self._pieces(index):
+        for shard, weights, piece in self._pieces(index):
             part = flat[piece.elements]
             if optim_state_key is None:
-                quantize(part, shard.state.master[piece.rows])
+                store_masters(part, shard.state.master[piece.rows], weights[piece.rows])
             elif optim_state_key == "exp_avg":
                 quantize(part, shard.state.exp_avg[piece.rows])
             else:
@@ -106,7 +112,7 @@ class FullTensors:
         self._check_gradient()
         self._on_reading_gradients()
         flat = _flat(value, parameter) / self._gradient_scale()
-        for shard, piece in self._pieces(index):
+        for shard, _, piece in self._pieces(index):
             shard.set_gradient(flat[piece.elements], piece.rows)
 
     def _write_weight(self, flat: Tensor, parameter: Parameter) -> None:
@@ -117,23 +123,25 @@ class FullTensors:
         for part in chunks(-(-flat.numel() // size), size):
             values = flat[part.start * size : part.stop * size]
             master = Blocks.zeros(part.stop - part.start, size, recipe.master, flat.device)
-            quantize(values, master)
             rounded = torch.empty(len(master), size, dtype=weight.dtype, device=weight.device)
-            write_weights(decode(master), rounded)
+            store_masters(values, master, rounded)
             weight[part.start * size :][: values.numel()] = rounded.view(-1)[: values.numel()]
 
-    def _gather(self, index: int, parameter: Parameter, read: Callable[[Shard, slice], Tensor]) -> Tensor:
+    def _gather(
+        self, index: int, parameter: Parameter, read: Callable[[Shard, Tensor, slice], Tensor]
+    ) -> Tensor:
         whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
-        for shard, piece in self._pieces(index):
-            whole[piece.elements] = read(shard, piece.rows).view(-1)[: piece.numel]
+        for shard, weights, piece in self._pieces(index):
+            whole[piece.elements] = read(shard, weights, piece.rows).view(-1)[: piece.numel]
         sum_over_ranks(whole, self._group)
         return whole.view(parameter.shape)
 
-    def _pieces(self, index: int) -> Iterator[tuple[Shard, Piece]]:
-        for shard in self._shards:
+    def _pieces(self, index: int) -> Iterator[tuple[Shard, Tensor, Piece]]:
+        """Each of this rank's pieces of a parameter, in its shard and the shard's rows of the weights."""
+        for shard, weights in zip(self._shards, self._weights, strict=True):
             for piece in shard.pieces:
                 if piece.slot.parameter == index:
-                    yield shard, piece
+                    yield shard, weights.own, piece
 
     def _check_gradient(self) -> None:
         if any(shard.arrivals == 0 for shard in self._shards):

@@ -16,11 +16,10 @@ from ds_fp8.ops.adam import AdamScalars, AdamState, Segment
 from ds_fp8.ops.backend import Backend, choose
 from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.formats import BF16, FP32, Format
-from ds_fp8.zero_fp8.recipe import Recipe
+from ds_fp8.zero_fp8.recipe import Recipe, weight_dtypes
 
 logger = logging.getLogger("ds_fp8")
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 GRADIENTS = {torch.float32: FP32, torch.bfloat16: BF16}  # read in place; others are turned FP32
 
 
@@ -56,8 +55,9 @@ class States:
             state[key] = fresh.codes.view(torch.uint8).view(-1)
             if fresh.scales is not None:
                 state[f"{key}_scales"] = fresh.scales
-        master = self._view(state, "master")
-        self._backend(parameter.device).quantize(parameter.detach().reshape(-1), master)
+        if not self.recipe.master.split:  # of a split master the weight is all that is not zero
+            master = self._view(state, "master")
+            self._backend(parameter.device).quantize(parameter.detach().reshape(-1), master)
 
     def sweep(self, state: dict[str, Any], parameter: Tensor, index: int, scalars: AdamScalars) -> None:
         """One step of a parameter. index: among all of the optimizer, for its random bits."""
@@ -82,7 +82,7 @@ class States:
             last = torch.zeros(2, size, dtype=torch.float32, device=weights.device)
             tail_gradient, tail = last[0].to(gradient.dtype), last[1].to(weights.dtype)
             count = len(weights[rest])
-            tail_gradient[:count] = gradient[rest]
+            tail_gradient[:count], tail[:count] = gradient[rest], weights[rest]
             self._sweep(
                 states[whole:], tail_gradient, tail, Segment(slice(0, 1), index, whole * size), scalars
             )
@@ -118,10 +118,10 @@ class States:
     def _blocks_of(self, parameter: Tensor) -> int:
         return -(-parameter.numel() // self.recipe.block_size)
 
-    @staticmethod
-    def _check_parameter(parameter: Tensor) -> None:
-        if parameter.dtype not in DTYPES:
-            allowed = ", ".join(map(str, DTYPES))
+    def _check_parameter(self, parameter: Tensor) -> None:
+        dtypes = weight_dtypes(self.recipe.master)
+        if parameter.dtype not in dtypes:
+            allowed = ", ".join(map(str, dtypes))
             raise ValueError(f"FP8AdamW: received a parameter of {parameter.dtype}, allowed: {allowed}")
         if not parameter.isfinite().all():
             shape = list(parameter.shape)
@@ -160,4 +160,5 @@ class States:
             scalars,
             self._controls[device],
             seed=self.recipe.seed,
+            stochastic=self.recipe.stochastic,
         )

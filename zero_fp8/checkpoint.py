@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ds_fp8.ops.adam import decode_master
-from ds_fp8.ops.blocks import Blocks, chunks
+from ds_fp8.ops.blocks import Blocks
+from ds_fp8.ops.masters import load_masters
 from ds_fp8.zero_fp8 import manifest
 from ds_fp8.zero_fp8.optimizer import FP8AdamW
 from ds_fp8.zero_fp8.partition import Bucket, Piece
@@ -92,19 +92,9 @@ def fp32_masters(shard: Shard, weights: Tensor) -> Tensor:
     values = torch.empty(sum(piece.numel for piece in shard.pieces), dtype=torch.float32)
     first = 0
     for piece in shard.pieces:
-        decode_masters(
-            shard.state.master[piece.rows], weights[piece.rows], values[first : first + piece.numel]
-        )
+        load_masters(shard.state.master[piece.rows], weights[piece.rows], values[first : first + piece.numel])
         first += piece.numel
     return values
-
-
-def decode_masters(masters: Blocks, weights: Tensor, out: Tensor) -> None:
-    """Write FP32 masters to the vector `out`, dropping what lies past its end."""
-    size = masters.block_size
-    for part in chunks(len(masters), size):
-        piece = out[part.start * size : part.stop * size]
-        piece.copy_(decode_master(masters[part], weights[part]).view(-1)[: piece.numel()])
 
 
 # For the manifest

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ds_fp8.ops.adam import AdamState, encode_second_moment, square_root
 from ds_fp8.ops.blocks import chunks, encode
-from ds_fp8.ops.formats import BY_NAME, FP32, Format
+from ds_fp8.ops.formats import BY_NAME, FP32, SPLIT16, Format
+from ds_fp8.ops.masters import encode_masters
 from ds_fp8.zero_fp8 import manifest
 from ds_fp8.zero_fp8.access import HALF
 from ds_fp8.zero_fp8.checkpoint import STATES, Names, Progress
@@ -53,8 +54,9 @@ class Converted:
     def progress(self) -> Progress:
         return self.source.progress
 
-    def restore(self, shards: Sequence[Shard], names: Names) -> None:
-        for shard in shards:
+    def restore(self, shards: Sequence[Shard], weights: Sequence[Tensor], names: Names) -> None:
+        """Round the values into states, and masters into the weights' rows that the shards own."""
+        for shard, own in zip(shards, weights, strict=True):
             size = shard.recipe.block_size
             for piece in shard.pieces:
                 for part in chunks(piece.blocks, size):
@@ -62,10 +64,10 @@ class Converted:
                     stop = min(first + (part.stop - part.start) * size, piece.elements.stop)
                     values = self.source.values(names[piece.slot.parameter], slice(first, stop))
                     rows = slice(piece.first_block + part.start, piece.first_block + part.stop)
-                    _write(values, shard.state[rows])
+                    _write(values, shard.state[rows], own[rows])
 
 
-def _write(values: Values, state: AdamState) -> None:
+def _write(values: Values, state: AdamState, weights: Tensor) -> None:
     """Round a chunk into rows, zeros after its end."""
 
     def rows(vector: Tensor) -> Tensor:
@@ -74,7 +76,7 @@ def _write(values: Values, state: AdamState) -> None:
         padded.view(-1)[: vector.numel()] = vector
         return padded
 
-    encode(rows(values.master), state.master)
+    encode_masters(rows(values.master), state.master, weights)
     encode(rows(values.exp_avg), state.exp_avg)
     root = rows(values.root)
     bits = torch.full_like(root, HALF, dtype=torch.int32)
@@ -86,7 +88,7 @@ def rounded(saved: manifest.Recipe | None, wanted: manifest.Recipe) -> list[str]
     same_blocks = saved is not None and saved.block_size == wanted.block_size
 
     def exact(source: Format, target: Format) -> bool:
-        return target is FP32 or (source is target and (same_blocks or not target.scaled))
+        return target in (FP32, SPLIT16) or (source is target and (same_blocks or not target.scaled))
 
     formats = {
         key: (BY_NAME[getattr(saved, key)] if saved else FP32, BY_NAME[getattr(wanted, key)])

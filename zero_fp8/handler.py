@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from deepspeed import comm as dist
+from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 
@@ -54,7 +55,9 @@ class Restorable(Protocol):
     @property
     def progress(self) -> checkpoint.Progress: ...
 
-    def restore(self, shards: Sequence[Shard], names: Mapping[int, str]) -> None: ...
+    def restore(
+        self, shards: Sequence[Shard], weights: Sequence[Tensor], names: Mapping[int, str]
+    ) -> None: ...
 
 
 class FP8ZeROOptimizer(ZeROOptimizer):
@@ -119,7 +122,12 @@ class FP8ZeROOptimizer(ZeROOptimizer):
         if settings.stage == 2:
             self.gradients.listen()
         self.full_tensors = FullTensors(
-            self.shards, group, self._gradient_scale, self._states_were_set, self.gradients.send_late
+            self.shards,
+            self.weights,
+            group,
+            self._gradient_scale,
+            self._states_were_set,
+            self.gradients.send_late,
         )
         self.full_tensors.bind(self.parameters)
 
@@ -319,7 +327,7 @@ class FP8ZeROOptimizer(ZeROOptimizer):
 
     def restore(self, source: Restorable) -> None:
         """Take over a checkpoint that has been checked; the weights follow the masters."""
-        source.restore(self.shards, self.parameter_names)
+        source.restore(self.shards, [each.own for each in self.weights], self.parameter_names)
         checkpoint.take_progress(source.progress, self.optimizer, self.loss_scaler)
         self.gradients.drop()
         self._weights_from_masters()

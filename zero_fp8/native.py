@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_fp8.ops.adam import AdamState, decode_master, square_root
+from ds_fp8.ops.adam import AdamState, square_root
 from ds_fp8.ops.blocks import Blocks, decode
 from ds_fp8.ops.formats import BY_NAME, FP32
+from ds_fp8.ops.masters import decode_masters
 from ds_fp8.zero_fp8 import manifest
 from ds_fp8.zero_fp8.checkpoint import STATES, Names, Progress
 from ds_fp8.zero_fp8.convert import Values
@@ -25,11 +26,15 @@ from ds_fp8.zero_fp8.shard import Shard
 
 
 class Native:
-    """The tag in a folder, whose files have been verified."""
+    """The tag in a folder, whose files have been verified.
 
-    def __init__(self, folder: Path, facts: Manifest) -> None:
+    unpickle: DeepSpeed's model file, where it is needed, may hold a client's objects.
+    """
+
+    def __init__(self, folder: Path, facts: Manifest, *, unpickle: bool = False) -> None:
         self.folder = folder
         self.facts = facts
+        self._unpickle = unpickle
         self._formats = {key: BY_NAME[getattr(facts.recipe, key)] for key in STATES}
         self._opened: dict[int, dict[str, Any]] = {}
 
@@ -47,8 +52,11 @@ class Native:
                 for _ in self.rows(names[piece.slot.parameter], *self._blocks_of(piece.elements)):
                     pass
 
-    def restore(self, shards: Sequence[Shard], names: Names) -> None:
-        """Copy a checked checkpoint of the same formats into the shards, byte for byte."""
+    def restore(self, shards: Sequence[Shard], weights: Sequence[Tensor], names: Names) -> None:
+        """Copy a checked checkpoint of the same formats into the shards, byte for byte.
+
+        weights: loaded already; of split masters they are the upper half.
+        """
         for shard in shards:
             for piece in shard.pieces:
                 state = shard.state[piece.rows]
@@ -110,7 +118,9 @@ class Native:
         return Blocks(entry[key].view(fmt.dtype), entry.get(f"{key}_scales"), fmt)
 
     def _weights(self, name: str, first: int, rows: int) -> Tensor:
-        """The model's weights of some blocks, zeros after the parameter's end."""
+        """The model's weights of some blocks, zeros after the parameter's end: what split masters need."""
+        if not self._formats["master"].split:
+            return torch.empty(rows, 0)
         size = self.facts.recipe.block_size
         flat = self.module[name].view(-1)[first * size : (first + rows) * size]
         padded = torch.zeros(rows, size, dtype=flat.dtype)
@@ -136,7 +146,10 @@ class Native:
     def module(self) -> dict[str, Tensor]:
         """The model's tensors in DeepSpeed's model file, mapped."""
         path = self.folder / manifest.MODEL_FILE
-        module = load_plain(path).get("module")
+        if self._unpickle:
+            module = torch.load(path, map_location="cpu", mmap=True, weights_only=False).get("module")
+        else:
+            module = load_plain(path).get("module")
         if not isinstance(module, dict):
             raise ValueError(f"{path}: holds no module")
         return module
@@ -150,7 +163,7 @@ def _decode(state: AdamState, weights: Tensor) -> tuple[Tensor, Tensor, Tensor, 
     else:
         root = decode(state.exp_avg_sq)
         v = root.square()
-    decoded = (decode_master(state.master, weights), decode(state.exp_avg), v, root)
+    decoded = (decode_masters(state.master, weights), decode(state.exp_avg), v, root)
     master, exp_avg, exp_avg_sq, root = (each.view(-1) for each in decoded)
     return master, exp_avg, exp_avg_sq, root
 

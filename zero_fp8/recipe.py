@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import torch
+
 from ds_fp8.config import FP8Config
 from ds_fp8.ops.formats import BY_NAME, FP32, Format
 
@@ -15,6 +17,7 @@ class Recipe:
     shard: Format  # the reduced gradient
     promote: bool  # a second micro-step turns the reduced gradient FP32
     master: Format
+    stochastic: bool  # masters are rounded stochastically
     exp_avg: Format
     exp_avg_sq: Format
     clamp: bool
@@ -37,8 +40,16 @@ def recipe_of(config: FP8Config, *, accumulating: bool = False) -> Recipe:
         shard=shard,
         promote=gradients.accum_dtype is None,
         master=BY_NAME[states.master],
+        stochastic=config.stochastic,
         exp_avg=BY_NAME[states.exp_avg],
         exp_avg_sq=BY_NAME[states.exp_avg_sq],
         clamp=config.optimizer.clamp,
         seed=config.optimizer.seed,
     )
+
+
+def weight_dtypes(master: Format) -> tuple[torch.dtype, ...]:
+    """Dtypes that a weight can have beside such a master."""
+    if master.split:
+        return (torch.bfloat16,)
+    return (torch.bfloat16, torch.float32, torch.float16)

@@ -44,7 +44,10 @@ class Shard:
 
     def take_masters(self, weights: Tensor) -> None:
         """Round weights, [blocks, block size] of the model's dtype, into the masters."""
-        self._backend.quantize(weights.view(-1), self.state.master)
+        if self.state.master.format.split:
+            self.state.master.zero_()  # a BF16 weight is its master, with nothing below
+        else:
+            self._backend.quantize(weights.view(-1), self.state.master)
 
     def must_promote(self) -> bool:
         """Whether the next arrival would be lost in an 8-bit sum that nobody asked for."""
@@ -69,5 +72,13 @@ class Shard:
 
     def sweep(self, weights: Tensor, scalars: AdamScalars, control: Tensor) -> None:
         """One Adam step, or none where `control` says so; writes the owned rows of the weights."""
-        seed = self.recipe.seed
-        self._backend.adam_step(self.state, self.gradient, weights, self._plan, scalars, control, seed=seed)
+        self._backend.adam_step(
+            self.state,
+            self.gradient,
+            weights,
+            self._plan,
+            scalars,
+            control,
+            seed=self.recipe.seed,
+            stochastic=self.recipe.stochastic,
+        )

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 
-from ds_fp8.ops.adam import write_weights
 from ds_fp8.ops.blocks import Blocks, chunks, decode
+from ds_fp8.ops.masters import write_weights
 from ds_fp8.zero_fp8.comm import gather
 from ds_fp8.zero_fp8.partition import Bucket
 
@@ -39,7 +39,9 @@ class Weights:
         return self.buffer.view(-1, self._block_size)[self._rows]
 
     def write(self, masters: Blocks) -> None:
-        """Round masters, the owned rows, into the weights."""
+        """Round masters, the owned rows, into the weights; of split ones they are the upper half already."""
+        if masters.format.split:
+            return
         for part in chunks(len(masters), masters.block_size):
             write_weights(decode(masters[part]), self.own[part])
 

@@ -1,6 +1,6 @@
 // The Adam sweep; ops/adam.py.
 #pragma once
-#include "blocks.h"
+#include "masters.h"
 
 namespace ISA {
 
@@ -28,8 +28,8 @@ struct Sweep {
     const Segment* segments;
     int64_t segment_count;
     const float* control;  // what the gradient is multiplied with; 0 where the step is skipped
-    uint32_t stream;
-    int32_t n;
+    uint32_t v_stream, p_stream;
+    int32_t n, stochastic;
     Scalars scalars;
     Factors by;  // filled in here
 };
@@ -76,68 +76,94 @@ void adam(G g_in, P p_in, M m_in, V v_in, Batch& out, int rows, int n, const Sca
     }
 }
 
-inline u32 to_weight(f32 x) {  // BF16: half a code added, and cut; ops.adam.write_weights
-    return x == x ? (bits_of(x) + 0x8000) >> 16 : u32{} + 0x7FC0;
-}
+struct Draws {  // of random bits, from an element of a parameter on
+    uint32_t v_key, p_key, element;
 
-void write_weights(const float* p, int count, char* to, int64_t dtype) {
-    if (dtype != number<BF16>) return write(p, count, to, dtype);
-    for (int i = 0; i < count; i += 2 * LANES)
-        store_low_halves(to + 2 * i, to_weight(load<f32>(p + i)), to_weight(load<f32>(p + i + LANES)));
-}
+    Random v() const { return Random(v_key, element); }
+    Random p() const { return Random(p_key, element); }
+};
 
 // Decodes, computes and encodes a batch; a state's formats choose one.
-using Work = void (*)(const Sweep&, int64_t row, int rows, Random);
+using Work = void (*)(const Sweep&, int64_t row, int rows, Draws);
 
 // Any formats: decoded first, encoded last.
-void sweep_by_pointer(const Sweep& sweep, int64_t row, int rows, Random random) {
+void sweep_by_pointer(const Sweep& sweep, int64_t row, int rows, Draws draws) {
     Batch batch;
     const int n = sweep.n;
     const Blocks& v = sweep.v;
     sweep.gradient.decode(row, rows, n, sweep.by.g, batch.g);
-    sweep.master.decode(row, rows, n, sweep.by.p, batch.p);
+    read_masters(sweep.master, sweep.weights, row, rows, n, sweep.by.p, batch.p);
     sweep.m.decode(row, rows, n, sweep.by.m, batch.m);
-    sweep.v.decode(row, rows, n, sweep.by.v, batch.v);
+    v.decode(row, rows, n, sweep.by.v, batch.v);
     const bool root = v.f().encode_up;
     (root ? adam<true, Ready, Ready, Ready, Ready>
           : adam<false, Ready, Ready, Ready, Ready>)({batch.g}, {batch.p}, {batch.m}, {batch.v}, batch, rows,
                                                      n, sweep.scalars);
-    sweep.master.encode(row, rows, n, batch.p, batch.p_amax, 0);
     sweep.m.encode(row, rows, n, batch.m, batch.m_amax, UNIT);
     if (root)
-        v.f().encode_up(batch.g, random, batch.root_amax, UNIT, v.at(row, n), v.scale(row), rows, n);
+        v.f().encode_up(batch.g, draws.v(), batch.root_amax, UNIT, v.at(row, n), v.scale(row), rows, n);
     else
         v.encode(row, rows, n, batch.v, batch.root_amax, 2 * UNIT);
-    sweep.master.decode(row, rows, n, 1.0f, batch.p);
-    write_weights(batch.p, rows * n, sweep.weights.at(row * n), sweep.weights.dtype);
+    Random random = draws.p();
+    write_masters(batch.p, batch.p_amax, sweep.stochastic ? &random : nullptr, sweep.master, sweep.weights,
+                  row, rows, n);
 }
 
 template <typename F>
 Reader<F> reader(const Blocks& blocks, int64_t row, int n, float factor) {
     return {blocks.at(row, n), blocks.scale(row), factor};
 }
+template <typename P>
+auto master_reader(const Sweep& sweep, int64_t row) {
+    if constexpr (split<P>)
+        return SplitReader<P>{sweep.master.at(row, sweep.n), sweep.weights.at(row * sweep.n), sweep.by.p};
+    else
+        return reader<P>(sweep.master, row, sweep.n, sweep.by.p);
+}
+
+// Stores masters of a row, and their weights, as they are computed.
+template <typename P>
+struct MasterWriter {
+    char *codes, *weights;
+    uint8_t* scales;
+    float inverse = 1, scale = 1;
+
+    void begin_row(int row, uint32_t amax) {
+        if constexpr (!split<P>) {
+            inverse = scale_down<P>(amax, 0, scales + row);
+            if constexpr (scaled<P>) scale = power_of_two(scales[row]);
+        }
+    }
+    void put(int i, Pair x) const {
+        char *code = codes + i * itemsize<P>, *weight = weights + 2 * i;
+        if constexpr (split<P>) {
+            put_split<P>(code, weight, x);
+        } else {
+            const Pair stored = ISA::put<P>(code, x * inverse) * scale;
+            store_low_halves(weight, to_weight(stored.a), to_weight(stored.b));
+        }
+    }
+};
 
 // The formats of a shipped level, with BF16 weights: codes are read and written in the loops that compute.
 template <typename G, typename P, typename M, typename V>
-void sweep_in_place(const Sweep& sweep, int64_t row, int rows, Random random) {
+void sweep_in_place(const Sweep& sweep, int64_t row, int rows, Draws draws) {
     constexpr bool ROOT = dropped<V> != 0;
     Batch batch;
     const int n = sweep.n;
-    adam<ROOT>(reader<G>(sweep.gradient, row, n, sweep.by.g), reader<P>(sweep.master, row, n, sweep.by.p),
+    adam<ROOT>(reader<G>(sweep.gradient, row, n, sweep.by.g), master_reader<P>(sweep, row),
                reader<M>(sweep.m, row, n, sweep.by.m), reader<V>(sweep.v, row, n, sweep.by.v), batch, rows, n,
                sweep.scalars);
-    char *p = sweep.master.at(row, n), *m = sweep.m.at(row, n), *v = sweep.v.at(row, n);
-    char* weights = sweep.weights.at(row * n);
-    uint8_t *p_scales = sweep.master.scale(row), *m_scales = sweep.m.scale(row),
-            *v_scales = sweep.v.scale(row);
+    MasterWriter<P> masters = {sweep.master.at(row, n), sweep.weights.at(row * n), sweep.master.scale(row)};
+    char *m = sweep.m.at(row, n), *v = sweep.v.at(row, n);
+    uint8_t *m_scales = sweep.m.scale(row), *v_scales = sweep.v.scale(row);
+    Random random = draws.v();
     for (int each = 0, i = 0; each < rows; ++each) {
-        const float p_inverse = scale_down<P>(batch.p_amax[each], 0, p_scales + each);
+        masters.begin_row(each, batch.p_amax[each]);
         const float m_inverse = scale_down<M>(batch.m_amax[each], UNIT, m_scales + each);
         const float v_inverse = scale_down<V>(batch.root_amax[each], ROOT ? UNIT : 2 * UNIT, v_scales + each);
-        const float p_scale = scaled<P> ? power_of_two(p_scales[each]) : 1;
         for (; i < (each + 1) * n; i += 2 * LANES) {
-            const Pair stored = put<P>(p + i * itemsize<P>, load_two(batch.p + i) * p_inverse) * p_scale;
-            store_low_halves(weights + 2 * i, to_weight(stored.a), to_weight(stored.b));
+            masters.put(i, load_two(batch.p + i));
             put<M>(m + i * itemsize<M>, load_two(batch.m + i) * m_inverse);
             if constexpr (ROOT)
                 put_up<V>(v + i * itemsize<V>, load_two(batch.g + i), v_inverse, random);
@@ -150,9 +176,11 @@ void sweep_in_place(const Sweep& sweep, int64_t row, int rows, Random random) {
 template <typename G>
 Work with_gradient(const Sweep& sweep) {
     const Blocks &p = sweep.master, &m = sweep.m, &v = sweep.v;
-    if (sweep.weights.dtype != number<BF16>) return sweep_by_pointer;
+    if (sweep.weights.dtype != number<BF16> || sweep.stochastic) return sweep_by_pointer;
     if (p.is<FP32>() && m.is<FP32>() && v.is<FP32>()) return sweep_in_place<G, FP32, FP32, FP32>;  // O1
     if (p.is<FP16>() && m.is<E4M3>() && v.is<FP16>()) return sweep_in_place<G, FP16, E4M3, FP16>;  // O2
+    if (p.is<SPLIT16>() && m.is<E4M3>() && v.is<UE4M4>())
+        return sweep_in_place<G, SPLIT16, E4M3, UE4M4>;  // O2+
     return sweep_by_pointer;
 }
 
@@ -175,12 +203,13 @@ void adam_rows(const Sweep& sweep, int64_t first, int64_t last) {
     for (int64_t each = 0; each < sweep.segment_count && seen < last; ++each) {
         const Segment& segment = sweep.segments[each];
         const int64_t length = segment.last_row - segment.first_row;
-        const uint32_t key = key_of(sweep.stream, segment.parameter);
+        const uint32_t v_key = key_of(sweep.v_stream, segment.parameter),
+                       p_key = key_of(sweep.p_stream, segment.parameter);
         const int64_t from = first > seen ? first - seen : 0,
                       to = last < seen + length ? last - seen : length;
         in_batches(from, to, sweep.n, [&](int64_t row, int rows) {
-            const Random random(key, uint32_t(segment.first_element + row * sweep.n));
-            work(sweep, segment.first_row + row, rows, random);
+            const Draws draws = {v_key, p_key, uint32_t(segment.first_element + row * sweep.n)};
+            work(sweep, segment.first_row + row, rows, draws);
         });
         seen += length;
     }

@@ -25,6 +25,13 @@ struct E5M2 {
     static f32 decode(u8 code) { return from_half(widen_signed((i8)code) << 8); }
 };
 
+struct UE4M4 {  // the root of a second moment: no sign, no code for inf or NaN
+    using Code = u8;
+    static constexpr int exponent_bits = 4, mantissa_bits = 4, lost_codes = 1;
+    static constexpr int unit = 8;  // as a half, 2^8 smaller
+    static f32 decode(u8 code) { return from_half(widen_signed((i8)code) << 6 & 0x3FC0); }
+};
+
 struct FP16 {
     using Code = u16;
     static constexpr int exponent_bits = 5, mantissa_bits = 10, lost_codes = 1;
@@ -65,6 +72,8 @@ template <>
 constexpr int64_t number<E4M3> = 3;
 template <>
 constexpr int64_t number<E5M2> = 4;
+template <>
+constexpr int64_t number<UE4M4> = 5;
 
 template <typename F>
 constexpr int itemsize = int(sizeof(typename F::Code)) / LANES;
@@ -75,7 +84,11 @@ constexpr int bias = (1 << (F::exponent_bits - 1)) - 1;
 template <typename F>
 constexpr int dropped = 23 - F::mantissa_bits;
 template <typename F>
-constexpr int max_exponent = bias<F> + (F::lost_codes == 2 ? 1 : 0);
+constexpr bool signs = true;  // whether it has a sign
+template <>
+constexpr bool signs<UE4M4> = false;
+template <typename F>  // inf and NaN take the last exponent, or only a code of it, or nothing
+constexpr int max_exponent = bias<F> + (F::lost_codes == 2 || !signs<F> ? 1 : 0);
 template <typename F>
 constexpr uint32_t max_mantissa = (1u << 23) - (uint32_t(F::lost_codes) << dropped<F>);
 
@@ -253,40 +266,56 @@ struct Random {  // of elements one after the other
     }
 };
 
+// Codes of |value|, which `onto_codes` is on the scale of FP32's exponents: the bits below the code are cut,
+// after noise as wide as they are has been added.
 template <typename F>
-inline u32 round_up_from_zero(f32 value, f32 onto_codes, u32 random) {
+inline u32 round_stochastically(f32 value, f32 onto_codes, u32 random) {
     constexpr int drop = dropped<F>, more = (drop - RANDOM_BITS) & 31, fewer = (RANDOM_BITS - drop) & 31;
-    u32 bits = bits_of(onto_codes);
+    u32 bits = bits_of(onto_codes) & MAGNITUDE;
     if constexpr (!scaled<F>) bits = value == value ? bits : u32{} + 0x7FC00000;
-    u32 noise = drop > RANDOM_BITS ? random << more : random >> fewer;
-    u32 code = larger((bits + noise) >> drop, u32{} + 1);
-    return value == f32{} ? u32{} : code;
+    return (bits + (drop > RANDOM_BITS ? random << more : random >> fewer)) >> drop;
 }
 
-// Stores codes of values that are not negative, rounded stochastically, never from non-zero to zero. The bits
-// below the code are cut, after noise as wide as they are has been added.
 template <typename F>
-inline void put_up(char* to, Pair x, float inverse, Random& random) {
-    const float onto_fp32 = power_of_two(bias<F>);  // 2^(bias - 127)
-    const Pair codes = x * inverse * onto_fp32;
-    const u32 a = round_up_from_zero<F>(x.a, codes.a, random.next());
-    const u32 b = round_up_from_zero<F>(x.b, codes.b, random.next());
+inline void store_codes(char* to, u32 a, u32 b) {
     if constexpr (itemsize<F> == 1)
         store_low_bytes(to, a, b);
     else
         store_low_halves(to, a, b);
 }
 
+// Stores codes of values that are not negative, rounded stochastically, never from non-zero to zero.
 template <typename F>
-void encode_up(const float* x, Random random, const uint32_t* amax, int unit, void* codes, uint8_t* scales,
-               int rows, int n) {
+inline void put_up(char* to, Pair x, float inverse, Random& random) {
+    const Pair codes = x * inverse * power_of_two(bias<F>);
+    const u32 a = larger(round_stochastically<F>(x.a, codes.a, random.next()), u32{} + 1);
+    const u32 b = larger(round_stochastically<F>(x.b, codes.b, random.next()), u32{} + 1);
+    store_codes<F>(to, x.a == f32{} ? u32{} : a, x.b == f32{} ? u32{} : b);
+}
+
+// Stores codes of values of either sign, rounded stochastically.
+template <typename F>
+inline void put_either_way(char* to, Pair x, float inverse, Random& random) {
+    const Pair codes = x * inverse * power_of_two(bias<F>);
+    const u32 a = round_stochastically<F>(x.a, codes.a, random.next());
+    const u32 b = round_stochastically<F>(x.b, codes.b, random.next());
+    store_codes<F>(to, pick(0x8000, bits_of(x.a) >> 16, a), pick(0x8000, bits_of(x.b) >> 16, b));
+}
+
+using Put = void (*)(char* to, Pair x, float inverse, Random& random);
+
+template <typename F, Put PUT>
+void encode_noisily(const float* x, Random random, const uint32_t* amax, int unit, void* codes,
+                    uint8_t* scales, int rows, int n) {
     char* to = static_cast<char*>(codes);
     for (int row = 0, i = 0; row < rows; ++row) {
         const float inverse = scale_down<F>(amax[row], unit, scales + row);
-        for (; i < (row + 1) * n; i += 2 * LANES)
-            put_up<F>(to + i * itemsize<F>, load_two(x + i), inverse, random);
+        for (; i < (row + 1) * n; i += 2 * LANES) PUT(to + i * itemsize<F>, load_two(x + i), inverse, random);
     }
 }
+
+using Encode = void (*)(const float* x, Random random, const uint32_t* amax, int unit, void* codes,
+                        uint8_t* scales, int rows, int n);
 
 struct Format {
     void (*decode)(const void* codes, const uint8_t* scales, float factor, float* out, int rows, int n);
@@ -295,19 +324,30 @@ struct Format {
                    int n);
     void (*encode_and_square)(const float* x, const uint32_t* amax, void* codes, uint8_t* scales,
                               float* squares, int rows, int n);
-    void (*encode_up)(const float* x, Random random, const uint32_t* amax, int unit, void* codes,
-                      uint8_t* scales, int rows, int n);
+    Encode encode_up, encode_either_way;
     int itemsize;
 };
 
+// What a format is not used for is null.
 template <typename F>
 constexpr Format by_pointer() {
-    Format all = {decode<F, false>, decode<F, true>, encode<F>, encode_and_square<F>, nullptr, itemsize<F>};
-    if constexpr (dropped<F> != 0) all.encode_up = encode_up<F>;
+    Format all = {};
+    all.decode = decode<F, false>;
+    all.add = decode<F, true>;
+    all.itemsize = itemsize<F>;
+    if constexpr (signs<F>) all.encode = encode<F>, all.encode_and_square = encode_and_square<F>;
+    if constexpr (dropped<F> != 0) all.encode_up = encode_noisily<F, put_up<F>>;
+    if constexpr (dropped<F> != 0 && itemsize<F> == 2)
+        all.encode_either_way = encode_noisily<F, put_either_way<F>>;
+    return all;
+}
+constexpr Format beside_weights(int itemsize) {  // split masters; masters.h
+    Format all = {};
+    all.itemsize = itemsize;
     return all;
 }
 // By number.
-constexpr Format FORMATS[] = {by_pointer<FP32>(), by_pointer<BF16>(), by_pointer<FP16>(), by_pointer<E4M3>(),
-                              by_pointer<E5M2>()};
+constexpr Format FORMATS[] = {by_pointer<FP32>(), by_pointer<BF16>(),  by_pointer<FP16>(), by_pointer<E4M3>(),
+                              by_pointer<E5M2>(), by_pointer<UE4M4>(), beside_weights(2),  beside_weights(1)};
 
 }  // namespace ISA

@@ -1,0 +1,95 @@
+"""Master weights: what is stored of them, and the model weights that are written with them.
+
+A weight is the rounded value of its master *as stored*, so that weights are a function of the state. BF16
+weights are rounded by adding half a code to the bits and cutting, ties away from zero: the bits that the
+cut dropped then tell the master from its weight, and nothing else need be stored (SPLIT16). The weight is
+the upper half of the master plus the top bit of the lower, so a decoder adds the lower half to it as a
+signed number. SPLIT8 rounds the master to 24 bits first and keeps the top 8 of the lower half. Whoever edits
+a BF16 weight edits a split master with it.
+"""
+
+import torch
+from torch import Tensor
+
+from ds_fp8.ops.blocks import Blocks, chunks, decode, encode, scale_down, scale_exponents
+from ds_fp8.ops.formats import Format
+from ds_fp8.ops.rounding import QUIET_NAN, RANDOM_BITS, round_either_way
+
+HALF_CODE = 0x8000  # of BF16, in bits of FP32
+
+
+def decode_masters(master: Blocks, weights: Tensor, factor: float = 1.0) -> Tensor:
+    """Masters of a chunk times a factor, [rows, block size] float32.
+
+    weights: [rows, block size], the model's weights of the same rows, which split masters need.
+    """
+    if not master.format.split:
+        return decode(master, factor)
+    low = master.codes.to(torch.int32) << dropped_bits(master.format)
+    bits = (weights.view(torch.int16).to(torch.int32) << 16) + low
+    return bits.view(torch.float32) * factor
+
+
+def encode_masters(values: Tensor, master: Blocks, weights: Tensor, bits: Tensor | None = None) -> None:
+    """Round float32 rows into the masters, and the weights from what is stored.
+
+    bits: 16 random bits an element, int32, for stochastic rounding; None rounds to nearest.
+    """
+    if master.format.split:
+        _encode_split(values, master, weights, bits)
+        return
+    if bits is None:
+        encode(values, master)
+    else:
+        _encode_stochastically(values, master, bits)
+    write_weights(decode(master), weights)
+
+
+def store_masters(values: Tensor, master: Blocks, weights: Tensor) -> None:
+    """`encode_masters` of a vector of any length; what is left of the last block is zeros."""
+    size = master.block_size
+    for part in chunks(len(master), size):
+        rows = torch.zeros(part.stop - part.start, size, dtype=torch.float32, device=values.device)
+        piece = values[part.start * size : part.stop * size]
+        rows.view(-1)[: piece.numel()] = piece
+        encode_masters(rows, master[part], weights[part])
+
+
+def load_masters(master: Blocks, weights: Tensor, out: Tensor) -> None:
+    """`decode_masters` into a float32 vector, dropping what lies past its end."""
+    size = master.block_size
+    for part in chunks(len(master), size):
+        piece = out[part.start * size : part.stop * size]
+        piece.copy_(decode_masters(master[part], weights[part]).view(-1)[: piece.numel()])
+
+
+def dropped_bits(fmt: Format) -> int:
+    """Low bits of an FP32 master that a split format does not keep."""
+    return 23 - fmt.mantissa_bits
+
+
+def _encode_split(values: Tensor, master: Blocks, weights: Tensor, bits: Tensor | None) -> None:
+    raw = torch.where(values.isnan(), QUIET_NAN, values.view(torch.int32))
+    dropped = dropped_bits(master.format)
+    if dropped:
+        raw = raw + (1 << dropped - 1 if bits is None else bits >> RANDOM_BITS - dropped)
+    raw = raw >> dropped << dropped
+    weights.copy_(((raw + HALF_CODE) >> 16).to(torch.int16).view(torch.bfloat16))
+    master.codes.copy_(raw >> dropped)
+
+
+def _encode_stochastically(values: Tensor, master: Blocks, bits: Tensor) -> None:
+    if master.scales is not None:
+        e = scale_exponents(values, master.format)
+        master.scales.copy_(e)
+        values = scale_down(values, e)
+    master.codes.copy_(round_either_way(values, bits, master.format))
+
+
+def write_weights(master: Tensor, weights: Tensor) -> None:
+    """Round FP32 masters to the model's dtype, to BF16 as the head of this page says."""
+    if weights.dtype is not torch.bfloat16:
+        weights.copy_(master)
+        return
+    rounded = ((master.view(torch.int32) + HALF_CODE) >> 16).to(torch.int16).view(torch.bfloat16)
+    weights.copy_(torch.where(master.isnan(), torch.nan, rounded))
