@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ds_fp8.ops.adam import AdamState, square_root
-from ds_fp8.ops.blocks import Blocks, decode
+from ds_fp8.ops.blocks import CHUNK, Blocks, decode
 from ds_fp8.ops.formats import BY_NAME, FP32
 from ds_fp8.ops.masters import decode_masters
 from ds_fp8.zero_fp8 import manifest
@@ -143,15 +143,18 @@ class Native:
         return self._opened[rank]
 
     @cached_property
-    def module(self) -> dict[str, Tensor]:
-        """The model's tensors in DeepSpeed's model file, mapped."""
+    def model_file(self) -> dict[str, Any]:
+        """DeepSpeed's model file, mapped."""
         path = self.folder / manifest.MODEL_FILE
-        if self._unpickle:
-            module = torch.load(path, map_location="cpu", mmap=True, weights_only=False).get("module")
-        else:
-            module = load_plain(path).get("module")
-        if not isinstance(module, dict):
-            raise ValueError(f"{path}: holds no module")
+        if not self._unpickle:
+            return load_plain(path)
+        loaded: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=False)
+        return loaded
+
+    @property
+    def module(self) -> dict[str, Any]:
+        """The model's own tensors by name: weights, buffers, frozen parameters."""
+        module: dict[str, Any] = self.model_file["module"]
         return module
 
 
@@ -166,6 +169,28 @@ def _decode(state: AdamState, weights: Tensor) -> tuple[Tensor, Tensor, Tensor, 
     decoded = (decode_masters(state.master, weights), decode(state.exp_avg), v, root)
     master, exp_avg, exp_avg_sq, root = (each.view(-1) for each in decoded)
     return master, exp_avg, exp_avg_sq, root
+
+
+def whole(native: Native, name: str) -> tuple[Tensor, Tensor, Tensor]:
+    """A parameter's master, exp_avg and exp_avg_sq as FP32 vectors."""
+    numel = torch.Size(native.facts.parameters[name].shape).numel()
+    vectors = (torch.empty(numel), torch.empty(numel), torch.empty(numel))
+    for first in range(0, numel, CHUNK):
+        part = slice(first, min(first + CHUNK, numel))
+        values = native.values(name, part)
+        for vector, piece in zip(vectors, (values.master, values.exp_avg, values.exp_avg_sq), strict=True):
+            vector[part] = piece
+    return vectors
+
+
+def others(native: Native) -> dict[str, Tensor]:
+    """What the model file holds besides trained parameters: buffers, frozen ones, names of tied ones."""
+    trained = native.facts.parameters
+    return {
+        name: tensor
+        for name, tensor in native.module.items()
+        if name not in trained and isinstance(tensor, Tensor)
+    }
 
 
 def load_plain(path: Path) -> dict[str, Any]:

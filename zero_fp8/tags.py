@@ -8,6 +8,8 @@ looks for it.
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ds_fp8.zero_fp8 import manifest
@@ -59,6 +61,21 @@ def find(folder: Path, tag: str | None, latest: str = LATEST) -> str | None:
     if (folder / (tag + SAVING) / manifest.NAME).exists():
         return tag + SAVING
     raise ValueError(f"{folder / tag}: no such folder{origin}")
+
+
+@contextmanager
+def fresh(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which takes the name of `folder` when all is written.
+
+    Raises ValueError where `folder` exists.
+    """
+    if folder.exists():
+        raise ValueError(f"{folder}: exists, allowed: the name of a new folder")
+    saving = folder.with_name(folder.name + SAVING)
+    shutil.rmtree(saving, ignore_errors=True)
+    saving.mkdir(parents=True)
+    yield saving
+    os.rename(saving, folder)
 
 
 def write(path: Path, text: str) -> None:
