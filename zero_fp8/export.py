@@ -1,7 +1,7 @@
 """The weights of a checkpoint of ours as a model's files: safetensors or torch, in shards, with an index.
 
-Trained parameters come from their masters, everything else from DeepSpeed's model file; floating-point
-tensors are rounded to one dtype. One shard at a time is in memory.
+Trained parameters come from their masters, everything else from DeepSpeed's model file. Parameters are
+rounded to one dtype, buffers keep theirs. One file at a time is in memory.
 """
 
 import json
@@ -50,22 +50,27 @@ class Entry:
 
     name: str
     numel: int
-    nbytes: int  # as exported
+    dtype: torch.dtype  # as exported
     master: str | None  # the trained parameter that it is; None: a tensor of the model file
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
 
 
 def entries(native: Native, dtype: torch.dtype) -> list[Entry]:
     """Every tensor of the model, in the model's order."""
-    tied, rest = native.model_file.get("shared_params") or {}, others(native)
+    file, rest = native.model_file, others(native)
+    tied, buffers = file.get("shared_params") or {}, file["buffer_names"]
     found = []
-    for name, tensor in native.module.items():
+    for name in native.module:
         owner = tied.get(name, name)
         if owner in native.facts.parameters:
             numel = torch.Size(native.facts.parameters[owner].shape).numel()
-            found.append(Entry(name, numel, numel * dtype.itemsize, owner))
+            found.append(Entry(name, numel, dtype, owner))
         elif name in rest:
-            size = dtype.itemsize if tensor.is_floating_point() else tensor.itemsize
-            found.append(Entry(name, tensor.numel(), tensor.numel() * size, None))
+            kept = rest[name].dtype if name in buffers else dtype
+            found.append(Entry(name, rest[name].numel(), kept, None))
     return found
 
 
@@ -90,7 +95,7 @@ def export(
     names = [form.name(number, len(files)) for number in range(len(files))]
     with fresh(out) as folder:
         for name, members in zip(names, files, strict=True):
-            form.save(dict(_tensors(native, members, DTYPES[dtype], advance)), folder / name)
+            form.save(dict(_tensors(native, members, advance)), folder / name)
         if len(files) > 1:
             names.append(f"{form.stem}{form.ending}.index.json")
             (folder / names[-1]).write_text(json.dumps(_index(files, names), indent=2) + "\n")
@@ -98,30 +103,31 @@ def export(
 
 
 def _tensors(
-    native: Native, members: Sequence[Entry], dtype: torch.dtype, advance: Callable[[int], None]
+    native: Native, members: Sequence[Entry], advance: Callable[[int], None]
 ) -> Iterator[tuple[str, Tensor]]:
     made: dict[str, Tensor] = {}  # tied parameters are one tensor
     for entry in members:
         if entry.master is None:
-            tensor = native.module[entry.name]
-            yield entry.name, _rounded(tensor, dtype, entry.name) if tensor.is_floating_point() else tensor
+            yield entry.name, _rounded(native.module[entry.name], entry)
         else:
             if entry.master not in made:
-                master = whole(native, entry.master)[0].view(native.facts.parameters[entry.master].shape)
-                made[entry.master] = _rounded(master, dtype, entry.name)
+                shape = native.facts.parameters[entry.master].shape
+                made[entry.master] = _rounded(whole(native, entry.master)[0].view(shape), entry)
             yield entry.name, made[entry.master]
         advance(entry.numel)
 
 
-def _rounded(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    """In the dtype, to BF16 as the model's weights are. Raises ValueError for a value that overflows."""
+def _rounded(tensor: Tensor, entry: Entry) -> Tensor:
+    """In the entry's dtype, to BF16 as the model's weights are. Raises ValueError where a value overflows."""
+    if tensor.dtype == entry.dtype:
+        return tensor
     values = tensor.to(torch.float32)
-    out = torch.empty(values.shape, dtype=dtype)
+    out = torch.empty(values.shape, dtype=entry.dtype)
     write_weights(values, out)
     if not torch.equal(values.isfinite(), out.isfinite()):
         raise ValueError(
-            f"{name}: received a value of {values.abs().max().item():.4g}, allowed as {dtype}: at most "
-            f"{torch.finfo(dtype).max:.4g}"
+            f"{entry.name}: received a value of {values.abs().max().item():.4g}, allowed as {entry.dtype}: "
+            f"at most {torch.finfo(entry.dtype).max:.4g}"
         )
     return out
 
