@@ -45,8 +45,9 @@ def load_masters(
         high = tl.load(weights + offset, mask=inside[:, None], other=0.0).to(tl.int16, bitcast=True)
         bits = (high.to(tl.int32) << 16) + (low.to(tl.int32) << dropped_bits(FORMAT))
         return bits.to(tl.float32, bitcast=True) * factor
-    p = load_codes(codes, offset, inside, FORMAT, HARDWARE)
-    return p * (load_scales(scales, rows, inside, FORMAT) * factor)[:, None]
+    else:
+        p = load_codes(codes, offset, inside, FORMAT, HARDWARE)
+        return p * (load_scales(scales, rows, inside, FORMAT) * factor)[:, None]
 
 
 @triton.jit

@@ -82,4 +82,5 @@ def as_half(code, FORMAT: tl.constexpr):
     """A code of 16 bits, int32, as the format's type."""
     if FORMAT == "fp16":
         return code.to(tl.int16).to(tl.float16, bitcast=True)
-    return code.to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        return code.to(tl.int16).to(tl.bfloat16, bitcast=True)

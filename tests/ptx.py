@@ -29,13 +29,13 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ds_fp8.config import FP8Config
+from ds_fp8.config import LEVELS, FP8Config
 from ds_fp8.ops import adam_triton, blocks_triton, reduction_triton
 from ds_fp8.ops.adam import AdamScalars, AdamState, Segment, next_clamp
 from ds_fp8.ops.blocks import Blocks
-from ds_fp8.ops.formats import BY_NAME, E4M3, FP32, Format
+from ds_fp8.ops.formats import E4M3, FP32, Format
 from ds_fp8.zero_fp8.comm import Message
-from ds_fp8.zero_fp8.recipe import Recipe
+from ds_fp8.zero_fp8.recipe import recipe_of
 
 META = torch.device("meta")
 ARCHITECTURES = (80, 89, 90)
@@ -49,6 +49,7 @@ LEFT = 3  # blocks that it finds where it is the last
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 TYPES = {
     torch.uint8: "*u8",
+    torch.int16: "*i16",
     torch.int32: "*i32",
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
@@ -98,18 +99,15 @@ def accumulate(ranks: int, shard: Format, fresh: bool) -> Launch:
 
 
 def sweep(opt_level: str) -> Launch:
-    config = FP8Config.model_validate({"enabled": True, "opt_level": opt_level})
-    states, ours = config.states, config.optimizer
-    master, m, v = (BY_NAME[name] for name in (states.master, states.exp_avg, states.exp_avg_sq))
-    recipe = Recipe(BLOCK, E4M3, E4M3, True, master, m, v, ours.clamp, ours.seed)
+    recipe = recipe_of(FP8Config.model_validate({"enabled": True, "opt_level": opt_level}))
     clamp = math.sqrt(next_clamp(None, BETAS)) if recipe.clamped else None
     scalars = AdamScalars(7, 1e-3, *BETAS, 1e-8, 0.1, decoupled=True, bias_correction=True, clamp=clamp)
     segments = [Segment(slice(first, first + 1), first, 0) for first in range(3)]
     plan = adam_triton.plan(segments, BLOCKS, BLOCK, META)
-    state = AdamState(blocks_of(master), blocks_of(m), blocks_of(v))
+    state = AdamState(*map(blocks_of, (recipe.master, recipe.exp_avg, recipe.exp_avg_sq)))
     weights = torch.empty(BLOCKS, BLOCK, dtype=torch.bfloat16, device=META)
     operands = (state, blocks_of(E4M3), weights, plan, scalars, torch.empty(2, device=META))
-    code = partial(adam_triton.adam_step, *operands, seed=recipe.seed)
+    code = partial(adam_triton.adam_step, *operands, rounding=recipe.rounding)
     return Launch(adam_triton, "adam_kernel", code)
 
 
@@ -125,7 +123,7 @@ def launches() -> dict[str, Launch]:
         for shard in (E4M3, FP32):
             found[f"accumulate {ranks} into a fresh {shard.name}"] = accumulate(ranks, shard, True)
             found[f"accumulate {ranks} into an old {shard.name}"] = accumulate(ranks, shard, False)
-    return found | {f"sweep {level}": sweep(level) for level in ("O1", "O2")}
+    return found | {f"sweep {level}": sweep(level) for level in LEVELS}
 
 
 def type_of(value: object) -> str:

@@ -48,14 +48,14 @@ def compare_with_stock(stage: int, level: str) -> dict[str, float]:
     return {key: math.sqrt(error / sizes[key]) for key, error in errors.items()}
 
 
-@pytest.mark.parametrize("level", ["O1", "O2"])
+@pytest.mark.parametrize("level", ["O1", "O2", "O2+"])
 @pytest.mark.parametrize("stage", [1, 2])
 def test_reading(ranks: RankPools, stage: int, level: str) -> None:
     for errors in ranks.run(2, compare_with_stock, stage, level):
         assert errors["param"] < 0.01
         assert errors["grad"] < 0.06
         assert errors["exp_avg"] < 0.06
-        assert errors["exp_avg_sq"] < 0.06
+        assert errors["exp_avg_sq"] < (0.08 if level == "O2+" else 0.06)
 
 
 def write_and_read(level: str) -> None:
@@ -94,7 +94,7 @@ def write_and_read(level: str) -> None:
     engine.destroy()
 
 
-@pytest.mark.parametrize("level", ["O1", "O2"])
+@pytest.mark.parametrize("level", ["O1", "O2", "O2+"])
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_writing(ranks: RankPools, world_size: int, level: str) -> None:
     ranks.run(world_size, write_and_read, level)

@@ -69,8 +69,21 @@ def test_l2_is_torchs_adam() -> None:
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_every_backend_has_the_same_bits(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+EVERY_WAY = [
+    (torch.float32, {}),
+    (torch.bfloat16, {}),
+    (torch.float16, {}),
+    (torch.bfloat16, {"opt_level": "O2+"}),
+    (torch.bfloat16, {"optimizer": {"master_dtype": "split8", "rounding": "stochastic"}}),
+    (torch.float32, {"optimizer": {"rounding": "stochastic", "exp_avg_sq_dtype": "ue4m4"}}),
+]
+each_way = pytest.mark.parametrize(("dtype", "fp8"), EVERY_WAY)
+
+
+@each_way
+def test_every_backend_has_the_same_bits(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, fp8: dict[str, Any]
+) -> None:
     found = []
     for backend in ("reference", None, "triton"):
         if backend is None:
@@ -78,7 +91,7 @@ def test_every_backend_has_the_same_bits(monkeypatch: pytest.MonkeyPatch, dtype:
         else:
             monkeypatch.setenv(VARIABLE, backend)
         net = model(dtype)
-        train(net, FP8AdamW(net.parameters(), **HYPER), range(3), dtype)
+        train(net, FP8AdamW(net.parameters(), **HYPER, fp8=fp8), range(3), dtype)
         found.append(weights(net))
     assert same(found[0], found[1])
     assert same(found[0], found[2])
@@ -92,15 +105,15 @@ def saved_and_read(state: dict[str, Any]) -> dict[str, Any]:
     return read
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_resume_is_exact(dtype: torch.dtype) -> None:
+@each_way
+def test_resume_is_exact(dtype: torch.dtype, fp8: dict[str, Any]) -> None:
     """torch would cast the states to the parameters' dtype on load."""
     net = model(dtype)
-    optimizer = FP8AdamW(net.parameters(), **HYPER)
+    optimizer = FP8AdamW(net.parameters(), **HYPER, fp8=fp8)
     train(net, optimizer, range(20), dtype)
     kept = saved_and_read(optimizer.state_dict()), copy.deepcopy(net)
     unbroken = train(net, optimizer, range(20, 40), dtype)
-    resumed = FP8AdamW(kept[1].parameters(), lr=1.0)
+    resumed = FP8AdamW(kept[1].parameters(), lr=1.0, fp8=fp8)
     resumed.load_state_dict(kept[0])
     assert train(kept[1], resumed, range(20, 40), dtype) == unbroken
     assert same(weights(kept[1]), weights(net))
@@ -122,10 +135,15 @@ def test_a_loaded_state_is_a_copy() -> None:
 
 @pytest.mark.parametrize(
     ("fp8", "bytes_a_parameter"),
-    [({}, 5 + 3 / 128), ({"opt_level": "O1"}, 12), ({"block_size": 64}, 5 + 3 / 64)],
+    [
+        ({}, 5 + 3 / 128),
+        ({"opt_level": "O1"}, 12),
+        ({"opt_level": "O2+"}, 4 + 2 / 128),
+        ({"block_size": 64}, 5 + 3 / 64),
+    ],
 )
 def test_states_take_what_the_design_says(fp8: dict[str, Any], bytes_a_parameter: float) -> None:
-    parameter = nn.Parameter(torch.randn(256, 64))
+    parameter = nn.Parameter(torch.randn(256, 64, dtype=torch.bfloat16))
     optimizer = FP8AdamW([parameter], fp8=fp8)
     parameter.grad = torch.randn_like(parameter)
     optimizer.step()

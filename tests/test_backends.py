@@ -43,6 +43,8 @@ def train(backend: str, fp8: dict[str, Any], options: dict[str, Any]) -> dict[st
     [
         ({"opt_level": "O2"}, {"stage": 2}),
         ({"opt_level": "O2"}, {"stage": 1, "bf16": False}),
+        ({"opt_level": "O2+"}, {"stage": 2}),
+        ({"optimizer": {"master_dtype": "split8", "rounding": "stochastic"}}, {"stage": 2}),
         ({"opt_level": "O1", "block_size": 32}, {"stage": 2, "micro_steps": 2}),
         (
             {"opt_level": "O2", "gradients": {"dtype": "e5m2", "accum_dtype": "bf16"}},

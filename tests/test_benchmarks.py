@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from ds_fp8.ops.adam import Rounding
 from ds_fp8.ops.backend import REFERENCE, Backend
 from ds_fp8.ops.blocks import Blocks
 
@@ -26,15 +27,15 @@ CPU = torch.device("cpu")
 def broken(which: str) -> Backend:
     """The reference with one op a little wrong."""
 
-    def quantize(values: torch.Tensor, out: Blocks) -> None:
-        REFERENCE.quantize(values, out)
+    def quantize(values: torch.Tensor, out: Blocks, counts: torch.Tensor | None = None) -> None:
+        REFERENCE.quantize(values, out, counts)
         out.codes.view(torch.uint8)[3, 4] ^= 1
 
     def accumulate(pieces: list[Blocks], shard: Blocks, *, fresh: bool) -> torch.Tensor:
         return REFERENCE.accumulate(pieces, shard, fresh=fresh) * (1 + 1e-5)
 
-    def adam_step(state: object, gradient: object, weights: torch.Tensor, *rest: object, seed: int) -> None:
-        REFERENCE.adam_step(state, gradient, weights, *rest, seed=seed + 1)
+    def adam_step(*operands: object, rounding: Rounding, **others: object) -> None:
+        REFERENCE.adam_step(*operands, rounding=Rounding(rounding.seed + 1), **others)
 
     wrong = {"quantize": quantize, "accumulate": accumulate, "adam_step": adam_step}
     return dataclasses.replace(REFERENCE, **{which: wrong[which]})

@@ -20,7 +20,7 @@ from engines import (
 from ranks import RankPools
 from train_lm import ByteGPT
 
-from ds_fp8.ops.blocks import dequantize
+from ds_fp8.ops.masters import load_masters
 
 WARMUP = {"type": "WarmupLR", "params": {"warmup_max_lr": 1e-3, "warmup_num_steps": 10}}
 
@@ -55,9 +55,11 @@ def resume(folder: str, fp8: dict[str, Any], stage: int) -> tuple[list[float], A
     [
         {"opt_level": "O1"},
         {"opt_level": "O2"},
+        {"opt_level": "O2+"},
         {"optimizer": {"master_dtype": "bf16", "exp_avg_dtype": "e5m2", "exp_avg_sq_dtype": "bf16"}},
+        {"optimizer": {"master_dtype": "split8", "rounding": "stochastic", "exp_avg_sq_dtype": "e4m3"}},
     ],
-    ids=["O1", "O2", "mixed"],
+    ids=["O1", "O2", "O2+", "mixed", "split8, stochastic"],
 )
 def test_resume_is_exact(ranks: RankPools, tmp_path: Path, fp8: dict[str, Any], stage: int) -> None:
     unbroken = ranks.run(2, save_and_go_on, str(tmp_path), fp8, stage)
@@ -70,25 +72,28 @@ def test_resume_is_exact(ranks: RankPools, tmp_path: Path, fp8: dict[str, Any], 
         assert_same_bits(weights, weights_again)
 
 
-def save_masters(folder: str, fp32_master: bool) -> dict[str, torch.Tensor]:
+def save_masters(folder: str, fp32_master: bool, level: str = "O2") -> dict[str, torch.Tensor]:
     """Save; the masters that this rank holds, decoded: "name/first element" -> values."""
-    section = {"opt_level": "O2", "checkpoint": {"fp32_master": fp32_master}}
+    section = {"opt_level": level, "checkpoint": {"fp32_master": fp32_master}}
     engine = build_gpt(ds_config(section, bucket=10_000))
     train_losses(engine, batches(engine), 3)
     engine.save_checkpoint(folder)
     handler, masters = engine.optimizer, {}
-    for shard in handler.shards:
+    for shard, weights in zip(handler.shards, handler.weights, strict=True):
         for piece in shard.pieces:
             values = torch.empty(piece.numel)
-            dequantize(shard.state.master[piece.rows], values)
+            load_masters(shard.state.master[piece.rows], weights.own[piece.rows], values)
             masters[f"{handler.parameter_names[piece.slot.parameter]}/{piece.first_element}"] = values
     engine.destroy()
     return masters
 
 
+@pytest.mark.parametrize("level", ["O2", "O2+"])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_zero_to_fp32_reads_the_masters(ranks: RankPools, tmp_path: Path, world_size: int) -> None:
-    per_rank = ranks.run(world_size, save_masters, str(tmp_path), True)
+def test_zero_to_fp32_reads_the_masters(
+    ranks: RankPools, tmp_path: Path, world_size: int, level: str
+) -> None:
+    per_rank = ranks.run(world_size, save_masters, str(tmp_path), True, level)
     whole = get_fp32_state_dict_from_zero_checkpoint(str(tmp_path))
     seen = 0
     for masters in per_rank:

@@ -14,7 +14,8 @@ from ds_fp8.cli import main
 from ds_fp8.cli_configs import shipped
 from ds_fp8.config import parse
 
-NAMES = ["zero1_bf16", "zero1_o1", "zero1_o2", "zero2_bf16", "zero2_o1", "zero2_o2"]
+NAMES = ["zero1_bf16", "zero1_o1", "zero1_o2", "zero1_o2plus"]
+NAMES += [name.replace("zero1", "zero2") for name in NAMES]
 
 
 def output(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

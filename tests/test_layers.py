@@ -51,6 +51,7 @@ LAYERS = (  # a module imports from the lines below its own only
     ("ds_fp8.ops.blocks_triton", "ds_fp8.ops.adam", "ds_fp8.ops.reduction"),
     ("ds_fp8.ops.masters",),
     ("ds_fp8.ops.rounding", "ds_fp8.ops.blocks"),
+    ("ds_fp8.ops.health",),
     ("ds_fp8.ops.formats", "ds_fp8.ops.build"),
     ("ds_fp8.ds_config",),
     ("ds_fp8.rules",),

@@ -11,7 +11,17 @@ from unittest.mock import patch
 import pytest
 import torch
 from deepspeed import comm as dist
-from engines import SMALL, assert_same_bits, batches, build_gpt, ds_config, train_run
+from deepspeed.utils import safe_get_full_fp32_param
+from engines import (
+    SMALL,
+    assert_same_bits,
+    batches,
+    build_gpt,
+    ds_config,
+    train_losses,
+    train_run,
+    weight_bits,
+)
 from ranks import RankPools
 from torch import Tensor, nn
 from train_lm import ByteGPT, Shape
@@ -109,7 +119,7 @@ def runs(ranks: RankPools) -> Runs:
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize("level", ["O1", "O2"])
+@pytest.mark.parametrize("level", ["O1", "O2", "O2+"])
 def test_losses_equal_stock_bf16(runs: Runs, level: str, seed: int) -> None:
     assert_parity(runs(level, seed=seed, steps=150), runs(None, seed=seed, steps=150))
 
@@ -117,7 +127,7 @@ def test_losses_equal_stock_bf16(runs: Runs, level: str, seed: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("stage", [1, 2])
-@pytest.mark.parametrize("level", ["O1", "O2"])
+@pytest.mark.parametrize("level", ["O1", "O2", "O2+"])
 def test_losses_equal_stock_bf16_over_the_grid(runs: Runs, level: str, stage: int, seed: int) -> None:
     assert_parity(
         runs(level, stage=stage, seed=seed, steps=300), runs(None, stage=stage, seed=seed, steps=300)
@@ -232,3 +242,21 @@ def test_gradient_check_notices(ranks: RankPools, planted: str, micro_steps: int
     with pytest.raises(AssertionError):
         assert_gradients(found)
     assert max(max(errors.values()) for errors in found["errors"]) > GRADIENT_BOUND
+
+
+SPLIT_OR_WHOLE = {"exp_avg_dtype": "e4m3", "exp_avg_sq_dtype": "ue4m4"}
+
+
+def masters_and_weights(master: str, steps: int) -> dict[str, Any]:
+    engine = build_gpt(ds_config({"optimizer": {"master_dtype": master, **SPLIT_OR_WHOLE}}))
+    train_losses(engine, batches(engine), steps)
+    masters = {name: safe_get_full_fp32_param(each) for name, each in engine.module.named_parameters()}
+    weights = weight_bits(engine)
+    engine.destroy()
+    return {"masters": masters, "weights": weights}
+
+
+def test_split16_is_an_fp32_master_bit_for_bit(ranks: RankPools) -> None:
+    whole, split = (ranks.run(2, masters_and_weights, name, 200)[0] for name in ("fp32", "split16"))
+    assert_same_bits(split["masters"], whole["masters"])
+    assert_same_bits(split["weights"], whole["weights"])

@@ -13,6 +13,7 @@ from kernel_checks import (
     VECTORS,
     Source,
     Vector,
+    check_counts,
     check_every_code,
     check_few_elements,
     check_fp32,
@@ -167,3 +168,10 @@ def test_any_blocks_are_dequantized(source: Source, hardware: bool) -> None:
 def test_few_elements(fmt: Format, numel: int) -> None:
     with conversion(hardware=False):
         check_few_elements(TRITON, fmt, numel)
+
+
+@each_dtype
+@each_conversion(*ALL)
+def test_counts(fmt: Format, hardware: bool, dtype: torch.dtype) -> None:
+    with conversion(hardware):
+        check_counts(TRITON, fmt, dtype)

@@ -62,9 +62,12 @@ def train(fp8: dict[str, Any], clipping: float, bucket: int) -> tuple[dict[str, 
     [
         {"opt_level": "O2"},
         {"opt_level": "O1"},
+        {"opt_level": "O2+"},
         {"block_size": 32, "optimizer": {"exp_avg_sq_dtype": "bf16", "exp_avg_dtype": "e5m2"}},
+        {"optimizer": {"master_dtype": "split8", "rounding": "stochastic", "exp_avg_sq_dtype": "e4m3"}},
+        {"optimizer": {"rounding": "stochastic", "exp_avg_sq_dtype": "e5m2"}},
     ],
-    ids=["O2", "O1", "mixed"],
+    ids=["O2", "O1", "O2+", "mixed", "split8, stochastic", "fp16, stochastic"],
 )
 def test_states_do_not_depend_on_the_world_size(
     ranks: RankPools, fp8: dict[str, Any], clipping: float
@@ -90,6 +93,7 @@ RECIPE = Recipe(
     shard=E4M3,
     promote=True,
     master=BY_NAME["fp16"],
+    stochastic=True,
     exp_avg=E4M3,
     exp_avg_sq=BY_NAME["fp16"],
     clamp=True,

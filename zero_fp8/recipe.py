@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from ds_fp8.config import FP8Config
+from ds_fp8.ops.adam import Rounding
 from ds_fp8.ops.formats import BY_NAME, FP32, Format
 
 
@@ -22,6 +23,11 @@ class Recipe:
     exp_avg_sq: Format
     clamp: bool
     seed: int
+
+    @property
+    def rounding(self) -> Rounding:
+        """Of the sweep."""
+        return Rounding(self.seed, self.stochastic)
 
     @property
     def clamped(self) -> bool:

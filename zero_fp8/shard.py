@@ -79,6 +79,5 @@ class Shard:
             self._plan,
             scalars,
             control,
-            seed=self.recipe.seed,
-            stochastic=self.recipe.stochastic,
+            rounding=self.recipe.rounding,
         )

@@ -92,6 +92,13 @@ constexpr int max_exponent = bias<F> + (F::lost_codes == 2 || !signs<F> ? 1 : 0)
 template <typename F>
 constexpr uint32_t max_mantissa = (1u << 23) - (uint32_t(F::lost_codes) << dropped<F>);
 
+template <typename F>
+constexpr float largest_value() {
+    double value = 2 - double(F::lost_codes) / (1 << F::mantissa_bits);
+    for (int i = 0; i < max_exponent<F>; ++i) value *= 2;
+    return float(value);
+}
+
 struct Rounded {
     u32 code;       // the low byte
     f32 magnitude;  // what it decodes to, without its sign
@@ -314,6 +321,21 @@ void encode_noisily(const float* x, Random random, const uint32_t* amax, int uni
     }
 }
 
+template <typename F>
+int64_t rescued(const float* x, Random random, const uint32_t* amax, int unit, int rows, int n) {
+    u32 count = {};
+    uint8_t scale;
+    for (int row = 0, i = 0; row < rows; ++row) {
+        const float inverse = scale_down<F>(amax[row], unit, &scale);
+        for (; i < (row + 1) * n; i += LANES) {
+            const f32 value = load<f32>(x + i) * inverse;
+            const u32 code = round_stochastically<F>(value, value * power_of_two(bias<F>), random.next());
+            count += (u32)((code == 0) & (value != f32{})) & 1;
+        }
+    }
+    return total(count);
+}
+
 using Encode = void (*)(const float* x, Random random, const uint32_t* amax, int unit, void* codes,
                         uint8_t* scales, int rows, int n);
 
@@ -325,6 +347,9 @@ struct Format {
     void (*encode_and_square)(const float* x, const uint32_t* amax, void* codes, uint8_t* scales,
                               float* squares, int rows, int n);
     Encode encode_up, encode_either_way;
+    // How many values encode_up would round to zero if it did.
+    int64_t (*rescued)(const float* x, Random random, const uint32_t* amax, int unit, int rows, int n);
+    float max;
     int itemsize;
 };
 
@@ -335,8 +360,9 @@ constexpr Format by_pointer() {
     all.decode = decode<F, false>;
     all.add = decode<F, true>;
     all.itemsize = itemsize<F>;
+    all.max = largest_value<F>();
     if constexpr (signs<F>) all.encode = encode<F>, all.encode_and_square = encode_and_square<F>;
-    if constexpr (dropped<F> != 0) all.encode_up = encode_noisily<F, put_up<F>>;
+    if constexpr (dropped<F> != 0) all.encode_up = encode_noisily<F, put_up<F>>, all.rescued = rescued<F>;
     if constexpr (dropped<F> != 0 && itemsize<F> == 2)
         all.encode_either_way = encode_noisily<F, put_either_way<F>>;
     return all;
