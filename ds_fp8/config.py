@@ -123,7 +123,6 @@ BUILT: dict[str, tuple[Any, ...]] = {
     "gradients.reduction": ("fp32",),
     "gradients.autoscale": (None,),
     "weights.dtype": (None,),
-    "checkpoint.allow_conversion": (False,),
 }
 
 

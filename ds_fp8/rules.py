@@ -264,8 +264,8 @@ CHECKPOINT: dict[str, Rule] = {
     "tag_validation": HONOURED,
     "use_node_local_storage": HONOURED,
     "parallel_write": NoEffect("a key of pipeline parallelism"),
-    "checkpoint_serialization": NoEffect("a key of other checkpoint writers"),
-    "load_universal": Refused(NOT_YET, (False,)),
+    "checkpoint_serialization": Refused("lets a rank read only what it needs", (True, None)),
+    "load_universal": HONOURED,
     "writer": Refused(NOT_YET, (None,)),
 }
 

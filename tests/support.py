@@ -415,10 +415,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"bf16": {"enabled": True, "bf16_optimizer_states": True}},
         "bf16.bf16_optimizer_states: received true",
     ),
-    "universal checkpoints": (
-        {"checkpoint": {"load_universal": True}},
-        "checkpoint.load_universal: received",
-    ),
     "other optimizers": ({"optimizer": {"type": "Lamb"}}, 'optimizer.type: received "Lamb", allowed: Adam'),
 }
 

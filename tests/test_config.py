@@ -234,7 +234,6 @@ UNBUILT = [  # path, value, a part of what is allowed
     ("gradients.autoscale", "pre", "left out"),
     ("gradients.autoscale", "post", "left out"),
     ("weights.dtype", "e4m3", "left out"),
-    ("checkpoint.allow_conversion", True, "false"),
 ]
 
 
@@ -312,7 +311,12 @@ REFUSED = [  # ds_config, path in the message, value in the message, a part of w
         "true",
         "false",
     ),
-    ({**MINIMAL, "checkpoint": {"load_universal": True}}, "checkpoint.load_universal", "true", "false"),
+    (
+        {**MINIMAL, "checkpoint": {"checkpoint_serialization": False}},
+        "checkpoint.checkpoint_serialization",
+        "false",
+        "true",
+    ),
     ({**MINIMAL, "data_types": {"grad_dtype": "fp32"}}, "data_types.grad_dtype", '"fp32"', "left out"),
     ({**MINIMAL, "tensor_parallel": {"autotp_size": 2}}, "tensor_parallel", '{"autotp_size": 2}', "left out"),
     ({**MINIMAL, "gradient_clipping": -1.0}, "gradient_clipping", "-1.0", "0 or more"),

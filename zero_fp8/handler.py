@@ -13,9 +13,10 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from deepspeed import comm as dist
+from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 
@@ -23,7 +24,7 @@ from ds_fp8.compat import ZeROOptimizer
 from ds_fp8.ops.backend import choose
 from ds_fp8.zero_fp8 import checkpoint
 from ds_fp8.zero_fp8.access import FullTensors
-from ds_fp8.zero_fp8.agreement import check_agreement, first_objection
+from ds_fp8.zero_fp8.agreement import check_agreement
 from ds_fp8.zero_fp8.comm import Nodes
 from ds_fp8.zero_fp8.gradients import GradientReducer
 from ds_fp8.zero_fp8.health import Health
@@ -50,6 +51,17 @@ class ZeroSettings:
     max_consecutive_skips: int
     save_fp32_master: bool
     stats_interval: int
+
+
+class Restorable(Protocol):
+    """A checkpoint: what it brings to shards, and what a run goes on from."""
+
+    @property
+    def progress(self) -> checkpoint.Progress: ...
+
+    def restore(
+        self, shards: Sequence[Shard], weights: Sequence[Tensor], names: Mapping[int, str]
+    ) -> None: ...
 
 
 class FP8ZeROOptimizer(ZeROOptimizer):
@@ -92,10 +104,6 @@ class FP8ZeROOptimizer(ZeROOptimizer):
         device = next(iter(self.parameters.values())).device
         check_agreement("what is trained", [str(recipe), str(settings), *map(str, specs)], device, group)
         self.parameter_names = {index: names[each] for index, each in self.parameters.items()}
-        self.group_names = [
-            [self.parameter_names[spec.index] for spec in specs if spec.group == number]
-            for number in range(len(optimizer.param_groups))
-        ]
         if recipe.master.scaled:
             check_finite(self.parameters, self.parameter_names)
         self.buckets = partition(
@@ -319,8 +327,9 @@ class FP8ZeROOptimizer(ZeROOptimizer):
         saved: dict[str, Any] = {
             "zero_stage": self.settings.stage,
             "partition_count": dist.get_world_size(self.dp_process_group),
-            "base_optimizer_state": checkpoint.save(
-                self.shards, self.parameter_names, self.group_names, self.optimizer, self.loss_scaler
+            "ds_version": checkpoint.NOT_FOR_STOCK,
+            "base_optimizer_state": checkpoint.optimizer_state(
+                self.shards, self.parameter_names, self.optimizer
             ),
         }
         if self.settings.save_fp32_master:
@@ -330,26 +339,24 @@ class FP8ZeROOptimizer(ZeROOptimizer):
             ]
         return saved
 
-    def load_state_dict(self, state_dict_list: Sequence[Mapping[str, Any]], **_: Any) -> None:
-        """Restore this rank's entry of the list, bit for bit; another world size is not read yet.
+    def manifest_facts(self) -> dict[str, Any]:
+        """What a checkpoint's manifest says of the states, the same on every rank."""
+        return {
+            "zero_stage": self.settings.stage,
+            "world_size": self.buckets[0].world_size,
+            "recipe": checkpoint.recipe_facts(self.recipe),
+            "fp32_master": self.settings.save_fp32_master,
+            "parameters": checkpoint.parameter_facts(self.buckets, self.parameters, self.parameter_names),
+            **checkpoint.progress_facts(self.optimizer, self.loss_scaler),
+        }
 
-        Raises ValueError, on every rank, where the checkpoint does not fit this run on any: states stay
-        as they are, and the trained weights, which DeepSpeed has loaded by then, are set back.
-        """
-        saved = state_dict_list[dist.get_rank(self.dp_process_group)].get("base_optimizer_state")
-        refused = None
-        try:
-            checkpoint.check(saved, self.shards, self.parameter_names, self.group_names)
-        except ValueError as error:
-            refused = str(error)
-        refused = first_objection(refused, self.dp_process_group)
-        if refused is None:
-            checkpoint.restore(saved, self.shards, self.parameter_names, self.optimizer, self.loss_scaler)
-            self.health.prepare(self.optimizer.steps + 1)
+    def restore(self, source: Restorable) -> None:
+        """Take over a checkpoint that has been checked; the weights follow the masters."""
+        source.restore(self.shards, [each.own for each in self.weights], self.parameter_names)
+        checkpoint.take_progress(source.progress, self.optimizer, self.loss_scaler)
+        self.health.prepare(self.optimizer.steps + 1)
         self.gradients.drop()
         self._weights_from_masters()
-        if refused is not None:
-            raise ValueError(refused)
 
 
 class _Timed:
