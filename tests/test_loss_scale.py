@@ -55,6 +55,7 @@ def make(static: float | None, stage: int, level: str, dtype: torch.dtype) -> tu
     settings = ZeroSettings(
         stage=stage,
         bucket_elements=10_000,
+        overlap=stage == 2,
         gradient_clipping=1.0,
         average=True,
         max_consecutive_skips=50,
