@@ -60,6 +60,7 @@ def make(static: float | None, stage: int, level: str, dtype: torch.dtype) -> tu
         average=True,
         max_consecutive_skips=50,
         save_fp32_master=True,
+        stats_interval=0,
     )
     recipe = recipe_of(FP8Config(enabled=True, opt_level=level), accumulating=False)
     optimizer = FP8AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95))
