@@ -19,12 +19,16 @@ Listener = Callable[[Mapping[str, Any]], None]
 
 
 class Counts:
-    """What has been counted of one param group since the last step, on this rank."""
+    """What has been counted of one param group since the last step, on this rank.
 
-    def __init__(self, device: torch.device) -> None:
+    Without a device nothing ever is, and nothing is allocated.
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
         self.measuring = False
-        self._gradient = torch.zeros(GRADIENT_COUNTS, dtype=torch.float64, device=device)
-        self._state = torch.zeros(STATE_COUNTS, dtype=torch.float64, device=device)
+        size = GRADIENT_COUNTS + STATE_COUNTS if device is not None else 0
+        counts = torch.zeros(size, dtype=torch.float64, device=device)
+        self._gradient, self._state = counts[:GRADIENT_COUNTS], counts[GRADIENT_COUNTS:]
         self._elements = [0, 0]  # of gradients that were quantised, and of states that were swept
 
     def of_gradient(self, numel: int) -> Tensor | None:
@@ -62,7 +66,7 @@ class Health:
     def __init__(self, interval: int, groups: int, device: torch.device) -> None:
         """interval: steps from one that is measured to the next; 0 = none is."""
         self.interval = interval
-        self.groups = [Counts(device) for _ in range(groups)]
+        self.groups = [Counts(device if interval else None) for _ in range(groups)]
         self.last: dict[str, Any] | None = None  # of the last measured step
         self.listeners: list[Listener] = []
 

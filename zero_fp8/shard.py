@@ -33,7 +33,7 @@ class Shard:
             return Blocks.zeros(bucket.blocks_per_rank, bucket.block_size, fmt, device)
 
         self.recipe = recipe
-        self.counts = counts or Counts(device)
+        self.counts = counts or Counts()
         self._backend = backend
         self.pieces = tuple(bucket.pieces(rank))
         segments = [Segment(each.rows, each.slot.parameter, each.first_element) for each in self.pieces]
