@@ -18,9 +18,9 @@ from ds_fp8.compat import ZERO_OPTIMIZATION, CreateLossScaler, NoopTimer
 from ds_fp8.config import FP8Config, parse, refusal, show
 from ds_fp8.status import accumulating, banner, is_active, write_events
 from ds_fp8.zero_fp8.agreement import check_agreement
-from ds_fp8.zero_fp8.handler import FP8ZeROOptimizer, ZeroSettings
+from ds_fp8.zero_fp8.handler import FP8ZeROOptimizer
 from ds_fp8.zero_fp8.optimizer import FP8AdamW
-from ds_fp8.zero_fp8.recipe import Recipe, recipe_of, weight_dtypes
+from ds_fp8.zero_fp8.recipe import Recipe, ZeroSettings, recipe_of, weight_dtypes
 
 logger = logging.getLogger("ds_fp8")
 

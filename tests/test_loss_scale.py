@@ -16,11 +16,11 @@ from train_lm import Corpus, read_corpus
 
 from ds_fp8.compat import CreateLossScaler, NoopTimer
 from ds_fp8.config import FP8Config
-from ds_fp8.zero_fp8.handler import FP8ZeROOptimizer, ZeroSettings
+from ds_fp8.zero_fp8.handler import FP8ZeROOptimizer
 from ds_fp8.zero_fp8.manifest import FORMAT_VERSION, File, Manifest, parse, render
 from ds_fp8.zero_fp8.native import Native
 from ds_fp8.zero_fp8.optimizer import FP8AdamW
-from ds_fp8.zero_fp8.recipe import recipe_of
+from ds_fp8.zero_fp8.recipe import ZeroSettings, recipe_of
 
 DYNAMIC = {
     "init_scale": 2.0**20,

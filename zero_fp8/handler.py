@@ -11,12 +11,10 @@ of whose methods changed signature within three releases.
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Any
 
 from deepspeed import comm as dist
-from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 
@@ -31,37 +29,12 @@ from ds_fp8.zero_fp8.health import Health
 from ds_fp8.zero_fp8.norm import Verdict, non_finite_parameters
 from ds_fp8.zero_fp8.optimizer import FP8AdamW
 from ds_fp8.zero_fp8.partition import partition
-from ds_fp8.zero_fp8.recipe import Recipe
+from ds_fp8.zero_fp8.recipe import Recipe, ZeroSettings
 from ds_fp8.zero_fp8.shard import Shard
 from ds_fp8.zero_fp8.trained import check_finite, trained_parameters
 from ds_fp8.zero_fp8.weights import Gathers, Weights
 
 logger = logging.getLogger("ds_fp8")
-
-
-@dataclass(frozen=True)
-class ZeroSettings:
-    """What of the ds_config the handler obeys, as plain values."""
-
-    stage: int  # 1 or 2
-    bucket_elements: int  # reduce_bucket_size
-    overlap: bool  # exchanges run while backward goes on
-    gradient_clipping: float  # largest global norm; 0 = off
-    average: bool  # over the ranks; else their sum
-    max_consecutive_skips: int
-    save_fp32_master: bool
-    stats_interval: int
-
-
-class Restorable(Protocol):
-    """A checkpoint: what it brings to shards, and what a run goes on from."""
-
-    @property
-    def progress(self) -> checkpoint.Progress: ...
-
-    def restore(
-        self, shards: Sequence[Shard], weights: Sequence[Tensor], names: Mapping[int, str]
-    ) -> None: ...
 
 
 class FP8ZeROOptimizer(ZeROOptimizer):
@@ -350,7 +323,7 @@ class FP8ZeROOptimizer(ZeROOptimizer):
             **checkpoint.progress_facts(self.optimizer, self.loss_scaler),
         }
 
-    def restore(self, source: Restorable) -> None:
+    def restore(self, source: checkpoint.Restorable) -> None:
         """Take over a checkpoint that has been checked; the weights follow the masters."""
         source.restore(self.shards, [each.own for each in self.weights], self.parameter_names)
         checkpoint.take_progress(source.progress, self.optimizer, self.loss_scaler)

@@ -1,4 +1,4 @@
-"""The formats and rules of a run, as plain values: what the layers below see of the config."""
+"""The formats and rules of a run, as plain values: what the layers below see of fp8 section and ds_config."""
 
 from dataclasses import dataclass, replace
 
@@ -44,6 +44,20 @@ class Recipe:
     def clamped(self) -> bool:
         """Whether m is clamped: only a state below FP32 can need it."""
         return self.clamp and (self.exp_avg is not FP32 or self.exp_avg_sq is not FP32)
+
+
+@dataclass(frozen=True)
+class ZeroSettings:
+    """What of the ds_config the handler obeys, as plain values."""
+
+    stage: int  # 1 or 2
+    bucket_elements: int  # reduce_bucket_size
+    overlap: bool  # exchanges run while backward goes on
+    gradient_clipping: float  # largest global norm; 0 = off
+    average: bool  # over the ranks; else their sum
+    max_consecutive_skips: int
+    save_fp32_master: bool
+    stats_interval: int
 
 
 def recipe_of(config: FP8Config, *, accumulating: bool = False, ranks: int = 1) -> Recipe:
