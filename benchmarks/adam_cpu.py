@@ -32,8 +32,8 @@ from timing import (
     element_count,
     facts,
     interleave,
+    parser_of,
     peak_extra_bytes,
-    timing_parser_of,
     title,
     triad,
     write,
@@ -236,7 +236,7 @@ def whole_blocks(text: str) -> int:
 
 
 def main() -> None:
-    parser = timing_parser_of(__doc__)
+    parser = parser_of(__doc__)
     size_help = "rounded down to a multiple of 1024; K, M and G are powers of ten"
     parser.add_argument("--parameters", type=whole_blocks, metavar="N", help=f"{size_help}; default 50M")
     parser.add_argument("--sizes", type=whole_blocks, nargs="+", metavar="N", default=[], help=size_help)

@@ -6,13 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_fp8.ops.adam import AdamScalars, AdamState, Segment
+from ds_fp8.ops.adam import AdamScalars, AdamState, Rounding, Segment
 from ds_fp8.ops.backend import Backend
 from ds_fp8.ops.blocks import Blocks
-from ds_fp8.ops.formats import E4M3, FP16, FP32, Format
+from ds_fp8.ops.formats import E4M3, FP16, FP32, SPLIT16, UE4M4, Format
 
 BLOCK = 128
-LEVELS = {"O1": (FP32, FP32, FP32), "O2": (FP16, E4M3, FP16)}
+LEVELS = {"O1": (FP32, FP32, FP32), "O2": (FP16, E4M3, FP16), "O2+": (SPLIT16, E4M3, UE4M4)}
 
 Operation = tuple[str, Any, int]  # its name, what runs it, bytes read and written
 
@@ -63,13 +63,15 @@ def sweep(
     segments = [Segment(slice(0, blocks // 3), 0, 0), Segment(slice(blocks // 3, blocks), 1, 0)]
     plan = backend.plan(segments, blocks, BLOCK, device)
     state = AdamState(*(zeros(fmt, blocks, device) for fmt in formats))
-    backend.quantize(weights.view(-1), state.master)
+    if not state.master.format.split:
+        backend.quantize(weights.view(-1), state.master)
     held = sum(each.nbytes for each in (state.master, state.exp_avg, state.exp_avg_sq))
 
     def run() -> None:
-        backend.adam_step(state, gradient, weights, plan, scalars(), control, seed=0)
+        backend.adam_step(state, gradient, weights, plan, scalars(), control, rounding=Rounding(0))
 
-    return run, 2 * held + gradient.nbytes + weights.nbytes, held
+    read = weights.nbytes if state.master.format.split else 0
+    return run, 2 * held + gradient.nbytes + weights.nbytes + read, held
 
 
 def swept(backend: Backend, size: int, device: torch.device) -> Iterator[Operation]:
@@ -79,6 +81,6 @@ def swept(backend: Backend, size: int, device: torch.device) -> Iterator[Operati
         gradient = zeros(E4M3, blocks, device)
         backend.quantize(gradients(size, device), gradient)
         weights = gradients(size, device).view(blocks, BLOCK)
-        scalars = AdamScalars(10, 1e-3, 0.9, 0.95, 1e-8, 0.1, True, True, 1.165 if level == "O2" else None)
+        scalars = AdamScalars(10, 1e-3, 0.9, 0.95, 1e-8, 0.1, True, True, None if level == "O1" else 1.165)
         run, moved, _ = sweep(backend, formats, gradient, weights, lambda fixed=scalars: fixed, control)
         yield f"sweep {level}, writes bf16 weights", run, moved

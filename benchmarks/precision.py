@@ -228,7 +228,7 @@ def resumed(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = parser_of(__doc__)
+    parser = parser_of(__doc__, rounds=False)
     parser.add_argument("--model", choices=("1M", "4M"), default="1M")
     parser.add_argument("--seeds", type=round_count, help="default 3")
     parser.set_defaults(out=Path("precision.json"))

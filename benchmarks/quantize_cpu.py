@@ -26,7 +26,7 @@ from timing import (
     element_count,
     facts,
     interleave,
-    timing_parser_of,
+    parser_of,
     title,
     triad,
     write,
@@ -95,7 +95,7 @@ def print_result(result: dict[str, Any], machine: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = timing_parser_of(__doc__)
+    parser = parser_of(__doc__)
     parser.add_argument(
         "--elements",
         type=element_count,

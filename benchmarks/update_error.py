@@ -269,7 +269,7 @@ def print_rows(rows: list[dict[str, Any]], console: Console) -> None:
 
 
 def main() -> None:
-    parser = parser_of(__doc__)
+    parser = parser_of(__doc__, rounds=False)
     parser.add_argument("--seeds", type=round_count, help="of the gradients; default 3")
     arguments = parser.parse_args()
     quick = arguments.quick

@@ -6,11 +6,25 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from ds_fp8.ops.adam import AdamScalars, AdamState, Segment
+from ds_fp8.ops.adam import AdamScalars, AdamState, Rounding, Segment
 from ds_fp8.ops.backend import REFERENCE, Backend
 from ds_fp8.ops.blocks import NOT_FINITE, Blocks
-from ds_fp8.ops.formats import BF16, BY_NAME, E4M3, E5M2, FP16, FP32, Format
+from ds_fp8.ops.formats import (
+    BF16,
+    BY_NAME,
+    E4M3,
+    E5M2,
+    FP16,
+    FP32,
+    SPLIT8,
+    SPLIT16,
+    UE4M4,
+    Format,
+)
+from ds_fp8.ops.health import GRADIENT_COUNTS, STATE_COUNTS
+from ds_fp8.ops.masters import store_masters
 
+TO_NEAREST = [fmt for fmt in BY_NAME.values() if fmt.dtype.is_floating_point]
 BLOCK = 128
 BLOCKS = 300 if torch.cuda.is_available() else 16  # the interpreter is slow
 STATES = {
@@ -19,7 +33,11 @@ STATES = {
     "bf16, e5m2, bf16": (BF16, E5M2, BF16),
     "fp16, fp16, fp32": (FP16, FP16, FP32),
     "fp32, bf16, fp16": (FP32, BF16, FP16),
+    "O2+": (SPLIT16, E4M3, UE4M4),
+    "split8, e4m3, e4m3": (SPLIT8, E4M3, E4M3),
+    "fp32, e4m3, e5m2": (FP32, E4M3, E5M2),
 }
+ROUNDED = ("O2", "bf16, e5m2, bf16", "split8, e4m3, e4m3")  # masters are also rounded stochastically
 
 
 def verify(backend: Backend, device: torch.device) -> list[str]:
@@ -77,13 +95,15 @@ def assert_same(found: Tensor, expected: Tensor, what: str) -> None:
 
 def quantized(backend: Backend, device: torch.device) -> Iterator[None]:
     for (name, values), dtype, fmt in product(
-        inputs(device).items(), (torch.float32, torch.bfloat16, torch.float16), BY_NAME.values()
+        inputs(device).items(), (torch.float32, torch.bfloat16, torch.float16), TO_NEAREST
     ):
         what = f"quantize {name} {dtype} to {fmt.name}"
         found, expected = empty(fmt, device, BLOCKS + 2), empty(fmt, device, BLOCKS + 2)
-        backend.quantize(values.to(dtype), found)
-        REFERENCE.quantize(values.to(dtype), expected)
+        counts = [torch.zeros(GRADIENT_COUNTS, dtype=torch.float64, device=device) for _ in range(2)]
+        backend.quantize(values.to(dtype), found, counts[0])
+        REFERENCE.quantize(values.to(dtype), expected, counts[1])
         assert_equal(found, expected, what)
+        torch.testing.assert_close(counts[0], counts[1], rtol=1e-9, atol=0, msg=f"{what}: counts")
         back, expected_back = torch.full_like(values, 7.0), torch.full_like(values, 9.0)
         backend.dequantize(found, back)
         REFERENCE.dequantize(found, expected_back)
@@ -128,12 +148,16 @@ SEGMENTS = (
 
 
 def stepped(backend: Backend, device: torch.device) -> Iterator[None]:
-    for (name, formats), wire, decoupled, dtype in product(
-        STATES.items(), (E4M3, FP32, BF16), (True, False), (torch.bfloat16, torch.float32)
+    for (name, formats), wire, decoupled, dtype, stochastic in product(
+        STATES.items(), (E4M3, FP32, BF16), (True, False), (torch.bfloat16, torch.float32), (False, True)
     ):
+        if (stochastic and name not in ROUNDED) or (formats[0].split and dtype is not torch.bfloat16):
+            continue
         what = f"adam_step {name}, gradient {wire.name}, decoupled {decoupled}, weights {dtype}"
-        expected = take_steps(REFERENCE, device, formats, wire, decoupled, dtype)
-        found = take_steps(backend, device, formats, wire, decoupled, dtype)
+        how = (device, formats, wire, decoupled, dtype, Rounding(5, stochastic))
+        expected, counts = take_steps(REFERENCE, *how)
+        found, found_counts = take_steps(backend, *how)
+        assert torch.equal(found_counts, counts), f"{what}: counts {found_counts}, expected {counts}"
         for ours, theirs in zip(found[:-1], expected[:-1], strict=True):
             assert_equal(ours, theirs, what)
         assert_same(found[-1].codes, expected[-1].codes, f"{what}: weights")
@@ -147,11 +171,13 @@ def take_steps(
     wire: Format,
     decoupled: bool,
     dtype: torch.dtype,
-) -> list[Blocks]:
-    """States, and weights as blocks, after three steps and one that is skipped."""
+    rounding: Rounding,
+) -> tuple[list[Blocks], Tensor]:
+    """States, weights as blocks, and counts after three steps and one that is skipped; two are counted."""
     state = AdamState(*(Blocks.zeros(BLOCKS, BLOCK, fmt, device) for fmt in formats))
-    REFERENCE.quantize(inputs(device)["normal"] * 20, state.master)
     weights = torch.full((BLOCKS, BLOCK), 7.0, dtype=dtype, device=device)
+    store_masters(inputs(device)["normal"].nan_to_num(0, 0, 0) * 20, state.master, weights)
+    counts = torch.zeros(STATE_COUNTS, dtype=torch.float64, device=device)
     plan = backend.plan(SEGMENTS, BLOCKS, BLOCK, device)
     gradient = Blocks.zeros(BLOCKS, BLOCK, wire, device)
     for step, go in enumerate((1.0, 1.0, 0.0, 1.0), start=1):
@@ -159,6 +185,7 @@ def take_steps(
         REFERENCE.quantize(source.clamp(-1e15, 1e15).roll(33 * step), gradient)
         scalars = AdamScalars(step, 1e-3, 0.9, 0.95, 1e-8, 0.1, decoupled, True, 1.165)
         control = torch.tensor([0.3, go], device=device)
-        backend.adam_step(state, gradient, weights, plan, scalars, control, seed=5)
+        counted = counts if step > 2 else None
+        backend.adam_step(state, gradient, weights, plan, scalars, control, rounding=rounding, counts=counted)
     shown = {torch.bfloat16: BF16, torch.float32: FP32}[dtype]
-    return [state.master, state.exp_avg, state.exp_avg_sq, Blocks(weights, None, shown)]
+    return [state.master, state.exp_avg, state.exp_avg_sq, Blocks(weights, None, shown)], counts

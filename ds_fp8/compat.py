@@ -36,11 +36,18 @@ from deepspeed.ops.op_builder.all_ops import ALL_OPS  # noqa: E402
 from deepspeed.runtime.base_optimizer import ZeROOptimizer  # noqa: E402
 from deepspeed.runtime.config import DeepSpeedConfig  # noqa: E402
 from deepspeed.runtime.engine import ZERO_OPTIMIZATION, DeepSpeedEngine  # noqa: E402
-from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler  # noqa: E402
+from deepspeed.runtime.fp16.loss_scaler import (  # noqa: E402
+    CreateLossScaler,
+    DynamicLossScaler,
+    LossScaler,
+)
+from deepspeed.runtime.zero.config import ZeroStageEnum  # noqa: E402
+from deepspeed.utils.tensor_fragment import fragment_address  # noqa: E402
 from deepspeed.utils.timer import NoopTimer  # noqa: E402
 
 __all__ = [
     "ALL_OPS",
+    "STATE_CLASSES",
     "ZERO_OPTIMIZATION",
     "CreateLossScaler",
     "DeepSpeedConfig",
@@ -51,6 +58,15 @@ __all__ = [
     "check_version",
 ]
 
+# What the optimizer files of DeepSpeed hold besides tensors and plain values.
+STATE_CLASSES = (DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address)
+LOAD_OPTIONS = (
+    "load_module_strict",
+    "load_optimizer_states",
+    "load_lr_scheduler_states",
+    "load_module_only",
+    "custom_load_fn",
+)
 SIGNATURES: dict[tuple[type, str], tuple[str, ...]] = {
     (DeepSpeedConfig, "_initialize_params"): ("self", "param_dict"),
     (DeepSpeedEngine, "_configure_distributed_model"): ("self", "model"),
@@ -58,6 +74,16 @@ SIGNATURES: dict[tuple[type, str], tuple[str, ...]] = {
     (DeepSpeedEngine, "_configure_basic_optimizer"): ("self", "model_parameters"),
     (DeepSpeedEngine, "_do_optimizer_sanity_check"): ("self", "basic_optimizer"),
     (DeepSpeedEngine, "_configure_zero_optimizer"): ("self", "optimizer"),
+    (DeepSpeedEngine, "save_checkpoint"): (
+        "self",
+        "save_dir",
+        "tag",
+        "client_state",
+        "save_latest",
+        "exclude_frozen_parameters",
+    ),
+    (DeepSpeedEngine, "load_checkpoint"): ("self", "load_dir", "tag", *LOAD_OPTIONS),
+    (DeepSpeedEngine, "_load_checkpoint"): ("self", "load_dir", "tag", *LOAD_OPTIONS),
 }
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from deepspeed.accelerator import get_accelerator
 
-from ds_fp8 import engine
+from ds_fp8 import engine, saving
 from ds_fp8.compat import ALL_OPS, DeepSpeedConfig, DeepSpeedEngine, check_signatures
 from ds_fp8.ops.builder import FP8CPUBuilder, FP8TritonBuilder
 
@@ -50,6 +50,8 @@ SEAM = (
     (DeepSpeedEngine, "_do_optimizer_sanity_check", engine.do_optimizer_sanity_check),
     (DeepSpeedEngine, "_configure_zero_optimizer", engine.configure_zero_optimizer),
     (DeepSpeedEngine, "_scheduler_from_config", engine.scheduler_from_config),
+    (DeepSpeedEngine, "save_checkpoint", saving.save_checkpoint),
+    (DeepSpeedEngine, "load_checkpoint", saving.load_checkpoint),
 )
 
 BUILDERS = {each.__name__: each for each in (FP8CPUBuilder, FP8TritonBuilder)}

@@ -24,10 +24,18 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ds_fp8.ops.blocks import Blocks, chunks, decode, encode, scale_down, scale_exponents
+from ds_fp8.ops.blocks import Blocks, chunks, decode, encode, scale_down, scale_exponents, to_float32
 from ds_fp8.ops.formats import FP32
 from ds_fp8.ops.masters import decode_masters, encode_masters
-from ds_fp8.ops.rounding import EXP_AVG_SQ, MASTER, key, random_bits, round_up_from_zero, stream
+from ds_fp8.ops.rounding import (
+    EXP_AVG_SQ,
+    MASTER,
+    key,
+    random_bits,
+    round_stochastically,
+    round_up_from_zero,
+    stream,
+)
 
 LOG_UNIT = 24
 UNIT = 2.0**LOG_UNIT  # of the gradient, inside the sweep
@@ -78,6 +86,14 @@ class AdamScalars:
         return 1 / math.sqrt(1 - self.beta2**self.step) if self.bias_correction else 1.0
 
 
+@dataclass(frozen=True)
+class Rounding:
+    """The seed of a run's random bits, and whether masters are rounded by them too."""
+
+    seed: int
+    stochastic: bool = False
+
+
 def next_clamp(previous: float | None, betas: tuple[float, float]) -> float:
     """C_t^2 from C_{t-1}^2, or its fixed point where `previous` is None; inf: no bound, ever after.
 
@@ -107,15 +123,15 @@ def adam_step(
     scalars: AdamScalars,
     control: Tensor,  # [2] float32
     *,
-    seed: int,
-    stochastic: bool = False,
+    rounding: Rounding,
+    counts: Tensor | None = None,
 ) -> None:
     """One sweep over the segments of a shard, in the order of its rows.
 
     control: what the gradient is multiplied with (1 / world size, loss scale and clip factor in one),
     and 1 where the step is taken, 0 where every byte stays as it is. Both are read where the tensor is,
     so that a GPU does not wait for the host. Rows outside every segment hold zeros and keep them.
-    seed, stochastic: of the random bits, and whether masters are rounded by them too.
+    counts: `ops.health.StateCounts` as a float64 vector on the device of the weights, added to.
     """
     if not control[1]:
         return
@@ -125,12 +141,14 @@ def adam_step(
             rows = slice(start + part.start, start + part.stop)
             g = decode(gradient[rows], control[0] * UNIT)
             first = segment.first_element + part.start * size
-            noise = partial(_noise, seed, scalars.step, segment.parameter, first, g)
-            _sweep(state[rows], g, weights[rows], scalars, noise, stochastic)
+            noise = partial(_noise, rounding.seed, scalars.step, segment.parameter, first, g)
+            found = _sweep(state[rows], g, weights[rows], scalars, noise, rounding.stochastic)
+            if counts is not None:
+                counts += _count(found, state[rows], noise(EXP_AVG_SQ))
 
 
 def _noise(seed: int, step: int, parameter: int, first: int, like: Tensor, state: int) -> Tensor:
-    """16 random bits for each element of a state's rows, int32; `first` is the first element's index."""
+    """24 random bits for each element of a state's rows, int32; `first` is the first element's index."""
     word = key(stream(seed, step, state), parameter)
     return random_bits(word, first, like.numel(), like.device).view_as(like)
 
@@ -142,23 +160,39 @@ def _sweep(
     s: AdamScalars,
     noise: Callable[[int], Tensor],
     stochastic: bool,
-) -> None:
-    """Rows of a segment; g, m, v and eps are in the unit of the gradient times UNIT."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of a segment; g, m, v and eps are in the unit of the gradient times UNIT.
+
+    Returns m before the clamp and after it, and the root of v.
+    """
     if s.decoupled:
         p = decode_masters(state.master, weights, 1 - s.lr * s.weight_decay)
     else:
         p = decode_masters(state.master, weights)
         g = g + p * (s.weight_decay * UNIT)
-    m = decode(state.exp_avg, s.beta1 * UNIT) + g * (1 - s.beta1)
+    m = fresh = decode(state.exp_avg, s.beta1 * UNIT) + g * (1 - s.beta1)
     v = decode_second_moment(state.exp_avg_sq, s.beta2) + g * g * (1 - s.beta2)
     v = v.clamp(max=FP32.max)
     root = square_root(v)
     if s.clamp is not None:
-        m = torch.copysign(torch.minimum(m.abs(), root * s.clamp), m)
+        m = torch.copysign(torch.minimum(fresh.abs(), root * s.clamp), fresh)
     p = p - m / (root * s.root_correction + s.eps * UNIT) * s.step_size
     encode_masters(p, state.master, weights, noise(MASTER) if stochastic else None)
     encode(m, state.exp_avg, LOG_UNIT)
     encode_second_moment(v * UNIT**-2, root * UNIT**-1, state.exp_avg_sq, noise(EXP_AVG_SQ))
+    return fresh, m, root
+
+
+def _count(found: tuple[Tensor, Tensor, Tensor], state: AdamState, bits: Tensor) -> Tensor:
+    """`StateCounts` of what `_sweep` returned and the state that it left."""
+    fresh, m, root = found
+    clamped = (fresh.abs() > m.abs()).sum()
+    underflows = (m.bool() & (to_float32(state.exp_avg.codes, state.exp_avg.format) == 0)).sum()
+    rescued, v = torch.zeros_like(clamped), state.exp_avg_sq
+    if v.format is not FP32:
+        root = root * UNIT**-1 if v.scales is None else scale_down(root * UNIT**-1, v.scales.to(torch.int32))
+        rescued = (root.bool() & (round_stochastically(root, bits, v.format) == 0)).sum()
+    return torch.stack([clamped, underflows, rescued]).to(torch.float64)
 
 
 def square_root(v: Tensor) -> Tensor:

@@ -16,9 +16,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ds_fp8.ops import adam, blocks_triton
-from ds_fp8.ops.adam import AdamScalars, AdamState, Segment
+from ds_fp8.ops.adam import AdamScalars, AdamState, Rounding, Segment
 from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.blocks_triton import (
+    decode,
     hardware_fp8,
     inverse_scale,
     is_scaled,
@@ -26,6 +27,7 @@ from ds_fp8.ops.blocks_triton import (
     load_codes,
     load_scales,
     magnitude,
+    partials,
     raw,
     scale_exponent,
     scales_of,
@@ -36,7 +38,15 @@ from ds_fp8.ops.blocks_triton import (
 )
 from ds_fp8.ops.masters_triton import load_masters, store_masters
 from ds_fp8.ops.rounding import EXP_AVG_SQ, MASTER, signed, stream
-from ds_fp8.ops.rounding_triton import as_half, exponent_shift, key_of, random_bits, round_up_from_zero
+from ds_fp8.ops.rounding_triton import (
+    as_half,
+    dropped_bits,
+    exponent_shift,
+    key_of,
+    random_bits,
+    round_up_from_zero,
+    with_noise,
+)
 
 WARPS = 2
 UNIT = tl.constexpr(adam.LOG_UNIT)
@@ -93,7 +103,10 @@ def row_places(first, rows, table, tile_segments, tile, segments, BLOCK: tl.cons
 
 @triton.jit
 def store_second_moment(root, random, codes, scales, rows, offset, inside, FORMAT: tl.constexpr):
-    """Store sqrt(v), given times UNIT, rounded stochastically, non-zero values never to zero."""
+    """Store sqrt(v), given times UNIT, rounded stochastically, non-zero values never to zero.
+
+    Returns it on the scale of the codes, brought onto FP32's exponents.
+    """
     floor = root.to(tl.int32, bitcast=True)
     if is_scaled(FORMAT):
         e = scale_exponent(floor, FORMAT, UNIT)
@@ -105,6 +118,23 @@ def store_second_moment(root, random, codes, scales, rows, offset, inside, FORMA
     if codes.dtype.element_ty.is_floating():
         code = as_half(code, FORMAT)
     tl.store(codes + offset, code.to(codes.dtype.element_ty), mask=inside[:, None])
+    return root
+
+
+@triton.jit
+def count_state(place, clamped, m, stored_m, M: tl.constexpr, HARDWARE: tl.constexpr):
+    """The first two of `ops.health.StateCounts` of a tile, stored as the program's."""
+    underflows = (m != 0.0) & (decode(stored_m, M, HARDWARE) == 0.0)
+    tl.store(place, tl.sum(clamped.to(tl.float64)))
+    tl.store(place + 1, tl.sum(underflows.to(tl.float64)))
+
+
+@triton.jit
+def count_rescued(place, root, on_codes, random, FORMAT: tl.constexpr):
+    """The third: roots, what `store_second_moment` returned of them, and their random bits."""
+    noisy = with_noise(on_codes.to(tl.int32, bitcast=True), random, FORMAT)
+    rescued = (root != 0.0) & ((noisy >> dropped_bits(FORMAT)) == 0)
+    tl.store(place + 2, tl.sum(rescued.to(tl.float64)))
 
 
 @triton.jit(do_not_specialize=["v_stream", "p_stream", "segments"])
@@ -121,6 +151,7 @@ def adam_kernel(
     weights,
     table,  # [3, segments] int32: row with which a segment begins, its block of the parameter, the parameter
     tile_segments,  # [tiles + 1] int32: the segment with which a tile begins
+    partial,  # [programs, 3] float64: counts, where COUNT
     segments,
     v_stream,  # words of the step's random bits
     p_stream,
@@ -138,6 +169,7 @@ def adam_kernel(
     DECOUPLED: tl.constexpr,
     CLAMPED: tl.constexpr,
     STOCHASTIC: tl.constexpr,
+    COUNT: tl.constexpr,
     GRADIENT: tl.constexpr,
     MASTER: tl.constexpr,
     M: tl.constexpr,
@@ -174,6 +206,7 @@ def adam_kernel(
         v = v * v
     v = minimum(v + g * g * one_minus_beta2, 3.4028234663852886e38)
     root = square_root(v)
+    fresh = m
     if CLAMPED:
         bounded = minimum(tl.abs(m), root * clamp).to(tl.int32, bitcast=True)
         m = (bounded | (m.to(tl.int32, bitcast=True) & -0x80000000)).to(tl.float32, bitcast=True)
@@ -187,13 +220,21 @@ def adam_kernel(
         parameter, element = row_places(first, rows, table, tile_segments, tile, segments, BLOCK)
         random = random_bits(key_of(p_stream, parameter)[:, None], element)
     store_masters(p, random, masters, p_scales, w, rows, offset, inside, MASTER, STOCHASTIC, HARDWARE)
-    store_blocks(m, m_size, m_codes + start, m_scales + first, rows, offset, inside, M, HARDWARE, UNIT)
+    stored, _ = store_blocks(
+        m, m_size, m_codes + start, m_scales + first, rows, offset, inside, M, HARDWARE, UNIT
+    )
+    place = partial + tile * 3
+    if COUNT:
+        count_state(place, tl.abs(fresh) > tl.abs(m), m, stored, M, HARDWARE)
     if V == "fp32":
         tl.store(v_codes + start + offset, v * two_to_the(-2 * UNIT), mask=inside[:, None])
     else:
         parameter, element = row_places(first, rows, table, tile_segments, tile, segments, BLOCK)
         random = random_bits(key_of(v_stream, parameter)[:, None], element)
-        store_second_moment(root, random, v_codes + start, v_scales + first, rows, offset, inside, V)
+        codes, scales = v_codes + start, v_scales + first
+        on_codes = store_second_moment(root, random, codes, scales, rows, offset, inside, V)
+        if COUNT:
+            count_rescued(place, root, on_codes, random, V)
 
 
 @dataclass(frozen=True)
@@ -222,13 +263,14 @@ def adam_step(
     scalars: AdamScalars,
     control: Tensor,
     *,
-    seed: int,
-    stochastic: bool = False,
+    rounding: Rounding,
+    counts: Tensor | None = None,
 ) -> None:
     """`ops.adam.adam_step` in one launch."""
     if not len(gradient):
         return
     rows, programs = tile_of(len(gradient), gradient.block_size, WARPS)
+    partial = partials(counts, programs, plan.table)
     s = scalars
     launch(
         adam_kernel,
@@ -246,9 +288,10 @@ def adam_step(
         weights,
         plan.table,
         plan.tile_segments,
+        partial,
         plan.table.shape[1],
-        signed(stream(seed, s.step, EXP_AVG_SQ)),
-        signed(stream(seed, s.step, MASTER)),
+        signed(stream(rounding.seed, s.step, EXP_AVG_SQ)),
+        signed(stream(rounding.seed, s.step, MASTER)),
         len(gradient),
         s.beta1,
         1 - s.beta1,
@@ -262,7 +305,8 @@ def adam_step(
         s.clamp or 0.0,
         DECOUPLED=s.decoupled,
         CLAMPED=s.clamp is not None,
-        STOCHASTIC=stochastic,
+        STOCHASTIC=rounding.stochastic,
+        COUNT=counts is not None,
         GRADIENT=gradient.format.name,
         MASTER=state.master.format.name,
         M=state.exp_avg.format.name,
@@ -271,3 +315,5 @@ def adam_step(
         BLOCK=gradient.block_size,
         ROWS=rows,
     )
+    if counts is not None:
+        counts += partial.sum(dim=0)

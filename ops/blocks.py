@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ds_fp8.ops.formats import FP32, Format
+from ds_fp8.ops.health import count_gradient
 
 CHUNK = 1 << 16  # elements computed at a time, so that no temporary is as long as its operand
 NOT_FINITE = 255  # E8M0 code of a block that holds inf or NaN
@@ -131,24 +132,31 @@ def decode(blocks: Blocks, factor: float | Tensor = 1.0) -> Tensor:
     return values * (power_of_two(blocks.scales) * factor)[:, None]
 
 
-def quantize(values: Tensor, out: Blocks) -> None:
+def quantize(values: Tensor, out: Blocks, counts: Tensor | None = None) -> None:
     """Quantise a contiguous vector of at most len(out) * block size elements, zeros after it.
 
     values: [n] float32, bfloat16 or float16, consecutive elements of one parameter from a block
-    boundary on; a short last block is filled with zeros.
+    boundary on; a short last block is filled with zeros. counts: `ops.health.GradientCounts` as a float64
+    vector on the device of the values, added to.
     """
     block_size = out.block_size
     whole = values.numel() // block_size
     rows = values[: whole * block_size].view(whole, block_size)
     for part in chunks(whole, block_size):
-        encode(rows[part].to(torch.float32), out[part])
+        _encode_and_count(rows[part].to(torch.float32), out[part], counts)
     tail = values[whole * block_size :]
     if tail.numel():
         last = torch.zeros(1, block_size, dtype=torch.float32, device=values.device)
         last[0, : tail.numel()] = tail
-        encode(last, out[whole : whole + 1])
+        _encode_and_count(last, out[whole : whole + 1], counts)
         whole += 1
     out[whole:].zero_()
+
+
+def _encode_and_count(values: Tensor, out: Blocks, counts: Tensor | None) -> None:
+    encode(values, out)
+    if counts is not None:
+        counts += count_gradient(values, to_float32(out.codes, out.format), decode(out), out.format)
 
 
 def dequantize(blocks: Blocks, out: Tensor) -> None:

@@ -71,6 +71,11 @@ def max_mantissa(name):
 
 
 @triton.constexpr_function
+def largest(name):
+    return BY_NAME[name].max
+
+
+@triton.constexpr_function
 def two_to_the(exponent):
     return 2.0**exponent
 
@@ -242,12 +247,29 @@ def load_as_float(values, offset, mask):
 
 
 @triton.jit
+def count_gradient(x, stored, e, partial, FORMAT: tl.constexpr, HARDWARE: tl.constexpr):
+    """`ops.health.GradientCounts` of a tile of values and their codes, stored as the program's."""
+    codes = decode(stored, FORMAT, HARDWARE)
+    finite = (tl.max(magnitude(x), axis=1) < 0x7F800000)[:, None]
+    value = tl.where(finite, x, 0.0).to(tl.float64)
+    error = tl.where(finite, value - times(codes, power_of_two(e), FORMAT).to(tl.float64), 0.0)
+    place = partial + tl.program_id(0) * 5
+    tl.store(place, tl.sum(((value != 0.0) & (codes == 0.0)).to(tl.float64)))
+    tl.store(place + 1, tl.sum((finite & (tl.abs(codes) == largest(FORMAT))).to(tl.float64)))
+    tl.store(place + 2, tl.sum((finite == 0).to(tl.float64)))
+    tl.store(place + 3, tl.sum(value * value))
+    tl.store(place + 4, tl.sum(error * error))
+
+
+@triton.jit
 def quantize_kernel(
     values,  # [numel] float32, bfloat16 or float16
     codes,  # [blocks, BLOCK]
     scales,  # [blocks] uint8, not touched where the format has none
+    partial,  # [programs, 5] float64: counts, where COUNT
     numel,
     blocks,
+    COUNT: tl.constexpr,
     FORMAT: tl.constexpr,
     HARDWARE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -256,7 +278,9 @@ def quantize_kernel(
     first, rows, offset, inside = tile_rows(blocks, tl.program_id(0), BLOCK, ROWS)
     x = load_values(values + first * BLOCK, numel - first * BLOCK, rows, offset, BLOCK, ROWS)
     codes, scales = codes + first * BLOCK, scales + first
-    store_blocks(x, magnitude(x), codes, scales, rows, offset, inside, FORMAT, HARDWARE, 0)
+    stored, e = store_blocks(x, magnitude(x), codes, scales, rows, offset, inside, FORMAT, HARDWARE, 0)
+    if COUNT:
+        count_gradient(x, stored, e, partial, FORMAT, HARDWARE)
 
 
 @triton.jit
@@ -285,11 +309,19 @@ def dequantize_kernel(
         tl.store(values + offset, x, mask=(offset < left) & (rows == left // BLOCK)[:, None])
 
 
-def quantize(values: Tensor, out: Blocks) -> None:
+def partials(counts: Tensor | None, programs: int, otherwise: Tensor) -> Tensor:
+    """Zeros for each program's counts; `otherwise`, which has an address, where nothing is counted."""
+    if counts is None:
+        return otherwise
+    return torch.zeros(programs, counts.numel(), dtype=torch.float64, device=counts.device)
+
+
+def quantize(values: Tensor, out: Blocks, counts: Tensor | None = None) -> None:
     """`ops.blocks.quantize` in one launch."""
     if not len(out):
         return
     rows, programs = tile_of(len(out), out.block_size, WARPS)
+    partial = partials(counts, programs, values)
     launch(
         quantize_kernel,
         programs,
@@ -297,13 +329,17 @@ def quantize(values: Tensor, out: Blocks) -> None:
         values,
         raw(out.codes),
         scales_of(out),
+        partial,
         values.numel(),
         len(out),
+        COUNT=counts is not None,
         FORMAT=out.format.name,
         HARDWARE=hardware_fp8(values.device),
         BLOCK=out.block_size,
         ROWS=rows,
     )
+    if counts is not None:
+        counts += partial.sum(dim=0)
 
 
 def dequantize(blocks: Blocks, out: Tensor) -> None:

@@ -8,7 +8,8 @@ import ctypes
 import functools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from ctypes import POINTER, Structure, byref, c_char_p, c_float, c_int32, c_int64, c_uint32, c_void_p
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ds_fp8.ops import build
-from ds_fp8.ops.adam import UNIT, AdamScalars, AdamState, Segment
+from ds_fp8.ops.adam import UNIT, AdamScalars, AdamState, Rounding, Segment
 from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.formats import BY_NAME
 from ds_fp8.ops.rounding import EXP_AVG_SQ, MASTER, stream
@@ -65,6 +66,7 @@ class CSweep(Structure):
         ("weights", CValues),
         ("segments", c_void_p),
         ("segment_count", c_int64),
+        ("counts", c_void_p),
         ("control", c_void_p),
         ("exp_avg_sq_stream", c_uint32),
         ("master_stream", c_uint32),
@@ -86,7 +88,7 @@ class Kernels:
 
         blocks, values = POINTER(CBlocks), POINTER(CValues)
         self.isa = isa
-        self.quantize = function("quantize", values, c_int64, blocks, c_int64, c_int32, c_int32)
+        self.quantize = function("quantize", values, c_int64, blocks, c_int64, c_int32, c_int32, c_void_p)
         self.dequantize = function("dequantize", blocks, values, c_int64, c_int32, c_int32)
         self.accumulate = function(
             "accumulate", blocks, c_int32, blocks, c_int32, c_int64, c_int32, c_int32, c_void_p
@@ -136,16 +138,29 @@ def _values(values: Tensor) -> CValues:
     return CValues(values.data_ptr(), DTYPES[values.dtype])
 
 
-def quantize(values: Tensor, out: Blocks) -> None:
+@contextmanager
+def _counted(counts: Tensor | None) -> Iterator[int | None]:
+    """The address of zeros, as many as there are counts a thread, which are then added to them."""
+    if counts is None:
+        yield None
+        return
+    by_thread = torch.zeros(torch.get_num_threads(), counts.numel(), dtype=torch.float64)
+    yield by_thread.data_ptr()
+    counts += by_thread.sum(dim=0)
+
+
+def quantize(values: Tensor, out: Blocks, counts: Tensor | None = None) -> None:
     """`ops.blocks.quantize`."""
-    load().quantize(
-        byref(_values(values)),
-        values.numel(),
-        byref(_blocks(out)),
-        len(out),
-        out.block_size,
-        torch.get_num_threads(),
-    )
+    with _counted(counts) as address:
+        load().quantize(
+            byref(_values(values)),
+            values.numel(),
+            byref(_blocks(out)),
+            len(out),
+            out.block_size,
+            torch.get_num_threads(),
+            address,
+        )
 
 
 def dequantize(blocks: Blocks, out: Tensor) -> None:
@@ -187,8 +202,8 @@ def adam_step(
     scalars: AdamScalars,
     control: Tensor,
     *,
-    seed: int,
-    stochastic: bool = False,
+    rounding: Rounding,
+    counts: Tensor | None = None,
 ) -> None:
     """`ops.adam.adam_step`."""
     s = scalars
@@ -201,10 +216,10 @@ def adam_step(
         segments=ctypes.addressof(plan),
         segment_count=len(plan),
         control=control.data_ptr(),
-        exp_avg_sq_stream=stream(seed, s.step, EXP_AVG_SQ),
-        master_stream=stream(seed, s.step, MASTER),
+        exp_avg_sq_stream=stream(rounding.seed, s.step, EXP_AVG_SQ),
+        master_stream=stream(rounding.seed, s.step, MASTER),
         block_size=gradient.block_size,
-        stochastic=stochastic,
+        stochastic=rounding.stochastic,
         scalars=CScalars(
             beta1=s.beta1,
             one_minus_beta1=1 - s.beta1,
@@ -219,4 +234,6 @@ def adam_step(
             decoupled=s.decoupled,
         ),
     )
-    load().adam_step(byref(sweep), torch.get_num_threads())
+    with _counted(counts) as address:
+        sweep.counts = address
+        load().adam_step(byref(sweep), torch.get_num_threads())

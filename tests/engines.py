@@ -88,12 +88,19 @@ def weight_bits(engine: Any) -> dict[str, Tensor]:
     }
 
 
+def packed(handler: FP8ZeROOptimizer) -> dict[str, Any]:
+    """This rank's pieces as `checkpoint.pack` gives them, detached from the shards."""
+    return {
+        name: {key: each.clone() if isinstance(each, Tensor) else each for key, each in entry.items()}
+        for name, entry in checkpoint.pack(handler.shards, handler.parameter_names).items()
+    }
+
+
 def state_bits(handler: FP8ZeROOptimizer) -> dict[str, Tensor]:
     """This rank's state bytes: "name/first block/key" -> bytes."""
-    packed = checkpoint.pack(handler.shards, handler.parameter_names)
     return {
         f"{name}/{entry['blocks'][0]}/{key}": value
-        for name, entry in packed.items()
+        for name, entry in packed(handler).items()
         for key, value in entry.items()
         if isinstance(value, Tensor)
     }

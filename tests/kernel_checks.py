@@ -37,6 +37,7 @@ from torch import Tensor
 from ds_fp8.ops import blocks, reduction
 from ds_fp8.ops.blocks import NOT_FINITE, Blocks, quantize, to_float32
 from ds_fp8.ops.formats import BF16, E4M3, E5M2, FP16, FP32, Format
+from ds_fp8.ops.health import GRADIENT_COUNTS
 
 SHAPES = {
     "block_size": st.sampled_from(BLOCK_SIZES),
@@ -303,3 +304,17 @@ def check_sum(kernels: Kernels, each: Sum) -> Tensor:
     pieces = [each.values(rank) for rank in range(each.ranks)]
     old = each.values(each.ranks)
     return check_accumulate(kernels, pieces, old, each.wire, each.fmt, fresh=each.fresh, gap=each.gap)
+
+
+def check_counts(kernels: Kernels, fmt: Format, dtype: torch.dtype) -> None:
+    """Of every kind of row and a short last one, added to what is there; padding counts for nothing."""
+    values = torch.cat([rows_of([*ROW_KINDS, "sparse", "faint"] * 5, 64, seed=1).view(-1), torch.ones(3)])
+    expected, found = torch.full((2, GRADIENT_COUNTS), 5.0, dtype=torch.float64)
+    found, outer = found.to(kernels.device), dirty(70, 64, fmt)
+    twin = to(outer, kernels.device)
+    quantize(values.to(dtype), inner(outer), expected)
+    kernels.ops.quantize(values.to(dtype).to(kernels.device), inner(twin), found)
+    assert_same_blocks(twin, outer, fmt.name)
+    assert found[:3].tolist() == expected[:3].tolist()
+    assert dtype is not torch.float32 or (expected[0] > 5) == (fmt is not FP32)
+    torch.testing.assert_close(found[3:].cpu(), expected[3:], rtol=1e-12, atol=0)

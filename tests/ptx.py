@@ -107,7 +107,7 @@ def sweep(opt_level: str) -> Launch:
     state = AdamState(*map(blocks_of, (recipe.master, recipe.exp_avg, recipe.exp_avg_sq)))
     weights = torch.empty(BLOCKS, BLOCK, dtype=torch.bfloat16, device=META)
     operands = (state, blocks_of(E4M3), weights, plan, scalars, torch.empty(2, device=META))
-    code = partial(adam_triton.adam_step, *operands, seed=recipe.seed)
+    code = partial(adam_triton.adam_step, *operands, rounding=recipe.rounding)
     return Launch(adam_triton, "adam_kernel", code)
 
 

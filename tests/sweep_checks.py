@@ -35,9 +35,10 @@ from torch import Tensor
 
 from ds_fp8.config import BUILT, ROUNDED, FP8Config, Gradients, Optimizer
 from ds_fp8.ops import adam
-from ds_fp8.ops.adam import AdamScalars, AdamState, Segment, next_clamp
+from ds_fp8.ops.adam import AdamScalars, AdamState, Rounding, Segment, next_clamp
 from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.formats import BF16, BY_NAME, FP32, Format
+from ds_fp8.ops.health import STATE_COUNTS
 from ds_fp8.ops.masters import store_masters
 
 BETAS = (0.9, 0.95)
@@ -69,6 +70,7 @@ DIMENSIONS: dict[str, Sequence[Any]] = {
     "decoupled": [True, False],
     "clamped": [True, False],
     "bias_correction": [True, False],
+    "counted": [False, True],
 }
 
 
@@ -85,11 +87,12 @@ class Case:
     decoupled: bool = True
     clamped: bool = True
     bias_correction: bool = True
+    counted: bool = False
     weight_decay: float = 0.1
     betas: tuple[float, float] = BETAS
 
     def __str__(self) -> str:
-        switches = ("decoupled", "clamped", "bias_correction")
+        switches = ("decoupled", "clamped", "bias_correction", "counted")
         names = (self.gradient, self.master, self.exp_avg, self.exp_avg_sq, self.block_size, self.weights)
         return "-".join(map(str, [*names, *(each for each in switches if getattr(self, each))]))
 
@@ -179,14 +182,20 @@ class Twins:
         blocks = inner(guarded(torch.cat([gradient, self.padding]), BY_NAME[case.gradient]))
         plan = adam.plan(self.segments, self.rows, case.block_size, CPU)
         state = AdamState(*map(inner, self.states))
-        how: dict[str, Any] = {"seed": seed, "stochastic": case.stochastic}
+        rounding, counts = Rounding(seed, case.stochastic), torch.zeros(STATE_COUNTS, dtype=torch.float64)
+        how: dict[str, Any] = {"rounding": rounding, "counts": counts if case.counted else None}
         adam.adam_step(state, blocks, self.weights[GUARD:-GUARD], plan, scalars, control, **how)
+        if case.counted:
+            how["counts"] = torch.zeros_like(counts, device=kernels.device)
         plan = kernels.ops.plan(self.segments, self.rows, case.block_size, kernels.device)
         twin = AdamState(*map(inner, self.twin_states))
         received, weights = to(blocks, kernels.device), self.twin_weights[GUARD:-GUARD]
         control = control.to(kernels.device)
         kernels.ops.adam_step(twin, received, weights, plan, scalars, control, **how)
         self.check(f"{case}, step {step}")
+        if case.counted:
+            found, expected = how["counts"].tolist(), counts.tolist()
+            assert found == expected, f"{case}, step {step}: counts {found}, expected {expected}"
 
     def check(self, what: str) -> None:
         for name, expected, actual in zip(STATES, self.states, self.twin_states, strict=True):
@@ -295,7 +304,7 @@ def check_a_skipped_step(kernels: Kernels, case: Case) -> None:
     for go in (0.0, 1.0):
         control = torch.tensor([0.3, go], device=kernels.device)
         state = AdamState(*map(inner, outer))
-        kernels.ops.adam_step(state, gradient, weights, plan, case.scalars(1), control, seed=0)
+        kernels.ops.adam_step(state, gradient, weights, plan, case.scalars(1), control, rounding=Rounding(0))
         same = [torch.equal(raw(each), was) for each, was in zip(tensors, before, strict=True)]
         assert same == [not go] * len(tensors)
 

@@ -19,6 +19,7 @@ from ds_fp8.ops.adam import (
     UNIT,
     AdamScalars,
     AdamState,
+    Rounding,
     Segment,
     adam_step,
     decode_second_moment,
@@ -133,7 +134,7 @@ class Trial:
             gradient = blocks_of(gradient, FP32, block_size)
         sweep = plan(self.segments, len(gradient), block_size, CPU)
         control = torch.tensor([factor, taken], dtype=torch.float32)
-        adam_step(self.state, gradient, self.weights, sweep, scalars, control, seed=seed)
+        adam_step(self.state, gradient, self.weights, sweep, scalars, control, rounding=Rounding(seed))
 
     @property
     def master(self) -> Tensor:

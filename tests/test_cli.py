@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 import ds_fp8
-from ds_fp8.cli import main, shipped
+from ds_fp8.cli import main
+from ds_fp8.cli_configs import shipped
 from ds_fp8.config import parse
 
 NAMES = ["zero1_bf16", "zero1_o1", "zero1_o2", "zero1_o2plus"]

@@ -12,6 +12,7 @@ from kernel_checks import (
     VECTORS,
     Source,
     Vector,
+    check_counts,
     check_dequantize,
     check_every_code,
     check_few_elements,
@@ -190,3 +191,12 @@ def test_threads_share_the_rows(rows: int, threads: int, isa: str) -> None:
         with running(isa, threads):
             check_quantize(CPP, values, outer)
             check_dequantize(CPP, inner(outer), len(values), dtype)
+
+
+@each_isa
+@each_dtype
+@each_format
+def test_counts(fmt: Format, dtype: torch.dtype, isa: str) -> None:
+    for threads in (1, 3):
+        with running(isa, threads):
+            check_counts(CPP, fmt, dtype)

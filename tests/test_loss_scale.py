@@ -3,6 +3,7 @@
 DeepSpeed refuses fp16 on a CPU, so these tests do what its engine does.
 """
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,9 +16,11 @@ from train_lm import Corpus, read_corpus
 
 from ds_fp8.compat import CreateLossScaler, NoopTimer
 from ds_fp8.config import FP8Config
-from ds_fp8.zero_fp8.handler import FP8ZeROOptimizer, ZeroSettings
+from ds_fp8.zero_fp8.handler import FP8ZeROOptimizer
+from ds_fp8.zero_fp8.manifest import FORMAT_VERSION, File, Manifest, parse, render
+from ds_fp8.zero_fp8.native import Native
 from ds_fp8.zero_fp8.optimizer import FP8AdamW
-from ds_fp8.zero_fp8.recipe import recipe_of
+from ds_fp8.zero_fp8.recipe import ZeroSettings, recipe_of
 
 DYNAMIC = {
     "init_scale": 2.0**20,
@@ -52,10 +55,12 @@ def make(static: float | None, stage: int, level: str, dtype: torch.dtype) -> tu
     settings = ZeroSettings(
         stage=stage,
         bucket_elements=10_000,
+        overlap=stage == 2,
         gradient_clipping=1.0,
         average=True,
         max_consecutive_skips=50,
         save_fp32_master=True,
+        stats_interval=0,
     )
     recipe = recipe_of(FP8Config(enabled=True, opt_level=level), accumulating=False)
     optimizer = FP8AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95))
@@ -122,17 +127,37 @@ def test_training(ranks: RankPools, static: float | None, level: str, stage: int
         assert max(scaled["scales"][lowest:]) > min(scaled["scales"]), "it never grows again"
 
 
-def save_and_resume() -> None:
+def saved(handler: FP8ZeROOptimizer, folder: Path) -> Native:
+    """A checkpoint as an engine writes it, without the engine."""
+    name = f"zero_pp_rank_{dist.get_rank()}_mp_rank_00_optim_states.pt"
+    torch.save({"optimizer_state_dict": handler.state_dict()}, folder / name)
+    names = [name.replace(f"rank_{dist.get_rank()}_", f"rank_{rank}_", 1) for rank in range(2)]
+    facts = Manifest(
+        format_version=FORMAT_VERSION,
+        ds_fp8_version="",
+        deepspeed_version="",
+        global_steps=0,
+        scheduler=False,
+        module={},
+        frozen=None,
+        files={each: File(size=0, sha256="") for each in names},
+        **handler.manifest_facts(),
+    )
+    return Native(folder, parse(render(facts), folder))
+
+
+def save_and_resume(folder: str) -> None:
     """The scale and its counters are part of a checkpoint."""
     model, handler = make(None, 2, "O2", torch.float16)
     corpus = Corpus(read_corpus("topics"), SMALL.context).batches(4, dist.get_rank())
     for _ in range(20):
         step(model, handler, next(corpus))
-    saved = handler.state_dict()
+    kept = saved(handler, Path(folder))
+    dist.barrier()
     weights = {name: each.detach().clone() for name, each in model.named_parameters()}
 
     again_model, again = make(None, 2, "O2", torch.float16)
-    again.load_state_dict([saved] * dist.get_world_size())
+    again.restore(kept)
     assert vars(again.loss_scaler) == vars(handler.loss_scaler)
     for name, each in again_model.named_parameters():
         assert torch.equal(each, weights[name])
@@ -143,5 +168,5 @@ def save_and_resume() -> None:
     assert_same_bits(state_bits(handler), state_bits(again))
 
 
-def test_the_scale_is_saved(ranks: RankPools) -> None:
-    ranks.run(2, save_and_resume)
+def test_the_scale_is_saved(ranks: RankPools, tmp_path: Path) -> None:
+    ranks.run(2, save_and_resume, str(tmp_path))

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import assert_same_bits, build, ds_config, weight_bits, whole_states
+from engines import assert_same_bits, build, ds_config, packed, weight_bits, whole_states
 from ranks import RankPools
 from torch import Tensor, nn
 
@@ -51,10 +51,9 @@ def train(fp8: dict[str, Any], clipping: float, bucket: int) -> tuple[dict[str, 
     for step in range(STEPS):
         engine.backward(engine(step))
         engine.step()
-    packed = checkpoint.pack(engine.optimizer.shards, engine.optimizer.parameter_names)
-    weights = weight_bits(engine)
+    states, weights = packed(engine.optimizer), weight_bits(engine)
     engine.destroy()
-    return packed, weights
+    return states, weights
 
 
 @pytest.mark.parametrize("clipping", [0.0, 0.01])
@@ -108,7 +107,7 @@ def inject(world_size: int) -> dict[str, Tensor]:
     buckets = partition(specs, bucket_elements=2500, block_size=128, world_size=world_size)
     names = {index: f"weights.{index}" for index in range(len(SIZES))}
     start = [each.detach().bfloat16() for each in Dictated().weights]
-    packed = []
+    pieces = []
     for rank in range(world_size):
         shards = [Shard(bucket, rank, RECIPE, torch.device("cpu"), REFERENCE) for bucket in buckets]
         weights = [_own_weights(bucket, rank, start) for bucket in buckets]
@@ -123,8 +122,8 @@ def inject(world_size: int) -> dict[str, Tensor]:
                     quantize(whole[piece.elements], shard.gradient[piece.rows])
                 shard.sweep(rows, scalars, torch.tensor([0.5, 1.0]))
             optimizer.advance(clamp=True)
-        packed.append(checkpoint.pack(shards, names))
-    return whole_states(packed)
+        pieces.append(checkpoint.pack(shards, names))
+    return whole_states(pieces)
 
 
 def _own_weights(bucket: Bucket, rank: int, start: list[Tensor]) -> Tensor:

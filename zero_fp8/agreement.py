@@ -1,7 +1,8 @@
 """Ranks that disagree about config or model are told so, before they wait for each other for ever."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from deepspeed import comm as dist
@@ -20,20 +21,44 @@ def check_agreement(subject: str, facts: Sequence[str], device: torch.device, gr
     dist.all_gather_into_tensor(found.view(-1), own, group=group)
     if bool((found == found[0]).all()):
         return
-    everybody: list[Sequence[str]] = [()] * ranks
-    torch.distributed.all_gather_object(everybody, list(facts), group=group)
-    for rank, theirs in enumerate(everybody):
-        if list(theirs) != list(everybody[0]):
-            first, other = first_difference(everybody[0], theirs)
+    told = everybody(list(facts), group)
+    for rank, theirs in enumerate(told):
+        if theirs != told[0]:
+            first, other = first_difference(told[0], theirs)
             raise ValueError(f"ranks disagree about {subject}: rank 0 has {first}, rank {rank} has {other}")
 
 
 def first_objection(objection: str | None, group: ProcessGroup) -> str | None:
     """The objection of the first rank that has one, on every rank."""
+    objections = everybody(objection, group)
+    return next((f"rank {rank}: {each}" for rank, each in enumerate(objections) if each), None)
+
+
+T = TypeVar("T")
+
+
+def agreed(act: Callable[[], T], group: ProcessGroup) -> T:
+    """What `act` returns on this rank, once it has succeeded on every rank.
+
+    Raises ValueError on all of them where it raises ValueError or OSError on any.
+    """
+    result, objection = None, None
+    try:
+        result = act()
+    except (ValueError, OSError) as error:
+        objection = str(error)
+    objection = first_objection(objection, group)
+    if objection is not None:
+        raise ValueError(objection)
+    return result  # type: ignore[return-value]
+
+
+def everybody(value: T, group: ProcessGroup) -> list[T]:
+    """The ranks' values, in rank order."""
     # Not DeepSpeed's, which ends the process where its comms logger is on.
-    everybody: list[str | None] = [None] * dist.get_world_size(group)
-    torch.distributed.all_gather_object(everybody, objection, group=group)
-    return next((f"rank {rank}: {each}" for rank, each in enumerate(everybody) if each), None)
+    values: list[T] = [value] * dist.get_world_size(group)
+    torch.distributed.all_gather_object(values, value, group=group)
+    return values
 
 
 def first_difference(facts: Sequence[str], theirs: Sequence[str]) -> tuple[str, str]:

@@ -159,6 +159,5 @@ class States:
             self._plans[place],
             scalars,
             self._controls[device],
-            seed=self.recipe.seed,
-            stochastic=self.recipe.stochastic,
+            rounding=self.recipe.rounding,
         )

@@ -11,8 +11,7 @@ of whose methods changed signature within three releases.
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 from deepspeed import comm as dist
@@ -23,29 +22,19 @@ from ds_fp8.compat import ZeROOptimizer
 from ds_fp8.ops.backend import choose
 from ds_fp8.zero_fp8 import checkpoint
 from ds_fp8.zero_fp8.access import FullTensors
-from ds_fp8.zero_fp8.agreement import check_agreement, first_objection
+from ds_fp8.zero_fp8.agreement import check_agreement
+from ds_fp8.zero_fp8.comm import Nodes
 from ds_fp8.zero_fp8.gradients import GradientReducer
+from ds_fp8.zero_fp8.health import Health
 from ds_fp8.zero_fp8.norm import Verdict, non_finite_parameters
 from ds_fp8.zero_fp8.optimizer import FP8AdamW
 from ds_fp8.zero_fp8.partition import partition
-from ds_fp8.zero_fp8.recipe import Recipe
+from ds_fp8.zero_fp8.recipe import Recipe, ZeroSettings
 from ds_fp8.zero_fp8.shard import Shard
 from ds_fp8.zero_fp8.trained import check_finite, trained_parameters
-from ds_fp8.zero_fp8.weights import Weights
+from ds_fp8.zero_fp8.weights import Gathers, Weights
 
 logger = logging.getLogger("ds_fp8")
-
-
-@dataclass(frozen=True)
-class ZeroSettings:
-    """What of the ds_config the handler obeys, as plain values."""
-
-    stage: int  # 1 or 2
-    bucket_elements: int  # reduce_bucket_size
-    gradient_clipping: float  # largest global norm; 0 = off
-    average: bool  # over the ranks; else their sum
-    max_consecutive_skips: int
-    save_fp32_master: bool
 
 
 class FP8ZeROOptimizer(ZeROOptimizer):
@@ -88,10 +77,6 @@ class FP8ZeROOptimizer(ZeROOptimizer):
         device = next(iter(self.parameters.values())).device
         check_agreement("what is trained", [str(recipe), str(settings), *map(str, specs)], device, group)
         self.parameter_names = {index: names[each] for index, each in self.parameters.items()}
-        self.group_names = [
-            [self.parameter_names[spec.index] for spec in specs if spec.group == number]
-            for number in range(len(optimizer.param_groups))
-        ]
         if recipe.master.scaled:
             check_finite(self.parameters, self.parameter_names)
         self.buckets = partition(
@@ -106,9 +91,21 @@ class FP8ZeROOptimizer(ZeROOptimizer):
             logger.warning(
                 "plain PyTorch instead of kernels, with the same numbers: %s", self.backend.instead
             )
-        self.shards = [Shard(bucket, rank, recipe, device, self.backend) for bucket in self.buckets]
+        self.health = Health(settings.stats_interval, len(optimizer.param_groups), device)
+        self.health.prepare(optimizer.steps + 1)
+        self.shards = [
+            Shard(bucket, rank, recipe, device, self.backend, self.health.groups[bucket.group])
+            for bucket in self.buckets
+        ]
+        self.nodes = Nodes(group, recipe.intra_node_size)
         self.gradients = GradientReducer(
-            self.buckets, self.parameters, self.shards, recipe, group, self.backend
+            self.buckets,
+            self.parameters,
+            self.shards,
+            recipe,
+            self.nodes,
+            self.backend,
+            overlap=settings.overlap,
         )
         self._masters_from_weights()
         if settings.stage == 2:
@@ -181,12 +178,16 @@ class FP8ZeROOptimizer(ZeROOptimizer):
                 clip=self.settings.gradient_clipping,
                 group=self.dp_process_group,
             )
+        self.health.begin_sweep()
         scalars = self.optimizer.scalars(clamp=self.recipe.clamped)
+        gathers = Gathers(self.nodes)
         for bucket, shard, weights in zip(self.buckets, self.shards, self.weights, strict=True):
             with _Timed(self.timers, "optimizer_step"):
                 shard.sweep(weights.own, scalars[bucket.group], verdict.control)
             with _Timed(self.timers, "optimizer_allgather"):
-                weights.gather(self.dp_process_group)
+                gathers.launch(weights)
+        with _Timed(self.timers, "optimizer_allgather"):
+            gathers.wait()
         return verdict.read()
 
     def _settle(self, verdict: Verdict) -> None:
@@ -201,11 +202,13 @@ class FP8ZeROOptimizer(ZeROOptimizer):
         self.overflow = not math.isfinite(verdict.norm)
         if self.dynamic_loss_scale:
             self.loss_scaler.update_scale(self.overflow)
+        self.health.collect(self.optimizer.steps + 1, taken=not self.overflow, group=self.dp_process_group)
         if self.overflow:
             self._skip()
         else:
             self.consecutive_skips = 0
             self.optimizer.advance(clamp=self.recipe.clamped)
+            self.health.prepare(self.optimizer.steps + 1)
 
     def _gradient_scale(self) -> float:
         """From the sum over ranks of scaled gradients, as stored, to the mean."""
@@ -268,6 +271,7 @@ class FP8ZeROOptimizer(ZeROOptimizer):
         self.gradients.remove_hooks()
         self.full_tensors.unbind(self.parameters)
         self.shards.clear()
+        self.nodes.close()
 
     # Checkpoint
 
@@ -282,9 +286,11 @@ class FP8ZeROOptimizer(ZeROOptimizer):
 
     def _weights_from_masters(self) -> None:
         """Weights are a function of the state, from the first step and after every load."""
+        gathers = Gathers(self.nodes)
         for shard, weights in zip(self.shards, self.weights, strict=True):
             weights.write(shard.state.master)
-            weights.gather(self.dp_process_group)
+            gathers.launch(weights)
+        gathers.wait()
 
     _restore_from_bit16_weights = _masters_from_weights
     refresh_fp32_params = _masters_from_weights
@@ -294,8 +300,9 @@ class FP8ZeROOptimizer(ZeROOptimizer):
         saved: dict[str, Any] = {
             "zero_stage": self.settings.stage,
             "partition_count": dist.get_world_size(self.dp_process_group),
-            "base_optimizer_state": checkpoint.save(
-                self.shards, self.parameter_names, self.group_names, self.optimizer, self.loss_scaler
+            "ds_version": checkpoint.NOT_FOR_STOCK,
+            "base_optimizer_state": checkpoint.optimizer_state(
+                self.shards, self.parameter_names, self.optimizer
             ),
         }
         if self.settings.save_fp32_master:
@@ -305,25 +312,24 @@ class FP8ZeROOptimizer(ZeROOptimizer):
             ]
         return saved
 
-    def load_state_dict(self, state_dict_list: Sequence[Mapping[str, Any]], **_: Any) -> None:
-        """Restore this rank's entry of the list, bit for bit; another world size is not read yet.
+    def manifest_facts(self) -> dict[str, Any]:
+        """What a checkpoint's manifest says of the states, the same on every rank."""
+        return {
+            "zero_stage": self.settings.stage,
+            "world_size": self.buckets[0].world_size,
+            "recipe": checkpoint.recipe_facts(self.recipe),
+            "fp32_master": self.settings.save_fp32_master,
+            "parameters": checkpoint.parameter_facts(self.buckets, self.parameters, self.parameter_names),
+            **checkpoint.progress_facts(self.optimizer, self.loss_scaler),
+        }
 
-        Raises ValueError, on every rank, where the checkpoint does not fit this run on any: states stay
-        as they are, and the trained weights, which DeepSpeed has loaded by then, are set back.
-        """
-        saved = state_dict_list[dist.get_rank(self.dp_process_group)].get("base_optimizer_state")
-        refused = None
-        try:
-            checkpoint.check(saved, self.shards, self.parameter_names, self.group_names)
-        except ValueError as error:
-            refused = str(error)
-        refused = first_objection(refused, self.dp_process_group)
-        if refused is None:
-            checkpoint.restore(saved, self.shards, self.parameter_names, self.optimizer, self.loss_scaler)
+    def restore(self, source: checkpoint.Restorable) -> None:
+        """Take over a checkpoint that has been checked; the weights follow the masters."""
+        source.restore(self.shards, [each.own for each in self.weights], self.parameter_names)
+        checkpoint.take_progress(source.progress, self.optimizer, self.loss_scaler)
+        self.health.prepare(self.optimizer.steps + 1)
         self.gradients.drop()
         self._weights_from_masters()
-        if refused is not None:
-            raise ValueError(refused)
 
 
 class _Timed:

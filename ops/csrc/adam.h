@@ -22,11 +22,16 @@ struct Factors {  // what decoded values are multiplied with
     float g, p, m, v;
 };
 
+struct StateCounts {  // ops/health.py
+    double clamped, underflows, rescued;
+};
+
 struct Sweep {
     Blocks gradient, master, m, v;
     Values weights;
     const Segment* segments;
     int64_t segment_count;
+    StateCounts* counts;   // one a thread, or null
     const float* control;  // what the gradient is multiplied with; 0 where the step is skipped
     uint32_t v_stream, p_stream;
     int32_t n, stochastic;
@@ -36,6 +41,7 @@ struct Sweep {
 
 struct Batch {
     alignas(64) float g[BATCH], p[BATCH], m[BATCH], v[BATCH];
+    uint32_t clamped;  // where it is counted
     uint32_t p_amax[MAX_ROWS], m_amax[MAX_ROWS], root_amax[MAX_ROWS];
 };
 
@@ -47,9 +53,10 @@ struct Ready {  // values that have been decoded, as a Reader
 };
 
 // The arithmetic, from codes or decoded values to what is encoded; g becomes the root of v.
-template <bool ROOT, typename G, typename P, typename M, typename V>
+template <bool ROOT, bool COUNT = false, typename G, typename P, typename M, typename V>
 void adam(G g_in, P p_in, M m_in, V v_in, Batch& out, int rows, int n, const Scalars s) {
     const float l2 = s.decay * power_of_two(127 + UNIT);
+    u32 clamped = {};
     for (int row = 0, i = 0; row < rows; ++row) {
         const float g_scale = g_in.scale(row), p_scale = p_in.scale(row), m_scale = m_in.scale(row);
         const float v_scale = v_in.scale(row);
@@ -61,6 +68,7 @@ void adam(G g_in, P p_in, M m_in, V v_in, Batch& out, int rows, int n, const Sca
             if (ROOT) v = v * v;
             v = at_most(v + g * g * s.one_minus_beta2, f32{} + 3.4028234663852886e38f);
             f32 root = square_root(v), size = at_most(absolute(m), root * s.clamp);
+            if constexpr (COUNT) clamped += (u32)(absolute(m) > size) & 1;
             m = float_of(pick(SIGN, bits_of(m), bits_of(size)));
             p = p - m / (root * s.root_correction + s.eps) * s.step_size;
             p_amax = larger(p_amax, bits_of(absolute(p)));
@@ -74,6 +82,7 @@ void adam(G g_in, P p_in, M m_in, V v_in, Batch& out, int rows, int n, const Sca
         out.m_amax[row] = largest(m_amax);
         out.root_amax[row] = largest(root_amax) & MAGNITUDE;  // NaN has either sign
     }
+    if constexpr (COUNT) out.clamped = total(clamped);
 }
 
 struct Draws {  // of random bits, from an element of a parameter on
@@ -84,10 +93,22 @@ struct Draws {  // of random bits, from an element of a parameter on
 };
 
 // Decodes, computes and encodes a batch; a state's formats choose one.
-using Work = void (*)(const Sweep&, int64_t row, int rows, Draws);
+using Work = void (*)(const Sweep&, int64_t row, int rows, Draws, int part);
+
+// After m has been encoded.
+void count(const Sweep& sweep, const Batch& batch, int64_t row, int rows, Draws draws, StateCounts& counts) {
+    alignas(64) float m[BATCH];
+    const Format& v = sweep.v.f();
+    sweep.m.decode(row, rows, sweep.n, 1.0f, m);
+    counts.clamped += batch.clamped;
+    for (int i = 0; i < rows * sweep.n; ++i) counts.underflows += batch.m[i] != 0 && m[i] == 0;
+    if (v.rescued)
+        counts.rescued += double(v.rescued(batch.g, draws.v(), batch.root_amax, UNIT, rows, sweep.n));
+}
 
 // Any formats: decoded first, encoded last.
-void sweep_by_pointer(const Sweep& sweep, int64_t row, int rows, Draws draws) {
+template <bool COUNT>
+void sweep_by_pointer(const Sweep& sweep, int64_t row, int rows, Draws draws, int part) {
     Batch batch;
     const int n = sweep.n;
     const Blocks& v = sweep.v;
@@ -96,10 +117,11 @@ void sweep_by_pointer(const Sweep& sweep, int64_t row, int rows, Draws draws) {
     sweep.m.decode(row, rows, n, sweep.by.m, batch.m);
     v.decode(row, rows, n, sweep.by.v, batch.v);
     const bool root = v.f().encode_up;
-    (root ? adam<true, Ready, Ready, Ready, Ready>
-          : adam<false, Ready, Ready, Ready, Ready>)({batch.g}, {batch.p}, {batch.m}, {batch.v}, batch, rows,
-                                                     n, sweep.scalars);
+    (root ? adam<true, COUNT, Ready, Ready, Ready, Ready>
+          : adam<false, COUNT, Ready, Ready, Ready, Ready>)({batch.g}, {batch.p}, {batch.m}, {batch.v}, batch,
+                                                            rows, n, sweep.scalars);
     sweep.m.encode(row, rows, n, batch.m, batch.m_amax, UNIT);
+    if constexpr (COUNT) count(sweep, batch, row, rows, draws, sweep.counts[part]);
     if (root)
         v.f().encode_up(batch.g, draws.v(), batch.root_amax, UNIT, v.at(row, n), v.scale(row), rows, n);
     else
@@ -147,7 +169,7 @@ struct MasterWriter {
 
 // The formats of a shipped level, with BF16 weights: codes are read and written in the loops that compute.
 template <typename G, typename P, typename M, typename V>
-void sweep_in_place(const Sweep& sweep, int64_t row, int rows, Draws draws) {
+void sweep_in_place(const Sweep& sweep, int64_t row, int rows, Draws draws, int) {
     constexpr bool ROOT = dropped<V> != 0;
     Batch batch;
     const int n = sweep.n;
@@ -176,19 +198,20 @@ void sweep_in_place(const Sweep& sweep, int64_t row, int rows, Draws draws) {
 template <typename G>
 Work with_gradient(const Sweep& sweep) {
     const Blocks &p = sweep.master, &m = sweep.m, &v = sweep.v;
-    if (sweep.weights.dtype != number<BF16> || sweep.stochastic) return sweep_by_pointer;
+    if (sweep.weights.dtype != number<BF16> || sweep.stochastic) return sweep_by_pointer<false>;
     if (p.is<FP32>() && m.is<FP32>() && v.is<FP32>()) return sweep_in_place<G, FP32, FP32, FP32>;  // O1
     if (p.is<FP16>() && m.is<E4M3>() && v.is<FP16>()) return sweep_in_place<G, FP16, E4M3, FP16>;  // O2
     if (p.is<SPLIT16>() && m.is<E4M3>() && v.is<UE4M4>())
         return sweep_in_place<G, SPLIT16, E4M3, UE4M4>;  // O2+
-    return sweep_by_pointer;
+    return sweep_by_pointer<false>;
 }
 
 Work work_of(const Sweep& sweep) {
+    if (sweep.counts) return sweep_by_pointer<true>;
     if (sweep.gradient.is<FP32>()) return with_gradient<FP32>(sweep);
     if (sweep.gradient.is<BF16>()) return with_gradient<BF16>(sweep);
     if (sweep.gradient.is<E4M3>()) return with_gradient<E4M3>(sweep);
-    return sweep_by_pointer;
+    return sweep_by_pointer<false>;
 }
 
 uint32_t key_of(uint32_t stream, int64_t parameter) {
@@ -197,7 +220,7 @@ uint32_t key_of(uint32_t stream, int64_t parameter) {
 }
 
 // Rows first to last of all segments', one after the other.
-void adam_rows(const Sweep& sweep, int64_t first, int64_t last) {
+void adam_rows(const Sweep& sweep, int64_t first, int64_t last, int part) {
     const Work work = work_of(sweep);
     int64_t seen = 0;  // rows of the segments so far
     for (int64_t each = 0; each < sweep.segment_count && seen < last; ++each) {
@@ -209,7 +232,7 @@ void adam_rows(const Sweep& sweep, int64_t first, int64_t last) {
                       to = last < seen + length ? last - seen : length;
         in_batches(from, to, sweep.n, [&](int64_t row, int rows) {
             const Draws draws = {v_key, p_key, uint32_t(segment.first_element + row * sweep.n)};
-            work(sweep, segment.first_row + row, rows, draws);
+            work(sweep, segment.first_row + row, rows, draws, part);
         });
         seen += length;
     }
@@ -224,7 +247,8 @@ void adam_step(Sweep& sweep, int threads) {
     int64_t rows = 0;
     for (int64_t each = 0; each < sweep.segment_count; ++each)
         rows += sweep.segments[each].last_row - sweep.segments[each].first_row;
-    in_parallel(rows, threads, [&](int64_t first, int64_t last, int) { adam_rows(sweep, first, last); });
+    in_parallel(rows, threads,
+                [&](int64_t first, int64_t last, int part) { adam_rows(sweep, first, last, part); });
 }
 
 }  // namespace ISA

@@ -77,8 +77,34 @@ void in_parallel_batches(int64_t rows, int n, int threads, Work work) {
     });
 }
 
-void quantize(const Values& values, int64_t count, const Blocks& out, int64_t blocks, int n, int threads) {
-    in_parallel_batches(blocks, n, threads, [&](int64_t row, int rows, int) {
+struct GradientCounts {  // ops/health.py
+    double underflows, saturated, not_finite, signal, noise;
+};
+
+// Counts what became of values, in double precision: on the steps that are measured only.
+void measure(const float* x, const Blocks& out, int64_t row, int rows, int n, GradientCounts& counts) {
+    alignas(64) float decoded[BATCH];
+    out.decode(row, rows, n, 1.0f, decoded);
+    for (int each = 0, i = 0; each < rows; ++each, i = each * n) {
+        if (amax_of(x + i, n) >= INFINITE) {
+            counts.not_finite += 1;
+            continue;
+        }
+        const float largest = out.f().max * (out.scales ? power_of_two(out.scales[row + each]) : 1.0f);
+        for (; i < (each + 1) * n; ++i) {
+            const double error = double(x[i]) - double(decoded[i]);
+            counts.underflows += x[i] != 0 && decoded[i] == 0;
+            counts.saturated += (decoded[i] < 0 ? -decoded[i] : decoded[i]) == largest;
+            counts.signal += double(x[i]) * double(x[i]);
+            counts.noise += error * error;
+        }
+    }
+}
+
+// counts: one a thread, or null.
+void quantize(const Values& values, int64_t count, const Blocks& out, int64_t blocks, int n, int threads,
+              GradientCounts* counts) {
+    in_parallel_batches(blocks, n, threads, [&](int64_t row, int rows, int part) {
         alignas(64) float x[BATCH];
         alignas(64) char padded[BATCH * 4];
         const char* from = values.at(row * n);
@@ -90,6 +116,7 @@ void quantize(const Values& values, int64_t count, const Blocks& out, int64_t bl
         }
         read(from, values.dtype, x, rows * n);
         out.encode(row, rows, n, x);
+        if (counts) measure(x, out, row, rows, n, counts[part]);
     });
 }
 

@@ -8,7 +8,7 @@ namespace ISA {
 
 constexpr int BATCH = 256;  // elements worked on at a time: their FP32 values stay in L1
 constexpr int MAX_ROWS = BATCH / 32;
-constexpr int RANDOM_BITS = 16;
+constexpr int RANDOM_BITS = 24;  // more than any format drops
 
 struct E4M3 {
     using Code = u8;
@@ -91,6 +91,13 @@ template <typename F>  // inf and NaN take the last exponent, or only a code of 
 constexpr int max_exponent = bias<F> + (F::lost_codes == 2 || !signs<F> ? 1 : 0);
 template <typename F>
 constexpr uint32_t max_mantissa = (1u << 23) - (uint32_t(F::lost_codes) << dropped<F>);
+
+template <typename F>
+constexpr float largest_value() {
+    double value = 2 - double(F::lost_codes) / (1 << F::mantissa_bits);
+    for (int i = 0; i < max_exponent<F>; ++i) value *= 2;
+    return float(value);
+}
 
 struct Rounded {
     u32 code;       // the low byte
@@ -245,7 +252,7 @@ void encode_and_square(const float* x, const uint32_t* amax, void* codes, uint8_
     }
 }
 
-// The upper 16 of 32 hashed bits are the random ones; ops/rounding.py.
+// The upper RANDOM_BITS of 32 hashed bits are the random ones; ops/rounding.py.
 constexpr uint32_t SPREAD = 0x9E3779B9;
 template <typename T>
 inline T mix_but_for_the_end(T x) {
@@ -270,10 +277,10 @@ struct Random {  // of elements one after the other
 // after noise as wide as they are has been added.
 template <typename F>
 inline u32 round_stochastically(f32 value, f32 onto_codes, u32 random) {
-    constexpr int drop = dropped<F>, more = (drop - RANDOM_BITS) & 31, fewer = (RANDOM_BITS - drop) & 31;
+    constexpr int drop = dropped<F>;
     u32 bits = bits_of(onto_codes) & MAGNITUDE;
     if constexpr (!scaled<F>) bits = value == value ? bits : u32{} + 0x7FC00000;
-    return (bits + (drop > RANDOM_BITS ? random << more : random >> fewer)) >> drop;
+    return (bits + (random >> (RANDOM_BITS - drop))) >> drop;
 }
 
 template <typename F>
@@ -314,6 +321,21 @@ void encode_noisily(const float* x, Random random, const uint32_t* amax, int uni
     }
 }
 
+template <typename F>
+int64_t rescued(const float* x, Random random, const uint32_t* amax, int unit, int rows, int n) {
+    u32 count = {};
+    uint8_t scale;
+    for (int row = 0, i = 0; row < rows; ++row) {
+        const float inverse = scale_down<F>(amax[row], unit, &scale);
+        for (; i < (row + 1) * n; i += LANES) {
+            const f32 value = load<f32>(x + i) * inverse;
+            const u32 code = round_stochastically<F>(value, value * power_of_two(bias<F>), random.next());
+            count += (u32)((code == 0) & (value != f32{})) & 1;
+        }
+    }
+    return total(count);
+}
+
 using Encode = void (*)(const float* x, Random random, const uint32_t* amax, int unit, void* codes,
                         uint8_t* scales, int rows, int n);
 
@@ -325,6 +347,9 @@ struct Format {
     void (*encode_and_square)(const float* x, const uint32_t* amax, void* codes, uint8_t* scales,
                               float* squares, int rows, int n);
     Encode encode_up, encode_either_way;
+    // How many values encode_up would round to zero if it did.
+    int64_t (*rescued)(const float* x, Random random, const uint32_t* amax, int unit, int rows, int n);
+    float max;
     int itemsize;
 };
 
@@ -335,8 +360,9 @@ constexpr Format by_pointer() {
     all.decode = decode<F, false>;
     all.add = decode<F, true>;
     all.itemsize = itemsize<F>;
+    all.max = largest_value<F>();
     if constexpr (signs<F>) all.encode = encode<F>, all.encode_and_square = encode_and_square<F>;
-    if constexpr (dropped<F> != 0) all.encode_up = encode_noisily<F, put_up<F>>;
+    if constexpr (dropped<F> != 0) all.encode_up = encode_noisily<F, put_up<F>>, all.rescued = rescued<F>;
     if constexpr (dropped<F> != 0 && itemsize<F> == 2)
         all.encode_either_way = encode_noisily<F, put_either_way<F>>;
     return all;

@@ -10,8 +10,8 @@
 #define EXPORT extern "C" __attribute__((visibility("default"))) void
 
 EXPORT NAMED(quantize, ISA)(const ISA::Values* values, int64_t count, const ISA::Blocks* out, int64_t blocks,
-                            int n, int threads) {
-    ISA::quantize(*values, count, *out, blocks, n, threads);
+                            int n, int threads, ISA::GradientCounts* counts) {
+    ISA::quantize(*values, count, *out, blocks, n, threads, counts);
 }
 EXPORT NAMED(dequantize, ISA)(const ISA::Blocks* blocks, const ISA::Values* out, int64_t count, int n,
                               int threads) {

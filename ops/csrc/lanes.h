@@ -145,6 +145,11 @@ inline uint32_t largest(u32 x) {
 
 #endif
 
+inline uint32_t total(u32 x) {
+    uint32_t sum = 0;
+    for (int i = 0; i < LANES; ++i) sum += x[i];
+    return sum;
+}
 inline void store_low_bytes(void* to, u32 a, u32 b) {
     store(to, low_byte(a));
     store(static_cast<char*>(to) + LANES, low_byte(b));

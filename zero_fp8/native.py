@@ -1,0 +1,208 @@
+"""Reading a checkpoint of ours, at any world size, ZeRO stage and bucket size.
+
+A block holds the same elements whoever owns it, so re-sharding copies rows: each rank asks for the
+blocks that it owns now, opens only the files that hold some of them, and reads only these rows (the
+files are mapped, not read into memory).
+"""
+
+import pickle
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_fp8.ops.adam import AdamState, square_root
+from ds_fp8.ops.blocks import CHUNK, Blocks, decode
+from ds_fp8.ops.formats import BY_NAME, FP32
+from ds_fp8.ops.masters import decode_masters
+from ds_fp8.zero_fp8 import manifest
+from ds_fp8.zero_fp8.checkpoint import STATES, Names, Progress
+from ds_fp8.zero_fp8.convert import Values
+from ds_fp8.zero_fp8.manifest import Manifest
+from ds_fp8.zero_fp8.shard import Shard
+
+
+class Native:
+    """The tag in a folder, whose files have been verified.
+
+    unpickle: DeepSpeed's model file, where it is needed, may hold a client's objects.
+    """
+
+    def __init__(self, folder: Path, facts: Manifest, *, unpickle: bool = False) -> None:
+        self.folder = folder
+        self.facts = facts
+        self._unpickle = unpickle
+        self._formats = {key: BY_NAME[getattr(facts.recipe, key)] for key in STATES}
+        self._opened: dict[int, dict[str, Any]] = {}
+
+    @property
+    def progress(self) -> Progress:
+        squares = [float("inf") if each == "off" else each for each in self.facts.clamp_squares]
+        any_rank = next(iter([*self._opened, *self.facts.optimizer_files]))
+        groups = self._file(any_rank)["param_groups"]
+        return Progress(self.facts.steps, squares, dict(self.facts.loss_scaler), groups)
+
+    def check(self, shards: Sequence[Shard], names: Names) -> None:
+        """Refuse, by a ValueError, files that do not hold what these shards need."""
+        for shard in shards:
+            for piece in shard.pieces:
+                for _ in self.rows(names[piece.slot.parameter], *self._blocks_of(piece.elements)):
+                    pass
+
+    def restore(self, shards: Sequence[Shard], weights: Sequence[Tensor], names: Names) -> None:
+        """Copy a checked checkpoint of the same formats into the shards, byte for byte.
+
+        weights: loaded already; of split masters they are the upper half.
+        """
+        for shard in shards:
+            for piece in shard.pieces:
+                state = shard.state[piece.rows]
+                for row, saved in self.rows(names[piece.slot.parameter], *self._blocks_of(piece.elements)):
+                    for key in STATES:
+                        getattr(state, key)[row : row + len(saved.master)].copy_(getattr(saved, key))
+
+    def values(self, name: str, elements: slice) -> Values:
+        """States of some elements of a parameter, in FP32."""
+        size = self.facts.recipe.block_size
+        first, end = self._blocks_of(elements)
+        inside = slice(elements.start - first * size, elements.stop - first * size)
+        parts = [
+            _decode(state, self._weights(name, first + row, len(state.master)))
+            for row, state in self.rows(name, first, end)
+        ]
+        return Values(*(torch.cat(each)[inside] for each in zip(*parts, strict=True)))
+
+    def _blocks_of(self, elements: slice) -> tuple[int, int]:
+        """The saved blocks that hold some elements: the first, and the one after the last."""
+        size = self.facts.recipe.block_size
+        return elements.start // size, -(-elements.stop // size)
+
+    def rows(self, name: str, first: int, end: int) -> Iterator[tuple[int, AdamState]]:
+        """A parameter's blocks from `first` to before `end`, in pieces: row counted from `first`, states.
+
+        Raises ValueError where a file does not hold what the manifest says.
+        """
+        covered = first
+        for rank, start, stop in sorted(self.facts.parameters[name].blocks, key=lambda each: each[1]):
+            low, high = max(first, start), min(end, stop)
+            if low < high and low == covered:
+                yield low - first, self._piece(rank, name, (start, stop))[low - start : high - start]
+                covered = high
+        if covered != end:
+            raise ValueError(
+                f"{self.folder / manifest.NAME}: blocks {covered} to {end} of {name}: received no file that "
+                "holds them, expected every block once"
+            )
+
+    def _piece(self, rank: int, name: str, blocks: tuple[int, int]) -> AdamState:
+        """What a rank saved of a parameter."""
+        entry = self._file(rank)["fp8"]["parameters"].get(name)
+        if entry is None or entry.get("blocks") != list(blocks):
+            received = entry and entry.get("blocks")
+            raise ValueError(f"{self._path(rank)}: blocks of {name}: received {received}, expected {blocks}")
+        return AdamState(*(self._blocks(rank, name, key, entry, blocks[1] - blocks[0]) for key in STATES))
+
+    def _blocks(self, rank: int, name: str, key: str, entry: Mapping[str, Any], rows: int) -> Blocks:
+        fmt, size = self._formats[key], self.facts.recipe.block_size
+        expected = {key: [rows, size * fmt.itemsize], **({f"{key}_scales": [rows]} if fmt.scaled else {})}
+        for each, shape in expected.items():
+            saved = entry.get(each)
+            if not isinstance(saved, Tensor) or saved.dtype is not torch.uint8 or list(saved.shape) != shape:
+                received = list(saved.shape) if isinstance(saved, Tensor) else None
+                raise ValueError(
+                    f"{self._path(rank)}: {each} of {name}: received shape {received}, expected {shape}"
+                )
+        return Blocks(entry[key].view(fmt.dtype), entry.get(f"{key}_scales"), fmt)
+
+    def _weights(self, name: str, first: int, rows: int) -> Tensor:
+        """The model's weights of some blocks, zeros after the parameter's end: what split masters need."""
+        if not self._formats["master"].split:
+            return torch.empty(rows, 0)
+        size = self.facts.recipe.block_size
+        flat = self.module[name].view(-1)[first * size : (first + rows) * size]
+        padded = torch.zeros(rows, size, dtype=flat.dtype)
+        padded.view(-1)[: flat.numel()] = flat
+        return padded
+
+    def _path(self, rank: int) -> Path:
+        return self.folder / self.facts.optimizer_files[rank]
+
+    def _file(self, rank: int) -> dict[str, Any]:
+        """The states in a rank's optimizer file, mapped."""
+        if rank not in self.facts.optimizer_files:
+            raise ValueError(f"{self.folder / manifest.NAME}: lists no optimizer file of rank {rank}")
+        if rank not in self._opened:
+            file = load_plain(self._path(rank))
+            state = file.get("optimizer_state_dict", {}).get("base_optimizer_state", {})
+            if "parameters" not in state.get("fp8", {}):
+                raise ValueError(f"{self._path(rank)}: holds no states of ds_fp8")
+            self._opened[rank] = state
+        return self._opened[rank]
+
+    @cached_property
+    def model_file(self) -> dict[str, Any]:
+        """DeepSpeed's model file, mapped."""
+        path = self.folder / manifest.MODEL_FILE
+        if not self._unpickle:
+            return load_plain(path)
+        loaded: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=False)
+        return loaded
+
+    @property
+    def module(self) -> dict[str, Any]:
+        """The model's own tensors by name: weights, buffers, frozen parameters."""
+        module: dict[str, Any] = self.model_file["module"]
+        return module
+
+
+def _decode(state: AdamState, weights: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The rows' master, exp_avg, exp_avg_sq and its root, [elements] each."""
+    if state.exp_avg_sq.format is FP32:
+        v = decode(state.exp_avg_sq)
+        root = square_root(v)
+    else:
+        root = decode(state.exp_avg_sq)
+        v = root.square()
+    decoded = (decode_masters(state.master, weights), decode(state.exp_avg), v, root)
+    master, exp_avg, exp_avg_sq, root = (each.view(-1) for each in decoded)
+    return master, exp_avg, exp_avg_sq, root
+
+
+def whole(native: Native, name: str) -> tuple[Tensor, Tensor, Tensor]:
+    """A parameter's master, exp_avg and exp_avg_sq as FP32 vectors."""
+    numel = torch.Size(native.facts.parameters[name].shape).numel()
+    vectors = (torch.empty(numel), torch.empty(numel), torch.empty(numel))
+    for first in range(0, numel, CHUNK):
+        part = slice(first, min(first + CHUNK, numel))
+        values = native.values(name, part)
+        for vector, piece in zip(vectors, (values.master, values.exp_avg, values.exp_avg_sq), strict=True):
+            vector[part] = piece
+    return vectors
+
+
+def others(native: Native) -> dict[str, Tensor]:
+    """What the model file holds besides trained parameters: buffers, frozen ones, names of tied ones."""
+    trained = native.facts.parameters
+    return {
+        name: tensor
+        for name, tensor in native.module.items()
+        if name not in trained and isinstance(tensor, Tensor)
+    }
+
+
+def load_plain(path: Path) -> dict[str, Any]:
+    """A file of tensors and plain values, mapped. Raises ValueError for one that holds more, or less."""
+    try:
+        loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: missing") from None
+    except pickle.UnpicklingError:
+        raise ValueError(f"{path}: holds more than tensors and plain values, and is not unpickled") from None
+    except (RuntimeError, EOFError) as error:
+        raise ValueError(f"{path}: not a file that torch.save wrote: {str(error).splitlines()[0]}") from None
+    if not isinstance(loaded, dict):
+        raise ValueError(f"{path}: received {type(loaded).__name__}, expected a dict")
+    return loaded
