@@ -50,9 +50,9 @@ class PeerStep:
                 self._optimizer = peer.make(self._parameter, **HYPERPARAMETERS)
                 self.run()
         except ImportError as error:
-            raise PeerError(f"not installed: {_first_line(error)}") from error
+            raise PeerError(f"not installed: {first_line(error)}") from error
         except Exception as error:  # whatever a peer dies of is named
-            raise PeerError(f"does not run: {type(error).__name__}: {_first_line(error)}") from error
+            raise PeerError(f"does not run: {type(error).__name__}: {first_line(error)}") from error
 
     def run(self) -> None:
         self._optimizer.step()
@@ -83,7 +83,7 @@ def nbytes(value: Any) -> int:
     return value.nbytes
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [""])[0][:150]
 
 

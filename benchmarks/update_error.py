@@ -9,8 +9,8 @@ A tensor of 262,144 elements starts at zero; AdamW, lr 1e-3, beta1 .9, eps 1e-8,
 is |dp - dp_fp32| / |dp_fp32|, dp the whole way of the masters of elements that get a gradient, as a mean over
 --seeds. Beside every pair of formats of exp_avg and exp_avg_sq the masters are FP32, so that the error is
 theirs alone; the levels, and O2's states with every master, stand as they are built, and their error has the
-rounding of the master in it. In the JSON also: the largest single difference, and the drift of elements
-without a gradient, both in lr.
+rounding of the master in it. In the JSON also: the error of the worst seed, the largest single difference,
+and the drift of elements without a gradient, both in lr.
 
 Peers: torchao's and bitsandbytes' own optimizers; FP8-LM's and Transformer Engine's states, one scale a
 tensor, are simulated. B: bytes of exp_avg and exp_avg_sq a parameter, with scales and code tables.
@@ -24,7 +24,7 @@ from typing import Any, get_args
 
 import torch
 from claims import Claim, print_claims
-from peers_cpu import PeerError, bitsandbytes_8bit, nbytes, torchao_8bit, torchao_fp8
+from peers_cpu import PeerError, bitsandbytes_8bit, first_line, nbytes, torchao_8bit, torchao_fp8
 from regimes import COLUMNS, REGIMES, Regime, gradients
 from rich.console import Console
 from rich.table import Table
@@ -184,7 +184,7 @@ def measure(recipes: list[Recipe], rows: int, seeds: int, steps: int | None = No
             result["bytes"] = figures[0]["bytes"]
             result["regimes"][name] = {
                 "error": statistics.fmean(each["error"] for each in figures),
-                "errors": [each["error"] for each in figures],
+                "worst_error": max(each["error"] for each in figures),
                 "largest_lr": max(each["largest_lr"] for each in figures),
                 "drift_lr": max(each["drift_lr"] for each in figures),
             }
@@ -203,8 +203,8 @@ def runnable(rows: int, *, quick: bool) -> tuple[list[Recipe], dict[str, str]]:
             able.append(peer)
         except PeerError as reason:
             not_run[peer.name] = str(reason)
-        except ImportError as error:
-            not_run[peer.name] = f"not installed: {error}"
+        except Exception as error:  # whatever a peer dies of is named
+            not_run[peer.name] = f"does not run: {type(error).__name__}: {first_line(error)}"
     return able, not_run
 
 
