@@ -24,10 +24,6 @@ class Claim:
     def at_most(text: str, figure: float, bound: float) -> "Claim":
         return Claim(text, figure, f"at most {bound:.4f}", figure <= bound)
 
-    @staticmethod
-    def above(text: str, figure: float, bound: float) -> "Claim":
-        return Claim(text, figure, f"above {bound:.4f}", figure > bound)
-
 
 def print_claims(claims: Sequence[Claim], console: Console) -> None:
     table = Table(title="claims")

@@ -166,25 +166,33 @@ def summarise(runs: Runs) -> list[dict[str, Any]]:
 
 
 def judge(rows: list[dict[str, Any]]) -> list[Claim]:
+    """A difference is held against its bound with its standard error on the wrong side."""
     by = {(row["stage"], row["recipe"]): row for row in rows}
-    claims = [
-        Claim.below(
-            f"{name}: |mean paired difference to FP32|", abs(by["training", name]["difference"]), CLOSE
-        )
-        for name in (O2, PLUS, SPLIT)
-    ]
-    worse = by["training", FP8_SQUARE]["difference"]
-    claims.append(Claim.above(f"{FP8_SQUARE}: worse than FP32 by", worse, 3 * CLOSE))
+    claims = []
+    for name in (O2, PLUS, SPLIT):
+        row = by["training", name]
+        holds = abs(row["difference"]) + row.get("standard_error", 0.0) < CLOSE
+        claims.append(Claim(f"{name}: mean difference to FP32", told(row), f"within {CLOSE:.4f}", holds))
+    row = by["training", FP8_SQUARE]
+    holds = row["difference"] - row.get("standard_error", 0.0) > 3 * CLOSE
+    claims.append(Claim(f"{FP8_SQUARE}: worse than FP32 by", told(row), f"above {3 * CLOSE:.4f}", holds))
     share = by["fine-tuning", FP8_MASTER]["kept"]
     claims.append(Claim.below(f"{FP8_MASTER}: of FP32's improvement at a rate of {FINE_RATE}", share, 0.5))
     return claims
 
 
+def told(row: dict[str, Any]) -> str:
+    """A difference and its standard error."""
+    error = f" +- {row['standard_error']:.4f}" if "standard_error" in row else ""
+    return f"{row['difference']:.4f}{error}"
+
+
 def print_rows(rows: list[dict[str, Any]], console: Console) -> None:
+    """improved: the share of FP32's improvement by fine-tuning that a recipe reaches."""
     for stage in STAGES:
         table = Table(title=f"{stage}: nats a byte, and the difference to FP32 over paired seeds")
-        columns = ["recipe", "validation", "difference", "standard error", "by seed", "training loss"]
-        columns += ["of FP32's improvement"] if stage == "fine-tuning" else []
+        columns = ["recipe", "validation", "difference", "standard error", "by seed", "in training"]
+        columns += ["improved"] if stage == "fine-tuning" else []
         for column in columns:
             table.add_column(column, justify="left" if column == "recipe" else "right")
         for row in rows:

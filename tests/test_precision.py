@@ -89,10 +89,32 @@ def test_a_bf16_model_follows_its_fp32_masters() -> None:
 
 def test_what_does_not_hold_is_said() -> None:
     wide = Console(width=132, record=True, file=QUIET.file)
-    print_claims([Claim.below("error", 0.5, 0.4), Claim.above("loss", 0.5, 0.4)], wide)
+    print_claims([Claim.below("error", 0.5, 0.4), Claim.at_most("loss", 0.5, 0.5)], wide)
     lines = wide.export_text().splitlines()
     assert any("error" in line and "0.5000" in line and "not reproduced here" in line for line in lines)
     assert any("loss" in line and "holds" in line and "not reproduced" not in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("square", "close"), [([0.02, 0.02, 0.02], True), ([0.1, -0.01, -0.02], False), ([0.0, 0.0, 0.01], False)]
+)
+def test_seeds_that_contradict_each_other_prove_nothing(square: list[float], close: bool) -> None:
+    def results(*validation: float) -> precision.Results:
+        figures = {"before": 3.0, "training": 1.0}
+        return {f"{seed}": {**figures, "validation": 2 + each} for seed, each in enumerate(validation)}
+
+    zeros, held = results(0, 0, 0), results(0.004, 0.004, 0.004)
+    runs = {stage: dict.fromkeys(precision.RECIPES, zeros) for stage in precision.STAGES}
+    runs["training"] |= {
+        precision.FP8_SQUARE: results(*square),
+        precision.O2: held,
+        precision.PLUS: results(0.009, -0.009, 0.009),
+    }
+    runs["fine-tuning"][precision.FP8_MASTER] = results(0.4, 0.6, 0.2)
+    rows = precision.summarise(runs)
+    assert [each.holds for each in precision.judge(rows)] == [True, False, True, close, False]
+    master = next(each for each in rows if "kept" in each and each["recipe"] == precision.FP8_MASTER)
+    assert master["kept"] == pytest.approx(0.6)
 
 
 def test_precision(tmp_path: Path) -> None:
