@@ -59,9 +59,14 @@ def run(rank: int, port: int, folder: Path, level: str, steps: int) -> None:
     time.sleep(0.1)
 
 
-def start(folder: Path, level: str, steps: int) -> list[BaseProcess]:
+def preload() -> None:
+    """Before the first rank is started."""
     CONTEXT.set_forkserver_preload(["crashing"])
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # the server does not look where we do
+
+
+def start(folder: Path, level: str, steps: int) -> list[BaseProcess]:
+    preload()
     port = free_port()
     ranks: list[BaseProcess] = []
     for rank in range(WORLD_SIZE):
