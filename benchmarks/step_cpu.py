@@ -16,19 +16,16 @@ backward includes the exchange of gradients, step the exchange of weights. Optim
 
 import argparse
 import math
-import os
-import socket
 import statistics
 import sys
 import time
-import warnings
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.multiprocessing as mp
+from ranks_cpu import run_ranks
 from rich.console import Console
 from rich.table import Table
 from timing import busy_seconds, checked_backend, facts, parser_of, round_count, title, write
@@ -54,7 +51,6 @@ class Job:
     iterations: int
     stock_optimizer: str
     ranks: int
-    port: int
 
 
 def ds_config(job: Job, *, fp8: bool) -> dict[str, Any]:
@@ -151,45 +147,6 @@ def train(job: Job) -> dict[str, Any]:
     }
 
 
-def rank_main(rank: int, job: Job, results: Any) -> None:
-    """A spawned process."""
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(job.ranks),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(job.port),
-    }
-    warnings.simplefilter("ignore")
-    import deepspeed
-
-    import ds_fp8
-
-    torch.set_num_threads(1)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # gloo for both, and no C++ for minutes
-    deepspeed.utils.logger.setLevel("ERROR")
-    deepspeed.init_distributed("gloo")
-    ds_fp8.register()
-    results.put((rank, train(job)))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-
-
-def free_port() -> int:
-    with socket.socket() as each:
-        each.bind(("127.0.0.1", 0))
-        return int(each.getsockname()[1])
-
-
-def run_ranks(job: Job) -> list[dict[str, Any]]:
-    """What every rank found. Raises torch's ProcessRaisedException with the traceback of one that failed."""
-    context = mp.get_context("spawn")
-    with context.Manager() as manager:
-        results = manager.Queue()
-        mp.spawn(rank_main, (job, results), nprocs=job.ranks, join=True)
-        return [result for _, result in sorted((results.get() for _ in range(job.ranks)), key=lambda r: r[0])]
-
-
 def slowest(per_rank: list[dict[str, Any]], engine: str) -> list[dict[str, float]]:
     """Milliseconds of each part, and of all, by iteration."""
     found = []
@@ -218,7 +175,7 @@ def rows_of(per_rank: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def measure(job: Job) -> dict[str, Any]:
-    per_rank = run_ranks(job)
+    per_rank = run_ranks(job.ranks, train, job)
     first = per_rank[0]
     losses = {
         name: [
@@ -231,7 +188,7 @@ def measure(job: Job) -> dict[str, Any]:
     if first["fp8"]["kernels"] != "cpu" or not all(map(math.isfinite, last.values())):
         raise SystemExit(f"not timed: kernels {first['fp8']['kernels']}, last losses {last}")
     return {
-        "job": {key: value for key, value in asdict(job).items() if key != "port"},
+        "job": asdict(job),
         "parameters": first["parameters"],
         "stock_optimizer": first["stock_class"],
         "fp8": first["fp8"],
@@ -287,10 +244,9 @@ def main() -> None:
     if shape["width"] % shape["heads"]:
         parser.error(f"--width: received {shape['width']}, allowed: multiples of --heads, {shape['heads']}")
     rounds = arguments.rounds or (2 if arguments.quick else 21)
-    os.environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}  # of the ranks
     machine = {**facts(), "threads": arguments.ranks}
     _, verified = checked_backend()
-    job = Job(shape, arguments.micro_batch, rounds, arguments.stock_optimizer, arguments.ranks, free_port())
+    job = Job(shape, arguments.micro_batch, rounds, arguments.stock_optimizer, arguments.ranks)
     result = measure(job)
     print_result(result, machine)
     write(arguments.out, {**result, "machine": machine, "verified": verified})

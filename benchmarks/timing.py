@@ -163,10 +163,11 @@ def round_count(text: str) -> int:
     return int(text)
 
 
-def parser_of(doc: str | None) -> argparse.ArgumentParser:
+def parser_of(doc: str | None, *, rounds: bool = True) -> argparse.ArgumentParser:
     """A parser with the options that every CPU benchmark has; the docstring is its help."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=round_count, help="in which everybody is timed once")
+    if rounds:
+        parser.add_argument("--rounds", type=round_count, help="in which everybody is timed once")
     parser.add_argument("--quick", action="store_true", help="tiny sizes and few rounds: to see that it runs")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write every number to this JSON file")
     return parser
@@ -192,11 +193,12 @@ def _processor() -> str:
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
-def title(what: str, machine: dict[str, Any], others: float) -> str:
-    """others: cores that were busy with something else meanwhile."""
+def title(what: str, machine: dict[str, Any], others: float | None = None) -> str:
+    """others: cores that were busy with something else meanwhile, where that was measured."""
+    busy = "" if others is None else f", others took {others:.2f} cores"
     return (
         f"{what}; {machine['processor']}, {machine['threads']} of {machine['cores']} cores; "
-        f"load before {machine['load_average_before']}, others took {others:.2f} cores"
+        f"load before {machine['load_average_before']}{busy}"
     )
 
 

@@ -9,18 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ds_fp8.config import FP8Config
-    from ds_fp8.engine import describe, is_active
     from ds_fp8.registration import register, unregister
+    from ds_fp8.status import describe, is_active, stats
     from ds_fp8.zero_fp8.optimizer import FP8AdamW
 
 __version__ = "0.1.0"
-__all__ = ["FP8AdamW", "FP8Config", "describe", "is_active", "register", "unregister"]
+__all__ = ["FP8AdamW", "FP8Config", "describe", "is_active", "register", "stats", "unregister"]
 
 _HOMES = {
     "FP8AdamW": "ds_fp8.zero_fp8.optimizer",
     "FP8Config": "ds_fp8.config",
-    "describe": "ds_fp8.engine",
-    "is_active": "ds_fp8.engine",
+    "describe": "ds_fp8.status",
+    "is_active": "ds_fp8.status",
+    "stats": "ds_fp8.status",
     "register": "ds_fp8.registration",
     "unregister": "ds_fp8.registration",
 }

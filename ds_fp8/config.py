@@ -32,7 +32,9 @@ class Gradients(_Section):
     accum_dtype: Literal["fp32", "bf16", "e4m3"] | None = None
     """The reduced gradient; left out: as `dtype` with one micro-step a step, else fp32."""
     intra_node_size: int | None = Field(default=None, ge=1)
+    """Consecutive ranks that make a node of the two-hop exchange; left out, 1, the world size: one hop."""
     inter_node_dtype: Literal["e4m3", "bf16"] | None = None
+    """Between nodes; left out: as `dtype`."""
 
 
 class Optimizer(_Section):
@@ -120,10 +122,7 @@ BUILT: dict[str, tuple[Any, ...]] = {
     "scaling": ("block",),
     "gradients.reduction": ("fp32",),
     "gradients.autoscale": (None,),
-    "gradients.intra_node_size": (None,),
-    "gradients.inter_node_dtype": (None,),
     "weights.dtype": (None,),
-    "stats.interval": (0,),
 }
 
 
@@ -136,6 +135,7 @@ def parse(ds_config: Mapping[str, Any]) -> FP8Config | None:
     if config.enabled:
         _refuse_unbuilt(config)
         _refuse_idle_rounding(config)
+        _refuse_without_nodes(config.gradients)
     return config
 
 
@@ -187,6 +187,12 @@ def _refuse_idle_rounding(config: FP8Config) -> None:
         raise refusal(
             f"{SECTION}.optimizer.rounding", "stochastic", f'{allowed}"stochastic" with {", ".join(ROUNDED)}'
         )
+
+
+def _refuse_without_nodes(gradients: Gradients) -> None:
+    if gradients.inter_node_dtype is not None and gradients.intra_node_size is None:
+        allowed = "the key left out, or fp8.gradients.intra_node_size beside it"
+        raise refusal(f"{SECTION}.gradients.inter_node_dtype", gradients.inter_node_dtype, allowed)
 
 
 def _built(path: str) -> str:

@@ -13,14 +13,14 @@ from deepspeed import comm as dist
 from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 
 import ds_fp8
-from ds_fp8 import ds_config, memory
+from ds_fp8 import ds_config
 from ds_fp8.compat import ZERO_OPTIMIZATION, CreateLossScaler, NoopTimer
 from ds_fp8.config import FP8Config, parse, refusal, show
-from ds_fp8.ops.formats import FP32
+from ds_fp8.status import accumulating, banner, is_active, write_events
 from ds_fp8.zero_fp8.agreement import check_agreement
-from ds_fp8.zero_fp8.handler import FP8ZeROOptimizer, ZeroSettings
+from ds_fp8.zero_fp8.handler import FP8ZeROOptimizer
 from ds_fp8.zero_fp8.optimizer import FP8AdamW
-from ds_fp8.zero_fp8.recipe import Recipe, recipe_of, weight_dtypes
+from ds_fp8.zero_fp8.recipe import Recipe, ZeroSettings, recipe_of, weight_dtypes
 
 logger = logging.getLogger("ds_fp8")
 
@@ -37,63 +37,10 @@ AGREED_KEYS = (
 )
 
 
-def is_active(engine: Any) -> bool:
-    """Whether this DeepSpeed engine trains with FP8 states and communication."""
-    return isinstance(getattr(engine, "optimizer", None), FP8ZeROOptimizer)
-
-
-def describe(engine: Any) -> dict[str, Any]:
-    """What FP8 does in this engine: formats, bytes a parameter, wire bytes, kernels.
-
-    Raises ValueError for an engine without FP8.
-    """
-    if not is_active(engine):
-        raise ValueError('this engine does not use ds_fp8: is "fp8": {"enabled": true} in its config?')
-    handler: FP8ZeROOptimizer = engine.optimizer
-    recipe, accumulating = handler.recipe, _accumulating(engine)
-    return {
-        "version": ds_fp8.__version__,
-        "opt_level": engine._config.ds_fp8.opt_level,
-        "zero_stage": handler.settings.stage,
-        "world_size": handler.buckets[0].world_size,
-        "gradients": recipe.wire.name,
-        "reduced_gradient": (FP32 if accumulating and recipe.promote else recipe.shard).name,
-        "master": recipe.master.name,
-        "rounding": "stochastic" if recipe.stochastic else "nearest",
-        "exp_avg": recipe.exp_avg.name,
-        "exp_avg_sq": recipe.exp_avg_sq.name,
-        "block_size": recipe.block_size,
-        "state_bytes_a_parameter": memory.state_bytes_a_parameter(recipe),
-        "gradient_bytes_a_parameter": memory.gradient_bytes_a_parameter(recipe, accumulating=accumulating),
-        "wire_bytes_a_gradient_element": memory.wire_bytes_an_element(recipe),
-        "kernels": handler.backend.name,
-    }
-
-
-def _banner(engine: Any) -> str:
-    facts = describe(engine)
-    rounding = ", rounded stochastically" if facts["rounding"] == "stochastic" else ""
-    total = facts["state_bytes_a_parameter"] + facts["gradient_bytes_a_parameter"]
-    return (
-        f"ds_fp8 {facts['version']}: ON, {facts['opt_level']}, ZeRO {facts['zero_stage']}, "
-        f"{facts['world_size']} ranks | gradients {facts['gradients']}, reduced {facts['reduced_gradient']}, "
-        f"master {facts['master']}{rounding}, exp_avg {facts['exp_avg']}, "
-        f"exp_avg_sq {facts['exp_avg_sq']}, block {facts['block_size']} | "
-        f"{total:.2f} bytes a parameter over the ranks, "
-        f"{facts['wire_bytes_a_gradient_element']:.4f} wire bytes a gradient element | "
-        f"kernels: {facts['kernels']}"
-    )
-
-
 def _fp8(engine: Any) -> FP8Config | None:
     """The engine's section, where it is enabled."""
     config: FP8Config | None = getattr(engine._config, "ds_fp8", None)
     return config if config is not None and config.enabled else None
-
-
-def _accumulating(engine: Any) -> bool:
-    """Whether several micro-steps reach the reduced gradient before a step."""
-    return bool(engine.zero_optimization_stage() == 2 and engine.gradient_accumulation_steps() > 1)
 
 
 def initialize_params(original: Method) -> Method:
@@ -189,7 +136,8 @@ def configure_zero_optimizer(original: Method) -> Method:
         config = _fp8(self)
         if config is None:
             return original(self, optimizer)
-        recipe = recipe_of(config, accumulating=_accumulating(self))
+        ranks = dist.get_world_size(self.seq_data_parallel_group)
+        recipe = recipe_of(config, accumulating=accumulating(self), ranks=ranks)
         check_engine(self, recipe)
         self.basic_optimizer = replace_optimizer(optimizer)
         self.optimizer = FP8ZeROOptimizer(
@@ -206,7 +154,8 @@ def configure_zero_optimizer(original: Method) -> Method:
                 dynamic_loss_args=self.dynamic_loss_scale_args(),
             ),
         )
-        logger.info("%s", _banner(self))
+        self.optimizer.health.listeners.append(functools.partial(write_events, self))
+        logger.info("%s", banner(self))
         if self._config.ds_fp8_idle_keys:
             logger.info("without effect with fp8: %s", "; ".join(self._config.ds_fp8_idle_keys))
         return self.optimizer
@@ -219,10 +168,12 @@ def settings_of(config: FP8Config, engine: Any) -> ZeroSettings:
     return ZeroSettings(
         stage=int(engine.zero_optimization_stage()),
         bucket_elements=int(engine.zero_reduce_bucket_size()),
+        overlap=bool(engine.zero_overlap_comm()),
         gradient_clipping=float(engine.gradient_clipping()),
         average=bool(engine.gradient_average),
         max_consecutive_skips=config.max_consecutive_skips,
         save_fp32_master=config.checkpoint.fp32_master,
+        stats_interval=config.stats.interval,
     )
 
 
@@ -238,6 +189,7 @@ def check_engine(engine: Any, recipe: Recipe) -> None:
             raise ValueError(
                 f"deepspeed.initialize: received {what}, allowed with fp8: data parallelism only"
             )
+    _check_nodes(recipe.intra_node_size, dist.get_world_size(engine.seq_data_parallel_group))
     model_dtype, wanted = engine.get_data_types()
     ours = recipe.shard.dtype if engine.zero_optimization_stage() == 2 else model_dtype
     if engine._config.grad_accum_dtype is not None and wanted is not ours:
@@ -252,6 +204,13 @@ def check_engine(engine: Any, recipe: Recipe) -> None:
             beside = f" beside a master {recipe.master.name}" if recipe.master.split else ""
             allowed = ", ".join(map(str, dtypes)) + beside
             raise refusal(f"dtype of {name}", str(parameter.dtype), allowed)
+
+
+def _check_nodes(size: int, ranks: int) -> None:
+    if ranks % size:
+        divisors = ", ".join(str(each) for each in range(1, ranks + 1) if ranks % each == 0)
+        allowed = f"divisors of the world size {ranks}: {divisors}"
+        raise refusal("fp8.gradients.intra_node_size", size, allowed)
 
 
 def replace_optimizer(optimizer: Any) -> FP8AdamW:

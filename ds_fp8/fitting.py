@@ -13,9 +13,9 @@ from typing import Any
 from torch import Tensor
 
 from ds_fp8.zero_fp8 import convert, foreign, manifest
-from ds_fp8.zero_fp8.checkpoint import recipe_facts
+from ds_fp8.zero_fp8.checkpoint import Restorable, recipe_facts
 from ds_fp8.zero_fp8.convert import Converted
-from ds_fp8.zero_fp8.handler import FP8ZeROOptimizer, Restorable
+from ds_fp8.zero_fp8.handler import FP8ZeROOptimizer
 from ds_fp8.zero_fp8.manifest import Manifest
 from ds_fp8.zero_fp8.native import Native
 

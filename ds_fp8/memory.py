@@ -59,10 +59,36 @@ def weight_bytes(itemsize: int, buckets: Sequence[Bucket]) -> int:
     return sum(bucket.world_size * bucket.elements_per_rank * itemsize for bucket in buckets)
 
 
-def exchange_bytes(recipe: Recipe, bucket: Bucket) -> int:
-    """Bytes that one rank hands to the exchange of a bucket; its own part is among them.
+def hop_bytes(recipe: Recipe, bucket: Bucket) -> list[int]:
+    """Bytes that one rank hands to each hop of a bucket's exchange; its own part is among them."""
+    messages = [(bucket.world_size, recipe.wire)]
+    if recipe.two_hops(bucket.world_size):
+        messages.append((bucket.world_size // recipe.intra_node_size, recipe.between_nodes))
+    return [
+        count
+        * -(-block_bytes(bucket.blocks_per_rank, recipe.block_size, fmt) // MESSAGE_ALIGNMENT)
+        * MESSAGE_ALIGNMENT
+        for count, fmt in messages
+    ]
 
-    The send and the receive buffer have this size each and live while the bucket travels.
+
+def exchange_bytes(recipe: Recipe, bucket: Bucket) -> int:
+    """Bytes that one rank hands to the exchange of a bucket, over its hops."""
+    return sum(hop_bytes(recipe, bucket))
+
+
+def in_flight_bytes(recipe: Recipe, buckets: Sequence[Bucket], *, overlap: bool) -> int:
+    """Bytes of messages, sent and received, that one rank holds at most.
+
+    One bucket is on its first hop; with overlap the one before it is on its last.
     """
-    payload = block_bytes(bucket.blocks_per_rank, recipe.block_size, recipe.wire)
-    return bucket.world_size * (-(-payload // MESSAGE_ALIGNMENT) * MESSAGE_ALIGNMENT)
+    hops = [hop_bytes(recipe, bucket) for bucket in buckets]
+    earlier = max(each[-1] for each in hops) if overlap and len(buckets) > 1 else 0
+    return 2 * (max(each[0] for each in hops) + earlier)
+
+
+def gather_bytes(recipe: Recipe, itemsize: int, buckets: Sequence[Bucket]) -> int:
+    """Bytes that a gather of weights takes besides them, at most: slices on their way between nodes."""
+    if not recipe.two_hops(buckets[0].world_size):
+        return 0
+    return max(weight_bytes(itemsize, [bucket]) for bucket in buckets) // recipe.intra_node_size

@@ -134,12 +134,12 @@ TOP_LEVEL: dict[str, Rule] = {
 ZERO: dict[str, Rule] = {
     "stage": HONOURED,
     "reduce_bucket_size": HONOURED,
+    "overlap_comm": HONOURED,
     "contiguous_gradients": NoEffect("gradients are packed into the message that travels"),
     "reduce_scatter": NoEffect("gradients go to their owners by all-to-all"),
     "use_multi_rank_bucket_allreduce": NoEffect("gradients go to their owners by all-to-all"),
     "allgather_partitions": NoEffect("weights are gathered a bucket at a time"),
     "allgather_bucket_size": NoEffect("weights are gathered a bucket at a time"),
-    "overlap_comm": NoEffect("exchange and backward do not overlap yet"),
     "compute_grad_norm": NoEffect("the norm decides whether a step is skipped and is always computed"),
     "load_from_fp32_weights": NoEffect("masters are restored as they were saved"),
     "ignore_unused_parameters": NoEffect("unused parameters count as zero gradients"),

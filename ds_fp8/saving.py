@@ -18,12 +18,13 @@ import torch
 from deepspeed import comm as dist
 
 import ds_fp8
-from ds_fp8.engine import is_active
 from ds_fp8.fitting import Wanted, check, check_stock, check_universal, frozen, others_of, shapes
+from ds_fp8.status import is_active
 from ds_fp8.zero_fp8 import manifest, tags
 from ds_fp8.zero_fp8.agreement import agreed, check_agreement, everybody
+from ds_fp8.zero_fp8.checkpoint import Restorable
 from ds_fp8.zero_fp8.foreign import Universal
-from ds_fp8.zero_fp8.handler import FP8ZeROOptimizer, Restorable
+from ds_fp8.zero_fp8.handler import FP8ZeROOptimizer
 from ds_fp8.zero_fp8.manifest import Manifest
 
 logger = logging.getLogger("ds_fp8")

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup, get_process_group_ranks, get_rank
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -38,34 +39,50 @@ def optimizer_bytes(module: torch.nn.Module, before: dict[int, int]) -> int:
 
 
 class Traffic(TorchDispatchMode):
-    """Bytes handed to collectives while active, by collective.
+    """Bytes of collectives while active, by collective.
 
-    `handed[name]` sums what one rank hands in: the whole tensor of an all-reduce, its own part of an
-    all-gather. `sent(ranks)` turns that into what the rank sends in a ring or pairwise exchange.
+    `handed` sums what this rank hands in: the whole tensor of an all-reduce, its own part of an all-gather.
+    `sent` is what the rank sends for that in a ring or in pairs, within the collective's own group.
+    `crossed` is the part of a pairwise exchange that leaves the node, which is `node_size` consecutive ranks.
     """
 
     SHARE_SENT: ClassVar = {  # of the bytes handed in, by number of ranks
         "allreduce_": lambda n: 2 * (n - 1) / n,
-        "_reduce_scatter_base_": lambda n: (n - 1) / n,
         "reduce_": lambda n: (n - 1) / n,
+        "broadcast_": lambda n: (n - 1) / n,
+        "_reduce_scatter_base_": lambda n: (n - 1) / n,
         "alltoall_base_": lambda n: (n - 1) / n,
         "_allgather_base_": lambda n: n - 1,
-        "broadcast_": lambda n: (n - 1) / n,
     }
+    IN_PAIRS: ClassVar = {  # what goes to each other rank, of the bytes handed in
+        "alltoall_base_": lambda n: 1 / n,
+        "_allgather_base_": lambda n: 1,
+    }
+    WITHOUT_BYTES = ("barrier",)
 
-    def __init__(self) -> None:
+    def __init__(self, node_size: int = 1) -> None:
         super().__init__()
+        self._node_size = node_size
         self.handed: Counter[str] = Counter()
-
-    def sent(self, ranks: int) -> float:
-        return sum(self.SHARE_SENT[name](ranks) * size for name, size in self.handed.items())
+        self.sent: Counter[str] = Counter()
+        self.crossed: Counter[str] = Counter()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func.namespace == "c10d" and func._opname in self.SHARE_SENT:
-            gives = args[1] if func._opname in ("_allgather_base_", "alltoall_base_") else args[0]
-            tensors = gives if isinstance(gives, list) else [gives]
-            size = sum(tensor.nbytes for tensor in tensors)
-            self.handed[func._opname] += size
+        if func.namespace == "c10d" and func._opname not in self.WITHOUT_BYTES:
+            self._count(func._opname, args)
         return func(*args, **(kwargs or {}))
+
+    def _count(self, name: str, args: tuple[Any, ...]) -> None:
+        """Raises KeyError for a collective that it does not know."""
+        share = self.SHARE_SENT[name]
+        group = next(place for place, each in enumerate(args) if isinstance(each, torch.ScriptObject))
+        gives = args[group - 1]  # an output, where there is one, comes before it
+        size = sum(each.nbytes for each in (gives if isinstance(gives, list) else [gives]))
+        ranks = get_process_group_ranks(ProcessGroup.unbox(args[group]))
+        self.handed[name] += size
+        self.sent[name] += share(len(ranks)) * size
+        if name in self.IN_PAIRS:
+            elsewhere = sum(each // self._node_size != get_rank() // self._node_size for each in ranks)
+            self.crossed[name] += elsewhere * self.IN_PAIRS[name](len(ranks)) * size

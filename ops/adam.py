@@ -148,7 +148,7 @@ def adam_step(
 
 
 def _noise(seed: int, step: int, parameter: int, first: int, like: Tensor, state: int) -> Tensor:
-    """16 random bits for each element of a state's rows, int32; `first` is the first element's index."""
+    """24 random bits for each element of a state's rows, int32; `first` is the first element's index."""
     word = key(stream(seed, step, state), parameter)
     return random_bits(word, first, like.numel(), like.device).view_as(like)
 

@@ -27,7 +27,7 @@ class Backend:
     """The ops of one implementation."""
 
     name: str
-    quantize: Callable[[Tensor, blocks.Blocks], None]
+    quantize: Callable[..., None]
     dequantize: Callable[[blocks.Blocks, Tensor], None]
     accumulate: Callable[..., Tensor]
     plan: Callable[..., Any]

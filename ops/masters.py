@@ -33,7 +33,7 @@ def decode_masters(master: Blocks, weights: Tensor, factor: float = 1.0) -> Tens
 def encode_masters(values: Tensor, master: Blocks, weights: Tensor, bits: Tensor | None = None) -> None:
     """Round float32 rows into the masters, and the weights from what is stored.
 
-    bits: 16 random bits an element, int32, for stochastic rounding; None rounds to nearest.
+    bits: 24 random bits an element, int32, for stochastic rounding; None rounds to nearest.
     """
     if master.format.split:
         _encode_split(values, master, weights, bits)

@@ -66,7 +66,7 @@ def store_masters(
 ):
     """Round a tile into masters, and the weights from what is stored.
 
-    random: 16 random bits an element on top of an uint32, used where STOCHASTIC.
+    random: 24 random bits an element on top of an uint32, used where STOCHASTIC.
     """
     if is_split(FORMAT):
         store_split(p, random, codes, weights, offset, inside, FORMAT, STOCHASTIC)

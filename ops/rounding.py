@@ -5,9 +5,10 @@ moment does at (1 - beta2) = .001 to .05; rounding up with the probability of th
 follows it in the mean. The bits come from a hash of (seed, step, parameter, element), never from
 a generator with a state: they are the same in every kernel, at every world size, after a resume.
 
-A hash gives 16 bits, which leave a bias of at most 2^-16 of a code (2^-13 in FP16, which drops no
-more bits). Each state of an element draws from its own stream. The mixer is a 32-bit integer hash of
-two multiplications (constants of Wellons' hash-prospector, bias 0.107).
+A draw has more bits than any format drops, so that the mean is the value: with 16 of them E4M3 drifts by
+a tenth of a code where a step moves a value by 1e-4 of the way. Each state of an element draws from its
+own stream. The mixer is a 32-bit integer hash of two multiplications (constants of Wellons'
+hash-prospector, bias 0.107).
 """
 
 import torch
@@ -19,7 +20,7 @@ MASK = 0xFFFFFFFF
 MULTIPLIERS = (0x21F0AAAD, 0xD35A2D97)
 SPREAD = 0x9E3779B9  # 2^32 over the golden ratio
 START = 0x243F6A88  # the first word of pi
-RANDOM_BITS = 16  # bits a rounding consumes
+RANDOM_BITS = 24  # of a draw; E5M2 drops 21
 MASTER, EXP_AVG_SQ = 0, 2  # the states whose streams these are; exp_avg, 1, rounds to nearest
 QUIET_NAN = 0x7FC00000
 CODE_DTYPE = {1: torch.uint8, 2: torch.int16}  # integers as wide as a code
@@ -56,7 +57,7 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
 
 
 def random_bits(key: int, first: int, count: int, device: torch.device) -> Tensor:
-    """16 random bits for the elements first .. first + count - 1 of a parameter, [count] int32.
+    """24 random bits for the elements first .. first + count - 1 of a parameter, [count] int32.
 
     The element index counts modulo 2^32. It is spread over the word first, or distant elements would
     follow each other, and mixed but for the last step, which the upper half does not need.
@@ -71,17 +72,16 @@ def random_bits(key: int, first: int, count: int, device: torch.device) -> Tenso
 def round_stochastically(magnitudes: Tensor, bits: Tensor, fmt: Format) -> Tensor:
     """Codes, int32, of non-negative values rounded to one of the two next to them.
 
-    magnitudes: float32, at most fmt.max where the format is scaled; bits: int32 of the same shape, 16 random
+    magnitudes: float32, at most fmt.max where the format is scaled; bits: int32 of the same shape, 24 random
     bits. A value between two codes goes to the upper one with the probability of its distance from the lower.
 
     Where the format's exponents are brought onto FP32's own, its codes are the upper bits of the float,
     subnormals included: adding noise below them and cutting rounds.
     """
     dropped = 23 - fmt.mantissa_bits
-    noise = bits << dropped - RANDOM_BITS if dropped > RANDOM_BITS else bits >> RANDOM_BITS - dropped
     raw = (magnitudes * 2.0 ** (fmt.bias - FP32.bias)).view(torch.int32)
     raw = torch.where(magnitudes.isnan(), QUIET_NAN, raw)  # another could carry into the sign
-    return (raw + noise) >> dropped
+    return (raw + (bits >> RANDOM_BITS - dropped)) >> dropped
 
 
 def round_up_from_zero(values: Tensor, bits: Tensor, fmt: Format) -> Tensor:

@@ -24,7 +24,7 @@ def exponent_shift(name):
 
 @triton.jit
 def mix(x):
-    """`ops.rounding.mix` on uint32, without its last step: the high 16 bits are random."""
+    """`ops.rounding.mix` on uint32, without its last step: the upper bits are random."""
     x = (x ^ (x >> 16)) * FIRST_MULTIPLIER
     return (x ^ (x >> 15)) * SECOND_MULTIPLIER
 
@@ -38,7 +38,7 @@ def key_of(stream, parameter):
 
 @triton.jit
 def random_bits(key, element):
-    """16 random bits of an element, on top of an uint32."""
+    """24 random bits of an element, on top of an uint32."""
     return mix(element * SPREAD + key)
 
 
@@ -46,16 +46,11 @@ def random_bits(key, element):
 def with_noise(bits, random, FORMAT: tl.constexpr):
     """The bits of positive values, int32, and noise below the code bits: what `ops.rounding` cuts.
 
-    The high 16 bits of `random`, uint32, are used.
+    random: uint32, of which as many of the upper bits are used as the format drops.
     """
-    DROPPED: tl.constexpr = dropped_bits(FORMAT)
     if not is_scaled(FORMAT):
         bits = tl.minimum(bits, 0x7FC00000)  # a larger NaN would carry into the sign
-    if DROPPED > 16:
-        noise = (random >> 16) << (DROPPED - 16)
-    else:
-        noise = random >> (32 - DROPPED)
-    return bits + noise.to(tl.int32)
+    return bits + (random >> (32 - dropped_bits(FORMAT))).to(tl.int32)
 
 
 @triton.jit

@@ -15,7 +15,7 @@ from torch import Tensor
 from ds_fp8.ops.backend import Backend
 from ds_fp8.ops.blocks import NOT_FINITE, Blocks, quantize, scale_down, scale_exponents, to_float32
 from ds_fp8.ops.formats import BF16, BY_NAME, E4M3, E5M2, FP16, FP32, UE4M4, Format
-from ds_fp8.ops.rounding import round_up_from_zero
+from ds_fp8.ops.rounding import RANDOM_BITS, round_up_from_zero
 
 CPU = torch.device("cpu")
 GARBAGE = 0xA5
@@ -129,7 +129,7 @@ def round_to_nearest(values: Tensor, out: Blocks) -> None:
         return
     assert out.scales is not None
     e = scale_exponents(values, out.format)
-    halves = torch.full(values.shape, 0x8000, dtype=torch.int32)
+    halves = torch.full(values.shape, 1 << RANDOM_BITS - 1, dtype=torch.int32)
     out.scales.copy_(e)
     out.codes.copy_(round_up_from_zero(scale_down(values.abs(), e), halves, out.format))
 

@@ -319,6 +319,7 @@ FEATURES: dict[str, Feature] = {
     "unused, empty and one-element parameters": Feature(model=Unused, stock_model=UnusedWithoutEmpty),
     "parameters used on one rank only": Feature(model=UsedOnOneRank, stock_model=UsedForNothingElsewhere),
     "parameters larger than reduce_bucket_size": Feature(config={"bucket": 500}),
+    "overlap_comm": Feature(config={"bucket": 5000, "zero": {"overlap_comm": True}}),
     "FP32 parameters": Feature(config={"bf16": False}),
     "FP16 parameters without an fp16 section": Feature(
         model=of_dtype(torch.float16), config={"bf16": False}, stock_stage=2
@@ -349,6 +350,10 @@ FEATURES: dict[str, Feature] = {
 PROVED_ELSEWHERE = {
     "ZeRO 1 and 2, any number of ranks": "test_parity.py::test_gradients",
     "losses of stock DeepSpeed BF16": "test_parity.py::test_losses_equal_stock_bf16",
+    "overlap_comm on and off: the same bits": "test_overlap.py::test_overlap_changes_no_bit",
+    "fp8.gradients.intra_node_size: one k-th of the bytes between nodes": (
+        "test_two_hops.py::test_bytes_between_nodes_are_one_kth"
+    ),
     "several param groups, a client's torch scheduler": (
         "test_engine.py::test_param_groups_and_a_client_scheduler"
     ),
@@ -359,6 +364,14 @@ PROVED_ELSEWHERE = {
     "skipping of steps with non-finite gradients": "test_skip.py::test_every_rank_skips",
     "safe_get_full_fp32_param, _optimizer_state, _grad": "test_access.py::test_reading",
     "safe_set_full_fp32_param, _optimizer_state, _grad": "test_access.py::test_writing",
+    "opt_level O2+: losses of stock DeepSpeed BF16": "test_parity.py::test_losses_equal_stock_bf16",
+    "master_dtype split16: FP32 masters, bit for bit": (
+        "test_parity.py::test_split16_is_an_fp32_master_bit_for_bit"
+    ),
+    "stochastic masters: the same bits at any world size": (
+        "test_world_size.py::test_states_do_not_depend_on_the_world_size"
+    ),
+    "fp8.stats.interval: health on monitors": "test_health.py::test_events_reach_the_monitor",
     "csv and tensorboard monitors": "test_engine.py::test_monitors",
     "engine.destroy(), several engines in a process": "test_engine.py::test_engines_side_by_side",
     "save_checkpoint, load_checkpoint at the same world size": "test_checkpoint.py::test_resume_is_exact",

@@ -18,6 +18,7 @@ from ds_fp8.ops.blocks import Blocks
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
+import comm_model  # noqa: E402
 import timing  # noqa: E402
 from verify import verify  # noqa: E402
 
@@ -79,15 +80,21 @@ def test_a_size_that_is_not_whole_blocks_is_refused() -> None:
     assert "multiples of 1024" in done.stderr
 
 
-def quick(script: str, out: Path, *options: str) -> tuple[dict[str, Any], str]:
+def run_quick(script: str, out: Path, *options: str) -> tuple[dict[str, Any], str]:
     """A CPU benchmark at tiny sizes: its JSON and what it printed."""
     command = [sys.executable, str(BENCHMARKS / script), "--quick", "--out", str(out), *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     result: dict[str, Any] = json.loads(out.read_text())
+    return result, done.stdout
+
+
+def quick(script: str, out: Path, *options: str) -> tuple[dict[str, Any], str]:
+    """One that times kernels."""
+    result, printed = run_quick(script, out, *options)
     assert len(result["verified"]) == 3
     assert result["machine"]["threads"] >= 1
-    return result, done.stdout
+    return result, printed
 
 
 def test_adam_cpu(tmp_path: Path) -> None:
@@ -131,9 +138,104 @@ def test_step_cpu(tmp_path: Path) -> None:
     assert "torch_adam (torch AdamW)" in printed
 
 
+def test_comm_volume(tmp_path: Path) -> None:
+    result, printed = run_quick("comm_volume.py", tmp_path / "volume.json", "--node-size", "4")
+    rows = {row["name"]: row for row in result["counted"]}
+    assert len(rows) == 7
+    for stage in (1, 2):
+        ours, bf16, fp32 = (rows[f"{name}, ZeRO {stage}"] for name in ("ds_fp8", "stock BF16", "stock FP32"))
+        parameters = ours["parameters"]
+        assert ours["sent"]["alltoall_base_"] == pytest.approx(parameters * 129 / 128 / 2, rel=0.01)
+        assert bf16["sent"]["allreduce_"] == pytest.approx(parameters * 2, rel=0.001)
+        assert fp32["sent"]["allreduce_"] == pytest.approx(parameters * 4, rel=0.001)
+    reduce = rows["stock BF16, ZeRO 2, reduce to owners"]["sent"]
+    assert reduce["reduce_"] == reduce["_allgather_base_"]
+    assert [row["ranks"] for row in result["formula"]] == [2**n for n in range(1, 11)]
+    assert all(f"{name}" in printed for name in rows)
+
+
+def test_overlap_cpu(tmp_path: Path) -> None:
+    result, printed = run_quick("overlap_cpu.py", tmp_path / "overlap.json", "--layers", "1")
+    rows = {row["part"]: row for row in result["rows"]}
+    assert [*rows] == ["exchange", "gather", "iteration"]
+    assert all(len(row["rounds"][name]) == 3 for row in rows.values() for name in ("plain", "overlap"))
+    whole = rows["iteration"]["rounds"]["plain"]
+    assert all(0 < part < all_ for part, all_ in zip(rows["exchange"]["rounds"]["plain"], whole, strict=True))
+    assert result["fp8"]["overlap_comm"] is True
+    assert result["buckets"] > 2
+    assert "exchange, exposed" in printed
+
+
+def test_two_hops(tmp_path: Path) -> None:
+    result, printed = run_quick("two_hops.py", tmp_path / "hops.json")
+    for row in result["rows"]:
+        assert row["theory"] - 0.3 < row["cost"] < row["theory_with_ties"] + 0.3
+        assert abs(row["cost_of_bf16"]) < 0.1
+        assert row["decibels"]["two, kept in E4M3"] < row["decibels"]["two, kept in BF16"]
+    assert "with ties" in printed
+
+
+class TestModel:
+    CLUSTER = comm_model.Cluster(
+        ranks=32,
+        node_size=8,
+        intra_latency=1e-6,
+        intra_bandwidth=100e9,
+        inter_latency=10e-6,
+        inter_bandwidth=10e9,
+        quantize_rate=1e12,
+        sum_rate=2e12,
+    )
+
+    def test_bytes(self) -> None:
+        sent = {name: way(self.CLUSTER) for name, way in comm_model.WAYS.items()}
+        assert sent["BF16 all-reduce"].sent == 4 * 31 / 32
+        assert sent["BF16 all-reduce"].crossed == 4 * 31 / 32 / 8
+        assert sent["FP8 one hop"].crossed == pytest.approx(129 / 128 * 24 / 32)
+        assert sent["FP8 two hops"].crossed == pytest.approx(sent["FP8 one hop"].crossed / 8)
+        assert sent["FP8 two hops, BF16 between"].crossed == pytest.approx(2 * 3 / 4 / 8)
+        weights = [comm_model.all_gather(self.CLUSTER, 2.0, hops=hops) for hops in (1, 2)]
+        assert weights == [(2 * 31 / 32, 2 * 24 / 32), (2 * 31 / 32, 2 * 3 / 32)]
+
+    def test_seconds(self) -> None:
+        elements, fp8 = 1e9, 129 / 128
+        one = comm_model.WAYS["FP8 one hop"](self.CLUSTER).seconds(self.CLUSTER, elements)
+        assert one == pytest.approx(1e-3 + 24 * 10e-6 + fp8 * 24 / 32 * elements / 10e9 + 0.5e-3)
+        two = comm_model.WAYS["FP8 two hops"](self.CLUSTER).seconds(self.CLUSTER, elements)
+        inside = 7e-6 + fp8 * 7 / 8 * elements / 100e9 + 0.5e-3
+        between = 3 * 10e-6 + fp8 * 3 / 4 / 8 * elements / 10e9 + 0.5e-3 / 8
+        assert two == pytest.approx(1e-3 + inside + between)
+        ring = comm_model.WAYS["BF16 all-reduce"](self.CLUSTER).seconds(self.CLUSTER, elements)
+        assert ring == pytest.approx(2 * 2 * 10e-6 + 4 * 31 / 32 / 8 * elements / 10e9)
+
+    def test_one_node_has_one_hop(self) -> None:
+        cluster = comm_model.Cluster(ranks=8, node_size=8)
+        assert comm_model.WAYS["FP8 two hops"](cluster) == comm_model.WAYS["FP8 one hop"](cluster)
+        assert comm_model.WAYS["FP8 two hops"](cluster).crossed == 0
+
+    def test_where_fp8_wins(self) -> None:
+        cluster, stock = comm_model.Cluster(ranks=64), comm_model.STOCK[:1]
+        first = comm_model.fp8_wins_from(cluster, stock)
+        assert first is not None
+        assert first > 1024, "nothing is left where BF16 wins"
+        for elements, wins in ((first, True), (first // 2, False)):
+            ours, theirs = (
+                comm_model.fastest(names, cluster, elements)[1] for names in (comm_model.OURS, stock)
+            )
+            assert (ours < theirs) is wins
+
+
 @pytest.mark.parametrize(
     ("script", "options", "message"),
     [
+        ("comm_volume.py", ["--inter-bandwidth", "0"], "received '0', allowed: a number above 0"),
+        ("comm_volume.py", ["--node-size", "6"], "received 6, allowed: powers of two"),
+        ("two_hops.py", ["--elements", "1000"], "received 1000, allowed: multiples of 128"),
+        (
+            "overlap_cpu.py",
+            ["--width", "33", "--heads", "2"],
+            "received 33, allowed: multiples of --heads, 2",
+        ),
         ("adam_cpu.py", ["--parameters", "5O"], "received '5O', allowed: a count such as 50M"),
         ("adam_cpu.py", ["--rounds", "0"], "received '0', allowed: 1 or more"),
         ("quantize_cpu.py", ["--elements", "1M"], "received 1000000, allowed: multiples of 1024"),

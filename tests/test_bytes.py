@@ -1,10 +1,10 @@
 """Bytes in memory and on the wire, counted from outside."""
 
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
-from deepspeed import comm as dist
 from engines import SMALL, batches, build, build_gpt, ds_config, train_losses
 from meters import Traffic, live_tensors, optimizer_bytes, storages
 from ranks import RankPools
@@ -12,7 +12,12 @@ from torch import Tensor, nn
 from train_lm import ByteGPT, Shape
 
 from ds_fp8 import memory
+from ds_fp8.config import parse
+from ds_fp8.ops.backend import REFERENCE
 from ds_fp8.zero_fp8.handler import FP8ZeROOptimizer
+from ds_fp8.zero_fp8.partition import ParameterSpec, partition
+from ds_fp8.zero_fp8.recipe import recipe_of
+from ds_fp8.zero_fp8.shard import Shard
 
 DIVISIBLE = Shape(layers=1, width=128, heads=4, context=49)  # 2112 blocks: 16 n on each of 2 or 4 ranks
 
@@ -96,7 +101,7 @@ def count_traffic(config: dict[str, Any], shape: Shape) -> dict[str, Any]:
         train_losses(engine, source, 1)
     result = {
         "handed": dict(traffic.handed),
-        "sent": traffic.sent(dist.get_world_size()),
+        "sent": sum(traffic.sent.values()),
         "parameters": sum(each.numel() for each in engine.module.parameters()),
         "exchange": None,
     }
@@ -150,3 +155,33 @@ def test_the_ruler_sees_a_tensor() -> None:
     before = storages(live_tensors())
     extra = torch.zeros(1000)
     assert optimizer_bytes(model, before) == extra.nbytes
+
+
+EVERY_STATE = list(
+    product(
+        ("fp32", "fp16", "bf16", "split16", "split8"),
+        ("fp32", "bf16", "fp16", "e4m3", "e5m2"),
+        ("fp32", "bf16", "fp16", "ue4m4", "e4m3", "e5m2"),
+        (32, 128),
+    )
+)
+BITS = {"fp32": 32, "fp16": 16, "bf16": 16, "split16": 16, "split8": 8, "ue4m4": 8, "e4m3": 8, "e5m2": 8}
+UNSCALED = ("fp32", "bf16", "split16", "split8")
+
+
+def test_every_recipe_allocates_its_bytes() -> None:
+    """Codes, and a byte a block where the format has a scale: allocated as the arithmetic says."""
+    specs = [ParameterSpec(index, numel, 0, "bf16") for index, numel in enumerate((1000, 1, 4096))]
+    for *formats, block_size in EVERY_STATE:
+        keys = ("master_dtype", "exp_avg_dtype", "exp_avg_sq_dtype")
+        section = {"block_size": block_size, "optimizer": dict(zip(keys, formats, strict=True))}
+        config = parse({"fp8": {"enabled": True, **section}})
+        assert config is not None
+        recipe = recipe_of(config)
+        buckets = partition(specs, bucket_elements=10**6, block_size=block_size, world_size=2)
+        blocks = buckets[0].blocks_per_rank
+        by_hand = sum(blocks * (block_size * BITS[each] // 8 + (each not in UNSCALED)) for each in formats)
+        shard = Shard(buckets[0], 0, recipe, torch.device("cpu"), REFERENCE)
+        assert memory.state_bytes(recipe, buckets) == by_hand
+        assert shard.nbytes == by_hand + memory.gradient_bytes(recipe, buckets, accumulating=False)
+        assert memory.state_bytes_a_parameter(recipe) == by_hand / (blocks * block_size)

@@ -11,7 +11,7 @@ import pytest
 from pydantic import ValidationError
 
 from ds_fp8 import ds_config, rules
-from ds_fp8.config import BUILT, FP8Config, Level, parse
+from ds_fp8.config import BUILT, LEVELS, FP8Config, Level, parse
 
 README = Path(__file__).parents[1] / "README.md"
 SHIPPED = sorted(
@@ -119,6 +119,7 @@ class TestSection:
 
 UNKNOWN = "unknown key with the value "
 
+IDLE_ROUNDING = ("fp8.optimizer.rounding", '"stochastic"', '"nearest" with the master split16')
 WRONG = [  # section, path in the message, value in the message, a part of what is allowed
     # unknown keys, at each depth
     ({"levl": "O2"}, "fp8.levl", UNKNOWN + '"O2"', "opt_level, scaling"),
@@ -194,9 +195,30 @@ WRONG = [  # section, path in the message, value in the message, a part of what 
     ({"optimizer": {"rounding": "up"}}, "fp8.optimizer.rounding", '"up"', '"nearest"'),
     ({"optimizer": {"seed": -1}}, "fp8.optimizer.seed", "-1", "greater than or equal to 0"),
     ({"weights": {"dtype": "bf16"}}, "fp8.weights.dtype", '"bf16"', "left out"),
-    ({"gradients": {"intra_node_size": 0}}, "fp8.gradients.intra_node_size", "0", "left out"),
+    (
+        {"gradients": {"intra_node_size": 0}},
+        "fp8.gradients.intra_node_size",
+        "0",
+        "greater than or equal to 1",
+    ),
+    ({"gradients": {"intra_node_size": "8"}}, "fp8.gradients.intra_node_size", '"8"', "integer"),
+    ({"gradients": {"inter_node_dtype": "e5m2"}}, "fp8.gradients.inter_node_dtype", '"e5m2"', '"bf16"'),
+    (
+        {"enabled": True, "gradients": {"inter_node_dtype": "bf16"}},
+        "fp8.gradients.inter_node_dtype",
+        '"bf16"',
+        "the key left out, or fp8.gradients.intra_node_size beside it",
+    ),
     ({"stats": {"interval": -1}}, "fp8.stats.interval", "-1", "0"),
     ({"max_consecutive_skips": 0}, "fp8.max_consecutive_skips", "0", "greater than or equal to 1"),
+    # nothing is rounded away
+    ({"enabled": True, "opt_level": "O2+", "optimizer": {"rounding": "stochastic"}}, *IDLE_ROUNDING),
+    (
+        {"enabled": True, "optimizer": {"rounding": "stochastic", "master_dtype": "fp32"}},
+        "fp8.optimizer.rounding",
+        '"stochastic"',
+        '"stochastic" with fp16, bf16, split8',
+    ),
     # the section is no object
     (None, "fp8", "null", "an object of enabled, opt_level"),
     (True, "fp8", "true", "an object of enabled, opt_level"),
@@ -211,10 +233,7 @@ UNBUILT = [  # path, value, a part of what is allowed
     ("gradients.autoscale", "dynamic", "left out"),
     ("gradients.autoscale", "pre", "left out"),
     ("gradients.autoscale", "post", "left out"),
-    ("gradients.intra_node_size", 8, "left out"),
-    ("gradients.inter_node_dtype", "bf16", "left out"),
     ("weights.dtype", "e4m3", "left out"),
-    ("stats.interval", 10, "0"),
 ]
 
 
@@ -369,6 +388,7 @@ HARMLESS: list[dict[str, Any]] = [
     {"optimizer": {"type": "FP8AdamW", "params": {"lr": 1e-3}}},
     {"optimizer": {}},
     {"zero_optimization": {"stage": 1}},
+    {"zero_optimization": {"stage": 2, "overlap_comm": True}},
     {"zero_optimization": {"stage": 2, "round_robin_gradients": False, "zero_hpz_partition_size": 1}},
     {"zero_optimization": {"stage": 2, "zenflow": None, "offload_optimizer": None}},
     {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "none"}}},
@@ -425,13 +445,13 @@ class TestRestOfTheConfig:
                 "train_batch_size": 8,
                 "aio": {"block_size": 1},
                 "bf16": {"enabled": True, "immediate_grad_update": True},
-                "zero_optimization": {"stage": 2, "reduce_scatter": True, "overlap_comm": True},
+                "zero_optimization": {"stage": 2, "reduce_scatter": True, "allgather_partitions": True},
             }
         )
         assert idle == [
             "aio (nothing is offloaded)",
             "zero_optimization.reduce_scatter (gradients go to their owners by all-to-all)",
-            "zero_optimization.overlap_comm (exchange and backward do not overlap yet)",
+            "zero_optimization.allgather_partitions (weights are gathered a bucket at a time)",
             "bf16.immediate_grad_update (a key of DeepSpeed's BF16 optimizer)",
         ]
 
@@ -499,9 +519,12 @@ def unclassed(model: Any, table: dict[str, rules.Rule]) -> set[str]:
     return fields_of(model) - set(table)
 
 
+LEVEL_KINDS = [name.lower().replace("+", "plus") for name in LEVELS]
+
+
 class TestShippedConfigs:
     def test_there_is_one_a_stage_and_level(self) -> None:
-        assert set(SHIPPED) >= {f"zero{n}_{kind}.json" for n in (1, 2) for kind in ("bf16", "o1", "o2")}
+        assert set(SHIPPED) >= {f"zero{n}_{kind}.json" for n in (1, 2) for kind in ("bf16", *LEVEL_KINDS)}
 
     @pytest.mark.parametrize("name", SHIPPED)
     def test_parses_and_passes(self, name: str) -> None:
@@ -515,7 +538,7 @@ class TestShippedConfigs:
         else:
             assert fp8 is not None
             assert fp8.enabled
-            assert fp8.opt_level == kind.upper()
+            assert fp8.opt_level == kind.upper().replace("PLUS", "+")
             assert ds_config.check(config) == []
 
 

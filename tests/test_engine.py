@@ -289,6 +289,13 @@ def test_sparse_embedding_is_refused(ranks: RankPools) -> None:
     assert "0.sparse" in ranks.run(1, refusal, None, ds_config({}), model)[0]
 
 
+def test_a_split_master_without_bf16_weights_is_refused(ranks: RankPools) -> None:
+    message = ranks.run(1, refusal, None, ds_config({"opt_level": "O2+"}, bf16=False))[0]
+    assert message.startswith("dtype of tokens.weight: received")
+    assert "torch.float32" in message
+    assert message.endswith("allowed: torch.bfloat16 beside a master split16")
+
+
 def test_config_is_refused_before_the_model_is_touched(ranks: RankPools) -> None:
     config = ds_config({"gradients": {"dtype": "fp4"}})
     assert "fp8.gradients.dtype" in ranks.run(1, refusal, None, config)[0]

@@ -76,9 +76,12 @@ LEFTOVERS: list[Callable[[Any, Tensor, str], None]] = [
 ]
 
 
-def train(leave: Callable[[Any, Tensor, str], None] | None, stage: int, folder: str) -> list[Any]:
+def train(
+    leave: Callable[[Any, Tensor, str], None] | None, zero: dict[str, Any], node: int, folder: str
+) -> list[Any]:
     """Three clean steps, after `leave` has tried to leave something."""
-    engine = build_gpt(ds_config({"max_consecutive_skips": 3}, stage=stage, bucket=4000))
+    fp8 = {"max_consecutive_skips": 3, "gradients": {"intra_node_size": node}}
+    engine = build_gpt(ds_config(fp8, zero=zero, bucket=4000))
     source: Iterator[Tensor] = batches(engine)
     if leave is not None:
         leave(engine, next(source), folder)
@@ -93,11 +96,24 @@ def train(leave: Callable[[Any, Tensor, str], None] | None, stage: int, folder: 
     return result
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize(
+    "zero", [{"stage": 1}, {"stage": 2}, {"stage": 2, "overlap_comm": True}], ids=["1", "2", "overlap"]
+)
 @pytest.mark.parametrize("leave", LEFTOVERS, ids=lambda each: each.__name__)
-def test_nothing_is_left(ranks: RankPools, tmp_path: Any, leave: Any, stage: int) -> None:
-    clean = ranks.run(2, train, None, stage, str(tmp_path))
-    after = ranks.run(2, train, leave, stage, str(tmp_path))
+def test_nothing_is_left(ranks: RankPools, tmp_path: Any, leave: Any, zero: dict[str, Any]) -> None:
+    assert_nothing_is_left(ranks, 2, leave, zero, 1, str(tmp_path))
+
+
+@pytest.mark.parametrize("leave", [cut_off, second_backward, not_a_number], ids=lambda each: each.__name__)
+def test_nothing_is_left_between_two_hops(ranks: RankPools, tmp_path: Any, leave: Any) -> None:
+    assert_nothing_is_left(ranks, 4, leave, {"overlap_comm": True}, 2, str(tmp_path))
+
+
+def assert_nothing_is_left(
+    ranks: RankPools, world_size: int, leave: Any, zero: dict[str, Any], node: int, folder: str
+) -> None:
+    clean = ranks.run(world_size, train, None, zero, node, folder)
+    after = ranks.run(world_size, train, leave, zero, node, folder)
     for (norms, overflow, weights), (norms2, overflow2, weights2) in zip(clean, after, strict=True):
         assert norms == norms2
         assert overflow is overflow2 is False

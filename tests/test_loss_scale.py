@@ -16,11 +16,11 @@ from train_lm import Corpus, read_corpus
 
 from ds_fp8.compat import CreateLossScaler, NoopTimer
 from ds_fp8.config import FP8Config
-from ds_fp8.zero_fp8.handler import FP8ZeROOptimizer, ZeroSettings
+from ds_fp8.zero_fp8.handler import FP8ZeROOptimizer
 from ds_fp8.zero_fp8.manifest import FORMAT_VERSION, File, Manifest, parse, render
 from ds_fp8.zero_fp8.native import Native
 from ds_fp8.zero_fp8.optimizer import FP8AdamW
-from ds_fp8.zero_fp8.recipe import recipe_of
+from ds_fp8.zero_fp8.recipe import ZeroSettings, recipe_of
 
 DYNAMIC = {
     "init_scale": 2.0**20,
@@ -55,10 +55,12 @@ def make(static: float | None, stage: int, level: str, dtype: torch.dtype) -> tu
     settings = ZeroSettings(
         stage=stage,
         bucket_elements=10_000,
+        overlap=stage == 2,
         gradient_clipping=1.0,
         average=True,
         max_consecutive_skips=50,
         save_fp32_master=True,
+        stats_interval=0,
     )
     recipe = recipe_of(FP8Config(enabled=True, opt_level=level), accumulating=False)
     optimizer = FP8AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95))

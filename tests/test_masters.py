@@ -172,12 +172,11 @@ def test_stochastic_masters_are_unbiased(fmt: Format) -> None:
         assert len(found) == 2
         assert found[0] <= value <= found[1]
         sigma = float(read.std()) / math.sqrt(read.numel())
-        granularity = float(found[1] - found[0]) * 2.0 ** -min(16, 23 - fmt.mantissa_bits)
-        assert abs(float(read.mean()) - value) < 3 * sigma + granularity, f"{value}"
+        assert abs(float(read.mean()) - value) < 3 * sigma, f"{value}"
 
 
 @each_rounded
-@pytest.mark.parametrize("draw", [0, 1, 0x8000, 0xFFFF])
+@pytest.mark.parametrize("draw", [0, 1, 0x800000, 0xFFFFFF])
 def test_a_master_that_needs_no_rounding_is_kept(fmt: Format, draw: int) -> None:
     values = torch.randn(320, generator=torch.Generator().manual_seed(0)).bfloat16().float()
     master, weights = stored(values, fmt)
@@ -202,7 +201,7 @@ def test_weights_are_of_the_masters_as_stored(fmt: Format) -> None:
 def test_a_stochastic_master_that_is_not_finite(fmt: Format, bad: float) -> None:
     values = torch.ones(64)
     values[3] = bad
-    for draw in (0, 0xFFFF):
+    for draw in (0, 0xFFFFFF):
         master, weights = stored(values, fmt, torch.full((64,), draw, dtype=torch.int32))
         assert not decode_masters(master, weights)[0, 3].isfinite()
         assert not weights[0, 3].isfinite()

@@ -153,11 +153,15 @@ def test_stages_equal_bit_for_bit_without_accumulation(ranks: RankPools) -> None
 
 
 def measure_gradients(
-    stage: int, micro_steps: int, clipping: float, planted: str | None
+    stage: int,
+    micro_steps: int,
+    clipping: float,
+    planted: str | None,
+    fp8: dict[str, Any] | None = None,
 ) -> dict[str, list[Any]]:
     """Ten steps of FP8 and stock side by side: norms, and each gradient's error to the FP32 mean."""
     options: dict[str, Any] = {"stage": stage, "micro_steps": micro_steps, "clipping": clipping}
-    ours = build_gpt(ds_config({"opt_level": "O2"}, **options), WIDE)
+    ours = build_gpt(ds_config({"opt_level": "O2", **(fp8 or {})}, **options), WIDE)
     stock = build_gpt(ds_config(**options), WIDE)
     reference = ByteGPT(WIDE).bfloat16()
     found: dict[str, list[Any]] = {"norms": [], "stock_norms": [], "errors": []}

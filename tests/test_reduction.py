@@ -13,7 +13,7 @@ from ds_fp8.ops.formats import BF16, BY_NAME, E4M3, E5M2, FP16, FP32, Format
 from ds_fp8.ops.reduction import accumulate, figures, first_non_finite_block
 
 CPU = torch.device("cpu")
-ALL = tuple(BY_NAME.values())
+ALL = tuple(fmt for fmt in BY_NAME.values() if fmt.dtype.is_floating_point)
 SCALED = (E4M3, E5M2, FP16)
 UNSCALED = (FP32, BF16)
 CODE_DTYPE = {1: torch.uint8, 2: torch.int16, 4: torch.int32}

@@ -16,6 +16,7 @@ from torch.nn import Parameter
 from ds_fp8.ops.adam import UNIT, decode_second_moment, encode_second_moment, square_root
 from ds_fp8.ops.blocks import Blocks, chunks, decode, quantize
 from ds_fp8.ops.masters import decode_masters, store_masters
+from ds_fp8.ops.rounding import RANDOM_BITS
 from ds_fp8.zero_fp8.comm import sum_over_ranks
 from ds_fp8.zero_fp8.partition import Piece
 from ds_fp8.zero_fp8.shard import Shard
@@ -23,7 +24,7 @@ from ds_fp8.zero_fp8.weights import Weights
 
 BOUND = ("_hp_mapping", "get_full_hp_param", "set_full_hp_param", "get_full_hp_grad", "set_full_hp_grad")
 STATES = ("exp_avg", "exp_avg_sq")
-HALF = 0x8000  # in place of random bits: rounds up from the middle on
+HALF = 1 << RANDOM_BITS - 1  # in place of random bits: rounds up from the middle on
 
 
 class FullTensors:

@@ -9,7 +9,7 @@ parameters, each rank's piece without padding.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -41,6 +41,17 @@ class Progress:
     clamp_squares: list[float | None] | None  # a param group; None: the states are not ours
     loss_scaler: dict[str, int | float]
     param_groups: list[dict[str, Any]]  # hyperparameters
+
+
+class Restorable(Protocol):
+    """A checkpoint: what it brings to shards, and what a run goes on from."""
+
+    @property
+    def progress(self) -> Progress: ...
+
+    def restore(
+        self, shards: Sequence[Shard], weights: Sequence[Tensor], names: Mapping[int, str]
+    ) -> None: ...
 
 
 def optimizer_state(shards: Sequence[Shard], names: Names, optimizer: FP8AdamW) -> dict[str, Any]:

@@ -1,11 +1,15 @@
 """The collectives: FP8 gradients to their owners, weights to everybody, four figures to all.
 
-Gradients go by one all-to-all of bytes a bucket, codes and scales of a destination side by side in
-one message. Not a reduce-scatter: that would add inside the collective, in FP8 and without scales.
-Float8 tensors are never handed to a collective (gloo refuses them), their bytes are.
+Gradients go by all-to-alls of bytes, codes and scales of a destination side by side in one message. Not by
+a reduce-scatter: that would add inside the collective, in FP8 and without scales. Float8 tensors are
+never handed to a collective (gloo refuses them), their bytes are.
+
+What is large travels while something else computes: it is launched here and waited for by whoever needs it.
+On a GPU waiting is the stream's affair, not the host's.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from deepspeed import comm as dist
@@ -35,9 +39,9 @@ class Message:
         scale_bytes = self.blocks if self.format.scaled else 0
         return -(-(self.code_bytes + scale_bytes) // ALIGNMENT) * ALIGNMENT
 
-    def buffer(self, ranks: int, device: torch.device) -> Tensor:
-        """Room for one message a rank, [ranks, nbytes] uint8."""
-        return torch.zeros(ranks, self.nbytes, dtype=torch.uint8, device=device)
+    def buffer(self, messages: int, device: torch.device) -> Tensor:
+        """Room for as many messages, [messages, nbytes] uint8."""
+        return torch.zeros(messages, self.nbytes, dtype=torch.uint8, device=device)
 
     def blocks_of(self, message: Tensor) -> Blocks:
         """A message, [nbytes] uint8, seen as blocks."""
@@ -46,17 +50,102 @@ class Message:
         return Blocks(codes, scales, self.format)
 
 
-def exchange(messages: Tensor, group: ProcessGroup) -> Tensor:
-    """Row r of `messages` goes to rank r; row r of the result came from rank r."""
-    received = torch.empty_like(messages)
-    dist.all_to_all_single(received, messages, group=group)
-    return received
+class Nodes:
+    """The ranks as nodes of consecutive ranks, and who talks to whom.
+
+    Rank `node * size + place` has `place` in its node. With nodes of one rank, or one node, there is nothing
+    to gain from a second hop: then all ranks count as one node.
+    """
+
+    def __init__(self, group: ProcessGroup, size: int = 1) -> None:
+        """Collective: every rank of the world makes the same groups. `size` divides the group's ranks."""
+        ranks = dist.get_world_size(group)
+        assert ranks % size == 0
+        self.everybody = group
+        self.size = ranks if size == 1 else size
+        self.count = ranks // self.size
+        self.node, self.place = divmod(dist.get_rank(group), self.size)
+        self.inside = group  # the ranks of this node
+        self.across: ProcessGroup | None = None  # the ranks with this place in all nodes; None: one node
+        if self.count > 1:
+            world = torch.tensor(torch.distributed.get_process_group_ranks(group)).view(self.count, self.size)
+            self.inside = [dist.new_group(each) for each in world.tolist()][self.node]
+            self.across = [dist.new_group(each) for each in world.T.tolist()][self.place]
+
+    @property
+    def owners(self) -> list[int]:
+        """All ranks by place, then by node: the order in which messages lie when they leave."""
+        return [node * self.size + place for place in range(self.size) for node in range(self.count)]
+
+    def close(self) -> None:
+        """Give up the groups that were made."""
+        if self.across is not None:
+            dist.destroy_process_group(self.inside)
+            dist.destroy_process_group(self.across)
+            self.across = None
 
 
-def gather(buffer: Tensor, group: ProcessGroup) -> None:
-    """Fill the flat buffer, of which each rank has written its own even part, in place."""
-    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-    dist.all_gather_into_tensor(buffer, buffer.view(ranks, -1)[rank], group=group)
+class Transfer:
+    """An all-to-all that has been launched, and its buffers."""
+
+    def __init__(self, messages: Tensor, group: ProcessGroup) -> None:
+        """Row r of `messages` goes to rank r."""
+        self._sent, self._received = messages, torch.empty_like(messages)
+        self._work = dist.all_to_all_single(self._received, messages, group=group, async_op=True)
+
+    def wait(self) -> Tensor:
+        """Row r came from rank r. Once: the buffers are given up."""
+        self._work.wait()
+        received = self._received
+        del self._work, self._sent, self._received
+        return received
+
+
+class Gather:
+    """A flat buffer that is being filled with the even part of it that each rank has written.
+
+    1. Ranks with the same place in their nodes gather their slices: each slice reaches a node once. They
+       arrive side by side, and are copied to where they lie in the buffer, a node's slices apart.
+    2. Each node gathers in place, a run of slices for every node.
+    With one node only the second is left, as one gather of the whole buffer.
+    """
+
+    def __init__(self, buffer: Tensor, nodes: Nodes) -> None:
+        self._nodes = nodes
+        self._slices = buffer.view(nodes.count, nodes.size, -1)
+        self._works: list[Any] = []
+        self._column: Tensor | None = None  # the slices of this place, while they travel between nodes
+        if nodes.across is None:
+            self._spread()
+        else:
+            own = self._slices[nodes.node, nodes.place]
+            self._column = own.new_empty(nodes.count, own.numel())
+            self._works = [_gather(self._column, own, nodes.across)]
+
+    def advance(self) -> None:
+        """Start the second step, where the first is still under way."""
+        if self._column is not None:
+            self._wait()
+            self._slices[:, self._nodes.place] = self._column
+            self._column = None
+            self._spread()
+
+    def land(self) -> None:
+        """The buffer is filled."""
+        self.advance()
+        self._wait()
+
+    def _spread(self) -> None:
+        place, inside = self._nodes.place, self._nodes.inside
+        self._works = [_gather(run, run[place], inside) for run in self._slices]
+
+    def _wait(self) -> None:
+        while self._works:
+            self._works.pop(0).wait()
+
+
+def _gather(whole: Tensor, own: Tensor, group: ProcessGroup) -> Any:
+    return dist.all_gather_into_tensor(whole.view(-1), own, group=group, async_op=True)
 
 
 def sum_over_ranks(figures: Tensor, group: ProcessGroup) -> None:

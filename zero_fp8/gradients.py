@@ -6,6 +6,10 @@ the bucket travels. Buckets travel in index order on every rank, whatever order 
 backward did not fill goes at the epilogue, with zeros for parameters that this rank did not use,
 so ranks that used different parameters neither wait for each other nor mix.
 
+With overlap a bucket that has been launched lands when the one after the next is about to be launched, or at
+the epilogue: two are under way at most, backward goes on meanwhile, and what lands is added in bucket order.
+Without it, it lands at once.
+
 A parameter may fire again after its bucket has left (weights tied under reentrant checkpointing
 do). Such a gradient waits in `.grad` and goes with the next micro-step's, or before the step in an
 extra round for which the ranks agree on the buckets. That a rank has one is a figure of the step's
@@ -13,21 +17,24 @@ all-reduce: nobody asks after every backward, and a step that finds one is repea
 """
 
 import logging
+from collections import deque
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 from torch.utils.hooks import RemovableHandle
 
 from ds_fp8.ops.backend import Backend
-from ds_fp8.zero_fp8.comm import Message, exchange, max_over_ranks
+from ds_fp8.zero_fp8.comm import Message, Nodes, max_over_ranks
+from ds_fp8.zero_fp8.exchange import Exchange
 from ds_fp8.zero_fp8.partition import Bucket
 from ds_fp8.zero_fp8.recipe import Recipe
 from ds_fp8.zero_fp8.shard import Shard
 
 logger = logging.getLogger("ds_fp8")
+
+UNDER_WAY = 2  # buckets at most, with overlap
 
 
 class GradientReducer:
@@ -39,15 +46,19 @@ class GradientReducer:
         parameters: Mapping[int, Parameter],
         shards: Sequence[Shard],
         recipe: Recipe,
-        group: ProcessGroup,
+        nodes: Nodes,
         backend: Backend,
+        *,
+        overlap: bool,
     ) -> None:
         self._buckets = buckets
         self._parameters = parameters
         self._shards = shards
         self._recipe = recipe
-        self._group = group
+        self._nodes = nodes
         self._backend = backend
+        self._overlap = overlap
+        self._under_way: deque[tuple[int, Exchange]] = deque()  # and their buckets, oldest first
         self.expects_late = False  # a step has found late gradients; the next will have them too
         self._hooks: list[RemovableHandle] = []
         self._promotion_logged = False
@@ -76,6 +87,8 @@ class GradientReducer:
 
     def drop(self) -> None:
         """Forget everything that has been reduced or is on its way."""
+        while self._under_way:
+            self._under_way.popleft()[1].abandon()
         self._begin_accumulation()
         self._start_round()
 
@@ -92,12 +105,13 @@ class GradientReducer:
                 parameter.grad = None
 
     def finish(self, *, last: bool) -> None:
-        """End a backward: launch what is left.
+        """End a backward: launch what is left, and let everything land.
 
         last: the step follows. A further backward before it begins anew, as with DeepSpeed's own handler.
         """
         while self._next < len(self._buckets):
             self._launch_next()
+        self._land()
         self._start_round()
         self._complete = last
 
@@ -113,6 +127,7 @@ class GradientReducer:
         if self._hooks:
             for index in self._late_buckets():
                 self._launch(index)
+            self._land()
 
     def _start_round(self) -> None:
         self.active = False
@@ -130,13 +145,27 @@ class GradientReducer:
         self._next += 1
 
     def _launch(self, index: int) -> None:
-        bucket, shard = self._buckets[index], self._shards[index]
+        """Send a bucket off; those that left before it move on."""
+        self._land(leave=UNDER_WAY - 1)
+        for _, earlier in self._under_way:
+            earlier.advance()
+        bucket = self._buckets[index]
         message = Message(bucket.blocks_per_rank, bucket.block_size, self._recipe.wire)
-        received = exchange(self._quantize(bucket, message), self._group)
-        if shard.must_promote():
-            self._log_promotion()
-            shard.promote()
-        shard.receive([message.blocks_of(each) for each in received])
+        messages = self._quantize(bucket, message)
+        exchange = Exchange(messages, message, self._recipe.between_nodes, self._nodes, self._backend)
+        self._under_way.append((index, exchange))
+        if not self._overlap:
+            self._land()
+
+    def _land(self, *, leave: int = 0) -> None:
+        """Bring buckets to their shards, oldest first, until `leave` are under way."""
+        while len(self._under_way) > leave:
+            index, exchange = self._under_way.popleft()
+            shard, pieces = self._shards[index], exchange.land()
+            if shard.must_promote():
+                self._log_promotion()
+                shard.promote()
+            shard.receive(pieces)
 
     def _begin_accumulation(self) -> None:
         """The next arrival replaces what was reduced before."""
@@ -146,16 +175,18 @@ class GradientReducer:
         self._complete = False  # whether the last backward was the last of its step
 
     def _quantize(self, bucket: Bucket, message: Message) -> Tensor:
-        """The bucket's gradients as one message a rank; drops them. Zero bytes decode to zeros."""
+        """The bucket's gradients as one message an owner; drops them. Zero bytes decode to zeros."""
         first = self._parameters[bucket.slots[0].parameter]
         messages = message.buffer(bucket.world_size, first.device)
+        counts = self._shards[bucket.index].counts
         gradients = {slot.parameter: self._take_gradient(slot.parameter) for slot in bucket.slots}
-        for rank in range(bucket.world_size):
-            blocks = message.blocks_of(messages[rank])
-            for piece in bucket.pieces(rank):
+        for row, owner in enumerate(self._nodes.owners):
+            blocks = message.blocks_of(messages[row])
+            for piece in bucket.pieces(owner):
                 gradient = gradients[piece.slot.parameter]
                 if gradient is not None:
-                    self._backend.quantize(gradient[piece.elements], blocks[piece.rows])
+                    values, rows = gradient[piece.elements], blocks[piece.rows]
+                    self._backend.quantize(values, rows, counts.of_gradient(piece.numel))
         return messages
 
     def _take_gradient(self, index: int) -> Tensor | None:
@@ -174,11 +205,11 @@ class GradientReducer:
         for bucket in self._buckets:
             if any(self._parameters[slot.parameter].grad is not None for slot in bucket.slots):
                 late[bucket.index] = 1
-        max_over_ranks(late, self._group)
+        max_over_ranks(late, self._nodes.everybody)
         return [int(index) for index in late.nonzero()]
 
     def _log_promotion(self) -> None:
-        if not self._promotion_logged and torch.distributed.get_rank(self._group) == 0:
+        if not self._promotion_logged and torch.distributed.get_rank(self._nodes.everybody) == 0:
             logger.info(
                 "fp8.gradients.accum_dtype was left out and a second micro-step arrived: "
                 "the reduced gradient turns from %s to fp32",

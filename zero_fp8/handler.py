@@ -11,12 +11,10 @@ of whose methods changed signature within three releases.
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Any
 
 from deepspeed import comm as dist
-from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 
@@ -25,39 +23,18 @@ from ds_fp8.ops.backend import choose
 from ds_fp8.zero_fp8 import checkpoint
 from ds_fp8.zero_fp8.access import FullTensors
 from ds_fp8.zero_fp8.agreement import check_agreement
+from ds_fp8.zero_fp8.comm import Nodes
 from ds_fp8.zero_fp8.gradients import GradientReducer
+from ds_fp8.zero_fp8.health import Health
 from ds_fp8.zero_fp8.norm import Verdict, non_finite_parameters
 from ds_fp8.zero_fp8.optimizer import FP8AdamW
 from ds_fp8.zero_fp8.partition import partition
-from ds_fp8.zero_fp8.recipe import Recipe
+from ds_fp8.zero_fp8.recipe import Recipe, ZeroSettings
 from ds_fp8.zero_fp8.shard import Shard
 from ds_fp8.zero_fp8.trained import check_finite, trained_parameters
-from ds_fp8.zero_fp8.weights import Weights
+from ds_fp8.zero_fp8.weights import Gathers, Weights
 
 logger = logging.getLogger("ds_fp8")
-
-
-@dataclass(frozen=True)
-class ZeroSettings:
-    """What of the ds_config the handler obeys, as plain values."""
-
-    stage: int  # 1 or 2
-    bucket_elements: int  # reduce_bucket_size
-    gradient_clipping: float  # largest global norm; 0 = off
-    average: bool  # over the ranks; else their sum
-    max_consecutive_skips: int
-    save_fp32_master: bool
-
-
-class Restorable(Protocol):
-    """A checkpoint: what it brings to shards, and what a run goes on from."""
-
-    @property
-    def progress(self) -> checkpoint.Progress: ...
-
-    def restore(
-        self, shards: Sequence[Shard], weights: Sequence[Tensor], names: Mapping[int, str]
-    ) -> None: ...
 
 
 class FP8ZeROOptimizer(ZeROOptimizer):
@@ -114,9 +91,21 @@ class FP8ZeROOptimizer(ZeROOptimizer):
             logger.warning(
                 "plain PyTorch instead of kernels, with the same numbers: %s", self.backend.instead
             )
-        self.shards = [Shard(bucket, rank, recipe, device, self.backend) for bucket in self.buckets]
+        self.health = Health(settings.stats_interval, len(optimizer.param_groups), device)
+        self.health.prepare(optimizer.steps + 1)
+        self.shards = [
+            Shard(bucket, rank, recipe, device, self.backend, self.health.groups[bucket.group])
+            for bucket in self.buckets
+        ]
+        self.nodes = Nodes(group, recipe.intra_node_size)
         self.gradients = GradientReducer(
-            self.buckets, self.parameters, self.shards, recipe, group, self.backend
+            self.buckets,
+            self.parameters,
+            self.shards,
+            recipe,
+            self.nodes,
+            self.backend,
+            overlap=settings.overlap,
         )
         self._masters_from_weights()
         if settings.stage == 2:
@@ -189,12 +178,16 @@ class FP8ZeROOptimizer(ZeROOptimizer):
                 clip=self.settings.gradient_clipping,
                 group=self.dp_process_group,
             )
+        self.health.begin_sweep()
         scalars = self.optimizer.scalars(clamp=self.recipe.clamped)
+        gathers = Gathers(self.nodes)
         for bucket, shard, weights in zip(self.buckets, self.shards, self.weights, strict=True):
             with _Timed(self.timers, "optimizer_step"):
                 shard.sweep(weights.own, scalars[bucket.group], verdict.control)
             with _Timed(self.timers, "optimizer_allgather"):
-                weights.gather(self.dp_process_group)
+                gathers.launch(weights)
+        with _Timed(self.timers, "optimizer_allgather"):
+            gathers.wait()
         return verdict.read()
 
     def _settle(self, verdict: Verdict) -> None:
@@ -209,11 +202,13 @@ class FP8ZeROOptimizer(ZeROOptimizer):
         self.overflow = not math.isfinite(verdict.norm)
         if self.dynamic_loss_scale:
             self.loss_scaler.update_scale(self.overflow)
+        self.health.collect(self.optimizer.steps + 1, taken=not self.overflow, group=self.dp_process_group)
         if self.overflow:
             self._skip()
         else:
             self.consecutive_skips = 0
             self.optimizer.advance(clamp=self.recipe.clamped)
+            self.health.prepare(self.optimizer.steps + 1)
 
     def _gradient_scale(self) -> float:
         """From the sum over ranks of scaled gradients, as stored, to the mean."""
@@ -276,6 +271,7 @@ class FP8ZeROOptimizer(ZeROOptimizer):
         self.gradients.remove_hooks()
         self.full_tensors.unbind(self.parameters)
         self.shards.clear()
+        self.nodes.close()
 
     # Checkpoint
 
@@ -290,9 +286,11 @@ class FP8ZeROOptimizer(ZeROOptimizer):
 
     def _weights_from_masters(self) -> None:
         """Weights are a function of the state, from the first step and after every load."""
+        gathers = Gathers(self.nodes)
         for shard, weights in zip(self.shards, self.weights, strict=True):
             weights.write(shard.state.master)
-            weights.gather(self.dp_process_group)
+            gathers.launch(weights)
+        gathers.wait()
 
     _restore_from_bit16_weights = _masters_from_weights
     refresh_fp32_params = _masters_from_weights
@@ -325,10 +323,11 @@ class FP8ZeROOptimizer(ZeROOptimizer):
             **checkpoint.progress_facts(self.optimizer, self.loss_scaler),
         }
 
-    def restore(self, source: Restorable) -> None:
+    def restore(self, source: checkpoint.Restorable) -> None:
         """Take over a checkpoint that has been checked; the weights follow the masters."""
         source.restore(self.shards, [each.own for each in self.weights], self.parameter_names)
         checkpoint.take_progress(source.progress, self.optimizer, self.loss_scaler)
+        self.health.prepare(self.optimizer.steps + 1)
         self.gradients.drop()
         self._weights_from_masters()
 

@@ -1,12 +1,12 @@
-"""The formats and rules of a run, as plain values: what the layers below see of the config."""
+"""The formats and rules of a run, as plain values: what the layers below see of fp8 section and ds_config."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from ds_fp8.config import FP8Config
 from ds_fp8.ops.adam import Rounding
-from ds_fp8.ops.formats import BY_NAME, FP32, Format
+from ds_fp8.ops.formats import BF16, BY_NAME, FP32, Format
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,17 @@ class Recipe:
     exp_avg_sq: Format
     clamp: bool
     seed: int
+    intra_node_size: int = 1  # ranks a node of the two-hop exchange; 1 = one hop
+    inter_node: Format | None = None  # gradients between nodes; None = as wire
+
+    def two_hops(self, ranks: int) -> bool:
+        """Whether the ranks make several nodes of several ranks."""
+        return 1 < self.intra_node_size < ranks
+
+    @property
+    def between_nodes(self) -> Format:
+        """Of gradients on their second hop."""
+        return self.inter_node or self.wire
 
     @property
     def rounding(self) -> Rounding:
@@ -35,15 +46,31 @@ class Recipe:
         return self.clamp and (self.exp_avg is not FP32 or self.exp_avg_sq is not FP32)
 
 
-def recipe_of(config: FP8Config, *, accumulating: bool = False) -> Recipe:
-    """The section as plain values; `accumulating`: several micro-steps reach the reduced gradient."""
+@dataclass(frozen=True)
+class ZeroSettings:
+    """What of the ds_config the handler obeys, as plain values."""
+
+    stage: int  # 1 or 2
+    bucket_elements: int  # reduce_bucket_size
+    overlap: bool  # exchanges run while backward goes on
+    gradient_clipping: float  # largest global norm; 0 = off
+    average: bool  # over the ranks; else their sum
+    max_consecutive_skips: int
+    save_fp32_master: bool
+    stats_interval: int
+
+
+def recipe_of(config: FP8Config, *, accumulating: bool = False, ranks: int = 1) -> Recipe:
+    """The section as plain values; `accumulating`: several micro-steps reach the reduced gradient.
+
+    The reduced gradient is as the wire, unless two hops have rounded it to 8 bits twice: a third time would
+    take a parameter's gradient further from stock's than one hop ever does. Then it is BF16.
+    """
     states, gradients = config.states, config.gradients
-    wire = BY_NAME[gradients.dtype]
-    shard = BY_NAME[gradients.accum_dtype] if gradients.accum_dtype else FP32 if accumulating else wire
-    return Recipe(
+    recipe = Recipe(
         block_size=config.block_size,
-        wire=wire,
-        shard=shard,
+        wire=BY_NAME[gradients.dtype],
+        shard=BY_NAME[gradients.accum_dtype or gradients.dtype],
         promote=gradients.accum_dtype is None,
         master=BY_NAME[states.master],
         stochastic=config.stochastic,
@@ -51,7 +78,14 @@ def recipe_of(config: FP8Config, *, accumulating: bool = False) -> Recipe:
         exp_avg_sq=BY_NAME[states.exp_avg_sq],
         clamp=config.optimizer.clamp,
         seed=config.optimizer.seed,
+        intra_node_size=gradients.intra_node_size or 1,
+        inter_node=BY_NAME[gradients.inter_node_dtype] if gradients.inter_node_dtype else None,
     )
+    if recipe.promote and accumulating:
+        return replace(recipe, shard=FP32)
+    if recipe.promote and recipe.two_hops(ranks) and recipe.wire.scaled and recipe.between_nodes.scaled:
+        return replace(recipe, shard=BF16)
+    return recipe
 
 
 def weight_dtypes(master: Format) -> tuple[torch.dtype, ...]:

@@ -10,6 +10,7 @@ from ds_fp8.ops.backend import Backend
 from ds_fp8.ops.blocks import Blocks, chunks, decode, encode
 from ds_fp8.ops.formats import FP32, Format
 from ds_fp8.ops.reduction import figures
+from ds_fp8.zero_fp8.health import Counts
 from ds_fp8.zero_fp8.partition import Bucket
 from ds_fp8.zero_fp8.recipe import Recipe
 
@@ -18,12 +19,21 @@ class Shard:
     """One rank's blocks of one bucket: reduced gradient and Adam states."""
 
     def __init__(
-        self, bucket: Bucket, rank: int, recipe: Recipe, device: torch.device, backend: Backend
+        self,
+        bucket: Bucket,
+        rank: int,
+        recipe: Recipe,
+        device: torch.device,
+        backend: Backend,
+        counts: Counts | None = None,
     ) -> None:
+        """counts: of the bucket's param group."""
+
         def zeros(fmt: Format) -> Blocks:
             return Blocks.zeros(bucket.blocks_per_rank, bucket.block_size, fmt, device)
 
         self.recipe = recipe
+        self.counts = counts or Counts()
         self._backend = backend
         self.pieces = tuple(bucket.pieces(rank))
         segments = [Segment(each.rows, each.slot.parameter, each.first_element) for each in self.pieces]
@@ -40,6 +50,7 @@ class Shard:
     def forget(self) -> None:
         """Let the next arrival replace what has been reduced."""
         self.arrivals = 0  # exchanges since the last step
+        self.counts.forget()
         self.figures: Tensor | None = None  # of the reduced gradient, as `ops.reduction.figures` gives them
 
     def take_masters(self, weights: Tensor) -> None:
@@ -80,4 +91,5 @@ class Shard:
             scalars,
             control,
             rounding=self.recipe.rounding,
+            counts=self.counts.of_state(sum(each.numel for each in self.pieces)),
         )

@@ -1,19 +1,18 @@
 """The model's weights, a flat buffer a bucket, whose views are the parameters.
 
-The sweep writes a rank's own rows, the gather brings the others'. Nobody else writes weights: what
-the parameters are made of (views of their own dtype today) is known here only.
+The sweep writes a rank's own rows, the gather brings the others', while the next bucket is swept. Nobody
+else writes weights: what the parameters are made of (views of their own dtype today) is known here only.
 """
 
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 
 from ds_fp8.ops.blocks import Blocks, chunks, decode
 from ds_fp8.ops.masters import write_weights
-from ds_fp8.zero_fp8.comm import gather
+from ds_fp8.zero_fp8.comm import Gather, Nodes
 from ds_fp8.zero_fp8.partition import Bucket
 
 
@@ -45,6 +44,21 @@ class Weights:
         for part in chunks(len(masters), masters.block_size):
             write_weights(decode(masters[part]), self.own[part])
 
-    def gather(self, group: ProcessGroup) -> None:
-        """Bring the other ranks' rows."""
-        gather(self.buffer, group)
+
+class Gathers:
+    """Weights on their way to every rank: each bucket's are launched when its rows have been written."""
+
+    def __init__(self, nodes: Nodes) -> None:
+        self._nodes = nodes
+        self._under_way: list[Gather] = []
+
+    def launch(self, weights: Weights) -> None:
+        """Send a bucket's rows off; the bucket before it moves on."""
+        for earlier in self._under_way[-1:]:
+            earlier.advance()
+        self._under_way.append(Gather(weights.buffer, self._nodes))
+
+    def wait(self) -> None:
+        """Bring everybody's rows to the parameters."""
+        while self._under_way:
+            self._under_way.pop(0).land()

@@ -8,7 +8,7 @@ namespace ISA {
 
 constexpr int BATCH = 256;  // elements worked on at a time: their FP32 values stay in L1
 constexpr int MAX_ROWS = BATCH / 32;
-constexpr int RANDOM_BITS = 16;
+constexpr int RANDOM_BITS = 24;  // more than any format drops
 
 struct E4M3 {
     using Code = u8;
@@ -252,7 +252,7 @@ void encode_and_square(const float* x, const uint32_t* amax, void* codes, uint8_
     }
 }
 
-// The upper 16 of 32 hashed bits are the random ones; ops/rounding.py.
+// The upper RANDOM_BITS of 32 hashed bits are the random ones; ops/rounding.py.
 constexpr uint32_t SPREAD = 0x9E3779B9;
 template <typename T>
 inline T mix_but_for_the_end(T x) {
@@ -277,10 +277,10 @@ struct Random {  // of elements one after the other
 // after noise as wide as they are has been added.
 template <typename F>
 inline u32 round_stochastically(f32 value, f32 onto_codes, u32 random) {
-    constexpr int drop = dropped<F>, more = (drop - RANDOM_BITS) & 31, fewer = (RANDOM_BITS - drop) & 31;
+    constexpr int drop = dropped<F>;
     u32 bits = bits_of(onto_codes) & MAGNITUDE;
     if constexpr (!scaled<F>) bits = value == value ? bits : u32{} + 0x7FC00000;
-    return (bits + (drop > RANDOM_BITS ? random << more : random >> fewer)) >> drop;
+    return (bits + (random >> (RANDOM_BITS - drop))) >> drop;
 }
 
 template <typename F>

@@ -1,0 +1,111 @@
+"""What FP8 does in an engine, told to programs, to the log and to DeepSpeed's monitors."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from deepspeed import comm as dist
+
+import ds_fp8
+from ds_fp8 import memory
+from ds_fp8.config import refusal
+from ds_fp8.ops.formats import FP32
+from ds_fp8.zero_fp8.handler import FP8ZeROOptimizer
+from ds_fp8.zero_fp8.health import Health
+
+
+def is_active(engine: Any) -> bool:
+    """Whether this DeepSpeed engine trains with FP8 states and communication."""
+    return isinstance(getattr(engine, "optimizer", None), FP8ZeROOptimizer)
+
+
+def describe(engine: Any) -> dict[str, Any]:
+    """What FP8 does in this engine: formats, bytes a parameter, wire bytes, kernels.
+
+    Raises ValueError for an engine without FP8.
+    """
+    _require_active(engine)
+    handler: FP8ZeROOptimizer = engine.optimizer
+    recipe, several = handler.recipe, accumulating(engine)
+    return {
+        "version": ds_fp8.__version__,
+        "opt_level": engine._config.ds_fp8.opt_level,
+        "zero_stage": handler.settings.stage,
+        "world_size": handler.buckets[0].world_size,
+        "gradients": recipe.wire.name,
+        "reduced_gradient": (FP32 if several and recipe.promote else recipe.shard).name,
+        "master": recipe.master.name,
+        "rounding": "stochastic" if recipe.stochastic else "nearest",
+        "exp_avg": recipe.exp_avg.name,
+        "exp_avg_sq": recipe.exp_avg_sq.name,
+        "block_size": recipe.block_size,
+        "state_bytes_a_parameter": memory.state_bytes_a_parameter(recipe),
+        "gradient_bytes_a_parameter": memory.gradient_bytes_a_parameter(recipe, accumulating=several),
+        "wire_bytes_a_gradient_element": memory.wire_bytes_an_element(recipe),
+        "overlap_comm": handler.settings.overlap,
+        "intra_node_size": handler.nodes.size,
+        "nodes": handler.nodes.count,
+        "between_nodes": recipe.between_nodes.name if handler.nodes.count > 1 else None,
+        "bytes_in_flight": memory.in_flight_bytes(recipe, handler.buckets, overlap=handler.settings.overlap),
+        "kernels": handler.backend.name,
+    }
+
+
+def stats(engine: Any) -> dict[str, Any] | None:
+    """Health of the last measured step, over all ranks; None before the first.
+
+    "total" and, for each param group, "groups" hold shares of all elements (gradient_underflow,
+    gradient_saturated, exp_avg_clamped, exp_avg_underflow, exp_avg_sq_rescued), the count
+    gradient_non_finite_blocks and gradient_snr_db. Raises ValueError for an engine without FP8 and where
+    fp8.stats.interval is 0.
+    """
+    _require_active(engine)
+    health: Health = engine.optimizer.health
+    if not health.interval:
+        raise refusal("fp8.stats.interval", 0, "1 or more, to measure every so many steps")
+    return health.last
+
+
+def write_events(engine: Any, measured: Mapping[str, Any]) -> None:
+    """Health as events of DeepSpeed's monitors, `Train/FP8/...` over steps."""
+    if not engine.monitor.enabled or dist.get_rank() != 0:
+        return
+    places = {"": measured["total"]}
+    if len(measured["groups"]) > 1:
+        places |= {f"group{index}/": each for index, each in enumerate(measured["groups"])}
+    engine.monitor.write_events(
+        [
+            (f"Train/FP8/{place}{name}", value, measured["step"])
+            for place, figures in places.items()
+            for name, value in figures.items()
+            if math.isfinite(value)
+        ]
+    )
+
+
+def _require_active(engine: Any) -> None:
+    if not is_active(engine):
+        raise ValueError('this engine does not use ds_fp8: is "fp8": {"enabled": true} in its config?')
+
+
+def banner(engine: Any) -> str:
+    """One line of what `describe` says, for the log."""
+    facts = describe(engine)
+    rounding = ", rounded stochastically" if facts["rounding"] == "stochastic" else ""
+    total = facts["state_bytes_a_parameter"] + facts["gradient_bytes_a_parameter"]
+    hops = f"two hops, {facts['nodes']} nodes of {facts['intra_node_size']}, {facts['between_nodes']} between"
+    return (
+        f"ds_fp8 {facts['version']}: ON, {facts['opt_level']}, ZeRO {facts['zero_stage']}, "
+        f"{facts['world_size']} ranks | gradients {facts['gradients']}, reduced {facts['reduced_gradient']}, "
+        f"master {facts['master']}{rounding}, exp_avg {facts['exp_avg']}, "
+        f"exp_avg_sq {facts['exp_avg_sq']}, block {facts['block_size']} | "
+        f"{total:.2f} bytes a parameter over the ranks, "
+        f"{facts['wire_bytes_a_gradient_element']:.4f} wire bytes a gradient element, "
+        f"{hops if facts['nodes'] > 1 else 'one hop'}, {'' if facts['overlap_comm'] else 'not '}overlapped | "
+        f"kernels: {facts['kernels']}"
+    )
+
+
+def accumulating(engine: Any) -> bool:
+    """Whether several micro-steps reach the reduced gradient before a step."""
+    return bool(engine.zero_optimization_stage() == 2 and engine.gradient_accumulation_steps() > 1)

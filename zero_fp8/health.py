@@ -1,0 +1,127 @@
+"""Health of a run: what rounding did to gradients and states, on the steps that are measured.
+
+The ops count while the values are at hand (`ops.health`), a param group at a time; one all-reduce then adds
+the counts over the ranks. Every other step launches what it would without.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from ds_fp8.ops.health import GRADIENT_COUNTS, STATE_COUNTS, GradientCounts, StateCounts
+from ds_fp8.zero_fp8.comm import sum_over_ranks
+
+Listener = Callable[[Mapping[str, Any]], None]
+
+
+class Counts:
+    """What has been counted of one param group since the last step, on this rank.
+
+    Without a device nothing ever is, and nothing is allocated.
+    """
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.measuring = False
+        size = GRADIENT_COUNTS + STATE_COUNTS if device is not None else 0
+        counts = torch.zeros(size, dtype=torch.float64, device=device)
+        self._gradient, self._state = counts[:GRADIENT_COUNTS], counts[GRADIENT_COUNTS:]
+        self._elements = [0, 0]  # of gradients that were quantised, and of states that were swept
+
+    def of_gradient(self, numel: int) -> Tensor | None:
+        """Where quantising so many elements adds its counts; None on a step that is not measured."""
+        self._elements[0] += numel
+        return self._gradient if self.measuring else None
+
+    def of_state(self, numel: int) -> Tensor | None:
+        """Likewise for a sweep."""
+        self._elements[1] += numel
+        return self._state if self.measuring else None
+
+    def forget(self) -> None:
+        """The gradients that were counted have been dropped, and with them the step."""
+        self._elements[0] = 0
+        if self.measuring:
+            self._gradient.zero_()
+        self.forget_sweep()
+
+    def forget_sweep(self) -> None:
+        self._elements[1] = 0
+        if self.measuring:
+            self._state.zero_()
+
+    @property
+    def row(self) -> Tensor:
+        """All of them as one vector: of gradients, of states, elements of either."""
+        elements = torch.tensor(self._elements, dtype=torch.float64, device=self._state.device)
+        return torch.cat([self._gradient, self._state, elements])
+
+
+class Health:
+    """The counts of all param groups, and what they come to."""
+
+    def __init__(self, interval: int, groups: int, device: torch.device) -> None:
+        """interval: steps from one that is measured to the next; 0 = none is."""
+        self.interval = interval
+        self.groups = [Counts(device if interval else None) for _ in range(groups)]
+        self.last: dict[str, Any] | None = None  # of the last measured step
+        self.listeners: list[Listener] = []
+
+    def prepare(self, step: int) -> None:
+        """Measure the coming step, counted from 1, or not."""
+        for each in self.groups:
+            each.measuring = self.interval > 0 and step % self.interval == 0
+
+    def begin_sweep(self) -> None:
+        """The sweeps of a step begin, maybe again."""
+        for each in self.groups:
+            each.forget_sweep()
+
+    def collect(self, step: int, *, taken: bool, group: ProcessGroup) -> None:
+        """Add up a step over the ranks, if it was measured, and tell the listeners.
+
+        taken: whether it changed the states.
+        """
+        if not self.groups[0].measuring:
+            return
+        rows = torch.stack([each.row for each in self.groups])
+        sum_over_ranks(rows, group)
+        figures = rows.tolist()
+        total = [sum(column) for column in zip(*figures, strict=True)]
+        self.last = {
+            "step": step,
+            "taken": taken,
+            "total": _shares(total, taken=taken),
+            "groups": [_shares(each, taken=taken) for each in figures],
+        }
+        for listener in self.listeners:
+            listener(self.last)
+
+
+def _shares(row: Sequence[float], *, taken: bool) -> dict[str, float]:
+    """Shares of all elements, decibels, and a count of blocks; of the states where a step was taken."""
+    gradient = GradientCounts(*row[:GRADIENT_COUNTS])
+    state = StateCounts(*row[GRADIENT_COUNTS : GRADIENT_COUNTS + STATE_COUNTS])
+    quantised, swept = (max(each, 1.0) for each in row[-2:])
+    shares = {
+        "gradient_underflow": gradient.underflows / quantised,
+        "gradient_saturated": gradient.saturated / quantised,
+        "gradient_non_finite_blocks": gradient.not_finite,
+        "gradient_snr_db": _decibels(gradient.signal, gradient.noise),
+    }
+    if taken:
+        shares |= {
+            "exp_avg_clamped": state.clamped / swept,
+            "exp_avg_underflow": state.underflows / swept,
+            "exp_avg_sq_rescued": state.rescued / swept,
+        }
+    return shares
+
+
+def _decibels(signal: float, noise: float) -> float:
+    if signal == 0 or noise == 0:
+        return math.nan if signal == 0 else math.inf
+    return 10 * math.log10(signal / noise)
