@@ -7,11 +7,14 @@ whole and fitting.
 
 import functools
 import logging
-from collections.abc import Callable, Mapping
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from deepspeed import comm as dist
 
 import ds_fp8
@@ -142,7 +145,8 @@ def load_checkpoint(original: Method) -> Method:
             return original(self, load_dir, tag, **options)
         folder = Path(load_dir) / found
         source = _open(self, folder, wanted)
-        loaded = self._load_checkpoint(load_dir, found, **options)
+        with _mapped(self):
+            loaded = self._load_checkpoint(load_dir, found, **options)
         if self.load_universal_checkpoint():
             self.module.load_state_dict(others_of(self, Universal(folder)), strict=False)
         if source is None:
@@ -152,6 +156,25 @@ def load_checkpoint(original: Method) -> Method:
         return loaded
 
     return method
+
+
+class _Mapped:
+    """What DeepSpeed loads its model file with: mapped, so that it is not in memory beside the model."""
+
+    @staticmethod
+    def load(path: str, map_location: Any = None) -> Any:
+        mapped = zipfile.is_zipfile(path)  # files of an old torch are not
+        return torch.load(path, map_location=map_location, mmap=mapped, weights_only=False)
+
+
+@contextmanager
+def _mapped(engine: Any) -> Iterator[None]:
+    """DeepSpeed's reading, through `_Mapped`."""
+    original, engine.checkpoint_engine = engine.checkpoint_engine, _Mapped
+    try:
+        yield
+    finally:
+        engine.checkpoint_engine = original
 
 
 def _find(engine: Any, folder: Path, tag: Any) -> str | None:

@@ -226,6 +226,17 @@ class TestCommandLine:
         main(["inspect", str(tmp_path), "--no-verify"])
         assert not (tmp_path / "x").exists()
 
+    def test_objects_of_a_client_want_a_flag(
+        self, ranks: RankPools, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        ranks.run(1, save_with_object, str(tmp_path / "saved"))
+        for command in ("export", "to-universal"):
+            with pytest.raises(SystemExit):
+                main([command, str(tmp_path / "saved"), str(tmp_path / command)])
+            assert "--unpickle reads it" in capsys.readouterr().err
+            main([command, str(tmp_path / "saved"), str(tmp_path / command), "--unpickle"])
+            assert (tmp_path / command).exists()
+
     def test_a_value_that_fp16_does_not_hold(
         self, ranks: RankPools, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -234,6 +245,16 @@ class TestCommandLine:
             main(["export", str(tmp_path / "saved"), str(tmp_path / "x"), "--dtype", "fp16"])
         message = capsys.readouterr().err
         assert "1e+05, allowed as torch.float16: at most 6.55e+04" in message
+
+
+class Anything:
+    """A client's object."""
+
+
+def save_with_object(folder: str) -> None:
+    engine = build(ds_config({}), ByteGPT(SMALL))
+    engine.save_checkpoint(folder, client_state={"object": Anything()})
+    engine.destroy()
 
 
 def save_large(folder: str) -> None:

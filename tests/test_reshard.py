@@ -21,11 +21,12 @@ from torch import Tensor
 
 from ds_fp8.zero_fp8 import manifest
 
-FORMATS = [
-    {"opt_level": "O1"},
-    {"opt_level": "O2"},
-    {"block_size": 32, "optimizer": {"master_dtype": "bf16", "exp_avg_dtype": "e5m2"}},
-]
+FORMATS = {
+    "O1": {"opt_level": "O1"},
+    "O2": {"opt_level": "O2"},
+    "O2+": {"opt_level": "O2+"},
+    "split8": {"block_size": 32, "optimizer": {"master_dtype": "split8", "exp_avg_dtype": "e5m2"}},
+}
 
 
 def config(fp8: dict[str, Any], **options: Any) -> dict[str, Any]:
@@ -80,19 +81,22 @@ def assert_same(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> No
         assert_same_bits(mine["weights"], other["weights"])
 
 
-@pytest.mark.parametrize("fp8", FORMATS, ids=["O1", "O2", "mixed"])
-def test_4_to_2_to_1_to_3_to_4_ranks(ranks: RankPools, tmp_path: Path, fp8: dict[str, Any]) -> None:
+@pytest.mark.parametrize("level", FORMATS)
+def test_4_to_2_to_1_to_3_to_4_ranks(ranks: RankPools, tmp_path: Path, level: str) -> None:
+    fp8 = FORMATS[level]
     start = ranks.run(4, train_and_save, str(tmp_path / "0"), config(fp8, bucket=10_000))
     for hop, world_size in enumerate((2, 1, 3, 4)):
         folders = str(tmp_path / str(hop)), str(tmp_path / str(hop + 1))
         assert_same(start, ranks.run(world_size, move, *folders, config(fp8, bucket=10_000)))
 
 
-def test_other_stages_and_bucket_sizes(ranks: RankPools, tmp_path: Path) -> None:
-    start = ranks.run(2, train_and_save, str(tmp_path / "0"), config({}, stage=1, bucket=10_000))
+@pytest.mark.parametrize("level", ["O2", "O2+"])
+def test_other_stages_and_bucket_sizes(ranks: RankPools, tmp_path: Path, level: str) -> None:
+    fp8 = FORMATS[level]
+    start = ranks.run(2, train_and_save, str(tmp_path / "0"), config(fp8, stage=1, bucket=10_000))
     for hop, (stage, bucket) in enumerate([(2, 500), (1, 10**6), (2, 3_000), (1, 10_000)]):
         folders = str(tmp_path / str(hop)), str(tmp_path / str(hop + 1))
-        assert_same(start, ranks.run(2, move, *folders, config({}, stage=stage, bucket=bucket)))
+        assert_same(start, ranks.run(2, move, *folders, config(fp8, stage=stage, bucket=bucket)))
 
 
 def files_opened(folder: str) -> list[str]:

@@ -147,7 +147,10 @@ class Native:
         """DeepSpeed's model file, mapped."""
         path = self.folder / manifest.MODEL_FILE
         if not self._unpickle:
-            return load_plain(path)
+            try:
+                return load_plain(path)
+            except ValueError as error:
+                raise ValueError(f"{error}; --unpickle reads it, where you trust who wrote it") from None
         loaded: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=False)
         return loaded
 

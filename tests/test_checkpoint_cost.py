@@ -1,0 +1,88 @@
+"""Bytes on disk and memory while loading."""
+
+import os
+import re
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import pytest
+import torch
+from crashing import CONTEXT, preload
+from engines import batches, build_gpt, ds_config, train_losses
+from ranks import RankPools, free_port, rank_environment
+from train_lm import ByteGPT, Shape
+
+import ds_fp8
+
+MILLION = Shape(layers=2, width=192, heads=2, context=32)  # 1.0 M parameters
+LARGE = Shape(layers=4, width=512, heads=2, context=32)  # 12.9 M
+BUCKET = 1_000_000
+
+
+def save(folder: str, fp8: dict[str, Any] | None, shape: Shape) -> None:
+    engine = build_gpt(ds_config(fp8, bucket=BUCKET), shape)
+    train_losses(engine, batches(engine, shape=shape), 1)
+    engine.save_checkpoint(folder)
+    engine.destroy()
+
+
+@pytest.mark.parametrize(
+    ("fp8", "at_most"),
+    [
+        ({"opt_level": "O2"}, 9.1),
+        ({"opt_level": "O2", "checkpoint": {"fp32_master": False}}, 5.1),
+        ({"opt_level": "O2+", "checkpoint": {"fp32_master": False}}, 4.1),
+        (None, 12.1),
+    ],
+    ids=["O2", "O2 without the view", "O2+ without the view", "stock"],
+)
+def test_bytes_of_the_optimizer_files(
+    ranks: RankPools, tmp_path: Path, fp8: dict[str, Any] | None, at_most: float
+) -> None:
+    ranks.run(2, save, str(tmp_path), fp8, MILLION)
+    parameters = sum(each.numel() for each in ByteGPT(MILLION).parameters())
+    written = sum(path.stat().st_size for path in tmp_path.rglob("*_optim_states.pt"))
+    assert at_most - 0.15 < written / parameters <= at_most
+
+
+def load(pipe: Connection, folder: str, port: int, level: str) -> None:
+    """Everything that a run has is there and touched; then load when told to."""
+    os.environ.update(rank_environment(0, 1, port))
+    torch.set_num_threads(1)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("gloo")
+    ds_fp8.register()
+    engine = build_gpt(ds_config({"opt_level": level}, bucket=BUCKET, micro_batch=1), LARGE, seed=1)
+    train_losses(engine, batches(engine, shape=LARGE), 1)
+    pipe.send("ready")
+    pipe.recv()
+    engine.load_checkpoint(folder)
+    pipe.send("loaded")
+    pipe.recv()
+
+
+def anonymous_bytes(process: int | None) -> int:
+    """Memory that is not a file's: what a mapped checkpoint takes can be dropped at any time."""
+    found = re.search(r"RssAnon:\s+(\d+) kB", Path(f"/proc/{process}/status").read_text())
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+@pytest.mark.parametrize("level", ["O2", "O2+"])
+def test_loading_takes_a_bucket_beside_the_state(ranks: RankPools, tmp_path: Path, level: str) -> None:
+    ranks.run(1, save, str(tmp_path), {"opt_level": level}, LARGE)
+    preload()
+    ours, theirs = CONTEXT.Pipe()
+    process = CONTEXT.Process(target=load, args=(theirs, str(tmp_path), free_port(), level), daemon=True)
+    process.start()
+    assert ours.recv() == "ready"
+    before = peak = anonymous_bytes(process.pid)
+    ours.send("go")
+    while not ours.poll(0.0005):
+        peak = max(peak, anonymous_bytes(process.pid))
+    assert ours.recv() == "loaded"
+    process.kill()
+    process.join()
+    assert peak - before <= 4 * BUCKET
