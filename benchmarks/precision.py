@@ -10,9 +10,9 @@ masters. The 4M form trains 4 M parameters for 3,000 steps.
 
 Runs are paired: for a seed all recipes begin with the same weights and see the same batches. What is compared
 is the validation loss less FP32's, over the same 65,536 bytes that no run has trained on: the mean over the
-seeds and its standard error. The peak rate of 5e-4 was chosen before, as one at which stock BF16 and O1,
-which differ in the rounding of gradients only, end within 2e-4 nats of each other; at 2e-3 they part by up
-to 0.014, and nothing could be told.
+seeds and its standard error. The peak rate of 5e-4 was chosen by stock BF16 and O1 alone, which differ
+in the rounding of gradients only: there they end within 2e-4 nats of each other. At 2e-3 they part by up to
+0.014, and nothing could be told.
 
 Every result is written as soon as it is there: a study that was killed goes on where it was. FP32's weights
 stay beside the file, as FILE_seedN.pt.
