@@ -18,7 +18,7 @@ import ds_fp8
 
 MILLION = Shape(layers=2, width=192, heads=2, context=32)  # 1.0 M parameters
 LARGE = Shape(layers=4, width=512, heads=2, context=32)  # 12.9 M
-BUCKET = 1_000_000
+BUCKET = 4_000_000
 
 
 def save(folder: str, fp8: dict[str, Any] | None, shape: Shape) -> None:

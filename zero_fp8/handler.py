@@ -285,12 +285,15 @@ class FP8ZeROOptimizer(ZeROOptimizer):
         self._weights_from_masters()
 
     def _weights_from_masters(self) -> None:
-        """Weights are a function of the state, from the first step and after every load."""
+        """Weights are a function of the state, from the first step and after every load.
+
+        One bucket after another: what a gather takes of memory beside the weights, it takes once.
+        """
         gathers = Gathers(self.nodes)
         for shard, weights in zip(self.shards, self.weights, strict=True):
             weights.write(shard.state.master)
             gathers.launch(weights)
-        gathers.wait()
+            gathers.wait()
 
     _restore_from_bit16_weights = _masters_from_weights
     refresh_fp32_params = _masters_from_weights
