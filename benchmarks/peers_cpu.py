@@ -24,7 +24,7 @@ class Peer:
     """How to make an optimizer of one parameter."""
 
     name: str
-    make: Callable[[Tensor], Any]
+    make: Callable[..., Any]  # of the parameter and the hyperparameters as keywords
     parameters: torch.dtype
     gradient: torch.dtype
     compiles: bool = False  # C++ for minutes, when it is used for the first time
@@ -47,12 +47,12 @@ class PeerStep:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                self._optimizer = peer.make(self._parameter)
+                self._optimizer = peer.make(self._parameter, **HYPERPARAMETERS)
                 self.run()
         except ImportError as error:
-            raise PeerError(f"not installed: {_first_line(error)}") from error
+            raise PeerError(f"not installed: {first_line(error)}") from error
         except Exception as error:  # whatever a peer dies of is named
-            raise PeerError(f"does not run: {type(error).__name__}: {_first_line(error)}") from error
+            raise PeerError(f"does not run: {type(error).__name__}: {first_line(error)}") from error
 
     def run(self) -> None:
         self._optimizer.step()
@@ -83,30 +83,36 @@ def nbytes(value: Any) -> int:
     return value.nbytes
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [""])[0][:150]
 
 
-def torch_fused(parameter: Tensor) -> Any:
-    return torch.optim.AdamW([parameter], fused=True, **HYPERPARAMETERS)
+def torch_fused(parameter: Tensor, **hyperparameters: Any) -> Any:
+    return torch.optim.AdamW([parameter], fused=True, **hyperparameters)
 
 
-def cpu_adam(parameter: Tensor) -> Any:
+def cpu_adam(parameter: Tensor, **hyperparameters: Any) -> Any:
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-    return DeepSpeedCPUAdam([parameter], adamw_mode=True, **HYPERPARAMETERS)
+    return DeepSpeedCPUAdam([parameter], adamw_mode=True, **hyperparameters)
 
 
-def torchao_fp8(parameter: Tensor) -> Any:
+def torchao_fp8(parameter: Tensor, **hyperparameters: Any) -> Any:
     from torchao.optim import AdamWFp8
 
-    return AdamWFp8([parameter], **HYPERPARAMETERS)
+    return AdamWFp8([parameter], **hyperparameters)
 
 
-def bitsandbytes_8bit(parameter: Tensor) -> Any:
+def torchao_8bit(parameter: Tensor, **hyperparameters: Any) -> Any:
+    from torchao.optim import AdamW8bit
+
+    return AdamW8bit([parameter], **hyperparameters)
+
+
+def bitsandbytes_8bit(parameter: Tensor, **hyperparameters: Any) -> Any:
     from bitsandbytes.optim import AdamW8bit
 
-    return AdamW8bit([parameter], **HYPERPARAMETERS)
+    return AdamW8bit([parameter], **hyperparameters)
 
 
 FP32, BF16 = torch.float32, torch.bfloat16

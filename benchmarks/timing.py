@@ -203,6 +203,9 @@ def title(what: str, machine: dict[str, Any], others: float | None = None) -> st
 
 
 def write(out: Path | None, result: dict[str, Any]) -> None:
+    """Replace the file in one stroke: who is killed meanwhile leaves the old one."""
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result, indent=1) + "\n")
+        fresh = out.with_name(f"{out.name}.new")
+        fresh.write_text(json.dumps(result, indent=1) + "\n")
+        fresh.replace(out)

@@ -1,0 +1,35 @@
+"""Claims of a benchmark beside the figures it found: what does not hold here is said, not left out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What was said of a figure, the figure, and what it is held against."""
+
+    text: str
+    figure: float | str
+    bound: str
+    holds: bool
+
+    @staticmethod
+    def below(text: str, figure: float, bound: float) -> "Claim":
+        return Claim(text, figure, f"below {bound:.4f}", figure < bound)
+
+    @staticmethod
+    def at_most(text: str, figure: float, bound: float) -> "Claim":
+        return Claim(text, figure, f"at most {bound:.4f}", figure <= bound)
+
+
+def print_claims(claims: Sequence[Claim], console: Console) -> None:
+    table = Table(title="claims")
+    for column in ("", "found", "claimed", ""):
+        table.add_column(column)
+    for each in claims:
+        figure = each.figure if isinstance(each.figure, str) else f"{each.figure:.4f}"
+        table.add_row(each.text, figure, each.bound, "holds" if each.holds else "not reproduced here")
+    console.print(table)

@@ -1,0 +1,292 @@
+"""How far Adam over low-precision states strays from FP32 Adam on the same gradients.
+
+    python benchmarks/update_error.py --out update_error.json
+
+What it shows: O2's and O2+'s states follow FP32 Adam in four regimes (regimes.py), also where gradients
+spread over many orders of magnitude and 8-bit peers break; what the clamp is worth; every pair of formats.
+
+A tensor of 262,144 elements starts at zero; AdamW, lr 1e-3, beta1 .9, eps 1e-8, no weight decay. The error
+is |dp - dp_fp32| / |dp_fp32|, dp the whole way of the masters of elements that get a gradient, as a mean over
+--seeds. Beside every pair of formats of exp_avg and exp_avg_sq the masters are FP32, so that the error is
+theirs alone; the levels, and O2's states with every master, stand as they are built, and their error has the
+rounding of the master in it. In the JSON also: the error of the worst seed, the largest single difference,
+and the drift of elements without a gradient, both in lr.
+
+Peers: torchao's and bitsandbytes' own optimizers; FP8-LM's and Transformer Engine's states, one scale a
+tensor, are simulated. B: bytes of exp_avg and exp_avg_sq a parameter, with scales and code tables.
+"""
+
+import statistics
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any, get_args
+
+import torch
+from claims import Claim, print_claims
+from peers_cpu import PeerError, bitsandbytes_8bit, first_line, nbytes, torchao_8bit, torchao_fp8
+from regimes import COLUMNS, REGIMES, Regime, gradients
+from rich.console import Console
+from rich.table import Table
+from simulated import RoundedAdamW
+from timing import facts, parser_of, round_count, write
+from torch import Tensor
+
+from ds_fp8.config import LEVELS, Optimizer
+from ds_fp8.ops.blocks import Blocks
+from ds_fp8.ops.formats import BY_NAME, E4M3, FP16
+from ds_fp8.ops.masters import load_masters
+from ds_fp8.zero_fp8.optimizer import FP8AdamW
+
+LR = 1e-3
+BLOCK = 128
+BOUNDS = {  # of the error, in the order of the regimes
+    "O2": (0.033, 0.033, 0.033, 0.033),
+    "O2+": (0.043, 0.036, 0.065, 0.045),
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """An optimizer to follow."""
+
+    name: str
+    make: Callable[..., Any]  # of the parameter and the hyperparameters as keywords
+    kind: str = "peer"  # or "states", with FP32 masters, or "as built"
+    clamp: bool | None = None  # None: a peer, which has none
+    size: float | None = None  # bytes of its two states a parameter, where they are simulated
+    master: str = "fp32"
+
+
+def ours(name: str, kind: str, level: str, **states: Any) -> Recipe:
+    """FP8AdamW on its own; states: what the section says of them."""
+    fp8 = {"opt_level": level, "optimizer": states}
+
+    def make(parameter: Tensor, **hyperparameters: Any) -> Any:
+        return FP8AdamW([parameter], fp8=fp8, **hyperparameters)
+
+    master = states.get("master_dtype", LEVELS[level].master)
+    return Recipe(name, make, kind, states.get("clamp", True), master=master)
+
+
+def simulated(name: str, size: float, **formats: Any) -> Recipe:
+    def make(parameter: Tensor, **hyperparameters: Any) -> Any:
+        return RoundedAdamW([parameter], **formats, **hyperparameters)
+
+    return Recipe(name, make, size=size)
+
+
+PEERS = [
+    Recipe("torchao AdamWFp8", torchao_fp8),
+    Recipe("torchao AdamW8bit", torchao_8bit),
+    Recipe("bitsandbytes AdamW8bit", bitsandbytes_8bit),
+    simulated("FP8-LM: e4m3, fp16 a tensor (simulated)", 3.0, exp_avg=E4M3, exp_avg_sq=FP16),
+    simulated("TE: e4m3, e4m3 a tensor (simulated)", 2.0, exp_avg=E4M3, exp_avg_sq=E4M3),
+]
+
+
+def formats_of(key: str) -> tuple[str, ...]:
+    """The formats that a key of the section allows."""
+    return tuple(get_args(get_args(Optimizer.model_fields[key].annotation)[0]))
+
+
+def pairs() -> Iterator[Recipe]:
+    """Every pair of formats of exp_avg and exp_avg_sq, with and without the clamp."""
+    for clamp in (True, False):
+        for m in formats_of("exp_avg_dtype"):
+            for v in formats_of("exp_avg_sq_dtype"):
+                formats = {"master_dtype": "fp32", "exp_avg_dtype": m, "exp_avg_sq_dtype": v}
+                yield ours(f"{m}, {v}", "states", "O1", clamp=clamp, **formats)
+
+
+def built() -> Iterator[Recipe]:
+    """The levels, and O2's states with other masters."""
+    for level in LEVELS:
+        yield ours(level, "as built", level)
+    for master in ("bf16", "split16", "split8"):
+        yield ours(f"O2, {master} master", "as built", "O2", master_dtype=master)
+    for master in ("fp16", "bf16", "split8"):
+        name = f"O2, {master} master, stochastic"
+        yield ours(name, "as built", "O2", master_dtype=master, rounding="stochastic")
+
+
+class Run:
+    """A recipe at work on its own copy of the tensor."""
+
+    def __init__(self, recipe: Recipe, rows: int, beta2: float) -> None:
+        self._recipe = recipe
+        dtype = torch.bfloat16 if BY_NAME[recipe.master].split else torch.float32
+        self._parameter = torch.nn.Parameter(torch.zeros(rows, COLUMNS, dtype=dtype))
+        self._parameter.grad_dtype = torch.float32
+        hyperparameters = {"lr": LR, "betas": (0.9, beta2), "eps": 1e-8, "weight_decay": 0.0}
+        self._optimizer = recipe.make(self._parameter, **hyperparameters)
+
+    def step(self, gradient: Tensor) -> None:
+        self._parameter.grad = gradient
+        self._optimizer.step()
+
+    @property
+    def way(self) -> Tensor:
+        """What the masters have come, from zero on."""
+        state, weights = self._optimizer.state[self._parameter], self._parameter.detach()
+        if "master" not in state:
+            return weights
+        fmt = BY_NAME[self._recipe.master]
+        master = Blocks(state["master"].view(fmt.dtype).view(-1, BLOCK), state.get("master_scales"), fmt)
+        values = torch.zeros(weights.numel())
+        load_masters(master, weights.view(-1, BLOCK), values)
+        return values.view(weights.shape)
+
+    @property
+    def size(self) -> float:
+        """Bytes of exp_avg and exp_avg_sq a parameter."""
+        if self._recipe.size is not None:
+            return self._recipe.size
+        state = self._optimizer.state[self._parameter]
+        held = sum(nbytes(value) for key, value in state.items() if not key.startswith("master"))
+        return held / self._parameter.numel()
+
+
+def exact(parameter: Tensor, **hyperparameters: Any) -> Any:
+    return torch.optim.AdamW([parameter], **hyperparameters)
+
+
+def follow(recipes: list[Recipe], regime: Regime, rows: int, seed: int) -> Iterator[dict[str, float]]:
+    """All recipes, step by step together, and how far each came from FP32's way."""
+    reference = Run(Recipe("fp32", exact), rows, regime.beta2)
+    runs = [Run(recipe, rows, regime.beta2) for recipe in recipes]
+    gets_gradient = torch.zeros(rows, COLUMNS, dtype=torch.bool)
+    for gradient in gradients(regime, rows, seed):
+        gets_gradient |= gradient != 0
+        for run in (reference, *runs):
+            run.step(gradient)
+    expected = reference.way[gets_gradient]
+    for run in runs:
+        way = run.way
+        difference = way[gets_gradient] - expected
+        yield {
+            "error": float(difference.norm() / expected.norm()),
+            "largest_lr": float(difference.abs().max() / LR),
+            "drift_lr": float(way[~gets_gradient].abs().max() / LR),
+            "bytes": run.size,
+        }
+
+
+def measure(recipes: list[Recipe], rows: int, seeds: int, steps: int | None = None) -> list[dict[str, Any]]:
+    """A row a recipe; steps: instead of the regimes' own."""
+    results: list[dict[str, Any]] = [
+        {"name": each.name, "kind": each.kind, "clamp": each.clamp, "regimes": {}} for each in recipes
+    ]
+    for name, regime in REGIMES.items():
+        shortened = replace(regime, steps=steps or regime.steps)
+        by_seed = [list(follow(recipes, shortened, rows, seed)) for seed in range(seeds)]
+        for result, figures in zip(results, zip(*by_seed, strict=True), strict=True):
+            result["bytes"] = figures[0]["bytes"]
+            result["regimes"][name] = {
+                "error": statistics.fmean(each["error"] for each in figures),
+                "worst_error": max(each["error"] for each in figures),
+                "largest_lr": max(each["largest_lr"] for each in figures),
+                "drift_lr": max(each["drift_lr"] for each in figures),
+            }
+    return results
+
+
+def runnable(rows: int, *, quick: bool) -> tuple[list[Recipe], dict[str, str]]:
+    """The peers that take a step here, and why the others do not."""
+    able, not_run = [], {}
+    for peer in PEERS:
+        try:
+            if quick and peer.make in (torchao_fp8, torchao_8bit):
+                raise PeerError("left out by --quick: it compiles for half a minute")
+            trial = Run(peer, rows, 0.95)
+            trial.step(torch.ones(rows, COLUMNS))
+            able.append(peer)
+        except PeerError as reason:
+            not_run[peer.name] = str(reason)
+        except Exception as error:  # whatever a peer dies of is named
+            not_run[peer.name] = f"does not run: {type(error).__name__}: {first_line(error)}"
+    return able, not_run
+
+
+def level_of(row: dict[str, Any]) -> str | None:
+    """The level that has the states of a row."""
+    if row["kind"] != "states" or not row["clamp"]:
+        return None
+    names = {f"{level.exp_avg}, {level.exp_avg_sq}": name for name, level in LEVELS.items()}
+    return names.get(row["name"])
+
+
+def judge(rows: list[dict[str, Any]]) -> Iterator[Claim]:
+    peers = [row for row in rows if row["kind"] == "peer"]
+    for row in rows:
+        level = level_of(row)
+        if level not in BOUNDS:
+            continue
+        for regime, bound in zip(REGIMES, BOUNDS[level], strict=True):
+            yield Claim.at_most(f"{level}, {regime}: error", error(row, regime), bound)
+        for regime in ("stress", "extreme"):
+            best = min(peers, key=lambda peer, regime=regime: error(peer, regime))
+            text = f"{level}, {regime}: error, beside the best peer's ({best['name']})"
+            yield Claim.below(text, error(row, regime), error(best, regime))
+        better = [each["name"] for each in rows if each["kind"] == "states" and dominates(each, row)]
+        text = f"{level}: states of no more bytes with less error in all four regimes"
+        yield Claim(text, "; ".join(better) or "none", "none", not better)
+
+
+def error(row: dict[str, Any], regime: str) -> float:
+    return float(row["regimes"][regime]["error"])
+
+
+def dominates(row: dict[str, Any], other: dict[str, Any]) -> bool:
+    """No more bytes, and less error in every regime."""
+    return row["bytes"] <= other["bytes"] and all(error(row, each) < error(other, each) for each in REGIMES)
+
+
+TITLES = {
+    "states": "exp_avg, exp_avg_sq beside FP32 masters",
+    "as built": "as built, with the rounding of the master",
+    "peer": "peers",
+}
+
+
+def print_rows(rows: list[dict[str, Any]], console: Console) -> None:
+    for kind, title in TITLES.items():
+        table = Table(title=title)
+        for column in ("", "clamp", "B", *REGIMES, "largest, extreme"):
+            table.add_column(column, justify="right" if column else "left")
+        for row in rows:
+            if row["kind"] == kind:
+                level = level_of(row)
+                clamp = {True: "on", False: "off", None: ""}[row["clamp"]]
+                table.add_row(
+                    f"{row['name']} ({level})" if level else row["name"],
+                    clamp,
+                    f"{row['bytes']:.2f}",
+                    *(f"{error(row, regime):.4f}" for regime in REGIMES),
+                    f"{row['regimes']['extreme']['largest_lr']:,.0f} lr",
+                )
+        console.print(table)
+
+
+def main() -> None:
+    parser = parser_of(__doc__, rounds=False)
+    parser.add_argument("--seeds", type=round_count, help="of the gradients; default 3")
+    arguments = parser.parse_args()
+    quick = arguments.quick
+    rows, seeds, steps = (8, 1, 5) if quick else (256, 3, None)
+    warnings.simplefilter("ignore")  # torch.compile's, of what the peers do
+    console = Console(width=132)
+    machine = facts()
+    peers, not_run = runnable(rows, quick=quick)
+    results = measure([*pairs(), *built(), *peers], rows, arguments.seeds or seeds, steps)
+    print_rows(results, console)
+    for name, reason in not_run.items():
+        console.print(f"{name}: {reason}", markup=False)
+    claims = list(judge(results))
+    print_claims(claims, console)
+    found = {"rows": results, "not_run": not_run, "claims": [asdict(each) for each in claims]}
+    write(arguments.out, {"machine": machine, **found})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""benchmarks/precision.py and update_error.py: what they measure with, and that a killed study goes on."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from ds_fp8.ops.formats import E4M3
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+sys.path.append(str(BENCHMARKS))
+
+import precision  # noqa: E402
+import update_error  # noqa: E402
+from claims import Claim, print_claims  # noqa: E402
+from regimes import REGIMES, gradients  # noqa: E402
+from simulated import MixedPrecision, RoundedAdamW, round_tensor  # noqa: E402
+
+QUIET = Console(file=open("/dev/null", "w"))  # noqa: SIM115
+
+
+def quick(script: str, out: Path) -> tuple[dict[str, Any], str]:
+    command = [sys.executable, str(BENCHMARKS / script), "--quick", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(out.read_text()), done.stdout
+
+
+def test_update_error(tmp_path: Path) -> None:
+    result, printed = quick("update_error.py", tmp_path / "update_error.json")
+    errors = {
+        (row["name"], row["clamp"]): [each["error"] for each in row["regimes"].values()]
+        for row in result["rows"]
+    }
+    assert max(errors["fp32, fp32", True]) < 1e-6
+    assert min(errors["e4m3, fp16", True]) > 0.01
+    assert errors["O2+", True] == errors["e4m3, ue4m4", True]  # a split16 master is an FP32 one
+    assert max(errors["O2, bf16 master", True]) > max(errors["O2", True])
+    assert {each.name for each in update_error.PEERS} <= {name for name, _ in errors} | {*result["not_run"]}
+    assert len(result["claims"]) == 14
+    assert all(name in printed for name in (*REGIMES, "O2+, slow: error", "claims"))
+
+
+def test_gradients_of_a_regime() -> None:
+    stress = list(gradients(REGIMES["stress"], 64, seed=0))
+    assert len(stress) == 200
+    never = torch.stack(stress[:3]).eq(0).all(dim=0)
+    assert never.float().mean() == pytest.approx(0.05, abs=0.01)
+    size = torch.stack(stress).square().mean(dim=0)[~never].sqrt().log()
+    assert size.std() == pytest.approx((1 + 1.5**2) ** 0.5, rel=0.15)  # of 64 rows
+    assert all(torch.equal(*pair) for pair in zip(stress, gradients(REGIMES["stress"], 64, 0), strict=True))
+
+
+def test_states_of_one_scale_a_tensor() -> None:
+    values = torch.tensor([448.0, 1.06, -300.0, 0.4, 0.0])  # scale 1: codes 1 and 1.125, 288 and 320
+    round_tensor(values, E4M3)
+    assert values.tolist() == [448.0, 1.0, -288.0, 0.40625, 0.0]
+    weights = [torch.nn.Parameter(torch.randn(64, generator=torch.Generator().manual_seed(1))) for _ in "ab"]
+    exact, rounded = torch.optim.AdamW(weights[:1]), RoundedAdamW(weights[1:], exp_avg_sq=E4M3)
+    for optimizer, weight in ((exact, weights[0]), (rounded, weights[1])):
+        weight.grad = weight.detach() ** 3
+        optimizer.step()
+    assert torch.equal(*weights)  # the first step is taken before anything is stored
+    states = exact.state[weights[0]], rounded.state[weights[1]]
+    assert torch.equal(states[0]["exp_avg"], states[1]["exp_avg"])
+    round_tensor(states[0]["exp_avg_sq"], E4M3)
+    assert torch.equal(states[0]["exp_avg_sq"], states[1]["exp_avg_sq"])
+
+
+def test_a_bf16_model_follows_its_fp32_masters() -> None:
+    model = torch.nn.Linear(4, 4)
+    engine = MixedPrecision(model, lambda masters: torch.optim.SGD(masters, lr=1e-3), clipping=1e-3)
+    before = [weight.detach().clone() for weight in model.parameters()]
+    for _ in range(3):
+        engine.backward(engine(torch.ones(2, 4, dtype=torch.bfloat16)).float().sum() * 1e6)
+        engine.step()
+    masters = engine.optimizer.param_groups[0]["params"]
+    for weight, master, old in zip(model.parameters(), masters, before, strict=True):
+        assert torch.equal(weight, master.to(torch.bfloat16))
+        moved = (master - old.float()).norm()
+        assert 0 < moved <= 3e-6 * (1 + 1e-3)  # rate times clipping, three times
+
+
+def test_what_does_not_hold_is_said() -> None:
+    wide = Console(width=132, record=True, file=QUIET.file)
+    print_claims([Claim.below("error", 0.5, 0.4), Claim.at_most("loss", 0.5, 0.5)], wide)
+    lines = wide.export_text().splitlines()
+    assert any("error" in line and "0.5000" in line and "not reproduced here" in line for line in lines)
+    assert any("loss" in line and "holds" in line and "not reproduced" not in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("square", "close"), [([0.02, 0.02, 0.02], True), ([0.1, -0.01, -0.02], False), ([0.0, 0.0, 0.01], False)]
+)
+def test_seeds_that_contradict_each_other_prove_nothing(square: list[float], close: bool) -> None:
+    def results(*validation: float) -> precision.Results:
+        figures = {"before": 3.0, "training": 1.0}
+        return {f"{seed}": {**figures, "validation": 2 + each} for seed, each in enumerate(validation)}
+
+    zeros, held = results(0, 0, 0), results(0.004, 0.004, 0.004)
+    runs = {stage: dict.fromkeys(precision.RECIPES, zeros) for stage in precision.STAGES}
+    runs["training"] |= {
+        precision.FP8_SQUARE: results(*square),
+        precision.O2: held,
+        precision.PLUS: results(0.009, -0.009, 0.009),
+    }
+    runs["fine-tuning"][precision.FP8_MASTER] = results(0.4, 0.6, 0.2)
+    rows = precision.summarise(runs)
+    assert [each.holds for each in precision.judge(rows)] == [True, False, True, close, False]
+    master = next(each for each in rows if "kept" in each and each["recipe"] == precision.FP8_MASTER)
+    assert master["kept"] == pytest.approx(0.6)
+
+
+def test_precision(tmp_path: Path) -> None:
+    result, printed = quick("precision.py", tmp_path / "precision.json")
+    rows = {(row["stage"], row["recipe"]): row for row in result["rows"]}
+    assert {*rows} == {(stage, name) for stage in precision.STAGES for name in precision.RECIPES}
+    for stage in precision.STAGES:
+        assert rows[stage, precision.FP32]["difference"] == 0
+        bf16, o1 = (rows[stage, name]["validation"] for name in ("#1 BF16", "O1"))
+        assert o1 == pytest.approx(bf16, abs=1e-3)
+    assert rows["fine-tuning", precision.FP32]["kept"] == 1
+    assert abs(rows["training", precision.FP8_MASTER]["difference"]) > 5e-3
+    assert len(result["claims"]) == 5
+    assert all(name in printed for name in precision.RECIPES)
+
+
+class KilledError(Exception):
+    """As a study is."""
+
+
+def fake_run(calls: list[tuple[str, int]], stop: int) -> Any:
+    def run(build: Any, stage: str, size: Any, seed: int, weights: Path) -> tuple[dict[str, float], Any]:
+        if len(calls) == stop:
+            raise KilledError
+        calls.append((stage, seed))
+        engine = SimpleNamespace(module=torch.nn.Linear(1, 1), destroy=lambda: None)
+        return {"before": 2.0, "training": 1.0, "validation": 1.0 + len(calls), "seconds": 0.0}, engine
+
+    return run
+
+
+def flat(runs: precision.Runs) -> dict[tuple[str, str, str], dict[str, float]]:
+    return {
+        (stage, name, seed): figures
+        for stage, by_recipe in runs.items()
+        for name, by_seed in by_recipe.items()
+        for seed, figures in by_seed.items()
+    }
+
+
+def test_a_killed_study_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, calls, size = tmp_path / "precision.json", [], precision.SIZES["tiny"]
+    settings = {"steps": 4}
+    runs = len(precision.RECIPES) * len(precision.STAGES) * 2
+    monkeypatch.setattr(precision, "run", fake_run(calls, stop=20))
+    with pytest.raises(KilledError):
+        precision.study(out, precision.resumed(out, settings), size, 2, QUIET)
+    kept = flat(precision.resumed(out, settings)["runs"])
+    assert len(kept) == 20
+    monkeypatch.setattr(precision, "run", fake_run(calls, stop=runs))
+    precision.study(out, precision.resumed(out, settings), size, 2, QUIET)
+    assert len(calls) == runs
+    found = flat(precision.resumed(out, settings)["runs"])
+    assert {each["validation"] for each in found.values()} == {1.0 + number for number in range(1, runs + 1)}
+    assert kept.items() <= found.items()
+    with pytest.raises(ValueError, match="with steps 4, allowed: 600, or another file"):
+        precision.resumed(out, {"steps": 600})
+
+
+def test_fp32_is_trained_again_where_its_weights_are_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, calls, size = tmp_path / "precision.json", [], precision.SIZES["tiny"]
+    monkeypatch.setattr(precision, "run", fake_run(calls, stop=100))
+    precision.study(out, precision.resumed(out, {}), size, 1, QUIET)
+    (tmp_path / "precision_seed0.pt").unlink()
+    calls.clear()
+    precision.study(out, precision.resumed(out, {}), size, 1, QUIET)
+    assert calls == [("training", 0)]
