@@ -179,7 +179,7 @@ def load_partly_refused(folder: str) -> tuple[str, bool]:
     if torch.distributed.get_rank() == 1:
         path = f"{folder}/whole/bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"
         saved = torch.load(path, weights_only=False)
-        saved["optimizer_state_dict"]["base_optimizer_state"]["fp8"]["recipe"]["seed"] = 9
+        saved["optimizer_state_dict"]["base_optimizer_state"]["fp8"]["seed"] = 9
         torch.save(saved, path)
     torch.distributed.barrier()
     backward(engine, next(source))
@@ -197,7 +197,8 @@ def load_partly_refused(folder: str) -> tuple[str, bool]:
 
 def test_all_ranks_refuse_what_one_refuses(ranks: RankPools, tmp_path: Any) -> None:
     for message, _ in ranks.run(2, load_partly_refused, str(tmp_path)):
-        assert "rank 1: checkpoint recipe" in message
+        assert "rank 1: " in message
+        assert "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt: " in message
 
 
 def regrouped(folder: str, save: bool) -> str:
@@ -220,7 +221,7 @@ def regrouped(folder: str, save: bool) -> str:
 def test_other_param_groups_are_refused(ranks: RankPools, tmp_path: Any) -> None:
     ranks.run(2, regrouped, str(tmp_path), True)
     for message in ranks.run(2, regrouped, str(tmp_path), False):
-        assert "checkpoint groups: received [['0.weight'" in message
+        assert "group of 0.weight: received 0, expected 1" in message
 
 
 def kinds_of_adam() -> list[list[bool]]:
