@@ -2,7 +2,6 @@
 
 import os
 import socket
-import time
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -44,7 +43,6 @@ def _rank_main(
     results[rank] = function(*arguments)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
-    time.sleep(0.1)  # gloo's threads still let go of tensors, which Python must live to see
 
 
 def _free_port() -> int:

@@ -20,7 +20,7 @@ from deepspeed import comm as dist
 import ds_fp8
 from ds_fp8.fitting import Wanted, check, check_stock, check_universal, frozen, others_of, shapes
 from ds_fp8.status import is_active
-from ds_fp8.zero_fp8 import manifest, tags
+from ds_fp8.zero_fp8 import manifest, tags, universal
 from ds_fp8.zero_fp8.agreement import agreed, check_agreement, everybody
 from ds_fp8.zero_fp8.checkpoint import Restorable
 from ds_fp8.zero_fp8.foreign import Universal
@@ -30,7 +30,6 @@ from ds_fp8.zero_fp8.manifest import Manifest
 logger = logging.getLogger("ds_fp8")
 
 Method = Callable[..., Any]
-LATEST_UNIVERSAL = "latest_universal"
 
 
 def save_checkpoint(original: Method) -> Method:
@@ -180,7 +179,7 @@ def _mapped(engine: Any) -> Iterator[None]:
 def _find(engine: Any, folder: Path, tag: Any) -> str | None:
     """The folder of the tag, the same on every rank; None where there is no `latest`."""
     group = engine.optimizer.dp_process_group
-    latest = LATEST_UNIVERSAL if engine.load_universal_checkpoint() else tags.LATEST
+    latest = universal.LATEST if engine.load_universal_checkpoint() else tags.LATEST
     found = agreed(lambda: tags.find(folder, None if tag is None else str(tag), latest), group)
     check_agreement("the checkpoint", [str(found)], engine.device, group)
     return found

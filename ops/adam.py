@@ -24,11 +24,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ds_fp8.ops.blocks import Blocks, chunks, decode, encode, scale_down, scale_exponents, to_float32
+from ds_fp8.ops.blocks import Blocks, chunks, decode, encode, fit, scale_down, to_float32
 from ds_fp8.ops.formats import FP32
 from ds_fp8.ops.masters import decode_masters, encode_masters
 from ds_fp8.ops.rounding import (
     EXP_AVG_SQ,
+    HALF,
     MASTER,
     key,
     random_bits,
@@ -213,13 +214,14 @@ def decode_second_moment(blocks: Blocks, factor: float = 1.0) -> Tensor:
     return decode(blocks, UNIT * math.sqrt(factor)).square()
 
 
-def encode_second_moment(v: Tensor, root: Tensor, out: Blocks, bits: Tensor) -> None:
-    """Store v in FP32, or sqrt(v) rounded stochastically, non-zero values never to zero."""
+def encode_second_moment(v: Tensor, root: Tensor, out: Blocks, bits: Tensor | None = None) -> None:
+    """Store v in FP32, or sqrt(v), non-zero values never as zero.
+
+    bits: 24 random bits an element, int32, for stochastic rounding; None rounds to nearest.
+    """
     if out.format is FP32:
         encode(v, out)
         return
-    if out.scales is not None:
-        e = scale_exponents(root, out.format)
-        out.scales.copy_(e)
-        root = scale_down(root, e)
-    out.codes.copy_(round_up_from_zero(root, bits, out.format))
+    if bits is None:
+        bits = torch.full_like(root, HALF, dtype=torch.int32)
+    out.codes.copy_(round_up_from_zero(fit(root, out), bits, out.format))

@@ -72,6 +72,13 @@ def chunks(blocks: int, block_size: int) -> Iterator[slice]:
         yield slice(first, min(first + rows, blocks))
 
 
+def padded(vector: Tensor, rows: int, block_size: int) -> Tensor:
+    """A vector as [rows, block size], zeros after its end."""
+    whole = vector.new_zeros(rows, block_size)
+    whole.view(-1)[: vector.numel()] = vector
+    return whole
+
+
 def scale_exponents(values: Tensor, fmt: Format, unit: int = 0) -> Tensor:
     """The E8M0 byte of each row of `values`, [rows, block size] float32 -> [rows] int32.
 
@@ -95,20 +102,25 @@ def scale_down(values: Tensor, e: Tensor, unit: int = 0) -> Tensor:
     return values * power_of_two(inverse)[:, None]
 
 
+def fit(values: Tensor, out: Blocks, unit: int = 0) -> Tensor:
+    """Write the scales of a chunk of blocks, and bring its values onto the codes, still float32.
+
+    values: [rows, block size] float32, 2^unit times what is stored; none then exceeds the format's maximum.
+    """
+    if out.scales is None:
+        return values * 2.0**-unit if unit else values
+    e = scale_exponents(values, out.format, unit)
+    out.scales.copy_(e)
+    return scale_down(values, e, unit)
+
+
 def encode(values: Tensor, out: Blocks, unit: int = 0) -> None:
     """Round [rows, block size] float32 to nearest, ties to even, into as many blocks.
 
-    One chunk: the caller cuts. The values are 2^unit times what is stored. A value never exceeds the
-    format's maximum after scaling. The format is one of torch's own.
+    One chunk: the caller cuts. The values are 2^unit times what is stored. The format is one of torch's own.
     """
     assert out.codes.is_floating_point()
-    if out.scales is not None:
-        e = scale_exponents(values, out.format, unit)
-        out.scales.copy_(e)
-        values = scale_down(values, e, unit)
-    elif unit:
-        values = values * 2.0**-unit
-    out.codes.copy_(values)
+    out.codes.copy_(fit(values, out, unit))
 
 
 def to_float32(codes: Tensor, fmt: Format) -> Tensor:
@@ -117,7 +129,7 @@ def to_float32(codes: Tensor, fmt: Format) -> Tensor:
     if codes.is_floating_point():
         return codes.to(torch.float32)
     # In the place of FP32's own bits; a power of two takes the exponents to FP32's, subnormals included.
-    bits = codes.to(torch.int32) << FP32.mantissa_bits - fmt.mantissa_bits
+    bits = codes.to(torch.int32) << fmt.dropped_bits
     return bits.view(torch.float32) * 2.0 ** (FP32.bias - fmt.bias)
 
 
@@ -146,8 +158,7 @@ def quantize(values: Tensor, out: Blocks, counts: Tensor | None = None) -> None:
         _encode_and_count(rows[part].to(torch.float32), out[part], counts)
     tail = values[whole * block_size :]
     if tail.numel():
-        last = torch.zeros(1, block_size, dtype=torch.float32, device=values.device)
-        last[0, : tail.numel()] = tail
+        last = padded(tail.to(torch.float32), 1, block_size)
         _encode_and_count(last, out[whole : whole + 1], counts)
         whole += 1
     out[whole:].zero_()

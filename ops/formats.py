@@ -64,6 +64,11 @@ class Format:
         return 2.0 ** (self.min_exponent - self.mantissa_bits)
 
     @property
+    def dropped_bits(self) -> int:
+        """Bits of FP32's mantissa that it does not keep."""
+        return FP32.mantissa_bits - self.mantissa_bits
+
+    @property
     def itemsize(self) -> int:
         """Bytes a code."""
         return self.dtype.itemsize

@@ -11,8 +11,7 @@ a BF16 weight edits a split master with it.
 import torch
 from torch import Tensor
 
-from ds_fp8.ops.blocks import Blocks, chunks, decode, encode, scale_down, scale_exponents
-from ds_fp8.ops.formats import Format
+from ds_fp8.ops.blocks import Blocks, chunks, decode, encode, fit, padded
 from ds_fp8.ops.rounding import QUIET_NAN, RANDOM_BITS, round_either_way
 
 HALF_CODE = 0x8000  # of BF16, in bits of FP32
@@ -25,7 +24,7 @@ def decode_masters(master: Blocks, weights: Tensor, factor: float = 1.0) -> Tens
     """
     if not master.format.split:
         return decode(master, factor)
-    low = master.codes.to(torch.int32) << dropped_bits(master.format)
+    low = master.codes.to(torch.int32) << master.format.dropped_bits
     bits = (weights.view(torch.int16).to(torch.int32) << 16) + low
     return bits.view(torch.float32) * factor
 
@@ -41,7 +40,7 @@ def encode_masters(values: Tensor, master: Blocks, weights: Tensor, bits: Tensor
     if bits is None:
         encode(values, master)
     else:
-        _encode_stochastically(values, master, bits)
+        master.codes.copy_(round_either_way(fit(values, master), bits, master.format))
     write_weights(decode(master), weights)
 
 
@@ -49,10 +48,8 @@ def store_masters(values: Tensor, master: Blocks, weights: Tensor) -> None:
     """`encode_masters` of a vector of any length; what is left of the last block is zeros."""
     size = master.block_size
     for part in chunks(len(master), size):
-        rows = torch.zeros(part.stop - part.start, size, dtype=torch.float32, device=values.device)
         piece = values[part.start * size : part.stop * size]
-        rows.view(-1)[: piece.numel()] = piece
-        encode_masters(rows, master[part], weights[part])
+        encode_masters(padded(piece, part.stop - part.start, size), master[part], weights[part])
 
 
 def load_masters(master: Blocks, weights: Tensor, out: Tensor) -> None:
@@ -63,27 +60,14 @@ def load_masters(master: Blocks, weights: Tensor, out: Tensor) -> None:
         piece.copy_(decode_masters(master[part], weights[part]).view(-1)[: piece.numel()])
 
 
-def dropped_bits(fmt: Format) -> int:
-    """Low bits of an FP32 master that a split format does not keep."""
-    return 23 - fmt.mantissa_bits
-
-
 def _encode_split(values: Tensor, master: Blocks, weights: Tensor, bits: Tensor | None) -> None:
     raw = torch.where(values.isnan(), QUIET_NAN, values.view(torch.int32))
-    dropped = dropped_bits(master.format)
+    dropped = master.format.dropped_bits
     if dropped:
         raw = raw + (1 << dropped - 1 if bits is None else bits >> RANDOM_BITS - dropped)
     raw = raw >> dropped << dropped
-    weights.copy_(((raw + HALF_CODE) >> 16).to(torch.int16).view(torch.bfloat16))
     master.codes.copy_(raw >> dropped)
-
-
-def _encode_stochastically(values: Tensor, master: Blocks, bits: Tensor) -> None:
-    if master.scales is not None:
-        e = scale_exponents(values, master.format)
-        master.scales.copy_(e)
-        values = scale_down(values, e)
-    master.codes.copy_(round_either_way(values, bits, master.format))
+    write_weights(raw.view(torch.float32), weights)
 
 
 def write_weights(master: Tensor, weights: Tensor) -> None:

@@ -21,6 +21,7 @@ MULTIPLIERS = (0x21F0AAAD, 0xD35A2D97)
 SPREAD = 0x9E3779B9  # 2^32 over the golden ratio
 START = 0x243F6A88  # the first word of pi
 RANDOM_BITS = 24  # of a draw; E5M2 drops 21
+HALF = 1 << RANDOM_BITS - 1  # in place of a draw: rounds up from the middle on
 MASTER, EXP_AVG_SQ = 0, 2  # the states whose streams these are; exp_avg, 1, rounds to nearest
 QUIET_NAN = 0x7FC00000
 CODE_DTYPE = {1: torch.uint8, 2: torch.int16}  # integers as wide as a code
@@ -78,7 +79,7 @@ def round_stochastically(magnitudes: Tensor, bits: Tensor, fmt: Format) -> Tenso
     Where the format's exponents are brought onto FP32's own, its codes are the upper bits of the float,
     subnormals included: adding noise below them and cutting rounds.
     """
-    dropped = 23 - fmt.mantissa_bits
+    dropped = fmt.dropped_bits
     raw = (magnitudes * 2.0 ** (fmt.bias - FP32.bias)).view(torch.int32)
     raw = torch.where(magnitudes.isnan(), QUIET_NAN, raw)  # another could carry into the sign
     return (raw + (bits >> RANDOM_BITS - dropped)) >> dropped

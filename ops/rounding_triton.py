@@ -14,7 +14,7 @@ SECOND_MULTIPLIER = tl.constexpr(rounding.MULTIPLIERS[1])
 
 @triton.constexpr_function
 def dropped_bits(name):
-    return 23 - BY_NAME[name].mantissa_bits
+    return BY_NAME[name].dropped_bits
 
 
 @triton.constexpr_function

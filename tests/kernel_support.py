@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from ds_fp8.ops.adam import encode_second_moment
 from ds_fp8.ops.backend import Backend
-from ds_fp8.ops.blocks import NOT_FINITE, Blocks, quantize, scale_down, scale_exponents, to_float32
+from ds_fp8.ops.blocks import NOT_FINITE, Blocks, quantize, to_float32
 from ds_fp8.ops.formats import BF16, BY_NAME, E4M3, E5M2, FP16, FP32, UE4M4, Format
-from ds_fp8.ops.rounding import RANDOM_BITS, round_up_from_zero
 
 CPU = torch.device("cpu")
 GARBAGE = 0xA5
@@ -127,11 +127,7 @@ def round_to_nearest(values: Tensor, out: Blocks) -> None:
     if out.format.signed:
         quantize(values.reshape(-1), out)
         return
-    assert out.scales is not None
-    e = scale_exponents(values, out.format)
-    halves = torch.full(values.shape, 1 << RANDOM_BITS - 1, dtype=torch.int32)
-    out.scales.copy_(e)
-    out.codes.copy_(round_up_from_zero(scale_down(values.abs(), e), halves, out.format))
+    encode_second_moment(values, values.abs(), out)
 
 
 def every_code(fmt: Format) -> Tensor:

@@ -14,9 +14,8 @@ from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 
 from ds_fp8.ops.adam import UNIT, decode_second_moment, encode_second_moment, square_root
-from ds_fp8.ops.blocks import Blocks, chunks, decode, quantize
+from ds_fp8.ops.blocks import Blocks, chunks, decode, padded, quantize
 from ds_fp8.ops.masters import decode_masters, store_masters
-from ds_fp8.ops.rounding import RANDOM_BITS
 from ds_fp8.zero_fp8.comm import sum_over_ranks
 from ds_fp8.zero_fp8.partition import Piece
 from ds_fp8.zero_fp8.shard import Shard
@@ -24,7 +23,6 @@ from ds_fp8.zero_fp8.weights import Weights
 
 BOUND = ("_hp_mapping", "get_full_hp_param", "set_full_hp_param", "get_full_hp_grad", "set_full_hp_grad")
 STATES = ("exp_avg", "exp_avg_sq")
-HALF = 1 << RANDOM_BITS - 1  # in place of random bits: rounds up from the middle on
 
 
 class FullTensors:
@@ -162,9 +160,7 @@ def _flat(value: Tensor, parameter: Parameter) -> Tensor:
 
 def _quantize_second_moment(v: Tensor, out: Blocks) -> None:
     """A vector of second moments, rounded to nearest, zeros after it."""
-    padded = torch.zeros(len(out) * out.block_size, dtype=torch.float32, device=v.device)
-    padded[: v.numel()] = v
-    rows = padded.view(-1, out.block_size)
-    for part in chunks(len(out), out.block_size):
-        bits = torch.full_like(rows[part], HALF, dtype=torch.int32)
-        encode_second_moment(rows[part], square_root(rows[part]), out[part], bits)
+    size = out.block_size
+    for part in chunks(len(out), size):
+        rows = padded(v[part.start * size : part.stop * size], part.stop - part.start, size)
+        encode_second_moment(rows, square_root(rows), out[part])

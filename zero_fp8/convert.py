@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from ds_fp8.ops.adam import AdamState, encode_second_moment, square_root
-from ds_fp8.ops.blocks import chunks, encode
+from ds_fp8.ops.blocks import chunks, encode, padded
 from ds_fp8.ops.formats import BY_NAME, FP32, SPLIT16, Format
 from ds_fp8.ops.masters import encode_masters
 from ds_fp8.zero_fp8 import manifest
-from ds_fp8.zero_fp8.access import HALF
 from ds_fp8.zero_fp8.checkpoint import STATES, Names, Progress
 from ds_fp8.zero_fp8.shard import Shard
 
@@ -72,15 +71,11 @@ def _write(values: Values, state: AdamState, weights: Tensor) -> None:
 
     def rows(vector: Tensor) -> Tensor:
         codes = state.master.codes
-        padded = torch.zeros(codes.shape, dtype=torch.float32, device=codes.device)
-        padded.view(-1)[: vector.numel()] = vector
-        return padded
+        return padded(vector.to(codes.device), *codes.shape)
 
     encode_masters(rows(values.master), state.master, weights)
     encode(rows(values.exp_avg), state.exp_avg)
-    root = rows(values.root)
-    bits = torch.full_like(root, HALF, dtype=torch.int32)
-    encode_second_moment(rows(values.exp_avg_sq), root, state.exp_avg_sq, bits)
+    encode_second_moment(rows(values.exp_avg_sq), rows(values.root), state.exp_avg_sq)
 
 
 def rounded(saved: manifest.Recipe | None, wanted: manifest.Recipe) -> list[str]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ds_fp8.ops.adam import AdamState, square_root
-from ds_fp8.ops.blocks import CHUNK, Blocks, decode
+from ds_fp8.ops.blocks import CHUNK, Blocks, decode, padded
 from ds_fp8.ops.formats import BY_NAME, FP32
 from ds_fp8.ops.masters import decode_masters
 from ds_fp8.zero_fp8 import manifest
@@ -123,9 +123,7 @@ class Native:
             return torch.empty(rows, 0)
         size = self.facts.recipe.block_size
         flat = self.module[name].view(-1)[first * size : (first + rows) * size]
-        padded = torch.zeros(rows, size, dtype=flat.dtype)
-        padded.view(-1)[: flat.numel()] = flat
-        return padded
+        return padded(flat, rows, size)
 
     def _path(self, rank: int) -> Path:
         return self.folder / self.facts.optimizer_files[rank]
