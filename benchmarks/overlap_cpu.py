@@ -19,12 +19,13 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from ranks_cpu import run_ranks
+from ranks_cpu import in_turn, run_ranks
 from rich.console import Console
 from rich.table import Table
 from timing import element_count, facts, parser_of, round_count, title, write
@@ -111,18 +112,10 @@ def train(shape: dict[str, int], bucket: int, micro_batch: int, rounds: int) -> 
     engines = {name: build(shape, bucket, micro_batch, overlap=overlap) for name, overlap in ENGINES.items()}
     source = Corpus(read_corpus("topics"), shape["context"])
     batches = source.batches(micro_batch, torch.distributed.get_rank())
-    times: dict[str, list[dict[str, float]]] = {name: [] for name in engines}
-    losses: dict[str, list[float]] = {name: [] for name in engines}
-    for number in range(WARM_UP + rounds):
-        batch = next(batches)
-        for name in sorted(engines, reverse=bool(number % 2)):
-            parts, loss = iterate(engines[name], batch)
-            losses[name].append(loss)
-            if number >= WARM_UP:
-                times[name].append(parts)
+    found = list(islice(in_turn(engines, batches, iterate), WARM_UP + rounds))
     return {
-        "times": times,
-        "losses": losses,
+        "times": {name: [each[name][0] for each in found[WARM_UP:]] for name in engines},
+        "losses": {name: [each[name][1] for each in found] for name in engines},
         "parameters": sum(each.numel() for each in engines["plain"].module.parameters()),
         "buckets": len(engines["plain"].optimizer.buckets),
         "fp8": ds_fp8.describe(engines["overlap"]),

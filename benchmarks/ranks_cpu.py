@@ -1,9 +1,10 @@
 """Runs a function on gloo ranks, processes of this machine."""
 
+import itertools
 import os
 import socket
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +18,16 @@ def run_ranks(ranks: int, function: Callable[..., Any], *arguments: Any) -> list
         results = manager.dict()
         mp.spawn(_rank_main, (ranks, _free_port(), results, function, arguments), nprocs=ranks, join=True)
         return [results[rank] for rank in range(ranks)]
+
+
+def in_turn(
+    engines: Mapping[str, Any], batches: Iterator[Any], iterate: Callable[[Any, Any], Any]
+) -> Iterator[dict[str, Any]]:
+    """Rounds without end: what an iteration of each engine gave, on one batch, first one then the other first."""
+    for number in itertools.count():
+        batch = next(batches)
+        names = sorted(engines, reverse=bool(number % 2))
+        yield {name: iterate(engines[name], batch) for name in names}
 
 
 def _rank_main(

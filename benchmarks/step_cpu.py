@@ -20,12 +20,12 @@ import statistics
 import sys
 import time
 from dataclasses import asdict, dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from ranks_cpu import run_ranks
+from ranks_cpu import in_turn, run_ranks
 from rich.console import Console
 from rich.table import Table
 from timing import busy_seconds, checked_backend, facts, parser_of, round_count, title, write
@@ -125,22 +125,16 @@ def train(job: Job) -> dict[str, Any]:
     engines = {"ds_fp8": build(job, fp8=True), "stock": build(job, fp8=False)}
     context = Shape(**job.shape).context
     batches = Corpus(read_corpus("topics"), context).batches(job.micro_batch, torch.distributed.get_rank())
-    times: dict[str, list[list[float]]] = {name: [] for name in engines}
-    losses: dict[str, list[float]] = {name: [] for name in engines}
-    for number in range(WARM_UP + job.iterations):
-        if number == WARM_UP:
-            before = clocks()
-        batch = next(batches)
-        for name in sorted(engines, reverse=bool(number % 2)):
-            parts, loss = iterate(engines[name], batch)
-            losses[name].append(loss)
-            if number >= WARM_UP:
-                times[name].append(parts)
+    rounds = in_turn(engines, batches, iterate)
+    warm = list(islice(rounds, WARM_UP))
+    before = clocks()
+    measured = list(islice(rounds, job.iterations))
+    spent = [now - then for now, then in zip(clocks(), before, strict=True)]
     stock = engines["stock"].optimizer.optimizer
     return {
-        "clocks": [now - then for now, then in zip(clocks(), before, strict=True)],
-        "times": times,
-        "losses": losses,
+        "clocks": spent,
+        "times": {name: [each[name][0] for each in measured] for name in engines},
+        "losses": {name: [each[name][1] for each in warm + measured] for name in engines},
         "parameters": sum(each.numel() for each in engines["stock"].module.parameters()),
         "stock_class": f"{type(stock).__module__.split('.')[0]} {type(stock).__name__}",
         "fp8": ds_fp8.describe(engines["ds_fp8"]),
