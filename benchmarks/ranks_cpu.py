@@ -23,7 +23,7 @@ def run_ranks(ranks: int, function: Callable[..., Any], *arguments: Any) -> list
 def in_turn(
     engines: Mapping[str, Any], batches: Iterator[Any], iterate: Callable[[Any, Any], Any]
 ) -> Iterator[dict[str, Any]]:
-    """Rounds without end: what an iteration of each engine gave, on one batch, first one then the other first."""
+    """Rounds without end: what each engine's iteration gave; who is first changes from round to round."""
     for number in itertools.count():
         batch = next(batches)
         names = sorted(engines, reverse=bool(number % 2))

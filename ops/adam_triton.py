@@ -15,10 +15,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ds_fp8.ops import adam, blocks_triton
+from ds_fp8.ops import adam, health, tiles_triton
 from ds_fp8.ops.adam import AdamScalars, AdamState, Rounding, Segment
 from ds_fp8.ops.blocks import Blocks
-from ds_fp8.ops.blocks_triton import (
+from ds_fp8.ops.masters_triton import load_masters, store_masters
+from ds_fp8.ops.rounding import EXP_AVG_SQ, MASTER, signed, stream
+from ds_fp8.ops.rounding_triton import (
+    as_half,
+    dropped_bits,
+    exponent_shift,
+    key_of,
+    random_bits,
+    round_up_from_zero,
+    with_noise,
+)
+from ds_fp8.ops.tiles_triton import (
     decode,
     hardware_fp8,
     inverse_scale,
@@ -36,21 +47,11 @@ from ds_fp8.ops.blocks_triton import (
     tile_rows,
     two_to_the,
 )
-from ds_fp8.ops.masters_triton import load_masters, store_masters
-from ds_fp8.ops.rounding import EXP_AVG_SQ, MASTER, signed, stream
-from ds_fp8.ops.rounding_triton import (
-    as_half,
-    dropped_bits,
-    exponent_shift,
-    key_of,
-    random_bits,
-    round_up_from_zero,
-    with_noise,
-)
 
 WARPS = 2
 UNIT = tl.constexpr(adam.LOG_UNIT)
-INTERPRETED = tl.constexpr(blocks_triton.INTERPRETED)
+INTERPRETED = tl.constexpr(tiles_triton.INTERPRETED)
+STATE_COUNTS = tl.constexpr(health.STATE_COUNTS)
 
 
 @triton.jit
@@ -223,7 +224,7 @@ def adam_kernel(
     stored, _ = store_blocks(
         m, m_size, m_codes + start, m_scales + first, rows, offset, inside, M, HARDWARE, UNIT
     )
-    place = partial + tile * 3
+    place = partial + tile * STATE_COUNTS
     if COUNT:
         count_state(place, tl.abs(fresh) > tl.abs(m), m, stored, M, HARDWARE)
     if V == "fp32":

@@ -3,7 +3,9 @@
 import triton
 import triton.language as tl
 
-from ds_fp8.ops.blocks_triton import (
+from ds_fp8.ops.formats import BY_NAME
+from ds_fp8.ops.rounding_triton import as_half, dropped_bits, exponent_shift, round_either_way
+from ds_fp8.ops.tiles_triton import (
     decode,
     inverse_scale,
     is_scaled,
@@ -16,8 +18,6 @@ from ds_fp8.ops.blocks_triton import (
     times,
     two_to_the,
 )
-from ds_fp8.ops.formats import BY_NAME
-from ds_fp8.ops.rounding_triton import as_half, dropped_bits, exponent_shift, round_either_way
 
 
 @triton.constexpr_function

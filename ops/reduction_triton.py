@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ds_fp8.ops.blocks import Blocks
-from ds_fp8.ops.blocks_triton import (
+from ds_fp8.ops.tiles_triton import (
     decode,
     hardware_fp8,
     is_scaled,

@@ -4,8 +4,8 @@ import triton
 import triton.language as tl
 
 from ds_fp8.ops import rounding
-from ds_fp8.ops.blocks_triton import is_scaled
 from ds_fp8.ops.formats import BY_NAME
+from ds_fp8.ops.tiles_triton import is_scaled
 
 SPREAD = tl.constexpr(rounding.SPREAD)
 FIRST_MULTIPLIER = tl.constexpr(rounding.MULTIPLIERS[0])

@@ -30,7 +30,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ds_fp8.config import LEVELS, FP8Config
-from ds_fp8.ops import adam_triton, blocks_triton, reduction_triton
+from ds_fp8.ops import adam_triton, blocks_triton, reduction_triton, tiles_triton
 from ds_fp8.ops.adam import AdamScalars, AdamState, Segment, next_clamp
 from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.formats import E4M3, FP32, Format
@@ -138,7 +138,7 @@ def type_of(value: object) -> str:
 def compiled(launch: Launch, architecture: int) -> Any:
     """The kernel for one compute capability; tensors and 64-bit distances are divisible by 16."""
     constants = dict(launch.constants)
-    constants["HARDWARE"] = divmod(architecture, 10) >= blocks_triton.FIRST_WITH_FP8
+    constants["HARDWARE"] = divmod(architecture, 10) >= tiles_triton.FIRST_WITH_FP8
     types = {name: type_of(value) for name, value in launch.parameters.items()}
     assert all(value % 16 == 0 for name, value in launch.parameters.items() if types[name] == "i64")
     names = launch.kernel.arg_names

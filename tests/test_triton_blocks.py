@@ -39,11 +39,11 @@ from kernel_support import (
 from torch import Tensor
 from triton_support import CONVERSIONS, DEVICE, TRITON, conversion, each_conversion
 
-from ds_fp8.ops import blocks_triton, rounding_triton
+from ds_fp8.ops import rounding_triton, tiles_triton
 from ds_fp8.ops.blocks import to_float32
-from ds_fp8.ops.blocks_triton import INTERPRETED
 from ds_fp8.ops.formats import E4M3, Format
 from ds_fp8.ops.rounding import RANDOM_BITS, round_up_from_zero
+from ds_fp8.ops.tiles_triton import INTERPRETED
 
 TILE = tl.constexpr(1 << 16 if INTERPRETED else 1 << 12)  # the interpreter pays by the tile
 
@@ -54,14 +54,14 @@ quick = settings(deadline=None, derandomize=True, max_examples=60)
 def decode_kernel(codes, values, count, FORMAT: tl.constexpr, HARDWARE: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
     i = tl.program_id(0) * TILE + tl.arange(0, TILE)
     x = tl.load(codes + i, mask=i < count, other=0)
-    tl.store(values + i, blocks_triton.decode(x, FORMAT, HARDWARE), mask=i < count)
+    tl.store(values + i, tiles_triton.decode(x, FORMAT, HARDWARE), mask=i < count)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def encode_kernel(values, codes, count, FORMAT: tl.constexpr, HARDWARE: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
     i = tl.program_id(0) * TILE + tl.arange(0, TILE)
     x = tl.load(values + i, mask=i < count, other=0.0)
-    tl.store(codes + i, blocks_triton.encode(x, FORMAT, HARDWARE), mask=i < count)
+    tl.store(codes + i, tiles_triton.encode(x, FORMAT, HARDWARE), mask=i < count)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -70,7 +70,7 @@ def round_up_kernel(values, bits, codes, count, FORMAT: tl.constexpr):  # type: 
     x = tl.load(values + i, mask=i < count, other=0.0)
     random = tl.load(bits + i, mask=i < count, other=0).to(tl.uint32) << 8
     floor = (x > 0).to(tl.int32) << 23
-    x *= blocks_triton.two_to_the(rounding_triton.exponent_shift(FORMAT))
+    x *= tiles_triton.two_to_the(rounding_triton.exponent_shift(FORMAT))
     code = rounding_triton.round_up_from_zero(x, random, floor, FORMAT)
     tl.store(codes + i, code.to(codes.dtype.element_ty), mask=i < count)
 
@@ -78,7 +78,7 @@ def round_up_kernel(values, bits, codes, count, FORMAT: tl.constexpr):  # type: 
 def launch(kernel: Any, source: Tensor, *others: Tensor, **constants: object) -> None:
     tensors = [each.to(DEVICE) for each in (source, *others)]
     programs = -(-source.numel() // TILE.value)
-    blocks_triton.launch(kernel, programs, 4, *tensors, source.numel(), **constants)
+    tiles_triton.launch(kernel, programs, 4, *tensors, source.numel(), **constants)
     others[-1].copy_(tensors[-1])
 
 
@@ -92,7 +92,7 @@ def test_every_code_is_decoded(fmt: Format, hardware: bool) -> None:
     codes = readable(every_code(fmt), hardware)
     values = torch.full(codes.shape, 7.0)
     with conversion(hardware):
-        launch(decode_kernel, blocks_triton.raw(codes), values, FORMAT=fmt.name, HARDWARE=hardware)
+        launch(decode_kernel, tiles_triton.raw(codes), values, FORMAT=fmt.name, HARDWARE=hardware)
     assert_same(values, to_float32(codes, fmt), fmt.name)
 
 
@@ -103,7 +103,7 @@ def test_every_nasty_value_is_encoded(fmt: Format, hardware: bool) -> None:
         values = torch.cat([values, torch.tensor([torch.inf, -torch.inf, torch.nan, -torch.nan])])
     codes = garbage(len(values), dtype=fmt.dtype)
     with conversion(hardware):
-        launch(encode_kernel, values, blocks_triton.raw(codes), FORMAT=fmt.name, HARDWARE=hardware)
+        launch(encode_kernel, values, tiles_triton.raw(codes), FORMAT=fmt.name, HARDWARE=hardware)
     assert_same(codes, values.to(fmt.dtype), fmt.name)
 
 

@@ -18,7 +18,7 @@ from kernel_checks import (
 from kernel_support import rows_of
 from triton_support import CONVERSIONS, TRITON, conversion
 
-from ds_fp8.ops import blocks_triton, reduction_triton
+from ds_fp8.ops import reduction_triton, tiles_triton
 from ds_fp8.ops.formats import E4M3, FP32, Format
 
 TILES = 2  # of a program, in tests that need many: the interpreter pays by the tile, and for empty ones too
@@ -45,7 +45,7 @@ def test_every_pair_of_formats(wire: Format, fmt: Format, fresh: bool, hardware:
 @pytest.mark.parametrize("ranks", range(1, 10))
 def test_ranks_are_added_in_order(ranks: int) -> None:
     """With as many tiles a program as there are, and two programs."""
-    rows = reduction_triton.TILES * (blocks_triton.PER_WARP // 256) + 3
+    rows = reduction_triton.TILES * (tiles_triton.PER_WARP // 256) + 3
     values = [rows_of(["normal"] * rows, 256, seed=rank) for rank in range(ranks)]
     old = rows_of(["normal"] * rows, 256, seed=99)
     with conversion(hardware=False):

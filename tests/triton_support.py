@@ -14,15 +14,15 @@ import triton.language as tl
 from kernel_support import Kernels
 from triton.runtime import interpreter
 
-from ds_fp8.ops import adam_triton, blocks_triton, reduction_triton
+from ds_fp8.ops import adam_triton, blocks_triton, reduction_triton, tiles_triton
 from ds_fp8.ops.backend import triton_backend
 from ds_fp8.ops.formats import Format
 
-DEVICE = torch.device("cpu" if blocks_triton.INTERPRETED else "cuda")
+DEVICE = torch.device("cpu" if tiles_triton.INTERPRETED else "cuda")
 TRITON = Kernels(triton_backend(), DEVICE, tolerance=1e-6)
 FP8 = {tl.float8e4nv: torch.float8_e4m3fn, tl.float8e5: torch.float8_e5m2}
 
-CONVERSIONS = (False, True) if blocks_triton.INTERPRETED or blocks_triton.hardware_fp8(DEVICE) else (False,)
+CONVERSIONS = (False, True) if tiles_triton.INTERPRETED or tiles_triton.hardware_fp8(DEVICE) else (False,)
 
 
 def each_conversion(*formats: Format) -> pytest.MarkDecorator:
