@@ -19,7 +19,9 @@ from ds_fp8.ops.blocks import Blocks
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
 
+import engine_facts  # noqa: E402
 import exchange_times  # noqa: E402
+import gpu_train  # noqa: E402
 import same_bits  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -118,6 +120,50 @@ def test_exchange_times(ranks: RankPools) -> None:
     assert found[0]["no_native_fp8"], "gloo does not add FP8"
 
 
+def step_with_waits(stages: int) -> dict[str, int]:
+    """One that looks at so many numbers of the device's, and takes others along."""
+    numbers = torch.arange(4.0)
+    return engine_facts.waits(lambda: [numbers.sum().item() for _ in range(stages)])
+
+
+def test_waits_are_counted_by_name() -> None:
+    assert step_with_waits(0) == {}
+    assert step_with_waits(3) == {"aten::_local_scalar_dense": 3}
+
+
+def run_of(config: str, **figures: Any) -> gpu_train.Run:
+    ours = {"config": config, "model": "1.3B", "world_size": 2, "parameters": 100, "losses": [3.0] * 80}
+    ours |= {"predicted_bytes": 300.0, "state_bytes_a_parameter": 6.0, "peak_bytes_allocated": 1000.0}
+    return {**ours, "milliseconds_a_step": 90.0, "waits": {"cudaEventSynchronize": 1}, **figures}
+
+
+def verdicts(run: gpu_train.Run, stock: gpu_train.Run) -> list[bool]:
+    return [claim.holds for claim in gpu_train.claims_of(run, stock)]
+
+
+def test_claims_of_a_training() -> None:
+    stock = run_of("bf16", predicted_bytes=600.0, peak_bytes_allocated=1300.0, milliseconds_a_step=90.0)
+    ours = run_of("o2")
+    assert verdicts(ours, stock) == [True] * 5
+    for number, wrong in enumerate(
+        (
+            {"state_bytes_a_parameter": 6.2},
+            {"peak_bytes_allocated": 1007.0},
+            {"milliseconds_a_step": 90.5},
+            {"losses": [3.0] * 29 + [3.011] * 50},
+            {"waits": {"cudaStreamSynchronize": 1, "Memcpy DtoH (Device -> Pinned)": 1}},
+        )
+    ):
+        assert verdicts({**ours, **wrong}, stock) == [place != number for place in range(5)], wrong
+
+
+def test_a_run_is_compared_with_its_own_model_and_ranks() -> None:
+    torch_adam, stock, ours = (run_of(each) for each in ("bf16_torch", "bf16", "o2"))
+    others = [run_of("bf16", model="125M"), run_of("bf16", world_size=4)]
+    assert gpu_train.baseline_of(ours, [*others, torch_adam, ours, stock]) is stock
+    assert gpu_train.baseline_of(ours, [*others, ours]) is None
+
+
 def torchrun(script: str, *options: str) -> str:
     launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()))
     command = [sys.executable, *launcher, str(ROOT / "benchmarks" / script), *options]
@@ -138,3 +184,33 @@ def test_gpu_many(tmp_path: Path) -> None:
     assert all(claim["holds"] for claim in result["claims"])
     assert "no FP8 reduce-scatter" in printed
     assert printed.count("claims") == 1, "one rank prints"
+
+
+@pytest.mark.slow
+def test_gpu_train(tmp_path: Path) -> None:
+    out = tmp_path / "train.json"
+    common = (
+        "--out",
+        str(out),
+        "--model",
+        "tiny",
+        "--micro_batch",
+        "4",
+        "--steps",
+        "6",
+        "--log_interval",
+        "3",
+    )
+    for config in ("bf16_torch", "o2", "o2"):
+        path = ROOT / "benchmarks" / "gpu" / f"{config}.json"
+        printed = torchrun("gpu_train.py", "--out", str(out), *common, "--deepspeed_config", str(path))
+    assert "step 6/6" not in printed, "the second o2 is not run again"
+    stock, ours = json.loads(out.read_text())["runs"]
+    assert (stock["fp8"], ours["fp8"]["opt_level"]) == (None, "O2")
+    held = [run["state_bytes_a_parameter"] * run["parameters"] / 2 for run in (stock, ours)]
+    assert held == pytest.approx([stock["predicted_bytes"], ours["predicted_bytes"]], rel=0.01)
+    sent = [sum(run["sent"].values()) / run["parameters"] for run in (stock, ours)]
+    assert sent == pytest.approx([3.0, 1.504], rel=0.02)
+    assert ours["waits"] == {}
+    assert stock["waits"]
+    assert "waits in engine.step, tiny o2: none" in printed
