@@ -3,18 +3,23 @@
 The same for ds_fp8's engines and for stock DeepSpeed's.
 """
 
+import sys
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
-from meters import Traffic
 from torch import cuda
 from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import ds_fp8
 from ds_fp8.memory import gradient_bytes, state_bytes
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
+
+from meters import Traffic
 
 WAITS = (  # of the host for the device, and copies to the host, as the profiler names them
     "cudaStreamSynchronize",
@@ -53,8 +58,8 @@ def waits(step: Callable[[], object]) -> dict[str, int]:
     return dict(Counter(each.name for each in [*waiting, *copies] if each.name.startswith(WAITS)))
 
 
-def sent(iteration: Callable[[], object]) -> dict[str, float]:
-    """Bytes that this rank sends in an iteration, by collective."""
+def sent(run: Callable[[], object]) -> dict[str, float]:
+    """Bytes that this rank sends meanwhile, by collective."""
     with Traffic() as traffic:
-        iteration()
+        run()
     return dict(traffic.sent)

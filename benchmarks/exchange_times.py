@@ -6,12 +6,11 @@ when it trains, and an all-reduce of one number meets the others. A round counts
 """
 
 import statistics
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
+from engine_facts import sent
 from gradient_way import Way
 from operations import gradients
 from ranks_gpu import slowest
@@ -23,17 +22,16 @@ from torch.nn import Parameter
 from ds_fp8.ops.backend import choose
 from ds_fp8.zero_fp8.comm import Message, Transfer
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
-
 PARAMETERS = 32  # that the elements belong to
 GRAIN = 128 * PARAMETERS
 BUCKETS = 8  # of the exchange that overlaps itself
-SLEEP = 10_000_000  # clocks, about 5 ms
+SLEEP = 20_000_000  # clocks, about 10 ms
 
 REDUCE = "BF16 reduce-scatter"
 EXCHANGE = "FP8 exchange"
 OVERLAPPED = f"FP8 exchange in {BUCKETS} buckets, overlapped"
 PARTS = ("quantise", "all-to-all", "decode and sum")
+OTHERS = "all-to-all, without the own message"
 
 
 class Exchange:
@@ -68,7 +66,14 @@ class Exchange:
             shard.receive(pieces)
 
         steps = (pack, lambda: Transfer(messages, self._way.nodes.inside).wait(), receive)
-        return dict(zip(PARTS, steps, strict=True))
+        return {**dict(zip(PARTS, steps, strict=True)), OTHERS: self._others(messages)}
+
+    def _others(self, messages: Tensor) -> Callable[[], object]:
+        """The all-to-all without what a rank sends to itself, which NCCL copies, too."""
+        splits = [0 if rank == self._way.rank else messages.shape[1] for rank in range(self._way.ranks)]
+        source = messages[[rank for rank, size in enumerate(splits) if size]].view(-1)
+        target = torch.empty_like(source)
+        return lambda: torch.distributed.all_to_all_single(target, source, splits, splits)
 
 
 def reduce_scatter(source: Tensor, group: ProcessGroup | None = None) -> Callable[[], object]:
@@ -108,15 +113,6 @@ def clock_of(device: torch.device) -> Clock:
     return together
 
 
-def sent(run: Callable[[], object]) -> float:
-    """Bytes that this rank sends."""
-    from meters import Traffic
-
-    with Traffic() as traffic:
-        run()
-    return sum(traffic.sent.values())
-
-
 def measure(elements: int, rounds: int, device: torch.device, spare: ProcessGroup) -> dict[str, Any]:
     """Milliseconds and bytes of each way for a bucket of so many elements, a multiple of GRAIN.
 
@@ -130,7 +126,7 @@ def measure(elements: int, rounds: int, device: torch.device, spare: ProcessGrou
     native, why_not = native_fp8(source, spare)
     if native is not None:
         runs["E4M3 reduce-scatter, unscaled"] = native
-    size = {name: 0.0 if name in PARTS else sent(run) for name, run in runs.items()}
+    size = {name: sum(sent(run).values()) for name, run in runs.items()}
     share = size[EXCHANGE] / size[REDUCE]
     assert share <= 0.51, f"the exchange sends {share:.3f} of the bytes of BF16"
     times = interleave([Contestant(name, run, 0) for name, run in runs.items()], rounds, clock_of(device))

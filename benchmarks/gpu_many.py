@@ -12,13 +12,14 @@
    ratios to the BF16 reduce-scatter, round by round. Bytes are counted at the collectives.
 """
 
+import argparse
 import gc
 import os
 from typing import Any
 
 import torch
 from claims import Claim, print_claims
-from exchange_times import EXCHANGE, GRAIN, OVERLAPPED, PARTS, REDUCE, measure
+from exchange_times import EXCHANGE, GRAIN, OTHERS, OVERLAPPED, PARTS, REDUCE, measure
 from ranks_gpu import facts, join_ranks
 from rich.console import Console
 from rich.table import Table
@@ -28,6 +29,7 @@ from timing import element_count, parser_of, round_count, write
 from ds_fp8.ops.backend import choose
 
 CONSOLE = Console(width=132)
+PARTS_OF_ALL = ("bits", "trainings", "times")
 SIZES = ("16M", "64M", "128M", "256M", "512M")
 ARRIVAL = "FP8 all-to-all, decode and sum"
 FROM = 60_000_000  # elements from which the exchange is claimed to be as fast
@@ -52,16 +54,18 @@ def print_sizes(found: list[dict[str, Any]], ranks: int) -> None:
     by_name = [{row["name"]: row for row in each["rows"]} for each in found]
     for name in by_name[0]:
         cells = [f"{rows[name]['milliseconds']:.3f} / {rows[name]['by_reduce']:.2f}" for rows in by_name]
-        table.add_row(f"  of it {name}" if name in PARTS else name, *cells)
+        table.add_row(f"  of it {name}" if name in (*PARTS, OTHERS) else name, *cells)
     CONSOLE.print(table)
     if found[0]["no_native_fp8"]:
         CONSOLE.print(f"no FP8 reduce-scatter: {found[0]['no_native_fp8']}")
 
 
 def claims_of(result: dict[str, Any]) -> list[Claim]:
-    rows = result["trainings"]
-    apart = max(abs(row["last_loss"] - rows[-1]["last_loss"]) for row in rows[:-1])
-    found = [Claim.at_most("loss, nats from stock's", apart, PARITY)]
+    found = []
+    if result["trainings"]:
+        *ours, stock = (row["last_loss"] for row in result["trainings"])
+        apart = max(abs(each - stock) for each in ours)
+        found.append(Claim.at_most("loss, nats from stock's", apart, PARITY))
     for each in result["sizes"]:
         found.append(Claim.at_most("bytes sent, of BF16's", each["wire_by_bf16"], 0.51))
         if each["elements"] >= FROM:
@@ -79,20 +83,24 @@ def free() -> None:
         torch.cuda.empty_cache()
 
 
-def run(arguments: Any, device: torch.device) -> None:
+def run(arguments: argparse.Namespace, device: torch.device) -> None:
     out = arguments.out if torch.distributed.get_rank() == 0 else None
     CONSOLE.quiet = torch.distributed.get_rank() > 0
-    result: dict[str, Any] = {**facts(device), "same_as_gloo": against_host(device, choose(device))}
-    for line in result["same_as_gloo"]:
-        CONSOLE.print(line)
-    result["trainings"] = trainings(settings(result["ranks"]), arguments.steps)
-    print_trainings(result["trainings"])
-    result["sizes"], spare = [], torch.distributed.new_group()
-    for elements in arguments.elements:
-        free()
-        result["sizes"].append(measure(elements, arguments.rounds, device, spare))
-        write(out, result)  # so far: the lease may end
-    print_sizes(result["sizes"], result["ranks"])
+    result: dict[str, Any] = {**facts(device), "same_as_gloo": [], "trainings": [], "sizes": []}
+    if "bits" in arguments.parts:
+        result["same_as_gloo"] = against_host(device, choose(device))
+        CONSOLE.print("\n".join(result["same_as_gloo"]))
+    if "trainings" in arguments.parts:
+        result["trainings"] = trainings(settings(result["ranks"]), arguments.steps)
+        print_trainings(result["trainings"])
+    write(out, result)
+    if "times" in arguments.parts:
+        spare = torch.distributed.new_group()
+        for elements in arguments.elements:
+            free()
+            result["sizes"].append(measure(elements, arguments.rounds, device, spare))
+            write(out, result)  # so far: somebody may end it
+        print_sizes(result["sizes"], result["ranks"])
     claims = claims_of(result)
     print_claims(claims, CONSOLE)
     write(out, {**result, "claims": [vars(each) for each in claims]})
@@ -102,6 +110,7 @@ def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--elements", type=element_count, nargs="+", help=f"of a bucket: {' '.join(SIZES)}")
     parser.add_argument("--steps", type=round_count, help="of the small model; 50")
+    parser.add_argument("--parts", nargs="+", choices=PARTS_OF_ALL, default=PARTS_OF_ALL, help="1, 2 and 3")
     arguments = parser.parse_args()
     quick = arguments.quick
     arguments.rounds = arguments.rounds or (2 if quick else 21)
@@ -113,7 +122,9 @@ def main() -> None:
     arguments.elements = [max(1, each // grain) * grain for each in arguments.elements]
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # what deterministic algorithms need
     run(arguments, join_ranks())
-    torch.distributed.destroy_process_group()
+    from train_lm import leave_ranks
+
+    leave_ranks()
 
 
 if __name__ == "__main__":

@@ -158,6 +158,7 @@ def main() -> None:
     arguments, others = parser.parse_known_args()
     device = join_ranks()
     import gpt_pretrain
+    from train_lm import leave_ranks
 
     example = gpt_pretrain.parse_arguments(["--time_limit", str(arguments.seconds), *others])
     path, runs = example.deepspeed_config, load(arguments.out)
@@ -168,7 +169,7 @@ def main() -> None:
     if torch.distributed.get_rank() == 0:
         report(runs)
         write(arguments.out, {"runs": runs})
-    torch.distributed.destroy_process_group()
+    leave_ranks()
 
 
 if __name__ == "__main__":
