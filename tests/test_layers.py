@@ -21,6 +21,7 @@ LAYERS = (  # a module imports from the lines below its own only
     ("ds_fp8.saving",),
     ("ds_fp8.engine", "ds_fp8.fitting"),
     ("ds_fp8.status",),
+    ("ds_fp8.estimates",),
     ("ds_fp8.memory",),
     ("ds_fp8.zero_fp8.handler",),
     ("ds_fp8.zero_fp8.export", "ds_fp8.zero_fp8.universal"),
