@@ -6,18 +6,17 @@ BF16 and in one param group. Activations, and what libraries and allocator keep 
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ds_fp8 import memory
 from ds_fp8.config import LEVELS, FP8Config
-from ds_fp8.ops.formats import BF16, FP32
+from ds_fp8.ops.formats import BF16, FP32, Format
 from ds_fp8.zero_fp8.partition import ParameterSpec, partition
 from ds_fp8.zero_fp8.recipe import recipe_of
 
 WEIGHT = BF16.itemsize
 BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's reduce_bucket_size, where the config has none
-STOCK = "DeepSpeed BF16"
-STOCK_BF16_STATES = "DeepSpeed BF16 with bf16_optimizer_states"
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,6 @@ class Run:
 class Held:
     """Bytes on the GPU that holds most, when it holds most."""
 
-    method: str
     weights: int  # frozen ones among them
     states: int  # master weights, exp_avg, exp_avg_sq
     gradients: int  # kept from micro-step to micro-step: the reduced gradient, under ZeRO 1 every `.grad`
@@ -68,32 +66,17 @@ class Held:
         return self.weights + self.states + self.gradients + self.buffers
 
 
-Method = Callable[[Model, Run], Held]
+@dataclass(frozen=True)
+class Method:
+    """A way to train, and what it holds."""
+
+    name: str
+    held: Callable[[Model, Run], Held]
 
 
 def with_fp8(name: str, config: FP8Config) -> Method:
     """ds_fp8 with this section."""
-
-    def method(model: Model, run: Run) -> Held:
-        recipe = recipe_of(config, accumulating=run.accumulating, ranks=run.gpus)
-        buckets = partition(
-            [ParameterSpec(index, numel, 0, BF16.name) for index, numel in enumerate(model.trained) if numel],
-            bucket_elements=run.bucket_elements,
-            block_size=recipe.block_size,
-            world_size=run.gpus,
-        )
-        backward = memory.backward_bytes(recipe, WEIGHT, buckets, stage=run.stage, overlap=run.overlap)
-        kept = memory.grad_bytes(WEIGHT, buckets) if run.stage == 1 else 0
-        reduced = memory.gradient_bytes(recipe, buckets, accumulating=run.accumulating)
-        return Held(
-            name,
-            weights=memory.weight_bytes(WEIGHT, buckets) + WEIGHT * model.frozen,
-            states=memory.state_bytes(recipe, buckets),
-            gradients=reduced + kept,
-            buffers=max(backward, memory.gather_bytes(recipe, WEIGHT, buckets)) - kept,
-        )
-
-    return method
+    return Method(name, partial(_with_fp8, config))
 
 
 def levels() -> dict[str, Method]:
@@ -104,23 +87,32 @@ def levels() -> dict[str, Method]:
     }
 
 
-def stock(model: Model, run: Run) -> Held:
-    """DeepSpeed BF16: FP32 master weights and states."""
-    return _stock(STOCK, FP32.itemsize, model, run)
+def _with_fp8(config: FP8Config, model: Model, run: Run) -> Held:
+    recipe = recipe_of(config, accumulating=run.accumulating, ranks=run.gpus)
+    buckets = partition(
+        [ParameterSpec(index, numel, 0, BF16.name) for index, numel in enumerate(model.trained) if numel],
+        bucket_elements=run.bucket_elements,
+        block_size=recipe.block_size,
+        world_size=run.gpus,
+    )
+    backward = memory.backward_bytes(recipe, WEIGHT, buckets, stage=run.stage, overlap=run.overlap)
+    kept = memory.grad_bytes(WEIGHT, buckets) if run.stage == 1 else 0
+    reduced = memory.gradient_bytes(recipe, buckets, accumulating=run.accumulating)
+    return Held(
+        weights=memory.weight_bytes(WEIGHT, buckets) + WEIGHT * model.frozen,
+        states=memory.state_bytes(recipe, buckets),
+        gradients=reduced + kept,
+        buffers=max(backward, memory.gather_bytes(recipe, WEIGHT, buckets)) - kept,
+    )
 
 
-def stock_bf16_states(model: Model, run: Run) -> Held:
-    """DeepSpeed BF16 with bf16_master_weights_and_grads and bf16_optimizer_states."""
-    return _stock(STOCK_BF16_STATES, BF16.itemsize, model, run)
-
-
-def _stock(name: str, itemsize: int, model: Model, run: Run) -> Held:
-    """itemsize: of master weights, states and the step's gradient."""
+def _stock(state: Format, model: Model, run: Run) -> Held:
+    """state: of master weights, states and the step's gradient."""
     sizes = [numel for numel in model.trained if numel]
     part = memory.stock_part(sizes, run.gpus)
     bucket = run.bucket_elements * (2 if run.overlap else 1)
     # The step makes a flat copy, and another where the master is wider.
-    step = part * (1 + (itemsize // WEIGHT if itemsize > WEIGHT else 0))
+    step = part * (1 + (state.itemsize // WEIGHT if state.itemsize > WEIGHT else 0))
     moments = []
     for reaching, padding in memory.stock_gradients(sizes, run.gpus):
         reduced = reaching + padding
@@ -131,12 +123,16 @@ def _stock(name: str, itemsize: int, model: Model, run: Run) -> Held:
             moments += [(reduced, bucket + (reaching if run.accumulating else 0))]
     gradients, buffers = max(moments, key=sum)
     return Held(
-        name,
         weights=WEIGHT * (run.gpus * part + model.frozen),
-        states=3 * itemsize * part,
+        states=3 * state.itemsize * part,
         gradients=WEIGHT * gradients,
         buffers=WEIGHT * buffers,
     )
+
+
+STOCK = Method("DeepSpeed BF16", partial(_stock, FP32))
+# with bf16_master_weights_and_grads, which it needs
+STOCK_BF16_STATES = Method("DeepSpeed BF16, bf16_optimizer_states", partial(_stock, BF16))
 
 
 def model_of_size(parameters: int, run: Run) -> Model:
@@ -188,7 +184,7 @@ def largest(method: Method, run: Run, memory_bytes: int) -> int:
     low, high = 0, memory_bytes // WEIGHT  # the weights alone fill it
     while low < high:
         middle = (low + high + 1) // 2
-        if method(model_of_size(middle, run), run).total <= memory_bytes:
+        if method.held(model_of_size(middle, run), run).total <= memory_bytes:
             low = middle
         else:
             high = middle - 1

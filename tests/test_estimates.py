@@ -2,7 +2,6 @@
 
 import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -16,12 +15,12 @@ from torch.nn import functional as F
 from train_lm import ByteGPT, Shape
 
 from ds_fp8.estimates import (
+    STOCK,
+    STOCK_BF16_STATES,
     Held,
     Run,
     levels,
     model_of_module,
-    stock,
-    stock_bf16_states,
 )
 from ds_fp8.zero_fp8.exchange import Transfer
 from ds_fp8.zero_fp8.gradients import GradientReducer
@@ -124,7 +123,7 @@ def fp8_bytes(name: str, level: str, stage: int, micro_steps: int) -> dict[str, 
 @pytest.mark.parametrize("level", ["O1", "O2", "O2+"])
 @pytest.mark.parametrize("name", MODELS)
 def test_fp8(ranks: RankPools, name: str, level: str, stage: int, micro_steps: int) -> None:
-    held = levels()[level](model_of_module(MODELS[name]()), Run(2, stage, micro_steps, BUCKET))
+    held = levels()[level].held(model_of_module(MODELS[name]()), Run(2, stage, micro_steps, BUCKET))
     for found in ranks.run(2, fp8_bytes, name, level, stage, micro_steps):
         assert held.weights == found["weights"]
         assert held.states == found["states"]
@@ -196,7 +195,7 @@ def stock_bytes(name: str, stage: int, micro_steps: int, bucket: int, bf16_state
     gradients, buffers = max(probe.moments, key=sum)
     weights = nbytes(engine.module.parameters())
     engine.destroy()
-    return Held("", weights, states, gradients, buffers)
+    return Held(weights, states, gradients, buffers)
 
 
 @pytest.mark.parametrize(("bucket", "bf16_states"), [(BUCKET, False), (10 * BUCKET, False), (BUCKET, True)])
@@ -205,10 +204,10 @@ def stock_bytes(name: str, stage: int, micro_steps: int, bucket: int, bf16_state
 def test_stock(
     ranks: RankPools, name: str, stage: int, micro_steps: int, bucket: int, bf16_states: bool
 ) -> None:
-    method = stock_bf16_states if bf16_states else stock
-    held = method(model_of_module(MODELS[name]()), Run(2, stage, micro_steps, bucket))
+    method = STOCK_BF16_STATES if bf16_states else STOCK
+    held = method.held(model_of_module(MODELS[name]()), Run(2, stage, micro_steps, bucket))
     found = ranks.run(2, stock_bytes, name, stage, micro_steps, bucket, bf16_states)
-    assert replace(held, method="") == max(found, key=lambda each: each.total)
+    assert held == max(found, key=lambda each: each.total)
 
 
 def peak_of_backward(name: str, stage: int, overlap: bool) -> int:
@@ -256,6 +255,6 @@ def peak_of_backward(name: str, stage: int, overlap: bool) -> int:
 @pytest.mark.parametrize("name", MODELS)
 def test_fp8_buffers(ranks: RankPools, name: str, stage: int, overlap: bool) -> None:
     model = model_of_module(MODELS[name]())
-    held = levels()["O2"](model, Run(2, stage, 2, BUCKET, overlap))
+    held = levels()["O2"].held(model, Run(2, stage, 2, BUCKET, overlap))
     kept = 2 * sum(model.trained) if stage == 1 else 0
     assert ranks.run(2, peak_of_backward, name, stage, overlap) == 2 * [kept + held.buffers]
