@@ -40,7 +40,7 @@ def read(path: Path) -> dict[str, Any]:
 def plan(config: Mapping[str, Any], *, gpus: int, micro_steps: int | None = None) -> Plan | None:
     """What ds_fp8 would do; None where FP8 is off. Raises ValueError with the refusal.
 
-    micro_steps: instead of the config's. Keys that are "auto" count as left out; in the section itself they are
+    micro_steps: instead of the config's. Keys that are "auto" count as left out, but in the section they are
     refused. What only the model or a client's optimizer shows is not looked at.
     """
     fp8 = parse(config)
@@ -58,7 +58,7 @@ def plan(config: Mapping[str, Any], *, gpus: int, micro_steps: int | None = None
     )
     recipe = recipe_of(fp8, accumulating=run.accumulating, ranks=gpus)
     check_nodes(recipe.intra_node_size, gpus)
-    return Plan(fp8, run, recipe, _weights(known, recipe), tuple(idle), tuple(filled_in))
+    return Plan(fp8, run, recipe, _weights(config, recipe), tuple(idle), tuple(filled_in))
 
 
 def without_auto(config: Mapping[str, Any], prefix: str = "") -> tuple[dict[str, Any], list[str]]:
@@ -91,18 +91,16 @@ def _micro_steps(config: Mapping[str, Any], gpus: int) -> int:
 
 def _count(section: Mapping[str, Any], key: str, left_out: int, prefix: str = "") -> int:
     value = section.get(key, left_out)
-    if isinstance(value, bool) or not isinstance(value, int | float) or value < 1 or value != int(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or value < 1 or value % 1 != 0:
         raise refusal(prefix + key, value, "an integer, 1 or more")
     return int(value)
 
 
 def _weights(config: Mapping[str, Any], recipe: Recipe) -> str | None:
-    """The dtype that DeepSpeed gives the model."""
-    for name, section in (("bf16", "bf16"), ("bf16", "bfloat16"), ("fp16", "fp16")):
-        if (config.get(section) or {}).get("enabled"):
-            if recipe.master.split and name != "bf16":
-                raise refusal(
-                    "fp16.enabled", True, f"false: beside a master {recipe.master.name} weights are BF16"
-                )
-            return name
-    return None
+    """The dtype that DeepSpeed gives the model; of two that are "auto" the first."""
+    names = ("bf16", "bfloat16", "fp16")
+    on = [name for name in names if (config.get(name) or {}).get("enabled") in (True, AUTO)]
+    if on == ["fp16"] and recipe.master.split:
+        allowed = f"false: beside a master {recipe.master.name} weights are BF16"
+        raise refusal("fp16.enabled", True, allowed)
+    return on[0].replace("bfloat16", "bf16") if on else None

@@ -29,8 +29,8 @@ def pretrained(name: str) -> Model:
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"--model: received {name!r}, allowed: a config.json, its folder, or a name on the hub whose config "
-            f"is in the local cache ({reason})"
+            f"--model: received {name!r}, allowed: a config.json, its folder, or a name on the hub whose "
+            f"config is in the local cache ({reason})"
         ) from None
     return replace(model_of_module(module), name=name)
 
