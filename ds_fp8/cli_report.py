@@ -106,7 +106,7 @@ def judged(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def facts_of(plan: "Plan") -> dict[str, Any]:
     """As `ds_fp8.describe` tells of an engine."""
-    from ds_fp8 import status
+    from ds_fp8 import memory
 
     return {
         "opt_level": plan.fp8.opt_level,
@@ -114,7 +114,7 @@ def facts_of(plan: "Plan") -> dict[str, Any]:
         "world_size": plan.run.gpus,
         "micro_steps": plan.run.micro_steps,
         "weights": plan.weights,
-        **status.facts(plan.recipe, ranks=plan.run.gpus, several=plan.run.accumulating),
+        **memory.facts(plan.recipe, ranks=plan.run.gpus, several=plan.run.accumulating),
         "overlap_comm": plan.run.overlap,
         "without_effect": plan.idle,
         "filled_in_by_hugging_face": plan.filled_in,

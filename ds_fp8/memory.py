@@ -7,6 +7,7 @@ allocated and sent and compare.
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import Any
 
 from ds_fp8.ops.formats import FP32, Format
 from ds_fp8.zero_fp8.partition import Bucket
@@ -119,6 +120,26 @@ def backward_bytes(
         largest = max(largest, under_way + hops[0] + max(before, held + hops[0]))
         under_way = 2 * hops[-1] if overlap else 0
     return largest
+
+
+def facts(recipe: Recipe, *, ranks: int, several: bool) -> dict[str, Any]:
+    """Formats, bytes and hops; several: micro-steps reach the reduced gradient before a step."""
+    nodes = ranks // recipe.intra_node_size if recipe.two_hops(ranks) else 1
+    return {
+        "gradients": recipe.wire.name,
+        "reduced_gradient": (FP32 if several and recipe.promote else recipe.shard).name,
+        "master": recipe.master.name,
+        "rounding": "stochastic" if recipe.stochastic else "nearest",
+        "exp_avg": recipe.exp_avg.name,
+        "exp_avg_sq": recipe.exp_avg_sq.name,
+        "block_size": recipe.block_size,
+        "state_bytes_a_parameter": state_bytes_a_parameter(recipe),
+        "gradient_bytes_a_parameter": gradient_bytes_a_parameter(recipe, accumulating=several),
+        "wire_bytes_a_gradient_element": wire_bytes_an_element(recipe),
+        "intra_node_size": ranks // nodes,
+        "nodes": nodes,
+        "between_nodes": recipe.between_nodes.name if nodes > 1 else None,
+    }
 
 
 # Stock DeepSpeed keeps a param group in one flat buffer, of which each rank owns an equal part. In elements:

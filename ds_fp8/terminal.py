@@ -13,6 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from rich.text import Text
 
 PIPED_WIDTH = 200  # columns; a pipe has no width that a row would have to fit
 
@@ -68,9 +69,9 @@ def show_table(headings: Sequence[str], rows: Iterable[Iterable[Any]]) -> None:
     terminal = Console().is_terminal
     table = Table(box=box.SIMPLE_HEAD if terminal else None, pad_edge=False)
     for number, column in enumerate(headings):
-        table.add_column(column, overflow="fold", no_wrap=number == 0)
+        table.add_column(Text(column), overflow="fold", no_wrap=number == 0)
     for row in rows:
-        table.add_row(*("-" if value is None else str(value) for value in row))
+        table.add_row(*(Text("-" if value is None else str(value)) for value in row))
     Console(width=None if terminal else PIPED_WIDTH).print(table)
 
 

@@ -1,6 +1,7 @@
 """`ds_fp8 estimate`, and DeepSpeed's estimators by their names."""
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -335,3 +336,12 @@ def test_without_transformers(
         main(["estimate", "--model", str(tmp_path)])
     assert stopped.value.code == 2
     assert "pip install ds-fp8[hf]" in capsys.readouterr().err
+
+
+DOCS = (Path(__file__).parents[1] / "docs" / "command_line.md").read_text()
+
+
+@pytest.mark.parametrize("block", re.findall(r"```console\n\$ ds_fp8 (.*?)```", DOCS, re.DOTALL))
+def test_the_documentation_shows_what_is_printed(block: str, capsys: pytest.CaptureFixture[str]) -> None:
+    command, *lines = block.splitlines()
+    assert [line.rstrip() for line in output(capsys, *command.split()).splitlines()] == lines

@@ -180,6 +180,12 @@ class TestConfig:
             assert err == ""
         assert words in json.loads(out)["config"]["refused"]
 
+    def test_brackets_are_text(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        path = written(tmp_path, {"fp8": {"enabled": True, "opt_level": "[red]"}})
+        with pytest.raises(SystemExit):
+            main(["report", "--config", path])
+        assert 'fp8.opt_level: received "[red]"' in capsys.readouterr().out
+
     def test_what_hugging_face_fills_in(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         config = ds_config({}, lr="auto", clipping="auto")
         config |= {
