@@ -219,7 +219,7 @@ def peak_of_backward(name: str, stage: int, overlap: bool) -> int:
     engine = build(config, MODELS[name]())
     transfers: weakref.WeakSet[Transfer] = weakref.WeakSet()
     seen = []
-    quantize, launch = GradientReducer._quantize, Transfer.__init__
+    pack, launch = GradientReducer.pack, Transfer.__init__
 
     def grads(indices: Iterable[int]) -> int:
         found = (engine.optimizer.parameters[index].grad for index in indices)
@@ -229,10 +229,10 @@ def peak_of_backward(name: str, stage: int, overlap: bool) -> int:
         buffers = [vars(each).get(key) for each in transfers for key in ("_sent", "_received")]
         return sum(each.nbytes for each in buffers if each is not None)
 
-    def watched_quantize(self: Any, bucket: Bucket, message: Any) -> Tensor:
+    def watched_pack(self: Any, bucket: Bucket, message: Any) -> Tensor:
         own = [slot.parameter for slot in bucket.slots]
         before = grads(own if stage == 2 else engine.optimizer.parameters) + travelling()
-        messages = quantize(self, bucket, message)
+        messages = pack(self, bucket, message)
         seen.append(before + messages.nbytes)
         return messages
 
@@ -242,7 +242,7 @@ def peak_of_backward(name: str, stage: int, overlap: bool) -> int:
         seen.append(travelling() + (grads(engine.optimizer.parameters) if stage == 1 else 0))
 
     with (
-        patch.object(GradientReducer, "_quantize", watched_quantize),
+        patch.object(GradientReducer, "pack", watched_pack),
         patch.object(Transfer, "__init__", watched_launch),
     ):
         run_steps(engine, 1)
