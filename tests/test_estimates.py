@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from train_lm import ByteGPT, Shape
 
+from ds_fp8.config import FP8Config
 from ds_fp8.estimates import (
     STOCK,
     STOCK_BF16_STATES,
@@ -21,6 +22,7 @@ from ds_fp8.estimates import (
     Run,
     levels,
     model_of_module,
+    with_fp8,
 )
 from ds_fp8.zero_fp8.exchange import Transfer
 from ds_fp8.zero_fp8.gradients import GradientReducer
@@ -31,9 +33,9 @@ SMALL = 200  # bytes: step counts, norms and flags that DeepSpeed and torch keep
 
 
 class Odd(nn.Module):
-    """Parameters of odd sizes, most of them shorter than a block, and frozen ones between them."""
+    """Parameters of odd sizes, an odd sum too, most of them shorter than a block; frozen ones after them."""
 
-    SIZES = (1, 129, 3, 1000, 77, 20_011, 5, 128, 255, 4_099)
+    SIZES = (1, 129, 3, 1000, 77, 20_011, 5, 128, 255, 4_100)
 
     def __init__(self) -> None:
         super().__init__()
@@ -210,12 +212,12 @@ def test_stock(
     assert held == max(found, key=lambda each: each.total)
 
 
-def peak_of_backward(name: str, stage: int, overlap: bool) -> int:
+def peak_of_backward(name: str, fp8: dict[str, Any], stage: int, overlap: bool) -> int:
     """Bytes of `.grad` and of messages, at their largest over the micro-steps of a step.
 
     Under ZeRO 2 without those `.grad` that autograd makes before the bucket in front of them is full.
     """
-    config = ds_config({}, stage=stage, micro_steps=2, bucket=BUCKET, zero={"overlap_comm": overlap})
+    config = ds_config(fp8, stage=stage, micro_steps=2, bucket=BUCKET, zero={"overlap_comm": overlap})
     engine = build(config, MODELS[name]())
     transfers: weakref.WeakSet[Transfer] = weakref.WeakSet()
     seen = []
@@ -257,4 +259,12 @@ def test_fp8_buffers(ranks: RankPools, name: str, stage: int, overlap: bool) -> 
     model = model_of_module(MODELS[name]())
     held = levels()["O2"].held(model, Run(2, stage, 2, BUCKET, overlap))
     kept = 2 * sum(model.trained) if stage == 1 else 0
-    assert ranks.run(2, peak_of_backward, name, stage, overlap) == 2 * [kept + held.buffers]
+    assert ranks.run(2, peak_of_backward, name, {}, stage, overlap) == 2 * [kept + held.buffers]
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_fp8_buffers_of_two_hops(ranks: RankPools, overlap: bool) -> None:
+    fp8 = {"gradients": {"intra_node_size": 2, "inter_node_dtype": "bf16"}}
+    method = with_fp8("", FP8Config.model_validate(fp8))
+    held = method.held(model_of_module(LlamaLike()), Run(4, 2, 2, BUCKET, overlap))
+    assert ranks.run(4, peak_of_backward, "Llama", fp8, 2, overlap) == 4 * [held.buffers]
