@@ -18,6 +18,7 @@ from ds_fp8.config import FP8Config
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]
+SCRIPTS = ("benchmarks", "examples")  # gpu_train.py hands options on to gpt_pretrain.py
 SHELL = {"do", "done", "for", "then", "fi"}
 # What a command runs -> the test that runs it.
 RUN_BY = {
@@ -32,6 +33,8 @@ RUN_BY = {
     "ds_fp8 inspect": "test_export.py::test_inspect",
     "ds_fp8 report": "test_cli_report.py::test_it_tells_what_an_engine_does",
     "benchmarks/gpu_one.py": "test_benchmarks.py::test_gpu_one_under_the_interpreter",
+    "benchmarks/gpu_many.py": "test_gpu_benchmarks.py::test_gpu_many",
+    "benchmarks/gpu_train.py": "test_gpu_benchmarks.py::test_gpu_train",
     "benchmarks/adam_cpu.py": "test_benchmarks.py::test_adam_cpu",
     "benchmarks/quantize_cpu.py": "test_benchmarks.py::test_quantize_cpu",
     "benchmarks/step_cpu.py": "test_benchmarks.py::test_step_cpu",
@@ -76,11 +79,10 @@ def test_every_command_is_run_by_a_test(page: str, command: str) -> None:
     assert test is not None, f"{page}: nothing runs {command}"
     file, name = test.split("::")
     assert name in functions_of(file), f"{page}: {command} is said to be run by {test}, which does not exist"
-    for script in re.findall(r"\b(?:benchmarks|examples)/\w+\.py", command):
-        source = (ROOT / script).read_text()
-        shared = "".join(each.read_text() for each in (ROOT / script).parent.glob("*.py"))
+    shared = "".join(each.read_text() for folder in SCRIPTS for each in (ROOT / folder).glob("*.py"))
+    for script in re.findall(rf"\b(?:{'|'.join(SCRIPTS)})/\w+\.py", command):
         for flag in re.findall(r" (--[a-z][\w-]*)", command.split(script, maxsplit=1)[1]):
-            assert f'"{flag}"' in source or f'"{flag}"' in shared, f"{page}: {script} knows no {flag}"
+            assert f'"{flag}"' in shared, f"{page}: {script} knows no {flag}"
 
 
 def leaves(model: type[BaseModel], path: str = "") -> Iterator[tuple[str, Any]]:
