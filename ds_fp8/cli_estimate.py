@@ -104,7 +104,7 @@ def _show_models(arguments: argparse.Namespace, methods: "list[Method]", run: "R
             )
             for model in models
         )
-        show_table(("model", "parameters", *(each.name for each in methods)), totals)
+        show_table(("model", "size", *(each.name for each in methods)), totals)
     else:
         from ds_fp8.estimators import show
 

@@ -57,7 +57,7 @@ class TestParams:
         assert methods["DeepSpeed BF16"]["states"] == 12 * share
         assert methods["DeepSpeed BF16"]["gradients"] == 2 * share
         assert methods["DeepSpeed BF16"]["buffers"] == 2 * 500_000_000
-        assert methods["DeepSpeed BF16, bf16_optimizer_states"]["states"] == 6 * share
+        assert methods["DeepSpeed BF16 states"]["states"] == 6 * share
         assert methods["ds_fp8 O1"]["states"] == 12 * share
         assert methods["ds_fp8 O2"]["states"] == 5 * share + 3 * share // 128
         assert methods["ds_fp8 O2+"]["states"] == 4 * share + 2 * share // 128
@@ -87,7 +87,7 @@ class TestParams:
         )
         assert one["ds_fp8 O2"]["gradients"] == 1_024_000 * 129 // 128
         assert two["ds_fp8 O2"]["gradients"] == 4 * 1_024_000
-        assert [*one] == ["DeepSpeed BF16", "DeepSpeed BF16, bf16_optimizer_states", "ds_fp8 O2"]
+        assert [*one] == ["DeepSpeed BF16", "DeepSpeed BF16 states", "ds_fp8 O2"]
 
     def test_zero_1_keeps_every_grad(self, capsys: pytest.CaptureFixture[str]) -> None:
         methods = by_method(
@@ -169,7 +169,7 @@ class TestPaper:
 
     def test_table(self, capsys: pytest.CaptureFixture[str]) -> None:
         _, heading, *rows = output(capsys, "estimate", "--paper", "--opt-level", "O2").splitlines()
-        assert heading.split()[:2] == ["model", "parameters"]
+        assert heading.split()[:2] == ["model", "size"]
         assert [row.split()[0] for row in rows] == ["125M", "7B", "13B", "175B"]
 
 
