@@ -1,5 +1,7 @@
 """The `ds_fp8` command.
 
+    ds_fp8 report                           versions, devices, kernels, and what a ds_config would do
+    ds_fp8 estimate --params 7G --gpus 8    bytes a GPU, beside stock DeepSpeed
     ds_fp8 configs                          the ds_configs that come with the package
     ds_fp8 configs zero2_o2 > ds_config.json
     ds_fp8 inspect CHECKPOINT               what a checkpoint holds, and whether it is whole
@@ -13,7 +15,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from ds_fp8 import __version__, cli_checkpoints, cli_configs
+from ds_fp8 import __version__, cli_checkpoints, cli_configs, cli_estimate, cli_report
 from ds_fp8.terminal import Parser
 
 
@@ -21,6 +23,8 @@ def build_parser() -> Parser:
     parser = Parser(prog="ds_fp8", description="FP8 gradients, communication and Adam states for DeepSpeed")
     parser.add_argument("--version", action="version", version=f"ds_fp8 {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    cli_report.add_to(commands)
+    cli_estimate.add_to(commands)
     cli_configs.add_to(commands)
     cli_checkpoints.add_to(commands)
     return parser

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ds_fp8.terminal import progress_bar, show_json, show_table
+from ds_fp8.terminal import add_command, progress_bar, show_json, show_table
 from ds_fp8.zero_fp8 import manifest, tags
 from ds_fp8.zero_fp8.manifest import Manifest
 
@@ -41,20 +41,12 @@ def add_to(commands: Any) -> None:
 
 
 def _add(commands: Any, name: str, run: Callable[[argparse.Namespace], None], text: str) -> Any:
-    parser = commands.add_parser(name, help=text)
+    parser = add_command(commands, name, run, text)
     parser.add_argument(
         "checkpoint", metavar="CHECKPOINT", type=Path, help="the folder given to save_checkpoint, or a tag's"
     )
     parser.add_argument("--tag", help="instead of the one that `latest` names")
     parser.add_argument("--json", action="store_true", help="tell the result as JSON")
-
-    def guarded(arguments: argparse.Namespace) -> None:
-        try:
-            run(arguments)
-        except (ValueError, OSError) as error:
-            parser.error(str(error))
-
-    parser.set_defaults(run=guarded, parser=parser)
     return parser
 
 

@@ -9,16 +9,15 @@ from importlib import resources
 from typing import Any
 
 from ds_fp8.config import parse
-from ds_fp8.terminal import show_json, show_table
+from ds_fp8.terminal import add_command, show_json, show_table
 
 HEADINGS = ("name", "stage", "level", "gradients", "master", "exp_avg", "exp_avg_sq", "block")
 
 
 def add_to(commands: Any) -> None:
-    listing = commands.add_parser("configs", help="list the shipped ds_configs, or print one")
+    listing = add_command(commands, "configs", configs, "list the shipped ds_configs, or print one")
     listing.add_argument("name", nargs="?", metavar="NAME", help="print this one as it is")
     listing.add_argument("--json", action="store_true", help="list as JSON")
-    listing.set_defaults(run=configs, parser=listing)
 
 
 @dataclass(frozen=True)
@@ -70,5 +69,5 @@ def configs(arguments: argparse.Namespace) -> None:
     if name not in texts:
         close = difflib.get_close_matches(name, texts, n=1)
         hint = f' (did you mean "{close[0]}"?)' if close else ""
-        arguments.parser.error(f"NAME: received {json.dumps(name)}, allowed: {', '.join(texts)}{hint}")
+        raise ValueError(f"NAME: received {json.dumps(name)}, allowed: {', '.join(texts)}{hint}")
     sys.stdout.write(texts[name])

@@ -20,7 +20,7 @@ from ds_fp8.status import accumulating, banner, is_active, write_events
 from ds_fp8.zero_fp8.agreement import check_agreement
 from ds_fp8.zero_fp8.handler import FP8ZeROOptimizer
 from ds_fp8.zero_fp8.optimizer import FP8AdamW
-from ds_fp8.zero_fp8.recipe import Recipe, ZeroSettings, recipe_of, weight_dtypes
+from ds_fp8.zero_fp8.recipe import Recipe, ZeroSettings, check_nodes, recipe_of, weight_dtypes
 
 logger = logging.getLogger("ds_fp8")
 
@@ -189,7 +189,7 @@ def check_engine(engine: Any, recipe: Recipe) -> None:
             raise ValueError(
                 f"deepspeed.initialize: received {what}, allowed with fp8: data parallelism only"
             )
-    _check_nodes(recipe.intra_node_size, dist.get_world_size(engine.seq_data_parallel_group))
+    check_nodes(recipe.intra_node_size, dist.get_world_size(engine.seq_data_parallel_group))
     model_dtype, wanted = engine.get_data_types()
     ours = recipe.shard.dtype if engine.zero_optimization_stage() == 2 else model_dtype
     if engine._config.grad_accum_dtype is not None and wanted is not ours:
@@ -204,13 +204,6 @@ def check_engine(engine: Any, recipe: Recipe) -> None:
             beside = f" beside a master {recipe.master.name}" if recipe.master.split else ""
             allowed = ", ".join(map(str, dtypes)) + beside
             raise refusal(f"dtype of {name}", str(parameter.dtype), allowed)
-
-
-def _check_nodes(size: int, ranks: int) -> None:
-    if ranks % size:
-        divisors = ", ".join(str(each) for each in range(1, ranks + 1) if ranks % each == 0)
-        allowed = f"divisors of the world size {ranks}: {divisors}"
-        raise refusal("fp8.gradients.intra_node_size", size, allowed)
 
 
 def replace_optimizer(optimizer: Any) -> FP8AdamW:

@@ -1,10 +1,13 @@
-"""Bytes a parameter and bytes on the wire, as plain arithmetic.
+"""Bytes a parameter and bytes on the wire, as plain arithmetic; what stock DeepSpeed takes, too.
 
-One source for the banner, the documentation and the tests, which count what is really allocated
-and sent and compare.
+One source for the banner, the command line, the documentation and the tests, which count what is really
+allocated and sent and compare.
 """
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
 
 from ds_fp8.ops.formats import FP32, Format
 from ds_fp8.zero_fp8.partition import Bucket
@@ -92,3 +95,67 @@ def gather_bytes(recipe: Recipe, itemsize: int, buckets: Sequence[Bucket]) -> in
     if not recipe.two_hops(buckets[0].world_size):
         return 0
     return max(weight_bytes(itemsize, [bucket]) for bucket in buckets) // recipe.intra_node_size
+
+
+def grad_bytes(itemsize: int, buckets: Sequence[Bucket]) -> int:
+    """Bytes of every parameter's `.grad`, which ZeRO 1 keeps until the accumulation boundary."""
+    return itemsize * sum(slot.numel for bucket in buckets for slot in bucket.slots)
+
+
+def backward_bytes(
+    recipe: Recipe, itemsize: int, buckets: Sequence[Bucket], *, stage: int, overlap: bool
+) -> int:
+    """Bytes of `.grad` and of messages in backward, at their largest.
+
+    A bucket's `.grad` is dropped when its message is filled; what it receives comes on top of what it sends.
+    With overlap the bucket before it is still on its last hop. Under ZeRO 2 a `.grad` is there from when its
+    bucket fills, under ZeRO 1 from the start.
+    """
+    largest = under_way = 0
+    held = grad_bytes(itemsize, buckets) if stage == 1 else 0
+    for bucket in buckets:
+        own, hops = grad_bytes(itemsize, [bucket]), hop_bytes(recipe, bucket)
+        before = held if stage == 1 else own
+        held = before - own
+        largest = max(largest, under_way + hops[0] + max(before, held + hops[0]))
+        under_way = 2 * hops[-1] if overlap else 0
+    return largest
+
+
+def facts(recipe: Recipe, *, ranks: int, several: bool) -> dict[str, Any]:
+    """Formats, bytes and hops; several: micro-steps reach the reduced gradient before a step."""
+    nodes = ranks // recipe.intra_node_size if recipe.two_hops(ranks) else 1
+    return {
+        "gradients": recipe.wire.name,
+        "reduced_gradient": (FP32 if several and recipe.promote else recipe.shard).name,
+        "master": recipe.master.name,
+        "rounding": "stochastic" if recipe.stochastic else "nearest",
+        "exp_avg": recipe.exp_avg.name,
+        "exp_avg_sq": recipe.exp_avg_sq.name,
+        "block_size": recipe.block_size,
+        "state_bytes_a_parameter": state_bytes_a_parameter(recipe),
+        "gradient_bytes_a_parameter": gradient_bytes_a_parameter(recipe, accumulating=several),
+        "wire_bytes_a_gradient_element": wire_bytes_an_element(recipe),
+        "intra_node_size": ranks // nodes,
+        "nodes": nodes,
+        "between_nodes": recipe.between_nodes.name if nodes > 1 else None,
+    }
+
+
+# Stock DeepSpeed keeps a param group in one flat buffer, of which each rank owns an equal part. In elements:
+
+
+def stock_part(sizes: Sequence[int], ranks: int) -> int:
+    """What a rank owns, aligned to two elements."""
+    return -(-sum(sizes) // (2 * ranks)) * 2
+
+
+def stock_gradients(sizes: Sequence[int], ranks: int) -> list[tuple[int, int]]:
+    """What each rank keeps of the gradient: parameters that reach into its part, whole, and padding."""
+    part, ends = stock_part(sizes, ranks), list(accumulate(sizes))
+    kept = []
+    for first in range(0, ranks * part, part):
+        low, high = bisect_right(ends, first), bisect_left(ends, first + part)
+        reaching = ends[min(high, len(ends) - 1)] - (ends[low] - sizes[low]) if low < len(ends) else 0
+        kept.append((reaching, min(part, max(0, first + part - ends[-1]))))
+    return kept

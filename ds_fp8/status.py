@@ -9,7 +9,6 @@ from deepspeed import comm as dist
 import ds_fp8
 from ds_fp8 import memory
 from ds_fp8.config import refusal
-from ds_fp8.ops.formats import FP32
 from ds_fp8.zero_fp8.handler import FP8ZeROOptimizer
 from ds_fp8.zero_fp8.health import Health
 
@@ -26,27 +25,16 @@ def describe(engine: Any) -> dict[str, Any]:
     """
     _require_active(engine)
     handler: FP8ZeROOptimizer = engine.optimizer
-    recipe, several = handler.recipe, accumulating(engine)
     return {
         "version": ds_fp8.__version__,
         "opt_level": engine._config.ds_fp8.opt_level,
         "zero_stage": handler.settings.stage,
         "world_size": handler.buckets[0].world_size,
-        "gradients": recipe.wire.name,
-        "reduced_gradient": (FP32 if several and recipe.promote else recipe.shard).name,
-        "master": recipe.master.name,
-        "rounding": "stochastic" if recipe.stochastic else "nearest",
-        "exp_avg": recipe.exp_avg.name,
-        "exp_avg_sq": recipe.exp_avg_sq.name,
-        "block_size": recipe.block_size,
-        "state_bytes_a_parameter": memory.state_bytes_a_parameter(recipe),
-        "gradient_bytes_a_parameter": memory.gradient_bytes_a_parameter(recipe, accumulating=several),
-        "wire_bytes_a_gradient_element": memory.wire_bytes_an_element(recipe),
+        **memory.facts(handler.recipe, ranks=handler.buckets[0].world_size, several=accumulating(engine)),
         "overlap_comm": handler.settings.overlap,
-        "intra_node_size": handler.nodes.size,
-        "nodes": handler.nodes.count,
-        "between_nodes": recipe.between_nodes.name if handler.nodes.count > 1 else None,
-        "bytes_in_flight": memory.in_flight_bytes(recipe, handler.buckets, overlap=handler.settings.overlap),
+        "bytes_in_flight": memory.in_flight_bytes(
+            handler.recipe, handler.buckets, overlap=handler.settings.overlap
+        ),
         "kernels": handler.backend.name,
     }
 

@@ -6,13 +6,14 @@ Into a pipe a table goes without colour and lines.
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
 from rich import box
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from rich.text import Text
 
 PIPED_WIDTH = 200  # columns; a pipe has no width that a row would have to fit
 
@@ -21,11 +22,46 @@ class Parser(argparse.ArgumentParser):
     """Errors in one line, without the usage before them."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(2, f"{self.prog}: {'; '.join(message.splitlines())}\n")
+
+
+def add_command(commands: Any, name: str, run: Callable[[argparse.Namespace], None], text: str) -> Any:
+    """A parser for a command; a ValueError or OSError of `run` is an error of the command line."""
+    parser = commands.add_parser(name, help=text)
+
+    def guarded(arguments: argparse.Namespace) -> None:
+        try:
+            run(arguments)
+        except BrokenPipeError:  # of the reader, not of a file
+            raise
+        except (ValueError, OSError) as error:
+            parser.error(str(error))
+
+    parser.set_defaults(run=guarded)
+    return parser
+
+
+def positive(text: str) -> int:
+    """An argument that is an integer, 1 or more."""
+    if not text.isascii() or not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"received {text!r}, allowed: an integer, 1 or more")
+    return int(text)
 
 
 def show_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=2) + "\n")
+
+
+def show_line(text: str = "") -> None:
+    sys.stdout.write(text + "\n")
+
+
+def in_units(number: float, of: str = "") -> str:
+    """A count, or bytes (of="B"), with a decimal prefix: 1.25 GB."""
+    prefixes = ("", "k", "M", "G", "T")
+    power = max(0, min(len(prefixes) - 1, (len(str(round(number))) - 1) // 3))
+    shown = f"{number / 1000**power:.2f}" if power else f"{number:.0f}"
+    return f"{shown} {prefixes[power]}{of}".rstrip()
 
 
 def show_table(headings: Sequence[str], rows: Iterable[Iterable[Any]]) -> None:
@@ -33,9 +69,9 @@ def show_table(headings: Sequence[str], rows: Iterable[Iterable[Any]]) -> None:
     terminal = Console().is_terminal
     table = Table(box=box.SIMPLE_HEAD if terminal else None, pad_edge=False)
     for number, column in enumerate(headings):
-        table.add_column(column, overflow="fold", no_wrap=number == 0)
+        table.add_column(Text(column), overflow="fold", no_wrap=number == 0)
     for row in rows:
-        table.add_row(*("-" if value is None else str(value) for value in row))
+        table.add_row(*(Text("-" if value is None else str(value)) for value in row))
     Console(width=None if terminal else PIPED_WIDTH).print(table)
 
 

@@ -16,9 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
-    """Address and bytes of every storage behind the tensors, each once."""
+    """Address and bytes of every storage behind the tensors, each once; on the meta device there is none."""
     found = {}
     for tensor in tensors:
+        if tensor.is_meta:
+            continue
         storage = tensor.untyped_storage()
         found[storage.data_ptr()] = storage.nbytes()
     return found

@@ -53,6 +53,11 @@ def compiler() -> str | None:
     return next((each for each in found if each), None)
 
 
+def obstacle() -> str | None:
+    """Why the library cannot be had; None where it can. Does not build: a report should not take seconds."""
+    return None if library_path().exists() or compiler() else NO_COMPILER
+
+
 def library() -> Path:
     """The shared library, built if it is not there yet.
 

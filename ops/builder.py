@@ -45,14 +45,8 @@ class FP8CPUBuilder(FP8OpBuilder):
 
     BUILD_VAR = "DS_BUILD_FP8_CPU"
     NAME = "fp8_cpu"
+    _obstacle = staticmethod(build.obstacle)
     _backend = staticmethod(cpu_backend)
-
-    @staticmethod
-    def _obstacle() -> str | None:
-        """Does not build: a report should not take seconds."""
-        if build.library_path().exists() or build.compiler():
-            return None
-        return build.NO_COMPILER
 
     def sources(self) -> list[str]:
         return [str(each) for each in sorted(build.SOURCES.glob("*.cpp"))]

@@ -15,12 +15,15 @@ PACKAGES = {"ds_fp8", "ds_fp8.ops", "ds_fp8.zero_fp8", "ds_fp8.configs"}  # leav
 
 LAYERS = (  # a module imports from the lines below its own only
     ("ds_fp8.cli", "ds_fp8.__main__", "ds_fp8.hf"),
-    ("ds_fp8.cli_checkpoints", "ds_fp8.cli_configs"),
+    ("ds_fp8.cli_checkpoints", "ds_fp8.cli_configs", "ds_fp8.cli_estimate", "ds_fp8.cli_report"),
+    ("ds_fp8.estimators",),
     ("ds_fp8.terminal",),
+    ("ds_fp8.plans", "ds_fp8.pretrained"),
     ("ds_fp8.registration",),
     ("ds_fp8.saving",),
     ("ds_fp8.engine", "ds_fp8.fitting"),
     ("ds_fp8.status",),
+    ("ds_fp8.estimates",),
     ("ds_fp8.memory",),
     ("ds_fp8.zero_fp8.handler",),
     ("ds_fp8.zero_fp8.export", "ds_fp8.zero_fp8.universal"),

@@ -1,0 +1,347 @@
+"""`ds_fp8 estimate`, and DeepSpeed's estimators by their names."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from deepspeed.runtime.zero import stage_1_and_2
+from engines import ds_config
+from test_cli import output, piped
+from test_cli_report import written
+from train_lm import ByteGPT, Shape
+
+import ds_fp8
+from ds_fp8.cli import main
+from ds_fp8.estimates import STOCK, STOCK_BF16_STATES, Run, largest, levels, model_of_module, model_of_size
+
+G = 10**9
+METHODS = [STOCK, STOCK_BF16_STATES, *levels().values()]
+LLAMA = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 64,
+    "intermediate_size": 176,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 256,
+}
+
+
+def estimated(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(output(capsys, "estimate", "--json", *arguments))
+    return found
+
+
+def by_method(model: dict[str, Any]) -> dict[str, dict[str, int]]:
+    return {each["method"]: each for each in model["bytes"]}
+
+
+class TestParams:
+    def test_bytes_by_hand(self, capsys: pytest.CaptureFixture[str]) -> None:
+        """8 ranks, a size that leaves no padding; bytes a parameter as in README's table."""
+        found = estimated(capsys, "--params", "409600000", "--gpus", "8")
+        (model,) = found["models"]
+        assert model["parameters"] == 409_600_000
+        assert (found["stage"], found["gpus"], found["micro_steps"]) == (2, 8, 1)
+        share = 51_200_000
+        methods = by_method(model)
+        assert methods["DeepSpeed BF16"]["states"] == 12 * share
+        assert methods["DeepSpeed BF16"]["gradients"] == 2 * share
+        assert methods["DeepSpeed BF16"]["buffers"] == 2 * 500_000_000
+        assert methods["DeepSpeed BF16 states"]["states"] == 6 * share
+        assert methods["ds_fp8 O1"]["states"] == 12 * share
+        assert methods["ds_fp8 O2"]["states"] == 5 * share + 3 * share // 128
+        assert methods["ds_fp8 O2+"]["states"] == 4 * share + 2 * share // 128
+        for each in methods.values():
+            assert each["weights"] == 2 * 409_600_000
+            assert each["total"] == sum(each[key] for key in ("weights", "states", "gradients", "buffers"))
+
+    @pytest.mark.parametrize(
+        ("text", "parameters"),
+        [
+            ("7G", 7 * G),
+            ("7b", 7 * G),
+            ("1.3B", 1_300_000_000),
+            ("350M", 350_000_000),
+            ("12k", 12_000),
+            ("5", 5),
+        ],
+    )
+    def test_units(self, text: str, parameters: int, capsys: pytest.CaptureFixture[str]) -> None:
+        assert estimated(capsys, "--params", text)["models"][0]["parameters"] == parameters
+
+    def test_micro_steps_make_the_reduced_gradient_fp32(self, capsys: pytest.CaptureFixture[str]) -> None:
+        arguments = ("--params", "1024000", "--opt-level", "O2")
+        one, two = (
+            by_method(estimated(capsys, *arguments, *more)["models"][0])
+            for more in ([], ["--micro-steps", "2"])
+        )
+        assert one["ds_fp8 O2"]["gradients"] == 1_024_000 * 129 // 128
+        assert two["ds_fp8 O2"]["gradients"] == 4 * 1_024_000
+        assert [*one] == ["DeepSpeed BF16", "DeepSpeed BF16 states", "ds_fp8 O2"]
+
+    def test_zero_1_keeps_every_grad(self, capsys: pytest.CaptureFixture[str]) -> None:
+        methods = by_method(
+            estimated(capsys, "--params", "1024000", "--stage", "1", "--gpus", "4")["models"][0]
+        )
+        assert methods["ds_fp8 O1"]["gradients"] == 2 * 1_024_000 + 256_000 * 129 // 128
+        assert methods["DeepSpeed BF16"]["gradients"] == 2 * 1_024_000
+
+    def test_table(self, capsys: pytest.CaptureFixture[str]) -> None:
+        caption, name, heading, *rows = output(
+            capsys, "estimate", "--params", "7G", "--gpus", "8"
+        ).splitlines()
+        assert caption == "What a GPU holds, without activations: ZeRO 2, 8 GPUs, 1 micro-step a step"
+        assert "7.00 G parameters" in name
+        assert heading.split() == ["weights", "states", "gradients", "buffers", "per", "GPU"]
+        assert [row.split("  ")[0].strip() for row in rows] == [each.name for each in METHODS]
+        assert all(row.count("B") >= 5 for row in rows)
+
+
+class TestConfig:
+    def test_it_decides(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        fp8 = {"block_size": 32, "optimizer": {"master_dtype": "bf16"}}
+        config = ds_config(fp8, stage=1, micro_steps=2, bucket=1024, zero={"overlap_comm": True})
+        found = estimated(capsys, "--params", "64000", "--config", written(tmp_path, config))
+        run = {key: found[key] for key in ("gpus", "stage", "micro_steps", "bucket_elements", "overlap")}
+        assert run == {"gpus": 1, "stage": 1, "micro_steps": 2, "bucket_elements": 1024, "overlap": True}
+        ours = by_method(found["models"][0])["ds_fp8, ds_config.json"]
+        assert ours["states"] == 64_000 * 5 + 2 * 64_000 // 32
+        assert len(found["models"][0]["bytes"]) == 3
+
+
+class TestModel:
+    @pytest.mark.parametrize("tied", [False, True])
+    @pytest.mark.parametrize("as_folder", [False, True])
+    def test_a_config(
+        self, tied: bool, as_folder: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        path = tmp_path / "config.json"
+        config = {**LLAMA, "tie_word_embeddings": tied}
+        path.write_text(json.dumps(config))
+        found = estimated(capsys, "--model", str(tmp_path if as_folder else path), "--gpus", "2")["models"][0]
+        real = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config))
+        assert found["parameters"] == sum(each.numel() for each in real.parameters())
+        expected = levels()["O2"].held(model_of_module(real), Run(2))
+        assert by_method(found)["ds_fp8 O2"]["states"] == expected.states
+
+    def test_a_config_without_an_architecture(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps({"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2}))
+        found = estimated(capsys, "--model", str(path))["models"][0]
+        real = transformers.GPT2Model(transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2))
+        assert found["parameters"] == sum(each.numel() for each in real.parameters())
+
+    def test_a_name_in_the_cache(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        snapshot = tmp_path / "models--somebody--small" / "snapshots" / "0" / "config.json"
+        snapshot.parent.mkdir(parents=True)
+        snapshot.write_text(json.dumps(LLAMA))
+        reference = tmp_path / "models--somebody--small" / "refs" / "main"
+        reference.parent.mkdir()
+        reference.write_text("0")
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+        monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path))
+        assert estimated(capsys, "--model", "somebody/small")["models"][0]["name"] == "somebody/small"
+
+
+class TestPaper:
+    def test_sizes_are_those_of_the_names(self, capsys: pytest.CaptureFixture[str]) -> None:
+        models = {each["name"]: each for each in estimated(capsys, "--paper", "--gpus", "32")["models"]}
+        wanted = {"125M": 125e6, "7B": 7e9, "13B": 13e9, "175B": 175e9}
+        assert [*models] == [*wanted]
+        for name, parameters in wanted.items():
+            assert models[name]["parameters"] == pytest.approx(parameters, rel=0.025)
+            totals = {method: each["total"] for method, each in by_method(models[name]).items()}
+            assert totals["ds_fp8 O2+"] < totals["ds_fp8 O2"] < totals["ds_fp8 O1"]
+
+    def test_table(self, capsys: pytest.CaptureFixture[str]) -> None:
+        _, heading, *rows = output(capsys, "estimate", "--paper", "--opt-level", "O2").splitlines()
+        assert heading.split()[:2] == ["model", "size"]
+        assert [row.split()[0] for row in rows] == ["125M", "7B", "13B", "175B"]
+
+
+class TestLargest:
+    @pytest.mark.parametrize("stage", [1, 2])
+    @pytest.mark.parametrize("method", METHODS, ids=lambda each: each.name)
+    def test_it_fits_and_one_percent_more_does_not(self, method: Any, stage: int) -> None:
+        run, memory = Run(8, stage), 80 * G
+        size = largest(method, run, memory)
+        assert 79.9 * G < method.held(model_of_size(size, run), run).total <= memory
+        assert method.held(model_of_size(size + size // 100, run), run).total > memory
+
+    def test_none_fits(self) -> None:
+        """DeepSpeed's bucket alone takes 1 GB."""
+        assert largest(STOCK, Run(8), G // 2) == 0
+
+    def test_command(self, capsys: pytest.CaptureFixture[str]) -> None:
+        found = estimated(capsys, "--memory", "80", "--gpus", "8")
+        sizes = {each["method"]: each["parameters"] for each in found["largest"]}
+        assert found["memory"] == 80 * G
+        assert sizes["ds_fp8 O2"] == largest(levels()["O2"], Run(8), 80 * G)
+        assert sizes["DeepSpeed BF16"] < sizes["ds_fp8 O1"] < sizes["ds_fp8 O2"] < sizes["ds_fp8 O2+"]
+        assert "ds_fp8 O2+" in output(capsys, "estimate", "--memory", "141.5")
+
+
+class TestEstimators:
+    NAMES = ("model_states_mem_needs_all_live", "model_states_mem_needs_all_cold")
+
+    @pytest.mark.parametrize("name", NAMES)
+    @pytest.mark.parametrize("stage", [1, 2])
+    def test_called_as_deepspeeds(self, stage: int, name: str) -> None:
+        ours = signature(getattr(ds_fp8, f"estimate_zero{stage}_{name}")).parameters
+        theirs = signature(getattr(stage_1_and_2, f"estimate_zero2_{name}")).parameters
+        assert [*ours] == [each for each in theirs if each != "additional_buffer_factor"]
+        assert all(ours[each].default == theirs[each].default for each in ours)
+
+    @pytest.mark.parametrize("stage", [1, 2])
+    def test_live_and_cold(self, stage: int, capsys: pytest.CaptureFixture[str]) -> None:
+        with torch.device("meta"):
+            model = ByteGPT(Shape(layers=2, width=32, heads=2, context=32))
+        for parameter in model.blocks[0].parameters():
+            parameter.requires_grad_(False)
+        live = getattr(ds_fp8, f"estimate_zero{stage}_model_states_mem_needs_all_live")
+        assert live(model, num_gpus_per_node=4, num_nodes=2) is None
+        told = capsys.readouterr().out
+        assert f"under ZeRO {stage}" in told
+        assert "2 nodes, 4 GPUs a node" in told
+        assert "of them frozen" in told
+        main(["estimate", "--params", "7G", "--gpus", "8", "--stage", str(stage)])
+        rows = capsys.readouterr().out.splitlines()[1:]
+        cold = getattr(ds_fp8, f"estimate_zero{stage}_model_states_mem_needs_all_cold")
+        cold(7 * G, 8)
+        assert capsys.readouterr().out.splitlines()[2:] == rows
+
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [
+            ((0,), "total_params: received 0, allowed: an integer, 1 or more"),
+            ((7.0,), "total_params: received 7.0, allowed"),
+            ((7, 0), "num_gpus_per_node: received 0, allowed"),
+            ((7, 1, -1), "num_nodes: received -1, allowed"),
+        ],
+    )
+    def test_wrong_arguments(self, arguments: tuple[Any, ...], words: str) -> None:
+        with pytest.raises(ValueError, match=words):
+            ds_fp8.estimate_zero2_model_states_mem_needs_all_cold(*arguments)
+
+    def test_a_model_without_anything_to_train(self) -> None:
+        frozen = torch.nn.Linear(2, 2).requires_grad_(False)
+        with pytest.raises(
+            ValueError, match="Linear: received no parameter that trains, allowed: at least one"
+        ):
+            ds_fp8.estimate_zero1_model_states_mem_needs_all_live(frozen)
+
+
+def test_deepspeed_is_not_imported() -> None:
+    code = (
+        "import sys; from ds_fp8.cli import main; main(['estimate', '--params', '7G', '--json']);"
+        "print([name for name in ('deepspeed', 'transformers') if name in sys.modules])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert result.stdout.splitlines()[-1] == "[]"
+
+
+def test_in_a_pipe_it_is_plain() -> None:
+    result = piped("estimate", "--paper", COLUMNS="20")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.isascii()
+    assert len(result.stdout.splitlines()) == 6
+
+
+CONFIG = "CONFIG"  # stands for a file of the given text
+OK = json.dumps(ds_config({}))
+WRONG: list[tuple[list[str], str, list[str]]] = [
+    (["estimate"], "", ["--params", "--model", "--paper", "--memory", "required"]),
+    (["estimate", "--params", "many"], "", ["--params", "'many'", "350M"]),
+    (["estimate", "--params", "0"], "", ["--params", "'0'", "350M"]),
+    (["estimate", "--params", "7G", "--paper"], "", ["--paper", "not allowed with", "--params"]),
+    (["estimate", "--params", "7G", "--gpus", "0"], "", ["--gpus", "'0'", "1 or more"]),
+    (["estimate", "--params", "7G", "--micro-steps", "1.5"], "", ["--micro-steps", "'1.5'", "1 or more"]),
+    (["estimate", "--params", "7G", "--stage", "3"], "", ["--stage", "3", "1", "2"]),
+    (["estimate", "--params", "7G", "--opt-level", "O3"], "", ["--opt-level", "'O3'", "O1", "O2", "O2+"]),
+    (["estimate", "--memory", "80GB"], "", ["--memory", "'80GB'", "as 80"]),
+    (["estimate", "--memory", "-80"], "", ["--memory"]),
+    (["estimate", "--model", "somebody/no-such-model"], "", ["'somebody/no-such-model'", "config.json"]),
+    (["estimate", "--model", "no/such/config.json"], "", ["no/such/config.json", "no such file"]),
+    (["estimate", "--model", CONFIG], '{"model_type": "quux"}', ["quux", "config.json"]),
+    (["estimate", "--model", CONFIG], "{", ["config.json"]),
+    (["estimate", "--params", "7G", "--config", "no/such.json"], "", ["no/such.json"]),
+    (["estimate", "--params", "7G", "--config", CONFIG], "[1, 2]", ["[1, 2]", "an object"]),
+    (["estimate", "--params", "7G", "--config", CONFIG], "{}", ['no enabled "fp8" section']),
+    (["estimate", "--params", "7G", "--config", CONFIG, "--stage", "1"], OK, ["--stage", "--config"]),
+    (
+        ["estimate", "--params", "7G", "--config", CONFIG, "--opt-level", "O1"],
+        OK,
+        ["--opt-level", "--config"],
+    ),
+    (
+        ["estimate", "--params", "7G", "--config", CONFIG],
+        json.dumps(ds_config({"block_size": 48, "opt_level": "O9"})),
+        ["fp8.block_size: received 48", 'fp8.opt_level: received "O9"'],
+    ),
+    (
+        ["estimate", "--params", "7G", "--config", CONFIG],
+        json.dumps(ds_config({}, bf16=False)),
+        ["bf16.enabled: received false"],
+    ),
+    (["report", "--config", "no/such.json"], "", ["no/such.json"]),
+    (["report", "--config", CONFIG], '{"fp8": ', ["not JSON"]),
+    (["report", "--config", CONFIG, "--gpus", "none"], OK, ["--gpus", "'none'", "1 or more"]),
+    (["report", "ds_config.json"], "", ["unrecognized", "ds_config.json"]),
+]
+
+
+@pytest.mark.parametrize(("arguments", "text", "parts"), WRONG)
+def test_a_wrong_command_line_is_one_line_and_status_2(
+    arguments: list[str],
+    text: str,
+    parts: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    with pytest.raises(SystemExit) as stopped:
+        main([str(path) if each == CONFIG else each for each in arguments])
+    assert stopped.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"ds_fp8 {arguments[0]}: ") or "unrecognized" in err
+    assert err.count("\n") == 1
+    for part in parts:
+        assert part in err
+
+
+def test_without_transformers(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    find: Callable[..., Any] = lambda name: None  # noqa: E731
+    monkeypatch.setattr("importlib.util.find_spec", find)
+    with pytest.raises(SystemExit) as stopped:
+        main(["estimate", "--model", str(tmp_path)])
+    assert stopped.value.code == 2
+    assert "pip install ds-fp8[hf]" in capsys.readouterr().err
+
+
+DOCS = (Path(__file__).parents[1] / "docs" / "command_line.md").read_text()
+
+
+@pytest.mark.parametrize("block", re.findall(r"```console\n\$ ds_fp8 (.*?)```", DOCS, re.DOTALL))
+def test_the_documentation_shows_what_is_printed(block: str, capsys: pytest.CaptureFixture[str]) -> None:
+    command, *lines = block.splitlines()
+    assert [line.rstrip() for line in output(capsys, *command.split()).splitlines()] == lines

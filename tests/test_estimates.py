@@ -1,0 +1,270 @@
+"""Estimates against what engines allocate: tensors of the handler, DeepSpeed's and ours, on two ranks."""
+
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from engines import build, ds_config
+from meters import live_tensors, optimizer_bytes, storages
+from ranks import RankPools
+from torch import Tensor, nn
+from torch.nn import functional as F
+from train_lm import ByteGPT, Shape
+
+from ds_fp8.config import FP8Config
+from ds_fp8.estimates import (
+    STOCK,
+    STOCK_BF16_STATES,
+    Held,
+    Run,
+    levels,
+    model_of_module,
+    with_fp8,
+)
+from ds_fp8.zero_fp8.exchange import Transfer
+from ds_fp8.zero_fp8.gradients import GradientReducer
+from ds_fp8.zero_fp8.partition import Bucket
+
+BUCKET = 20_000
+SMALL = 200  # bytes: step counts, norms and flags that DeepSpeed and torch keep
+
+
+class Odd(nn.Module):
+    """Parameters of odd sizes, an odd sum too, most of them shorter than a block; frozen ones after them."""
+
+    SIZES = (1, 129, 3, 1000, 77, 20_011, 5, 128, 255, 4_100)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bag = nn.ParameterList(nn.Parameter(torch.ones(size)) for size in self.SIZES)
+        self.frozen = nn.ParameterList(
+            nn.Parameter(torch.ones(size), requires_grad=False) for size in (333, 1)
+        )
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        factor = self.frozen[0][tokens[0, 0] % 333]
+        return sum(((each * factor).sum() for each in self.bag), torch.zeros(()))
+
+
+class LlamaLike(nn.Module):
+    """The shape of a Llama: no biases, a gated MLP, fewer heads for keys and values, a head of its own."""
+
+    def __init__(self, width: int = 48, hidden: int = 136, layers: int = 2, vocabulary: int = 256) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(vocabulary, width)
+        self.layers = nn.ModuleList(
+            nn.ModuleDict(
+                {
+                    "norm": nn.RMSNorm(width),
+                    "q": nn.Linear(width, width, bias=False),
+                    "kv": nn.Linear(width, width // 2, bias=False),
+                    "o": nn.Linear(width, width, bias=False),
+                    "gate": nn.Linear(width, hidden, bias=False),
+                    "up": nn.Linear(width, hidden, bias=False),
+                    "down": nn.Linear(hidden, width, bias=False),
+                }
+            )
+            for _ in range(layers)
+        )
+        self.head = nn.Linear(width, vocabulary, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.tokens(tokens[:, :-1])
+        for layer in self.layers:
+            y = layer["norm"](x)
+            key, value = layer["kv"](y).repeat(1, 1, 2).chunk(2, dim=-1)
+            x = x + layer["o"](layer["q"](y) * key.repeat(1, 1, 2)[..., : y.shape[-1]] * value.sum())
+            x = x + layer["down"](F.silu(layer["gate"](x)) * layer["up"](x))
+        return F.cross_entropy(self.head(x).flatten(0, 1).float(), tokens[:, 1:].flatten())
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "GPT": lambda: ByteGPT(Shape(layers=2, width=32, heads=2, context=32)),
+    "odd sizes and frozen": Odd,
+    "Llama": LlamaLike,
+}
+
+
+def nbytes(tensors: Iterable[Tensor]) -> int:
+    """Of the storages behind them, each once."""
+    return sum(storages(tensors).values())
+
+
+def micro_step(engine: Any) -> None:
+    tokens = torch.arange(4 * 33).view(4, 33) % 256
+    engine.backward(engine(tokens))
+
+
+def run_steps(engine: Any, steps: int) -> None:
+    for _ in range(steps * engine.gradient_accumulation_steps()):
+        micro_step(engine)
+        engine.step()
+
+
+def fp8_bytes(name: str, level: str, stage: int, micro_steps: int) -> dict[str, int]:
+    """What our handler holds after steps, and every `.grad` that waits for the accumulation boundary."""
+    config = ds_config({"opt_level": level}, stage=stage, micro_steps=micro_steps, bucket=BUCKET)
+    engine = build(config, MODELS[name]())
+    run_steps(engine, 2)
+    shards = engine.optimizer.shards
+    found = {
+        "weights": nbytes(engine.module.parameters()),
+        "states": sum(each.nbytes for shard in shards for each in vars(shard.state).values()),
+        "reduced": sum(shard.gradient.nbytes for shard in shards),
+    }
+    micro_step(engine)
+    found["waiting"] = nbytes(each.grad for each in engine.module.parameters() if each.grad is not None)
+    engine.destroy()
+    return found
+
+
+@pytest.mark.parametrize(("stage", "micro_steps"), [(1, 2), (2, 1), (2, 2)])
+@pytest.mark.parametrize("level", ["O1", "O2", "O2+"])
+@pytest.mark.parametrize("name", MODELS)
+def test_fp8(ranks: RankPools, name: str, level: str, stage: int, micro_steps: int) -> None:
+    held = levels()[level].held(model_of_module(MODELS[name]()), Run(2, stage, micro_steps, BUCKET))
+    for found in ranks.run(2, fp8_bytes, name, level, stage, micro_steps):
+        assert held.weights == found["weights"]
+        assert held.states == found["states"]
+        assert held.gradients == found["reduced"] + found["waiting"]
+
+
+class StockProbe:
+    """DeepSpeed's handler of one param group, watched: (gradients, buffers) at the moments that hold most."""
+
+    def __init__(self, engine: Any) -> None:
+        self.moments: list[tuple[int, int]] = []
+        self._engine, self._handler = engine, engine.optimizer
+        release, flatten = self._handler._release_ipg_buffers, self._handler.flatten
+
+        def watched_release() -> None:
+            if engine.is_gradient_accumulation_boundary():
+                self.end_of_backward()
+            release()
+
+        def watched_flatten(tensors: list[Tensor]) -> Tensor:
+            self._flat = flatten(tensors)
+            return self._flat
+
+        self._handler._release_ipg_buffers = watched_release
+        self._handler.flatten = watched_flatten
+        self._handler.optimizer.register_step_pre_hook(lambda *_: self.step())
+
+    def end_of_backward(self) -> None:
+        """What is kept; beside it, under ZeRO 2, the buckets and the last micro-step's gradients."""
+        handler = self._handler
+        kept = storages(handler.averaged_gradients[0])
+        others = storages([*self._buckets(), handler.grads_in_partition])
+        self._kept = sum(kept.values())
+        if handler.partition_gradients:
+            self.moments.append((self._kept, sum(size for at, size in others.items() if at not in kept)))
+
+    def waiting(self) -> None:
+        """ZeRO 1, before the boundary: every `.grad`, and the buckets."""
+        grads = [each.grad for each in self._engine.module.parameters() if each.grad is not None]
+        self.moments.append((nbytes(grads), nbytes(self._buckets())))
+
+    def step(self) -> None:
+        """What was kept, its flat copy, and what the optimizer is given where that is another copy."""
+        (master,) = self._handler.single_partition_of_fp32_groups
+        wide = master.grad.nbytes if master.grad.dtype is not self._flat.dtype else 0
+        self.moments.append((self._kept, self._flat.nbytes + wide))
+
+    def _buckets(self) -> list[Tensor]:
+        return [buffer for bucket in self._handler.ipg_buckets.values() for buffer in bucket.buffer]
+
+
+def stock_bytes(name: str, stage: int, micro_steps: int, bucket: int, bf16_states: bool) -> Held:
+    before = storages(live_tensors())
+    config = ds_config(stage=stage, micro_steps=micro_steps, bucket=bucket)
+    if bf16_states:
+        config["bf16"] |= {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
+    engine = build(config, MODELS[name]())
+    run_steps(engine, 2)
+    (master,) = engine.optimizer.single_partition_of_fp32_groups
+    state = engine.optimizer.optimizer.state[master]
+    states = nbytes([master, state["exp_avg"], state["exp_avg_sq"]])
+    assert 0 <= optimizer_bytes(engine.module, before) - states < SMALL
+    probe = StockProbe(engine)
+    micro_step(engine)
+    if stage == 1:
+        probe.waiting()
+    engine.step()
+    run_steps(engine, 2)
+    gradients, buffers = max(probe.moments, key=sum)
+    weights = nbytes(engine.module.parameters())
+    engine.destroy()
+    return Held(weights, states, gradients, buffers)
+
+
+@pytest.mark.parametrize(("bucket", "bf16_states"), [(BUCKET, False), (10 * BUCKET, False), (BUCKET, True)])
+@pytest.mark.parametrize(("stage", "micro_steps"), [(1, 2), (2, 1), (2, 2)])
+@pytest.mark.parametrize("name", MODELS)
+def test_stock(
+    ranks: RankPools, name: str, stage: int, micro_steps: int, bucket: int, bf16_states: bool
+) -> None:
+    method = STOCK_BF16_STATES if bf16_states else STOCK
+    held = method.held(model_of_module(MODELS[name]()), Run(2, stage, micro_steps, bucket))
+    found = ranks.run(2, stock_bytes, name, stage, micro_steps, bucket, bf16_states)
+    assert held == max(found, key=lambda each: each.total)
+
+
+def peak_of_backward(name: str, fp8: dict[str, Any], stage: int, overlap: bool) -> int:
+    """Bytes of `.grad` and of messages, at their largest over the micro-steps of a step.
+
+    Under ZeRO 2 without those `.grad` that autograd makes before the bucket in front of them is full.
+    """
+    config = ds_config(fp8, stage=stage, micro_steps=2, bucket=BUCKET, zero={"overlap_comm": overlap})
+    engine = build(config, MODELS[name]())
+    transfers: weakref.WeakSet[Transfer] = weakref.WeakSet()
+    seen = []
+    pack, launch = GradientReducer.pack, Transfer.__init__
+
+    def grads(indices: Iterable[int]) -> int:
+        found = (engine.optimizer.parameters[index].grad for index in indices)
+        return nbytes(each for each in found if each is not None)
+
+    def travelling() -> int:
+        buffers = [vars(each).get(key) for each in transfers for key in ("_sent", "_received")]
+        return sum(each.nbytes for each in buffers if each is not None)
+
+    def watched_pack(self: Any, bucket: Bucket, message: Any) -> Tensor:
+        own = [slot.parameter for slot in bucket.slots]
+        before = grads(own if stage == 2 else engine.optimizer.parameters) + travelling()
+        messages = pack(self, bucket, message)
+        seen.append(before + messages.nbytes)
+        return messages
+
+    def watched_launch(self: Any, *arguments: Any) -> None:
+        launch(self, *arguments)
+        transfers.add(self)
+        seen.append(travelling() + (grads(engine.optimizer.parameters) if stage == 1 else 0))
+
+    with (
+        patch.object(GradientReducer, "pack", watched_pack),
+        patch.object(Transfer, "__init__", watched_launch),
+    ):
+        run_steps(engine, 1)
+    engine.destroy()
+    return max(seen)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("name", MODELS)
+def test_fp8_buffers(ranks: RankPools, name: str, stage: int, overlap: bool) -> None:
+    model = model_of_module(MODELS[name]())
+    held = levels()["O2"].held(model, Run(2, stage, 2, BUCKET, overlap))
+    kept = 2 * sum(model.trained) if stage == 1 else 0
+    assert ranks.run(2, peak_of_backward, name, {}, stage, overlap) == 2 * [kept + held.buffers]
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_fp8_buffers_of_two_hops(ranks: RankPools, overlap: bool) -> None:
+    fp8 = {"gradients": {"intra_node_size": 2, "inter_node_dtype": "bf16"}}
+    method = with_fp8("", FP8Config.model_validate(fp8))
+    held = method.held(model_of_module(LlamaLike()), Run(4, 2, 2, BUCKET, overlap))
+    assert ranks.run(4, peak_of_backward, "Llama", fp8, 2, overlap) == 4 * [held.buffers]
