@@ -1,0 +1,55 @@
+"""FP8 under the Hugging Face Trainer: health where `report_to` says.
+
+Trainer and accelerate need nothing else of ours: they call `deepspeed.initialize` with the ds_config. This
+module is imported by who wants the callback, and nothing else here imports transformers.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ds_fp8.status import stats
+
+
+class FP8StatsCallback(TrainerCallback):
+    """Logs `ds_fp8.stats` after every measured step, through `Trainer.log`.
+
+        trainer.add_callback(FP8StatsCallback(trainer))
+
+    The keys are `fp8/gradient_underflow` and so on, with several param groups also
+    `fp8/group0/gradient_underflow`. A training that begins without FP8, or with fp8.stats.interval 0, gets a
+    ValueError: an "fp8" section that nobody reads does not go unnoticed.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self._logged: Mapping[str, Any] | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._logged = stats(self._trainer.model_wrapped)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        measured = stats(self._trainer.model_wrapped)
+        if measured is not None and measured is not self._logged:
+            self._logged, should_log = measured, control.should_log
+            self._trainer.log(_flat(measured))
+            control.should_log = should_log  # logging has cleared it, and the loss waits for it
+
+
+def _flat(measured: Mapping[str, Any]) -> dict[str, float]:
+    """The finite figures by key, of all param groups together and, where there are several, of each."""
+    places = {"fp8/": measured["total"]}
+    if len(measured["groups"]) > 1:
+        places |= {f"fp8/group{index}/": each for index, each in enumerate(measured["groups"])}
+    return {
+        f"{place}{name}": value
+        for place, figures in places.items()
+        for name, value in figures.items()
+        if math.isfinite(value)
+    }
