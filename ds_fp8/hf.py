@@ -10,7 +10,8 @@ from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ds_fp8.status import stats
+from ds_fp8.compat import DeepSpeedEngine
+from ds_fp8.status import is_active, stats
 
 
 class FP8StatsCallback(TrainerCallback):
@@ -20,7 +21,7 @@ class FP8StatsCallback(TrainerCallback):
 
     The keys are `fp8/gradient_underflow` and so on, with several param groups also
     `fp8/group0/gradient_underflow`. A training that begins without FP8, or with fp8.stats.interval 0, gets a
-    ValueError: an "fp8" section that nobody reads does not go unnoticed.
+    ValueError that says why: an "fp8" section that nobody reads does not go unnoticed.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -30,7 +31,10 @@ class FP8StatsCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._logged = stats(self._trainer.model_wrapped)
+        engine = self._trainer.model_wrapped
+        if not is_active(engine):
+            raise ValueError(f"FP8StatsCallback: received a training without FP8, {_why_off(engine)}")
+        self._logged = stats(engine)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -40,6 +44,20 @@ class FP8StatsCallback(TrainerCallback):
             self._logged, should_log = measured, control.should_log
             self._trainer.log(_flat(measured))
             control.should_log = should_log  # logging has cleared it, and the loss waits for it
+
+
+def _why_off(engine: Any) -> str:
+    if not isinstance(engine, DeepSpeedEngine):
+        return (
+            f"of a {type(engine).__name__} and not of a DeepSpeed engine: allowed is "
+            "TrainingArguments(deepspeed=...), without ACCELERATE_USE_CPU and accelerate launch --cpu, which drop it"
+        )
+    if engine.config.get("fp8", {}).get("enabled"):
+        return (
+            'whose "fp8" section nobody has read: allowed is a script launched through ds_fp8 (--module ds_fp8), '
+            "or ds_fp8.register() before train()"
+        )
+    return 'allowed: a ds_config with "fp8": {"enabled": true}'
 
 
 def _flat(measured: Mapping[str, Any]) -> dict[str, float]:

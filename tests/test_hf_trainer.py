@@ -200,23 +200,3 @@ def test_one_rank(ranks: RankPools, tmp_path: Path) -> None:
         ranks.run(1, train, str(tmp_path), ds_config(fp8), {"max_steps": 10})[0] for fp8 in (FP8, None)
     ]
     assert_like_bf16(*results, last=5)
-
-
-def train_without_fp8(folder: str, config: dict[str, Any]) -> str:
-    trainer = trainer_of(folder, config, max_steps=1)
-    trainer.add_callback(FP8StatsCallback(trainer))
-    try:
-        trainer.train()
-    except ValueError as error:
-        return str(error)
-    return "nothing was refused"
-
-
-@pytest.mark.parametrize(
-    ("fp8", "message"),
-    [(None, "this engine does not use ds_fp8"), (FP8, "fp8.stats.interval: received 0, allowed: 1 or more")],
-)
-def test_the_callback_refuses_to_say_nothing(
-    ranks: RankPools, tmp_path: Path, fp8: dict[str, Any] | None, message: str
-) -> None:
-    assert message in ranks.run(1, train_without_fp8, str(tmp_path), ds_config(fp8))[0]
