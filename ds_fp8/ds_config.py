@@ -62,8 +62,8 @@ def check_stage(ds_config: Mapping[str, Any]) -> None:
 def may_be_frozen(ds_config: Mapping[str, Any]) -> bool:
     """Whether an engine of this config may have no optimizer, and so nothing to do in FP8.
 
-    TRL makes its reference model's engine of the trained one's config, with stage 0 and without "optimizer". A
-    client's optimizer shows later; then `check_stage` refuses.
+    TRL makes its reference model's engine of the trained one's config, with stage 0 and without "optimizer".
+    A client's optimizer shows later; then `check_stage` refuses.
     """
     stage = _section(ds_config, "zero_optimization").get("stage", 0)
     return stage == 0 and stage is not False and "optimizer" not in ds_config

@@ -50,12 +50,12 @@ def _why_off(engine: Any) -> str:
     if not isinstance(engine, DeepSpeedEngine):
         return (
             f"of a {type(engine).__name__} and not of a DeepSpeed engine: allowed is "
-            "TrainingArguments(deepspeed=...), without ACCELERATE_USE_CPU and accelerate launch --cpu, which drop it"
+            "TrainingArguments(deepspeed=...), not dropped by ACCELERATE_USE_CPU or accelerate launch --cpu"
         )
     if engine.config.get("fp8", {}).get("enabled"):
         return (
-            'whose "fp8" section nobody has read: allowed is a script launched through ds_fp8 (--module ds_fp8), '
-            "or ds_fp8.register() before train()"
+            'whose "fp8" section nobody has read: allowed is a script launched through ds_fp8 (--module '
+            "ds_fp8), or ds_fp8.register() before train()"
         )
     return 'allowed: a ds_config with "fp8": {"enabled": true}'
 

@@ -1,15 +1,18 @@
-"""Train a small GPT-2 or Llama with the Hugging Face Trainer, from random weights, on text that every Python carries.
+"""Train a small GPT-2 or Llama, from random weights, with the Hugging Face Trainer.
 
     deepspeed --num_gpus 2 --module ds_fp8 examples/hf_trainer.py --deepspeed examples/hf_o2.json
     deepspeed --num_gpus 2 examples/hf_trainer.py --deepspeed examples/hf_bf16.json
 
-Without a GPU add `--use_cpu`. The script knows nothing of FP8 but the callback that logs its health. At the
-end rank 0 prints the mean of the last 50 losses; OUTPUT_DIR holds the model, for `from_pretrained`.
+The text is the documentation that every Python carries. Without a GPU add `--use_cpu`. The script knows
+nothing of FP8 but the callback that logs its health. `--float8_linear True` adds torchao's FP8 matrix
+products. At the end rank 0 prints the mean of the last 50 losses; OUTPUT_DIR holds the model, for
+`from_pretrained`.
 """
 
 import statistics
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from train_lm import VOCABULARY, leave_ranks, read_corpus
@@ -37,6 +40,7 @@ class ModelArguments:
     width: int = 128
     heads: int = 4
     context: int = 96
+    float8_linear: bool = field(default=False, metadata={"help": "torchao's FP8 linear layers (llama)"})
 
 
 @dataclass
@@ -56,6 +60,11 @@ class Arguments(TrainingArguments):
 
 def build_model(arguments: ModelArguments, seed: int = 0) -> PreTrainedModel:
     set_seed(seed)
+    model = model_of(arguments)
+    return with_float8_linear(model) if arguments.float8_linear else model
+
+
+def model_of(arguments: ModelArguments) -> PreTrainedModel:
     if arguments.shape == "gpt2":
         return GPT2LMHeadModel(
             GPT2Config(
@@ -74,7 +83,7 @@ def build_model(arguments: ModelArguments, seed: int = 0) -> PreTrainedModel:
             vocab_size=VOCABULARY,
             num_hidden_layers=arguments.layers,
             hidden_size=arguments.width,
-            intermediate_size=arguments.width * 8 // 3,
+            intermediate_size=3 * arguments.width,
             num_attention_heads=arguments.heads,
             num_key_value_heads=arguments.heads // 2,
             max_position_embeddings=arguments.context,
@@ -83,6 +92,19 @@ def build_model(arguments: ModelArguments, seed: int = 0) -> PreTrainedModel:
             pad_token_id=0,
         )
     )
+
+
+def with_float8_linear(model: PreTrainedModel) -> PreTrainedModel:
+    """FP8 matrix products beside FP8 states; computed in higher precision on hardware without them."""
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    emulated = not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9)
+    convert_to_float8_training(
+        model,
+        config=Float8LinearConfig(emulate=emulated),
+        module_filter_fn=lambda _, name: not name.endswith("lm_head"),
+    )
+    return model
 
 
 class Windows(Dataset[dict[str, Tensor]]):
@@ -116,7 +138,7 @@ def main() -> None:
         train_dataset=training,
         eval_dataset=evaluation,
     )
-    if arguments.hf_deepspeed_config.get_value("fp8.stats.interval"):
+    if arguments.deepspeed_plugin.hf_ds_config.get_value("fp8.stats.interval"):
         trainer.add_callback(FP8StatsCallback(trainer))
     trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
     evaluated = trainer.evaluate()

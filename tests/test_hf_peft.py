@@ -1,4 +1,4 @@
-"""LoRA adapters of PEFT, with the Trainer and in a plain accelerate loop, and accelerate's own checkpoints."""
+"""LoRA adapters of PEFT, with the Trainer and in a plain accelerate loop with its checkpoints."""
 
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,6 @@
 """The Hugging Face Trainer with FP8: losses of BF16, resume, evaluation, export, generation."""
 
 import statistics
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +47,7 @@ def both(
     ids=lambda value: value.shape if isinstance(value, ModelArguments) else str(value),
 )
 def test_losses_equal_bf16(ranks: RankPools, tmp_path: Path, shape: ModelArguments, seed: int) -> None:
-    options = {"shape": replace(shape, width=128, heads=4), "seed": seed, "max_steps": 150}
+    options = {"shape": shape, "seed": seed, "max_steps": 150}
     ours, stock = both(ranks, tmp_path, {}, options)
     assert_like_bf16(ours, stock, last=50)
     assert statistics.fmean(ours["losses"][-50:]) < ours["losses"][0] - 2, "it does not learn"
@@ -137,7 +136,8 @@ class TestWhole:
         for ours, stock in zip(whole["ours"]["evaluations"], whole["stock"]["evaluations"], strict=True):
             assert abs(ours - stock) < 0.01
         rates = whole["ours"]["rates"]
-        assert rates[3] == 1e-3 == max(rates), "the warm-up is over"
+        assert rates[0] < 5e-4, "there is no warm-up"
+        assert max(rates) > 9e-4
         assert rates[-1] < 1e-4
 
     def test_the_best_model_is_back(self, whole: dict[str, Any]) -> None:

@@ -6,7 +6,17 @@ from typing import Any
 import pytest
 from datasets import Dataset
 from engines import weight_bits
-from hf_runs import FP8, GPT2, LLAMA, assert_like_bf16, assert_same_run, ds_config, forget_accelerate, quiet, result_of
+from hf_runs import (
+    FP8,
+    GPT2,
+    LLAMA,
+    assert_like_bf16,
+    assert_same_run,
+    ds_config,
+    forget_accelerate,
+    quiet,
+    result_of,
+)
 from hf_trainer import ModelArguments, build_model
 from ranks import RankPools
 from train_lm import read_corpus
@@ -64,7 +74,12 @@ def dpo(folder: str, config: dict[str, Any], shape: ModelArguments, options: dic
 
 
 def train(
-    make: Any, folder: str, config: dict[str, Any], shape: ModelArguments, options: dict[str, Any], resume: str | None = None
+    make: Any,
+    folder: str,
+    config: dict[str, Any],
+    shape: ModelArguments,
+    options: dict[str, Any],
+    resume: str | None = None,
 ) -> dict[str, Any]:
     forget_accelerate()
     trainer = make(folder, config, shape, options)
