@@ -151,7 +151,7 @@ class GradientReducer:
             earlier.advance()
         bucket = self._buckets[index]
         message = Message(bucket.blocks_per_rank, bucket.block_size, self._recipe.wire)
-        messages = self._quantize(bucket, message)
+        messages = self.pack(bucket, message)
         exchange = Exchange(messages, message, self._recipe.between_nodes, self._nodes, self._backend)
         self._under_way.append((index, exchange))
         if not self._overlap:
@@ -174,19 +174,23 @@ class GradientReducer:
         self.taken = 0  # gradients of this rank since then
         self._complete = False  # whether the last backward was the last of its step
 
-    def _quantize(self, bucket: Bucket, message: Message) -> Tensor:
-        """The bucket's gradients as one message an owner; drops them. Zero bytes decode to zeros."""
+    def pack(self, bucket: Bucket, message: Message) -> Tensor:
+        """The bucket's gradients as one message an owner, zeros where there is none; drops them."""
         first = self._parameters[bucket.slots[0].parameter]
         messages = message.buffer(bucket.world_size, first.device)
         counts = self._shards[bucket.index].counts
         gradients = {slot.parameter: self._take_gradient(slot.parameter) for slot in bucket.slots}
         for row, owner in enumerate(self._nodes.owners):
-            blocks = message.blocks_of(messages[row])
+            blocks, packed = message.blocks_of(messages[row]), 0
             for piece in bucket.pieces(owner):
                 gradient = gradients[piece.slot.parameter]
                 if gradient is not None:
                     values, rows = gradient[piece.elements], blocks[piece.rows]
                     self._backend.quantize(values, rows, counts.of_gradient(piece.numel))
+                else:
+                    blocks[piece.rows].zero_()
+                packed = piece.rows.stop
+            blocks[packed:].zero_()
         return messages
 
     def _take_gradient(self, index: int) -> Tensor | None:
