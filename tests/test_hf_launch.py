@@ -105,7 +105,16 @@ def test_accelerate_launch_cpu_drops_deepspeed(tmp_path: Path) -> None:
     options = ["--cpu", "--num_processes", "2", "--num_machines", "1"]
     command = [sys.executable, "-m", "accelerate.commands.launch", *options, "-m", "ds_fp8"]
     done = subprocess.run(
-        [*command, str(EXAMPLES / "hf_trainer.py"), *SMALL, "--deepspeed", CONFIG, "--max_steps", "1"],
+        [
+            *command,
+            str(EXAMPLES / "hf_trainer.py"),
+            *SMALL,
+            "--deepspeed",
+            CONFIG,
+            "--use_cpu",
+            "--max_steps",
+            "1",
+        ],
         cwd=tmp_path,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
