@@ -4,14 +4,13 @@ Trainer and accelerate need nothing else of ours: they call `deepspeed.initializ
 module is imported by who wants the callback, and nothing else here imports transformers.
 """
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ds_fp8.compat import DeepSpeedEngine
-from ds_fp8.status import is_active, stats
+from ds_fp8.status import by_name, is_active, stats
 
 
 class FP8StatsCallback(TrainerCallback):
@@ -42,7 +41,7 @@ class FP8StatsCallback(TrainerCallback):
         measured = stats(self._trainer.model_wrapped)
         if measured is not None and measured is not self._logged:
             self._logged, should_log = measured, control.should_log
-            self._trainer.log(_flat(measured))
+            self._trainer.log({f"fp8/{name}": value for name, value in by_name(measured).items()})
             control.should_log = should_log  # logging has cleared it, and the loss waits for it
 
 
@@ -58,16 +57,3 @@ def _why_off(engine: Any) -> str:
             "ds_fp8), or ds_fp8.register() before train()"
         )
     return 'allowed: a ds_config with "fp8": {"enabled": true}'
-
-
-def _flat(measured: Mapping[str, Any]) -> dict[str, float]:
-    """The finite figures by key, of all param groups together and, where there are several, of each."""
-    places = {"fp8/": measured["total"]}
-    if len(measured["groups"]) > 1:
-        places |= {f"fp8/group{index}/": each for index, each in enumerate(measured["groups"])}
-    return {
-        f"{place}{name}": value
-        for place, figures in places.items()
-        for name, value in figures.items()
-        if math.isfinite(value)
-    }

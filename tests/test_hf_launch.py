@@ -39,18 +39,24 @@ def accelerate(ranks: int) -> list[str]:
     return ["accelerate.commands.launch", *options, *ports]
 
 
-def launch(launcher: list[str], script: str, arguments: list[str], folder: Path, *, module: bool) -> str:
-    """What the ranks print."""
-    path = EXAMPLES / script
-    command = [str(path)]
-    if module:
-        command = ["--module" if "deepspeed.launcher.runner" in launcher else "-m", "ds_fp8", str(path)]
-    else:
-        registering = folder / script
-        registering.write_text(ONE_LINE.format(folder=str(EXAMPLES), script=str(path)))
-        command = [str(registering)]
-    done = subprocess.run(
-        [sys.executable, "-m", *launcher, *command, *arguments],
+def through_ds_fp8(launcher: list[str], script: Path, _: Path) -> list[str]:
+    return ["--module" if launcher[0] == "deepspeed.launcher.runner" else "-m", "ds_fp8", str(script)]
+
+
+def one_line(_: list[str], script: Path, folder: Path) -> list[str]:
+    """A script of the same name that registers and is otherwise the example."""
+    registering = folder / script.name
+    registering.write_text(ONE_LINE.format(folder=str(EXAMPLES), script=str(script)))
+    return [str(registering)]
+
+
+Way = Callable[[list[str], Path, Path], list[str]]
+WAYS = [through_ds_fp8, one_line]
+
+
+def run(command: list[str], folder: Path) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-m", *command],
         cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -58,18 +64,23 @@ def launch(launcher: list[str], script: str, arguments: list[str], folder: Path,
         timeout=500,
         check=False,
     )
+
+
+def launch(launcher: list[str], way: Way, script: str, arguments: list[str], folder: Path) -> str:
+    """What the ranks print."""
+    done = run([*launcher, *way(launcher, EXAMPLES / script, folder), *arguments], folder)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("module", [True, False], ids=["module", "one line"])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("launcher", [deepspeed, torchrun, accelerate])
-def test_trainer(tmp_path: Path, launcher: Callable[[int], list[str]], module: bool) -> None:
+def test_trainer(tmp_path: Path, launcher: Callable[[int], list[str]], way: Way) -> None:
     config = [] if launcher is accelerate else ["--deepspeed", CONFIG]
     saving = ["--save_strategy", "steps", "--save_steps", "10"]
     arguments = [*SMALL, *config, *saving, "--use_cpu", "--max_steps", "20"]
-    printed = launch(launcher(2), "hf_trainer.py", arguments, tmp_path, module=module)
+    printed = launch(launcher(2), way, "hf_trainer.py", arguments, tmp_path)
     assert "ON, O2, ZeRO 2, 2 ranks" in printed
     (last,) = re.findall(r"loss, mean of the last 50 steps: ([\d.]+)", printed)
     assert float(last) < 5.5
@@ -83,16 +94,15 @@ def test_trainer(tmp_path: Path, launcher: Callable[[int], list[str]], module: b
 def test_one_rank(tmp_path: Path, launcher: Callable[[int], list[str]]) -> None:
     config = [] if launcher is accelerate else ["--deepspeed", CONFIG]
     arguments = [*SMALL, *config, "--use_cpu", "--max_steps", "3"]
-    printed = launch(launcher(1), "hf_trainer.py", arguments, tmp_path, module=True)
+    printed = launch(launcher(1), through_ds_fp8, "hf_trainer.py", arguments, tmp_path)
     assert "ON, O2, ZeRO 2, 1 ranks" in printed
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("module", [True, False], ids=["module", "one line"])
-def test_accelerate_lora(tmp_path: Path, module: bool) -> None:
-    printed = launch(
-        accelerate(2), "accelerate_lora.py", ["--use_cpu", "--steps", "20"], tmp_path, module=module
-    )
+@pytest.mark.parametrize("way", WAYS)
+def test_accelerate_lora(tmp_path: Path, way: Way) -> None:
+    arguments = ["--use_cpu", "--steps", "20"]
+    printed = launch(accelerate(2), way, "accelerate_lora.py", arguments, tmp_path)
     assert "FP8: on; 20 steps" in printed
     before, after = map(float, re.findall(r"evaluation loss: ([\d.]+) before, ([\d.]+) after", printed)[0])
     assert after < before - 0.1
@@ -102,25 +112,8 @@ def test_accelerate_lora(tmp_path: Path, module: bool) -> None:
 @pytest.mark.slow
 def test_accelerate_launch_cpu_drops_deepspeed(tmp_path: Path) -> None:
     """`accelerate launch --cpu` starts one process without DeepSpeed, in silence; the callback tells."""
-    options = ["--cpu", "--num_processes", "2", "--num_machines", "1"]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *options, "-m", "ds_fp8"]
-    done = subprocess.run(
-        [
-            *command,
-            str(EXAMPLES / "hf_trainer.py"),
-            *SMALL,
-            "--deepspeed",
-            CONFIG,
-            "--use_cpu",
-            "--max_steps",
-            "1",
-        ],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    launcher = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    script = ["-m", "ds_fp8", str(EXAMPLES / "hf_trainer.py"), *SMALL]
+    done = run([*launcher, *script, "--deepspeed", CONFIG, "--use_cpu", "--max_steps", "1"], tmp_path)
     assert done.returncode != 0
     assert "and not of a DeepSpeed engine" in done.stderr
