@@ -21,14 +21,13 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
 
 from meters import Traffic
 
-WAITS = (  # of the host for the device, and copies to the host, as the profiler names them
+WAITS = {  # of the host for the device, as the profiler names them
     "cudaStreamSynchronize",
     "cudaDeviceSynchronize",
     "cudaEventSynchronize",
     "cudaMemcpy",
-    "Memcpy DtoH",
     "aten::_local_scalar_dense",  # what item() is made of
-)
+}
 STEP = "engine.step"
 
 
@@ -55,7 +54,12 @@ def waits(step: Callable[[], object]) -> dict[str, int]:
     span = next(each.time_range for each in on_host if each.name == STEP)
     waiting = [each for each in on_host if span.start <= each.time_range.start <= span.end]
     copies = [each for each in events if each.device_type != DeviceType.CPU]
-    return dict(Counter(each.name for each in [*waiting, *copies] if each.name.startswith(WAITS)))
+    return dict(Counter(each.name for each in [*waiting, *copies] if is_wait(each.name)))
+
+
+def is_wait(name: str) -> bool:
+    """Copies to the host count, too: it waits for them or for an event behind them."""
+    return name in WAITS or name.startswith("Memcpy DtoH")
 
 
 def sent(run: Callable[[], object]) -> dict[str, float]:

@@ -19,6 +19,7 @@ from ds_fp8.config import FP8Config
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]
+SCRIPTS = ("benchmarks", "examples")  # gpu_train.py hands options on to gpt_pretrain.py
 SHELL = {"do", "done", "for", "then", "fi"}
 # What a command runs -> the test that runs it.
 RUN_BY = {
@@ -34,6 +35,8 @@ RUN_BY = {
     "ds_fp8 export": "test_export.py::test_export",
     "ds_fp8 inspect": "test_export.py::test_inspect",
     "benchmarks/gpu_one.py": "test_benchmarks.py::test_gpu_one_under_the_interpreter",
+    "benchmarks/gpu_many.py": "test_gpu_benchmarks.py::test_gpu_many",
+    "benchmarks/gpu_train.py": "test_gpu_benchmarks.py::test_gpu_train",
     "benchmarks/adam_cpu.py": "test_benchmarks.py::test_adam_cpu",
     "benchmarks/quantize_cpu.py": "test_benchmarks.py::test_quantize_cpu",
     "benchmarks/step_cpu.py": "test_benchmarks.py::test_step_cpu",
@@ -86,12 +89,11 @@ def test_every_command_is_run_by_a_test(page: str, command: str) -> None:
     assert test is not None, f"{page}: nothing runs {command}"
     file, name = test.split("::")
     assert name in functions_of(file), f"{page}: {command} is said to be run by {test}, which does not exist"
-    for script in re.findall(r"\b(?:benchmarks|examples)/\w+\.py", command):
-        source = (ROOT / script).read_text()
-        shared = "".join(each.read_text() for each in (ROOT / script).parent.glob("*.py"))
-        fields = trainer_fields() if "TrainingArguments" in source else set()
+    shared = "".join(each.read_text() for folder in SCRIPTS for each in (ROOT / folder).glob("*.py"))
+    for script in re.findall(rf"\b(?:{'|'.join(SCRIPTS)})/\w+\.py", command):
+        fields = trainer_fields() if "TrainingArguments" in (ROOT / script).read_text() else set()
         for flag in re.findall(r" (--[a-z][\w-]*)", command.split(script, maxsplit=1)[1]):
-            known = f'"{flag}"' in source or f'"{flag}"' in shared or flag[2:] in fields
+            known = f'"{flag}"' in shared or flag[2:] in fields
             assert known, f"{page}: {script} knows no {flag}"
 
 

@@ -131,6 +131,17 @@ def test_waits_are_counted_by_name() -> None:
     assert step_with_waits(3) == {"aten::_local_scalar_dense": 3}
 
 
+def test_names_of_waits() -> None:
+    seen = [
+        "cudaMemcpyAsync",
+        "cudaMemcpy",
+        "Memcpy DtoD (Device -> Device)",
+        "Memcpy DtoH (Device -> Pinned)",
+    ]
+    seen += ["cudaEventRecord", "cudaEventSynchronize", "cudaStreamWaitEvent", "cudaStreamSynchronize"]
+    assert [name for name in seen if engine_facts.is_wait(name)] == [seen[1], seen[3], seen[5], seen[7]]
+
+
 def run_of(config: str, **figures: Any) -> gpu_train.Run:
     ours = {"config": config, "model": "1.3B", "world_size": 2, "parameters": 100, "losses": [3.0] * 80}
     ours |= {"predicted_bytes": 300.0, "state_bytes_a_parameter": 6.0, "peak_bytes_allocated": 1000.0}
