@@ -13,7 +13,7 @@ from transformers import Trainer
 
 import ds_fp8
 
-# Wide enough for a block within a row: narrower, blocks span rows, and O2 lags by 0.02 in the first steps.
+# At half this width E4M3 first moments cost Llama 0.02 nats between steps 30 and 60, of which 150 keep 0.007.
 GPT2 = ModelArguments(shape="gpt2", layers=2, width=128, heads=4, context=64)
 LLAMA = replace(GPT2, shape="llama")
 FP8 = {"enabled": True, "opt_level": "O2"}
