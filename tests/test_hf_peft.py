@@ -61,7 +61,7 @@ def train_adapter(
     """Train; at half time save, and after the end go on from there once more."""
     loop = Loop(fp8, stage, shape)
     batches = list(loop.batches)
-    before = {name: bits for name, bits in weight_bits(loop.model).items()}
+    before = weight_bits(loop.model)
     evaluated = [evaluate(loop.accelerator, loop.model, loop.held_out)]
     losses = loop.train(batches[: STEPS // 2])
     loop.accelerator.save_state(f"{folder}/state")

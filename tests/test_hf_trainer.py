@@ -29,13 +29,6 @@ PROMPT = list(b"The ")
 slow = pytest.mark.slow
 
 
-def both(
-    ranks: RankPools, folder: Path, config: dict[str, Any], options: dict[str, Any]
-) -> list[dict[str, Any]]:
-    """The same training with FP8 and without. config: of `ds_config`."""
-    return [ranks.run(2, train, str(folder), ds_config(fp8, **config), options)[0] for fp8 in (FP8, None)]
-
-
 @pytest.mark.parametrize(
     ("shape", "seed"),
     [
@@ -48,7 +41,7 @@ def both(
 )
 def test_losses_equal_bf16(ranks: RankPools, tmp_path: Path, shape: ModelArguments, seed: int) -> None:
     options = {"shape": shape, "seed": seed, "max_steps": 150}
-    ours, stock = both(ranks, tmp_path, {}, options)
+    ours, stock = (ranks.run(2, train, str(tmp_path), ds_config(fp8), options)[0] for fp8 in (FP8, None))
     assert_like_bf16(ours, stock, last=50)
     assert statistics.fmean(ours["losses"][-50:]) < ours["losses"][0] - 2, "it does not learn"
 
