@@ -43,10 +43,7 @@ def optimizer_params(params: Mapping[str, Any]) -> OptimizerParams:
 def check(ds_config: Mapping[str, Any]) -> list[str]:
     """Refuse, by a ValueError, what does not go with FP8; the keys that have no effect are returned."""
     idle = _apply(TOP_LEVEL, ds_config, prefix="")
-    zero = _section(ds_config, "zero_optimization")
-    stage = zero.get("stage", 0)
-    if isinstance(stage, bool) or stage not in STAGES:
-        raise refusal("zero_optimization.stage", stage, "1, 2 with fp8 enabled")
+    check_stage(ds_config)
     for name, rules in SECTIONS.items():
         idle += _apply(rules, _section(ds_config, name), prefix=f"{name}.")
     _check_optimizer(_section(ds_config, "optimizer"))
@@ -54,6 +51,22 @@ def check(ds_config: Mapping[str, Any]) -> list[str]:
     if isinstance(clipping, bool) or not isinstance(clipping, int | float) or not 0 <= clipping < math.inf:
         raise refusal("gradient_clipping", clipping, "a number, 0 or more")
     return idle
+
+
+def check_stage(ds_config: Mapping[str, Any]) -> None:
+    stage = _section(ds_config, "zero_optimization").get("stage", 0)
+    if isinstance(stage, bool) or stage not in STAGES:
+        raise refusal("zero_optimization.stage", stage, "1, 2 with fp8 enabled")
+
+
+def may_be_frozen(ds_config: Mapping[str, Any]) -> bool:
+    """Whether an engine of this config may have no optimizer, and so nothing to do in FP8.
+
+    TRL makes its reference model's engine of the trained one's config, with stage 0 and without "optimizer".
+    A client's optimizer shows later; then `check_stage` refuses.
+    """
+    stage = _section(ds_config, "zero_optimization").get("stage", 0)
+    return stage == 0 and stage is not False and "optimizer" not in ds_config
 
 
 def _section(ds_config: Mapping[str, Any], name: str, path: str | None = None) -> Mapping[str, Any]:

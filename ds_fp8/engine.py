@@ -49,7 +49,8 @@ def initialize_params(original: Method) -> Method:
     @functools.wraps(original)
     def method(self: Any, param_dict: dict[str, Any]) -> None:
         config = parse(param_dict)
-        idle = ds_config.check(param_dict) if config is not None and config.enabled else []
+        enabled = config is not None and config.enabled
+        idle = ds_config.check(param_dict) if enabled and not ds_config.may_be_frozen(param_dict) else []
         original(self, param_dict)
         self.ds_fp8, self.ds_fp8_idle_keys = config, idle
         if config is not None and config.enabled and str(self.optimizer_name).lower() == "fp8adamw":
@@ -63,6 +64,10 @@ def configure_distributed_model(original: Method) -> Method:
 
     @functools.wraps(original)
     def method(self: Any, model: Any) -> None:
+        if _fp8(self) is not None and ds_config.may_be_frozen(self._config._param_dict):
+            logger.info(
+                "ds_fp8 %s: IDLE, this engine's config has ZeRO 0 and no optimizer", ds_fp8.__version__
+            )
         facts = _facts(self, model) if _fp8(self) is not None else ["fp8 off"]
         check_agreement("config or model", facts, torch.device(self.device), dist.get_world_group())
         original(self, model)
@@ -121,6 +126,7 @@ def do_optimizer_sanity_check(original: Method) -> Method:
     @functools.wraps(original)
     def method(self: Any, basic_optimizer: Any) -> Any:
         if _fp8(self) is not None:
+            ds_config.check_stage(self._config._param_dict)
             return ZERO_OPTIMIZATION
         logger.info('ds_fp8 %s: OFF, this engine\'s config has no enabled "fp8" section', ds_fp8.__version__)
         return original(self, basic_optimizer)

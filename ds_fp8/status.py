@@ -58,17 +58,23 @@ def write_events(engine: Any, measured: Mapping[str, Any]) -> None:
     """Health as events of DeepSpeed's monitors, `Train/FP8/...` over steps."""
     if not engine.monitor.enabled or dist.get_rank() != 0:
         return
+    step = measured["step"]
+    engine.monitor.write_events(
+        [(f"Train/FP8/{name}", value, step) for name, value in by_name(measured).items()]
+    )
+
+
+def by_name(measured: Mapping[str, Any]) -> dict[str, float]:
+    """The finite figures of a measured step: in total and, where there are several param groups, of each."""
     places = {"": measured["total"]}
     if len(measured["groups"]) > 1:
         places |= {f"group{index}/": each for index, each in enumerate(measured["groups"])}
-    engine.monitor.write_events(
-        [
-            (f"Train/FP8/{place}{name}", value, measured["step"])
-            for place, figures in places.items()
-            for name, value in figures.items()
-            if math.isfinite(value)
-        ]
-    )
+    return {
+        place + name: value
+        for place, figures in places.items()
+        for name, value in figures.items()
+        if math.isfinite(value)
+    }
 
 
 def _require_active(engine: Any) -> None:

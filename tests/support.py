@@ -395,6 +395,22 @@ PROVED_ELSEWHERE = {
     "ds_fp8 to-universal, read by us and by stock DeepSpeed": (
         "test_convert.py::test_our_universal_is_read_by_us_and_by_stock"
     ),
+    "Hugging Face Trainer: losses of BF16": "test_hf_trainer.py::test_losses_equal_bf16",
+    "Hugging Face Trainer: evaluation, generation, load_best_model_at_end, save_model": (
+        "test_hf_trainer.py::test_the_model_loads_in_plain_transformers_and_generates"
+    ),
+    "Hugging Face Trainer: resume_from_checkpoint, bit-exact": (
+        "test_hf_trainer.py::test_resume_is_the_unbroken_run"
+    ),
+    "FP8StatsCallback: health where report_to says": (
+        "test_hf_trainer.py::test_health_is_where_report_to_says"
+    ),
+    "deepspeed, torchrun, accelerate launch; --module ds_fp8 or one line": "test_hf_launch.py::test_trainer",
+    "accelerate: prepare, schedulers, unwrap_model": "test_hf_traps.py::test_shared_param_groups",
+    "accelerate: save_state, load_state, bit-exact": "test_hf_peft.py::test_load_state_is_the_unbroken_run",
+    "PEFT LoRA": "test_hf_peft.py::test_saves_and_loads",
+    "TRL SFTTrainer, DPOTrainer": "test_hf_trl.py::test_equals_bf16_and_resumes",
+    "torchao float8 linear layers": "test_hf_torchao.py::test_equals_torchao_with_bf16_states",
     "ranks that disagree are told so": "test_agreement.py::test_disagreement_is_told",
 }
 

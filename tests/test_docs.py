@@ -1,6 +1,7 @@
 """The documentation builds, its keys are those of the section, and every command in it is run by a test."""
 
 import ast
+import dataclasses
 import functools
 import json
 import re
@@ -28,6 +29,8 @@ RUN_BY = {
     "train.py": "test_launch.py::test_module_turns_fp8_on",
     "deepspeed.env_report": "test_builder.py::test_deepspeeds_own_report_through_the_launcher",
     "examples/gpt_pretrain.py": "test_gpt_pretrain.py::test_runs_without_a_launcher",
+    "examples/hf_trainer.py": "test_hf_launch.py::test_trainer",
+    "examples/accelerate_lora.py": "test_hf_launch.py::test_accelerate_lora",
     "ds_fp8 to-universal": "test_export.py::test_universal_files",
     "ds_fp8 export": "test_export.py::test_export",
     "ds_fp8 inspect": "test_export.py::test_inspect",
@@ -68,6 +71,14 @@ def runner_of(command: str) -> str | None:
 
 
 @functools.cache
+def trainer_fields() -> set[str]:
+    """Options of a script whose arguments are the Trainer's."""
+    from transformers import TrainingArguments
+
+    return {each.name for each in dataclasses.fields(TrainingArguments)}
+
+
+@functools.cache
 def functions_of(file: str) -> set[str]:
     tree = ast.parse((ROOT / "tests" / file).read_text())
     return {each.name for each in ast.walk(tree) if isinstance(each, ast.FunctionDef)}
@@ -81,8 +92,10 @@ def test_every_command_is_run_by_a_test(page: str, command: str) -> None:
     assert name in functions_of(file), f"{page}: {command} is said to be run by {test}, which does not exist"
     shared = "".join(each.read_text() for folder in SCRIPTS for each in (ROOT / folder).glob("*.py"))
     for script in re.findall(rf"\b(?:{'|'.join(SCRIPTS)})/\w+\.py", command):
+        fields = trainer_fields() if "TrainingArguments" in (ROOT / script).read_text() else set()
         for flag in re.findall(r" (--[a-z][\w-]*)", command.split(script, maxsplit=1)[1]):
-            assert f'"{flag}"' in shared, f"{page}: {script} knows no {flag}"
+            known = f'"{flag}"' in shared or flag[2:] in fields
+            assert known, f"{page}: {script} knows no {flag}"
 
 
 def leaves(model: type[BaseModel], path: str = "") -> Iterator[tuple[str, Any]]:

@@ -284,6 +284,32 @@ def test_no_optimizer_is_refused(ranks: RankPools) -> None:
     assert "received none" in ranks.run(1, refusal, None, without_optimizer())[0]
 
 
+def reference() -> dict[str, Any]:
+    """An engine without ZeRO and without an optimizer beside a trained one of the same section."""
+    engine, frozen = build_gpt(ds_config({})), build_gpt(without_optimizer(stage=0))
+    batch = next(batches(engine))
+    with torch.no_grad():
+        losses = [each(batch).item() for each in (engine, frozen)]
+    kinds = [ds_fp8.is_active(each) for each in (engine, frozen)]
+    engine.destroy()
+    return {"losses": losses, "active": kinds, "lines": banner(without_optimizer(stage=0))[0]}
+
+
+def test_an_engine_without_zero_and_optimizer_has_nothing_to_do(ranks: RankPools) -> None:
+    found = ranks.run(2, reference)[0]
+    assert found["active"] == [True, False]
+    assert found["losses"][0] == pytest.approx(found["losses"][1], abs=1e-2)
+    assert any(": IDLE" in line for line in found["lines"])
+
+
+@pytest.mark.parametrize("make", [adamw, sgd])
+def test_zero_0_with_an_optimizer_is_refused(ranks: RankPools, make: Callable[..., Any]) -> None:
+    message = ranks.run(1, refusal, make, without_optimizer(stage=0))[0]
+    assert message == "zero_optimization.stage: received 0, allowed: 1, 2 with fp8 enabled"
+    message = ranks.run(1, refusal, None, ds_config({}, stage=0))[0]
+    assert message == "zero_optimization.stage: received 0, allowed: 1, 2 with fp8 enabled"
+
+
 def test_sparse_embedding_is_refused(ranks: RankPools) -> None:
     model = nn.Sequential(nn.Embedding(4, 4, sparse=True))
     assert "0.sparse" in ranks.run(1, refusal, None, ds_config({}), model)[0]
