@@ -119,7 +119,6 @@ class FP8Config(_Section):
 # What this version does with a key that the design gives more values; None: left out.
 BUILT: dict[str, tuple[Any, ...]] = {
     "opt_level": tuple(LEVELS),
-    "scaling": ("block",),
     "gradients.reduction": ("fp32",),
     "gradients.autoscale": (None,),
     "weights.dtype": (None,),
@@ -136,6 +135,8 @@ def parse(ds_config: Mapping[str, Any]) -> FP8Config | None:
         _refuse_unbuilt(config)
         _refuse_idle_rounding(config)
         _refuse_without_nodes(config.gradients)
+        if config.scaling == "tensor":
+            _refuse_with_tensors(config)
     return config
 
 
@@ -193,6 +194,20 @@ def _refuse_without_nodes(gradients: Gradients) -> None:
     if gradients.inter_node_dtype is not None and gradients.intra_node_size is None:
         allowed = "the key left out, or fp8.gradients.intra_node_size beside it"
         raise refusal(f"{SECTION}.gradients.inter_node_dtype", gradients.inter_node_dtype, allowed)
+
+
+def _refuse_with_tensors(config: FP8Config) -> None:
+    """What a scale a tensor, as published, does not have."""
+    nodes, optimizer = config.gradients.intra_node_size, config.optimizer
+    beside = f'with {SECTION}.scaling "tensor"'
+    if nodes not in (None, 1):
+        allowed = f"the key left out, or 1, {beside}: whole tensors travel in one hop"
+        raise refusal(f"{SECTION}.gradients.intra_node_size", nodes, allowed)
+    if config.states.exp_avg_sq == "ue4m4":
+        allowed = f"fp32, bf16, fp16, e4m3, e5m2 {beside}, which stores exp_avg_sq itself, rounded to nearest"
+        raise refusal(f"{SECTION}.optimizer.exp_avg_sq_dtype", "ue4m4", allowed)
+    if optimizer.clamp and "clamp" in optimizer.model_fields_set:
+        raise refusal(f"{SECTION}.optimizer.clamp", True, f"false, or the key left out, {beside}")
 
 
 def _built(path: str) -> str:

@@ -39,37 +39,47 @@ def block_bytes(blocks: int, block_size: int, fmt: Format) -> int:
     return blocks * (block_size * fmt.itemsize + fmt.scaled)
 
 
-def state_bytes(recipe: Recipe, buckets: Sequence[Bucket]) -> int:
+def state_bytes(recipe: Recipe, buckets: Sequence[Bucket], rank: int = 0) -> int:
     """Bytes of one rank's master weights, exp_avg and exp_avg_sq, padding included."""
     return sum(
-        block_bytes(bucket.blocks_per_rank, recipe.block_size, fmt)
+        block_bytes(bucket.blocks_of(rank), recipe.block_size, fmt)
         for bucket in buckets
         for fmt in (recipe.master, recipe.exp_avg, recipe.exp_avg_sq)
     )
 
 
-def gradient_bytes(recipe: Recipe, buckets: Sequence[Bucket], *, accumulating: bool) -> int:
+def gradient_bytes(recipe: Recipe, buckets: Sequence[Bucket], rank: int = 0, *, accumulating: bool) -> int:
     """Bytes of one rank's reduced gradient, padding included."""
     fmt = FP32 if accumulating and recipe.promote else recipe.shard
-    return sum(block_bytes(bucket.blocks_per_rank, recipe.block_size, fmt) for bucket in buckets)
+    return sum(block_bytes(bucket.blocks_of(rank), recipe.block_size, fmt) for bucket in buckets)
+
+
+def rank_bytes(recipe: Recipe, buckets: Sequence[Bucket], *, accumulating: bool) -> list[int]:
+    """Bytes of states and reduced gradient of every rank."""
+    return [
+        state_bytes(recipe, buckets, rank) + gradient_bytes(recipe, buckets, rank, accumulating=accumulating)
+        for rank in range(buckets[0].world_size)
+    ]
 
 
 def weight_bytes(itemsize: int, buckets: Sequence[Bucket]) -> int:
     """Bytes of the weights on every rank, padding included; itemsize: bytes of the model's dtype."""
-    return sum(bucket.world_size * bucket.elements_per_rank * itemsize for bucket in buckets)
+    return sum(bucket.blocks * bucket.block_size * itemsize for bucket in buckets)
+
+
+def message_bytes(recipe: Recipe, blocks: int, fmt: Format) -> int:
+    """Bytes of a message of so many blocks."""
+    return -(-block_bytes(blocks, recipe.block_size, fmt) // MESSAGE_ALIGNMENT) * MESSAGE_ALIGNMENT
 
 
 def hop_bytes(recipe: Recipe, bucket: Bucket) -> list[int]:
     """Bytes that one rank hands to each hop of a bucket's exchange; its own part is among them."""
-    messages = [(bucket.world_size, recipe.wire)]
-    if recipe.two_hops(bucket.world_size):
-        messages.append((bucket.world_size // recipe.intra_node_size, recipe.between_nodes))
-    return [
-        count
-        * -(-block_bytes(bucket.blocks_per_rank, recipe.block_size, fmt) // MESSAGE_ALIGNMENT)
-        * MESSAGE_ALIGNMENT
-        for count, fmt in messages
-    ]
+    ranks = bucket.world_size
+    hops = [sum(message_bytes(recipe, bucket.blocks_of(owner), recipe.wire) for owner in range(ranks))]
+    if recipe.two_hops(ranks):
+        nodes = ranks // recipe.intra_node_size
+        hops.append(nodes * message_bytes(recipe, bucket.blocks_per_rank, recipe.between_nodes))
+    return hops
 
 
 def exchange_bytes(recipe: Recipe, bucket: Bucket) -> int:
@@ -78,13 +88,17 @@ def exchange_bytes(recipe: Recipe, bucket: Bucket) -> int:
 
 
 def in_flight_bytes(recipe: Recipe, buckets: Sequence[Bucket], *, overlap: bool) -> int:
-    """Bytes of messages, sent and received, that one rank holds at most.
+    """Bytes of messages, sent and received, that the fullest rank holds at most.
 
     One bucket is on its first hop; with overlap the one before it is on its last.
     """
-    hops = [hop_bytes(recipe, bucket) for bucket in buckets]
-    earlier = max(each[-1] for each in hops) if overlap and len(buckets) > 1 else 0
-    return 2 * (max(each[0] for each in hops) + earlier)
+    held = []  # sent and received on the first hop, and on the last
+    for bucket in buckets:
+        first, *second = hop_bytes(recipe, bucket)
+        received = bucket.world_size * message_bytes(recipe, bucket.blocks_per_rank, recipe.wire)
+        held.append((first + received, 2 * second[0] if second else first + received))
+    earlier = max(each[-1] for each in held) if overlap and len(buckets) > 1 else 0
+    return max(each[0] for each in held) + earlier
 
 
 def gather_bytes(recipe: Recipe, itemsize: int, buckets: Sequence[Bucket]) -> int:

@@ -27,6 +27,7 @@ def describe(engine: Any) -> dict[str, Any]:
     _require_active(engine)
     handler: FP8ZeROOptimizer = engine.optimizer
     recipe, several = handler.recipe, accumulating(engine)
+    held = memory.rank_bytes(recipe, handler.buckets, accumulating=several)
     return {
         "version": ds_fp8.__version__,
         "opt_level": engine._config.ds_fp8.opt_level,
@@ -38,9 +39,12 @@ def describe(engine: Any) -> dict[str, Any]:
         "rounding": "stochastic" if recipe.stochastic else "nearest",
         "exp_avg": recipe.exp_avg.name,
         "exp_avg_sq": recipe.exp_avg_sq.name,
+        "scaling": "tensor" if recipe.by_tensor else "block",
         "block_size": recipe.block_size,
         "state_bytes_a_parameter": memory.state_bytes_a_parameter(recipe),
         "gradient_bytes_a_parameter": memory.gradient_bytes_a_parameter(recipe, accumulating=several),
+        "rank_bytes_min": min(held),
+        "rank_bytes_max": max(held),
         "wire_bytes_a_gradient_element": memory.wire_bytes_an_element(recipe),
         "overlap_comm": handler.settings.overlap,
         "intra_node_size": handler.nodes.size,
@@ -93,13 +97,15 @@ def banner(engine: Any) -> str:
     facts = describe(engine)
     rounding = ", rounded stochastically" if facts["rounding"] == "stochastic" else ""
     total = facts["state_bytes_a_parameter"] + facts["gradient_bytes_a_parameter"]
+    scaled = f"block {facts['block_size']}" if facts["scaling"] == "block" else "a scale a tensor"
+    least, most = (facts[f"rank_bytes_{end}"] / 2**20 for end in ("min", "max"))
     hops = f"two hops, {facts['nodes']} nodes of {facts['intra_node_size']}, {facts['between_nodes']} between"
     return (
         f"ds_fp8 {facts['version']}: ON, {facts['opt_level']}, ZeRO {facts['zero_stage']}, "
         f"{facts['world_size']} ranks | gradients {facts['gradients']}, reduced {facts['reduced_gradient']}, "
         f"master {facts['master']}{rounding}, exp_avg {facts['exp_avg']}, "
-        f"exp_avg_sq {facts['exp_avg_sq']}, block {facts['block_size']} | "
-        f"{total:.2f} bytes a parameter over the ranks, "
+        f"exp_avg_sq {facts['exp_avg_sq']}, {scaled} | "
+        f"{total:.2f} bytes a parameter over the ranks, {least:.2f} to {most:.2f} MiB a rank, "
         f"{facts['wire_bytes_a_gradient_element']:.4f} wire bytes a gradient element, "
         f"{hops if facts['nodes'] > 1 else 'one hop'}, {'' if facts['overlap_comm'] else 'not '}overlapped | "
         f"kernels: {facts['kernels']}"

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_fp8.ops import adam, blocks, reduction
+from ds_fp8.ops import adam, blocks, reduction, tensors
 from ds_fp8.ops.build import BuildError
 
 VARIABLE = "DS_FP8_BACKEND"
@@ -37,6 +37,10 @@ class Backend:
 
 REFERENCE = Backend(
     "reference", blocks.quantize, blocks.dequantize, reduction.accumulate, adam.plan, adam.adam_step
+)
+
+TENSOR_REFERENCE = Backend(
+    "reference", tensors.quantize, blocks.dequantize, tensors.accumulate, adam.plan, tensors.adam_step
 )
 
 
@@ -64,6 +68,17 @@ def choose(device: torch.device) -> Backend:
     raise RuntimeError(
         f"no ds_fp8 kernel for {device}: {obstacle}. {VARIABLE}=reference runs on plain PyTorch, slowly"
     )
+
+
+def choose_for_tensors(device: torch.device) -> Backend:
+    """The backend for tensors of one scale each. Raises as `choose`, and RuntimeError on a GPU."""
+    chosen = choose(device)
+    if chosen.name == TENSOR_REFERENCE.name:
+        return replace(TENSOR_REFERENCE, instead=chosen.instead)
+    obstacle = f'fp8.scaling "tensor" has no kernels for {device}'
+    if device.type == "cpu":
+        return replace(TENSOR_REFERENCE, instead=obstacle)
+    raise RuntimeError(f"{obstacle}: {VARIABLE}=reference runs on plain PyTorch, slowly")
 
 
 def cpu_obstacle(device: torch.device) -> str | None:

@@ -228,7 +228,6 @@ WRONG = [  # section, path in the message, value in the message, a part of what 
 
 UNBUILT = [  # path, value, a part of what is allowed
     ("opt_level", "O3", '"O2"'),
-    ("scaling", "tensor", '"block"'),
     ("gradients.reduction", "fp8", '"fp32"'),
     ("gradients.autoscale", "dynamic", "left out"),
     ("gradients.autoscale", "pre", "left out"),

@@ -119,6 +119,7 @@ def recipe_facts(recipe: Recipe) -> manifest.Recipe:
         exp_avg=recipe.exp_avg.name,
         exp_avg_sq=recipe.exp_avg_sq.name,
         seed=recipe.seed,
+        scaling="tensor" if recipe.by_tensor else "block",
     )
 
 

@@ -19,7 +19,7 @@ from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 
 from ds_fp8.compat import ZeROOptimizer
-from ds_fp8.ops.backend import choose
+from ds_fp8.ops.backend import choose, choose_for_tensors
 from ds_fp8.zero_fp8 import checkpoint
 from ds_fp8.zero_fp8.access import FullTensors
 from ds_fp8.zero_fp8.agreement import check_agreement
@@ -28,11 +28,12 @@ from ds_fp8.zero_fp8.gradients import GradientReducer
 from ds_fp8.zero_fp8.health import Health
 from ds_fp8.zero_fp8.norm import Verdict, non_finite_parameters
 from ds_fp8.zero_fp8.optimizer import FP8AdamW
-from ds_fp8.zero_fp8.partition import partition
+from ds_fp8.zero_fp8.partition import partition, partition_whole
 from ds_fp8.zero_fp8.recipe import Recipe, ZeroSettings
-from ds_fp8.zero_fp8.shard import Shard
+from ds_fp8.zero_fp8.shard import Shard, TensorShard
 from ds_fp8.zero_fp8.trained import check_finite, trained_parameters
 from ds_fp8.zero_fp8.weights import Gathers, Weights
+from ds_fp8.zero_fp8.wire import BlockWire, TensorWire
 
 logger = logging.getLogger("ds_fp8")
 
@@ -79,22 +80,25 @@ class FP8ZeROOptimizer(ZeROOptimizer):
         self.parameter_names = {index: names[each] for index, each in self.parameters.items()}
         if recipe.master.scaled:
             check_finite(self.parameters, self.parameter_names)
-        self.buckets = partition(
+        self.buckets = (partition_whole if recipe.by_tensor else partition)(
             specs,
             bucket_elements=settings.bucket_elements,
             block_size=recipe.block_size,
             world_size=dist.get_world_size(group),
         )
         self.weights = [Weights(bucket, self.parameters, rank) for bucket in self.buckets]
-        self.backend = choose(device)
+        self.backend = (choose_for_tensors if recipe.by_tensor else choose)(device)
         if self.backend.instead and rank == 0:
             logger.warning(
                 "plain PyTorch instead of kernels, with the same numbers: %s", self.backend.instead
             )
-        self.health = Health(settings.stats_interval, len(optimizer.param_groups), device)
+        self.health = Health(
+            settings.stats_interval, len(optimizer.param_groups), device, rooted=not recipe.by_tensor
+        )
         self.health.prepare(optimizer.steps + 1)
+        kind = TensorShard if recipe.by_tensor else Shard
         self.shards = [
-            Shard(bucket, rank, recipe, device, self.backend, self.health.groups[bucket.group])
+            kind(bucket, rank, recipe, device, self.backend, self.health.groups[bucket.group])
             for bucket in self.buckets
         ]
         self.nodes = Nodes(group, recipe.intra_node_size)
@@ -102,9 +106,8 @@ class FP8ZeROOptimizer(ZeROOptimizer):
             self.buckets,
             self.parameters,
             self.shards,
-            recipe,
+            (TensorWire if recipe.by_tensor else BlockWire)(recipe, self.nodes, self.backend, device),
             self.nodes,
-            self.backend,
             overlap=settings.overlap,
         )
         self._masters_from_weights()

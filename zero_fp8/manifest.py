@@ -40,6 +40,7 @@ class Recipe(_Part):
     exp_avg: str
     exp_avg_sq: str
     seed: int
+    scaling: str = "block"  # what has a scale; of "tensor" exp_avg_sq holds v itself
 
 
 class Parameter(_Part):

@@ -23,6 +23,7 @@ class Recipe:
     exp_avg_sq: Format
     clamp: bool
     seed: int
+    by_tensor: bool = False  # a scale a tensor and whole tensors a rank, else a scale a block
     intra_node_size: int = 1  # ranks a node of the two-hop exchange; 1 = one hop
     inter_node: Format | None = None  # gradients between nodes; None = as wire
 
@@ -76,8 +77,9 @@ def recipe_of(config: FP8Config, *, accumulating: bool = False, ranks: int = 1) 
         stochastic=config.stochastic,
         exp_avg=BY_NAME[states.exp_avg],
         exp_avg_sq=BY_NAME[states.exp_avg_sq],
-        clamp=config.optimizer.clamp,
+        clamp=config.optimizer.clamp and config.scaling == "block",
         seed=config.optimizer.seed,
+        by_tensor=config.scaling == "tensor",
         intra_node_size=gradients.intra_node_size or 1,
         inter_node=BY_NAME[gradients.inter_node_dtype] if gradients.inter_node_dtype else None,
     )

@@ -30,15 +30,16 @@ class Shard:
         """counts: of the bucket's param group."""
 
         def zeros(fmt: Format) -> Blocks:
-            return Blocks.zeros(bucket.blocks_per_rank, bucket.block_size, fmt, device)
+            return Blocks.zeros(bucket.blocks_of(rank), bucket.block_size, fmt, device)
 
         self.recipe = recipe
         self.counts = counts or Counts()
         self._backend = backend
         self.pieces = tuple(bucket.pieces(rank))
         segments = [Segment(each.rows, each.slot.parameter, each.first_element) for each in self.pieces]
-        self._plan = backend.plan(segments, bucket.blocks_per_rank, bucket.block_size, device)
-        self.state = AdamState(zeros(recipe.master), zeros(recipe.exp_avg), zeros(recipe.exp_avg_sq))
+        self._plan = backend.plan(segments, bucket.blocks_of(rank), bucket.block_size, device)
+        states = (zeros(recipe.master), zeros(recipe.exp_avg), zeros(recipe.exp_avg_sq))
+        self.state = AdamState(*states, rooted=not recipe.by_tensor)
         self.gradient = zeros(recipe.shard)
         self.forget()
 
@@ -57,8 +58,9 @@ class Shard:
         """Round weights, [blocks, block size] of the model's dtype, into the masters."""
         if self.state.master.format.split:
             self.state.master.zero_()  # a BF16 weight is its master, with nothing below
-        else:
-            self._backend.quantize(weights.view(-1), self.state.master)
+            return
+        for each in self.pieces:
+            self._backend.quantize(weights[each.rows].view(-1), self.state.master[each.rows])
 
     def must_promote(self) -> bool:
         """Whether the next arrival would be lost in an 8-bit sum that nobody asked for."""
@@ -93,3 +95,15 @@ class Shard:
             rounding=self.recipe.rounding,
             counts=self.counts.of_state(sum(each.numel for each in self.pieces)),
         )
+
+
+class TensorShard(Shard):
+    """Whole tensors, each with a scale of its own: sums are of one at a time."""
+
+    def receive(self, pieces: Sequence[Blocks]) -> None:
+        figures = torch.zeros(2, dtype=torch.float64, device=self.gradient.codes.device)
+        for each in self.pieces:
+            arrived = [piece[each.rows] for piece in pieces]
+            figures += self._backend.accumulate(arrived, self.gradient[each.rows], fresh=self.arrivals == 0)
+        self.figures = figures
+        self.arrivals += 1
