@@ -13,9 +13,9 @@ from ds_fp8.zero_fp8.recipe import Recipe
 MESSAGE_ALIGNMENT = 16  # bytes a message between two ranks is padded to
 
 
-def bytes_an_element(fmt: Format, block_size: int) -> float:
-    """A code and its share of the block's scale byte."""
-    return fmt.itemsize + (1 / block_size if fmt.scaled else 0)
+def bytes_an_element(fmt: Format, block_size: int, scale_bytes: int = 1) -> float:
+    """A code and its share of the block's scale."""
+    return fmt.itemsize + (scale_bytes / block_size if fmt.scaled else 0)
 
 
 def state_bytes_a_parameter(recipe: Recipe) -> float:
@@ -27,16 +27,16 @@ def state_bytes_a_parameter(recipe: Recipe) -> float:
 def gradient_bytes_a_parameter(recipe: Recipe, *, accumulating: bool) -> float:
     """The reduced gradient; `accumulating`: several micro-steps reach it before a step."""
     fmt = FP32 if accumulating and recipe.promote else recipe.shard
-    return bytes_an_element(fmt, recipe.block_size)
+    return bytes_an_element(fmt, recipe.block_size, recipe.gradient_scale_bytes)
 
 
 def wire_bytes_an_element(recipe: Recipe) -> float:
     """What a gradient element weighs on its way to its owner."""
-    return bytes_an_element(recipe.wire, recipe.block_size)
+    return bytes_an_element(recipe.wire, recipe.block_size, recipe.wire_scale_bytes)
 
 
-def block_bytes(blocks: int, block_size: int, fmt: Format) -> int:
-    return blocks * (block_size * fmt.itemsize + fmt.scaled)
+def block_bytes(blocks: int, block_size: int, fmt: Format, scale_bytes: int = 1) -> int:
+    return blocks * (block_size * fmt.itemsize + fmt.scaled * scale_bytes)
 
 
 def state_bytes(recipe: Recipe, buckets: Sequence[Bucket], rank: int = 0) -> int:
@@ -51,7 +51,10 @@ def state_bytes(recipe: Recipe, buckets: Sequence[Bucket], rank: int = 0) -> int
 def gradient_bytes(recipe: Recipe, buckets: Sequence[Bucket], rank: int = 0, *, accumulating: bool) -> int:
     """Bytes of one rank's reduced gradient, padding included."""
     fmt = FP32 if accumulating and recipe.promote else recipe.shard
-    return sum(block_bytes(bucket.blocks_of(rank), recipe.block_size, fmt) for bucket in buckets)
+    return sum(
+        block_bytes(bucket.blocks_of(rank), recipe.block_size, fmt, recipe.gradient_scale_bytes)
+        for bucket in buckets
+    )
 
 
 def rank_bytes(recipe: Recipe, buckets: Sequence[Bucket], *, accumulating: bool) -> list[int]:
@@ -69,7 +72,8 @@ def weight_bytes(itemsize: int, buckets: Sequence[Bucket]) -> int:
 
 def message_bytes(recipe: Recipe, blocks: int, fmt: Format) -> int:
     """Bytes of a message of so many blocks."""
-    return -(-block_bytes(blocks, recipe.block_size, fmt) // MESSAGE_ALIGNMENT) * MESSAGE_ALIGNMENT
+    whole = block_bytes(blocks, recipe.block_size, fmt, recipe.wire_scale_bytes)
+    return -(-whole // MESSAGE_ALIGNMENT) * MESSAGE_ALIGNMENT
 
 
 def hop_bytes(recipe: Recipe, bucket: Bucket) -> list[int]:

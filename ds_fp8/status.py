@@ -39,6 +39,7 @@ def describe(engine: Any) -> dict[str, Any]:
         "rounding": "stochastic" if recipe.stochastic else "nearest",
         "exp_avg": recipe.exp_avg.name,
         "exp_avg_sq": recipe.exp_avg_sq.name,
+        "autoscale": recipe.autoscale,
         "scaling": "tensor" if recipe.by_tensor else "block",
         "block_size": recipe.block_size,
         "state_bytes_a_parameter": memory.state_bytes_a_parameter(recipe),
@@ -98,13 +99,14 @@ def banner(engine: Any) -> str:
     rounding = ", rounded stochastically" if facts["rounding"] == "stochastic" else ""
     total = facts["state_bytes_a_parameter"] + facts["gradient_bytes_a_parameter"]
     scaled = f"block {facts['block_size']}" if facts["scaling"] == "block" else "a scale a tensor"
+    how = f", added in fp8 with {facts['autoscale']} scaling" if facts["autoscale"] else ""
     least, most = (facts[f"rank_bytes_{end}"] / 2**20 for end in ("min", "max"))
     hops = f"two hops, {facts['nodes']} nodes of {facts['intra_node_size']}, {facts['between_nodes']} between"
     return (
         f"ds_fp8 {facts['version']}: ON, {facts['opt_level']}, ZeRO {facts['zero_stage']}, "
-        f"{facts['world_size']} ranks | gradients {facts['gradients']}, reduced {facts['reduced_gradient']}, "
-        f"master {facts['master']}{rounding}, exp_avg {facts['exp_avg']}, "
-        f"exp_avg_sq {facts['exp_avg_sq']}, {scaled} | "
+        f"{facts['world_size']} ranks | gradients {facts['gradients']}{how}, "
+        f"reduced {facts['reduced_gradient']}, master {facts['master']}{rounding}, "
+        f"exp_avg {facts['exp_avg']}, exp_avg_sq {facts['exp_avg_sq']}, {scaled} | "
         f"{total:.2f} bytes a parameter over the ranks, {least:.2f} to {most:.2f} MiB a rank, "
         f"{facts['wire_bytes_a_gradient_element']:.4f} wire bytes a gradient element, "
         f"{hops if facts['nodes'] > 1 else 'one hop'}, {'' if facts['overlap_comm'] else 'not '}overlapped | "

@@ -36,9 +36,13 @@ class Message:
         return self.blocks * self.block_size * self.format.itemsize
 
     @property
+    def scaled(self) -> bool:
+        """Whether scales follow the codes."""
+        return self.format.scaled
+
+    @property
     def nbytes(self) -> int:
-        scale_bytes = self.blocks if self.format.scaled else 0
-        return -(-(self.code_bytes + scale_bytes) // ALIGNMENT) * ALIGNMENT
+        return -(-(self.code_bytes + self.blocks * self.scaled) // ALIGNMENT) * ALIGNMENT
 
     def buffer(self, messages: int, device: torch.device) -> Tensor:
         """Room for as many messages, [messages, nbytes] uint8."""
@@ -47,8 +51,16 @@ class Message:
     def blocks_of(self, message: Tensor) -> Blocks:
         """A message, [nbytes] uint8, seen as blocks."""
         codes = message[: self.code_bytes].view(self.format.dtype).view(self.blocks, self.block_size)
-        scales = message[self.code_bytes :][: self.blocks] if self.format.scaled else None
+        scales = message[self.code_bytes :][: self.blocks] if self.scaled else None
         return Blocks(codes, scales, self.format)
+
+
+class CodeMessage(Message):
+    """Codes alone: their scales are known."""
+
+    @property
+    def scaled(self) -> bool:
+        return False
 
 
 class Nodes:

@@ -50,6 +50,20 @@ class UnevenExchange:
         self._transfer.wait()
 
 
+class RingExchange(UnevenExchange):
+    """Codes that all ranks have scaled alike; they land in the order in which a ring of ranks adds them."""
+
+    def __init__(self, buffer: Tensor, messages: Sequence[Message], nodes: Nodes, scales: Tensor) -> None:
+        """scales: of the rows that this rank owns, [blocks] float32."""
+        super().__init__(buffer, messages, nodes)
+        self._first, self._scales = nodes.place + 1, scales
+
+    def land(self) -> Sequence[Blocks]:
+        """From the rank after this one on; this rank's own come last."""
+        pieces = [Blocks(each.codes, self._scales, each.format) for each in super().land()]
+        return [*pieces[self._first :], *pieces[: self._first]]
+
+
 class EvenExchange:
     """Messages of one length, in one hop or two.
 

@@ -81,10 +81,12 @@ class Health:
         for each in self.groups:
             each.forget_sweep()
 
-    def collect(self, step: int, *, taken: bool, group: ProcessGroup) -> None:
+    def collect(
+        self, step: int, *, taken: bool, group: ProcessGroup, more: Callable[[], dict[str, float]]
+    ) -> None:
         """Add up a step over the ranks, if it was measured, and tell the listeners.
 
-        taken: whether it changed the states.
+        taken: whether it changed the states. more: figures of a step that was taken.
         """
         if not self.groups[0].measuring:
             return
@@ -95,7 +97,7 @@ class Health:
         self.last = {
             "step": step,
             "taken": taken,
-            "total": self._shares(total, taken=taken),
+            "total": self._shares(total, taken=taken) | (more() if taken else {}),
             "groups": [self._shares(each, taken=taken) for each in figures],
         }
         for listener in self.listeners:

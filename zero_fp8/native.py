@@ -43,7 +43,8 @@ class Native:
         squares = [float("inf") if each == "off" else each for each in self.facts.clamp_squares]
         any_rank = next(iter([*self._opened, *self.facts.optimizer_files]))
         groups = self._file(any_rank)["param_groups"]
-        return Progress(self.facts.steps, squares, dict(self.facts.loss_scaler), groups)
+        facts = self.facts
+        return Progress(facts.steps, squares, dict(facts.loss_scaler), groups, facts.autoscale)
 
     def check(self, shards: Sequence[Shard], names: Names) -> None:
         """Refuse, by a ValueError, files that do not hold what these shards need."""
