@@ -18,7 +18,8 @@ from ds_fp8.ops.health import count_gradient
 
 def largest(values: Tensor) -> Tensor:
     """Largest magnitude of a tensor, 0-d float32; inf where one is not finite."""
-    return values.abs().amax().to(torch.float32).nan_to_num(nan=torch.inf)
+    amax = values.abs().amax().to(torch.float32)
+    return torch.where(amax.isnan(), torch.inf, amax)  # a maximum over ranks may pass over NaN
 
 
 def inverse_scales(amax: Tensor, mu: Tensor, fmt: Format) -> Tensor:
