@@ -73,12 +73,13 @@ def choose(device: torch.device) -> Backend:
 def choose_for_tensors(device: torch.device) -> Backend:
     """The backend for tensors of one scale each. Raises as `choose`, and RuntimeError on a GPU."""
     chosen = choose(device)
-    if chosen.name == TENSOR_REFERENCE.name:
+    if chosen.name == REFERENCE.name:
         return replace(TENSOR_REFERENCE, instead=chosen.instead)
-    obstacle = f'fp8.scaling "tensor" has no kernels for {device}'
-    if device.type == "cpu":
-        return replace(TENSOR_REFERENCE, instead=obstacle)
-    raise RuntimeError(f"{obstacle}: {VARIABLE}=reference runs on plain PyTorch, slowly")
+    if chosen.name == "cpu":
+        return cpu_tensor_backend()
+    raise RuntimeError(
+        f'fp8.scaling "tensor" has no {chosen.name} kernels: {VARIABLE}=reference runs, slowly'
+    )
 
 
 def cpu_obstacle(device: torch.device) -> str | None:
@@ -99,6 +100,15 @@ def cpu_backend() -> Backend:
     from ds_fp8.ops import cpu
 
     return Backend("cpu", cpu.quantize, cpu.dequantize, cpu.accumulate, cpu.plan, cpu.adam_step)
+
+
+def cpu_tensor_backend() -> Backend:
+    """Those of the C++ kernels that write with one scale a tensor."""
+    from ds_fp8.ops import cpu
+
+    return Backend(
+        "cpu", cpu.quantize_tensor, cpu.dequantize, cpu.accumulate_tensor, cpu.plan, cpu.step_tensors
+    )
 
 
 def triton_obstacle(device: torch.device) -> str | None:
