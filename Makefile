@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: install demo test test-all test-matrix support check clean
+.PHONY: install demo test test-all test-matrix support docs check clean
 
 install: $(INSTALLED)
 
@@ -32,6 +32,11 @@ test-all: $(INSTALLED)
 support: $(INSTALLED)
 	DS_ACCELERATOR=cpu PYTHONPATH=examples $(BIN)/python tests/support.py > docs/support.md
 
+# The site, in site/.
+docs: $(INSTALLED)
+	$(BIN)/python docs/ways.py
+	$(BIN)/mkdocs build --strict
+
 check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -39,7 +44,7 @@ check: $(INSTALLED)
 	$(BIN)/clang-format --dry-run --Werror ops/csrc/*
 
 clean:
-	rm -rf $(VENV) build dist demo *.egg-info
+	rm -rf $(VENV) build dist demo site *.egg-info
 
 # The suite at both ends of the supported range of DeepSpeed, each in a virtual environment of its own.
 MATRIX := 0.19.5 $(shell sed -n "s,^deepspeed==,,p" constraints.txt)

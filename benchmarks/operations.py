@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ds_fp8.config import ROUNDED
 from ds_fp8.ops.adam import AdamScalars, AdamState, Rounding, Segment
 from ds_fp8.ops.backend import Backend
 from ds_fp8.ops.blocks import Blocks
@@ -65,10 +66,11 @@ def sweep(
     state = AdamState(*(zeros(fmt, blocks, device) for fmt in formats))
     if not state.master.format.split:
         backend.quantize(weights.view(-1), state.master)
+    rounding = Rounding(0, state.master.format.name in ROUNDED)
     held = sum(each.nbytes for each in (state.master, state.exp_avg, state.exp_avg_sq))
 
     def run() -> None:
-        backend.adam_step(state, gradient, weights, plan, scalars(), control, rounding=Rounding(0))
+        backend.adam_step(state, gradient, weights, plan, scalars(), control, rounding=rounding)
 
     read = weights.nbytes if state.master.format.split else 0
     return run, 2 * held + gradient.nbytes + weights.nbytes + read, held

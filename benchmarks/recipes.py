@@ -62,6 +62,6 @@ RECIPES: dict[str, Build] = {
     PLUS: fp8("O2+"),
     SPLIT: fp8("O2", master_dtype="split16"),
     "O2, split8 master": fp8("O2", master_dtype="split8"),
-    "O2, fp16 master, stochastic": fp8("O2", rounding="stochastic"),
-    "O2, bf16 master, stochastic": fp8("O2", master_dtype="bf16", rounding="stochastic"),
+    "O2, fp16 master, nearest": fp8("O2", rounding="nearest"),
+    "O2, bf16 master, nearest": fp8("O2", master_dtype="bf16", rounding="nearest"),
 }

@@ -114,8 +114,8 @@ class FP8Config(_Section):
 
     @property
     def stochastic(self) -> bool:
-        """Whether masters are rounded stochastically."""
-        return self.optimizer.rounding == "stochastic"
+        """Whether masters are rounded stochastically: where bits are lost, unless told otherwise."""
+        return self.states.master in ROUNDED and self.optimizer.rounding != "nearest"
 
 
 # What this version does with a key that the design gives more values; None: left out.
@@ -184,7 +184,7 @@ def _refuse_unbuilt(config: FP8Config) -> None:
 
 
 def _refuse_idle_rounding(config: FP8Config) -> None:
-    if config.stochastic and config.states.master not in ROUNDED:
+    if config.optimizer.rounding == "stochastic" and config.states.master not in ROUNDED:
         allowed = f'"nearest" with the master {config.states.master}, of which nothing is rounded away; '
         raise refusal(
             f"{SECTION}.optimizer.rounding", "stochastic", f'{allowed}"stochastic" with {", ".join(ROUNDED)}'

@@ -216,11 +216,6 @@ def adam_kernel(
         m_size = magnitude(m)
     p = p - divide(m, root * root_correction + eps * unit) * step_size
 
-    random = offset  # of masters that are rounded to nearest: not looked at
-    if STOCHASTIC:
-        parameter, element = row_places(first, rows, table, tile_segments, tile, segments, BLOCK)
-        random = random_bits(key_of(p_stream, parameter)[:, None], element)
-    store_masters(p, random, masters, p_scales, w, rows, offset, inside, MASTER, STOCHASTIC, HARDWARE)
     stored, _ = store_blocks(
         m, m_size, m_codes + start, m_scales + first, rows, offset, inside, M, HARDWARE, UNIT
     )
@@ -236,6 +231,12 @@ def adam_kernel(
         on_codes = store_second_moment(root, random, codes, scales, rows, offset, inside, V)
         if COUNT:
             count_rescued(place, root, on_codes, random, V)
+
+    random = offset  # of masters that are rounded to nearest: not looked at
+    if STOCHASTIC:
+        parameter, element = row_places(first, rows, table, tile_segments, tile, segments, BLOCK)
+        random = random_bits(key_of(p_stream, parameter)[:, None], element)
+    store_masters(p, random, masters, p_scales, w, rows, offset, inside, MASTER, STOCHASTIC, HARDWARE)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ds_fp8.ops import build
 from ds_fp8.ops.adam import encode_second_moment
 from ds_fp8.ops.backend import Backend
 from ds_fp8.ops.blocks import NOT_FINITE, Blocks, quantize, to_float32
@@ -30,6 +31,8 @@ NARROW = (E4M3, E5M2, FP16, BF16)
 DECODED = (*NARROW, UE4M4)  # whose every code is decoded alone
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCK_SIZES = (32, 64, 128, 256)
+
+needs_compiler = pytest.mark.skipif(build.compiler() is None, reason=build.NO_COMPILER)
 
 each_format = pytest.mark.parametrize("fmt", ALL, ids=lambda fmt: fmt.name)
 each_narrow_format = pytest.mark.parametrize("fmt", NARROW, ids=lambda fmt: fmt.name)

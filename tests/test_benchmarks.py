@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from kernel_support import needs_compiler
 
+from ds_fp8.ops import build
 from ds_fp8.ops.adam import Rounding
 from ds_fp8.ops.backend import REFERENCE, Backend
 from ds_fp8.ops.blocks import Blocks
@@ -97,6 +99,7 @@ def quick(script: str, out: Path, *options: str) -> tuple[dict[str, Any], str]:
     return result, printed
 
 
+@needs_compiler
 def test_adam_cpu(tmp_path: Path) -> None:
     result, printed = quick("adam_cpu.py", tmp_path / "adam.json", "--sizes", "64K", "128K")
     rows = {row["name"]: row for row in result["rows"]}
@@ -118,6 +121,7 @@ def test_adam_cpu(tmp_path: Path) -> None:
     assert [row["parameters"] for row in result["by_size"]] == [62 * 1024, 125 * 1024]
 
 
+@needs_compiler
 def test_quantize_cpu(tmp_path: Path) -> None:
     result, printed = quick("quantize_cpu.py", tmp_path / "quantize.json")
     rows = {row["name"]: row for row in result["rows"]}
@@ -128,6 +132,7 @@ def test_quantize_cpu(tmp_path: Path) -> None:
     assert all(name in printed for name in rows)
 
 
+@needs_compiler
 def test_step_cpu(tmp_path: Path) -> None:
     result, printed = quick("step_cpu.py", tmp_path / "step.json")
     rows = {row["part"]: row for row in result["rows"]}
@@ -251,8 +256,15 @@ def test_wrong_arguments_are_refused(script: str, options: list[str], message: s
 
 
 def test_nothing_is_timed_with_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "cpu_obstacle", lambda device: None)
     monkeypatch.setattr(timing, "cpu_backend", lambda: broken("quantize"))
     with pytest.raises(SystemExit, match="not timed: a kernel differs from the reference: quantize"):
+        timing.checked_backend()
+
+
+def test_nothing_is_timed_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "cpu_obstacle", lambda device: build.NO_COMPILER)
+    with pytest.raises(SystemExit, match=r"not timed: the C\+\+ kernels cannot run: no C\+\+ compiler"):
         timing.checked_backend()
 
 

@@ -11,14 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from filelock import FileLock
+from kernel_support import needs_compiler
 
 from ds_fp8.ops import backend, build, cpu
 from ds_fp8.ops.backend import REFERENCE, VARIABLE, choose
 
 CPU = torch.device("cpu")
 BUILD = "from ds_fp8.ops import build; print(build.library())"
-
-needs_compiler = pytest.mark.skipif(build.compiler() is None, reason=build.NO_COMPILER)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.env_report import op_report
+from kernel_support import needs_compiler
 
 import ds_fp8
 from ds_fp8.compat import ALL_OPS
@@ -87,9 +88,6 @@ def test_an_old_gpu_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_load_returns_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert FP8TritonBuilder().load().name == "triton"
-
-
-needs_compiler = pytest.mark.skipif(build.compiler() is None, reason=build.NO_COMPILER)
 
 
 @needs_compiler

@@ -110,6 +110,24 @@ class TestSection:
         assert config is not None
         assert config.states == states
 
+    @pytest.mark.parametrize(
+        ("given", "stochastic"),
+        [
+            ({"opt_level": "O1"}, False),
+            ({"opt_level": "O2"}, True),
+            ({"opt_level": "O2+"}, False),
+            ({"opt_level": "O2", "optimizer": {"rounding": "nearest"}}, False),
+            ({"opt_level": "O2", "optimizer": {"master_dtype": "fp32"}}, False),
+            ({"opt_level": "O2+", "optimizer": {"master_dtype": "split8"}}, True),
+        ],
+    )
+    def test_masters_that_lose_bits_are_rounded_stochastically(
+        self, given: dict[str, Any], stochastic: bool
+    ) -> None:
+        config = parse({"fp8": {"enabled": True, **given}})
+        assert config is not None
+        assert config.stochastic == stochastic
+
     @pytest.mark.parametrize("path", sorted(BUILT))
     def test_what_is_built_is_accepted(self, path: str) -> None:
         for value in BUILT[path]:

@@ -33,12 +33,15 @@ from sweep_checks import (
     sweeps,
 )
 
-from ds_fp8.config import LEVELS
+from ds_fp8.config import LEVELS, ROUNDED
 from ds_fp8.ops.adam import Segment
 from ds_fp8.ops.formats import BF16, FP16, Format
 
 PAIRS = [Case(**choice) for choice in pairwise(DIMENSIONS)]
-PRESETS = [(level.master, level.exp_avg, level.exp_avg_sq) for level in LEVELS.values()]
+PRESETS = [
+    (f"{level.master}{', stochastic' * (level.master in ROUNDED)}", level.exp_avg, level.exp_avg_sq)
+    for level in LEVELS.values()
+]
 SPLIT = [name for name in DIMENSIONS["master"] if name.startswith("split")]
 WEIGHTS = ("bfloat16", "float32")  # in place, and by pointer
 

@@ -57,6 +57,34 @@ def test_without_the_module_deepspeed_is_stock(tmp_path: Path) -> None:
     assert float(str(figures["state_bytes_a_parameter"])) > 12
 
 
+@pytest.mark.slow
+def test_demo(tmp_path: Path) -> None:
+    """What `make demo` runs, in three steps."""
+    configs = [str(ROOT / "configs" / name) for name in ("zero2_o2.json", "zero2_bf16.json")]
+    printed = run_script("examples/compare.py", *configs, "--steps", "3", "--out", str(tmp_path))
+    assert "zero2_o2" in printed
+    assert "validation loss" in printed
+    assert (tmp_path / "loss.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_parity_picture(tmp_path: Path) -> None:
+    out, picture = tmp_path / "parity.json", tmp_path / "parity.png"
+    options = ["--steps", "22", "--seeds", "1", "--out", str(out), "--picture", str(picture)]
+    printed = run_script("benchmarks/parity.py", *options)
+    rows = {row["name"]: row for row in json.loads(out.read_text())["rows"]}
+    assert [*rows] == ["stock BF16", "O1", "O2", "O2+"]
+    assert all(abs(row["differences"][0]) < 0.02 and name in printed for name, row in rows.items())
+    assert picture.stat().st_size > 10_000
+
+
+def run_script(script: str, *options: str) -> str:
+    command = [sys.executable, str(ROOT / script), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 LAST_COLLECTIVE = """
 import sys, torch, deepspeed, ds_fp8
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

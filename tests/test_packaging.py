@@ -11,13 +11,15 @@ from typing import Any
 import pytest
 from ranks import free_port, rank_environment
 
+import ds_fp8
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     tomllib = pytest.importorskip("tomli")
 
 ROOT = Path(__file__).parents[1]
-LITTER = (".*", "__pycache__", "build", "dist", "demo", "*.egg-info", "shared")
+LITTER = (".*", "__pycache__", "build", "dist", "demo", "site", "*.egg-info", "shared")
 
 
 def run(*command: str | Path, cwd: Path, **environment: str) -> "subprocess.CompletedProcess[str]":
@@ -48,14 +50,18 @@ def setuptools_table() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built from a copy, so that the checkout is not littered."""
+def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with sdist and wheel, the wheel made of the sdist; from a copy of the checkout."""
     pytest.importorskip("setuptools", minversion="77")
     copy = tmp_path_factory.mktemp("source") / "checkout"
     shutil.copytree(ROOT, copy, symlinks=True, ignore=shutil.ignore_patterns(*LITTER))
-    build = "import sys; from setuptools.build_meta import build_wheel; build_wheel(sys.argv[1])"
-    run(sys.executable, "-c", build, "out", cwd=copy)
-    (built,) = (copy / "out").glob("*.whl")
+    run(sys.executable, "-m", "build", "--no-isolation", "--outdir", "out", cwd=copy)
+    return copy / "out"
+
+
+@pytest.fixture(scope="module")
+def wheel(release: Path) -> Path:
+    (built,) = release.glob("*.whl")
     return built
 
 
@@ -99,6 +105,12 @@ class TestWheel:
             assert expected
             assert expected <= names
         assert {"ds_fp8/py.typed", "ds_fp8/configs/zero2_o2.json"} <= names
+
+    def test_an_index_takes_it(self, release: Path) -> None:
+        """And every file has the one version."""
+        files = sorted(release.iterdir())
+        assert {each.name.removesuffix(".tar.gz").split("-")[1] for each in files} == {ds_fp8.__version__}
+        assert "PASSED" in run(sys.executable, "-m", "twine", "check", "--strict", *files, cwd=release).stdout
 
     def test_brings_the_command(self, wheel: Path) -> None:
         archive = zipfile.ZipFile(wheel)

@@ -4,8 +4,9 @@ import importlib.util
 
 import pytest
 import torch
+from kernel_support import needs_compiler
 
-from ds_fp8.ops import adam_triton, blocks_triton, build, reduction_triton
+from ds_fp8.ops import adam_triton, blocks_triton, reduction_triton
 from ds_fp8.ops.backend import BUILT, REFERENCE, VARIABLE, choose, cpu_backend, triton_backend
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -24,7 +25,7 @@ def give_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> No
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
 
 
-@pytest.mark.skipif(build.compiler() is None, reason=build.NO_COMPILER)
+@needs_compiler
 @pytest.mark.parametrize("interpreted", [False, True])
 def test_a_cpu_has_the_cpp_kernels(monkeypatch: pytest.MonkeyPatch, interpreted: bool) -> None:
     if interpreted:

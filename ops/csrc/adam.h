@@ -176,7 +176,7 @@ auto master_reader(const Sweep& sweep, int64_t row) {
         return reader<P>(sweep.master, row, sweep.n, sweep.by.p);
 }
 
-// Stores masters of a row, and their weights, as they are computed.
+// Stores masters of a row, and their weights, as they are computed; stochastically where bits are lost.
 template <typename P>
 struct MasterWriter {
     char *codes, *weights;
@@ -189,14 +189,22 @@ struct MasterWriter {
             if constexpr (scaled<P>) scale = power_of_two(scales[row]);
         }
     }
-    void put(int i, Pair x) const {
+    void put(int i, Pair x, Random& random) const {
         char *code = codes + i * itemsize<P>, *weight = weights + 2 * i;
         if constexpr (split<P>) {
             put_split<P>(code, weight, x);
         } else {
-            const Pair stored = ISA::put<P>(code, x * inverse) * scale;
+            const Pair stored = rounded(code, x, random) * scale;
             store_low_halves(weight, to_weight(stored.a), to_weight(stored.b));
         }
+    }
+
+  private:
+    Pair rounded(char* code, Pair x, Random& random) const {
+        if constexpr (dropped<P> == 0) return ISA::put<P>(code, x * inverse);
+        put_either_way<P>(code, x, inverse, random);
+        return {P::decode(load<typename P::Code>(code)),
+                P::decode(load<typename P::Code>(code + LANES * itemsize<P>))};
     }
 };
 
@@ -212,16 +220,16 @@ void sweep_in_place(const Sweep& sweep, int64_t row, int rows, Draws draws, int)
     MasterWriter<P> masters = {sweep.master.at(row, n), sweep.weights.at(row * n), sweep.master.scale(row)};
     char *m = sweep.m.at(row, n), *v = sweep.v.at(row, n);
     uint8_t *m_scales = sweep.m.scale(row), *v_scales = sweep.v.scale(row);
-    Random random = draws.v();
+    Random of_v = draws.v(), of_p = draws.p();
     for (int each = 0, i = 0; each < rows; ++each) {
         masters.begin_row(each, batch.p_amax[each]);
         const float m_inverse = scale_down<M>(batch.m_amax[each], UNIT, m_scales + each);
         const float v_inverse = scale_down<V>(batch.root_amax[each], ROOT ? UNIT : 2 * UNIT, v_scales + each);
         for (; i < (each + 1) * n; i += 2 * LANES) {
-            masters.put(i, load_two(batch.p + i));
+            masters.put(i, load_two(batch.p + i), of_p);
             put<M>(m + i * itemsize<M>, load_two(batch.m + i) * m_inverse);
             if constexpr (ROOT)
-                put_up<V>(v + i * itemsize<V>, load_two(batch.g + i), v_inverse, random);
+                put_up<V>(v + i * itemsize<V>, load_two(batch.g + i), v_inverse, of_v);
             else
                 put<V>(v + i * itemsize<V>, load_two(batch.v + i) * v_inverse);
         }
@@ -231,9 +239,11 @@ void sweep_in_place(const Sweep& sweep, int64_t row, int rows, Draws draws, int)
 template <typename G>
 Work with_gradient(const Sweep& sweep) {
     const Blocks &p = sweep.master, &m = sweep.m, &v = sweep.v;
-    if (sweep.weights.dtype != number<BF16> || sweep.stochastic) return sweep_by_pointer<false>;
+    if (sweep.weights.dtype != number<BF16>) return sweep_by_pointer<false>;
+    if (sweep.stochastic)
+        return p.is<FP16>() && m.is<E4M3>() && v.is<FP16>() ? sweep_in_place<G, FP16, E4M3, FP16>  // O2
+                                                            : sweep_by_pointer<false>;
     if (p.is<FP32>() && m.is<FP32>() && v.is<FP32>()) return sweep_in_place<G, FP32, FP32, FP32>;  // O1
-    if (p.is<FP16>() && m.is<E4M3>() && v.is<FP16>()) return sweep_in_place<G, FP16, E4M3, FP16>;  // O2
     if (p.is<SPLIT16>() && m.is<E4M3>() && v.is<UE4M4>())
         return sweep_in_place<G, SPLIT16, E4M3, UE4M4>;  // O2+
     return sweep_by_pointer<false>;
