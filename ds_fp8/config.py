@@ -114,8 +114,12 @@ class FP8Config(_Section):
 
     @property
     def stochastic(self) -> bool:
-        """Whether masters are rounded stochastically: where bits are lost, unless told otherwise."""
-        return self.states.master in ROUNDED and self.optimizer.rounding != "nearest"
+        """Whether masters are rounded stochastically: where bits are lost, unless told otherwise.
+
+        With a scale a tensor they are not, as published, unless told to.
+        """
+        left_out = "stochastic" if self.scaling == "block" else "nearest"
+        return self.states.master in ROUNDED and (self.optimizer.rounding or left_out) == "stochastic"
 
 
 # What this version does with a key that the design gives more values; None: left out.
