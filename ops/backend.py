@@ -71,15 +71,11 @@ def choose(device: torch.device) -> Backend:
 
 
 def choose_for_tensors(device: torch.device) -> Backend:
-    """The backend for tensors of one scale each. Raises as `choose`, and RuntimeError on a GPU."""
+    """The backend for tensors of one scale each. Raises as `choose`."""
     chosen = choose(device)
     if chosen.name == REFERENCE.name:
         return replace(TENSOR_REFERENCE, instead=chosen.instead)
-    if chosen.name == "cpu":
-        return cpu_tensor_backend()
-    raise RuntimeError(
-        f'fp8.scaling "tensor" has no {chosen.name} kernels: {VARIABLE}=reference runs, slowly'
-    )
+    return FOR_TENSORS[chosen.name]()
 
 
 def cpu_obstacle(device: torch.device) -> str | None:
@@ -139,6 +135,21 @@ def triton_backend() -> Backend:
     )
 
 
+def triton_tensor_backend() -> Backend:
+    """Those of the Triton kernels that write with one scale a tensor."""
+    from ds_fp8.ops import blocks_triton, tensors_triton
+
+    return Backend(
+        "triton",
+        tensors_triton.quantize,
+        blocks_triton.dequantize,
+        tensors_triton.accumulate,
+        tensors_triton.plan,
+        tensors_triton.adam_step,
+    )
+
+
+FOR_TENSORS: dict[str, Callable[[], Backend]] = {"cpu": cpu_tensor_backend, "triton": triton_tensor_backend}
 BUILT: dict[str, tuple[Callable[[torch.device], str | None], Callable[[], Backend]]] = {
     "cpu": (cpu_obstacle, cpu_backend),
     "triton": (triton_obstacle, triton_backend),
