@@ -187,7 +187,7 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
 
 
 def draw(rows: list[dict[str, Any]], picture: Path) -> None:
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.6), constrained_layout=True)
+    figure, axes = plt.subplots(1, 3, figsize=(11, 4), constrained_layout=True)
     titles = {"snr_db": "SNR of the sum, dB", "underflow": "underflow, share", "overflow": "overflow, share"}
     for place, (name, title) in zip(axes, titles.items(), strict=True):
         for way in WAYS:
@@ -198,8 +198,9 @@ def draw(rows: list[dict[str, Any]], picture: Path) -> None:
         place.set_title(title)
         if name != "snr_db":
             place.set_yscale("symlog", linthresh=1e-6)
+            place.set_ylim(bottom=-2e-7, top=1)
         place.grid(alpha=0.3)
-    axes[0].legend()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(WAYS))
     picture.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(picture, dpi=130)
 

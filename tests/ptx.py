@@ -124,10 +124,10 @@ def tensor_sweep(which: str) -> Launch:
 
 
 def tensor_sum(which: str) -> Launch:
-    message = Message(BLOCKS, BLOCK, E4M3)
+    message = Message(BLOCKS_FAR, BLOCK, E4M3)
     pieces = [message.blocks_of(each) for each in message.buffer(2, META)]
     amax = torch.empty(BLOCKS, dtype=torch.int32, device=META)
-    code = partial(reduction_triton.launch_sum, pieces, blocks_of(E4M3), amax, which, fresh=True)
+    code = partial(reduction_triton.launch_sum, pieces, blocks_of(E4M3, BLOCKS_FAR), amax, which, fresh=True)
     return Launch(reduction_triton, "accumulate_kernel", code)
 
 
@@ -171,7 +171,8 @@ def type_of(value: object) -> str:
 def compiled(launch: Launch, architecture: int) -> Any:
     """The kernel for one compute capability; tensors and 64-bit distances are divisible by 16."""
     constants = dict(launch.constants)
-    constants["HARDWARE"] = divmod(architecture, 10) >= tiles_triton.FIRST_WITH_FP8
+    if "HARDWARE" in constants:
+        constants["HARDWARE"] = divmod(architecture, 10) >= tiles_triton.FIRST_WITH_FP8
     types = {name: type_of(value) for name, value in launch.parameters.items()}
     assert all(value % 16 == 0 for name, value in launch.parameters.items() if types[name] == "i64")
     names = launch.kernel.arg_names

@@ -13,6 +13,7 @@ from ds_fp8.ops.formats import BF16, E4M3, E5M2, FP16, FP32, Format
 OURS = replace(TRITON, ops=triton_tensor_backend())
 SIZES = (1, 31, 128, 4097)
 FORMATS = (E4M3, E5M2, FP16, BF16, FP32)
+PAIRS = list(zip(SWEEPS, cycle(CONVERSIONS), strict=False))
 
 
 @each_conversion(*FORMATS)
