@@ -5,7 +5,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_partition import Case, each_case, owned_blocks, partition_settings, specs
 
+from ds_fp8.config import FP8Config
+from ds_fp8.memory import rank_bytes
 from ds_fp8.zero_fp8.partition import ParameterSpec, WholeBucket, assign, partition, partition_whole
+from ds_fp8.zero_fp8.recipe import recipe_of
 
 GRANULE = 128
 
@@ -122,3 +125,22 @@ def test_fullest_rank_of_real_models(model: str, ranks: int) -> None:
     for bucket in partition(parameters, **options):
         used = sum(slot.blocks for slot in bucket.slots)
         assert bucket.blocks_per_rank - used / ranks < 1, "block mode: within a block"
+
+
+TOLD = {  # docs/paper.md: GiB of a rank in blocks, of the emptiest and of the fullest in tensors
+    ("GPT-2 1.5B", 8): (1.094, 1.094, 1.094),
+    ("Llama 7B", 32): (1.183, 1.137, 1.231),
+    ("Llama 13B", 32): (2.285, 2.180, 2.327),
+}
+
+
+@pytest.mark.parametrize(("model", "ranks"), TOLD, ids=str)
+def test_memory_of_real_models(model: str, ranks: int) -> None:
+    parameters = [ParameterSpec(index, numel, 0, "bf16") for index, numel in enumerate(MODELS[model])]
+    options = {"bucket_elements": 500_000_000, "block_size": GRANULE, "world_size": ranks}
+    found: list[float] = []
+    for scaling, split in (("block", partition), ("tensor", partition_whole)):
+        recipe = recipe_of(FP8Config.model_validate({"enabled": True, "scaling": scaling}))
+        held = rank_bytes(recipe, split(parameters, **options), accumulating=False)
+        found += sorted({min(held), max(held)}) if scaling == "block" else [min(held), max(held)]
+    assert [round(each / 2**30, 3) for each in found] == list(TOLD[model, ranks])
