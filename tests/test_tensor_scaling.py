@@ -15,6 +15,7 @@ from engines import (
     ds_config,
     packed,
     train_run,
+    weight_bits,
     whole_states,
 )
 from ranks import RankPools
@@ -144,6 +145,7 @@ def train(fp8: dict[str, Any], stage: int, steps: int) -> dict[str, Any]:
         engine.step()
     found = {
         "packed": packed(engine.optimizer),
+        "weights": weight_bits(engine),
         "rank_bytes": memory.rank_bytes(
             engine.optimizer.recipe, engine.optimizer.buckets, accumulating=False
         ),
@@ -161,6 +163,8 @@ def test_states_do_not_depend_on_the_world_size(ranks: RankPools, stage: int) ->
     expected = whole_states([each["packed"] for each in alone])
     for run in (two, four):
         assert_same_bits(whole_states([each["packed"] for each in run]), expected)
+        for each in run:
+            assert_same_bits(each["weights"], alone[0]["weights"])
 
 
 def test_memory_of_a_rank_is_told_from_the_least_to_the_most(ranks: RankPools) -> None:
