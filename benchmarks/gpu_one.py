@@ -23,6 +23,7 @@ import triton
 from operations import accumulated, quantized, swept
 from rich.console import Console
 from rich.table import Table
+from timing import event_clock, host_clock
 from torch import Tensor
 from verify import verify
 
@@ -52,19 +53,8 @@ class Clock:
         while time.perf_counter() < warm_until:
             operation()
             torch.cuda.synchronize()
-        return statistics.median(self._once(operation) for _ in range(self._repeat))
-
-    def _once(self, operation: Callable[[], object]) -> float:
-        if not self._cuda:
-            start = time.perf_counter()
-            operation()
-            return (time.perf_counter() - start) * 1000
-        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        first.record()
-        operation()
-        last.record()
-        last.synchronize()
-        return first.elapsed_time(last)
+        once = event_clock if self._cuda else host_clock
+        return statistics.median(once(operation) for _ in range(self._repeat))
 
 
 def copy_bandwidth(clock: Clock, device: torch.device, size: int) -> float:

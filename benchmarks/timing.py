@@ -1,4 +1,4 @@
-"""What the CPU benchmarks share: interleaved rounds, STREAM triad as the limit, peak memory, sizes, facts.
+"""What the benchmarks share: clocks, interleaved rounds, STREAM triad as the limit, peak memory, facts.
 
 A machine's memory bandwidth changes from second to second, by half where others share it. So contestants are
 never timed one after the other: in every round each of them is timed once, beginning with another one in each
@@ -27,6 +27,8 @@ from ds_fp8.ops.build import library_path
 CPU = torch.device("cpu")
 TRIAD = "STREAM triad"
 SUFFIXES = {"K": 10**3, "M": 10**6, "G": 10**9}
+
+Clock = Callable[[Callable[[], object]], float]
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,24 @@ class Times:
         return self._moved[name] / self._moved[TRIAD] / self.ratio(name, TRIAD)
 
 
-def interleave(contestants: Sequence[Contestant], rounds: int) -> Times:
+def host_clock(run: Callable[[], object]) -> float:
+    """Milliseconds of a run."""
+    start = time.perf_counter()
+    run()
+    return (time.perf_counter() - start) * 1000
+
+
+def event_clock(run: Callable[[], object]) -> float:
+    """Milliseconds between CUDA events before and after what a run puts on the current stream."""
+    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    first.record()
+    run()
+    last.record()
+    last.synchronize()
+    return float(first.elapsed_time(last))
+
+
+def interleave(contestants: Sequence[Contestant], rounds: int, clock: Clock = host_clock) -> Times:
     """Time everybody once a round.
 
     Each runs once more just before, untimed: libraries bring OpenMP runtimes of their own, whose threads go
@@ -81,9 +100,7 @@ def interleave(contestants: Sequence[Contestant], rounds: int) -> Times:
         for each in (*contestants[first:], *contestants[:first]):
             if each.rounds is None or number < each.rounds:
                 each.run()
-                start = time.perf_counter()
-                each.run()
-                times.milliseconds[each.name].append((time.perf_counter() - start) * 1000)
+                times.milliseconds[each.name].append(clock(each.run))
     busy, own, wall = (
         busy_seconds() - before[0],
         time.process_time() - before[1],

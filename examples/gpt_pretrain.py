@@ -20,7 +20,7 @@ import socket
 import statistics
 import sysconfig
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
@@ -39,6 +39,8 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.checkpoint import checkpoint
 from train_lm import Block, Corpus, Shape, leave_ranks, mean_over_ranks, validate
+
+Inspect = Callable[[Any, Iterator[Tensor]], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -239,8 +241,13 @@ def join_ranks() -> torch.device:
     return torch.device(get_accelerator().device_name(local_rank))
 
 
-def run(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Train and validate; the figures, the same on every rank."""
+def run(
+    arguments: argparse.Namespace, device: torch.device, inspect: Inspect | None = None
+) -> dict[str, Any]:
+    """Train and validate; the figures, the same on every rank.
+
+    inspect: finds out more about the engine, with batches of its own, before it goes.
+    """
     deadline = time.perf_counter() + arguments.time_limit
     shape = MODELS[arguments.model]
     context = arguments.context or shape.context
@@ -253,6 +260,7 @@ def run(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     validation = validate(engine, corpus.validation_batches(size, 20))
     state = mean_over_ranks(torch.tensor(float(optimizer_bytes(engine.module, before)), device=device))
     parameters = sum(parameter.numel() for parameter in engine.module.parameters())
+    found = inspect(engine, corpus.batches(size, arguments.seed)) if inspect else {}
     engine.destroy()
     return trained | {
         "model": arguments.model,
@@ -267,6 +275,7 @@ def run(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         "world_size": dist.get_world_size(),
         "device": cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "versions": {"torch": torch.__version__, "deepspeed": deepspeed.__version__},
+        **found,
     }
 
 

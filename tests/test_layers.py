@@ -46,6 +46,7 @@ LAYERS = (  # a module imports from the lines below its own only
     ("ds_fp8.zero_fp8.manifest",),
     ("ds_fp8.ops.builder",),
     ("ds_fp8.ops.backend",),
+    ("ds_fp8.ops.tensors_triton",),
     ("ds_fp8.ops.cpu", "ds_fp8.ops.adam_triton", "ds_fp8.ops.reduction_triton", "ds_fp8.ops.blocks_triton"),
     ("ds_fp8.ops.masters_triton", "ds_fp8.ops.ring", "ds_fp8.ops.tensors"),
     ("ds_fp8.ops.rounding_triton",),

@@ -45,8 +45,8 @@ class Message:
         return -(-(self.code_bytes + self.blocks * self.scaled) // ALIGNMENT) * ALIGNMENT
 
     def buffer(self, messages: int, device: torch.device) -> Tensor:
-        """Room for as many messages, [messages, nbytes] uint8."""
-        return torch.zeros(messages, self.nbytes, dtype=torch.uint8, device=device)
+        """Room for as many messages, [messages, nbytes] uint8, not initialised."""
+        return torch.empty(messages, self.nbytes, dtype=torch.uint8, device=device)
 
     def blocks_of(self, message: Tensor) -> Blocks:
         """A message, [nbytes] uint8, seen as blocks."""

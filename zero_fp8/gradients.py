@@ -147,8 +147,7 @@ class GradientReducer:
         for _, earlier in self._under_way:
             earlier.advance()
         bucket = self._buckets[index]
-        gradients = {slot.parameter: self._take_gradient(slot.parameter) for slot in bucket.slots}
-        exchange = self._wire.send(bucket, gradients, self._shards[index].counts)
+        exchange = self._wire.send(bucket, self._take_gradients(bucket), self._shards[index].counts)
         self._under_way.append((index, exchange))
         if not self._overlap:
             self._land()
@@ -170,14 +169,19 @@ class GradientReducer:
         self.taken = 0  # gradients of this rank since then
         self._complete = False  # whether the last backward was the last of its step
 
-    def _take_gradient(self, index: int) -> Tensor | None:
-        """The parameter's gradient as a vector, taken off the parameter."""
-        parameter = self._parameters[index]
-        gradient, parameter.grad = parameter.grad, None
-        if gradient is None:
-            return None
-        self.taken += 1
-        return gradient.reshape(-1)
+    def pack(self, bucket: Bucket) -> Tensor:
+        """The bucket's messages, as they would be sent, flat uint8; drops the gradients."""
+        return self._wire.pack(bucket, self._take_gradients(bucket), self._shards[bucket.index].counts)
+
+    def _take_gradients(self, bucket: Bucket) -> dict[int, Tensor | None]:
+        """The bucket's gradients as vectors, taken off their parameters."""
+        taken: dict[int, Tensor | None] = {}
+        for slot in bucket.slots:
+            parameter = self._parameters[slot.parameter]
+            gradient, parameter.grad = parameter.grad, None
+            taken[slot.parameter] = None if gradient is None else gradient.reshape(-1)
+            self.taken += gradient is not None
+        return taken
 
     def _late_buckets(self) -> list[int]:
         """Buckets that on any rank hold a gradient although they have travelled."""

@@ -4,7 +4,7 @@ Where blocks have scales, every owner gets a message of one length. Where tensor
 what the owner has of the bucket.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ Gradients = Mapping[int, Tensor | None]  # vectors by parameter; None where this
 class BlockWire:
     """Codes and scales of blocks."""
 
+    message = Message
+
     def __init__(
         self, recipe: Recipe, nodes: Nodes, backend: Backend, parameters: Mapping[int, Tensor]
     ) -> None:
@@ -37,14 +39,16 @@ class BlockWire:
         self._device = next(iter(parameters.values())).device
 
     def send(self, bucket: Bucket, gradients: Gradients, counts: Counts) -> Exchange:
-        """Launch a bucket. Zero bytes decode to zeros."""
-        messages = self._messages(bucket, Message)
-        buffer = self._buffer(messages)
-        for piece, rows in self._places(bucket, messages, buffer):
-            gradient = gradients[piece.slot.parameter]
-            if gradient is not None:
-                self._backend.quantize(gradient[piece.elements], rows, counts.of_gradient(piece.numel))
-        return self._launch(buffer, messages)
+        """Launch a bucket."""
+        return self._launch(self.pack(bucket, gradients, counts), self._messages(bucket))
+
+    def pack(self, bucket: Bucket, gradients: Gradients, counts: Counts) -> Tensor:
+        """The bucket's messages side by side, uint8."""
+
+        def write(piece: Piece, gradient: Tensor, rows: Blocks) -> None:
+            self._backend.quantize(gradient[piece.elements], rows, counts.of_gradient(piece.numel))
+
+        return self._fill(bucket, gradients, write)
 
     def settle(self, shards: Sequence[Shard]) -> None:
         """A step has been taken."""
@@ -60,23 +64,31 @@ class BlockWire:
     def restore(self, saved: Mapping[str, float], names: Names) -> None:
         """Go on from what `state` gave."""
 
-    def _messages(self, bucket: Bucket, kind: type[Message]) -> list[Message]:
+    def _messages(self, bucket: Bucket) -> list[Message]:
         """One for each owner."""
         size, fmt = bucket.block_size, self._recipe.wire
-        return [kind(bucket.blocks_of(owner), size, fmt) for owner in self._nodes.owners]
+        return [self.message(bucket.blocks_of(owner), size, fmt) for owner in self._nodes.owners]
 
-    def _buffer(self, messages: Sequence[Message]) -> Tensor:
-        return torch.zeros(sum(each.nbytes for each in messages), dtype=torch.uint8, device=self._device)
-
-    def _places(
-        self, bucket: Bucket, messages: Sequence[Message], buffer: Tensor
-    ) -> Iterator[tuple[Piece, Blocks]]:
-        """Every piece of the bucket, and its rows in the message to its owner."""
-        parts = torch.split(buffer, [each.nbytes for each in messages])
-        for owner, message, part in zip(self._nodes.owners, messages, parts, strict=True):
-            blocks = message.blocks_of(part)
+    def _fill(
+        self, bucket: Bucket, gradients: Gradients, write: Callable[[Piece, Tensor, Blocks], None]
+    ) -> Tensor:
+        """Messages with what `write` makes of gradients, zeros where there is none."""
+        messages = self._messages(bucket)
+        sizes = [each.nbytes for each in messages]
+        buffer = torch.empty(sum(sizes), dtype=torch.uint8, device=self._device)
+        for owner, message, part in zip(
+            self._nodes.owners, messages, torch.split(buffer, sizes), strict=True
+        ):
+            blocks, packed = message.blocks_of(part), 0
             for piece in bucket.pieces(owner):
-                yield piece, blocks[piece.rows]
+                gradient = gradients[piece.slot.parameter]
+                if gradient is not None:
+                    write(piece, gradient, blocks[piece.rows])
+                else:
+                    blocks[piece.rows].zero_()
+                packed = piece.rows.stop
+            blocks[packed:].zero_()
+        return buffer
 
     def _launch(self, buffer: Tensor, messages: Sequence[Message]) -> Exchange:
         rows = buffer.view(len(messages), -1)
@@ -93,6 +105,8 @@ class TensorWire(BlockWire):
 class RingWire(BlockWire):
     """Codes of whole tensors, with a scale that the ranks agree on first: one small all-reduce a bucket."""
 
+    message = CodeMessage
+
     def __init__(
         self, recipe: Recipe, nodes: Nodes, backend: Backend, parameters: Mapping[int, Tensor]
     ) -> None:
@@ -102,23 +116,30 @@ class RingWire(BlockWire):
         self._autoscale = Autoscale(recipe.autoscale, sizes, nodes.size, self._device)
 
     def send(self, bucket: Bucket, gradients: Gradients, counts: Counts) -> Exchange:
-        indices = [slot.parameter for slot in bucket.slots]
-        amax = torch.zeros(len(indices), device=self._device)
-        for number, index in enumerate(indices):
-            gradient = gradients[index]
+        inverse = self._agree(gradients)
+        buffer, scales = self._pack(bucket, gradients, counts, inverse), self._own_scales(bucket, inverse)
+        return RingExchange(buffer, self._messages(bucket), self._nodes, scales)
+
+    def pack(self, bucket: Bucket, gradients: Gradients, counts: Counts) -> Tensor:
+        return self._pack(bucket, gradients, counts, self._agree(gradients))
+
+    def _pack(
+        self, bucket: Bucket, gradients: Gradients, counts: Counts, inverse: Mapping[int, Tensor]
+    ) -> Tensor:
+        def write(piece: Piece, gradient: Tensor, rows: Blocks) -> None:
+            ring.quantize(gradient, inverse[piece.slot.parameter], rows, counts.of_gradient(piece.numel))
+
+        return self._fill(bucket, gradients, write)
+
+    def _agree(self, gradients: Gradients) -> dict[int, Tensor]:
+        """What each parameter's values are multiplied with, 0-d float32, by parameter; on every rank."""
+        amax = torch.zeros(len(gradients), device=self._device)
+        for number, gradient in enumerate(gradients.values()):
             if gradient is not None:
                 amax[number] = ring.largest(gradient)
         max_over_ranks(amax, self._nodes.everybody)
-        vector = ring.inverse_scales(amax, self._autoscale.of(indices), self._recipe.wire)
-        inverse = dict(zip(indices, vector, strict=True))
-        messages = self._messages(bucket, CodeMessage)
-        buffer = self._buffer(messages)
-        for piece, rows in self._places(bucket, messages, buffer):
-            index = piece.slot.parameter
-            gradient = gradients[index]
-            if gradient is not None:
-                ring.quantize(gradient, inverse[index], rows, counts.of_gradient(piece.numel))
-        return RingExchange(buffer, messages, self._nodes, self._own_scales(bucket, inverse))
+        inverse = ring.inverse_scales(amax, self._autoscale.of(list(gradients)), self._recipe.wire)
+        return dict(zip(gradients, inverse, strict=True))
 
     def _own_scales(self, bucket: Bucket, inverse: Mapping[int, Tensor]) -> Tensor:
         """Of this rank's rows, [blocks] float32."""

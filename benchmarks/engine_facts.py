@@ -1,0 +1,65 @@
+"""What is found out about a training engine from outside: bytes it should hold, bytes it sends, what waits.
+
+The same for ds_fp8's engines and for stock DeepSpeed's.
+"""
+
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import cuda
+from torch.autograd import DeviceType  # type: ignore[attr-defined]
+from torch.profiler import ProfilerActivity, profile, record_function
+
+import ds_fp8
+from ds_fp8.memory import gradient_bytes, state_bytes
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
+
+from meters import Traffic
+
+WAITS = (  # of the host for the device, and copies to the host, as the profiler names them
+    "cudaStreamSynchronize",
+    "cudaDeviceSynchronize",
+    "cudaEventSynchronize",
+    "cudaMemcpy",
+    "Memcpy DtoH",
+    "aten::_local_scalar_dense",  # what item() is made of
+)
+STEP = "engine.step"
+
+
+def predicted_bytes(engine: Any) -> float:
+    """What a rank keeps of states and reduced gradient by `ds_fp8.memory`; stock's by its formats."""
+    if ds_fp8.is_active(engine):
+        recipe, buckets = engine.optimizer.recipe, engine.optimizer.buckets
+        return state_bytes(recipe, buckets) + gradient_bytes(recipe, buckets, accumulating=False)
+    parameters: int = sum(each.numel() for each in engine.module.parameters())
+    low = engine._config._param_dict["bf16"].get("bf16_optimizer_states", False)
+    return (6 if low else 12) * parameters / torch.distributed.get_world_size()
+
+
+def waits(step: Callable[[], object]) -> dict[str, int]:
+    """By name: how often the host waited for the device, or copied from it, within a step."""
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda.is_available() else [])]
+    with profile(activities=activities) as profiler:
+        with record_function(STEP):
+            step()
+        if cuda.is_available():
+            cuda.synchronize()
+    events = list(profiler.events())
+    on_host = [each for each in events if each.device_type == DeviceType.CPU]
+    span = next(each.time_range for each in on_host if each.name == STEP)
+    waiting = [each for each in on_host if span.start <= each.time_range.start <= span.end]
+    copies = [each for each in events if each.device_type != DeviceType.CPU]
+    return dict(Counter(each.name for each in [*waiting, *copies] if each.name.startswith(WAITS)))
+
+
+def sent(run: Callable[[], object]) -> dict[str, float]:
+    """Bytes that this rank sends meanwhile, by collective."""
+    with Traffic() as traffic:
+        run()
+    return dict(traffic.sent)

@@ -1,0 +1,176 @@
+"""Trainings of examples/gpt_pretrain.py beside stock DeepSpeed's: time, memory, bytes sent, loss, what waits.
+
+    for config in bf16 bf16_states o1 o2 o2plus; do
+        torchrun --nproc_per_node 2 benchmarks/gpu_train.py --out train.json --seconds 60 \\
+            --model 1.3B --micro_batch 4 --deepspeed_config benchmarks/gpu/$config.json
+    done
+
+One configuration a process group. What --out has already is not run again, so that a loop goes on where
+it broke; each run adds itself to --out and prints the table of all. Options other than these two are the
+example's. Runs are compared with stock BF16 (bf16.json, or bf16_torch.json with torch's fused AdamW) of the
+same model on as many ranks; batch and steps are to be the same.
+
+"GB held" are a rank's states and reduced gradient, found among live tensors, beside what ds_fp8.memory says.
+Peaks are torch's allocator's; stock's less ours should be what the predictions differ by. Losses are compared
+over the last 50 steps that both have done. Waits are calls within one engine.step, as torch's profiler sees
+them.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from claims import Claim, print_claims
+from ranks_gpu import facts, join_ranks
+from rich.console import Console
+from rich.table import Table
+from timing import write
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
+
+CONSOLE = Console(width=160)
+COLUMNS = (
+    *("", "ranks", "ms a step", "/ stock", "peak GB", "GB held", "predicted", "B sent/param"),
+    *("steps", "loss, last 50", "from stock's", "validation"),
+)
+Run = dict[str, Any]
+
+
+def inspect(engine: Any, batches: Iterator[torch.Tensor]) -> Run:
+    """After the training: what the engine holds, sends and waits for."""
+    from engine_facts import predicted_bytes, sent, waits
+    from gpt_pretrain import train_step
+
+    engine.backward(engine(next(batches).to(engine.device)))
+    found = {"waits": waits(engine.step), "predicted_bytes": predicted_bytes(engine)}
+    try:
+        return found | {"sent": sent(partial(train_step, engine, batches))}
+    except KeyError as unknown:  # after minutes of training; the table says it
+        return found | {"sent": {}, "not_counted": str(unknown)}
+
+
+def identity(run: Run) -> tuple[Any, ...]:
+    return tuple(run[key] for key in ("config", "model", "world_size"))
+
+
+def load(out: Path) -> list[Run]:
+    runs: list[Run] = json.loads(out.read_text())["runs"] if out.exists() else []
+    return runs
+
+
+def baseline_of(run: Run, runs: Sequence[Run]) -> Run | None:
+    """Stock DeepSpeed BF16 with the same model on as many ranks."""
+    names = ("bf16", "bf16_torch")
+    same = [each for each in runs if identity(each)[1:] == identity(run)[1:] and each["config"] in names]
+    return min(same, key=lambda each: names.index(each["config"]), default=None)
+
+
+def loss_apart(run: Run, stock: Run) -> float:
+    """Nats above stock's over the last 50 steps of both."""
+    steps = min(len(run["losses"]), len(stock["losses"]))
+    ours, theirs = (statistics.fmean(each["losses"][:steps][-50:]) for each in (run, stock))
+    return ours - theirs
+
+
+def held_bytes(run: Run) -> float:
+    found: float = run["state_bytes_a_parameter"] * run["parameters"] / run["world_size"]
+    return found
+
+
+def claims_of(run: Run, stock: Run | None) -> list[Claim]:
+    """What is said of a run with FP8, beside stock's where there is one."""
+    name = f"{run['model']} {run['config']}, {run['world_size']} ranks: "
+    off = abs(held_bytes(run) / run["predicted_bytes"] - 1)
+    found = [Claim.at_most(name + "bytes held, off the prediction by", off, 0.02)]
+    if stock is None:
+        return found
+    if run["peak_bytes_allocated"]:
+        expected = stock["predicted_bytes"] - run["predicted_bytes"]
+        saved = stock["peak_bytes_allocated"] - run["peak_bytes_allocated"]
+        text = name + "saved at the peak, off the prediction by"
+        found.append(Claim.at_most(text, abs(saved / expected - 1), 0.02))
+    ratio = run["milliseconds_a_step"] / stock["milliseconds_a_step"]
+    found.append(Claim.at_most(name + "time of an iteration / stock's", ratio, 1.0))
+    found.append(Claim.at_most(name + "loss, from stock's", abs(loss_apart(run, stock)), 0.01))
+    ours, theirs = (sum(each["waits"].values()) for each in (run, stock))
+    return [*found, Claim.at_most(name + "waits and copies in a step", ours, theirs)]
+
+
+def print_runs(runs: Sequence[Run]) -> None:
+    table = Table(title=f"{runs[0]['device']}, torch {runs[0]['versions']['torch']}")
+    columns = (
+        "",
+        "ranks",
+        "ms a step",
+        "/ stock",
+        "peak GB",
+        "GB held",
+        "predicted",
+        "sent B/param",
+        "steps",
+    )
+    for column in (*columns, "loss, last 50", "from stock's", "validation"):
+        table.add_column(column, justify="right" if column else "left")
+    for run in runs:
+        stock = baseline_of(run, runs)
+        compared = ("", "")
+        if stock is not None:
+            ratio = run["milliseconds_a_step"] / stock["milliseconds_a_step"]
+            compared = (f"{ratio:.3f}", f"{loss_apart(run, stock):+.4f}")
+        table.add_row(
+            f"{run['model']} {run['config']}",
+            str(run["world_size"]),
+            f"{run['milliseconds_a_step']:,.1f}",
+            compared[0],
+            f"{run['peak_bytes_allocated'] / 1e9:.2f}",
+            f"{held_bytes(run) / 1e9:.3f}",
+            f"{run['predicted_bytes'] / 1e9:.3f}",
+            f"{sum(run['sent'].values()) / run['parameters']:.3f}" if run["sent"] else run["not_counted"],
+            str(len(run["losses"])),
+            f"{run['final_loss']:.4f}",
+            compared[1],
+            f"{run['validation_loss']:.4f}",
+        )
+    CONSOLE.print(table)
+    for run in runs:
+        told = ", ".join(f"{count} {name}" for name, count in run["waits"].items()) or "none"
+        CONSOLE.print(f"waits in engine.step, {run['model']} {run['config']}: {told}")
+
+
+def report(runs: Sequence[Run]) -> None:
+    print_runs(runs)
+    fp8 = [run for run in runs if run["fp8"] is not None]
+    print_claims([claim for run in fp8 for claim in claims_of(run, baseline_of(run, runs))], CONSOLE)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--seconds", type=float, default=60.0, help="after which the training ends")
+    parser.add_argument("--out", type=Path, metavar="FILE", required=True, help="where runs are gathered")
+    arguments, others = parser.parse_known_args()
+    device = join_ranks()
+    import gpt_pretrain
+    from train_lm import leave_ranks
+
+    example = gpt_pretrain.parse_arguments(["--time_limit", str(arguments.seconds), *others])
+    path, runs = example.deepspeed_config, load(arguments.out)
+    about = {"config": path.stem, "fp8": json.loads(path.read_text()).get("fp8"), "options": others}
+    wanted = (path.stem, example.model, torch.distributed.get_world_size())
+    if wanted not in map(identity, runs):
+        runs.append({**about, **gpt_pretrain.run(example, device, inspect), **facts(device)})
+    if torch.distributed.get_rank() == 0:
+        report(runs)
+        write(arguments.out, {"runs": runs})
+    leave_ranks()
+
+
+if __name__ == "__main__":
+    main()

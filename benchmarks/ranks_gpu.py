@@ -1,0 +1,60 @@
+"""What the benchmarks on several GPUs share: joining the ranks that torchrun started, and facts about them.
+
+Tensors of a GPU travel over NCCL, those of the host over gloo. Without a GPU all is gloo, for tests.
+"""
+
+import os
+import warnings
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor, cuda
+
+
+def join_ranks() -> torch.device:
+    """This rank's device, with the process group up and ds_fp8 registered."""
+    warnings.simplefilter("ignore")
+    device = torch.device("cpu")
+    if cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        cuda.set_device(device)
+    else:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        torch.set_num_threads(1)
+    backends = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    torch.distributed.init_process_group(backends, timeout=timedelta(minutes=3))
+    import deepspeed
+
+    import ds_fp8
+
+    if device.type == "cpu":
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # gloo for all, and no C++ for minutes
+    deepspeed.utils.logger.setLevel("ERROR")
+    deepspeed.init_distributed()
+    ds_fp8.register()
+    return device
+
+
+def facts(device: torch.device) -> dict[str, Any]:
+    """Of the run, the same on every rank."""
+    import deepspeed
+
+    found = {
+        "device": "cpu",
+        "ranks": torch.distributed.get_world_size(),
+        "backend": "gloo",
+        "versions": {"torch": torch.__version__, "deepspeed": deepspeed.__version__},
+    }
+    if device.type == "cuda":
+        nccl = ".".join(map(str, cuda.nccl.version()))  # type: ignore[no-untyped-call]
+        found |= {"device": cuda.get_device_name(device), "backend": f"nccl {nccl}"}
+    return found
+
+
+def slowest(milliseconds: list[float], device: torch.device) -> list[float]:
+    """Of every round the rank that took longest."""
+    values: Tensor = torch.tensor(milliseconds, dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(values, op=torch.distributed.ReduceOp.MAX)
+    found: list[float] = values.tolist()
+    return found

@@ -1,0 +1,200 @@
+"""The bits that arrive: exchange and gather on this device against the host's, and trainings side by side.
+
+Every function runs on all ranks and returns the same on each of them.
+"""
+
+import hashlib
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from gradient_way import Way
+from torch import Tensor
+from torch.nn import Parameter
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ds_fp8.ops.backend import REFERENCE, Backend
+from ds_fp8.zero_fp8.agreement import everybody
+from ds_fp8.zero_fp8.weights import Gathers, Weights
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
+
+SIZES = (1000, 128, 70_000, 1, 40_000, 12_345, 300, 9_999)  # of parameters, several buckets
+UNUSED = 3  # this parameter has no gradient on the last rank
+BUCKET = 50_000
+FORMATS = (("e4m3", "e4m3"), ("e4m3", "fp32"), ("e5m2", "bf16"), ("bf16", "e4m3"))  # of wire and shard
+PARITY = 0.05  # nats between the ends of a run with FP8 and one without
+
+
+@contextmanager
+def repeatable() -> Iterator[None]:
+    """Kernels repeat themselves, and uninitialised memory is NaN or 255."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A way to exchange."""
+
+    wire: str
+    shard: str
+    node_size: int
+    overlap: bool
+
+    def __str__(self) -> str:
+        overlap = ", overlap" if self.overlap else ""
+        return f"{self.wire} into {self.shard}, nodes of {self.node_size}{overlap}"
+
+
+def node_sizes(ranks: int) -> list[int]:
+    """One hop, and two where the ranks make several nodes of two."""
+    return [1, 2] if ranks > 2 and ranks % 2 == 0 else [1]
+
+
+def cases(ranks: int) -> list[Case]:
+    return [Case(*formats, *how) for formats in FORMATS for how in product(node_sizes(ranks), (False, True))]
+
+
+@repeatable()
+def against_host(device: torch.device, backend: Backend) -> list[str]:
+    """One line a case in which this device's kernels and collectives give the reference's bits over gloo.
+
+    Raises AssertionError, on every rank, where they do not.
+    """
+    group = torch.distributed.group.WORLD
+    lines = []
+    for case in cases(torch.distributed.get_world_size()):
+        here = arrivals(case, device, backend)
+        there = arrivals(case, torch.device("cpu"), REFERENCE)
+        differ = [name for name, bits in here.items() if not torch.equal(bits, there[name])]
+        found = [f"rank {rank}: {each[0]}" for rank, each in enumerate(everybody(differ, group)) if each]
+        assert not found, f"{case}: {found[0]} differ from the reference over gloo"
+        lines.append(f"{case}: {sum(map(len, here.values())):,} bytes of gradients and weights are the same")
+    return lines
+
+
+def arrivals(case: Case, device: torch.device, backend: Backend) -> dict[str, Tensor]:
+    """Bytes of this rank's reduced gradients after two micro-steps, and of gathered weights, on the host."""
+
+    def there(values: Tensor) -> Tensor:
+        return values.to(device, torch.bfloat16)
+
+    parameters = [Parameter(there(noise(size, index))) for index, size in enumerate(SIZES)]
+    section = {"dtype": case.wire, "accum_dtype": case.shard, "intra_node_size": case.node_size}
+    way = Way(parameters, backend, bucket_elements=BUCKET, overlap=case.overlap, gradients=section)
+    weights = [Weights(bucket, way.parameters, way.rank) for bucket in way.buckets]
+    for micro_step in range(2):
+        seed = 1000 * way.rank + 100 * micro_step
+        gradients = [there(noise(size, seed + index) * 1e-3) for index, size in enumerate(SIZES)]
+        unused = [UNUSED] if way.rank == way.ranks - 1 else []
+        way.give([None if index in unused else each for index, each in enumerate(gradients)])
+        way.reducer.finish(last=False)
+    gathers = Gathers(way.nodes)
+    for number, each in enumerate(weights):
+        each.own.copy_(noise(each.own.numel(), 10_000 + 100 * way.rank + number).view_as(each.own))
+        gathers.launch(each)
+    gathers.wait()
+    way.nodes.close()
+    found = {}
+    for number, (shard, each) in enumerate(zip(way.shards, weights, strict=True)):
+        found[f"gradients of bucket {number}"] = raw(shard.gradient.codes)
+        found[f"weights of bucket {number}"] = raw(each.buffer)
+        if shard.gradient.scales is not None:
+            found[f"scales of bucket {number}"] = raw(shard.gradient.scales)
+    return found
+
+
+def noise(size: int, seed: int) -> Tensor:
+    """Normal with magnitudes that differ from block to block; the same wherever it is made."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(size, generator=generator) * torch.randn(size, generator=generator).mul(2).exp()
+
+
+def raw(tensor: Tensor) -> Tensor:
+    return tensor.detach().contiguous().view(-1).view(torch.uint8).cpu()
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A way to train."""
+
+    stage: int
+    overlap: bool
+    node_size: int
+    fp8: bool = True
+
+    def __str__(self) -> str:
+        if not self.fp8:
+            return f"stock DeepSpeed BF16, ZeRO {self.stage}"
+        overlap = ", overlap" if self.overlap else ""
+        return f"O2, ZeRO {self.stage}, nodes of {self.node_size}{overlap}"
+
+    def ds_config(self) -> dict[str, Any]:
+        zero = {"stage": self.stage, "overlap_comm": self.overlap, "reduce_bucket_size": 100_000}
+        params = {"lr": 1e-3, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
+        config: dict[str, Any] = {
+            "train_micro_batch_size_per_gpu": 4,
+            "gradient_clipping": 1.0,
+            "bf16": {"enabled": True},
+            "zero_optimization": zero,
+            "optimizer": {"type": "AdamW", "params": params if self.fp8 else {**params, "torch_adam": True}},
+            "steps_per_print": 10**9,
+        }
+        gradients = {"intra_node_size": self.node_size}
+        if self.fp8:
+            config["fp8"] = {"enabled": True, "opt_level": "O2", "gradients": gradients}
+        return config
+
+
+def settings(ranks: int) -> list[Setting]:
+    """The first one twice: bits are compared only where a training repeats itself."""
+    ways = [Setting(*each) for each in product((2, 1), (False, True), node_sizes(ranks))]
+    return [ways[0], *ways, Setting(2, False, 1, fp8=False)]
+
+
+@repeatable()
+def trainings(ways: Sequence[Setting], steps: int) -> list[dict[str, Any]]:
+    """A row a setting, stock's last: losses, and the digest of the weights.
+
+    Raises AssertionError where ranks end with other weights, or settings that must not differ do.
+    """
+    rows = [train(setting, steps) for setting in ways]
+    first: dict[int, dict[str, Any]] = {}
+    for row in rows[:-1]:
+        reference = first.setdefault(row["node_size"], row)
+        for what in ("weights", "losses"):
+            assert row[what] == reference[what], f"{row['name']}: {what} differ from {reference['name']}'s"
+    return rows
+
+
+def train(setting: Setting, steps: int) -> dict[str, Any]:
+    from train_lm import Corpus, Shape, build_engine, read_corpus, train_step
+
+    shape, group = Shape(), torch.distributed.group.WORLD
+    engine = build_engine(setting.ds_config(), shape, seed=0)
+    batches = Corpus(read_corpus("topics"), shape.context).batches(4, torch.distributed.get_rank())
+    losses = [train_step(engine, batches) for _ in range(steps)]
+    digest = hashlib.sha256()
+    for parameter in engine.module.parameters():
+        digest.update(raw(parameter).numpy().tobytes())
+    digests = everybody(digest.hexdigest(), group)
+    engine.destroy()
+    assert len({*digests}) == 1, f"{setting}: the ranks end with different weights"
+    end = losses[-min(10, steps) :]
+    return {
+        "name": str(setting),
+        "node_size": setting.node_size,
+        "losses": losses,
+        "last_loss": sum(end) / len(end),
+        "weights": digests[0],
+    }

@@ -1,0 +1,216 @@
+"""The benchmarks for several GPUs on gloo ranks, at tiny sizes: what they hold for wrong is found wrong."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from ranks import RankPools, free_port
+
+from ds_fp8.ops.backend import REFERENCE, choose
+from ds_fp8.ops.blocks import Blocks
+
+ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT / "benchmarks"))
+
+import engine_facts  # noqa: E402
+import exchange_times  # noqa: E402
+import gpu_train  # noqa: E402
+import same_bits  # noqa: E402
+
+CPU = torch.device("cpu")
+
+
+def without_the_last_rank(pieces: Sequence[Blocks], shard: Blocks, *, fresh: bool) -> torch.Tensor:
+    return REFERENCE.accumulate(pieces[:-1], shard, fresh=fresh)
+
+
+def objection(check: Callable[[], object]) -> str:
+    """What an assertion says; a rank that raised would not live on."""
+    try:
+        check()
+    except AssertionError as error:
+        return str(error)
+    return "none"
+
+
+def against_host() -> list[str]:
+    return same_bits.against_host(CPU, choose(CPU))
+
+
+def against_host_with_a_wrong_kernel() -> str:
+    wrong = dataclasses.replace(choose(CPU), accumulate=without_the_last_rank)
+    return objection(lambda: same_bits.against_host(CPU, wrong))
+
+
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_arrivals_are_compared_bit_by_bit(ranks: RankPools, world_size: int) -> None:
+    lines = ranks.run(world_size, against_host)
+    assert len({*map(tuple, lines)}) == 1
+    assert len(lines[0]) == 8 * world_size // 2
+    assert any("nodes of 2, overlap" in line for line in lines[0]) is (world_size == 4)
+
+
+def test_a_wrong_kernel_is_found_on_every_rank(ranks: RankPools) -> None:
+    told = "e4m3 into e4m3, nodes of 1: rank 0: gradients of bucket 0 differ from the reference over gloo"
+    assert ranks.run(2, against_host_with_a_wrong_kernel) == [told, told]
+
+
+def trainings() -> list[dict[str, Any]]:
+    first, *_, stock = same_bits.settings(2)
+    return same_bits.trainings([first, same_bits.Setting(1, True, 1), stock], 2)
+
+
+def disturbed_trainings(everywhere: bool) -> str:
+    """After its two steps the first training changes a weight, on rank 1 or on all."""
+    import train_lm
+
+    here = everywhere or torch.distributed.get_rank() == 1
+    steps = []
+
+    def step(engine: Any, batches: Any, original: Any = train_lm.train_step) -> float:
+        steps.append(original(engine, batches))
+        if here and len(steps) == 2:
+            next(iter(engine.module.parameters())).data.view(-1)[0] += 1
+        return steps[-1]
+
+    with patch.object(train_lm, "train_step", step):
+        return objection(trainings)
+
+
+@pytest.mark.parametrize(
+    ("everywhere", "told"),
+    [
+        (False, "O2, ZeRO 2, nodes of 1: the ranks end with different weights"),
+        (True, "O2, ZeRO 1, nodes of 1, overlap: weights differ from O2, ZeRO 2, nodes of 1's"),
+    ],
+)
+def test_other_weights_are_found(ranks: RankPools, everywhere: bool, told: str) -> None:
+    assert ranks.run(2, disturbed_trainings, everywhere) == [told, told]
+
+
+def test_trainings_end_alike(ranks: RankPools) -> None:
+    rows = ranks.run(2, trainings)[0]
+    assert rows[0]["weights"] == rows[1]["weights"] != rows[2]["weights"]
+    assert abs(rows[0]["last_loss"] - rows[2]["last_loss"]) < same_bits.PARITY
+
+
+def measure(elements: int) -> dict[str, Any]:
+    return exchange_times.measure(elements, 2, CPU, torch.distributed.new_group())
+
+
+def test_exchange_times(ranks: RankPools) -> None:
+    elements = 16 * exchange_times.GRAIN
+    found = ranks.run(2, measure, elements)
+    assert found[0]["rows"] == found[1]["rows"], "the ranks have not met"
+    rows = {row["name"]: row for row in found[0]["rows"]}
+    assert {exchange_times.EXCHANGE, exchange_times.OVERLAPPED, *exchange_times.PARTS} < {*rows}
+    assert all(len(row["rounds"]) == 2 and row["milliseconds"] > 0 for row in rows.values())
+    sent = {name: row["sent_bytes"] for name, row in rows.items()}
+    assert sent[exchange_times.REDUCE] == elements
+    assert sent["FP32 all-reduce"] == 4 * elements
+    assert sent[exchange_times.EXCHANGE] == elements * 129 / 128 / 2
+    assert sent[exchange_times.OVERLAPPED] == pytest.approx(sent[exchange_times.EXCHANGE], rel=0.01)
+    assert found[0]["no_native_fp8"], "gloo does not add FP8"
+
+
+def step_with_waits(stages: int) -> dict[str, int]:
+    """One that looks at so many numbers of the device's, and takes others along."""
+    numbers = torch.arange(4.0)
+    return engine_facts.waits(lambda: [numbers.sum().item() for _ in range(stages)])
+
+
+def test_waits_are_counted_by_name() -> None:
+    assert step_with_waits(0) == {}
+    assert step_with_waits(3) == {"aten::_local_scalar_dense": 3}
+
+
+def run_of(config: str, **figures: Any) -> gpu_train.Run:
+    ours = {"config": config, "model": "1.3B", "world_size": 2, "parameters": 100, "losses": [3.0] * 80}
+    ours |= {"predicted_bytes": 300.0, "state_bytes_a_parameter": 6.0, "peak_bytes_allocated": 1000.0}
+    return {**ours, "milliseconds_a_step": 90.0, "waits": {"cudaEventSynchronize": 1}, **figures}
+
+
+def verdicts(run: gpu_train.Run, stock: gpu_train.Run) -> list[bool]:
+    return [claim.holds for claim in gpu_train.claims_of(run, stock)]
+
+
+def test_claims_of_a_training() -> None:
+    stock = run_of("bf16", predicted_bytes=600.0, peak_bytes_allocated=1300.0, milliseconds_a_step=90.0)
+    ours = run_of("o2")
+    assert verdicts(ours, stock) == [True] * 5
+    for number, wrong in enumerate(
+        (
+            {"state_bytes_a_parameter": 6.2},
+            {"peak_bytes_allocated": 1007.0},
+            {"milliseconds_a_step": 90.5},
+            {"losses": [3.0] * 29 + [3.011] * 50},
+            {"waits": {"cudaStreamSynchronize": 1, "Memcpy DtoH (Device -> Pinned)": 1}},
+        )
+    ):
+        assert verdicts({**ours, **wrong}, stock) == [place != number for place in range(5)], wrong
+
+
+def test_a_run_is_compared_with_its_own_model_and_ranks() -> None:
+    torch_adam, stock, ours = (run_of(each) for each in ("bf16_torch", "bf16", "o2"))
+    others = [run_of("bf16", model="125M"), run_of("bf16", world_size=4)]
+    assert gpu_train.baseline_of(ours, [*others, torch_adam, ours, stock]) is stock
+    assert gpu_train.baseline_of(ours, [*others, ours]) is None
+
+
+def torchrun(script: str, *options: str) -> str:
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()))
+    command = [sys.executable, *launcher, str(ROOT / "benchmarks" / script), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_gpu_many(tmp_path: Path) -> None:
+    out = tmp_path / "many.json"
+    printed = torchrun("gpu_many.py", "--quick", "--elements", "64K", "128K", "--out", str(out))
+    result = json.loads(out.read_text())
+    assert result["backend"] == "gloo"
+    assert result["ranks"] == 2
+    assert [each["elements"] for each in result["sizes"]] == [57344, 122880]
+    assert len(result["same_as_gloo"]) == 8
+    assert all(claim["holds"] for claim in result["claims"])
+    assert "no FP8 reduce-scatter" in printed
+    assert printed.count("claims") == 1, "one rank prints"
+
+
+@pytest.mark.slow
+def test_gpu_train(tmp_path: Path) -> None:
+    out = tmp_path / "train.json"
+    common = (
+        "--out",
+        str(out),
+        "--model",
+        "tiny",
+        "--micro_batch",
+        "4",
+        "--steps",
+        "6",
+        "--log_interval",
+        "3",
+    )
+    for config in ("bf16_torch", "o2", "o2"):
+        path = ROOT / "benchmarks" / "gpu" / f"{config}.json"
+        printed = torchrun("gpu_train.py", "--out", str(out), *common, "--deepspeed_config", str(path))
+    assert "step 6/6" not in printed, "the second o2 is not run again"
+    stock, ours = json.loads(out.read_text())["runs"]
+    assert (stock["fp8"], ours["fp8"]["opt_level"]) == (None, "O2")
+    held = [run["state_bytes_a_parameter"] * run["parameters"] / 2 for run in (stock, ours)]
+    assert held == pytest.approx([stock["predicted_bytes"], ours["predicted_bytes"]], rel=0.01)
+    sent = [sum(run["sent"].values()) / run["parameters"] for run in (stock, ours)]
+    assert sent == pytest.approx([3.0, 1.504], rel=0.02)
+    assert ours["waits"] == {}
+    assert stock["waits"]
+    assert "waits in engine.step, tiny o2: none" in printed
