@@ -29,8 +29,10 @@ import ds_fp8
 from ds_fp8 import memory
 from ds_fp8.ops import blocks, tensors
 from ds_fp8.ops.adam import UNIT, AdamScalars, AdamState, Rounding, Segment
+from ds_fp8.ops.backend import VARIABLE, choose, choose_for_tensors
 from ds_fp8.ops.blocks import Blocks, decode
 from ds_fp8.ops.formats import BY_NAME, E4M3, FP16, FP32, Format
+from ds_fp8.zero_fp8.layout import choose_for_ring
 from ds_fp8.zero_fp8.optimizer import FP8AdamW
 
 CPU = torch.device("cpu")
@@ -287,3 +289,15 @@ def test_refused_without_deepspeed() -> None:
         ValueError, match=r'^fp8\.scaling: received "tensor", allowed: "block" for an FP8AdamW'
     ):
         FP8AdamW([torch.nn.Parameter(torch.zeros(3))], fp8={"scaling": "tensor"})
+
+
+@pytest.mark.parametrize("name", ["reference", "cpu", "triton"])
+def test_every_backend_has_its_kernels(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """The writing ops are those of whole tensors; with a sum in FP8 what has no kernel is told."""
+    monkeypatch.setenv(VARIABLE, name)
+    chosen, blockwise, ring = choose_for_tensors(CPU), choose(CPU), choose_for_ring(CPU)
+    assert chosen.name == blockwise.name == ring.name == name
+    assert chosen.instead is None
+    assert "fp8.gradients.reduction fp8" in str(ring.instead)
+    for op in ("quantize", "accumulate", "adam_step"):
+        assert getattr(chosen, op) is not getattr(blockwise, op)

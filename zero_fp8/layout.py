@@ -1,7 +1,7 @@
 """What depends on who has a scale: a block, or a tensor as in FP8-LM, with or without a sum in FP8."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -22,9 +22,16 @@ class Layout:
     wire: type[BlockWire]
 
 
+def choose_for_ring(device: torch.device) -> Backend:
+    """Kernels for all but the FP8 sum. Raises as `choose`."""
+    backend = choose_for_tensors(device)
+    lacking = "those of fp8.gradients.reduction fp8, which quantise and add, are not built"
+    return replace(backend, instead=backend.instead or lacking)
+
+
 BLOCK = Layout(partition, choose, Shard, BlockWire)
 TENSOR = Layout(partition_whole, choose_for_tensors, TensorShard, TensorWire)
-RING = Layout(partition_whole, choose_for_tensors, RingShard, RingWire)
+RING = Layout(partition_whole, choose_for_ring, RingShard, RingWire)
 
 
 def layout_of(recipe: Recipe) -> Layout:
