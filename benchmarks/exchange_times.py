@@ -56,7 +56,7 @@ class Exchange:
 
         def pack() -> Tensor:
             self._way.give(self._gradients)
-            return self._way.reducer.pack(bucket, message)
+            return self._way.reducer.pack(bucket).view(self._way.ranks, -1)
 
         messages = pack()
         pieces = [message.blocks_of(each) for each in messages.clone()]

@@ -14,6 +14,7 @@ from ds_fp8.zero_fp8.gradients import GradientReducer
 from ds_fp8.zero_fp8.partition import ParameterSpec, partition
 from ds_fp8.zero_fp8.recipe import recipe_of
 from ds_fp8.zero_fp8.shard import Shard
+from ds_fp8.zero_fp8.wire import BlockWire
 
 
 class Way:
@@ -43,8 +44,9 @@ class Way:
         device = parameters[0].device
         self.shards = [Shard(each, self.rank, self.recipe, device, backend) for each in self.buckets]
         self.nodes = Nodes(torch.distributed.group.WORLD, self.recipe.intra_node_size)
+        wire = BlockWire(self.recipe, self.nodes, backend, self.parameters)
         self.reducer = GradientReducer(
-            self.buckets, self.parameters, self.shards, self.recipe, self.nodes, backend, overlap=overlap
+            self.buckets, self.parameters, self.shards, wire, self.nodes, overlap=overlap
         )
 
     def give(self, gradients: Sequence[Tensor | None]) -> None:

@@ -28,7 +28,9 @@ class Gradients(_Section):
     dtype: Literal["e4m3", "e5m2", "bf16"] = "e4m3"
     """Between ranks, and of the reduced gradient where `accum_dtype` does not say otherwise."""
     reduction: Literal["fp32", "fp8"] = "fp32"
+    """How the ranks' gradients are added; fp8: the paper's sum of codes, with `scaling` tensor."""
     autoscale: Literal["dynamic", "pre", "post"] | None = None
+    """What keeps a sum in FP8 from overflow and underflow; left out: dynamic."""
     accum_dtype: Literal["fp32", "bf16", "e4m3"] | None = None
     """The reduced gradient; left out: as `dtype` with one micro-step a step, else fp32."""
     intra_node_size: int | None = Field(default=None, ge=1)
@@ -112,16 +114,17 @@ class FP8Config(_Section):
 
     @property
     def stochastic(self) -> bool:
-        """Whether masters are rounded stochastically: where bits are lost, unless told otherwise."""
-        return self.states.master in ROUNDED and self.optimizer.rounding != "nearest"
+        """Whether masters are rounded stochastically: where bits are lost, unless told otherwise.
+
+        With a scale a tensor they are not, as published, unless told to.
+        """
+        left_out = "stochastic" if self.scaling == "block" else "nearest"
+        return self.states.master in ROUNDED and (self.optimizer.rounding or left_out) == "stochastic"
 
 
 # What this version does with a key that the design gives more values; None: left out.
 BUILT: dict[str, tuple[Any, ...]] = {
     "opt_level": tuple(LEVELS),
-    "scaling": ("block",),
-    "gradients.reduction": ("fp32",),
-    "gradients.autoscale": (None,),
     "weights.dtype": (None,),
 }
 
@@ -136,6 +139,9 @@ def parse(ds_config: Mapping[str, Any]) -> FP8Config | None:
         _refuse_unbuilt(config)
         _refuse_idle_rounding(config)
         _refuse_without_nodes(config.gradients)
+        _refuse_fp8_sum(config)
+        if config.scaling == "tensor":
+            _refuse_with_tensors(config)
     return config
 
 
@@ -193,6 +199,34 @@ def _refuse_without_nodes(gradients: Gradients) -> None:
     if gradients.inter_node_dtype is not None and gradients.intra_node_size is None:
         allowed = "the key left out, or fp8.gradients.intra_node_size beside it"
         raise refusal(f"{SECTION}.gradients.inter_node_dtype", gradients.inter_node_dtype, allowed)
+
+
+def _refuse_with_tensors(config: FP8Config) -> None:
+    """What a scale a tensor, as published, does not have."""
+    nodes, optimizer = config.gradients.intra_node_size, config.optimizer
+    beside = f'with {SECTION}.scaling "tensor"'
+    if nodes not in (None, 1):
+        allowed = f"the key left out, or 1, {beside}: whole tensors travel in one hop"
+        raise refusal(f"{SECTION}.gradients.intra_node_size", nodes, allowed)
+    if config.states.exp_avg_sq == "ue4m4":
+        allowed = f"fp32, bf16, fp16, e4m3, e5m2 {beside}, which stores exp_avg_sq itself, rounded to nearest"
+        raise refusal(f"{SECTION}.optimizer.exp_avg_sq_dtype", "ue4m4", allowed)
+    if optimizer.clamp and "clamp" in optimizer.model_fields_set:
+        raise refusal(f"{SECTION}.optimizer.clamp", True, f"false, or the key left out, {beside}")
+
+
+def _refuse_fp8_sum(config: FP8Config) -> None:
+    """Keys that want each other."""
+    gradients, path = config.gradients, f"{SECTION}.gradients"
+    if gradients.reduction == "fp32":
+        if gradients.autoscale is not None:
+            allowed = f'the key left out, or {path}.reduction "fp8" beside it'
+            raise refusal(f"{path}.autoscale", gradients.autoscale, allowed)
+        return
+    if config.scaling != "tensor":
+        raise refusal(f"{path}.reduction", "fp8", f'"fp32", or {SECTION}.scaling "tensor" beside it')
+    if gradients.dtype == "bf16":
+        raise refusal(f"{path}.dtype", "bf16", f'"e4m3", "e5m2" with {path}.reduction "fp8"')
 
 
 def _built(path: str) -> str:

@@ -16,9 +16,9 @@ from ds_fp8.zero_fp8.recipe import Recipe
 MESSAGE_ALIGNMENT = 16  # bytes a message between two ranks is padded to
 
 
-def bytes_an_element(fmt: Format, block_size: int) -> float:
-    """A code and its share of the block's scale byte."""
-    return fmt.itemsize + (1 / block_size if fmt.scaled else 0)
+def bytes_an_element(fmt: Format, block_size: int, scale_bytes: int = 1) -> float:
+    """A code and its share of the block's scale."""
+    return fmt.itemsize + (scale_bytes / block_size if fmt.scaled else 0)
 
 
 def state_bytes_a_parameter(recipe: Recipe) -> float:
@@ -30,49 +30,63 @@ def state_bytes_a_parameter(recipe: Recipe) -> float:
 def gradient_bytes_a_parameter(recipe: Recipe, *, accumulating: bool) -> float:
     """The reduced gradient; `accumulating`: several micro-steps reach it before a step."""
     fmt = FP32 if accumulating and recipe.promote else recipe.shard
-    return bytes_an_element(fmt, recipe.block_size)
+    return bytes_an_element(fmt, recipe.block_size, recipe.gradient_scale_bytes)
 
 
 def wire_bytes_an_element(recipe: Recipe) -> float:
     """What a gradient element weighs on its way to its owner."""
-    return bytes_an_element(recipe.wire, recipe.block_size)
+    return bytes_an_element(recipe.wire, recipe.block_size, recipe.wire_scale_bytes)
 
 
-def block_bytes(blocks: int, block_size: int, fmt: Format) -> int:
-    return blocks * (block_size * fmt.itemsize + fmt.scaled)
+def block_bytes(blocks: int, block_size: int, fmt: Format, scale_bytes: int = 1) -> int:
+    return blocks * (block_size * fmt.itemsize + fmt.scaled * scale_bytes)
 
 
-def state_bytes(recipe: Recipe, buckets: Sequence[Bucket]) -> int:
+def state_bytes(recipe: Recipe, buckets: Sequence[Bucket], rank: int = 0) -> int:
     """Bytes of one rank's master weights, exp_avg and exp_avg_sq, padding included."""
     return sum(
-        block_bytes(bucket.blocks_per_rank, recipe.block_size, fmt)
+        block_bytes(bucket.blocks_of(rank), recipe.block_size, fmt)
         for bucket in buckets
         for fmt in (recipe.master, recipe.exp_avg, recipe.exp_avg_sq)
     )
 
 
-def gradient_bytes(recipe: Recipe, buckets: Sequence[Bucket], *, accumulating: bool) -> int:
+def gradient_bytes(recipe: Recipe, buckets: Sequence[Bucket], rank: int = 0, *, accumulating: bool) -> int:
     """Bytes of one rank's reduced gradient, padding included."""
     fmt = FP32 if accumulating and recipe.promote else recipe.shard
-    return sum(block_bytes(bucket.blocks_per_rank, recipe.block_size, fmt) for bucket in buckets)
+    return sum(
+        block_bytes(bucket.blocks_of(rank), recipe.block_size, fmt, recipe.gradient_scale_bytes)
+        for bucket in buckets
+    )
+
+
+def rank_bytes(recipe: Recipe, buckets: Sequence[Bucket], *, accumulating: bool) -> list[int]:
+    """Bytes of states and reduced gradient of every rank."""
+    return [
+        state_bytes(recipe, buckets, rank) + gradient_bytes(recipe, buckets, rank, accumulating=accumulating)
+        for rank in range(buckets[0].world_size)
+    ]
 
 
 def weight_bytes(itemsize: int, buckets: Sequence[Bucket]) -> int:
     """Bytes of the weights on every rank, padding included; itemsize: bytes of the model's dtype."""
-    return sum(bucket.world_size * bucket.elements_per_rank * itemsize for bucket in buckets)
+    return sum(bucket.blocks * bucket.block_size * itemsize for bucket in buckets)
+
+
+def message_bytes(recipe: Recipe, blocks: int, fmt: Format) -> int:
+    """Bytes of a message of so many blocks."""
+    whole = block_bytes(blocks, recipe.block_size, fmt, recipe.wire_scale_bytes)
+    return -(-whole // MESSAGE_ALIGNMENT) * MESSAGE_ALIGNMENT
 
 
 def hop_bytes(recipe: Recipe, bucket: Bucket) -> list[int]:
     """Bytes that one rank hands to each hop of a bucket's exchange; its own part is among them."""
-    messages = [(bucket.world_size, recipe.wire)]
-    if recipe.two_hops(bucket.world_size):
-        messages.append((bucket.world_size // recipe.intra_node_size, recipe.between_nodes))
-    return [
-        count
-        * -(-block_bytes(bucket.blocks_per_rank, recipe.block_size, fmt) // MESSAGE_ALIGNMENT)
-        * MESSAGE_ALIGNMENT
-        for count, fmt in messages
-    ]
+    ranks = bucket.world_size
+    hops = [sum(message_bytes(recipe, bucket.blocks_of(owner), recipe.wire) for owner in range(ranks))]
+    if recipe.two_hops(ranks):
+        nodes = ranks // recipe.intra_node_size
+        hops.append(nodes * message_bytes(recipe, bucket.blocks_per_rank, recipe.between_nodes))
+    return hops
 
 
 def exchange_bytes(recipe: Recipe, bucket: Bucket) -> int:
@@ -81,13 +95,17 @@ def exchange_bytes(recipe: Recipe, bucket: Bucket) -> int:
 
 
 def in_flight_bytes(recipe: Recipe, buckets: Sequence[Bucket], *, overlap: bool) -> int:
-    """Bytes of messages, sent and received, that one rank holds at most.
+    """Bytes of messages, sent and received, that the fullest rank holds at most.
 
     One bucket is on its first hop; with overlap the one before it is on its last.
     """
-    hops = [hop_bytes(recipe, bucket) for bucket in buckets]
-    earlier = max(each[-1] for each in hops) if overlap and len(buckets) > 1 else 0
-    return 2 * (max(each[0] for each in hops) + earlier)
+    held = []  # sent and received on the first hop, and on the last
+    for bucket in buckets:
+        first, *second = hop_bytes(recipe, bucket)
+        received = bucket.world_size * message_bytes(recipe, bucket.blocks_per_rank, recipe.wire)
+        held.append((first + received, 2 * second[0] if second else first + received))
+    earlier = max(each[-1] for each in held) if overlap and len(buckets) > 1 else 0
+    return max(each[0] for each in held) + earlier
 
 
 def gather_bytes(recipe: Recipe, itemsize: int, buckets: Sequence[Bucket]) -> int:
@@ -132,6 +150,8 @@ def facts(recipe: Recipe, *, ranks: int, several: bool) -> dict[str, Any]:
         "rounding": "stochastic" if recipe.stochastic else "nearest",
         "exp_avg": recipe.exp_avg.name,
         "exp_avg_sq": recipe.exp_avg_sq.name,
+        "autoscale": recipe.autoscale,
+        "scaling": "tensor" if recipe.by_tensor else "block",
         "block_size": recipe.block_size,
         "state_bytes_a_parameter": state_bytes_a_parameter(recipe),
         "gradient_bytes_a_parameter": gradient_bytes_a_parameter(recipe, accumulating=several),

@@ -25,16 +25,19 @@ def describe(engine: Any) -> dict[str, Any]:
     """
     _require_active(engine)
     handler: FP8ZeROOptimizer = engine.optimizer
+    recipe, several = handler.recipe, accumulating(engine)
+    ranks = handler.buckets[0].world_size
+    held = memory.rank_bytes(recipe, handler.buckets, accumulating=several)
     return {
         "version": ds_fp8.__version__,
         "opt_level": engine._config.ds_fp8.opt_level,
         "zero_stage": handler.settings.stage,
-        "world_size": handler.buckets[0].world_size,
-        **memory.facts(handler.recipe, ranks=handler.buckets[0].world_size, several=accumulating(engine)),
+        "world_size": ranks,
+        **memory.facts(recipe, ranks=ranks, several=several),
+        "rank_bytes_min": min(held),
+        "rank_bytes_max": max(held),
         "overlap_comm": handler.settings.overlap,
-        "bytes_in_flight": memory.in_flight_bytes(
-            handler.recipe, handler.buckets, overlap=handler.settings.overlap
-        ),
+        "bytes_in_flight": memory.in_flight_bytes(recipe, handler.buckets, overlap=handler.settings.overlap),
         "kernels": handler.backend.name,
     }
 
@@ -87,13 +90,16 @@ def banner(engine: Any) -> str:
     facts = describe(engine)
     rounding = ", rounded stochastically" if facts["rounding"] == "stochastic" else ""
     total = facts["state_bytes_a_parameter"] + facts["gradient_bytes_a_parameter"]
+    scaled = f"block {facts['block_size']}" if facts["scaling"] == "block" else "a scale a tensor"
+    how = f", added in fp8 with {facts['autoscale']} scaling" if facts["autoscale"] else ""
+    least, most = (facts[f"rank_bytes_{end}"] / 2**20 for end in ("min", "max"))
     hops = f"two hops, {facts['nodes']} nodes of {facts['intra_node_size']}, {facts['between_nodes']} between"
     return (
         f"ds_fp8 {facts['version']}: ON, {facts['opt_level']}, ZeRO {facts['zero_stage']}, "
-        f"{facts['world_size']} ranks | gradients {facts['gradients']}, reduced {facts['reduced_gradient']}, "
-        f"master {facts['master']}{rounding}, exp_avg {facts['exp_avg']}, "
-        f"exp_avg_sq {facts['exp_avg_sq']}, block {facts['block_size']} | "
-        f"{total:.2f} bytes a parameter over the ranks, "
+        f"{facts['world_size']} ranks | gradients {facts['gradients']}{how}, "
+        f"reduced {facts['reduced_gradient']}, master {facts['master']}{rounding}, "
+        f"exp_avg {facts['exp_avg']}, exp_avg_sq {facts['exp_avg_sq']}, {scaled} | "
+        f"{total:.2f} bytes a parameter over the ranks, {least:.2f} to {most:.2f} MiB a rank, "
         f"{facts['wire_bytes_a_gradient_element']:.4f} wire bytes a gradient element, "
         f"{hops if facts['nodes'] > 1 else 'one hop'}, {'' if facts['overlap_comm'] else 'not '}overlapped | "
         f"kernels: {facts['kernels']}"

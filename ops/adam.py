@@ -18,7 +18,7 @@ Masters and weights are stored together (`ops.masters`).
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -44,14 +44,33 @@ UNIT = 2.0**LOG_UNIT  # of the gradient, inside the sweep
 
 @dataclass(frozen=True)
 class AdamState:
-    """States of consecutive blocks; exp_avg_sq holds v in FP32 and sqrt(v) in any other format."""
+    """States of consecutive blocks."""
 
     master: Blocks
     exp_avg: Blocks
     exp_avg_sq: Blocks
+    rooted: bool = True  # exp_avg_sq holds sqrt(v), except in FP32; else v in any format
 
     def __getitem__(self, rows: slice) -> "AdamState":
-        return AdamState(self.master[rows], self.exp_avg[rows], self.exp_avg_sq[rows])
+        return replace(
+            self, master=self.master[rows], exp_avg=self.exp_avg[rows], exp_avg_sq=self.exp_avg_sq[rows]
+        )
+
+    def second_moment(self, factor: float = 1.0) -> Tensor:
+        """v of a chunk times UNIT^2 and a factor, [rows, block size] float32."""
+        if self.rooted:
+            return decode_second_moment(self.exp_avg_sq, factor)
+        return decode(self.exp_avg_sq, UNIT**2 * factor)
+
+    def set_second_moment(self, v: Tensor, root: Tensor, bits: Tensor | None = None, unit: int = 0) -> None:
+        """Round to what is stored: v, rounded to nearest, or as `encode_second_moment` does.
+
+        v is 4^unit and root 2^unit times what is stored.
+        """
+        if self.rooted:
+            encode_second_moment(v * 4.0**-unit, root * 2.0**-unit, self.exp_avg_sq, bits)
+        else:
+            encode(v, self.exp_avg_sq, 2 * unit)
 
 
 @dataclass(frozen=True)
@@ -142,16 +161,25 @@ def adam_step(
             rows = slice(start + part.start, start + part.stop)
             g = decode(gradient[rows], control[0] * UNIT)
             first = segment.first_element + part.start * size
-            noise = partial(_noise, rounding.seed, scalars.step, segment.parameter, first, g)
-            found = _sweep(state[rows], g, weights[rows], scalars, noise, rounding.stochastic)
-            if counts is not None:
-                counts += _count(found, state[rows], noise(EXP_AVG_SQ))
+            noise = partial(noise_of, rounding.seed, scalars.step, segment.parameter, first, g)
+            _sweep(state[rows], g, weights[rows], scalars, noise, rounding.stochastic, counts)
 
 
-def _noise(seed: int, step: int, parameter: int, first: int, like: Tensor, state: int) -> Tensor:
+def noise_of(seed: int, step: int, parameter: int, first: int, like: Tensor, state: int) -> Tensor:
     """24 random bits for each element of a state's rows, int32; `first` is the first element's index."""
     word = key(stream(seed, step, state), parameter)
     return random_bits(word, first, like.numel(), like.device).view_as(like)
+
+
+@dataclass(frozen=True)
+class Update:
+    """Values of rows after a step, float32; m and v in the unit of the gradient times UNIT."""
+
+    p: Tensor  # [rows, block size], as all
+    fresh: Tensor  # m before the clamp
+    m: Tensor
+    v: Tensor
+    root: Tensor  # of v
 
 
 def _sweep(
@@ -161,39 +189,58 @@ def _sweep(
     s: AdamScalars,
     noise: Callable[[int], Tensor],
     stochastic: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows of a segment; g, m, v and eps are in the unit of the gradient times UNIT.
+    counts: Tensor | None,
+) -> None:
+    """Rows of a segment."""
+    store(update(state, g, weights, s), state, weights, noise, stochastic, counts)
 
-    Returns m before the clamp and after it, and the root of v.
-    """
+
+def update(state: AdamState, g: Tensor, weights: Tensor, s: AdamScalars) -> Update:
+    """The arithmetic of a step; g is times UNIT."""
     if s.decoupled:
         p = decode_masters(state.master, weights, 1 - s.lr * s.weight_decay)
     else:
         p = decode_masters(state.master, weights)
         g = g + p * (s.weight_decay * UNIT)
     m = fresh = decode(state.exp_avg, s.beta1 * UNIT) + g * (1 - s.beta1)
-    v = decode_second_moment(state.exp_avg_sq, s.beta2) + g * g * (1 - s.beta2)
+    v = state.second_moment(s.beta2) + g * g * (1 - s.beta2)
     v = v.clamp(max=FP32.max)
     root = square_root(v)
     if s.clamp is not None:
         m = torch.copysign(torch.minimum(fresh.abs(), root * s.clamp), fresh)
     p = p - m / (root * s.root_correction + s.eps * UNIT) * s.step_size
-    encode_masters(p, state.master, weights, noise(MASTER) if stochastic else None)
-    encode(m, state.exp_avg, LOG_UNIT)
-    encode_second_moment(v * UNIT**-2, root * UNIT**-1, state.exp_avg_sq, noise(EXP_AVG_SQ))
-    return fresh, m, root
+    return Update(p, fresh, m, v, root)
 
 
-def _count(found: tuple[Tensor, Tensor, Tensor], state: AdamState, bits: Tensor) -> Tensor:
-    """`StateCounts` of what `_sweep` returned and the state that it left."""
-    fresh, m, root = found
-    clamped = (fresh.abs() > m.abs()).sum()
-    underflows = (m.bool() & (to_float32(state.exp_avg.codes, state.exp_avg.format) == 0)).sum()
-    rescued, v = torch.zeros_like(clamped), state.exp_avg_sq
-    if v.format is not FP32:
-        root = root * UNIT**-1 if v.scales is None else scale_down(root * UNIT**-1, v.scales.to(torch.int32))
-        rescued = (root.bool() & (round_stochastically(root, bits, v.format) == 0)).sum()
-    return torch.stack([clamped, underflows, rescued]).to(torch.float64)
+def store(
+    values: Update,
+    state: AdamState,
+    weights: Tensor,
+    noise: Callable[[int], Tensor],
+    stochastic: bool,
+    counts: Tensor | None,
+) -> None:
+    """Round the values of a step into the states and the weights of their rows."""
+    encode_masters(values.p, state.master, weights, noise(MASTER) if stochastic else None)
+    encode(values.m, state.exp_avg, LOG_UNIT)
+    bits = noise(EXP_AVG_SQ) if state.rooted else None
+    state.set_second_moment(values.v, values.root, bits, LOG_UNIT)
+    if counts is not None:
+        counts += _count(values, state, bits)
+
+
+def _count(values: Update, state: AdamState, bits: Tensor | None) -> Tensor:
+    """`StateCounts` of values and of the state that holds them; bits: as `set_second_moment` had them."""
+    clamped = (values.fresh.abs() > values.m.abs()).sum()
+    underflows = (values.m.bool() & (to_float32(state.exp_avg.codes, state.exp_avg.format) == 0)).sum()
+    lost, v = torch.zeros_like(clamped), state.exp_avg_sq
+    if bits is not None and v.format is not FP32:
+        root = values.root * UNIT**-1
+        root = root if v.scales is None else scale_down(root, v.scales.to(torch.int32))
+        lost = (root.bool() & (round_stochastically(root, bits, v.format) == 0)).sum()
+    elif bits is None:
+        lost = (values.v.bool() & (to_float32(v.codes, v.format) == 0)).sum()
+    return torch.stack([clamped, underflows, lost]).to(torch.float64)
 
 
 def square_root(v: Tensor) -> Tensor:

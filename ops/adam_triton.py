@@ -138,6 +138,34 @@ def count_rescued(place, root, on_codes, random, FORMAT: tl.constexpr):
     tl.store(place + 2, tl.sum(rescued.to(tl.float64)))
 
 
+@triton.jit
+def second_moment(v, scale, factor, root_factor, V: tl.constexpr, SWEEP: tl.constexpr):
+    """v times a factor, from codes of v or of its root."""
+    if V == "fp32":
+        return v * factor
+    elif SWEEP != "blocks":
+        return v * (scale * factor)[:, None]
+    else:
+        root = v * (scale * root_factor)[:, None]
+        return root * root
+
+
+@triton.jit
+def size_of(size, amax, rows, inside, SWEEP: tl.constexpr):
+    """Magnitudes that decide a row's scale: its own, which are measured, or its tensor's largest."""
+    if SWEEP == "measure":
+        tl.store(amax + rows, tl.max(size, axis=1), mask=inside)
+    if SWEEP == "write":
+        size = tl.load(amax + rows, mask=inside, other=0)[:, None]
+    return size
+
+
+@triton.jit
+def count_zeros(place, v, stored):
+    """The third, of v itself and what it is without its scale."""
+    tl.store(place + 2, tl.sum(((v != 0.0) & (stored == 0.0)).to(tl.float64)))
+
+
 @triton.jit(do_not_specialize=["v_stream", "p_stream", "segments"])
 def adam_kernel(
     control,  # [2] float32: what the gradient is multiplied with; 0 where the step is skipped
@@ -153,6 +181,7 @@ def adam_kernel(
     table,  # [3, segments] int32: row with which a segment begins, its block of the parameter, the parameter
     tile_segments,  # [tiles + 1] int32: the segment with which a tile begins
     partial,  # [programs, 3] float64: counts, where COUNT
+    amax,  # [3, blocks] int32: of a row's p, m and v: measure: written; write: of the row's tensor
     segments,
     v_stream,  # words of the step's random bits
     p_stream,
@@ -167,6 +196,7 @@ def adam_kernel(
     eps,
     decay,  # decoupled: 1 - lr * weight decay; else the weight decay
     clamp,
+    SWEEP: tl.constexpr,  # blocks; of tensors, whose v is stored itself, measure, then write
     DECOUPLED: tl.constexpr,
     CLAMPED: tl.constexpr,
     STOCHASTIC: tl.constexpr,
@@ -200,11 +230,7 @@ def adam_kernel(
         p = load_masters(masters, p_scales, w, rows, offset, inside, 1.0, MASTER, HARDWARE)
         g = g + p * (decay * unit)
     m = m * (m_scale * (beta1 * unit))[:, None] + g * one_minus_beta1
-    if V == "fp32":
-        v = v * (unit * unit * beta2)
-    else:
-        v = v * (v_scale * (unit * root_beta2))[:, None]
-        v = v * v
+    v = second_moment(v, v_scale, unit * unit * beta2, unit * root_beta2, V, SWEEP)
     v = minimum(v + g * g * one_minus_beta2, 3.4028234663852886e38)
     root = square_root(v)
     fresh = m
@@ -215,6 +241,12 @@ def adam_kernel(
     else:
         m_size = magnitude(m)
     p = p - divide(m, root * root_correction + eps * unit) * step_size
+    amax += first
+    p_size = size_of(magnitude(p), amax, rows, inside, SWEEP)
+    m_size = size_of(m_size, amax + blocks, rows, inside, SWEEP)
+    v_size = size_of(magnitude(v), amax + 2 * blocks, rows, inside, SWEEP)
+    if SWEEP == "measure":
+        return
 
     stored, _ = store_blocks(
         m, m_size, m_codes + start, m_scales + first, rows, offset, inside, M, HARDWARE, UNIT
@@ -222,8 +254,12 @@ def adam_kernel(
     place = partial + tile * STATE_COUNTS
     if COUNT:
         count_state(place, tl.abs(fresh) > tl.abs(m), m, stored, M, HARDWARE)
-    if V == "fp32":
-        tl.store(v_codes + start + offset, v * two_to_the(-2 * UNIT), mask=inside[:, None])
+    if V == "fp32" or SWEEP == "write":
+        stored, _ = store_blocks(
+            v, v_size, v_codes + start, v_scales + first, rows, offset, inside, V, HARDWARE, 2 * UNIT
+        )
+        if COUNT and SWEEP == "write":
+            count_zeros(place, v, decode(stored, V, HARDWARE))
     else:
         parameter, element = row_places(first, rows, table, tile_segments, tile, segments, BLOCK)
         random = random_bits(key_of(v_stream, parameter)[:, None], element)
@@ -236,7 +272,7 @@ def adam_kernel(
     if STOCHASTIC:
         parameter, element = row_places(first, rows, table, tile_segments, tile, segments, BLOCK)
         random = random_bits(key_of(p_stream, parameter)[:, None], element)
-    store_masters(p, random, masters, p_scales, w, rows, offset, inside, MASTER, STOCHASTIC, HARDWARE)
+    store_masters(p, p_size, random, masters, p_scales, w, rows, offset, inside, MASTER, STOCHASTIC, HARDWARE)
 
 
 @dataclass(frozen=True)
@@ -269,8 +305,35 @@ def adam_step(
     counts: Tensor | None = None,
 ) -> None:
     """`ops.adam.adam_step` in one launch."""
-    if not len(gradient):
-        return
+    if len(gradient):
+        launch_sweep(
+            state,
+            gradient,
+            weights,
+            plan,
+            scalars,
+            control,
+            rounding,
+            counts,
+            sweep="blocks",
+            amax=plan.table,
+        )
+
+
+def launch_sweep(
+    state: AdamState,
+    gradient: Blocks,
+    weights: Tensor,
+    plan: Plan,
+    scalars: AdamScalars,
+    control: Tensor,
+    rounding: Rounding,
+    counts: Tensor | None,
+    *,
+    sweep: str,
+    amax: Tensor,
+) -> None:
+    """sweep and amax: as `adam_kernel` has them."""
     rows, programs = tile_of(len(gradient), gradient.block_size, WARPS)
     partial = partials(counts, programs, plan.table)
     s = scalars
@@ -291,6 +354,7 @@ def adam_step(
         plan.table,
         plan.tile_segments,
         partial,
+        amax,
         plan.table.shape[1],
         signed(stream(rounding.seed, s.step, EXP_AVG_SQ)),
         signed(stream(rounding.seed, s.step, MASTER)),
@@ -305,6 +369,7 @@ def adam_step(
         s.eps,
         1 - s.lr * s.weight_decay if s.decoupled else s.weight_decay,
         s.clamp or 0.0,
+        SWEEP=sweep,
         DECOUPLED=s.decoupled,
         CLAMPED=s.clamp is not None,
         STOCHASTIC=rounding.stochastic,

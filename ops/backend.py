@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_fp8.ops import adam, blocks, reduction
+from ds_fp8.ops import adam, blocks, reduction, tensors
 from ds_fp8.ops.build import BuildError
 
 VARIABLE = "DS_FP8_BACKEND"
@@ -37,6 +37,10 @@ class Backend:
 
 REFERENCE = Backend(
     "reference", blocks.quantize, blocks.dequantize, reduction.accumulate, adam.plan, adam.adam_step
+)
+
+TENSOR_REFERENCE = Backend(
+    "reference", tensors.quantize, blocks.dequantize, tensors.accumulate, adam.plan, tensors.adam_step
 )
 
 
@@ -66,6 +70,14 @@ def choose(device: torch.device) -> Backend:
     )
 
 
+def choose_for_tensors(device: torch.device) -> Backend:
+    """The backend for tensors of one scale each. Raises as `choose`."""
+    chosen = choose(device)
+    if chosen.name == REFERENCE.name:
+        return replace(TENSOR_REFERENCE, instead=chosen.instead)
+    return FOR_TENSORS[chosen.name]()
+
+
 def cpu_obstacle(device: torch.device) -> str | None:
     """Why the C++ kernels cannot run on this device; None where they can. Builds them."""
     from ds_fp8.ops import cpu
@@ -84,6 +96,15 @@ def cpu_backend() -> Backend:
     from ds_fp8.ops import cpu
 
     return Backend("cpu", cpu.quantize, cpu.dequantize, cpu.accumulate, cpu.plan, cpu.adam_step)
+
+
+def cpu_tensor_backend() -> Backend:
+    """Those of the C++ kernels that write with one scale a tensor."""
+    from ds_fp8.ops import cpu
+
+    return Backend(
+        "cpu", cpu.quantize_tensor, cpu.dequantize, cpu.accumulate_tensor, cpu.plan, cpu.step_tensors
+    )
 
 
 def triton_obstacle(device: torch.device) -> str | None:
@@ -114,6 +135,21 @@ def triton_backend() -> Backend:
     )
 
 
+def triton_tensor_backend() -> Backend:
+    """Those of the Triton kernels that write with one scale a tensor."""
+    from ds_fp8.ops import blocks_triton, tensors_triton
+
+    return Backend(
+        "triton",
+        tensors_triton.quantize,
+        blocks_triton.dequantize,
+        tensors_triton.accumulate,
+        tensors_triton.plan,
+        tensors_triton.adam_step,
+    )
+
+
+FOR_TENSORS: dict[str, Callable[[], Backend]] = {"cpu": cpu_tensor_backend, "triton": triton_tensor_backend}
 BUILT: dict[str, tuple[Callable[[torch.device], str | None], Callable[[], Backend]]] = {
     "cpu": (cpu_obstacle, cpu_backend),
     "triton": (triton_obstacle, triton_backend),

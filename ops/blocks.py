@@ -28,7 +28,7 @@ class Blocks:
     """Values as codes of one format and, where the format is scaled, one scale a block."""
 
     codes: Tensor  # [blocks, block size] format.dtype
-    scales: Tensor | None  # [blocks] uint8, E8M0; None where the format carries none
+    scales: Tensor | None  # [blocks] uint8, E8M0, or float32, the scale itself; None where there is none
     format: Format
 
     @staticmethod
@@ -96,6 +96,11 @@ def power_of_two(e: Tensor) -> Tensor:
     return (e.to(torch.int32) << 23).view(torch.float32)
 
 
+def scale_values(scales: Tensor) -> Tensor:
+    """Scales, as `Blocks` holds them, as float32; that of a block that is not finite is not finite."""
+    return scales if scales.is_floating_point() else power_of_two(scales)
+
+
 def scale_down(values: Tensor, e: Tensor, unit: int = 0) -> Tensor:
     """Rows of `values` divided by their scale, exactly; rows that are not finite come to nothing."""
     inverse = torch.where(e < NOT_FINITE, 254 - unit - e, 0).clamp(min=0)
@@ -110,7 +115,7 @@ def fit(values: Tensor, out: Blocks, unit: int = 0) -> Tensor:
     if out.scales is None:
         return values * 2.0**-unit if unit else values
     e = scale_exponents(values, out.format, unit)
-    out.scales.copy_(e)
+    out.scales.copy_(power_of_two(e) if out.scales.is_floating_point() else e)
     return scale_down(values, e, unit)
 
 
@@ -141,7 +146,7 @@ def decode(blocks: Blocks, factor: float | Tensor = 1.0) -> Tensor:
     values = to_float32(blocks.codes, blocks.format)
     if blocks.scales is None:
         return values * factor
-    return values * (power_of_two(blocks.scales) * factor)[:, None]
+    return values * (scale_values(blocks.scales) * factor)[:, None]
 
 
 def quantize(values: Tensor, out: Blocks, counts: Tensor | None = None) -> None:
@@ -155,16 +160,17 @@ def quantize(values: Tensor, out: Blocks, counts: Tensor | None = None) -> None:
     whole = values.numel() // block_size
     rows = values[: whole * block_size].view(whole, block_size)
     for part in chunks(whole, block_size):
-        _encode_and_count(rows[part].to(torch.float32), out[part], counts)
+        encode_and_count(rows[part].to(torch.float32), out[part], counts)
     tail = values[whole * block_size :]
     if tail.numel():
         last = padded(tail.to(torch.float32), 1, block_size)
-        _encode_and_count(last, out[whole : whole + 1], counts)
+        encode_and_count(last, out[whole : whole + 1], counts)
         whole += 1
     out[whole:].zero_()
 
 
-def _encode_and_count(values: Tensor, out: Blocks, counts: Tensor | None) -> None:
+def encode_and_count(values: Tensor, out: Blocks, counts: Tensor | None) -> None:
+    """`encode` of rows, and `ops.health.GradientCounts` of them added to the counts."""
     encode(values, out)
     if counts is not None:
         counts += count_gradient(values, to_float32(out.codes, out.format), decode(out), out.format)

@@ -1,5 +1,6 @@
 """Blocks on a GPU: `quantize` and `dequantize` of `ops.blocks` as Triton kernels."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -71,8 +72,10 @@ def quantize_kernel(
     codes,  # [blocks, BLOCK]
     scales,  # [blocks] uint8, not touched where the format has none
     partial,  # [programs, 5] float64: counts, where COUNT
+    amax,  # of the tensor, int32, where TENSOR
     numel,
     blocks,
+    TENSOR: tl.constexpr,
     COUNT: tl.constexpr,
     FORMAT: tl.constexpr,
     HARDWARE: tl.constexpr,
@@ -82,9 +85,26 @@ def quantize_kernel(
     first, rows, offset, inside = tile_rows(blocks, tl.program_id(0), BLOCK, ROWS)
     x = load_values(values + first * BLOCK, numel - first * BLOCK, rows, offset, BLOCK, ROWS)
     codes, scales = codes + first * BLOCK, scales + first
-    stored, e = store_blocks(x, magnitude(x), codes, scales, rows, offset, inside, FORMAT, HARDWARE, 0)
+    size = magnitude(x)
+    if TENSOR:
+        size = tl.load(amax + tl.zeros((ROWS, 1), tl.int32))
+    stored, e = store_blocks(x, size, codes, scales, rows, offset, inside, FORMAT, HARDWARE, 0)
     if COUNT:
         count_gradient(x, stored, e, partial, FORMAT, HARDWARE)
+
+
+@triton.jit
+def largest_kernel(
+    values,
+    amax,  # [programs] int32, written: largest magnitudes, as bits
+    numel,
+    blocks,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    first, rows, offset, _ = tile_rows(blocks, tl.program_id(0), BLOCK, ROWS)
+    x = load_values(values + first * BLOCK, numel - first * BLOCK, rows, offset, BLOCK, ROWS)
+    tl.store(amax + tl.program_id(0), tl.max(magnitude(x)))
 
 
 @triton.jit
@@ -115,10 +135,24 @@ def dequantize_kernel(
 
 def quantize(values: Tensor, out: Blocks, counts: Tensor | None = None) -> None:
     """`ops.blocks.quantize` in one launch."""
-    if not len(out):
-        return
+    if len(out):
+        found = launch_quantize(values, out, None, count=counts)
+        if counts is not None:
+            counts += found.sum(dim=0)
+
+
+def largest_magnitude(values: Tensor, blocks: int, block_size: int) -> Tensor:
+    """The largest magnitude of a vector that fills so many blocks, as bits, 0-d int32."""
+    rows, programs = tile_of(blocks, block_size, WARPS)
+    amax = torch.zeros(programs, dtype=torch.int32, device=values.device)
+    launch(largest_kernel, programs, WARPS, values, amax, values.numel(), blocks, BLOCK=block_size, ROWS=rows)
+    return amax.max()
+
+
+def launch_quantize(values: Tensor, out: Blocks, amax: Tensor | None, count: Tensor | None) -> Tensor:
+    """Counts of each program, where there are any. amax: of a tensor whose rows have one scale, as bits."""
     rows, programs = tile_of(len(out), out.block_size, WARPS)
-    partial = partials(counts, programs, values)
+    partial = partials(count, programs, values)
     launch(
         quantize_kernel,
         programs,
@@ -127,16 +161,17 @@ def quantize(values: Tensor, out: Blocks, counts: Tensor | None = None) -> None:
         raw(out.codes),
         scales_of(out),
         partial,
+        raw(out.codes) if amax is None else amax,
         values.numel(),
         len(out),
-        COUNT=counts is not None,
+        TENSOR=amax is not None,
+        COUNT=count is not None,
         FORMAT=out.format.name,
         HARDWARE=hardware_fp8(values.device),
         BLOCK=out.block_size,
         ROWS=rows,
     )
-    if counts is not None:
-        counts += partial.sum(dim=0)
+    return partial
 
 
 def dequantize(blocks: Blocks, out: Tensor) -> None:

@@ -63,6 +63,7 @@ class CSweep(Structure):
 
     _fields_ = [
         *((name, CBlocks) for name in ("gradient", "master", "exp_avg", "exp_avg_sq")),
+        ("gradient_scales", c_void_p),
         ("weights", CValues),
         ("segments", c_void_p),
         ("segment_count", c_int64),
@@ -72,6 +73,7 @@ class CSweep(Structure):
         ("master_stream", c_uint32),
         ("block_size", c_int32),
         ("stochastic", c_int32),
+        ("rooted", c_int32),
         ("scalars", CScalars),
         ("factors", c_float * 4),  # for the kernel's own use
     ]
@@ -88,12 +90,16 @@ class Kernels:
 
         blocks, values = POINTER(CBlocks), POINTER(CValues)
         self.isa = isa
-        self.quantize = function("quantize", values, c_int64, blocks, c_int64, c_int32, c_int32, c_void_p)
+        quantize = (values, c_int64, blocks, c_int64, c_int32, c_int32, c_void_p)
+        accumulate = (blocks, c_int32, blocks, c_int32, c_int64, c_int32, c_int32, c_void_p)
+        step = (POINTER(CSweep), c_int32)
         self.dequantize = function("dequantize", blocks, values, c_int64, c_int32, c_int32)
-        self.accumulate = function(
-            "accumulate", blocks, c_int32, blocks, c_int32, c_int64, c_int32, c_int32, c_void_p
-        )
-        self.adam_step = function("adam_step", POINTER(CSweep), c_int32)
+        self.quantize = function("quantize", *quantize)
+        self.accumulate = function("accumulate", *accumulate)
+        self.adam_step = function("adam_step", *step)
+        self.quantize_tensor = function("quantize_tensor", *quantize)
+        self.accumulate_tensor = function("accumulate_tensor", *accumulate)
+        self.step_tensors = function("step_tensors", *step)
 
 
 @functools.cache
@@ -151,8 +157,17 @@ def _counted(counts: Tensor | None) -> Iterator[int | None]:
 
 def quantize(values: Tensor, out: Blocks, counts: Tensor | None = None) -> None:
     """`ops.blocks.quantize`."""
+    _quantize(load().quantize, values, out, counts)
+
+
+def quantize_tensor(values: Tensor, out: Blocks, counts: Tensor | None = None) -> None:
+    """`ops.tensors.quantize`."""
+    _quantize(load().quantize_tensor, values, out, counts)
+
+
+def _quantize(kernel: Any, values: Tensor, out: Blocks, counts: Tensor | None) -> None:
     with _counted(counts) as address:
-        load().quantize(
+        kernel(
             byref(_values(values)),
             values.numel(),
             byref(_blocks(out)),
@@ -172,19 +187,20 @@ def dequantize(blocks: Blocks, out: Tensor) -> None:
 
 def accumulate(pieces: Sequence[Blocks], shard: Blocks, *, fresh: bool) -> Tensor:
     """`ops.reduction.accumulate`."""
+    return _accumulate(load().accumulate, pieces, shard, fresh)
+
+
+def accumulate_tensor(pieces: Sequence[Blocks], shard: Blocks, *, fresh: bool) -> Tensor:
+    """`ops.tensors.accumulate`."""
+    return _accumulate(load().accumulate_tensor, pieces, shard, fresh)
+
+
+def _accumulate(kernel: Any, pieces: Sequence[Blocks], shard: Blocks, fresh: bool) -> Tensor:
     threads = torch.get_num_threads()
     parts = torch.zeros(threads, 2, dtype=torch.float64)
     array = (CBlocks * len(pieces))(*map(_blocks, pieces))
-    load().accumulate(
-        array,
-        len(pieces),
-        byref(_blocks(shard)),
-        fresh,
-        len(shard),
-        shard.block_size,
-        threads,
-        parts.data_ptr(),
-    )
+    rows, size = len(shard), shard.block_size
+    kernel(array, len(pieces), byref(_blocks(shard)), fresh, rows, size, threads, parts.data_ptr())
     return parts.sum(dim=0)
 
 
@@ -206,12 +222,46 @@ def adam_step(
     counts: Tensor | None = None,
 ) -> None:
     """`ops.adam.adam_step`."""
+    sweep = _sweep(state, gradient, weights, plan, scalars, control, rounding)
+    with _counted(counts) as address:
+        sweep.counts = address
+        load().adam_step(byref(sweep), torch.get_num_threads())
+
+
+def step_tensors(
+    state: AdamState,
+    gradient: Blocks,
+    weights: Tensor,
+    plan: Plan,
+    scalars: AdamScalars,
+    control: Tensor,
+    *,
+    rounding: Rounding,
+    counts: Tensor | None = None,
+) -> None:
+    """`ops.tensors.adam_step`."""
+    sweep = _sweep(state, gradient, weights, plan, scalars, control, rounding)
+    with _counted(counts) as address:
+        sweep.counts = address
+        load().step_tensors(byref(sweep), torch.get_num_threads())
+
+
+def _sweep(
+    state: AdamState,
+    gradient: Blocks,
+    weights: Tensor,
+    plan: Plan,
+    scalars: AdamScalars,
+    control: Tensor,
+    rounding: Rounding,
+) -> CSweep:
     s = scalars
-    sweep = CSweep(
+    return CSweep(
         gradient=_blocks(gradient),
         master=_blocks(state.master),
         exp_avg=_blocks(state.exp_avg),
         exp_avg_sq=_blocks(state.exp_avg_sq),
+        gradient_scales=_fine_scales(gradient),
         weights=_values(weights),
         segments=ctypes.addressof(plan),
         segment_count=len(plan),
@@ -220,6 +270,7 @@ def adam_step(
         master_stream=stream(rounding.seed, s.step, MASTER),
         block_size=gradient.block_size,
         stochastic=rounding.stochastic,
+        rooted=state.rooted,
         scalars=CScalars(
             beta1=s.beta1,
             one_minus_beta1=1 - s.beta1,
@@ -234,6 +285,9 @@ def adam_step(
             decoupled=s.decoupled,
         ),
     )
-    with _counted(counts) as address:
-        sweep.counts = address
-        load().adam_step(byref(sweep), torch.get_num_threads())
+
+
+def _fine_scales(blocks: Blocks) -> int | None:
+    """The address of scales that are FP32."""
+    fine = blocks.scales is not None and blocks.scales.is_floating_point()
+    return blocks.scales.data_ptr() if fine and blocks.scales is not None else None

@@ -29,7 +29,7 @@ class StateCounts:
 
     clamped: float  # exp_avg beyond what exact Adam obeys
     underflows: float  # exp_avg that is not zero and whose code is
-    rescued: float  # roots of exp_avg_sq that would have been rounded to zero
+    zeros: float  # exp_avg_sq that nearest rounding takes to zero; a root, unlike v itself, is kept from it
 
 
 GRADIENT_COUNTS, STATE_COUNTS = len(fields(GradientCounts)), len(fields(StateCounts))

@@ -11,7 +11,6 @@ from ds_fp8.ops.tiles_triton import (
     is_scaled,
     load_codes,
     load_scales,
-    magnitude,
     power_of_two,
     scale_exponent,
     store_blocks,
@@ -53,6 +52,7 @@ def load_masters(
 @triton.jit
 def store_masters(
     p,
+    size,
     random,
     codes,
     scales,
@@ -66,7 +66,8 @@ def store_masters(
 ):
     """Round a tile into masters, and the weights from what is stored.
 
-    random: 24 random bits an element on top of an uint32, used where STOCHASTIC.
+    size: magnitudes; the largest of a row decides its scale. random: 24 random bits an element on top of an
+    uint32, used where STOCHASTIC.
     """
     if is_split(FORMAT):
         store_split(p, random, codes, weights, offset, inside, FORMAT, STOCHASTIC)
@@ -74,15 +75,13 @@ def store_masters(
         if STOCHASTIC:
             e = tl.full(rows.shape, 127, tl.int32)
             if is_scaled(FORMAT):
-                e = scale_exponent(magnitude(p), FORMAT, 0)
+                e = scale_exponent(size, FORMAT, 0)
                 tl.store(scales + rows, e.to(tl.uint8), mask=inside)
                 p = p * inverse_scale(e, 0)[:, None] * two_to_the(exponent_shift(FORMAT))
             stored = as_half(round_either_way(p, random, FORMAT), FORMAT)
             tl.store(codes + offset, stored, mask=inside[:, None])
         else:
-            stored, e = store_blocks(
-                p, magnitude(p), codes, scales, rows, offset, inside, FORMAT, HARDWARE, 0
-            )
+            stored, e = store_blocks(p, size, codes, scales, rows, offset, inside, FORMAT, HARDWARE, 0)
         p = times(decode(stored, FORMAT, HARDWARE), power_of_two(e), FORMAT)
         store_weights(p, e, weights, offset, inside, FORMAT)
 

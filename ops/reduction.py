@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ds_fp8.ops.blocks import NOT_FINITE, Blocks, chunks, decode, encode, power_of_two
+from ds_fp8.ops.blocks import Blocks, chunks, decode, encode, scale_values
 
 LANES = 16
 
@@ -43,8 +43,9 @@ def figures(shard: Blocks) -> Tensor:
         finite = squares.isfinite()
         squares = squares.to(torch.float64)
         if shard.scales is not None:
-            finite = shard.scales[part] < NOT_FINITE
-            squares = squares * power_of_two(shard.scales[part]).to(torch.float64).square()
+            scales = scale_values(shard.scales[part])
+            finite = scales.isfinite()
+            squares = squares * scales.to(torch.float64).square()
         result += torch.stack([torch.where(finite, squares, 0.0).sum(), (~finite).sum()])
     return result
 

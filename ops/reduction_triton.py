@@ -63,7 +63,9 @@ def accumulate_kernel(
     shard_codes,
     shard_scales,
     partial,  # [programs, 2] float64: sum of squares, non-finite blocks
+    amax,  # int32: measure: [programs], written; write: of the tensor
     blocks,
+    SWEEP: tl.constexpr,  # blocks; of a tensor measure, then write
     RANKS: tl.constexpr,
     FRESH: tl.constexpr,
     WIRE: tl.constexpr,
@@ -75,6 +77,7 @@ def accumulate_kernel(
 ):
     squares = tl.zeros((ROWS,), tl.float64)
     bad = tl.zeros((ROWS,), tl.int32)
+    top = tl.zeros((ROWS,), tl.int32)
     for tile in range(TILES):
         first, rows, offset, inside = tile_rows(blocks, tl.program_id(0) * TILES + tile, BLOCK, ROWS)
         piece, piece_scales = codes + first * BLOCK, scales + first
@@ -92,33 +95,53 @@ def accumulate_kernel(
         if not FRESH:
             old = load_codes(shard_codes + first * BLOCK, offset, inside, FORMAT, HARDWARE)
             total = times(old, load_scales(shard_scales + first, rows, inside, FORMAT), FORMAT) + total
-        stored, e = store_blocks(
-            total,
-            magnitude(total),
-            shard_codes + first * BLOCK,
-            shard_scales + first,
-            rows,
-            offset,
-            inside,
-            FORMAT,
-            HARDWARE,
-            0,
-        )
-        row_squares, row_bad = figures_of(stored, e, FORMAT, HARDWARE)
-        squares += row_squares
-        bad += row_bad
-    place = partial + tl.program_id(0) * 2
-    tl.store(place, tl.sum(squares))
-    tl.store(place + 1, tl.sum(bad).to(tl.float64))
+        if SWEEP == "measure":
+            top = tl.maximum(top, tl.max(magnitude(total), axis=1))
+        else:
+            size = magnitude(total)
+            if SWEEP == "write":
+                size = tl.load(amax + tl.zeros((ROWS, 1), tl.int32))
+            stored, e = store_blocks(
+                total,
+                size,
+                shard_codes + first * BLOCK,
+                shard_scales + first,
+                rows,
+                offset,
+                inside,
+                FORMAT,
+                HARDWARE,
+                0,
+            )
+            row_squares, row_bad = figures_of(stored, e, FORMAT, HARDWARE)
+            squares += row_squares
+            bad += row_bad
+    if SWEEP == "measure":
+        tl.store(amax + tl.program_id(0), tl.max(top))
+    else:
+        place = partial + tl.program_id(0) * 2
+        tl.store(place, tl.sum(squares))
+        tl.store(place + 1, tl.sum(bad).to(tl.float64))
 
 
 def accumulate(pieces: Sequence[Blocks], shard: Blocks, *, fresh: bool) -> Tensor:
     """`ops.reduction.accumulate` in one launch; the pieces lie at equal distances in one buffer."""
+    if not len(shard):
+        return torch.zeros(2, dtype=torch.float64, device=shard.codes.device)
+    return launch_sum(pieces, shard, raw(shard.codes), "blocks", fresh=fresh)
+
+
+def largest_sums(shard: Blocks) -> Tensor:
+    """Where `launch_sum` measures into."""
+    _, programs = tile_of(len(shard), shard.block_size, WARPS, TILES)
+    return torch.zeros(programs, dtype=torch.int32, device=shard.codes.device)
+
+
+def launch_sum(pieces: Sequence[Blocks], shard: Blocks, amax: Tensor, sweep: str, *, fresh: bool) -> Tensor:
+    """The figures of the shard; amax and sweep: as `accumulate_kernel` has them."""
     first, second = pieces[0], pieces[min(1, len(pieces) - 1)]
     rows, programs = tile_of(len(shard), shard.block_size, WARPS, TILES)
     partial = torch.zeros(programs, 2, dtype=torch.float64, device=shard.codes.device)
-    if not len(shard):
-        return partial.sum(dim=0)
     launch(
         accumulate_kernel,
         programs,
@@ -130,7 +153,9 @@ def accumulate(pieces: Sequence[Blocks], shard: Blocks, *, fresh: bool) -> Tenso
         raw(shard.codes),
         scales_of(shard),
         partial,
+        amax,
         len(shard),
+        SWEEP=sweep,
         RANKS=len(pieces),
         FRESH=fresh,
         WIRE=first.format.name,

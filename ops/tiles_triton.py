@@ -181,7 +181,9 @@ def load_codes(codes, offset, inside, FORMAT: tl.constexpr, HARDWARE: tl.constex
 
 @triton.jit
 def load_scales(scales, rows, inside, FORMAT: tl.constexpr):
-    """What a row's codes are multiplied with, [ROWS] float32."""
+    """What a row's codes are multiplied with, [ROWS] float32; scales may be that already."""
+    if is_scaled(FORMAT) and scales.dtype.element_ty == tl.float32:
+        return tl.load(scales + rows, mask=inside, other=1.0)
     if is_scaled(FORMAT):
         return power_of_two(tl.load(scales + rows, mask=inside, other=1))
     return tl.full(rows.shape, 1.0, tl.float32)

@@ -111,6 +111,39 @@ def sweep(opt_level: str) -> Launch:
     return Launch(adam_triton, "adam_kernel", code)
 
 
+def tensor_sweep(which: str) -> Launch:
+    recipe = recipe_of(FP8Config.model_validate({"enabled": True, "scaling": "tensor"}))
+    scalars = AdamScalars(7, 1e-3, *BETAS, 1e-8, 0.1, decoupled=True, bias_correction=True, clamp=None)
+    plan = adam_triton.plan([Segment(slice(0, BLOCKS), 0, 0)], BLOCKS, BLOCK, META)
+    state = AdamState(*map(blocks_of, (recipe.master, recipe.exp_avg, recipe.exp_avg_sq)), rooted=False)
+    weights = torch.empty(BLOCKS, BLOCK, dtype=torch.bfloat16, device=META)
+    amax = torch.empty(3, BLOCKS, dtype=torch.int32, device=META)
+    operands = (state, blocks_of(E4M3), weights, plan, scalars, torch.empty(2, device=META))
+    code = partial(adam_triton.launch_sweep, *operands, recipe.rounding, None, sweep=which, amax=amax)
+    return Launch(adam_triton, "adam_kernel", code)
+
+
+def tensor_sum(which: str) -> Launch:
+    message = Message(BLOCKS_FAR, BLOCK, E4M3)
+    pieces = [message.blocks_of(each) for each in message.buffer(2, META)]
+    amax = torch.empty(BLOCKS, dtype=torch.int32, device=META)
+    code = partial(reduction_triton.launch_sum, pieces, blocks_of(E4M3, BLOCKS_FAR), amax, which, fresh=True)
+    return Launch(reduction_triton, "accumulate_kernel", code)
+
+
+def of_tensors() -> dict[str, Launch]:
+    """One scale a tensor: a sweep that measures, a sweep that writes."""
+    values, amax = vector(torch.bfloat16), torch.empty((), dtype=torch.int32, device=META)
+    measure = partial(blocks_triton.largest_magnitude, values, BLOCKS, BLOCK)
+    write = partial(blocks_triton.launch_quantize, values, blocks_of(E4M3), amax, None)
+    return {
+        "largest of a tensor": Launch(blocks_triton, "largest_kernel", measure),
+        "quantize a tensor": Launch(blocks_triton, "quantize_kernel", write),
+        **{f"sum of a tensor {which}s": tensor_sum(which) for which in ("measure", "write")},
+        **{f"sweep of tensors {which}s": tensor_sweep(which) for which in ("measure", "write")},
+    }
+
+
 def launches() -> dict[str, Launch]:
     """What test_ptx.DESIGN names."""
     quantize = partial(blocks_triton.quantize, vector(torch.bfloat16), blocks_of(E4M3))
@@ -123,7 +156,7 @@ def launches() -> dict[str, Launch]:
         for shard in (E4M3, FP32):
             found[f"accumulate {ranks} into a fresh {shard.name}"] = accumulate(ranks, shard, True)
             found[f"accumulate {ranks} into an old {shard.name}"] = accumulate(ranks, shard, False)
-    return found | {f"sweep {level}": sweep(level) for level in LEVELS}
+    return found | {f"sweep {level}": sweep(level) for level in LEVELS} | of_tensors()
 
 
 def type_of(value: object) -> str:
@@ -138,7 +171,8 @@ def type_of(value: object) -> str:
 def compiled(launch: Launch, architecture: int) -> Any:
     """The kernel for one compute capability; tensors and 64-bit distances are divisible by 16."""
     constants = dict(launch.constants)
-    constants["HARDWARE"] = divmod(architecture, 10) >= tiles_triton.FIRST_WITH_FP8
+    if "HARDWARE" in constants:
+        constants["HARDWARE"] = divmod(architecture, 10) >= tiles_triton.FIRST_WITH_FP8
     types = {name: type_of(value) for name, value in launch.parameters.items()}
     assert all(value % 16 == 0 for name, value in launch.parameters.items() if types[name] == "i64")
     names = launch.kernel.arg_names

@@ -180,6 +180,22 @@ def test_two_hops(tmp_path: Path) -> None:
     assert "with ties" in printed
 
 
+def test_gradient_scaling(tmp_path: Path) -> None:
+    """The exchange is above each of the paper's ways; post overflows, the others do not."""
+    picture = tmp_path / "scaling.png"
+    result, printed = run_quick("gradient_scaling.py", tmp_path / "scaling.json", "--picture", str(picture))
+    assert [row["ranks"] for row in result["rows"]] == [2, 4]
+    for row in result["rows"]:
+        ways = row["ways"]
+        for way in ("pre", "post", "dynamic"):
+            assert ways["blocks, FP32"]["snr_db"] > ways[way]["snr_db"]
+            assert ways["blocks, FP32"]["underflow"] < ways[way]["underflow"]
+        assert ways["post"]["overflow"] > 0 == ways["pre"]["overflow"] == ways["blocks, FP32"]["overflow"]
+        assert ways["pre"]["underflow"] >= ways["dynamic"]["underflow"] >= ways["post"]["underflow"]
+    assert "overflow" in printed
+    assert picture.stat().st_size > 10_000
+
+
 class TestModel:
     CLUSTER = comm_model.Cluster(
         ranks=32,

@@ -237,6 +237,42 @@ WRONG = [  # section, path in the message, value in the message, a part of what 
         '"stochastic"',
         '"stochastic" with fp16, bf16, split8',
     ),
+    (
+        {"enabled": True, "gradients": {"reduction": "fp8"}},
+        "fp8.gradients.reduction",
+        '"fp8"',
+        'fp8.scaling "tensor" beside it',
+    ),
+    (
+        {"enabled": True, "scaling": "tensor", "gradients": {"autoscale": "pre"}},
+        "fp8.gradients.autoscale",
+        '"pre"',
+        'fp8.gradients.reduction "fp8" beside it',
+    ),
+    (
+        {"enabled": True, "scaling": "tensor", "gradients": {"reduction": "fp8", "dtype": "bf16"}},
+        "fp8.gradients.dtype",
+        '"bf16"',
+        '"e4m3", "e5m2"',
+    ),
+    (
+        {"enabled": True, "scaling": "tensor", "gradients": {"intra_node_size": 2}},
+        "fp8.gradients.intra_node_size",
+        "2",
+        "one hop",
+    ),
+    (
+        {"enabled": True, "scaling": "tensor", "opt_level": "O2+"},
+        "fp8.optimizer.exp_avg_sq_dtype",
+        '"ue4m4"',
+        "fp32, bf16, fp16, e4m3, e5m2",
+    ),
+    (
+        {"enabled": True, "scaling": "tensor", "optimizer": {"clamp": True}},
+        "fp8.optimizer.clamp",
+        "true",
+        "false, or the key left out",
+    ),
     # the section is no object
     (None, "fp8", "null", "an object of enabled, opt_level"),
     (True, "fp8", "true", "an object of enabled, opt_level"),
@@ -246,11 +282,6 @@ WRONG = [  # section, path in the message, value in the message, a part of what 
 
 UNBUILT = [  # path, value, a part of what is allowed
     ("opt_level", "O3", '"O2"'),
-    ("scaling", "tensor", '"block"'),
-    ("gradients.reduction", "fp8", '"fp32"'),
-    ("gradients.autoscale", "dynamic", "left out"),
-    ("gradients.autoscale", "pre", "left out"),
-    ("gradients.autoscale", "post", "left out"),
     ("weights.dtype", "e4m3", "left out"),
 ]
 

@@ -43,6 +43,7 @@ RUN_BY = {
     "benchmarks/step_cpu.py": "test_benchmarks.py::test_step_cpu",
     "benchmarks/comm_volume.py": "test_benchmarks.py::test_comm_volume",
     "benchmarks/two_hops.py": "test_benchmarks.py::test_two_hops",
+    "benchmarks/gradient_scaling.py": "test_benchmarks.py::test_gradient_scaling",
     "benchmarks/overlap_cpu.py": "test_benchmarks.py::test_overlap_cpu",
     "benchmarks/update_error.py": "test_precision.py::test_update_error",
     "benchmarks/precision.py": "test_precision.py::test_precision",

@@ -91,15 +91,22 @@ def assert_parity(ours: dict[str, Any], stock: dict[str, Any]) -> None:
     )
 
 
+RECIPES: dict[str, dict[str, Any]] = {
+    **{level: {"opt_level": level} for level in ("O1", "O2", "O2+")},
+    "tensor": {"scaling": "tensor"},
+    "tensor, FP8 sum": {"scaling": "tensor", "gradients": {"reduction": "fp8"}},
+}
+
+
 class Runs:
     """Runs of the example at 2 ranks, each made once."""
 
     def __init__(self, ranks: RankPools) -> None:
         self._run = cache(
-            lambda level, stage, seed, steps, planted: ranks.run(
+            lambda recipe, stage, seed, steps, planted: ranks.run(
                 2,
                 run_with_fault,
-                ds_config({"opt_level": level} if level else None, stage=stage, micro_batch=8),
+                ds_config(RECIPES[recipe] if recipe else None, stage=stage, micro_batch=8),
                 seed,
                 steps,
                 planted,
@@ -107,9 +114,9 @@ class Runs:
         )
 
     def __call__(
-        self, level: str | None, *, stage: int = 2, seed: int = 0, steps: int, planted: str | None = None
+        self, recipe: str | None, *, stage: int = 2, seed: int = 0, steps: int, planted: str | None = None
     ) -> dict[str, Any]:
-        run: dict[str, Any] = self._run(level, stage, seed, steps, planted)
+        run: dict[str, Any] = self._run(recipe, stage, seed, steps, planted)
         return run
 
 
@@ -124,13 +131,19 @@ def test_losses_equal_stock_bf16(runs: Runs, level: str, seed: int) -> None:
     assert_parity(runs(level, seed=seed, steps=150), runs(None, seed=seed, steps=150))
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("recipe", ["tensor", "tensor, FP8 sum"])
+def test_losses_of_fp8_lm_as_published_equal_stock_bf16(runs: Runs, recipe: str, stage: int) -> None:
+    assert_parity(runs(recipe, stage=stage, steps=150), runs(None, steps=150))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("stage", [1, 2])
-@pytest.mark.parametrize("level", ["O1", "O2", "O2+"])
-def test_losses_equal_stock_bf16_over_the_grid(runs: Runs, level: str, stage: int, seed: int) -> None:
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_losses_equal_stock_bf16_over_the_grid(runs: Runs, recipe: str, stage: int, seed: int) -> None:
     assert_parity(
-        runs(level, stage=stage, seed=seed, steps=300), runs(None, stage=stage, seed=seed, steps=300)
+        runs(recipe, stage=stage, seed=seed, steps=300), runs(None, stage=stage, seed=seed, steps=300)
     )
 
 

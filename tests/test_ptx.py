@@ -71,9 +71,18 @@ DESIGN = {
         e4m3=1,
         draws=1,
     ),
+    # one scale a tensor: what measures only reads
+    "largest of a tensor": Design(2, 0, vector=2),
+    "quantize a tensor": Design(2, 1 + SCALE, e4m3=1, vector=2),
+    "sum of a tensor measures": Design(2 * (1 + SCALE), 0, fused=1),
+    "sum of a tensor writes": Design(2 * (1 + SCALE), 1 + SCALE, fused=1, e4m3=1),
+    "sweep of tensors measures": Design(1 + 2 + 1 + 2 + 4 * SCALE, 0, fused=SQUARE_ROOT_AND_QUOTIENT),
+    "sweep of tensors writes": Design(
+        1 + 2 + 1 + 2 + 4 * SCALE, 2 + 1 + 2 + 2 + 3 * SCALE, fused=SQUARE_ROOT_AND_QUOTIENT, e4m3=1
+    ),
 }
 # What is not a tile: tensor -> bytes of an access, and how many of them a program may touch.
-SMALL = {"control": (4, 8), "tile_segments": (4, 8), "table": (4, 24), "partial": (8, 16)}
+SMALL = {"control": (4, 8), "tile_segments": (4, 8), "table": (4, 24), "partial": (8, 16), "amax": (4, 96)}
 
 
 @dataclass(frozen=True)

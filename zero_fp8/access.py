@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 
-from ds_fp8.ops.adam import UNIT, decode_second_moment, encode_second_moment, square_root
+from ds_fp8.ops.adam import UNIT, AdamState, square_root
 from ds_fp8.ops.blocks import Blocks, chunks, decode, padded, quantize
 from ds_fp8.ops.masters import decode_masters, store_masters
 from ds_fp8.zero_fp8.comm import sum_over_ranks
@@ -73,7 +73,7 @@ class FullTensors:
 
         def read(shard: Shard, weights: Tensor, rows: slice) -> Tensor:
             if optim_state_key == "exp_avg_sq":
-                return decode_second_moment(shard.state.exp_avg_sq[rows], UNIT**-2)
+                return shard.state[rows].second_moment(UNIT**-2)
             if optim_state_key == "exp_avg":
                 return decode(shard.state.exp_avg[rows])
             return decode_masters(shard.state.master[rows], weights[rows])
@@ -100,7 +100,7 @@ class FullTensors:
             elif optim_state_key == "exp_avg":
                 quantize(part, shard.state.exp_avg[piece.rows])
             else:
-                _quantize_second_moment(part, shard.state.exp_avg_sq[piece.rows])
+                _quantize_second_moment(part, shard.state[piece.rows])
         if optim_state_key is None:
             self._write_weight(flat, parameter)
         else:
@@ -158,9 +158,9 @@ def _flat(value: Tensor, parameter: Parameter) -> Tensor:
     return value.detach().to(device=parameter.device, dtype=torch.float32).reshape(-1)
 
 
-def _quantize_second_moment(v: Tensor, out: Blocks) -> None:
+def _quantize_second_moment(v: Tensor, out: AdamState) -> None:
     """A vector of second moments, rounded to nearest, zeros after it."""
-    size = out.block_size
-    for part in chunks(len(out), size):
+    size = out.exp_avg_sq.block_size
+    for part in chunks(len(out.exp_avg_sq), size):
         rows = padded(v[part.start * size : part.stop * size], part.stop - part.start, size)
-        encode_second_moment(rows, square_root(rows), out[part])
+        out[part].set_second_moment(rows, square_root(rows))

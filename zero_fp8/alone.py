@@ -68,7 +68,8 @@ class States:
         if gradient.dtype not in GRADIENTS:
             gradient = gradient.to(torch.float32)
         size = self.recipe.block_size
-        states = AdamState(*(self._view(state, key) for key in self.formats))
+        master, exp_avg, exp_avg_sq = (self._view(state, key) for key in self.formats)
+        states = AdamState(master, exp_avg, exp_avg_sq)
         weights = parameter.detach().contiguous().view(-1)
         gradient = gradient.detach().reshape(-1)
         whole = len(weights) // size

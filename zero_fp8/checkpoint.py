@@ -8,7 +8,7 @@ parameters, each rank's piece without padding.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
@@ -41,6 +41,7 @@ class Progress:
     clamp_squares: list[float | None] | None  # a param group; None: the states are not ours
     loss_scaler: dict[str, int | float]
     param_groups: list[dict[str, Any]]  # hyperparameters
+    autoscale: Mapping[str, float] = field(default_factory=dict)  # mu by parameter name
 
 
 class Restorable(Protocol):
@@ -119,6 +120,7 @@ def recipe_facts(recipe: Recipe) -> manifest.Recipe:
         exp_avg=recipe.exp_avg.name,
         exp_avg_sq=recipe.exp_avg_sq.name,
         seed=recipe.seed,
+        scaling="tensor" if recipe.by_tensor else "block",
     )
 
 

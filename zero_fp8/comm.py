@@ -8,6 +8,7 @@ What is large travels while something else computes: it is launched here and wai
 On a GPU waiting is the stream's affair, not the host's.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,9 +36,13 @@ class Message:
         return self.blocks * self.block_size * self.format.itemsize
 
     @property
+    def scaled(self) -> bool:
+        """Whether scales follow the codes."""
+        return self.format.scaled
+
+    @property
     def nbytes(self) -> int:
-        scale_bytes = self.blocks if self.format.scaled else 0
-        return -(-(self.code_bytes + scale_bytes) // ALIGNMENT) * ALIGNMENT
+        return -(-(self.code_bytes + self.blocks * self.scaled) // ALIGNMENT) * ALIGNMENT
 
     def buffer(self, messages: int, device: torch.device) -> Tensor:
         """Room for as many messages, [messages, nbytes] uint8, not initialised."""
@@ -46,8 +51,16 @@ class Message:
     def blocks_of(self, message: Tensor) -> Blocks:
         """A message, [nbytes] uint8, seen as blocks."""
         codes = message[: self.code_bytes].view(self.format.dtype).view(self.blocks, self.block_size)
-        scales = message[self.code_bytes :][: self.blocks] if self.format.scaled else None
+        scales = message[self.code_bytes :][: self.blocks] if self.scaled else None
         return Blocks(codes, scales, self.format)
+
+
+class CodeMessage(Message):
+    """Codes alone: their scales are known."""
+
+    @property
+    def scaled(self) -> bool:
+        return False
 
 
 class Nodes:
@@ -101,6 +114,18 @@ class Transfer:
         return received
 
 
+class UnevenTransfer(Transfer):
+    """An all-to-all of messages of different lengths."""
+
+    def __init__(self, messages: Tensor, sizes: Sequence[int], rank: int, group: ProcessGroup) -> None:
+        """messages: flat, the one for rank r of sizes[r] bytes; rank: this one."""
+        ranks, own = len(sizes), sizes[rank]
+        self._sent, self._received = messages, messages.new_empty(ranks, own)
+        self._work = dist.all_to_all_single(
+            self._received.view(-1), messages, [own] * ranks, list(sizes), group=group, async_op=True
+        )
+
+
 class Gather:
     """A flat buffer that is being filled with the even part of it that each rank has written.
 
@@ -140,6 +165,26 @@ class Gather:
         self._works = [_gather(run, run[place], inside) for run in self._slices]
 
     def _wait(self) -> None:
+        while self._works:
+            self._works.pop(0).wait()
+
+
+class Spread:
+    """A flat buffer whose uneven parts their owners send to everybody: gloo has no uneven gather."""
+
+    def __init__(self, parts: Sequence[Tensor], group: ProcessGroup) -> None:
+        """parts: of the buffer, one for each rank."""
+        self._works = [
+            dist.broadcast(part, dist.get_global_rank(group, rank), group=group, async_op=True)
+            for rank, part in enumerate(parts)
+            if part.numel()
+        ]
+
+    def advance(self) -> None:
+        """There is one step only."""
+
+    def land(self) -> None:
+        """The buffer is filled."""
         while self._works:
             self._works.pop(0).wait()
 

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ds_fp8.ops.adam import AdamState, encode_second_moment, square_root
+from ds_fp8.ops.adam import AdamState, square_root
 from ds_fp8.ops.blocks import chunks, encode, padded
 from ds_fp8.ops.formats import BY_NAME, FP32, SPLIT16, Format
 from ds_fp8.ops.masters import encode_masters
@@ -75,15 +75,18 @@ def _write(values: Values, state: AdamState, weights: Tensor) -> None:
 
     encode_masters(rows(values.master), state.master, weights)
     encode(rows(values.exp_avg), state.exp_avg)
-    encode_second_moment(rows(values.exp_avg_sq), rows(values.root), state.exp_avg_sq)
+    state.set_second_moment(rows(values.exp_avg_sq), rows(values.root))
 
 
 def rounded(saved: manifest.Recipe | None, wanted: manifest.Recipe) -> list[str]:
     """The states that a conversion rounds; saved: None for FP32 states."""
+    same_scaling = saved is not None and saved.scaling == wanted.scaling
     same_blocks = saved is not None and saved.block_size == wanted.block_size
 
     def exact(source: Format, target: Format) -> bool:
-        return target in (FP32, SPLIT16) or (source is target and (same_blocks or not target.scaled))
+        if target in (FP32, SPLIT16):
+            return True
+        return source is target and same_scaling and (same_blocks or not target.scaled)
 
     formats = {
         key: (BY_NAME[getattr(saved, key)] if saved else FP32, BY_NAME[getattr(wanted, key)])

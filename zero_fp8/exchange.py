@@ -7,17 +7,65 @@ The price is a second rounding.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Protocol
 
 from torch import Tensor
 
 from ds_fp8.ops.backend import Backend
 from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.formats import Format
-from ds_fp8.zero_fp8.comm import Message, Nodes, Transfer
+from ds_fp8.zero_fp8.comm import Message, Nodes, Transfer, UnevenTransfer
 
 
-class Exchange:
-    """A bucket's messages, launched.
+class Exchange(Protocol):
+    """A bucket's messages, launched."""
+
+    def advance(self) -> None:
+        """Start what follows on what is under way."""
+
+    def land(self) -> Sequence[Blocks]:
+        """Wait for the last hop: what there is to add, in this order."""
+
+    def abandon(self) -> None:
+        """Wait for what has been launched, and launch nothing more."""
+
+
+class UnevenExchange:
+    """Messages as long as the tensors of their owners; one hop."""
+
+    def __init__(self, buffer: Tensor, messages: Sequence[Message], nodes: Nodes) -> None:
+        """buffer: uint8, the messages for all ranks side by side."""
+        self._own = messages[nodes.place]  # as every rank sends it to this one
+        self._transfer = UnevenTransfer(
+            buffer, [each.nbytes for each in messages], nodes.place, nodes.everybody
+        )
+
+    def advance(self) -> None:
+        pass
+
+    def land(self) -> Sequence[Blocks]:
+        return [self._own.blocks_of(each) for each in self._transfer.wait()]
+
+    def abandon(self) -> None:
+        self._transfer.wait()
+
+
+class RingExchange(UnevenExchange):
+    """Codes that all ranks have scaled alike; they land in the order in which a ring of ranks adds them."""
+
+    def __init__(self, buffer: Tensor, messages: Sequence[Message], nodes: Nodes, scales: Tensor) -> None:
+        """scales: of the rows that this rank owns, [blocks] float32."""
+        super().__init__(buffer, messages, nodes)
+        self._first, self._scales = nodes.place + 1, scales
+
+    def land(self) -> Sequence[Blocks]:
+        """From the rank after this one on; this rank's own come last."""
+        pieces = [Blocks(each.codes, self._scales, each.format) for each in super().land()]
+        return [*pieces[self._first :], *pieces[: self._first]]
+
+
+class EvenExchange:
+    """Messages of one length, in one hop or two.
 
     1. Inside the node: the rank at place p receives what is for the owners at place p of all nodes.
     2. It adds the messages for one owner in FP32, in rank order, and rounds the sum for the second hop.

@@ -25,12 +25,11 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.utils.hooks import RemovableHandle
 
-from ds_fp8.ops.backend import Backend
-from ds_fp8.zero_fp8.comm import Message, Nodes, max_over_ranks
+from ds_fp8.zero_fp8.comm import Nodes, max_over_ranks
 from ds_fp8.zero_fp8.exchange import Exchange
 from ds_fp8.zero_fp8.partition import Bucket
-from ds_fp8.zero_fp8.recipe import Recipe
 from ds_fp8.zero_fp8.shard import Shard
+from ds_fp8.zero_fp8.wire import BlockWire
 
 logger = logging.getLogger("ds_fp8")
 
@@ -45,18 +44,16 @@ class GradientReducer:
         buckets: Sequence[Bucket],
         parameters: Mapping[int, Parameter],
         shards: Sequence[Shard],
-        recipe: Recipe,
+        wire: BlockWire,
         nodes: Nodes,
-        backend: Backend,
         *,
         overlap: bool,
     ) -> None:
         self._buckets = buckets
         self._parameters = parameters
         self._shards = shards
-        self._recipe = recipe
+        self._wire = wire
         self._nodes = nodes
-        self._backend = backend
         self._overlap = overlap
         self._under_way: deque[tuple[int, Exchange]] = deque()  # and their buckets, oldest first
         self.expects_late = False  # a step has found late gradients; the next will have them too
@@ -150,9 +147,7 @@ class GradientReducer:
         for _, earlier in self._under_way:
             earlier.advance()
         bucket = self._buckets[index]
-        message = Message(bucket.blocks_per_rank, bucket.block_size, self._recipe.wire)
-        messages = self.pack(bucket, message)
-        exchange = Exchange(messages, message, self._recipe.between_nodes, self._nodes, self._backend)
+        exchange = self._wire.send(bucket, self._take_gradients(bucket), self._shards[index].counts)
         self._under_way.append((index, exchange))
         if not self._overlap:
             self._land()
@@ -174,33 +169,19 @@ class GradientReducer:
         self.taken = 0  # gradients of this rank since then
         self._complete = False  # whether the last backward was the last of its step
 
-    def pack(self, bucket: Bucket, message: Message) -> Tensor:
-        """The bucket's gradients as one message an owner, zeros where there is none; drops them."""
-        first = self._parameters[bucket.slots[0].parameter]
-        messages = message.buffer(bucket.world_size, first.device)
-        counts = self._shards[bucket.index].counts
-        gradients = {slot.parameter: self._take_gradient(slot.parameter) for slot in bucket.slots}
-        for row, owner in enumerate(self._nodes.owners):
-            blocks, packed = message.blocks_of(messages[row]), 0
-            for piece in bucket.pieces(owner):
-                gradient = gradients[piece.slot.parameter]
-                if gradient is not None:
-                    values, rows = gradient[piece.elements], blocks[piece.rows]
-                    self._backend.quantize(values, rows, counts.of_gradient(piece.numel))
-                else:
-                    blocks[piece.rows].zero_()
-                packed = piece.rows.stop
-            blocks[packed:].zero_()
-        return messages
+    def pack(self, bucket: Bucket) -> Tensor:
+        """The bucket's messages, as they would be sent, flat uint8; drops the gradients."""
+        return self._wire.pack(bucket, self._take_gradients(bucket), self._shards[bucket.index].counts)
 
-    def _take_gradient(self, index: int) -> Tensor | None:
-        """The parameter's gradient as a vector, taken off the parameter."""
-        parameter = self._parameters[index]
-        gradient, parameter.grad = parameter.grad, None
-        if gradient is None:
-            return None
-        self.taken += 1
-        return gradient.reshape(-1)
+    def _take_gradients(self, bucket: Bucket) -> dict[int, Tensor | None]:
+        """The bucket's gradients as vectors, taken off their parameters."""
+        taken: dict[int, Tensor | None] = {}
+        for slot in bucket.slots:
+            parameter = self._parameters[slot.parameter]
+            gradient, parameter.grad = parameter.grad, None
+            taken[slot.parameter] = None if gradient is None else gradient.reshape(-1)
+            self.taken += gradient is not None
+        return taken
 
     def _late_buckets(self) -> list[int]:
         """Buckets that on any rank hold a gradient although they have travelled."""
@@ -217,6 +198,6 @@ class GradientReducer:
             logger.info(
                 "fp8.gradients.accum_dtype was left out and a second micro-step arrived: "
                 "the reduced gradient turns from %s to fp32",
-                self._recipe.shard.name,
+                self._shards[0].recipe.shard.name,
             )
         self._promotion_logged = True

@@ -19,18 +19,16 @@ from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 
 from ds_fp8.compat import ZeROOptimizer
-from ds_fp8.ops.backend import choose
 from ds_fp8.zero_fp8 import checkpoint
 from ds_fp8.zero_fp8.access import FullTensors
 from ds_fp8.zero_fp8.agreement import check_agreement
 from ds_fp8.zero_fp8.comm import Nodes
 from ds_fp8.zero_fp8.gradients import GradientReducer
 from ds_fp8.zero_fp8.health import Health
+from ds_fp8.zero_fp8.layout import layout_of
 from ds_fp8.zero_fp8.norm import Verdict, non_finite_parameters
 from ds_fp8.zero_fp8.optimizer import FP8AdamW
-from ds_fp8.zero_fp8.partition import partition
 from ds_fp8.zero_fp8.recipe import Recipe, ZeroSettings
-from ds_fp8.zero_fp8.shard import Shard
 from ds_fp8.zero_fp8.trained import check_finite, trained_parameters
 from ds_fp8.zero_fp8.weights import Gathers, Weights
 
@@ -79,32 +77,35 @@ class FP8ZeROOptimizer(ZeROOptimizer):
         self.parameter_names = {index: names[each] for index, each in self.parameters.items()}
         if recipe.master.scaled:
             check_finite(self.parameters, self.parameter_names)
-        self.buckets = partition(
+        layout = layout_of(recipe)
+        self.buckets = layout.partition(
             specs,
             bucket_elements=settings.bucket_elements,
             block_size=recipe.block_size,
             world_size=dist.get_world_size(group),
         )
         self.weights = [Weights(bucket, self.parameters, rank) for bucket in self.buckets]
-        self.backend = choose(device)
+        self.backend = layout.choose(device)
         if self.backend.instead and rank == 0:
             logger.warning(
                 "plain PyTorch instead of kernels, with the same numbers: %s", self.backend.instead
             )
-        self.health = Health(settings.stats_interval, len(optimizer.param_groups), device)
+        self.health = Health(
+            settings.stats_interval, len(optimizer.param_groups), device, rooted=not recipe.by_tensor
+        )
         self.health.prepare(optimizer.steps + 1)
         self.shards = [
-            Shard(bucket, rank, recipe, device, self.backend, self.health.groups[bucket.group])
+            layout.shard(bucket, rank, recipe, device, self.backend, self.health.groups[bucket.group])
             for bucket in self.buckets
         ]
         self.nodes = Nodes(group, recipe.intra_node_size)
+        self.wire = layout.wire(recipe, self.nodes, self.backend, self.parameters)
         self.gradients = GradientReducer(
             self.buckets,
             self.parameters,
             self.shards,
-            recipe,
+            self.wire,
             self.nodes,
-            self.backend,
             overlap=settings.overlap,
         )
         self._masters_from_weights()
@@ -202,7 +203,12 @@ class FP8ZeROOptimizer(ZeROOptimizer):
         self.overflow = not math.isfinite(verdict.norm)
         if self.dynamic_loss_scale:
             self.loss_scaler.update_scale(self.overflow)
-        self.health.collect(self.optimizer.steps + 1, taken=not self.overflow, group=self.dp_process_group)
+        taken = not self.overflow
+        if taken:
+            self.wire.settle(self.shards)
+        self.health.collect(
+            self.optimizer.steps + 1, taken=taken, group=self.dp_process_group, more=self.wire.figures
+        )
         if self.overflow:
             self._skip()
         else:
@@ -323,6 +329,7 @@ class FP8ZeROOptimizer(ZeROOptimizer):
             "recipe": checkpoint.recipe_facts(self.recipe),
             "fp32_master": self.settings.save_fp32_master,
             "parameters": checkpoint.parameter_facts(self.buckets, self.parameters, self.parameter_names),
+            "autoscale": self.wire.state(self.parameter_names),
             **checkpoint.progress_facts(self.optimizer, self.loss_scaler),
         }
 
@@ -330,6 +337,7 @@ class FP8ZeROOptimizer(ZeROOptimizer):
         """Take over a checkpoint that has been checked; the weights follow the masters."""
         source.restore(self.shards, [each.own for each in self.weights], self.parameter_names)
         checkpoint.take_progress(source.progress, self.optimizer, self.loss_scaler)
+        self.wire.restore(source.progress.autoscale, self.parameter_names)
         self.health.prepare(self.optimizer.steps + 1)
         self.gradients.drop()
         self._weights_from_masters()

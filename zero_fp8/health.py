@@ -63,9 +63,10 @@ class Counts:
 class Health:
     """The counts of all param groups, and what they come to."""
 
-    def __init__(self, interval: int, groups: int, device: torch.device) -> None:
-        """interval: steps from one that is measured to the next; 0 = none is."""
+    def __init__(self, interval: int, groups: int, device: torch.device, *, rooted: bool) -> None:
+        """interval: steps from one that is measured to the next; 0 = none is. rooted: as `AdamState` says."""
         self.interval = interval
+        self._zeros = "exp_avg_sq_rescued" if rooted else "exp_avg_sq_underflow"
         self.groups = [Counts(device if interval else None) for _ in range(groups)]
         self.last: dict[str, Any] | None = None  # of the last measured step
         self.listeners: list[Listener] = []
@@ -80,10 +81,12 @@ class Health:
         for each in self.groups:
             each.forget_sweep()
 
-    def collect(self, step: int, *, taken: bool, group: ProcessGroup) -> None:
+    def collect(
+        self, step: int, *, taken: bool, group: ProcessGroup, more: Callable[[], dict[str, float]]
+    ) -> None:
         """Add up a step over the ranks, if it was measured, and tell the listeners.
 
-        taken: whether it changed the states.
+        taken: whether it changed the states. more: figures of a step that was taken.
         """
         if not self.groups[0].measuring:
             return
@@ -94,31 +97,30 @@ class Health:
         self.last = {
             "step": step,
             "taken": taken,
-            "total": _shares(total, taken=taken),
-            "groups": [_shares(each, taken=taken) for each in figures],
+            "total": self._shares(total, taken=taken) | (more() if taken else {}),
+            "groups": [self._shares(each, taken=taken) for each in figures],
         }
         for listener in self.listeners:
             listener(self.last)
 
-
-def _shares(row: Sequence[float], *, taken: bool) -> dict[str, float]:
-    """Shares of all elements, decibels, and a count of blocks; of the states where a step was taken."""
-    gradient = GradientCounts(*row[:GRADIENT_COUNTS])
-    state = StateCounts(*row[GRADIENT_COUNTS : GRADIENT_COUNTS + STATE_COUNTS])
-    quantised, swept = (max(each, 1.0) for each in row[-2:])
-    shares = {
-        "gradient_underflow": gradient.underflows / quantised,
-        "gradient_saturated": gradient.saturated / quantised,
-        "gradient_non_finite_blocks": gradient.not_finite,
-        "gradient_snr_db": _decibels(gradient.signal, gradient.noise),
-    }
-    if taken:
-        shares |= {
-            "exp_avg_clamped": state.clamped / swept,
-            "exp_avg_underflow": state.underflows / swept,
-            "exp_avg_sq_rescued": state.rescued / swept,
+    def _shares(self, row: Sequence[float], *, taken: bool) -> dict[str, float]:
+        """Shares of all elements, decibels, and a count of blocks; of the states where a step was taken."""
+        gradient = GradientCounts(*row[:GRADIENT_COUNTS])
+        state = StateCounts(*row[GRADIENT_COUNTS : GRADIENT_COUNTS + STATE_COUNTS])
+        quantised, swept = (max(each, 1.0) for each in row[-2:])
+        shares = {
+            "gradient_underflow": gradient.underflows / quantised,
+            "gradient_saturated": gradient.saturated / quantised,
+            "gradient_non_finite_blocks": gradient.not_finite,
+            "gradient_snr_db": _decibels(gradient.signal, gradient.noise),
         }
-    return shares
+        if taken:
+            shares |= {
+                "exp_avg_clamped": state.clamped / swept,
+                "exp_avg_underflow": state.underflows / swept,
+                self._zeros: state.zeros / swept,
+            }
+        return shares
 
 
 def _decibels(signal: float, noise: float) -> float:

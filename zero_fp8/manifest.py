@@ -40,6 +40,7 @@ class Recipe(_Part):
     exp_avg: str
     exp_avg_sq: str
     seed: int
+    scaling: str = "block"  # what has a scale; of "tensor" exp_avg_sq holds v itself
 
 
 class Parameter(_Part):
@@ -64,6 +65,7 @@ class Manifest(_Part):
     steps: int
     clamp_squares: list[float | Literal["off"] | None]  # a param group; null: at its fixed point
     loss_scaler: dict[str, int | float]
+    autoscale: dict[str, float] = {}  # mu of each parameter, where gradients are added in FP8
     scheduler: bool  # whether the model file holds a scheduler's state
     fp32_master: bool  # whether the optimizer files hold the view of zero_to_fp32.py
     parameters: dict[str, Parameter]

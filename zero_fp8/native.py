@@ -43,7 +43,8 @@ class Native:
         squares = [float("inf") if each == "off" else each for each in self.facts.clamp_squares]
         any_rank = next(iter([*self._opened, *self.facts.optimizer_files]))
         groups = self._file(any_rank)["param_groups"]
-        return Progress(self.facts.steps, squares, dict(self.facts.loss_scaler), groups)
+        facts = self.facts
+        return Progress(facts.steps, squares, dict(facts.loss_scaler), groups, facts.autoscale)
 
     def check(self, shards: Sequence[Shard], names: Names) -> None:
         """Refuse, by a ValueError, files that do not hold what these shards need."""
@@ -103,7 +104,9 @@ class Native:
         if entry is None or entry.get("blocks") != list(blocks):
             received = entry and entry.get("blocks")
             raise ValueError(f"{self._path(rank)}: blocks of {name}: received {received}, expected {blocks}")
-        return AdamState(*(self._blocks(rank, name, key, entry, blocks[1] - blocks[0]) for key in STATES))
+        rows = blocks[1] - blocks[0]
+        master, exp_avg, exp_avg_sq = (self._blocks(rank, name, key, entry, rows) for key in STATES)
+        return AdamState(master, exp_avg, exp_avg_sq, rooted=self.facts.recipe.scaling == "block")
 
     def _blocks(self, rank: int, name: str, key: str, entry: Mapping[str, Any], rows: int) -> Blocks:
         fmt, size = self._formats[key], self.facts.recipe.block_size
@@ -161,7 +164,7 @@ class Native:
 
 def _decode(state: AdamState, weights: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The rows' master, exp_avg, exp_avg_sq and its root, [elements] each."""
-    if state.exp_avg_sq.format is FP32:
+    if state.exp_avg_sq.format is FP32 or not state.rooted:
         v = decode(state.exp_avg_sq)
         root = square_root(v)
     else:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_fp8.config import SECTION, FP8Config, parse
+from ds_fp8.config import SECTION, FP8Config, parse, refusal
 from ds_fp8.ops.adam import AdamScalars, next_clamp
 from ds_fp8.zero_fp8.alone import States
 from ds_fp8.zero_fp8.recipe import recipe_of
@@ -59,6 +59,8 @@ class FP8AdamW(torch.optim.Optimizer):
         self.fp8 = fp8
         config = parse({SECTION: {**(fp8 or {}), "enabled": True}})
         assert isinstance(config, FP8Config)
+        if config.scaling != "block":
+            raise refusal(f"{SECTION}.scaling", config.scaling, '"block" for an FP8AdamW without DeepSpeed')
         self._alone = States(recipe_of(config))
         super().__init__(params, defaults)
 

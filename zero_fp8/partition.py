@@ -6,6 +6,10 @@ be padding, so that every rank owns the same number of consecutive blocks and ev
 the bucket is even. A block lies inside one parameter and is counted from the parameter's own
 first element: what a block holds does not depend on the world size, only who owns it does.
 
+Where a scale belongs to a whole tensor, whole tensors go to ranks instead, by FP8-LM's Algorithm 1: over all
+buckets, largest first, to the rank that has least (arXiv 2310.18313 section 2.3). A rank's run of a bucket is
+then as long as its tensors, and a block is the granule that tensors are padded to.
+
 Nobody multiplies block counts by hand: `Bucket.segments` yields a rank's pieces of parameters.
 """
 
@@ -64,34 +68,97 @@ class Bucket:
 
     @property
     def blocks_per_rank(self) -> int:
+        """Of the fullest rank."""
         last = self.slots[-1]
         return -(-(last.first_block + last.blocks) // self.world_size)
 
     @property
     def elements_per_rank(self) -> int:
-        """With padding."""
+        """Of the fullest rank, with padding."""
         return self.blocks_per_rank * self.block_size
+
+    def rows_of(self, rank: int) -> slice:
+        """The blocks of the bucket that `rank` owns."""
+        return slice(rank * self.blocks_per_rank, (rank + 1) * self.blocks_per_rank)
+
+    def blocks_of(self, rank: int) -> int:
+        """How many these are."""
+        rows = self.rows_of(rank)
+        return int(rows.stop - rows.start)
+
+    @property
+    def blocks(self) -> int:
+        """All blocks of the bucket, with padding."""
+        return int(self.rows_of(self.world_size - 1).stop)
 
     def pieces(self, rank: int) -> Iterator[Piece]:
         """What `rank` owns of each parameter, in the order of the shard."""
-        first = rank * self.blocks_per_rank
-        end = first + self.blocks_per_rank
+        rows = self.rows_of(rank)
         for slot in self.slots:
-            low = max(first, slot.first_block)
-            high = min(end, slot.first_block + slot.blocks)
+            low = max(rows.start, slot.first_block)
+            high = min(rows.stop, slot.first_block + slot.blocks)
             if low < high:
                 start = (low - slot.first_block) * self.block_size
                 numel = min(slot.numel - start, (high - low) * self.block_size)
-                yield Piece(slot, low - first, high - low, start, numel)
+                yield Piece(slot, low - rows.start, high - low, start, numel)
 
     def offset(self, slot: Slot) -> int:
         """Element of the bucket's flat weight buffer with which the parameter begins."""
         return slot.first_block * self.block_size
 
 
+@dataclass(frozen=True)
+class WholeBucket(Bucket):
+    """A bucket of which ranks own whole parameters; a rank's lie side by side."""
+
+    shares: tuple[int, ...]  # blocks of each rank; 0 where it owns none of these parameters
+
+    @property
+    def blocks_per_rank(self) -> int:
+        return max(self.shares)
+
+    def rows_of(self, rank: int) -> slice:
+        first = sum(self.shares[:rank])
+        return slice(first, first + self.shares[rank])
+
+
 def partition(
     parameters: Sequence[ParameterSpec], *, bucket_elements: int, block_size: int, world_size: int
 ) -> tuple[Bucket, ...]:
+    """Buckets that are cut between blocks, as evenly as blocks allow."""
+    return tuple(
+        Bucket(index, members[0].group, _slots(members, block_size), block_size, world_size)
+        for index, members in enumerate(_fill(parameters, bucket_elements))
+    )
+
+
+def partition_whole(
+    parameters: Sequence[ParameterSpec], *, bucket_elements: int, block_size: int, world_size: int
+) -> tuple[WholeBucket, ...]:
+    """Buckets that are cut between parameters, whose owners Algorithm 1 finds."""
+    blocks = {each.index: -(-each.numel // block_size) for each in parameters}
+    owners = dict(zip(blocks, assign(list(blocks.values()), world_size), strict=True))
+    buckets = []
+    for number, members in enumerate(_fill(parameters, bucket_elements)):
+        members.sort(key=lambda each: owners[each.index])
+        shares = [0] * world_size
+        for each in members:
+            shares[owners[each.index]] += blocks[each.index]
+        slots = _slots(members, block_size)
+        buckets.append(WholeBucket(number, members[0].group, slots, block_size, world_size, tuple(shares)))
+    return tuple(buckets)
+
+
+def assign(sizes: Sequence[int], ranks: int) -> list[int]:
+    """The rank of each size: the largest first, to the rank that has least (the first of several)."""
+    loads, owners = [0] * ranks, [0] * len(sizes)
+    for index in sorted(range(len(sizes)), key=lambda each: -sizes[each]):
+        owners[index] = loads.index(min(loads))
+        loads[owners[index]] += sizes[index]
+    return owners
+
+
+def _fill(parameters: Sequence[ParameterSpec], bucket_elements: int) -> list[list[ParameterSpec]]:
     """Fill buckets of at most `bucket_elements` elements; a larger parameter is a bucket alone.
 
     Buckets are numbered in the order in which they fill, those still open at the end after them in
@@ -105,10 +172,7 @@ def partition(
         if current and sum(each.numel for each in current) + parameter.numel > bucket_elements:
             full.append(filling.pop(kind))
         filling.setdefault(kind, []).append(parameter)
-    return tuple(
-        Bucket(index, members[0].group, _slots(members, block_size), block_size, world_size)
-        for index, members in enumerate([*full, *filling.values()])
-    )
+    return [*full, *filling.values()]
 
 
 def _slots(members: Sequence[ParameterSpec], block_size: int) -> tuple[Slot, ...]:

@@ -23,12 +23,24 @@ class Recipe:
     exp_avg_sq: Format
     clamp: bool
     seed: int
+    by_tensor: bool = False  # a scale a tensor and whole tensors a rank, else a scale a block
+    autoscale: str | None = None  # of gradients that are added in FP8; None: they are added in FP32
     intra_node_size: int = 1  # ranks a node of the two-hop exchange; 1 = one hop
     inter_node: Format | None = None  # gradients between nodes; None = as wire
 
     def two_hops(self, ranks: int) -> bool:
         """Whether the ranks make several nodes of several ranks."""
         return 1 < self.intra_node_size < ranks
+
+    @property
+    def gradient_scale_bytes(self) -> int:
+        """Of a block of the reduced gradient, where it has scales."""
+        return 1 if self.autoscale is None else 4
+
+    @property
+    def wire_scale_bytes(self) -> int:
+        """Of a block on its way; scales that the ranks agree on stay behind."""
+        return 1 if self.autoscale is None else 0
 
     @property
     def between_nodes(self) -> Format:
@@ -76,8 +88,10 @@ def recipe_of(config: FP8Config, *, accumulating: bool = False, ranks: int = 1) 
         stochastic=config.stochastic,
         exp_avg=BY_NAME[states.exp_avg],
         exp_avg_sq=BY_NAME[states.exp_avg_sq],
-        clamp=config.optimizer.clamp,
+        clamp=config.optimizer.clamp and config.scaling == "block",
         seed=config.optimizer.seed,
+        by_tensor=config.scaling == "tensor",
+        autoscale=(gradients.autoscale or "dynamic") if gradients.reduction == "fp8" else None,
         intra_node_size=gradients.intra_node_size or 1,
         inter_node=BY_NAME[gradients.inter_node_dtype] if gradients.inter_node_dtype else None,
     )

@@ -12,7 +12,7 @@ from torch.nn import Parameter
 
 from ds_fp8.ops.blocks import Blocks, chunks, decode
 from ds_fp8.ops.masters import write_weights
-from ds_fp8.zero_fp8.comm import Gather, Nodes
+from ds_fp8.zero_fp8.comm import Gather, Nodes, Spread
 from ds_fp8.zero_fp8.partition import Bucket
 
 
@@ -22,20 +22,26 @@ class Weights:
     def __init__(self, bucket: Bucket, parameters: Mapping[int, Parameter], rank: int) -> None:
         """Copy the bucket's parameters into a new buffer and make them views of it."""
         first = parameters[bucket.slots[0].parameter]
-        size = bucket.world_size * bucket.elements_per_rank
-        self.buffer = torch.zeros(size, dtype=first.dtype, device=first.device)
+        self.buffer = torch.zeros(bucket.blocks * bucket.block_size, dtype=first.dtype, device=first.device)
         for slot in bucket.slots:
             parameter = parameters[slot.parameter]
             view = self.buffer[bucket.offset(slot) :][: slot.numel].view(parameter.shape)
             view.copy_(parameter.data)
             parameter.data = view
-        self._rows = slice(rank * bucket.blocks_per_rank, (rank + 1) * bucket.blocks_per_rank)
-        self._block_size = bucket.block_size
+        rows = self.buffer.view(-1, bucket.block_size)
+        self._parts = [rows[bucket.rows_of(each)] for each in range(bucket.world_size)]
+        self._rank = rank
 
     @property
     def own(self) -> Tensor:
         """The rows that this rank writes, [blocks, block size]."""
-        return self.buffer.view(-1, self._block_size)[self._rows]
+        return self._parts[self._rank]
+
+    def gather(self, nodes: Nodes) -> Gather | Spread:
+        """Launch what brings every rank's rows to all."""
+        if len({len(part) for part in self._parts}) == 1:
+            return Gather(self.buffer, nodes)
+        return Spread(self._parts, nodes.everybody)
 
     def write(self, masters: Blocks) -> None:
         """Round masters, the owned rows, into the weights; of split ones they are the upper half already."""
@@ -50,13 +56,13 @@ class Gathers:
 
     def __init__(self, nodes: Nodes) -> None:
         self._nodes = nodes
-        self._under_way: list[Gather] = []
+        self._under_way: list[Gather | Spread] = []
 
     def launch(self, weights: Weights) -> None:
         """Send a bucket's rows off; the bucket before it moves on."""
         for earlier in self._under_way[-1:]:
             earlier.advance()
-        self._under_way.append(Gather(weights.buffer, self._nodes))
+        self._under_way.append(weights.gather(self._nodes))
 
     def wait(self) -> None:
         """Bring everybody's rows to the parameters."""

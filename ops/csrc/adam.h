@@ -23,20 +23,23 @@ struct Factors {  // what decoded values are multiplied with
 };
 
 struct StateCounts {  // ops/health.py
-    double clamped, underflows, rescued;
+    double clamped, underflows, zeros;
 };
 
 struct Sweep {
     Blocks gradient, master, m, v;
+    const float* gradient_scales;  // of rows, in place of the gradient's own; or null
     Values weights;
     const Segment* segments;
     int64_t segment_count;
     StateCounts* counts;   // one a thread, or null
     const float* control;  // what the gradient is multiplied with; 0 where the step is skipped
     uint32_t v_stream, p_stream;
-    int32_t n, stochastic;
+    int32_t n, stochastic, rooted;
     Scalars scalars;
     Factors by;  // filled in here
+
+    bool root() const { return rooted && v.f().encode_up; }  // whether v holds one
 };
 
 struct Batch {
@@ -88,6 +91,7 @@ void adam(G g_in, P p_in, M m_in, V v_in, Batch& out, int rows, int n, const Sca
 struct Draws {  // of random bits, from an element of a parameter on
     uint32_t v_key, p_key, element;
 
+    Draws after(int64_t elements) const { return {v_key, p_key, uint32_t(element + elements)}; }
     Random v() const { return Random(v_key, element); }
     Random p() const { return Random(p_key, element); }
 };
@@ -95,40 +99,69 @@ struct Draws {  // of random bits, from an element of a parameter on
 // Decodes, computes and encodes a batch; a state's formats choose one.
 using Work = void (*)(const Sweep&, int64_t row, int rows, Draws, int part);
 
-// After m has been encoded.
-void count(const Sweep& sweep, const Batch& batch, int64_t row, int rows, Draws draws, StateCounts& counts) {
-    alignas(64) float m[BATCH];
-    const Format& v = sweep.v.f();
-    sweep.m.decode(row, rows, sweep.n, 1.0f, m);
-    counts.clamped += batch.clamped;
-    for (int i = 0; i < rows * sweep.n; ++i) counts.underflows += batch.m[i] != 0 && m[i] == 0;
-    if (v.rescued)
-        counts.rescued += double(v.rescued(batch.g, draws.v(), batch.root_amax, UNIT, rows, sweep.n));
+// Values that are not zero and whose code is.
+int64_t zeros(const Blocks& blocks, int64_t row, int rows, int n, const float* values) {
+    alignas(64) float stored[BATCH];
+    int64_t count = 0;
+    blocks.decode(row, rows, n, power_of_two(127 + 60), stored);  // so that no code comes to zero
+    for (int i = 0; i < rows * n; ++i) count += values[i] != 0 && stored[i] == 0;
+    return count;
 }
 
-// Any formats: decoded first, encoded last.
+// After the states have been encoded.
+void count(const Sweep& sweep, const Batch& batch, int64_t row, int rows, Draws draws, StateCounts& counts) {
+    const Format& v = sweep.v.f();
+    counts.clamped += batch.clamped;
+    counts.underflows += double(zeros(sweep.m, row, rows, sweep.n, batch.m));
+    if (!sweep.rooted)
+        counts.zeros += double(zeros(sweep.v, row, rows, sweep.n, batch.v));
+    else if (v.rescued)
+        counts.zeros += double(v.rescued(batch.g, draws.v(), batch.root_amax, UNIT, rows, sweep.n));
+}
+
+void decode_gradient(const Sweep& sweep, int64_t row, int rows, float* g) {
+    if (!sweep.gradient_scales) return sweep.gradient.decode(row, rows, sweep.n, sweep.by.g, g);
+    const uint8_t one = 127;
+    for (int i = 0; i < rows; ++i)
+        sweep.gradient.f().decode(sweep.gradient.at(row + i, sweep.n), &one,
+                                  sweep.gradient_scales[row + i] * sweep.by.g, g + i * sweep.n, 1, sweep.n);
+}
+
+// A batch of any formats.
 template <bool COUNT>
-void sweep_by_pointer(const Sweep& sweep, int64_t row, int rows, Draws draws, int part) {
-    Batch batch;
+void compute(const Sweep& sweep, int64_t row, int rows, Batch& batch) {
     const int n = sweep.n;
     const Blocks& v = sweep.v;
-    sweep.gradient.decode(row, rows, n, sweep.by.g, batch.g);
+    decode_gradient(sweep, row, rows, batch.g);
     read_masters(sweep.master, sweep.weights, row, rows, n, sweep.by.p, batch.p);
     sweep.m.decode(row, rows, n, sweep.by.m, batch.m);
     v.decode(row, rows, n, sweep.by.v, batch.v);
-    const bool root = v.f().encode_up;
-    (root ? adam<true, COUNT, Ready, Ready, Ready, Ready>
-          : adam<false, COUNT, Ready, Ready, Ready, Ready>)({batch.g}, {batch.p}, {batch.m}, {batch.v}, batch,
-                                                            rows, n, sweep.scalars);
+    (sweep.root() ? adam<true, COUNT, Ready, Ready, Ready, Ready>
+                  : adam<false, COUNT, Ready, Ready, Ready, Ready>)({batch.g}, {batch.p}, {batch.m},
+                                                                    {batch.v}, batch, rows, n, sweep.scalars);
+}
+
+// Encodes a batch by the largest values in it; root_amax is that of v where v holds no root.
+template <bool COUNT>
+void keep(const Sweep& sweep, Batch& batch, int64_t row, int rows, Draws draws, int part) {
+    const int n = sweep.n;
+    const Blocks& v = sweep.v;
     sweep.m.encode(row, rows, n, batch.m, batch.m_amax, UNIT);
-    if constexpr (COUNT) count(sweep, batch, row, rows, draws, sweep.counts[part]);
-    if (root)
+    if (sweep.root())
         v.f().encode_up(batch.g, draws.v(), batch.root_amax, UNIT, v.at(row, n), v.scale(row), rows, n);
     else
         v.encode(row, rows, n, batch.v, batch.root_amax, 2 * UNIT);
+    if constexpr (COUNT) count(sweep, batch, row, rows, draws, sweep.counts[part]);
     Random random = draws.p();
     write_masters(batch.p, batch.p_amax, sweep.stochastic ? &random : nullptr, sweep.master, sweep.weights,
                   row, rows, n);
+}
+
+template <bool COUNT>
+void sweep_by_pointer(const Sweep& sweep, int64_t row, int rows, Draws draws, int part) {
+    Batch batch;
+    compute<COUNT>(sweep, row, rows, batch);
+    keep<COUNT>(sweep, batch, row, rows, draws, part);
 }
 
 template <typename F>
@@ -229,6 +262,11 @@ uint32_t key_of(uint32_t stream, int64_t parameter) {
     return word ^ word >> 15;
 }
 
+Draws draws_of(const Sweep& sweep, const Segment& segment) {
+    return {key_of(sweep.v_stream, segment.parameter), key_of(sweep.p_stream, segment.parameter),
+            uint32_t(segment.first_element)};
+}
+
 // Rows first to last of all segments', one after the other.
 void adam_rows(const Sweep& sweep, int64_t first, int64_t last, int part) {
     const Work work = work_of(sweep);
@@ -236,24 +274,26 @@ void adam_rows(const Sweep& sweep, int64_t first, int64_t last, int part) {
     for (int64_t each = 0; each < sweep.segment_count && seen < last; ++each) {
         const Segment& segment = sweep.segments[each];
         const int64_t length = segment.last_row - segment.first_row;
-        const uint32_t v_key = key_of(sweep.v_stream, segment.parameter),
-                       p_key = key_of(sweep.p_stream, segment.parameter);
+        const Draws start = draws_of(sweep, segment);
         const int64_t from = first > seen ? first - seen : 0,
                       to = last < seen + length ? last - seen : length;
         in_batches(from, to, sweep.n, [&](int64_t row, int rows) {
-            const Draws draws = {v_key, p_key, uint32_t(segment.first_element + row * sweep.n)};
-            work(sweep, segment.first_row + row, rows, draws, part);
+            work(sweep, segment.first_row + row, rows, start.after(row * sweep.n), part);
         });
         seen += length;
     }
 }
 
-void adam_step(Sweep& sweep, int threads) {
-    if (sweep.control[1] == 0) return;
+void prepare(Sweep& sweep) {
     const Scalars& s = sweep.scalars;
     const float unit = power_of_two(127 + UNIT);
     sweep.by = {sweep.control[0] * unit, s.decoupled ? s.decay : 1.0f, s.beta1 * unit,
-                sweep.v.f().encode_up ? unit * s.root_beta2 : unit * unit * s.beta2};
+                sweep.root() ? unit * s.root_beta2 : unit * unit * s.beta2};
+}
+
+void adam_step(Sweep& sweep, int threads) {
+    if (sweep.control[1] == 0) return;
+    prepare(sweep);
     int64_t rows = 0;
     for (int64_t each = 0; each < sweep.segment_count; ++each)
         rows += sweep.segments[each].last_row - sweep.segments[each].first_row;

@@ -101,20 +101,25 @@ void measure(const float* x, const Blocks& out, int64_t row, int rows, int n, Gr
     }
 }
 
+// FP32 values of rows of a parameter, zeros past its end.
+void read_rows(const Values& values, int64_t count, int64_t row, int rows, int n, float* x) {
+    alignas(64) char padded[BATCH * 4];
+    const char* from = values.at(row * n);
+    const int64_t left = count - row * n;
+    if (left < rows * n) {
+        memset(padded, 0, size_t(rows * n * values.itemsize()));
+        if (left > 0) memcpy(padded, from, size_t(left * values.itemsize()));
+        from = padded;
+    }
+    read(from, values.dtype, x, rows * n);
+}
+
 // counts: one a thread, or null.
 void quantize(const Values& values, int64_t count, const Blocks& out, int64_t blocks, int n, int threads,
               GradientCounts* counts) {
     in_parallel_batches(blocks, n, threads, [&](int64_t row, int rows, int part) {
         alignas(64) float x[BATCH];
-        alignas(64) char padded[BATCH * 4];
-        const char* from = values.at(row * n);
-        const int64_t left = count - row * n;
-        if (left < rows * n) {  // past the end of a parameter
-            memset(padded, 0, size_t(rows * n * values.itemsize()));
-            if (left > 0) memcpy(padded, from, size_t(left * values.itemsize()));
-            from = padded;
-        }
-        read(from, values.dtype, x, rows * n);
+        read_rows(values, count, row, rows, n, x);
         out.encode(row, rows, n, x);
         if (counts) measure(x, out, row, rows, n, counts[part]);
     });

@@ -1,9 +1,9 @@
 // The four ops of a backend on a CPU, behind the contracts of ops/blocks.py, ops/reduction.py and
-// ops/adam.py: same codes, same scales. A batch of blocks is decoded into FP32 in L1 by its format, computed,
-// and encoded by its format; nothing longer is ever in between. Compiled once an instruction set, which ISA
-// names, and without fused multiply-add: the order of roundings is part of the contract.
-#include "adam.h"
-#include "reduction.h"
+// ops/adam.py, and those of them that write with one scale a tensor, ops/tensors.py: same codes, same scales.
+// A batch of blocks is decoded into FP32 in L1 by its format, computed, and encoded by its format; nothing
+// longer is ever in between. Compiled once an instruction set, which ISA names, and without fused
+// multiply-add: the order of roundings is part of the contract.
+#include "tensors.h"
 
 #define JOIN(name, isa) name##_##isa
 #define NAMED(name, isa) JOIN(name, isa)
@@ -22,3 +22,12 @@ EXPORT NAMED(accumulate, ISA)(const ISA::Blocks* pieces, int ranks, const ISA::B
     ISA::accumulate(pieces, ranks, *shard, fresh, blocks, n, threads, figures);
 }
 EXPORT NAMED(adam_step, ISA)(ISA::Sweep* sweep, int threads) { ISA::adam_step(*sweep, threads); }
+EXPORT NAMED(quantize_tensor, ISA)(const ISA::Values* values, int64_t count, const ISA::Blocks* out,
+                                   int64_t blocks, int n, int threads, ISA::GradientCounts* counts) {
+    ISA::quantize_tensor(*values, count, *out, blocks, n, threads, counts);
+}
+EXPORT NAMED(accumulate_tensor, ISA)(const ISA::Blocks* pieces, int ranks, const ISA::Blocks* shard,
+                                     int fresh, int64_t blocks, int n, int threads, ISA::Figures* figures) {
+    ISA::accumulate_tensor(pieces, ranks, *shard, fresh, blocks, n, threads, figures);
+}
+EXPORT NAMED(step_tensors, ISA)(ISA::Sweep* sweep, int threads) { ISA::step_tensors(*sweep, threads); }

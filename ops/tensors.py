@@ -1,0 +1,85 @@
+"""One scale a tensor: `ops.blocks`, `ops.reduction` and `ops.adam` where a block is a whole tensor.
+
+That is FP8-LM as published (arXiv 2310.18313 section 2.2): the largest value of a tensor decides the scale of
+all of it, and the second moment itself is stored, rounded to nearest. In memory a tensor is rows of the block
+size like any other, each with a copy of the tensor's scale: whoever only reads need not know, and the copies
+are less than a hundredth of the bytes. Writing needs the largest value before the first code: two sweeps in
+the kernels, one in this reference, whose temporaries are as long as the tensor.
+
+Every function takes the rows of one tensor, but for `adam_step`, whose plan names a shard's.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ds_fp8.ops.adam import UNIT, AdamScalars, AdamState, Rounding, Segment, Update, noise_of, store, update
+from ds_fp8.ops.blocks import Blocks, decode, encode, encode_and_count, padded
+from ds_fp8.ops.reduction import figures
+
+
+class OneBlock:
+    """Rows as a single block, for the time of a `with`; then its scale is every row's."""
+
+    def __init__(self, rows: Blocks) -> None:
+        scales = None if rows.scales is None else rows.scales.new_ones(1)
+        self._rows, self.block = rows, Blocks(rows.codes.view(1, -1), scales, rows.format)
+
+    def __enter__(self) -> Blocks:
+        return self.block
+
+    def __exit__(self, *_: object) -> None:
+        if self._rows.scales is not None and self.block.scales is not None:
+            self._rows.scales.copy_(self.block.scales.expand(len(self._rows)))
+
+
+def quantize(values: Tensor, out: Blocks, counts: Tensor | None = None) -> None:
+    """`ops.blocks.quantize` of a whole tensor; out: its rows."""
+    with OneBlock(out) as one:
+        encode_and_count(padded(values.to(torch.float32), 1, one.block_size), one, counts)
+
+
+def accumulate(pieces: Sequence[Blocks], shard: Blocks, *, fresh: bool) -> Tensor:
+    """`ops.reduction.accumulate` of a tensor's rows."""
+    total = decode(pieces[0])
+    for piece in pieces[1:]:
+        total = total + decode(piece)
+    store_rows(total if fresh else decode(shard) + total, shard)
+    return figures(shard)
+
+
+def store_rows(values: Tensor, out: Blocks) -> None:
+    """Round [rows, block size] float32 of a tensor to nearest."""
+    with OneBlock(out) as one:
+        encode(values.view(1, -1), one)
+
+
+def adam_step(
+    state: AdamState,
+    gradient: Blocks,
+    weights: Tensor,
+    plan: Sequence[Segment],
+    scalars: AdamScalars,
+    control: Tensor,
+    *,
+    rounding: Rounding,
+    counts: Tensor | None = None,
+) -> None:
+    """`ops.adam.adam_step`; each segment is a tensor."""
+    if not control[1]:
+        return
+    for segment in plan:
+        rows = segment.blocks
+        g = decode(gradient[rows], control[0] * UNIT)
+        found = update(state[rows], g, weights[rows], scalars)
+        values = Update(*(each.view(1, -1) for each in (found.p, found.fresh, found.m, found.v, found.root)))
+        noise = partial(noise_of, rounding.seed, scalars.step, segment.parameter, 0, values.p)
+        with (
+            OneBlock(state.master[rows]) as master,
+            OneBlock(state.exp_avg[rows]) as exp_avg,
+            OneBlock(state.exp_avg_sq[rows]) as exp_avg_sq,
+        ):
+            whole = AdamState(master, exp_avg, exp_avg_sq, state.rooted)
+            store(values, whole, weights[rows].view(1, -1), noise, rounding.stochastic, counts)
