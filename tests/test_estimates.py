@@ -1,7 +1,7 @@
 """Estimates against what engines allocate: tensors of the handler, DeepSpeed's and ours, on two ranks."""
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 from unittest.mock import patch
 
@@ -25,8 +25,8 @@ from ds_fp8.estimates import (
     with_fp8,
 )
 from ds_fp8.zero_fp8.exchange import Transfer
-from ds_fp8.zero_fp8.gradients import GradientReducer
 from ds_fp8.zero_fp8.partition import Bucket
+from ds_fp8.zero_fp8.wire import BlockWire
 
 BUCKET = 20_000
 SMALL = 200  # bytes: step counts, norms and flags that DeepSpeed and torch keep
@@ -220,8 +220,8 @@ def peak_of_backward(name: str, fp8: dict[str, Any], stage: int, overlap: bool) 
     config = ds_config(fp8, stage=stage, micro_steps=2, bucket=BUCKET, zero={"overlap_comm": overlap})
     engine = build(config, MODELS[name]())
     transfers: weakref.WeakSet[Transfer] = weakref.WeakSet()
-    seen = []
-    pack, launch = GradientReducer.pack, Transfer.__init__
+    seen, last = [], {}
+    pack, launch = BlockWire.pack, Transfer.__init__
 
     def grads(indices: Iterable[int]) -> int:
         found = (engine.optimizer.parameters[index].grad for index in indices)
@@ -231,20 +231,22 @@ def peak_of_backward(name: str, fp8: dict[str, Any], stage: int, overlap: bool) 
         buffers = [vars(each).get(key) for each in transfers for key in ("_sent", "_received")]
         return sum(each.nbytes for each in buffers if each is not None)
 
-    def watched_pack(self: Any, bucket: Bucket, message: Any) -> Tensor:
-        own = [slot.parameter for slot in bucket.slots]
-        before = grads(own if stage == 2 else engine.optimizer.parameters) + travelling()
-        messages = pack(self, bucket, message)
+    def watched_pack(self: Any, bucket: Bucket, gradients: Mapping[int, Tensor], counts: Any) -> Tensor:
+        others = grads(engine.optimizer.parameters) if stage == 1 else 0
+        before = nbytes(gradients.values()) + others + travelling()
+        messages = pack(self, bucket, gradients, counts)
+        last["gradients"] = gradients
         seen.append(before + messages.nbytes)
         return messages
 
     def watched_launch(self: Any, *arguments: Any) -> None:
         launch(self, *arguments)
         transfers.add(self)
-        seen.append(travelling() + (grads(engine.optimizer.parameters) if stage == 1 else 0))
+        packed = nbytes(last["gradients"].values())
+        seen.append(packed + travelling() + (grads(engine.optimizer.parameters) if stage == 1 else 0))
 
     with (
-        patch.object(GradientReducer, "pack", watched_pack),
+        patch.object(BlockWire, "pack", watched_pack),
         patch.object(Transfer, "__init__", watched_launch),
     ):
         run_steps(engine, 1)
