@@ -104,15 +104,16 @@ def run_steps(engine: Any, steps: int) -> None:
         engine.step()
 
 
-def fp8_bytes(name: str, level: str, stage: int, micro_steps: int) -> dict[str, int]:
+def fp8_bytes(name: str, fp8: dict[str, Any], stage: int, micro_steps: int) -> dict[str, int]:
     """What our handler holds after steps, and every `.grad` that waits for the accumulation boundary."""
-    config = ds_config({"opt_level": level}, stage=stage, micro_steps=micro_steps, bucket=BUCKET)
+    config = ds_config(fp8, stage=stage, micro_steps=micro_steps, bucket=BUCKET)
     engine = build(config, MODELS[name]())
     run_steps(engine, 2)
     shards = engine.optimizer.shards
+    states = [shard.state for shard in shards]
     found = {
         "weights": nbytes(engine.module.parameters()),
-        "states": sum(each.nbytes for shard in shards for each in vars(shard.state).values()),
+        "states": sum(each.master.nbytes + each.exp_avg.nbytes + each.exp_avg_sq.nbytes for each in states),
         "reduced": sum(shard.gradient.nbytes for shard in shards),
     }
     micro_step(engine)
@@ -126,10 +127,22 @@ def fp8_bytes(name: str, level: str, stage: int, micro_steps: int) -> dict[str, 
 @pytest.mark.parametrize("name", MODELS)
 def test_fp8(ranks: RankPools, name: str, level: str, stage: int, micro_steps: int) -> None:
     held = levels()[level].held(model_of_module(MODELS[name]()), Run(2, stage, micro_steps, BUCKET))
-    for found in ranks.run(2, fp8_bytes, name, level, stage, micro_steps):
+    for found in ranks.run(2, fp8_bytes, name, {"opt_level": level}, stage, micro_steps):
         assert held.weights == found["weights"]
         assert held.states == found["states"]
         assert held.gradients == found["reduced"] + found["waiting"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_fp8_with_a_scale_a_tensor(ranks: RankPools, name: str) -> None:
+    """Whole tensors a rank: the estimate is of the rank that holds most."""
+    fp8 = {"scaling": "tensor"}
+    method = with_fp8("", FP8Config.model_validate(fp8))
+    held = method.held(model_of_module(MODELS[name]()), Run(2, 2, 1, BUCKET))
+    found = ranks.run(2, fp8_bytes, name, fp8, 2, 1)
+    fullest = max(found, key=lambda each: each["states"] + each["reduced"])
+    assert (held.states, held.gradients) == (fullest["states"], fullest["reduced"])
+    assert held.weights == fullest["weights"]
 
 
 class StockProbe:
