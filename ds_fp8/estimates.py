@@ -12,7 +12,7 @@ from typing import Any
 from ds_fp8 import memory
 from ds_fp8.config import LEVELS, FP8Config
 from ds_fp8.ops.formats import BF16, FP32, Format
-from ds_fp8.zero_fp8.partition import ParameterSpec, partition
+from ds_fp8.zero_fp8.partition import ParameterSpec, partition, partition_whole
 from ds_fp8.zero_fp8.recipe import recipe_of
 
 WEIGHT = BF16.itemsize
@@ -89,7 +89,8 @@ def levels() -> dict[str, Method]:
 
 def _with_fp8(config: FP8Config, model: Model, run: Run) -> Held:
     recipe = recipe_of(config, accumulating=run.accumulating, ranks=run.gpus)
-    buckets = partition(
+    cut = partition_whole if recipe.by_tensor else partition
+    buckets = cut(
         [ParameterSpec(index, numel, 0, BF16.name) for index, numel in enumerate(model.trained) if numel],
         bucket_elements=run.bucket_elements,
         block_size=recipe.block_size,
@@ -97,10 +98,12 @@ def _with_fp8(config: FP8Config, model: Model, run: Run) -> Held:
     )
     backward = memory.backward_bytes(recipe, WEIGHT, buckets, stage=run.stage, overlap=run.overlap)
     kept = memory.grad_bytes(WEIGHT, buckets) if run.stage == 1 else 0
-    reduced = memory.gradient_bytes(recipe, buckets, accumulating=run.accumulating)
+    ranks = memory.rank_bytes(recipe, buckets, accumulating=run.accumulating)
+    fullest = ranks.index(max(ranks))
+    reduced = memory.gradient_bytes(recipe, buckets, fullest, accumulating=run.accumulating)
     return Held(
         weights=memory.weight_bytes(WEIGHT, buckets) + WEIGHT * model.frozen,
-        states=memory.state_bytes(recipe, buckets),
+        states=memory.state_bytes(recipe, buckets, fullest),
         gradients=reduced + kept,
         buffers=max(backward, memory.gather_bytes(recipe, WEIGHT, buckets)) - kept,
     )

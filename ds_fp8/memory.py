@@ -132,11 +132,13 @@ def backward_bytes(
     largest = under_way = 0
     held = grad_bytes(itemsize, buckets) if stage == 1 else 0
     for bucket in buckets:
-        own, hops = grad_bytes(itemsize, [bucket]), hop_bytes(recipe, bucket)
+        own, (sent, *second) = grad_bytes(itemsize, [bucket]), hop_bytes(recipe, bucket)
+        received = bucket.world_size * message_bytes(recipe, bucket.blocks_per_rank, recipe.wire)
         before = held if stage == 1 else own
         held = before - own
-        largest = max(largest, under_way + hops[0] + max(before, held + hops[0]))
-        under_way = 2 * hops[-1] if overlap else 0
+        largest = max(largest, under_way + sent + max(before, held + received))
+        last = 2 * second[0] if second else sent + received
+        under_way = last if overlap else 0
     return largest
 
 

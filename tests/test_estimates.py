@@ -1,7 +1,7 @@
 """Estimates against what engines allocate: tensors of the handler, DeepSpeed's and ours, on two ranks."""
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 from unittest.mock import patch
 
@@ -25,8 +25,8 @@ from ds_fp8.estimates import (
     with_fp8,
 )
 from ds_fp8.zero_fp8.exchange import Transfer
-from ds_fp8.zero_fp8.gradients import GradientReducer
 from ds_fp8.zero_fp8.partition import Bucket
+from ds_fp8.zero_fp8.wire import BlockWire
 
 BUCKET = 20_000
 SMALL = 200  # bytes: step counts, norms and flags that DeepSpeed and torch keep
@@ -104,15 +104,16 @@ def run_steps(engine: Any, steps: int) -> None:
         engine.step()
 
 
-def fp8_bytes(name: str, level: str, stage: int, micro_steps: int) -> dict[str, int]:
+def fp8_bytes(name: str, fp8: dict[str, Any], stage: int, micro_steps: int) -> dict[str, int]:
     """What our handler holds after steps, and every `.grad` that waits for the accumulation boundary."""
-    config = ds_config({"opt_level": level}, stage=stage, micro_steps=micro_steps, bucket=BUCKET)
+    config = ds_config(fp8, stage=stage, micro_steps=micro_steps, bucket=BUCKET)
     engine = build(config, MODELS[name]())
     run_steps(engine, 2)
     shards = engine.optimizer.shards
+    states = [shard.state for shard in shards]
     found = {
         "weights": nbytes(engine.module.parameters()),
-        "states": sum(each.nbytes for shard in shards for each in vars(shard.state).values()),
+        "states": sum(each.master.nbytes + each.exp_avg.nbytes + each.exp_avg_sq.nbytes for each in states),
         "reduced": sum(shard.gradient.nbytes for shard in shards),
     }
     micro_step(engine)
@@ -126,10 +127,22 @@ def fp8_bytes(name: str, level: str, stage: int, micro_steps: int) -> dict[str, 
 @pytest.mark.parametrize("name", MODELS)
 def test_fp8(ranks: RankPools, name: str, level: str, stage: int, micro_steps: int) -> None:
     held = levels()[level].held(model_of_module(MODELS[name]()), Run(2, stage, micro_steps, BUCKET))
-    for found in ranks.run(2, fp8_bytes, name, level, stage, micro_steps):
+    for found in ranks.run(2, fp8_bytes, name, {"opt_level": level}, stage, micro_steps):
         assert held.weights == found["weights"]
         assert held.states == found["states"]
         assert held.gradients == found["reduced"] + found["waiting"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_fp8_with_a_scale_a_tensor(ranks: RankPools, name: str) -> None:
+    """Whole tensors a rank: the estimate is of the rank that holds most."""
+    fp8 = {"scaling": "tensor"}
+    method = with_fp8("", FP8Config.model_validate(fp8))
+    held = method.held(model_of_module(MODELS[name]()), Run(2, 2, 1, BUCKET))
+    found = ranks.run(2, fp8_bytes, name, fp8, 2, 1)
+    fullest = max(found, key=lambda each: each["states"] + each["reduced"])
+    assert (held.states, held.gradients) == (fullest["states"], fullest["reduced"])
+    assert held.weights == fullest["weights"]
 
 
 class StockProbe:
@@ -220,8 +233,8 @@ def peak_of_backward(name: str, fp8: dict[str, Any], stage: int, overlap: bool) 
     config = ds_config(fp8, stage=stage, micro_steps=2, bucket=BUCKET, zero={"overlap_comm": overlap})
     engine = build(config, MODELS[name]())
     transfers: weakref.WeakSet[Transfer] = weakref.WeakSet()
-    seen = []
-    pack, launch = GradientReducer.pack, Transfer.__init__
+    seen, last = [], {}
+    pack, launch = BlockWire.pack, Transfer.__init__
 
     def grads(indices: Iterable[int]) -> int:
         found = (engine.optimizer.parameters[index].grad for index in indices)
@@ -231,20 +244,22 @@ def peak_of_backward(name: str, fp8: dict[str, Any], stage: int, overlap: bool) 
         buffers = [vars(each).get(key) for each in transfers for key in ("_sent", "_received")]
         return sum(each.nbytes for each in buffers if each is not None)
 
-    def watched_pack(self: Any, bucket: Bucket, message: Any) -> Tensor:
-        own = [slot.parameter for slot in bucket.slots]
-        before = grads(own if stage == 2 else engine.optimizer.parameters) + travelling()
-        messages = pack(self, bucket, message)
+    def watched_pack(self: Any, bucket: Bucket, gradients: Mapping[int, Tensor], counts: Any) -> Tensor:
+        others = grads(engine.optimizer.parameters) if stage == 1 else 0
+        before = nbytes(gradients.values()) + others + travelling()
+        messages = pack(self, bucket, gradients, counts)
+        last["gradients"] = gradients
         seen.append(before + messages.nbytes)
         return messages
 
     def watched_launch(self: Any, *arguments: Any) -> None:
         launch(self, *arguments)
         transfers.add(self)
-        seen.append(travelling() + (grads(engine.optimizer.parameters) if stage == 1 else 0))
+        packed = nbytes(last["gradients"].values())
+        seen.append(packed + travelling() + (grads(engine.optimizer.parameters) if stage == 1 else 0))
 
     with (
-        patch.object(GradientReducer, "pack", watched_pack),
+        patch.object(BlockWire, "pack", watched_pack),
         patch.object(Transfer, "__init__", watched_launch),
     ):
         run_steps(engine, 1)

@@ -21,7 +21,7 @@ from ds_fp8.zero_fp8.recipe import Recipe
 from ds_fp8.zero_fp8.shard import RingShard, Shard
 
 Names = Mapping[int, str]  # global parameter index -> name in the module
-Gradients = Mapping[int, Tensor | None]  # vectors by parameter; None where this rank has none
+Gradients = dict[int, Tensor | None]  # vectors by parameter; None where this rank has none
 
 
 class BlockWire:
@@ -39,8 +39,10 @@ class BlockWire:
         self._device = next(iter(parameters.values())).device
 
     def send(self, bucket: Bucket, gradients: Gradients, counts: Counts) -> Exchange:
-        """Launch a bucket."""
-        return self._launch(self.pack(bucket, gradients, counts), self._messages(bucket))
+        """Launch a bucket. Lets go of its gradients before there is room for what arrives."""
+        buffer = self.pack(bucket, gradients, counts)
+        gradients.clear()
+        return self._launch(buffer, self._messages(bucket))
 
     def pack(self, bucket: Bucket, gradients: Gradients, counts: Counts) -> Tensor:
         """The bucket's messages side by side, uint8."""
@@ -118,6 +120,7 @@ class RingWire(BlockWire):
     def send(self, bucket: Bucket, gradients: Gradients, counts: Counts) -> Exchange:
         inverse = self._agree(gradients)
         buffer, scales = self._pack(bucket, gradients, counts, inverse), self._own_scales(bucket, inverse)
+        gradients.clear()
         return RingExchange(buffer, self._messages(bucket), self._nodes, scales)
 
     def pack(self, bucket: Bucket, gradients: Gradients, counts: Counts) -> Tensor:
