@@ -87,9 +87,10 @@ def draw(losses: dict[str, list[list[float]]], picture: Path) -> None:
     seeds = len(losses[STOCK])
     above.set(ylabel="training loss (nats a byte)", title=f"Byte-level GPT, 2 ranks, ZeRO 2, {seeds} seeds")
     below.set(xlabel="step", ylabel="difference (nats a byte)")
+    above.legend(fontsize=8)
+    below.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.18))
     for axes in (above, below):
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
     figure.savefig(picture, dpi=130)
 
 

@@ -13,7 +13,8 @@ from pydantic import ValidationError
 from ds_fp8 import ds_config, rules
 from ds_fp8.config import BUILT, LEVELS, FP8Config, Level, parse
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
 SHIPPED = sorted(
     each.name for each in resources.files("ds_fp8.configs").iterdir() if each.name.endswith(".json")
 )
@@ -591,14 +592,13 @@ class TestShippedConfigs:
             assert ds_config.check(config) == []
 
 
-def readme_blocks() -> Iterator[str]:
-    if README.exists():
-        yield from re.findall(r"^```json\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
+def json_blocks() -> Iterator[str]:
+    for page in (README, *(ROOT / "docs").glob("*.md")):
+        yield from re.findall(r"^```json\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.skipif(not README.exists(), reason="there is no README yet")
-def test_json_in_the_readme() -> None:
-    configs = [strict_json(block) for block in readme_blocks() if '"fp8"' in block]
-    assert configs, "the README shows no fp8 section"
+def test_json_in_the_documentation() -> None:
+    configs = [strict_json(block) for block in json_blocks() if '"fp8"' in block]
+    assert len(configs) > 3
     for config in configs:
         assert parse(config) is not None
