@@ -82,7 +82,10 @@ def by_name(measured: Mapping[str, Any]) -> dict[str, float]:
 
 def _require_active(engine: Any) -> None:
     if not is_active(engine):
-        raise ValueError('this engine does not use ds_fp8: is "fp8": {"enabled": true} in its config?')
+        raise ValueError(
+            'this engine does not use ds_fp8: its config has no "fp8": {"enabled": true}, or '
+            "ds_fp8.register() was not called before it was made"
+        )
 
 
 def banner(engine: Any) -> str:

@@ -519,7 +519,11 @@ def markdown() -> str:
     lines += ["", "## Refused", "", "| what | refused, in the words |", "|---|---|"]
     lines += [f"| {name} | `{message}` |" for name, (_, message) in REFUSED.items()]
     lines += [f"| {name} | `{message}` |" for name, message in REFUSED_BY_MODEL.items()]
-    lines += ["", "Values of the fp8 section that are not built yet are listed in the README.", ""]
+    lines += [
+        "",
+        "Values of the fp8 section that are not built yet are listed in [options.md](options.md).",
+        "",
+    ]
     return "\n".join(lines)
 
 
