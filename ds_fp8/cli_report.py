@@ -106,7 +106,7 @@ def judged(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def facts_of(plan: "Plan") -> dict[str, Any]:
     """As `ds_fp8.describe` tells of an engine."""
-    from ds_fp8 import memory
+    from ds_fp8 import memory, plans
 
     return {
         "opt_level": plan.fp8.opt_level,
@@ -118,6 +118,7 @@ def facts_of(plan: "Plan") -> dict[str, Any]:
         "overlap_comm": plan.run.overlap,
         "without_effect": plan.idle,
         "filled_in_by_hugging_face": plan.filled_in,
+        "advice": plans.advice(plan),
     }
 
 
@@ -145,7 +146,7 @@ def _config_rows(config: dict[str, Any]) -> dict[str, Any]:
         return {"refused": config["refused"]}
     if plan is None:
         return {"accepted": 'FP8 is off: no enabled "fp8" section; stock DeepSpeed runs'}
-    lists = ("without_effect", "filled_in_by_hugging_face")
+    lists = ("without_effect", "filled_in_by_hugging_face", "advice")
     shown = {key: value for key, value in plan.items() if key not in lists}
     told = {key.replace("_", " "): "; ".join(plan[key]) for key in lists if plan[key]}
     shown["weights"] = plan["weights"] or "as the model"

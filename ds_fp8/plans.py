@@ -11,6 +11,7 @@ from ds_fp8.config import SECTION, FP8Config, parse, refusal
 from ds_fp8.estimates import BUCKET_ELEMENTS, Run
 from ds_fp8.zero_fp8.recipe import Recipe, check_nodes, recipe_of
 
+FASTER_FROM = 64_000_000  # elements of a bucket, on one node with NVLink; docs/communication.md
 AUTO = "auto"  # a value that the Hugging Face Trainer and accelerate fill in
 
 
@@ -59,6 +60,17 @@ def plan(config: Mapping[str, Any], *, gpus: int, micro_steps: int | None = None
     recipe = recipe_of(fp8, accumulating=run.accumulating, ranks=gpus)
     check_nodes(recipe.intra_node_size, gpus)
     return Plan(fp8, run, recipe, _weights(config, recipe), tuple(idle), tuple(filled_in))
+
+
+def advice(plan: Plan) -> list[str]:
+    """What would make the exchange faster, as measured."""
+    alone, size = plan.run.gpus == 1, plan.run.bucket_elements
+    if alone or not plan.recipe.wire.scaled or plan.recipe.two_hops(plan.run.gpus) or size >= FASTER_FROM:
+        return []
+    return [
+        f"with buckets of {size:,} elements a BF16 exchange is faster where all GPUs share NVLink: set "
+        f"reduce_bucket_size to {FASTER_FROM:,} or more, or fp8.gradients.dtype to bf16"
+    ]
 
 
 def without_auto(config: Mapping[str, Any], prefix: str = "") -> tuple[dict[str, Any], list[str]]:
