@@ -222,10 +222,7 @@ def adam_step(
     counts: Tensor | None = None,
 ) -> None:
     """`ops.adam.adam_step`."""
-    sweep = _sweep(state, gradient, weights, plan, scalars, control, rounding)
-    with _counted(counts) as address:
-        sweep.counts = address
-        load().adam_step(byref(sweep), torch.get_num_threads())
+    _step(load().adam_step, _sweep(state, gradient, weights, plan, scalars, control, rounding), counts)
 
 
 def step_tensors(
@@ -240,10 +237,13 @@ def step_tensors(
     counts: Tensor | None = None,
 ) -> None:
     """`ops.tensors.adam_step`."""
-    sweep = _sweep(state, gradient, weights, plan, scalars, control, rounding)
+    _step(load().step_tensors, _sweep(state, gradient, weights, plan, scalars, control, rounding), counts)
+
+
+def _step(kernel: Any, sweep: CSweep, counts: Tensor | None) -> None:
     with _counted(counts) as address:
         sweep.counts = address
-        load().step_tensors(byref(sweep), torch.get_num_threads())
+        kernel(byref(sweep), torch.get_num_threads())
 
 
 def _sweep(
