@@ -1,7 +1,7 @@
 """Kernels against the plain-PyTorch reference on the same device; a benchmark runs this before it times."""
 
 from collections.abc import Iterator, Sequence
-from itertools import product
+from itertools import accumulate, pairwise, product
 
 import torch
 from torch import Tensor
@@ -42,8 +42,12 @@ ROUNDED = ("O2", "bf16, e5m2, bf16", "split8, e4m3, e4m3")  # masters are also r
 
 def verify(backend: Backend, device: torch.device) -> list[str]:
     """One line a kernel and kind of input: how many cases, none different. Raises AssertionError."""
-    checks = {"quantize, dequantize": quantized(backend, device), "accumulate": accumulated(backend, device)}
-    checks["adam_step"] = stepped(backend, device)
+    checks = {
+        "quantize, dequantize": quantized(backend, device),
+        "quantize_vectors": quantized_together(backend, device),
+        "accumulate": accumulated(backend, device),
+        "adam_step": stepped(backend, device),
+    }
     return [f"{name}: {sum(1 for _ in cases)} cases equal the reference" for name, cases in checks.items()]
 
 
@@ -108,6 +112,22 @@ def quantized(backend: Backend, device: torch.device) -> Iterator[None]:
         backend.dequantize(found, back)
         REFERENCE.dequantize(found, expected_back)
         assert_same(back, expected_back, f"de{what}")
+        yield
+
+
+def quantized_together(backend: Backend, device: torch.device) -> Iterator[None]:
+    """A hundred vectors, beginning anywhere in memory or with 16 bytes."""
+    for (name, values), dtype, fmt, step in product(
+        inputs(device).items(), (torch.float32, torch.bfloat16), (E4M3, E5M2, BF16), (1, 16)
+    ):
+        what = f"quantize vectors of {name} {dtype} to {fmt.name}, {step} elements apart"
+        vectors = [values.to(dtype)[step * number :][: 1 + 37 * number] for number in range(100)]
+        ends = list(accumulate(-(-vector.numel() // BLOCK) for vector in vectors))
+        rows = [slice(*each) for each in pairwise([0, *ends])]
+        found, expected = (empty(fmt, device, ends[-1]) for _ in range(2))
+        backend.quantize_vectors(vectors, [found[each] for each in rows])
+        REFERENCE.quantize_vectors(vectors, [expected[each] for each in rows])
+        assert_equal(found, expected, what)
         yield
 
 

@@ -8,7 +8,7 @@ compiler the reference runs, and says so.
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,7 +32,18 @@ class Backend:
     accumulate: Callable[..., Tensor]
     plan: Callable[..., Any]
     adam_step: Callable[..., None]
+    quantize_together: Callable[..., None] | None = None  # `quantize_vectors` in fewer launches
     instead: str | None = None  # why it runs although a faster one was wanted
+
+    def quantize_vectors(
+        self, vectors: Sequence[Tensor], outs: Sequence[blocks.Blocks], counts: Tensor | None = None
+    ) -> None:
+        """`quantize` each vector into the blocks beside it; these have one format and block size."""
+        if self.quantize_together is not None:
+            self.quantize_together(vectors, outs, counts)
+            return
+        for vector, out in zip(vectors, outs, strict=True):
+            self.quantize(vector, out, counts)
 
 
 REFERENCE = Backend(
@@ -123,7 +134,7 @@ def triton_obstacle(device: torch.device) -> str | None:
 
 def triton_backend() -> Backend:
     """The Triton kernels; Triton is imported here, and nowhere where it is not used."""
-    from ds_fp8.ops import adam_triton, blocks_triton, reduction_triton
+    from ds_fp8.ops import adam_triton, blocks_triton, reduction_triton, vectors_triton
 
     return Backend(
         "triton",
@@ -132,6 +143,7 @@ def triton_backend() -> Backend:
         reduction_triton.accumulate,
         adam_triton.plan,
         adam_triton.adam_step,
+        vectors_triton.quantize_vectors,
     )
 
 

@@ -67,6 +67,35 @@ def count_gradient(x, stored, e, partial, FORMAT: tl.constexpr, HARDWARE: tl.con
 
 
 @triton.jit
+def quantize_tile(
+    values,
+    codes,
+    scales,
+    partial,
+    amax,
+    numel,
+    blocks,
+    tile,
+    TENSOR: tl.constexpr,
+    COUNT: tl.constexpr,
+    FORMAT: tl.constexpr,
+    HARDWARE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """A tile of a vector, with the arguments of `quantize_kernel`."""
+    first, rows, offset, inside = tile_rows(blocks, tile, BLOCK, ROWS)
+    x = load_values(values + first * BLOCK, numel - first * BLOCK, rows, offset, BLOCK, ROWS)
+    codes, scales = codes + first * BLOCK, scales + first
+    size = magnitude(x)
+    if TENSOR:
+        size = tl.load(amax + tl.zeros((ROWS, 1), tl.int32))
+    stored, e = store_blocks(x, size, codes, scales, rows, offset, inside, FORMAT, HARDWARE, 0)
+    if COUNT:
+        count_gradient(x, stored, e, partial, FORMAT, HARDWARE)
+
+
+@triton.jit
 def quantize_kernel(
     values,  # [numel] float32, bfloat16 or float16
     codes,  # [blocks, BLOCK]
@@ -82,15 +111,23 @@ def quantize_kernel(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    first, rows, offset, inside = tile_rows(blocks, tl.program_id(0), BLOCK, ROWS)
-    x = load_values(values + first * BLOCK, numel - first * BLOCK, rows, offset, BLOCK, ROWS)
-    codes, scales = codes + first * BLOCK, scales + first
-    size = magnitude(x)
-    if TENSOR:
-        size = tl.load(amax + tl.zeros((ROWS, 1), tl.int32))
-    stored, e = store_blocks(x, size, codes, scales, rows, offset, inside, FORMAT, HARDWARE, 0)
-    if COUNT:
-        count_gradient(x, stored, e, partial, FORMAT, HARDWARE)
+    tile = tl.program_id(0)
+    quantize_tile(
+        values,
+        codes,
+        scales,
+        partial,
+        amax,
+        numel,
+        blocks,
+        tile,
+        TENSOR,
+        COUNT,
+        FORMAT,
+        HARDWARE,
+        BLOCK,
+        ROWS,
+    )
 
 
 @triton.jit

@@ -1,6 +1,6 @@
 """One check for each op but the sweep: kernels beside the reference, for the tests of Triton and C++ both."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -52,6 +52,20 @@ def check_quantize(kernels: Kernels, values: Tensor, outer: Blocks) -> None:
     kernels.ops.quantize(values.to(kernels.device), inner(twin))
     quantize(values, inner(outer))
     assert_same_blocks(twin, outer, f"{outer.format.name} of {values.numel()} {values.dtype}")
+
+
+def check_quantize_vectors(kernels: Kernels, vectors: list[Tensor], outers: list[Blocks]) -> None:
+    """Every vector beside what the reference makes of it alone, and the counts of all."""
+    twins = [to(outer, kernels.device) for outer in outers]
+    expected, found = torch.full((2, GRADIENT_COUNTS), 5.0, dtype=torch.float64)
+    found = found.to(kernels.device)
+    moved = [vector.to(kernels.device) for vector in vectors]
+    kernels.ops.quantize_vectors(moved, [inner(twin) for twin in twins], found)
+    for number, (vector, outer, twin) in enumerate(zip(vectors, outers, twins, strict=True)):
+        quantize(vector, inner(outer), expected)
+        assert_same_blocks(twin, outer, f"vector {number} of {len(vectors)}, {outer.format.name}")
+    assert found[:3].tolist() == expected[:3].tolist()
+    torch.testing.assert_close(found[3:].cpu(), expected[3:], rtol=1e-12, atol=0)
 
 
 def check_nasty_values(kernels: Kernels, fmt: Format, every: int) -> None:
@@ -158,6 +172,15 @@ VECTORS = st.builds(
     offset=st.integers(0, 17),
     **SHAPES,
 )
+
+
+def alike(vectors: list[Vector]) -> list[Vector]:
+    """With the formats and block sizes of the first."""
+    first = vectors[0]
+    return [replace(each, fmt=first.fmt, block_size=first.block_size) for each in vectors]
+
+
+SEVERAL = st.lists(VECTORS, min_size=1, max_size=5).map(alike)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ spread over threads in one way or another. So a program's statements are execute
 once. Integers are followed, floats are not: no address, mask or number of rounds depends on one.
 """
 
+import itertools
 import json
 import math
 import re
@@ -30,7 +31,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ds_fp8.config import LEVELS, FP8Config
-from ds_fp8.ops import adam_triton, blocks_triton, reduction_triton, tiles_triton
+from ds_fp8.ops import adam_triton, blocks_triton, reduction_triton, tiles_triton, vectors_triton
 from ds_fp8.ops.adam import AdamScalars, AdamState, Segment, next_clamp
 from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.formats import E4M3, FP32, Format
@@ -51,6 +52,7 @@ TYPES = {
     torch.uint8: "*u8",
     torch.int16: "*i16",
     torch.int32: "*i32",
+    torch.int64: "*i64",
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
     torch.float32: "*fp32",
@@ -87,8 +89,13 @@ def blocks_of(fmt: Format, blocks: int = BLOCKS) -> Blocks:
     return Blocks.zeros(blocks, BLOCK, fmt, META)
 
 
-def vector(dtype: torch.dtype) -> Tensor:
-    return torch.empty(BLOCKS * BLOCK - MISSING, dtype=dtype, device=META)
+def vector(dtype: torch.dtype, blocks: int = BLOCKS) -> Tensor:
+    return torch.empty(blocks * BLOCK - MISSING, dtype=dtype, device=META)
+
+
+def gradients(blocks: int = BLOCKS) -> list[tuple[Tensor, Blocks]]:
+    """Three vectors and where they are quantised to."""
+    return [(vector(torch.bfloat16, blocks), blocks_of(E4M3, blocks)) for _ in range(3)]
 
 
 def accumulate(ranks: int, shard: Format, fresh: bool) -> Launch:
@@ -148,8 +155,10 @@ def launches() -> dict[str, Launch]:
     """What test_ptx.DESIGN names."""
     quantize = partial(blocks_triton.quantize, vector(torch.bfloat16), blocks_of(E4M3))
     dequantize = partial(blocks_triton.dequantize, blocks_of(E4M3), vector(torch.float32))
+    together = partial(vectors_triton.quantize_vectors, *zip(*gradients(), strict=True))
     found = {
         "quantize": Launch(blocks_triton, "quantize_kernel", quantize),
+        "quantize vectors": Launch(vectors_triton, "quantize_vectors_kernel", together),
         "dequantize": Launch(blocks_triton, "dequantize_kernel", dequantize),
     }
     for ranks in (2, 8):
@@ -200,12 +209,14 @@ def resources(cubin: bytes) -> dict[str, int]:
 def walked(ptx: str, launch: Launch, *, last: bool) -> dict[str, Any]:
     """What a program does; `last`: at the ragged end of the tensors, and a second segment begins."""
     parameters = dict(launch.parameters)
+    blocks = PROGRAM * launch.rows + LEFT if last else BLOCKS
     if last:
-        blocks = PROGRAM * launch.rows + LEFT
         changed = {"blocks": blocks, "numel": blocks * BLOCK - MISSING}
         parameters |= {name: value for name, value in changed.items() if name in parameters}
     one = int(np.float32(1).view(np.int32))  # the step is taken
     memory = {("control", 4): one, ("tile_segments", 4 * (PROGRAM + 1)): int(last)}
+    places = itertools.chain(*vectors_triton.places_of(gradients(blocks)))
+    memory |= {("places", 8 * number): value for number, value in enumerate(places)}
     program = Program(ptx, PROGRAM, parameters, memory).run()
     return {
         "threads": program.threads,

@@ -208,4 +208,5 @@ class Program:
         self.touched[f"{kind} {name}"] = np.union1d(self.touched[f"{kind} {name}"], touched)
         if kind == "ld":
             words = np.array([self.memory.get((name, each), 0) for each in offset.tolist()])
-            self.write(statement.operands[0], words if width == 4 and active.all() else None, "b32")
+            followed = width in (4, 8) and ".v" not in statement.op and active.all()
+            self.write(statement.operands[0], words if followed else None, f"b{8 * width}")

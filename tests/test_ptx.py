@@ -45,6 +45,7 @@ class Design:
 SQUARE_ROOT_AND_QUOTIENT = 2 + 4
 DESIGN = {
     "quantize": Design(2, 1 + SCALE, e4m3=1, vector=2),
+    "quantize vectors": Design(2, 1 + SCALE, e4m3=1, vector=2),
     "dequantize": Design(1 + SCALE, 4, vector=4),
     "accumulate 2 into a fresh e4m3": Design(2 * (1 + SCALE), 1 + SCALE, fused=1, e4m3=1),
     "accumulate 2 into an old e4m3": Design(3 * (1 + SCALE), 1 + SCALE, fused=1, e4m3=1),
@@ -82,7 +83,14 @@ DESIGN = {
     ),
 }
 # What is not a tile: tensor -> bytes of an access, and how many of them a program may touch.
-SMALL = {"control": (4, 8), "tile_segments": (4, 8), "table": (4, 24), "partial": (8, 16), "amax": (4, 96)}
+SMALL = {
+    "control": (4, 8),
+    "tile_segments": (4, 8),
+    "table": (4, 24),
+    "partial": (8, 16),
+    "amax": (4, 96),
+    "places": (8, 12 * 8),
+}
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from kernel_support import needs_compiler
 
-from ds_fp8.ops import adam_triton, blocks_triton, reduction_triton
+from ds_fp8.ops import adam_triton, blocks_triton, reduction_triton, vectors_triton
 from ds_fp8.ops.backend import BUILT, REFERENCE, VARIABLE, choose, cpu_backend, triton_backend
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -48,6 +48,7 @@ def test_the_kernels_are_those_of_the_modules() -> None:
     assert backend.accumulate is reduction_triton.accumulate
     assert backend.plan is adam_triton.plan
     assert backend.adam_step is adam_triton.adam_step
+    assert backend.quantize_together is vectors_triton.quantize_vectors
 
 
 @pytest.mark.parametrize("device", [CPU, CUDA])

@@ -9,6 +9,7 @@ import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_checks import (
+    SEVERAL,
     SOURCES,
     VECTORS,
     Source,
@@ -19,6 +20,7 @@ from kernel_checks import (
     check_fp32,
     check_nasty_values,
     check_quantize,
+    check_quantize_vectors,
     check_scales_at_their_boundaries,
     check_source,
 )
@@ -28,6 +30,7 @@ from kernel_support import (
     NARROW,
     SCALED,
     assert_same,
+    dirty,
     each_decoded_format,
     each_dtype,
     each_format,
@@ -39,7 +42,7 @@ from kernel_support import (
 from torch import Tensor
 from triton_support import CONVERSIONS, DEVICE, TRITON, conversion, each_conversion
 
-from ds_fp8.ops import rounding_triton, tiles_triton
+from ds_fp8.ops import rounding_triton, tiles_triton, vectors_triton
 from ds_fp8.ops.blocks import to_float32
 from ds_fp8.ops.formats import E4M3, Format
 from ds_fp8.ops.rounding import RANDOM_BITS, round_up_from_zero
@@ -153,6 +156,31 @@ def test_any_vector_is_quantized(vector: Vector, hardware: bool) -> None:
     """From anywhere in a buffer; the last block short by any number, none and one element included."""
     with conversion(hardware):
         check_quantize(TRITON, vector.values, vector.blocks)
+
+
+@quick
+@given(vectors=SEVERAL, hardware=st.sampled_from(CONVERSIONS))
+def test_any_vectors_are_quantized_together(vectors: list[Vector], hardware: bool) -> None:
+    """Of several dtypes, from anywhere in memory, some empty."""
+    with conversion(hardware):
+        check_quantize_vectors(TRITON, [each.values for each in vectors], [each.blocks for each in vectors])
+
+
+@pytest.mark.parametrize("count", [1, 63, 64, 65, 130])
+def test_a_launch_takes_64_vectors(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """Vectors of one tile and of several, so that programs find theirs in every place of the table."""
+    launches = []
+
+    def counting(*arguments: Any, **constants: Any) -> None:
+        launches.append(arguments)
+        tiles_triton.launch(*arguments, **constants)
+
+    monkeypatch.setattr(vectors_triton, "launch", counting)
+    generator = torch.Generator().manual_seed(count)
+    sizes = torch.randint(1, 150 * 32, (count,), generator=generator).tolist()
+    vectors = [torch.randn(size, generator=generator).to(torch.bfloat16) for size in sizes]
+    check_quantize_vectors(TRITON, vectors, [dirty(-(-size // 32), 32, E4M3) for size in sizes])
+    assert len(launches) == -(-count // 64)
 
 
 @quick

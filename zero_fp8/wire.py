@@ -47,10 +47,17 @@ class BlockWire:
     def pack(self, bucket: Bucket, gradients: Gradients, counts: Counts) -> Tensor:
         """The bucket's messages side by side, uint8."""
 
-        def write(piece: Piece, gradient: Tensor, rows: Blocks) -> None:
-            self._backend.quantize(gradient[piece.elements], rows, counts.of_gradient(piece.numel))
+        vectors: list[Tensor] = []
+        places: list[Blocks] = []
 
-        return self._fill(bucket, gradients, write)
+        def note(piece: Piece, gradient: Tensor, rows: Blocks) -> None:
+            vectors.append(gradient[piece.elements])
+            places.append(rows)
+
+        buffer = self._fill(bucket, gradients, note)
+        counted = counts.of_gradient(sum(each.numel() for each in vectors))
+        self._backend.quantize_vectors(vectors, places, counted)
+        return buffer
 
     def settle(self, shards: Sequence[Shard]) -> None:
         """A step has been taken."""
