@@ -30,6 +30,7 @@ SLEEP = 20_000_000  # clocks, about 10 ms
 REDUCE = "BF16 reduce-scatter"
 EXCHANGE = "FP8 exchange"
 OVERLAPPED = f"FP8 exchange in {BUCKETS} buckets, overlapped"
+BF16_WIRE = "the same exchange of BF16"  # fp8.gradients.dtype bf16
 PARTS = ("quantise", "all-to-all", "decode and sum")
 OTHERS = "all-to-all, without the own message"
 
@@ -37,12 +38,18 @@ OTHERS = "all-to-all, without the own message"
 class Exchange:
     """Gradients of so many elements, a multiple of GRAIN, on their way to their owners, again and again."""
 
-    def __init__(self, elements: int, device: torch.device, *, buckets: int = 1) -> None:
+    def __init__(self, elements: int, device: torch.device, *, buckets: int = 1, wire: str = "e4m3") -> None:
         size = elements // PARAMETERS
         nowhere = torch.zeros(1, dtype=torch.bfloat16, device=device)  # nobody reads the weights
         parameters = [Parameter(nowhere.expand(size)) for _ in range(PARAMETERS)]
         fitting = elements // buckets
-        self._way = Way(parameters, choose(device), bucket_elements=fitting, overlap=buckets > 1)
+        self._way = Way(
+            parameters,
+            choose(device),
+            bucket_elements=fitting,
+            overlap=buckets > 1,
+            gradients={"dtype": wire},
+        )
         self._gradients = gradients(elements, device).split(size)
 
     def run(self) -> None:
@@ -119,7 +126,8 @@ def measure(elements: int, rounds: int, device: torch.device, spare: ProcessGrou
     Raises AssertionError where the exchange sends more than 0.51 of the bytes of BF16.
     """
     one, several = Exchange(elements, device), Exchange(elements, device, buckets=BUCKETS)
-    runs = {EXCHANGE: one.run, OVERLAPPED: several.run, **one.parts()}
+    other = Exchange(elements, device, wire="bf16")
+    runs = {EXCHANGE: one.run, OVERLAPPED: several.run, BF16_WIRE: other.run, **one.parts()}
     source = gradients(elements, device)
     for name, values in {"BF16": source, "FP32": source.float()}.items():
         runs |= {f"{name} reduce-scatter": reduce_scatter(values), f"{name} all-reduce": all_reduce(values)}

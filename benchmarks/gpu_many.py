@@ -30,7 +30,7 @@ from ds_fp8.ops.backend import choose
 
 CONSOLE = Console(width=132)
 PARTS_OF_ALL = ("bits", "trainings", "times")
-SIZES = ("16M", "64M", "128M", "256M", "512M")
+SIZES = ("1M", "4M", "16M", "64M", "128M", "256M", "512M")
 ARRIVAL = "FP8 all-to-all, decode and sum"
 FROM = 60_000_000  # elements from which the exchange is claimed to be as fast
 

@@ -116,6 +116,7 @@ def test_exchange_times(ranks: RankPools) -> None:
     assert sent[exchange_times.REDUCE] == elements
     assert sent["FP32 all-reduce"] == 4 * elements
     assert sent[exchange_times.EXCHANGE] == elements * 129 / 128 / 2
+    assert sent[exchange_times.BF16_WIRE] == elements
     assert sent[exchange_times.OVERLAPPED] == pytest.approx(sent[exchange_times.EXCHANGE], rel=0.01)
     assert found[0]["no_native_fp8"], "gloo does not add FP8"
 
