@@ -5,10 +5,10 @@
             --model 1.3B --micro_batch 4 --deepspeed_config benchmarks/gpu/$config.json
     done
 
-One configuration a process group. What --out has already is not run again, so that a loop goes on where
-it broke; each run adds itself to --out and prints the table of all. Options other than these two are the
-example's. Runs are compared with stock BF16 (bf16.json, or bf16_torch.json with torch's fused AdamW) of the
-same model on as many ranks; batch and steps are to be the same.
+One configuration a process group. What --out has already is not run again, so that a loop goes on where it
+broke (another seed needs another --out); each run adds itself to --out and prints the table of all. Options
+other than these two are the example's. Runs are compared with stock BF16 (bf16.json, or bf16_torch.json with
+torch's fused AdamW) of the same model on as many ranks; batch and steps are to be the same.
 
 "GB held" are a rank's states and reduced gradient, found among live tensors, beside what ds_fp8.memory says.
 Peaks are torch's allocator's; stock's less ours should be what the predictions differ by. Losses are compared

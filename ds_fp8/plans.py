@@ -11,7 +11,7 @@ from ds_fp8.config import SECTION, FP8Config, parse, refusal
 from ds_fp8.estimates import BUCKET_ELEMENTS, Run
 from ds_fp8.zero_fp8.recipe import Recipe, check_nodes, recipe_of
 
-FASTER_FROM = 64_000_000  # elements of a bucket, on one node with NVLink; docs/communication.md
+FASTER_FROM = 16_000_000  # elements of a bucket, on one node with NVLink; docs/communication.md
 AUTO = "auto"  # a value that the Hugging Face Trainer and accelerate fill in
 
 
@@ -68,8 +68,8 @@ def advice(plan: Plan) -> list[str]:
     if alone or not plan.recipe.wire.scaled or plan.recipe.two_hops(plan.run.gpus) or size >= FASTER_FROM:
         return []
     return [
-        f"with buckets of {size:,} elements a BF16 exchange is faster where all GPUs share NVLink: set "
-        f"reduce_bucket_size to {FASTER_FROM:,} or more, or fp8.gradients.dtype to bf16"
+        f"with buckets of {size:,} elements stock DeepSpeed's BF16 all-reduce may be faster where all GPUs "
+        f"share NVLink: set reduce_bucket_size to {FASTER_FROM:,} or more"
     ]
 
 
