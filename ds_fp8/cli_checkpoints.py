@@ -82,12 +82,13 @@ def inspect(arguments: argparse.Namespace) -> None:
     if arguments.json:
         show_json({"folder": str(folder), "verified": not arguments.no_verify, **facts.model_dump()})
         return
+    ranks = "1 rank" if facts.world_size == 1 else f"{facts.world_size} ranks"
     parameters = sum(math.prod(each.shape) for each in facts.parameters.values())
     rows = {
         "folder": folder,
         "files": "not verified" if arguments.no_verify else "whole: every size and checksum is right",
         "step": f"{facts.steps} of the optimizer, {facts.global_steps} of the engine",
-        "saved by": f"{facts.world_size} ranks, ZeRO {facts.zero_stage}",
+        "saved by": f"{ranks}, ZeRO {facts.zero_stage}",
         "with": f"ds_fp8 {facts.ds_fp8_version}, deepspeed {facts.deepspeed_version}",
         **{key: value for key, value in facts.recipe.model_dump().items()},
         "parameters": f"{parameters:,} trained, in {len(facts.parameters)} tensors",

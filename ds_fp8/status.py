@@ -95,11 +95,12 @@ def banner(engine: Any) -> str:
     total = facts["state_bytes_a_parameter"] + facts["gradient_bytes_a_parameter"]
     scaled = f"block {facts['block_size']}" if facts["scaling"] == "block" else "a scale a tensor"
     how = f", added in fp8 with {facts['autoscale']} scaling" if facts["autoscale"] else ""
+    ranks = "1 rank" if facts["world_size"] == 1 else f"{facts['world_size']} ranks"
     least, most = (facts[f"rank_bytes_{end}"] / 2**20 for end in ("min", "max"))
     hops = f"two hops, {facts['nodes']} nodes of {facts['intra_node_size']}, {facts['between_nodes']} between"
     return (
         f"ds_fp8 {facts['version']}: ON, {facts['opt_level']}, ZeRO {facts['zero_stage']}, "
-        f"{facts['world_size']} ranks | gradients {facts['gradients']}{how}, "
+        f"{ranks} | gradients {facts['gradients']}{how}, "
         f"reduced {facts['reduced_gradient']}, master {facts['master']}{rounding}, "
         f"exp_avg {facts['exp_avg']}, exp_avg_sq {facts['exp_avg_sq']}, {scaled} | "
         f"{total:.2f} bytes a parameter over the ranks, {least:.2f} to {most:.2f} MiB a rank, "

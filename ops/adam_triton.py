@@ -15,32 +15,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ds_fp8.ops import adam, health, tiles_triton
+from ds_fp8.ops import health
 from ds_fp8.ops.adam import AdamScalars, AdamState, Rounding, Segment
 from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.masters_triton import load_masters, store_masters
+from ds_fp8.ops.moments_triton import UNIT, count_rescued, count_zeros, second_moment, store_second_moment
+from ds_fp8.ops.roots_triton import divide, minimum, square_root
 from ds_fp8.ops.rounding import EXP_AVG_SQ, MASTER, signed, stream
-from ds_fp8.ops.rounding_triton import (
-    as_half,
-    dropped_bits,
-    exponent_shift,
-    key_of,
-    random_bits,
-    round_up_from_zero,
-    with_noise,
-)
+from ds_fp8.ops.rounding_triton import key_of, random_bits
 from ds_fp8.ops.tiles_triton import (
     decode,
     hardware_fp8,
-    inverse_scale,
-    is_scaled,
     launch,
     load_codes,
     load_scales,
     magnitude,
     partials,
     raw,
-    scale_exponent,
     scales_of,
     store_blocks,
     tile_of,
@@ -49,42 +40,7 @@ from ds_fp8.ops.tiles_triton import (
 )
 
 WARPS = 2
-UNIT = tl.constexpr(adam.LOG_UNIT)
-INTERPRETED = tl.constexpr(tiles_triton.INTERPRETED)
 STATE_COUNTS = tl.constexpr(health.STATE_COUNTS)
-
-
-@triton.jit
-def minimum(a, b):
-    """NaN where either is."""
-    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def square_root(v):
-    """Correctly rounded for 0 and from 2^-102 on; v is finite.
-
-    What `sqrt.rn` does for normal numbers, without its branch for the others: approximate, then correct
-    by the exact remainder.
-    """
-    if INTERPRETED:
-        return tl.sqrt_rn(v)
-    y = tl.inline_asm_elementwise(
-        "rsqrt.approx.ftz.f32 $0, $1;", "=f,f", [tl.maximum(v, 1.1754943508222875e-38)], tl.float32, True, 1
-    )
-    s = v * y
-    return tl.fma(tl.fma(s * -1.0, s, v), y * 0.5, s)
-
-
-@triton.jit
-def divide(a, b):
-    """Correctly rounded where |a| is 0 or from 2^-102 on and b positive and normal, by the same means."""
-    if INTERPRETED:
-        return tl.div_rn(a, b)
-    y = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [b], tl.float32, True, 1)
-    y = tl.fma(tl.fma(b * -1.0, y, 1.0), y, y)
-    q = a * y
-    return tl.fma(tl.fma(b * -1.0, q, a), y, q)
 
 
 @triton.jit
@@ -103,51 +59,11 @@ def row_places(first, rows, table, tile_segments, tile, segments, BLOCK: tl.cons
 
 
 @triton.jit
-def store_second_moment(root, random, codes, scales, rows, offset, inside, FORMAT: tl.constexpr):
-    """Store sqrt(v), given times UNIT, rounded stochastically, non-zero values never to zero.
-
-    Returns it on the scale of the codes, brought onto FP32's exponents.
-    """
-    floor = root.to(tl.int32, bitcast=True)
-    if is_scaled(FORMAT):
-        e = scale_exponent(floor, FORMAT, UNIT)
-        tl.store(scales + rows, e.to(tl.uint8), mask=inside)
-        root = root * inverse_scale(e, UNIT)[:, None] * two_to_the(exponent_shift(FORMAT))
-    else:
-        root = root * two_to_the(-UNIT)
-    code = round_up_from_zero(root, random, floor, FORMAT)
-    if codes.dtype.element_ty.is_floating():
-        code = as_half(code, FORMAT)
-    tl.store(codes + offset, code.to(codes.dtype.element_ty), mask=inside[:, None])
-    return root
-
-
-@triton.jit
 def count_state(place, clamped, m, stored_m, M: tl.constexpr, HARDWARE: tl.constexpr):
     """The first two of `ops.health.StateCounts` of a tile, stored as the program's."""
     underflows = (m != 0.0) & (decode(stored_m, M, HARDWARE) == 0.0)
     tl.store(place, tl.sum(clamped.to(tl.float64)))
     tl.store(place + 1, tl.sum(underflows.to(tl.float64)))
-
-
-@triton.jit
-def count_rescued(place, root, on_codes, random, FORMAT: tl.constexpr):
-    """The third: roots, what `store_second_moment` returned of them, and their random bits."""
-    noisy = with_noise(on_codes.to(tl.int32, bitcast=True), random, FORMAT)
-    rescued = (root != 0.0) & ((noisy >> dropped_bits(FORMAT)) == 0)
-    tl.store(place + 2, tl.sum(rescued.to(tl.float64)))
-
-
-@triton.jit
-def second_moment(v, scale, factor, root_factor, V: tl.constexpr, SWEEP: tl.constexpr):
-    """v times a factor, from codes of v or of its root."""
-    if V == "fp32":
-        return v * factor
-    elif SWEEP != "blocks":
-        return v * (scale * factor)[:, None]
-    else:
-        root = v * (scale * root_factor)[:, None]
-        return root * root
 
 
 @triton.jit
@@ -158,12 +74,6 @@ def size_of(size, amax, rows, inside, SWEEP: tl.constexpr):
     if SWEEP == "write":
         size = tl.load(amax + rows, mask=inside, other=0)[:, None]
     return size
-
-
-@triton.jit
-def count_zeros(place, v, stored):
-    """The third, of v itself and what it is without its scale."""
-    tl.store(place + 2, tl.sum(((v != 0.0) & (stored == 0.0)).to(tl.float64)))
 
 
 @triton.jit(do_not_specialize=["v_stream", "p_stream", "segments"])

@@ -95,7 +95,7 @@ def test_one_rank(tmp_path: Path, launcher: Callable[[int], list[str]]) -> None:
     config = [] if launcher is accelerate else ["--deepspeed", CONFIG]
     arguments = [*SMALL, *config, "--use_cpu", "--max_steps", "3"]
     printed = launch(launcher(1), through_ds_fp8, "hf_trainer.py", arguments, tmp_path)
-    assert "ON, O2, ZeRO 2, 1 ranks" in printed
+    assert "ON, O2, ZeRO 2, 1 rank |" in printed
 
 
 @pytest.mark.slow

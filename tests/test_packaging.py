@@ -177,4 +177,4 @@ class TestInstalledWheel:
         environment = rank_environment(0, 1, free_port())
         result = run(clean_python, "-m", "ds_fp8", *script, cwd=tmp_path, **environment)
         (banner,) = (line for line in result.stderr.splitlines() if line.startswith("[ds_fp8] ds_fp8 "))
-        assert ": ON, O2, ZeRO 2, 1 ranks" in banner
+        assert ": ON, O2, ZeRO 2, 1 rank |" in banner
