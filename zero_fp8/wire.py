@@ -4,7 +4,7 @@ Where blocks have scales, every owner gets a message of one length. Where tensor
 what the owner has of the bucket.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from ds_fp8.zero_fp8.shard import RingShard, Shard
 
 Names = Mapping[int, str]  # global parameter index -> name in the module
 Gradients = dict[int, Tensor | None]  # vectors by parameter; None where this rank has none
+Write = tuple[Piece, Tensor, Blocks]  # what of a gradient goes into which rows of a message
 
 
 class BlockWire:
@@ -46,17 +47,10 @@ class BlockWire:
 
     def pack(self, bucket: Bucket, gradients: Gradients, counts: Counts) -> Tensor:
         """The bucket's messages side by side, uint8."""
-
-        vectors: list[Tensor] = []
-        places: list[Blocks] = []
-
-        def note(piece: Piece, gradient: Tensor, rows: Blocks) -> None:
-            vectors.append(gradient[piece.elements])
-            places.append(rows)
-
-        buffer = self._fill(bucket, gradients, note)
+        buffer, writes = self._lay_out(bucket, gradients)
+        vectors = [gradient[piece.elements] for piece, gradient, _ in writes]
         counted = counts.of_gradient(sum(each.numel() for each in vectors))
-        self._backend.quantize_vectors(vectors, places, counted)
+        self._backend.quantize_vectors(vectors, [rows for _, _, rows in writes], counted)
         return buffer
 
     def settle(self, shards: Sequence[Shard]) -> None:
@@ -78,13 +72,12 @@ class BlockWire:
         size, fmt = bucket.block_size, self._recipe.wire
         return [self.message(bucket.blocks_of(owner), size, fmt) for owner in self._nodes.owners]
 
-    def _fill(
-        self, bucket: Bucket, gradients: Gradients, write: Callable[[Piece, Tensor, Blocks], None]
-    ) -> Tensor:
-        """Messages with what `write` makes of gradients, zeros where there is none."""
+    def _lay_out(self, bucket: Bucket, gradients: Gradients) -> tuple[Tensor, list[Write]]:
+        """Messages side by side, zeros where there is no gradient, and what is to be written into them."""
         messages = self._messages(bucket)
         sizes = [each.nbytes for each in messages]
         buffer = torch.empty(sum(sizes), dtype=torch.uint8, device=self._device)
+        writes: list[Write] = []
         for owner, message, part in zip(
             self._nodes.owners, messages, torch.split(buffer, sizes), strict=True
         ):
@@ -92,12 +85,12 @@ class BlockWire:
             for piece in bucket.pieces(owner):
                 gradient = gradients[piece.slot.parameter]
                 if gradient is not None:
-                    write(piece, gradient, blocks[piece.rows])
+                    writes.append((piece, gradient, blocks[piece.rows]))
                 else:
                     blocks[piece.rows].zero_()
                 packed = piece.rows.stop
             blocks[packed:].zero_()
-        return buffer
+        return buffer, writes
 
     def _launch(self, buffer: Tensor, messages: Sequence[Message]) -> Exchange:
         rows = buffer.view(len(messages), -1)
@@ -136,10 +129,10 @@ class RingWire(BlockWire):
     def _pack(
         self, bucket: Bucket, gradients: Gradients, counts: Counts, inverse: Mapping[int, Tensor]
     ) -> Tensor:
-        def write(piece: Piece, gradient: Tensor, rows: Blocks) -> None:
+        buffer, writes = self._lay_out(bucket, gradients)
+        for piece, gradient, rows in writes:
             ring.quantize(gradient, inverse[piece.slot.parameter], rows, counts.of_gradient(piece.numel))
-
-        return self._fill(bucket, gradients, write)
+        return buffer
 
     def _agree(self, gradients: Gradients) -> dict[int, Tensor]:
         """What each parameter's values are multiplied with, 0-d float32, by parameter; on every rank."""
