@@ -3,6 +3,7 @@
 Every function runs on all ranks and returns the same on each of them.
 """
 
+import copy
 import hashlib
 import sys
 from collections.abc import Iterator, Sequence
@@ -124,6 +125,14 @@ def raw(tensor: Tensor) -> Tensor:
     return tensor.detach().contiguous().view(-1).view(torch.uint8).cpu()
 
 
+STOCK = "stock DeepSpeed BF16"
+NUMERICS: dict[str, dict[str, Any]] = {
+    "O2": {},
+    "a scale a tensor": {"scaling": "tensor"},
+    "a scale a tensor, added in FP8": {"scaling": "tensor", "gradients": {"reduction": "fp8"}},
+}
+
+
 @dataclass(frozen=True)
 class Setting:
     """A way to train."""
@@ -131,35 +140,45 @@ class Setting:
     stage: int
     overlap: bool
     node_size: int
-    fp8: bool = True
+    numerics: str = "O2"  # of NUMERICS, or stock
 
     def __str__(self) -> str:
-        if not self.fp8:
-            return f"stock DeepSpeed BF16, ZeRO {self.stage}"
+        if self.numerics == STOCK:
+            return f"{STOCK}, ZeRO {self.stage}"
         overlap = ", overlap" if self.overlap else ""
-        return f"O2, ZeRO {self.stage}, nodes of {self.node_size}{overlap}"
+        return f"{self.numerics}, ZeRO {self.stage}, nodes of {self.node_size}{overlap}"
+
+    @property
+    def alike(self) -> str:
+        """Settings of which this is the same do not differ by a bit."""
+        return f"{self.numerics}, nodes of {self.node_size}"
 
     def ds_config(self) -> dict[str, Any]:
         zero = {"stage": self.stage, "overlap_comm": self.overlap, "reduce_bucket_size": 100_000}
-        params = {"lr": 1e-3, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
+        params: dict[str, Any] = {"lr": 1e-3, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
         config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": 4,
             "gradient_clipping": 1.0,
             "bf16": {"enabled": True},
             "zero_optimization": zero,
-            "optimizer": {"type": "AdamW", "params": params if self.fp8 else {**params, "torch_adam": True}},
+            "optimizer": {"type": "AdamW", "params": params},
             "steps_per_print": 10**9,
         }
-        gradients = {"intra_node_size": self.node_size}
-        if self.fp8:
-            config["fp8"] = {"enabled": True, "opt_level": "O2", "gradients": gradients}
-        return config
+        if self.numerics == STOCK:
+            params["torch_adam"] = True
+            return config
+        fp8 = copy.deepcopy(NUMERICS[self.numerics])
+        fp8.setdefault("gradients", {})["intra_node_size"] = self.node_size
+        return config | {"fp8": {"enabled": True, **fp8}}
 
 
 def settings(ranks: int) -> list[Setting]:
     """The first one twice: bits are compared only where a training repeats itself."""
     ways = [Setting(*each) for each in product((2, 1), (False, True), node_sizes(ranks))]
-    return [ways[0], *ways, Setting(2, False, 1, fp8=False)]
+    tensors = [
+        Setting(*each, 1, name) for name in NUMERICS if name != "O2" for each in ((2, False), (1, True))
+    ]
+    return [ways[0], *ways, *tensors, Setting(2, False, 1, STOCK)]
 
 
 @repeatable()
@@ -169,9 +188,9 @@ def trainings(ways: Sequence[Setting], steps: int) -> list[dict[str, Any]]:
     Raises AssertionError where ranks end with other weights, or settings that must not differ do.
     """
     rows = [train(setting, steps) for setting in ways]
-    first: dict[int, dict[str, Any]] = {}
-    for row in rows[:-1]:
-        reference = first.setdefault(row["node_size"], row)
+    first: dict[str, dict[str, Any]] = {}
+    for setting, row in zip(ways, rows, strict=True):
+        reference = first.setdefault(setting.alike, row)
         for what in ("weights", "losses"):
             assert row[what] == reference[what], f"{row['name']}: {what} differ from {reference['name']}'s"
     return rows
@@ -193,7 +212,6 @@ def train(setting: Setting, steps: int) -> dict[str, Any]:
     end = losses[-min(10, steps) :]
     return {
         "name": str(setting),
-        "node_size": setting.node_size,
         "losses": losses,
         "last_loss": sum(end) / len(end),
         "weights": digests[0],
