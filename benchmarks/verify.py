@@ -120,7 +120,7 @@ def quantized_together(backend: Backend, device: torch.device) -> Iterator[None]
     for (name, values), dtype, fmt, step in product(
         inputs(device).items(), (torch.float32, torch.bfloat16), (E4M3, E5M2, BF16), (1, 16)
     ):
-        what = f"quantize vectors of {name} {dtype} to {fmt.name}, {step} elements apart"
+        what = f"quantize_vectors of {name} {dtype} to {fmt.name}, {step} elements apart"
         vectors = [values.to(dtype)[step * number :][: 1 + 37 * number] for number in range(100)]
         ends = list(accumulate(-(-vector.numel() // BLOCK) for vector in vectors))
         rows = [slice(*each) for each in pairwise([0, *ends])]

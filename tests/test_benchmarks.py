@@ -40,18 +40,22 @@ def broken(which: str) -> Backend:
     def adam_step(*operands: object, rounding: Rounding, **others: object) -> None:
         REFERENCE.adam_step(*operands, rounding=Rounding(rounding.seed + 1), **others)
 
-    wrong = {"quantize": quantize, "accumulate": accumulate, "adam_step": adam_step}
+    def quantize_together(vectors: list[torch.Tensor], outs: list[Blocks], _: object) -> None:
+        REFERENCE.quantize_vectors([vectors[0], *vectors[:-1]], outs)
+
+    kernels = (quantize, quantize_together, accumulate, adam_step)
+    wrong = {each.__name__: each for each in kernels}
     return dataclasses.replace(REFERENCE, **{which: wrong[which]})
 
 
-@pytest.mark.parametrize("which", ["quantize", "accumulate", "adam_step"])
+@pytest.mark.parametrize("which", ["quantize", "quantize_together", "accumulate", "adam_step"])
 def test_verify_finds_a_wrong_kernel(which: str) -> None:
-    with pytest.raises(AssertionError, match=which):
+    with pytest.raises(AssertionError, match=which.replace("together", "vectors")):
         verify(broken(which), CPU)
 
 
 def test_verify_passes_the_reference() -> None:
-    assert len(verify(REFERENCE, CPU)) == 3
+    assert len(verify(REFERENCE, CPU)) == 4
 
 
 @pytest.mark.slow
@@ -63,7 +67,7 @@ def test_gpu_one_under_the_interpreter(tmp_path: Path) -> None:
     result = json.loads(out.read_text())
     names = [row["name"] for row in result["rows"]]
     assert result["kernels"] == "triton"
-    assert len(result["verified"]) == 3
+    assert len(result["verified"]) == 4
     assert {
         "quantize bf16 to e4m3",
         "sweep O2, writes bf16 weights",
@@ -94,7 +98,7 @@ def run_quick(script: str, out: Path, *options: str) -> tuple[dict[str, Any], st
 def quick(script: str, out: Path, *options: str) -> tuple[dict[str, Any], str]:
     """One that times kernels."""
     result, printed = run_quick(script, out, *options)
-    assert len(result["verified"]) == 3
+    assert len(result["verified"]) == 4
     assert result["machine"]["threads"] >= 1
     return result, printed
 
