@@ -53,8 +53,9 @@ class Exchange:
         self._gradients = gradients(elements, device).split(size)
 
     def run(self) -> None:
+        self._way.reducer.drop()
         self._way.give(self._gradients)
-        self._way.reducer.finish(last=True)
+        self._way.reducer.finish()
 
     def parts(self) -> dict[str, Callable[[], object]]:
         """PARTS of the exchange of a single bucket, each by itself."""

@@ -99,7 +99,7 @@ def arrivals(case: Case, device: torch.device, backend: Backend) -> dict[str, Te
         gradients = [there(noise(size, seed + index) * 1e-3) for index, size in enumerate(SIZES)]
         unused = [UNUSED] if way.rank == way.ranks - 1 else []
         way.give([None if index in unused else each for index, each in enumerate(gradients)])
-        way.reducer.finish(last=False)
+        way.reducer.finish()
     gathers = Gathers(way.nodes)
     for number, each in enumerate(weights):
         each.own.copy_(noise(each.own.numel(), 10_000 + 100 * way.rank + number).view_as(each.own))

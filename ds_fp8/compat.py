@@ -44,6 +44,7 @@ from deepspeed.runtime.fp16.loss_scaler import (  # noqa: E402
 from deepspeed.runtime.zero.config import ZeroStageEnum  # noqa: E402
 from deepspeed.utils.tensor_fragment import fragment_address  # noqa: E402
 from deepspeed.utils.timer import NoopTimer  # noqa: E402
+from deepspeed.utils.torch import is_functorch_transforming  # noqa: E402
 
 __all__ = [
     "ALL_OPS",
@@ -56,6 +57,7 @@ __all__ = [
     "ZeROOptimizer",
     "check_signatures",
     "check_version",
+    "is_functorch_transforming",
 ]
 
 # What the optimizer files of DeepSpeed hold besides tensors and plain values.
@@ -74,6 +76,11 @@ SIGNATURES: dict[tuple[type, str], tuple[str, ...]] = {
     (DeepSpeedEngine, "_configure_basic_optimizer"): ("self", "model_parameters"),
     (DeepSpeedEngine, "_do_optimizer_sanity_check"): ("self", "basic_optimizer"),
     (DeepSpeedEngine, "_configure_zero_optimizer"): ("self", "optimizer"),
+    (DeepSpeedEngine, "backward"): ("args", "kwargs"),  # DeepSpeed's profiling decorator hides the others
+    (DeepSpeedEngine, "_backward_prologue"): ("self",),
+    (DeepSpeedEngine, "_backward_prologue_per_tensor"): ("self", "grad"),
+    (DeepSpeedEngine, "_backward_epilogue"): ("self",),
+    (DeepSpeedEngine, "zero_grad"): ("self",),
     (DeepSpeedEngine, "save_checkpoint"): (
         "self",
         "save_dir",

@@ -5,7 +5,7 @@ Each replacement calls the original whenever FP8 is off. `registration` puts the
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 
 import ds_fp8
 from ds_fp8 import ds_config
+from ds_fp8.backward import divisor
 from ds_fp8.compat import ZERO_OPTIMIZATION, CreateLossScaler, NoopTimer
 from ds_fp8.config import FP8Config, parse, refusal, show
 from ds_fp8.status import accumulating, banner, is_active, write_events
@@ -160,6 +161,7 @@ def configure_zero_optimizer(original: Method) -> Method:
                 dynamic_loss_args=self.dynamic_loss_scale_args(),
             ),
         )
+        self.optimizer.join(functools.partial(members, self), functools.partial(divisor, self))
         self.optimizer.health.listeners.append(functools.partial(write_events, self))
         logger.info("%s", banner(self))
         if self._config.ds_fp8_idle_keys:
@@ -167,6 +169,12 @@ def configure_zero_optimizer(original: Method) -> Method:
         return self.optimizer
 
     return method
+
+
+def members(engine: Any) -> Iterable[tuple[str, torch.nn.Parameter]]:
+    """Names and parameters of the engine's module as it is now."""
+    named: Iterable[tuple[str, torch.nn.Parameter]] = engine.module.named_parameters()
+    return named
 
 
 def settings_of(config: FP8Config, engine: Any) -> ZeroSettings:

@@ -16,7 +16,7 @@ from typing import Any
 
 from deepspeed.accelerator import get_accelerator
 
-from ds_fp8 import engine, saving
+from ds_fp8 import backward, engine, saving
 from ds_fp8.compat import ALL_OPS, DeepSpeedConfig, DeepSpeedEngine, check_signatures
 from ds_fp8.ops.builder import FP8CPUBuilder, FP8TritonBuilder
 
@@ -50,6 +50,11 @@ SEAM = (
     (DeepSpeedEngine, "_do_optimizer_sanity_check", engine.do_optimizer_sanity_check),
     (DeepSpeedEngine, "_configure_zero_optimizer", engine.configure_zero_optimizer),
     (DeepSpeedEngine, "_scheduler_from_config", engine.scheduler_from_config),
+    (DeepSpeedEngine, "backward", backward.backward),
+    (DeepSpeedEngine, "_backward_prologue", backward.backward_prologue),
+    (DeepSpeedEngine, "_backward_prologue_per_tensor", backward.backward_prologue_per_tensor),
+    (DeepSpeedEngine, "_backward_epilogue", backward.backward_epilogue),
+    (DeepSpeedEngine, "zero_grad", backward.zero_grad),
     (DeepSpeedEngine, "save_checkpoint", saving.save_checkpoint),
     (DeepSpeedEngine, "load_checkpoint", saving.load_checkpoint),
 )

@@ -29,7 +29,8 @@ class FullTensors:
     """Access to the shards by parameter.
 
     gradient_scale: from the reduced gradient as stored to the mean over ranks. on_reading_gradients:
-    called, on every rank, before a gradient is read or set; it brings what has not arrived yet.
+    called, on every rank, before a gradient is read or set; it brings what has not arrived yet, and raises
+    ValueError if there is nothing. on_access: called before masters and weights are read or set.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class FullTensors:
         gradient_scale: Callable[[], float],
         on_foreign_state: Callable[[], None],
         on_reading_gradients: Callable[[], None],
+        on_access: Callable[[], None],
     ) -> None:
         self._shards = shards
         self._weights = weights
@@ -47,6 +49,7 @@ class FullTensors:
         self._gradient_scale = gradient_scale
         self._on_foreign_state = on_foreign_state
         self._on_reading_gradients = on_reading_gradients
+        self._on_access = on_access
 
     def bind(self, parameters: Mapping[int, Parameter]) -> None:
         """Give each parameter the methods that DeepSpeed's utilities call."""
@@ -70,6 +73,7 @@ class FullTensors:
     def get_state(self, index: int, parameter: Parameter, optim_state_key: str | None = None) -> Tensor:
         """Master weight, or the named state, in FP32. Raises ValueError for another name."""
         _check_key(optim_state_key)
+        self._on_access()
 
         def read(shard: Shard, weights: Tensor, rows: slice) -> Tensor:
             if optim_state_key == "exp_avg_sq":
@@ -82,7 +86,6 @@ class FullTensors:
 
     def get_gradient(self, index: int, parameter: Parameter) -> Tensor:
         """Mean gradient in FP32, without loss scale. Raises ValueError outside backward .. step."""
-        self._check_gradient()
         self._on_reading_gradients()
         scale = self._gradient_scale()
         return self._gather(index, parameter, lambda shard, _, rows: decode(shard.gradient[rows]) * scale)
@@ -92,6 +95,7 @@ class FullTensors:
     ) -> None:
         """Round a value into the master weight, and so into the model's weight, or into a state."""
         _check_key(optim_state_key)
+        self._on_access()
         flat = _flat(value, parameter)
         for shard, weights, piece in self._pieces(index):
             part = flat[piece.elements]
@@ -108,7 +112,6 @@ class FullTensors:
 
     def set_gradient(self, index: int, parameter: Parameter, value: Tensor) -> None:
         """Round a mean gradient into the reduced gradient. Raises ValueError outside backward .. step."""
-        self._check_gradient()
         self._on_reading_gradients()
         flat = _flat(value, parameter) / self._gradient_scale()
         for shard, _, piece in self._pieces(index):
@@ -141,10 +144,6 @@ class FullTensors:
             for piece in shard.pieces:
                 if piece.slot.parameter == index:
                     yield shard, weights.own, piece
-
-    def _check_gradient(self) -> None:
-        if any(shard.arrivals == 0 for shard in self._shards):
-            raise ValueError("gradients are there only between engine.backward() and engine.step()")
 
 
 def _check_key(key: str | None) -> None:

@@ -1,19 +1,22 @@
 """A gradient's way: hook -> bucket -> exchange -> shard.
 
-Autograd calls a hook when it has accumulated a parameter's gradient. The gradient stays in `.grad`
-until every parameter of its bucket has one; then the bucket is quantised, `.grad` is dropped, and
-the bucket travels. Buckets travel in index order on every rank, whatever order they fill in; what
-backward did not fill goes at the epilogue, with zeros for parameters that this rank did not use,
-so ranks that used different parameters neither wait for each other nor mix.
+Autograd calls a hook when it has accumulated a parameter's gradient and the user's own hooks have seen it.
+The gradient stays in `.grad` until every parameter of its bucket has one; then the bucket is quantised,
+`.grad` is dropped, and the bucket travels. Buckets travel in index order on every rank, whatever order they
+fill in; what backward did not fill goes at the epilogue, with zeros for parameters that this rank did not
+use, so ranks that used different parameters neither wait for each other nor mix.
+
+What the shards hold is the sum over all rounds since the last step or `drop`, as `.grad` is in PyTorch.
 
 With overlap a bucket that has been launched lands when the one after the next is about to be launched, or at
 the epilogue: two are under way at most, backward goes on meanwhile, and what lands is added in bucket order.
 Without it, it lands at once.
 
-A parameter may fire again after its bucket has left (weights tied under reentrant checkpointing
-do). Such a gradient waits in `.grad` and goes with the next micro-step's, or before the step in an
-extra round for which the ranks agree on the buckets. That a rank has one is a figure of the step's
-all-reduce: nobody asks after every backward, and a step that finds one is repeated.
+A gradient may arrive outside a round: after its bucket has left (weights tied under reentrant
+checkpointing), or in a backward that DeepSpeed does not notice (a second one over a retained graph). It
+waits in `.grad` and goes with the next round, or before the step in an extra round for which the ranks agree
+on the buckets. That a rank has one is a figure of the step's all-reduce: nobody asks after every backward,
+and a step that finds one is repeated.
 """
 
 import logging
@@ -22,12 +25,13 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node, get_gradient_edge
 from torch.nn import Parameter
 from torch.utils.hooks import RemovableHandle
 
 from ds_fp8.zero_fp8.comm import Nodes, max_over_ranks
 from ds_fp8.zero_fp8.exchange import Exchange
-from ds_fp8.zero_fp8.partition import Bucket
+from ds_fp8.zero_fp8.partition import Bucket, Slot
 from ds_fp8.zero_fp8.shard import Shard
 from ds_fp8.zero_fp8.wire import BlockWire
 
@@ -51,6 +55,7 @@ class GradientReducer:
     ) -> None:
         self._buckets = buckets
         self._parameters = parameters
+        self._kinds = {index: (each.dtype, each.device) for index, each in parameters.items()}
         self._shards = shards
         self._wire = wire
         self._nodes = nodes
@@ -58,73 +63,88 @@ class GradientReducer:
         self._under_way: deque[tuple[int, Exchange]] = deque()  # and their buckets, oldest first
         self.expects_late = False  # a step has found late gradients; the next will have them too
         self._hooks: list[RemovableHandle] = []
+        self._nodes_alive: list[Node] = []  # that carry the hooks; autograd holds them weakly
         self._promotion_logged = False
         self.drop()
 
     def listen(self) -> None:
-        """Reduce buckets while backward runs, as their gradients arrive (ZeRO 2)."""
+        """Reduce buckets while backward runs, as their gradients arrive (ZeRO 2); again after a cast."""
+        self.remove_hooks()
         for bucket in self._buckets:
             for slot in bucket.slots:
-                self._hooks.append(self._listen_to(bucket.index, slot.parameter))
+                self._listen_to(bucket.index, slot.parameter)
 
-    def _listen_to(self, bucket: int, index: int) -> RemovableHandle:
-        def on_gradient(_: Tensor) -> None:
+    def _listen_to(self, bucket: int, index: int) -> None:
+        """Hook the node that accumulates: its hooks run after all that hang on the parameter."""
+
+        def on_gradient(*_: object) -> None:
             if self.active:
                 self._missing[bucket].discard(index)
                 self._launch_filled()
 
-        parameter = self._parameters[index]
-        handle: RemovableHandle = parameter.register_post_accumulate_grad_hook(on_gradient)  # type: ignore[no-untyped-call]
-        return handle
+        node = get_gradient_edge(self._parameters[index]).node
+        self._nodes_alive.append(node)
+        self._hooks.append(node.register_hook(on_gradient))
 
     def remove_hooks(self) -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        self._nodes_alive.clear()
 
     def drop(self) -> None:
         """Forget everything that has been reduced or is on its way."""
         while self._under_way:
             self._under_way.popleft()[1].abandon()
-        self._begin_accumulation()
+        for shard in self._shards:
+            shard.forget()
+        self.backwards = 0  # that have come to their end since then
+        self.unfit: tuple[int, str] | None = (
+            None  # parameter whose gradient was not taken since then, and why
+        )
+        self.taken = 0  # gradients of this rank since then
+        self.rounds = 0  # backwards that have been reduced since then
         self._start_round()
 
-    @property
-    def interrupted(self) -> bool:
-        """Whether a backward has begun to send and has not come to its end."""
-        return self._next > 0
-
     def begin(self) -> None:
-        """A backward begins; after a whole one without a step nothing of that is left."""
+        """A backward begins: buckets may leave as they fill."""
         self.active = True
-        if self._complete:
-            for parameter in self._parameters.values():
-                parameter.grad = None
 
-    def finish(self, *, last: bool) -> None:
-        """End a backward: launch what is left, and let everything land.
-
-        last: the step follows. A further backward before it begins anew, as with DeepSpeed's own handler.
-        """
+    def finish(self) -> None:
+        """End a round, on every rank: launch what is left, and let everything land."""
         while self._next < len(self._buckets):
             self._launch_next()
         self._land()
+        self.rounds += 1
         self._start_round()
-        self._complete = last
+
+    def end(self) -> None:
+        """A backward has ended, reduced or not."""
+        self.active = False
+        self.backwards += 1
+
+    def complete(self) -> None:
+        """Bring what still lies in `.grad`; on every rank or none."""
+        if self.rounds:
+            self.send_late()
+        else:
+            self.finish()
+
+    @property
+    def pending(self) -> bool:
+        """Whether there are gradients for the next step; ranks that ran the same backwards say the same."""
+        return self.rounds > 0 or self.backwards > 0 or self.late > 0
 
     @property
     def late(self) -> int:
-        """Gradients of this rank that came after their bucket had left."""
-        if not self._hooks:
-            return 0
+        """Gradients of this rank that came outside a round."""
         return sum(parameter.grad is not None for parameter in self._parameters.values())
 
     def send_late(self) -> None:
         """The extra round for late gradients; on every rank or none."""
-        if self._hooks:
-            for index in self._late_buckets():
-                self._launch(index)
-            self._land()
+        for index in self._late_buckets():
+            self._launch(index)
+        self._land()
 
     def _start_round(self) -> None:
         self.active = False
@@ -136,8 +156,6 @@ class GradientReducer:
             self._launch_next()
 
     def _launch_next(self) -> None:
-        if self._complete:
-            self._begin_accumulation()
         self._launch(self._next)
         self._next += 1
 
@@ -162,13 +180,6 @@ class GradientReducer:
                 shard.promote()
             shard.receive(pieces)
 
-    def _begin_accumulation(self) -> None:
-        """The next arrival replaces what was reduced before."""
-        for shard in self._shards:
-            shard.forget()
-        self.taken = 0  # gradients of this rank since then
-        self._complete = False  # whether the last backward was the last of its step
-
     def pack(self, bucket: Bucket) -> Tensor:
         """The bucket's messages, as they would be sent, flat uint8; drops the gradients."""
         return self._wire.pack(bucket, self._take_gradients(bucket), self._shards[bucket.index].counts)
@@ -179,9 +190,26 @@ class GradientReducer:
         for slot in bucket.slots:
             parameter = self._parameters[slot.parameter]
             gradient, parameter.grad = parameter.grad, None
-            taken[slot.parameter] = None if gradient is None else gradient.reshape(-1)
             self.taken += gradient is not None
+            if gradient is not None and not self._fits(gradient, slot):
+                gradient = None
+            taken[slot.parameter] = None if gradient is None else gradient.reshape(-1)
         return taken
+
+    def _fits(self, gradient: Tensor, slot: Slot) -> bool:
+        """Whether a gradient is what the kernels expect; the step objects to one that is not."""
+        dtype, device = self._kinds[slot.parameter]
+        fits = (
+            gradient.numel() == slot.numel
+            and gradient.dtype is dtype
+            and gradient.device == device
+            and gradient.layout is torch.strided
+        )
+        if not fits and self.unfit is None:
+            received = f"{list(gradient.shape)} of {gradient.dtype} on {gradient.device}, {gradient.layout}"
+            allowed = f"{slot.numel} elements of {dtype} on {device}, {torch.strided}"
+            self.unfit = slot.parameter, f"received {received}, allowed: {allowed}"
+        return fits
 
     def _late_buckets(self) -> list[int]:
         """Buckets that on any rank hold a gradient although they have travelled."""

@@ -11,7 +11,7 @@ of whose methods changed signature within three releases.
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from deepspeed import comm as dist
@@ -21,7 +21,9 @@ from torch.nn import Parameter
 from ds_fp8.compat import ZeROOptimizer
 from ds_fp8.zero_fp8 import checkpoint
 from ds_fp8.zero_fp8.access import FullTensors
-from ds_fp8.zero_fp8.agreement import check_agreement
+from ds_fp8.zero_fp8.agreement import check_agreement, first_objection
+from ds_fp8.zero_fp8.backwards import ArrivalHooks, covers_whole_graph, in_backward
+from ds_fp8.zero_fp8.binding import Binding
 from ds_fp8.zero_fp8.comm import Nodes
 from ds_fp8.zero_fp8.gradients import GradientReducer
 from ds_fp8.zero_fp8.health import Health
@@ -29,6 +31,7 @@ from ds_fp8.zero_fp8.layout import layout_of
 from ds_fp8.zero_fp8.norm import Verdict, non_finite_parameters
 from ds_fp8.zero_fp8.optimizer import FP8AdamW
 from ds_fp8.zero_fp8.recipe import Recipe, ZeroSettings
+from ds_fp8.zero_fp8.roster import Members, Roster
 from ds_fp8.zero_fp8.trained import check_finite, trained_parameters
 from ds_fp8.zero_fp8.weights import Gathers, Weights
 
@@ -108,8 +111,16 @@ class FP8ZeROOptimizer(ZeROOptimizer):
             self.nodes,
             overlap=settings.overlap,
         )
+        listens = settings.stage == 2
+        self.binding = Binding(
+            self.weights,
+            self.shards,
+            self.parameters,
+            self.parameter_names,
+            on_return=self.gradients.listen if listens else lambda: None,
+        )
         self._masters_from_weights()
-        if settings.stage == 2:
+        if listens:
             self.gradients.listen()
         self.full_tensors = FullTensors(
             self.shards,
@@ -117,31 +128,59 @@ class FP8ZeROOptimizer(ZeROOptimizer):
             group,
             self._gradient_scale,
             self._states_were_set,
-            self.gradients.send_late,
+            self._complete_gradients,
+            self.binding.require,
         )
         self.full_tensors.bind(self.parameters)
+        self.roster: Roster | None = None
+        self.arrivals: ArrivalHooks | None = None
+
+    def join(self, members: Members, divisor: Callable[[], float]) -> None:
+        """Take part in an engine: members, of its model; divisor: of backwards that are not the engine's."""
+        self.roster = Roster(members, self.parameters, self.parameter_names)
+        self.arrivals = ArrivalHooks(self.parameters, divisor)
 
     # Backward
 
     def clear_backward_seen_flag(self) -> None:
-        """At every forward: drop what a backward has left that raised half-way."""
-        super().clear_backward_seen_flag()
-        if self.gradients.interrupted:
-            logger.warning("the last backward did not come to its end; its gradients are dropped")
-            self._backward_active_depth = 0
+        """At every forward, if it is not part of a backward: drop what one has left that raised half-way."""
+        if self.in_backward and not in_backward():
+            logger.warning(
+                "the last backward did not come to its end; all gradients since the last step are dropped"
+            )
             self.zero_grad()
 
+    @property
+    def in_backward(self) -> bool:
+        """Whether a backward has begun and has not come to its end."""
+        return self.gradients.active
+
+    def opens_backward(self) -> bool:
+        """Whether a gradient that has reached an output of the model begins a backward."""
+        return not self.in_backward and (not in_backward() or covers_whole_graph())
+
     def enter_backward(self) -> None:
+        """A backward begins; one that has raised half-way has left its count."""
+        self._backward_active_depth = 0
+        super().clear_backward_seen_flag()
         super().enter_backward()
         self.gradients.begin()
 
+    def exit_backward(self) -> None:
+        super().exit_backward()
+        self.gradients.end()
+
+    def needs_scaler(self) -> bool:
+        """Whether a loss must be scaled before its backward; also by a scale that is fixed."""
+        return super().needs_scaler() or self.loss_scale != 1
+
     def overlapping_partition_gradients_reduce_epilogue(self) -> None:
         """ZeRO 2, after every micro-step: what backward has not sent yet."""
-        self.gradients.finish(last=self.is_gradient_accumulation_boundary())
+        self.gradients.finish()
 
     def reduce_gradients(self, pipeline_parallel: bool = False) -> None:
         """ZeRO 1, at the accumulation boundary."""
-        self.gradients.finish(last=True)
+        self.gradients.finish()
 
     def finalize_gradient_accumulation_boundary(self) -> None:
         """Where the caller owns the boundary: every backward has reduced already (ZeRO 2)."""
@@ -152,29 +191,41 @@ class FP8ZeROOptimizer(ZeROOptimizer):
         """One Adam step on every shard, or none: then every byte of state stays as it was.
 
         Everything is launched before the host knows which of the two it is. Raises RuntimeError without
-        a gradient, and after `max_consecutive_skips` skips in a row.
+        a gradient, after a backward that raised half-way, and after `max_consecutive_skips` skips in a row;
+        ValueError, on every rank, where a weight or a gradient of any rank has another shape or dtype now.
         """
-        if any(shard.arrivals == 0 for shard in self.shards):
-            raise RuntimeError("step() without a gradient: call engine.backward(loss) before engine.step()")
         try:
-            if self.gradients.expects_late:
-                self.gradients.send_late()
-            verdict = self._try_step()
+            if self.in_backward:
+                raise RuntimeError(
+                    "step() after a backward that did not come to its end: call engine.zero_grad() and "
+                    "engine.backward(loss) before engine.step()"
+                )
+            objection = self.binding.restore()
+            if self.gradients.expects_late or not self.gradients.rounds:
+                self.gradients.complete()
+            verdict = self._try_step(objection)
             if verdict.late:
                 self.gradients.expects_late = True
                 self.gradients.send_late()
-                verdict = self._try_step()
+                verdict = self._try_step(objection)
+            if verdict.objections:
+                objection = objection or self._objection_to_gradients()
+                raise ValueError(first_objection(objection, self.dp_process_group))
             self._settle(verdict)
+            if verdict.edited:
+                self.binding.say(self.dp_process_group)
         finally:
             self.gradients.drop()
 
-    def _try_step(self) -> Verdict:
+    def _try_step(self, objection: str | None) -> Verdict:
         """Launch a step, which the device takes or not, and learn which."""
         with _Timed(self.timers, "optimizer_gradients"):
             verdict = Verdict(
                 self.shards,
                 taken=self.gradients.taken,
                 late=self.gradients.late,
+                objections=[objection, self._objection_to_gradients()],
+                edited=self.binding.unsaid,
                 gradient_scale=self._gradient_scale(),
                 clip=self.settings.gradient_clipping,
                 group=self.dp_process_group,
@@ -191,13 +242,19 @@ class FP8ZeROOptimizer(ZeROOptimizer):
             gathers.wait()
         return verdict.read()
 
+    def _objection_to_gradients(self) -> str | None:
+        if self.gradients.unfit is None:
+            return None
+        index, why = self.gradients.unfit
+        return f"gradient of {self.parameter_names[index]}: {why}"
+
     def _settle(self, verdict: Verdict) -> None:
         """Count the step, or the skip, as the device has decided."""
         if not verdict.taken:
+            causes = self.roster.causes() if self.roster else "no engine"
             raise RuntimeError(
-                "step() without a gradient: no parameter that the optimizer trains received one on any rank. "
-                "Were the model's parameters replaced after deepspeed.initialize, say by "
-                "load_state_dict(assign=True)?"
+                "step() without a gradient: no parameter that the optimizer trains received one on any rank: "
+                f"call engine.backward(loss) before engine.step(). {causes}"
             )
         self._global_grad_norm = verdict.norm
         self.overflow = not math.isfinite(verdict.norm)
@@ -213,6 +270,8 @@ class FP8ZeROOptimizer(ZeROOptimizer):
             self._skip()
         else:
             self.consecutive_skips = 0
+            if self.roster and dist.get_rank(self.dp_process_group) == 0:
+                self.roster.warn(all_had_gradients=self.gradients.taken >= len(self.parameters))
             self.optimizer.advance(clamp=self.recipe.clamped)
             self.health.prepare(self.optimizer.steps + 1)
 
@@ -233,7 +292,7 @@ class FP8ZeROOptimizer(ZeROOptimizer):
             )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop gradients, reduced ones too."""
+        """Drop the gradients of trained parameters, reduced ones too."""
         for parameter in self.parameters.values():
             parameter.grad = None
         self.gradients.drop()
@@ -275,14 +334,30 @@ class FP8ZeROOptimizer(ZeROOptimizer):
     def destroy(self) -> None:
         """Let go of the parameters, which keep their weights, and free the states."""
         self.gradients.remove_hooks()
+        if self.arrivals:
+            self.arrivals.remove()
         self.full_tensors.unbind(self.parameters)
         self.shards.clear()
         self.nodes.close()
 
     # Checkpoint
 
+    def _complete_gradients(self) -> None:
+        """Before whole gradients are read or set. Raises ValueError if there are none."""
+        if not self.gradients.pending:
+            raise ValueError("gradients are there only between engine.backward() and engine.step()")
+        self.gradients.complete()
+
     def _states_were_set(self) -> None:
         self.optimizer.drop_clamp("optimizer states were set from outside")
+
+    def refresh_fp32_params(self) -> None:
+        """Masters from the weights as they are, and no gradients, as after loading weights."""
+        self.zero_grad()
+        self.binding.require()
+        self._masters_from_weights()
+
+    _restore_from_bit16_weights = refresh_fp32_params
 
     def _masters_from_weights(self) -> None:
         self.gradients.drop()
@@ -300,9 +375,6 @@ class FP8ZeROOptimizer(ZeROOptimizer):
             weights.write(shard.state.master)
             gathers.launch(weights)
             gathers.wait()
-
-    _restore_from_bit16_weights = _masters_from_weights
-    refresh_fp32_params = _masters_from_weights
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's shard: raw states for us, FP32 masters for DeepSpeed's zero_to_fp32.py."""
@@ -335,11 +407,12 @@ class FP8ZeROOptimizer(ZeROOptimizer):
 
     def restore(self, source: checkpoint.Restorable) -> None:
         """Take over a checkpoint that has been checked; the weights follow the masters."""
+        self.binding.require()
         source.restore(self.shards, [each.own for each in self.weights], self.parameter_names)
         checkpoint.take_progress(source.progress, self.optimizer, self.loss_scaler)
         self.wire.restore(source.progress.autoscale, self.parameter_names)
         self.health.prepare(self.optimizer.steps + 1)
-        self.gradients.drop()
+        self.zero_grad()
         self._weights_from_masters()
 
 

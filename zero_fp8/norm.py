@@ -13,9 +13,9 @@ from torch.distributed import ProcessGroup
 
 from ds_fp8.ops.reduction import first_non_finite_block
 from ds_fp8.zero_fp8.comm import max_over_ranks, sum_over_ranks
+from ds_fp8.zero_fp8.roster import naming
 from ds_fp8.zero_fp8.shard import Shard
 
-NAMED = 3  # parameters that a message names
 LARGEST = 2.0**40  # norm that a step takes, after clipping; beyond it sqrt(v) saturates
 
 
@@ -31,19 +31,23 @@ class Verdict:
         *,
         taken: int,  # gradients that this rank put into the shards
         late: int,  # gradients of this rank that have not travelled yet; the step waits for them
+        objections: Sequence[str | None],  # of this rank; the step is not taken
+        edited: int,  # parameters of this rank whose values are not their masters'
         gradient_scale: float,  # from the reduced gradient as stored to the mean
         clip: float,  # largest norm of the mean; 0 = any
         group: ProcessGroup,
     ) -> None:
         reduced = [shard.figures for shard in shards if shard.figures is not None]
-        figures = torch.zeros(4, dtype=torch.float64, device=reduced[0].device)
+        figures = torch.zeros(6, dtype=torch.float64, device=reduced[0].device)
         figures[:2] = torch.stack(reduced).sum(dim=0)
         figures[2].fill_(taken)
         figures[3].fill_(late)
+        figures[4].fill_(sum(each is not None for each in objections))
+        figures[5].fill_(edited)
         sum_over_ranks(figures, group)
         norm = figures[0].sqrt() * gradient_scale
         factor = clip_factor(norm, clip)
-        go = (norm * factor <= LARGEST) & (figures[1] == 0) & (figures[2] > 0) & (figures[3] == 0)
+        go = (norm * factor <= LARGEST) & (figures[1] == 0) & (figures[2] > 0) & (figures[3:5] == 0).all()
         self.control = torch.stack([factor * gradient_scale, go]).to(torch.float32)
         self._gradient_scale = gradient_scale
         self._largest = math.inf if clip > 0 else LARGEST
@@ -57,7 +61,7 @@ class Verdict:
         """Wait for the figures; before this only `control` is known."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        squares, non_finite, self.taken, self.late = self._figures.tolist()
+        squares, non_finite, self.taken, self.late, self.objections, self.edited = self._figures.tolist()
         self.norm = math.sqrt(squares) * self._gradient_scale if non_finite == 0 else math.inf
         if self.norm > self._largest:
             self.norm = math.inf
@@ -87,5 +91,4 @@ def non_finite_parameters(shards: Sequence[Shard], names: Mapping[int, str], gro
     bad = [name for name, flag in zip(names.values(), found.tolist(), strict=True) if flag]
     if not bad:
         return "no single parameter (their norm is beyond 2^40)"
-    more = f" and {len(bad) - NAMED} more" if len(bad) > NAMED else ""
-    return ", ".join(bad[:NAMED]) + more
+    return naming(bad)

@@ -2,9 +2,12 @@
 
 The sweep writes a rank's own rows, the gather brings the others', while the next bucket is swept. Nobody
 else writes weights: what the parameters are made of (views of their own dtype today) is known here only.
+A user's `parameter.data = ...` takes a parameter out of its buffer; `binding.py` brings it back.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -16,6 +19,31 @@ from ds_fp8.zero_fp8.comm import Gather, Nodes, Spread
 from ds_fp8.zero_fp8.partition import Bucket
 
 
+@dataclass(frozen=True)
+class Home:
+    """A parameter's place in a buffer."""
+
+    parameter: int  # global index
+    view: Tensor  # of the parameter's shape
+
+    @cached_property
+    def address(self) -> int:
+        return self.view.data_ptr()
+
+    def has_room_for(self, values: Tensor) -> bool:
+        """Whether values are of this shape, dtype and device."""
+        view = self.view
+        return values.dtype is view.dtype and values.shape == view.shape and values.device == view.device
+
+    def take_in(self, parameter: Parameter) -> None:
+        """Copy a parameter's values into the view, and make it the parameter's memory."""
+        self.view.copy_(parameter.detach().contiguous())
+        parameter.data = self.view
+
+    def __str__(self) -> str:
+        return f"{list(self.view.shape)} of {self.view.dtype} on {self.view.device}"
+
+
 class Weights:
     """The flat weight buffer of one bucket."""
 
@@ -23,14 +51,30 @@ class Weights:
         """Copy the bucket's parameters into a new buffer and make them views of it."""
         first = parameters[bucket.slots[0].parameter]
         self.buffer = torch.zeros(bucket.blocks * bucket.block_size, dtype=first.dtype, device=first.device)
-        for slot in bucket.slots:
-            parameter = parameters[slot.parameter]
-            view = self.buffer[bucket.offset(slot) :][: slot.numel].view(parameter.shape)
-            view.copy_(parameter.data)
-            parameter.data = view
+        self._homes = [
+            Home(slot.parameter, self.buffer[bucket.offset(slot) :][: slot.numel].view(each.shape))
+            for slot in bucket.slots
+            for each in [parameters[slot.parameter]]
+        ]
+        for home in self._homes:
+            home.take_in(parameters[home.parameter])
         rows = self.buffer.view(-1, bucket.block_size)
         self._parts = [rows[bucket.rows_of(each)] for each in range(bucket.world_size)]
         self._rank = rank
+
+    def unfit(self, parameters: Mapping[int, Parameter]) -> Iterator[tuple[int, str]]:
+        """Parameters, by global index, whose values have no room in the buffer, and what they should be."""
+        for home in self._homes:
+            if not home.has_room_for(parameters[home.parameter]):
+                yield home.parameter, str(home)
+
+    def bind(self, parameters: Mapping[int, Parameter]) -> Iterator[int]:
+        """Bring parameters that have left the buffer back, with their values; the global index of each."""
+        for home in self._homes:
+            parameter = parameters[home.parameter]
+            if parameter.data_ptr() != home.address or not parameter.is_contiguous():
+                home.take_in(parameter)
+                yield home.parameter
 
     @property
     def own(self) -> Tensor:
