@@ -28,7 +28,7 @@ def backward(original: Method) -> Method:
 
 
 def backward_prologue(original: Method) -> Method:
-    """DeepSpeedEngine._backward_prologue, called by the outputs of each forward: once a backward."""
+    """DeepSpeedEngine._backward_prologue, called by an output of each forward: once a backward."""
 
     @functools.wraps(original)
     def method(self: Any) -> None:
@@ -39,20 +39,24 @@ def backward_prologue(original: Method) -> Method:
 
 
 def backward_prologue_per_tensor(original: Method) -> Method:
-    """DeepSpeedEngine._backward_prologue_per_tensor: gradients are divided where they arrive instead."""
+    """DeepSpeedEngine._backward_prologue_per_tensor, called by every output in every backward.
+
+    Gradients are divided where they arrive instead. An output calls the prologue in its first backward only,
+    so a second one over a retained graph, or one after torch.autograd.grad, has its prologue from here.
+    """
 
     @functools.wraps(original)
     def method(self: Any, grad: Any) -> Any:
-        return grad if is_active(self) else original(self, grad)
+        if not is_active(self):
+            return original(self, grad)
+        self._backward_prologue()
+        return grad
 
     return method
 
 
 def backward_epilogue(original: Method) -> Method:
-    """DeepSpeedEngine._backward_epilogue: what no output has announced had no prologue yet.
-
-    So it is with a second backward over a retained graph.
-    """
+    """DeepSpeedEngine._backward_epilogue: a loss that went through no output has had no prologue yet."""
 
     @functools.wraps(original)
     def method(self: Any) -> None:

@@ -14,7 +14,7 @@ Without it, it lands at once.
 
 A gradient may arrive outside a round: after its bucket has left (weights tied under reentrant
 checkpointing), or in a backward that DeepSpeed does not notice (a second one over a retained graph). It
-waits in `.grad` and goes with the next round, or before the step in an extra round for which the ranks agree
+waits and goes with the next round, or before the step in an extra round for which the ranks agree
 on the buckets. That a rank has one is a figure of the step's all-reduce: nobody asks after every backward,
 and a step that finds one is repeated.
 """
@@ -62,17 +62,19 @@ class GradientReducer:
         self._overlap = overlap
         self._under_way: deque[tuple[int, Exchange]] = deque()  # and their buckets, oldest first
         self.expects_late = False  # a step has found late gradients; the next will have them too
-        self._hooks: list[RemovableHandle] = []
-        self._nodes_alive: list[Node] = []  # that carry the hooks; autograd holds them weakly
+        self._listens = False
+        self._hooks: dict[int, tuple[Node, RemovableHandle]] = {}  # autograd holds nodes weakly, so here too
+        self._held: dict[int, Tensor] = {}  # gradients that came outside a round, by parameter
         self._promotion_logged = False
         self.drop()
 
     def listen(self) -> None:
         """Reduce buckets while backward runs, as their gradients arrive (ZeRO 2); again after a cast."""
-        self.remove_hooks()
+        self._listens = True
         for bucket in self._buckets:
             for slot in bucket.slots:
-                self._listen_to(bucket.index, slot.parameter)
+                if self._parameters[slot.parameter].requires_grad:
+                    self._listen_to(bucket.index, slot.parameter)
 
     def _listen_to(self, bucket: int, index: int) -> None:
         """Hook the node that accumulates: its hooks run after all that hang on the parameter."""
@@ -83,14 +85,13 @@ class GradientReducer:
                 self._launch_filled()
 
         node = get_gradient_edge(self._parameters[index]).node
-        self._nodes_alive.append(node)
-        self._hooks.append(node.register_hook(on_gradient))
+        if index not in self._hooks or self._hooks[index][0] is not node:
+            self._hooks[index] = node, node.register_hook(on_gradient)
 
     def remove_hooks(self) -> None:
-        for hook in self._hooks:
+        for _, hook in self._hooks.values():
             hook.remove()
         self._hooks.clear()
-        self._nodes_alive.clear()
 
     def drop(self) -> None:
         """Forget everything that has been reduced or is on its way."""
@@ -98,10 +99,9 @@ class GradientReducer:
             self._under_way.popleft()[1].abandon()
         for shard in self._shards:
             shard.forget()
+        self._held.clear()
         self.backwards = 0  # that have come to their end since then
-        self.unfit: tuple[int, str] | None = (
-            None  # parameter whose gradient was not taken since then, and why
-        )
+        self.unfit: tuple[int, str] | None = None  # parameter whose gradient was refused since then, and why
         self.taken = 0  # gradients of this rank since then
         self.rounds = 0  # backwards that have been reduced since then
         self._start_round()
@@ -119,9 +119,14 @@ class GradientReducer:
         self._start_round()
 
     def end(self) -> None:
-        """A backward has ended, reduced or not."""
+        """A backward has ended, reduced or not. Under ZeRO 2 `.grad` is None then, whatever came late."""
         self.active = False
         self.backwards += 1
+        if self._listens:
+            for index in self._parameters:
+                gradient = self._take(index)
+                if gradient is not None:
+                    self._held[index] = gradient
 
     def complete(self) -> None:
         """Bring what still lies in `.grad`; on every rank or none."""
@@ -138,7 +143,7 @@ class GradientReducer:
     @property
     def late(self) -> int:
         """Gradients of this rank that came outside a round."""
-        return sum(parameter.grad is not None for parameter in self._parameters.values())
+        return sum(map(self._waits, self._parameters))
 
     def send_late(self) -> None:
         """The extra round for late gradients; on every rank or none."""
@@ -188,13 +193,21 @@ class GradientReducer:
         """The bucket's gradients as vectors, taken off their parameters."""
         taken: dict[int, Tensor | None] = {}
         for slot in bucket.slots:
-            parameter = self._parameters[slot.parameter]
-            gradient, parameter.grad = parameter.grad, None
+            gradient = self._take(slot.parameter)
             self.taken += gradient is not None
             if gradient is not None and not self._fits(gradient, slot):
                 gradient = None
             taken[slot.parameter] = None if gradient is None else gradient.reshape(-1)
         return taken
+
+    def _waits(self, index: int) -> bool:
+        return index in self._held or self._parameters[index].grad is not None
+
+    def _take(self, index: int) -> Tensor | None:
+        """A parameter's gradient, taken off it, with what came before outside a round."""
+        parameter, held = self._parameters[index], self._held.pop(index, None)
+        gradient, parameter.grad = parameter.grad, None
+        return gradient if held is None else held if gradient is None else held + gradient
 
     def _fits(self, gradient: Tensor, slot: Slot) -> bool:
         """Whether a gradient is what the kernels expect; the step objects to one that is not."""
@@ -216,7 +229,7 @@ class GradientReducer:
         device = self._parameters[self._buckets[0].slots[0].parameter].device
         late = torch.zeros(len(self._buckets), dtype=torch.uint8, device=device)
         for bucket in self._buckets:
-            if any(self._parameters[slot.parameter].grad is not None for slot in bucket.slots):
+            if any(self._waits(slot.parameter) for slot in bucket.slots):
                 late[bucket.index] = 1
         max_over_ranks(late, self._nodes.everybody)
         return [int(index) for index in late.nonzero()]

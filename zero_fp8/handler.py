@@ -196,9 +196,10 @@ class FP8ZeROOptimizer(ZeROOptimizer):
         """
         try:
             if self.in_backward:
+                self.zero_grad()
                 raise RuntimeError(
-                    "step() after a backward that did not come to its end: call engine.zero_grad() and "
-                    "engine.backward(loss) before engine.step()"
+                    "step() after a backward that did not come to its end: all gradients since the last step "
+                    "are dropped; call engine.backward(loss) before engine.step()"
                 )
             objection = self.binding.restore()
             if self.gradients.expects_late or not self.gradients.rounds:

@@ -28,7 +28,7 @@ class Roster:
         self._members = members
         self._trained = {id(parameter): names[index] for index, parameter in trained.items()}
         self._others = [each for each in members() if id(each[1]) not in self._trained]
-        self._said: set[str] = set()
+        self._said: set[tuple[str, str]] = set()
         self._steps = 0
 
     def warn(self, *, all_had_gradients: bool) -> None:
@@ -37,8 +37,8 @@ class Roster:
         thorough = not all_had_gradients or self._steps % THOROUGH == 0
         if thorough or any(parameter.grad is not None for _, parameter in self._others):
             for finding, found in self._findings():
-                fresh = [name for name in found if name not in self._said]
-                self._said.update(fresh)
+                fresh = [name for name in found if (finding, name) not in self._said]
+                self._said.update((finding, name) for name in fresh)
                 if fresh:
                     logger.warning("%s: %s", finding, naming(fresh))
 

@@ -1,0 +1,44 @@
+"""Whatever a program does with forwards, backwards, weights and hooks: gradients are as in PyTorch."""
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from programs import NAMES, Program, run
+from ranks import RankPools
+
+SECONDS = 60.0  # a program takes less than one
+REFUSED = "refused: "
+
+programs = st.lists(st.tuples(st.sampled_from(NAMES), st.integers(0, 11)), min_size=3, max_size=14)
+runs = st.tuples(programs, st.sampled_from([1, 2]), st.sampled_from([1, 3]), st.booleans())
+
+
+def check(ranks: RankPools, folder: str, count: int) -> None:
+    refused = []
+
+    @settings(
+        max_examples=count,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(runs)
+    def one(drawn: tuple[Program, int, int, bool]) -> None:
+        program, stage, micro_steps, overlap = drawn
+        ending = [("plain", 1), ("step", 0)] * micro_steps
+        found = ranks.run(2, run, [*program, *ending], stage, micro_steps, overlap, folder, seconds=SECONDS)
+        refused.append(found[0].startswith(REFUSED))
+        assert set(found) == {""} or refused[-1], found[0]
+
+    one()
+    assert sum(refused) <= len(refused) / 5, "too much is refused"
+
+
+def test_gradients_are_those_of_pytorch(ranks: RankPools, tmp_path_factory: pytest.TempPathFactory) -> None:
+    check(ranks, str(tmp_path_factory.mktemp("programs")), 30)
+
+
+@pytest.mark.slow
+def test_two_hundred_programs(ranks: RankPools, tmp_path_factory: pytest.TempPathFactory) -> None:
+    check(ranks, str(tmp_path_factory.mktemp("programs")), 200)
