@@ -5,6 +5,7 @@ gradients must be PyTorch's, averaged over the ranks, within what BF16 on the wi
 """
 
 import copy
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -213,7 +214,7 @@ def rebind(side: Side, number: int) -> Result:
 
 def hook(side: Side, number: int) -> Result:
     parameter = side.parameter(number)
-    if not parameter.requires_grad or parameter.grad is not None:
+    if not parameter.requires_grad:
         return None
     if number % 2:
         parameter.register_hook(lambda gradient: gradient * 0.5)
@@ -269,6 +270,8 @@ def run(program: Program, stage: int, micro_steps: int, overlap: bool, folder: s
         fp8, stage=stage, micro_steps=micro_steps, clipping=0.0, bf16=False, bucket=300, weight_decay=0.0
     )
     config["zero_optimization"]["overlap_comm"] = overlap
+    if dist.get_rank() == 0:
+        shutil.rmtree(folder, ignore_errors=True)
     module = Net()
     reference = Side(copy.deepcopy(module), micro_steps)
     engine = build(config, module)
@@ -291,6 +294,8 @@ def run(program: Program, stage: int, micro_steps: int, overlap: bool, folder: s
 
 
 def _do(name: str, number: int, ours: Side, reference: Side, folder: str) -> str:
+    if name == "hook" and reference.parameter(number).grad is not None:
+        return ""  # PyTorch's hook would see what earlier backwards have left, ours under ZeRO 2 would not
     if name in OPERATIONS:
         results = [OPERATIONS[name](side, number) for side in (ours, reference)]
         if any(each is None for each in results) or torch.allclose(*results, rtol=1e-4, atol=1e-6):
