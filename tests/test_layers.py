@@ -45,7 +45,7 @@ LAYERS = (  # a module imports from the lines below its own only
     ("ds_fp8.zero_fp8.autoscale",),
     ("ds_fp8.zero_fp8.agreement", "ds_fp8.zero_fp8.comm", "ds_fp8.zero_fp8.optimizer"),
     ("ds_fp8.zero_fp8.alone",),
-    ("ds_fp8.zero_fp8.partition", "ds_fp8.zero_fp8.recipe", "ds_fp8.zero_fp8.tags"),
+    ("ds_fp8.zero_fp8.guards", "ds_fp8.zero_fp8.partition", "ds_fp8.zero_fp8.recipe", "ds_fp8.zero_fp8.tags"),
     ("ds_fp8.zero_fp8.manifest",),
     ("ds_fp8.ops.builder",),
     ("ds_fp8.ops.backend",),
