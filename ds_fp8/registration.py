@@ -96,7 +96,10 @@ def unregister() -> None:
 def _quiet_gathers() -> None:
     """Torch 2.13 and 2.14 warn of the call by which DeepSpeed gathers tensors, ours among them."""
     warnings.filterwarnings(
-        "ignore", r"`torch\.distributed\.all_gather_into_tensor` is deprecated", FutureWarning, r"torch\."
+        "ignore",
+        r"`torch\.distributed\.all_gather_into_tensor` is deprecated",
+        FutureWarning,
+        r"(torch|deepspeed)\.",
     )
 
 
