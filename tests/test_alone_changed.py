@@ -140,6 +140,7 @@ STATES = {
     "is cast": (change_state("exp_avg_sq", lambda s: s.float()), r"of torch\.float32 .*as exp_avg_sq"),
     "has gaps": (change_state("exp_avg", lambda s: s.repeat(2)[::2]), r"in steps of \(2,\)"),
     "is on meta": (change_state("exp_avg", lambda s: s.to("meta")), "device meta"),
+    "begins at byte 1": (change_state("master", lambda s: s.repeat(2)[1 : len(s) + 1]), "from 1 on"),
     "is a number": (change_state("exp_avg", lambda s: 0), "a int as exp_avg"),
     "counts no steps": (change_state("step", lambda s: -1), "step -1"),
     "lacks a key": (lambda o, p: o.state[p].pop("exp_avg"), "states"),

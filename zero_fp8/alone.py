@@ -19,7 +19,7 @@ from torch import Tensor
 from ds_fp8.ops.adam import AdamScalars, AdamState, Segment
 from ds_fp8.ops.backend import Backend, choose
 from ds_fp8.ops.blocks import Blocks
-from ds_fp8.ops.formats import BF16, FP32, Format
+from ds_fp8.ops.formats import BF16, FP32
 from ds_fp8.zero_fp8.guards import check_gradient, check_weight, flaw_of
 from ds_fp8.zero_fp8.recipe import Recipe, weight_dtypes
 
@@ -35,14 +35,12 @@ class States:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
+        self.formats = {"master": recipe.master, "exp_avg": recipe.exp_avg, "exp_avg_sq": recipe.exp_avg_sq}
+        self._keys = {"step", "clamp_square", "made_for", *self.formats}
+        self._keys |= {f"{key}_scales" for key, fmt in self.formats.items() if fmt.scaled}
         self._backends: dict[torch.device, Backend] = {}
         self._controls: dict[torch.device, Tensor] = {}
         self._plans: dict[tuple[Any, ...], Any] = {}  # a GPU's lie in its memory
-
-    @property
-    def formats(self) -> dict[str, Format]:
-        recipe = self.recipe
-        return {"master": recipe.master, "exp_avg": recipe.exp_avg, "exp_avg_sq": recipe.exp_avg_sq}
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -143,10 +141,8 @@ class States:
                 raise ValueError(f"state_dict fp8.{key}: received {found!r}, expected {value!r}")
 
     def _check_numbers(self, name: str, state: dict[str, Any]) -> None:
-        expected = {"step", "clamp_square", "made_for", *self.formats}
-        expected |= {f"{key}_scales" for key, fmt in self.formats.items() if fmt.scaled}
-        if state.keys() != expected:
-            raise ValueError(f"{name}: received states {sorted(state)}, expected {sorted(expected)}")
+        if state.keys() != self._keys:
+            raise ValueError(f"{name}: received states {sorted(state)}, expected {sorted(self._keys)}")
         step, square = state["step"], state["clamp_square"]
         if type(step) is not int or step < 0:
             raise ValueError(f"{name}: received step {step!r}, allowed: an integer from 0 on")
@@ -162,10 +158,12 @@ class States:
             flaw = flaw_of(each) if isinstance(each, Tensor) else f"a {type(each).__name__}"
             if flaw is not None:
                 raise ValueError(f"{name}: received {flaw} as {key}, allowed: a dense tensor of this process")
-            if each.dtype is not torch.uint8 or each.shape != (count,) or not each.is_contiguous():
+            in_place = each.is_contiguous() and each.storage_offset() % 4 == 0  # as codes of 4 bytes need it
+            if each.dtype is not torch.uint8 or each.shape != (count,) or not in_place:
                 raise ValueError(
                     f"{name}: received bytes {list(each.shape)} of {each.dtype} in steps of {each.stride()} "
-                    f"as {key}, expected [{count}] of torch.uint8 in steps of 1"
+                    f"from {each.storage_offset()} on as {key}, expected [{count}] of torch.uint8 in steps of "
+                    "1 from a multiple of 4 on"
                 )
             if device is not None and each.device != device:
                 raise ValueError(

@@ -72,6 +72,8 @@ def kind_of(tensor: Tensor) -> str | None:
 
 def _overlaps(tensor: Tensor) -> bool:
     """Whether several elements may share a place, as in an expanded tensor: then none can be written."""
+    if tensor.is_contiguous():
+        return False
     reach = 0
     steps = sorted(
         (stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1
@@ -85,7 +87,7 @@ def _overlaps(tensor: Tensor) -> bool:
 
 def _bytes_reached(tensor: Tensor) -> int:
     """Of the storage, from its beginning to the end of the view."""
-    if tensor.numel() == 0:
-        return 0
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return int(tensor.storage_offset() + last + 1) * tensor.itemsize
+    count = tensor.numel()
+    if count and not tensor.is_contiguous():
+        count = 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return int(tensor.storage_offset() + count) * tensor.itemsize if count else 0

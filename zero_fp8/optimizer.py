@@ -116,8 +116,8 @@ class FP8AdamW(torch.optim.Optimizer):
         scalars, square = _scalars(
             member.group, state["step"] + 1, state["clamp_square"] or None, clamp=self._alone.recipe.clamped
         )
-        state.update(step=scalars.step, clamp_square=square)
         self._alone.sweep(state, member.parameter, member.number, scalars)
+        state.update(step=scalars.step, clamp_square=square)
 
     def _asks_for_states(self, members: list[Member]) -> bool:
         """Whether this is the step by which torch.distributed.checkpoint has an optimizer make its states.
@@ -161,7 +161,7 @@ class FP8AdamW(torch.optim.Optimizer):
     def _taken_over(self, given: dict[str, Any]) -> dict[Tensor, dict[str, Any]]:
         """Copies of the states of a state_dict that fits, by parameter."""
         groups = given.get("param_groups", [])
-        received = [len(group["params"]) for group in groups]
+        received = [len(group.get("params", ())) for group in groups]
         expected = [len(group["params"]) for group in self.param_groups]
         if received != expected:
             raise ValueError(
