@@ -162,8 +162,8 @@ class States:
             if each.dtype is not torch.uint8 or each.shape != (count,) or not in_place:
                 raise ValueError(
                     f"{name}: received bytes {list(each.shape)} of {each.dtype} in steps of {each.stride()} "
-                    f"from {each.storage_offset()} on as {key}, expected [{count}] of torch.uint8 in steps of "
-                    "1 from a multiple of 4 on"
+                    f"from {each.storage_offset()} on as {key}, expected [{count}] of torch.uint8 in "
+                    "steps of 1 from a multiple of 4 on"
                 )
             if device is not None and each.device != device:
                 raise ValueError(

@@ -172,7 +172,7 @@ class FP8AdamW(torch.optim.Optimizer):
             missing = sorted(set(HYPERPARAMETERS) - group.keys())
             if missing:
                 raise ValueError(f"state_dict: received a param group without {', '.join(missing)}")
-            check_group(group)
+            _check_betas(group)  # a scheduler's last learning rate may lie a little below 0, as torch's may
         saved_ids = [each for group in groups for each in group["params"]]
         members = dict(zip(saved_ids, members_of(self.param_groups), strict=True))
         taken = {}
