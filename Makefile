@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: install demo test test-all test-matrix support docs check clean
+.PHONY: install demo test test-all test-matrix test-newest support docs check clean
 
 install: $(INSTALLED)
 
@@ -56,3 +56,11 @@ test-matrix-%:
 	sed 's/^deepspeed==.*/deepspeed==$*/' constraints.txt > .venv-$*/constraints.txt
 	.venv-$*/bin/python -m pip install --quiet --constraint .venv-$*/constraints.txt --editable '.[test]'
 	PATH="$(CURDIR)/.venv-$*/bin:$$PATH" .venv-$*/bin/python -m pytest -m "not slow"
+
+# The suite on the newest torch, with the Triton that it asks for, in a virtual environment of its own.
+test-newest:
+	test -d .venv-newest || $(PYTHON) -m venv .venv-newest
+	sed '/^torch==/d; /^triton==/d' constraints.txt > .venv-newest/constraints.txt
+	.venv-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager \
+	    --constraint .venv-newest/constraints.txt --editable '.[test]'
+	PATH="$(CURDIR)/.venv-newest/bin:$$PATH" .venv-newest/bin/python -m pytest -m "not slow"

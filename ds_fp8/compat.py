@@ -4,6 +4,7 @@ Whatever ds_fp8 takes from inside DeepSpeed is imported here, after the version 
 the signatures that the seam relies on are compared with what they are expected to be.
 """
 
+import functools
 import inspect
 import logging
 import os
@@ -14,6 +15,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 SUPPORTED = SpecifierSet(">=0.19.5,<0.20")
+TESTED_TORCH = Version("2.15")  # the newest whose patches the suite has passed on
 OVERRIDE = "DS_FP8_ALLOW_UNTESTED_DEEPSPEED"
 
 logger = logging.getLogger("ds_fp8")
@@ -27,6 +29,18 @@ def check_version(installed: str) -> None:
     if os.environ.get(OVERRIDE) != "1":
         raise RuntimeError(f"{sentence}; set {OVERRIDE}=1 to try it all the same")
     logger.warning("%s; going on because %s=1", sentence, OVERRIDE)
+
+
+@functools.cache
+def warn_of_newer_torch(installed: str) -> None:
+    """Say once that the tests have not seen this torch; it is used all the same."""
+    if Version(installed).release[:2] > TESTED_TORCH.release:
+        logger.warning(
+            "ds_fp8 is tested with torch up to %s, installed is %s; if something fails, try torch<%s",
+            TESTED_TORCH,
+            installed,
+            f"{TESTED_TORCH.major}.{TESTED_TORCH.minor + 1}",
+        )
 
 
 check_version(version("deepspeed"))
@@ -58,6 +72,7 @@ __all__ = [
     "check_signatures",
     "check_version",
     "is_functorch_transforming",
+    "warn_of_newer_torch",
 ]
 
 # What the optimizer files of DeepSpeed hold besides tensors and plain values.

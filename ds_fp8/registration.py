@@ -10,14 +10,16 @@ import logging
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 from deepspeed.accelerator import get_accelerator
 
 from ds_fp8 import backward, engine, saving
-from ds_fp8.compat import ALL_OPS, DeepSpeedConfig, DeepSpeedEngine, check_signatures
+from ds_fp8.compat import ALL_OPS, DeepSpeedConfig, DeepSpeedEngine, check_signatures, warn_of_newer_torch
 from ds_fp8.ops.builder import FP8CPUBuilder, FP8TritonBuilder
 
 logger = logging.getLogger("ds_fp8")
@@ -74,6 +76,8 @@ def register() -> None:
         return
     check_signatures()
     _set_up_log()
+    if _rank() == 0:
+        warn_of_newer_torch(version("torch"))
     if any(issubclass(type(each), DeepSpeedEngine) for each in gc.get_objects()):
         logger.warning(
             "register() came after a DeepSpeed engine was built; that engine ignores its fp8 section. "
@@ -81,6 +85,7 @@ def register() -> None:
         )
     _patches.extend(Patch.apply(*place) for place in SEAM)
     _show_builders()
+    _quiet_gathers()
     atexit.register(_let_gloo_finish)
 
 
@@ -91,6 +96,16 @@ def unregister() -> None:
     for builder in BUILDERS.values():
         ALL_OPS.pop(builder.NAME, None)
     atexit.unregister(_let_gloo_finish)
+
+
+def _quiet_gathers() -> None:
+    """Torch 2.13 and 2.14 warn of the call by which DeepSpeed gathers tensors, ours among them."""
+    warnings.filterwarnings(
+        "ignore",
+        r"`torch\.distributed\.all_gather_into_tensor` is deprecated",
+        FutureWarning,
+        r"(torch|deepspeed)\.",
+    )
 
 
 def _let_gloo_finish() -> None:

@@ -49,6 +49,7 @@ LAYERS = (  # a module imports from the lines below its own only
     ("ds_fp8.zero_fp8.alone",),
     (
         "ds_fp8.zero_fp8.backwards",
+        "ds_fp8.zero_fp8.guards",
         "ds_fp8.zero_fp8.partition",
         "ds_fp8.zero_fp8.recipe",
         "ds_fp8.zero_fp8.roster",

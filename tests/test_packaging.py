@@ -1,14 +1,20 @@
 """What ships: the links, the wheel, and that nothing of ours takes somebody else's import name."""
 
+import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
+from email.message import Message
+from email.parser import Parser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
 from ranks import free_port, rank_environment
 
 import ds_fp8
@@ -65,6 +71,13 @@ def wheel(release: Path) -> Path:
     return built
 
 
+@pytest.fixture(scope="module")
+def metadata(wheel: Path) -> Message:
+    archive = zipfile.ZipFile(wheel)
+    (name,) = (each for each in archive.namelist() if each.endswith(".dist-info/METADATA"))
+    return Parser().parsestr(archive.read(name).decode())
+
+
 class TestFolders:
     def test_links_say_what_package_dir_says(self, setuptools_table: dict[str, Any]) -> None:
         homes = setuptools_table["package-dir"]
@@ -116,6 +129,59 @@ class TestWheel:
         archive = zipfile.ZipFile(wheel)
         (name,) = (each for each in archive.namelist() if each.endswith("entry_points.txt"))
         assert archive.read(name).decode().split() == ["[console_scripts]", "ds_fp8", "=", "ds_fp8.cli:main"]
+
+
+TARGET = re.compile(r"\]\(([^)]*)\)")
+
+
+class TestMetadata:
+    def test_links_of_the_readme_are_absolute(self, metadata: Message, release: Path) -> None:
+        """And lead to where a file that the README names can be had; the README itself keeps its links."""
+        text = str(metadata.get_payload())
+        targets = TARGET.findall(text)
+        relative = [each for each in TARGET.findall((ROOT / "README.md").read_text()) if "://" not in each]
+        assert len(relative) > 10
+        assert all(each.startswith("https://") for each in targets)
+        assert f"[docs/quickstart.md]({self.urls(metadata)['Homepage']}{ds_fp8.__version__}/#files)" in text
+        (sdist,) = release.glob("*.tar.gz")
+        with tarfile.open(sdist) as archive:
+            held = {each.partition("/")[2] for each in archive.getnames()}
+        assert {each.split("#")[0] for each in relative} <= held
+
+    def test_a_public_repository_takes_the_links_and_the_pictures(self) -> None:
+        spec = importlib.util.spec_from_file_location("setup_of_ds_fp8", ROOT / "setup.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        text = "![a](docs/a.png) [b](docs/b.md#c) [d](https://e.org/f) [g](#h)"
+        urls = {"Homepage": "https://p.org/", "Source": "https://s.org/x"}
+        assert module.long_description(text, urls, "1.2") == (
+            "![a](https://s.org/x/raw/v1.2/docs/a.png) [b](https://s.org/x/blob/v1.2/docs/b.md#c) "
+            "[d](https://e.org/f) [g](#h)"
+        )
+        del urls["Source"]
+        assert module.long_description(text, urls, "1.2").startswith("*a* [b](https://p.org/1.2/#files) [d]")
+
+    def test_project_urls(self, metadata: Message) -> None:
+        urls = self.urls(metadata)
+        assert urls["Homepage"].startswith("https://pypi.org/project/ds-fp8/")
+        assert urls["Paper"] == "https://arxiv.org/abs/2310.18313"
+        citation = (ROOT / "CITATION.cff").read_text()
+        assert all(f'url: "{url}"' in citation for url in urls.values())
+
+    def test_torch_has_no_ceiling_below_its_next_major(self, metadata: Message) -> None:
+        """A newer torch is not downgraded by an install; `ds_fp8.compat` says what was tested."""
+        needs = {each.name: each for each in map(Requirement, metadata.get_all("Requires-Dist"))}
+        for newer in ("2.13.0", "2.14.1", "2.15.0", "2.40.0"):
+            assert newer in needs["torch"].specifier
+        assert "3.0" not in needs["torch"].specifier
+        for name in ("triton", "transformers"):  # torch says which Triton it needs
+            assert all(each.operator == ">=" for each in needs[name].specifier)
+
+    @staticmethod
+    def urls(metadata: Message) -> dict[str, str]:
+        return dict(each.split(", ", maxsplit=1) for each in metadata.get_all("Project-URL", []))
 
 
 class TestImport:

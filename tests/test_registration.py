@@ -1,20 +1,24 @@
 """register() and unregister(): the seam goes in once, comes out whole, and knows its DeepSpeed."""
 
 import logging
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 
 import ds_fp8
 from ds_fp8 import registration
 from ds_fp8.compat import (
     OVERRIDE,
     SIGNATURES,
+    TESTED_TORCH,
     DeepSpeedConfig,
     DeepSpeedEngine,
     check_signatures,
     check_version,
+    warn_of_newer_torch,
 )
 
 Attributes = dict[tuple[type, str], Any]
@@ -169,6 +173,51 @@ class TestVersion:
         monkeypatch.delenv(OVERRIDE, raising=False)
         check_version(installed)
         assert not log.records
+
+
+class TestTorch:
+    @pytest.fixture(autouse=True)
+    def nothing_said_yet(self) -> Iterator[None]:
+        warn_of_newer_torch.cache_clear()
+        yield
+        warn_of_newer_torch.cache_clear()
+
+    @pytest.mark.parametrize("installed", ["2.16.0", "2.16.0.dev20270101+cu130", "3.0"])
+    def test_one_above_what_was_tested_is_warned_of_once_on_rank_0(
+        self,
+        installed: str,
+        original: Attributes,
+        monkeypatch: pytest.MonkeyPatch,
+        log: pytest.LogCaptureFixture,
+    ) -> None:
+        monkeypatch.setattr(registration, "version", lambda name: {"torch": installed}[name])
+        for rank in ("1", "0", "0"):
+            monkeypatch.setenv("RANK", rank)
+            ds_fp8.register()
+            ds_fp8.unregister()
+        (record,) = (each for each in log.records if "torch" in each.getMessage())
+        assert record.levelno == logging.WARNING
+        assert f"up to {TESTED_TORCH}, installed is {installed}" in record.getMessage()
+
+    @pytest.mark.parametrize("installed", ["2.11.0", "2.13.0+cpu", "2.15.0", "2.15.1"])
+    def test_a_tested_one_passes_without_a_word(self, installed: str, log: pytest.LogCaptureFixture) -> None:
+        warn_of_newer_torch(installed)
+        assert not log.records
+
+    def test_only_the_warning_of_deepspeeds_gather_is_kept_from_users(self, original: Attributes) -> None:
+        """In the words of the installed torch, if it has them; what else torch deprecates is shown."""
+        gather = "`torch.distributed.all_gather_into_tensor` is deprecated. Please use something else."
+        words = getattr(torch.distributed.all_gather_into_tensor, "__deprecated__", gather)
+        others = [
+            ("`torch.distributed.reduce_scatter_tensor` is deprecated.", "torch.distributed.c10d_logger"),
+            (words, "users.own"),
+        ]
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            ds_fp8.register()
+            for number, (text, module) in enumerate([(words, "torch.distributed.c10d_logger"), *others]):
+                warnings.warn_explicit(text, FutureWarning, "file.py", number + 1, module)
+        assert [str(each.message) for each in seen] == [text for text, _ in others]
 
 
 def test_register_after_an_engine_was_built_warns(

@@ -1,13 +1,17 @@
 """States of FP8AdamW without DeepSpeed: the blocks of one parameter after the other, on its own device.
 
-A parameter's state is a dict of what `torch.save` and every checkpointing library keep as they are: the
-step, the clamp, and the codes and scales as bytes. Blocks are views of those bytes; the parameter and its
-gradient are read and written in place, but for the last block, which is filled up in a copy.
+A parameter's state is a dict of what `torch.save`, `torch.distributed.checkpoint` and every checkpointing
+library keep as they are: codes and scales as bytes, the rest as numbers. Blocks are views of those bytes; the
+parameter and its gradient are read and written in place, but for the last block, which is filled up in a
+copy.
+
+Between two steps a user may resize, recast, move or wrap a parameter. So `check` compares the parameter, its
+gradient and its state at every step, and a state says what it was made for.
 """
 
 import logging
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,12 +19,15 @@ from torch import Tensor
 from ds_fp8.ops.adam import AdamScalars, AdamState, Segment
 from ds_fp8.ops.backend import Backend, choose
 from ds_fp8.ops.blocks import Blocks
-from ds_fp8.ops.formats import BF16, FP32, Format
+from ds_fp8.ops.formats import BF16, FP32
+from ds_fp8.zero_fp8.guards import check_gradient, check_weight, flaw_of
 from ds_fp8.zero_fp8.recipe import Recipe, weight_dtypes
 
 logger = logging.getLogger("ds_fp8")
 
-GRADIENTS = {torch.float32: FP32, torch.bfloat16: BF16}  # read in place; others are turned FP32
+READ_IN_PLACE = {torch.float32: FP32, torch.bfloat16: BF16}  # gradients; others are turned FP32
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # a state holds the place here of its weight's
+ADVICE = "a new FP8AdamW, or this parameter's entry deleted from optimizer.state, begins anew"
 
 
 class States:
@@ -28,14 +35,12 @@ class States:
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
+        self.formats = {"master": recipe.master, "exp_avg": recipe.exp_avg, "exp_avg_sq": recipe.exp_avg_sq}
+        self._keys = {"step", "clamp_square", "made_for", *self.formats}
+        self._keys |= {f"{key}_scales" for key, fmt in self.formats.items() if fmt.scaled}
         self._backends: dict[torch.device, Backend] = {}
         self._controls: dict[torch.device, Tensor] = {}
         self._plans: dict[tuple[Any, ...], Any] = {}  # a GPU's lie in its memory
-
-    @property
-    def formats(self) -> dict[str, Format]:
-        recipe = self.recipe
-        return {"master": recipe.master, "exp_avg": recipe.exp_avg, "exp_avg_sq": recipe.exp_avg_sq}
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -43,35 +48,30 @@ class States:
         names = {key: fmt.name for key, fmt in self.formats.items()}
         return {**names, "block_size": self.recipe.block_size, "seed": self.recipe.seed}
 
-    def prepare(self, state: dict[str, Any], parameter: Tensor) -> None:
-        """The state of a parameter that has none, its master made from the weight."""
-        if state:
-            return
-        self._check_parameter(parameter)
+    def make(self, parameter: Tensor) -> dict[str, Any]:
+        """The state of a parameter before its first step: zeros, and a master that `sweep` fills then."""
+        state: dict[str, Any] = {"step": 0, "clamp_square": 0.0, "made_for": _description(parameter)}
         blocks = self._blocks_of(parameter)
-        state.update(step=0, clamp_square=None)
         for key, fmt in self.formats.items():
             fresh = Blocks.zeros(blocks, self.recipe.block_size, fmt, parameter.device)
             state[key] = fresh.codes.view(torch.uint8).view(-1)
             if fresh.scales is not None:
                 state[f"{key}_scales"] = fresh.scales
-        if not self.recipe.master.split:  # of a split master the weight is all that is not zero
-            master = self._view(state, "master")
-            self._backend(parameter.device).quantize(parameter.detach().reshape(-1), master)
+        return state
 
     def sweep(self, state: dict[str, Any], parameter: Tensor, index: int, scalars: AdamScalars) -> None:
         """One step of a parameter. index: among all of the optimizer, for its random bits."""
         gradient = parameter.grad
         assert gradient is not None
-        if gradient.is_sparse:
-            raise ValueError("FP8AdamW: received a sparse gradient, allowed: dense")
-        if gradient.dtype not in GRADIENTS:
+        if gradient.dtype not in READ_IN_PLACE:
             gradient = gradient.to(torch.float32)
         size = self.recipe.block_size
-        master, exp_avg, exp_avg_sq = (self._view(state, key) for key in self.formats)
-        states = AdamState(master, exp_avg, exp_avg_sq)
         weights = parameter.detach().contiguous().view(-1)
-        gradient = gradient.detach().reshape(-1)
+        gradient = gradient.detach().contiguous().view(-1)
+        master, exp_avg, exp_avg_sq = (self._view(state, key) for key in self.formats)
+        if scalars.step == 1 and not master.format.split:  # of a split one the weight is all but zeros
+            self._backend(weights.device).quantize(weights, master)
+        states = AdamState(master, exp_avg, exp_avg_sq)
         whole = len(weights) // size
         if whole:
             inside = slice(0, whole * size)
@@ -90,45 +90,98 @@ class States:
             weights[rest] = tail[:count]
         if not parameter.is_contiguous():
             parameter.detach().copy_(weights.view(parameter.shape))
+        if not parameter.is_inference():
+            torch.autograd.graph.increment_version(parameter)  # kernels write behind autograd's back
 
-    def check(self, saved: dict[str, Any], parameters: Sequence[Tensor]) -> None:
-        """Refuse, by a ValueError, a state_dict that is not of these parameters and formats."""
+    # What may be stepped and loaded
+
+    def check(self, name: str, state: dict[str, Any], parameter: Tensor) -> None:
+        """Refuse a step that kernels cannot take, by a ValueError that begins with the parameter's name.
+
+        state: an empty one if the parameter has none yet.
+        """
+        check_weight(name, parameter, weight_dtypes(self.recipe.master))
+        check_gradient(name, parameter, DTYPES)
+        self._backend(parameter.device)
+        if state:
+            self._check_numbers(name, state)
+            received, expected = state["made_for"], _description(parameter)
+            if received != expected:
+                raise ValueError(
+                    f"{name}: received a parameter of {_words(expected)}, allowed: {_words(received)}, "
+                    f"which its state was made for ({ADVICE})"
+                )
+            self._check_bytes(name, state, parameter, parameter.device)
+        if (not state or state["step"] == 0) and not parameter.isfinite().all():
+            raise ValueError(
+                f"{name}: received a parameter of shape {list(parameter.shape)} with inf or NaN, "
+                "allowed: finite"
+            )
+
+    def taken_over(self, name: str, saved: Any, parameter: Tensor) -> dict[str, Any]:
+        """A copy of a saved state, beside the parameter. Raises ValueError for one of another shape."""
+        if not isinstance(saved, dict):
+            raise ValueError(f"{name}: received {type(saved).__name__}, allowed: a dict")
+        self._check_numbers(name, saved)
+        received, expected = _shape(saved["made_for"]), list(parameter.shape)
+        if received != expected:
+            raise ValueError(f"{name}: received shape {received}, expected {expected}")
+        self._check_bytes(name, saved, parameter)
+        copied = {
+            key: each.to(parameter.device, copy=True) if isinstance(each, Tensor) else each
+            for key, each in saved.items()
+        }
+        return {**copied, "made_for": _description(parameter)}
+
+    def check_identity(self, received: Any) -> None:
+        """Refuse states of other formats, by a ValueError."""
         for key, value in self.identity.items():
-            received = saved.get("fp8", {}).get(key)
-            if received != value:
-                raise ValueError(f"state_dict fp8.{key}: received {received!r}, expected {value!r}")
-        for index, state in saved["state"].items():
-            if index not in range(len(parameters)):
+            found = received.get(key) if isinstance(received, dict) else None
+            if found != value:
+                raise ValueError(f"state_dict fp8.{key}: received {found!r}, expected {value!r}")
+
+    def _check_numbers(self, name: str, state: dict[str, Any]) -> None:
+        if state.keys() != self._keys:
+            raise ValueError(f"{name}: received states {sorted(state)}, expected {sorted(self._keys)}")
+        step, square = state["step"], state["clamp_square"]
+        if type(step) is not int or step < 0:
+            raise ValueError(f"{name}: received step {step!r}, allowed: an integer from 0 on")
+        if not isinstance(square, int | float) or not square >= 0:
+            raise ValueError(f"{name}: received clamp_square {square!r}, allowed: a number from 0 on")
+
+    def _check_bytes(
+        self, name: str, state: dict[str, Any], parameter: Tensor, device: torch.device | None = None
+    ) -> None:
+        """Of a state as many as the parameter takes, in memory that is there; device: where, if given."""
+        for key, count in self._sizes(parameter):
+            each = state[key]
+            flaw = flaw_of(each) if isinstance(each, Tensor) else f"a {type(each).__name__}"
+            if flaw is not None:
+                raise ValueError(f"{name}: received {flaw} as {key}, allowed: a dense tensor of this process")
+            in_place = each.is_contiguous() and each.storage_offset() % 4 == 0  # as codes of 4 bytes need it
+            if each.dtype is not torch.uint8 or each.shape != (count,) or not in_place:
                 raise ValueError(
-                    f"state_dict: received parameter {index}, allowed: 0 to {len(parameters) - 1}"
+                    f"{name}: received bytes {list(each.shape)} of {each.dtype} in steps of {each.stride()} "
+                    f"from {each.storage_offset()} on as {key}, expected [{count}] of torch.uint8 in "
+                    "steps of 1 from a multiple of 4 on"
                 )
-            blocks = self._blocks_of(parameters[index])
-            expected: dict[str, int] = {}
-            for key, fmt in self.formats.items():
-                expected[key] = blocks * self.recipe.block_size * fmt.itemsize
-                if fmt.scaled:
-                    expected[f"{key}_scales"] = blocks
-            received = {key: each.numel() for key, each in state.items() if isinstance(each, Tensor)}
-            kinds = {each.dtype for each in state.values() if isinstance(each, Tensor)}
-            if received != expected or kinds != {torch.uint8}:
+            if device is not None and each.device != device:
                 raise ValueError(
-                    f"state_dict of parameter {index}: received bytes {received} of {kinds}, "
-                    f"expected {expected} of torch.uint8"
+                    f"{name}: received a parameter on {device}, allowed: {each.device}, where its {key} is"
                 )
+
+    def _sizes(self, parameter: Tensor) -> Iterator[tuple[str, int]]:
+        """The bytes of a parameter's state, by key."""
+        blocks = self._blocks_of(parameter)
+        for key, fmt in self.formats.items():
+            yield key, blocks * self.recipe.block_size * fmt.itemsize
+            if fmt.scaled:
+                yield f"{key}_scales", blocks
 
     def _blocks_of(self, parameter: Tensor) -> int:
         return -(-parameter.numel() // self.recipe.block_size)
 
-    def _check_parameter(self, parameter: Tensor) -> None:
-        dtypes = weight_dtypes(self.recipe.master)
-        if parameter.dtype not in dtypes:
-            allowed = ", ".join(map(str, dtypes))
-            raise ValueError(f"FP8AdamW: received a parameter of {parameter.dtype}, allowed: {allowed}")
-        if not parameter.isfinite().all():
-            shape = list(parameter.shape)
-            raise ValueError(
-                f"FP8AdamW: received a parameter of shape {shape} with inf or NaN, allowed: finite"
-            )
+    # Kernels
 
     def _backend(self, device: torch.device) -> Backend:
         if device not in self._backends:
@@ -155,10 +208,54 @@ class States:
             self._plans[place] = backend.plan([segment], rows, size, device)
         backend.adam_step(
             states,
-            Blocks(gradient.view(-1, size), None, GRADIENTS[gradient.dtype]),
+            Blocks(gradient.view(-1, size), None, READ_IN_PLACE[gradient.dtype]),
             weights.view(-1, size),
             self._plans[place],
             scalars,
             self._controls[device],
             rounding=self.recipe.rounding,
         )
+
+
+# What a state was made for is kept in integers: a flattened `torch.distributed.checkpoint` state dict takes
+# tensors and numbers, also in dicts, and neither lists nor text.
+
+
+def _description(parameter: Tensor) -> dict[str, int]:
+    sizes = {f"dim{number}": size for number, size in enumerate(parameter.shape)}
+    return {"dtype": DTYPES.index(parameter.dtype), **sizes}
+
+
+def _shape(described: Any) -> list[Any] | None:
+    """Of a description; None if it is none."""
+    if not isinstance(described, dict) or described.get("dtype") not in range(len(DTYPES)):
+        return None
+    return [described.get(f"dim{number}") for number in range(len(described) - 1)]
+
+
+def _words(described: Any) -> str:
+    shape = _shape(described)
+    return repr(described) if shape is None else f"{DTYPES[described['dtype']]} and shape {shape}"
+
+
+# Names
+
+
+class Member(NamedTuple):
+    """A parameter of an optimizer."""
+
+    number: int  # among all of them
+    name: str  # for messages
+    group: dict[str, Any]
+    parameter: Tensor
+
+
+def members_of(param_groups: list[dict[str, Any]]) -> Iterator[Member]:
+    """Every parameter with its place."""
+    number = 0
+    for of_groups, group in enumerate(param_groups):
+        names = group.get("param_names")
+        for place, parameter in enumerate(group["params"]):
+            named = f", {names[place]!r}" if names else ""
+            yield Member(number, f"parameter {number} (param group {of_groups}{named})", group, parameter)
+            number += 1

@@ -7,6 +7,7 @@ writing to dicts that nobody reads. Alone, `step` sweeps each parameter with the
 (`alone.py`).
 """
 
+import copy
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -17,11 +18,13 @@ from torch import Tensor
 
 from ds_fp8.config import SECTION, FP8Config, parse, refusal
 from ds_fp8.ops.adam import AdamScalars, next_clamp
-from ds_fp8.zero_fp8.alone import States
+from ds_fp8.zero_fp8.alone import Member, States, members_of
+from ds_fp8.zero_fp8.guards import ALLOWED, kind_of
 from ds_fp8.zero_fp8.recipe import recipe_of
 
 logger = logging.getLogger("ds_fp8")
 
+HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "bias_correction", "adam_w_mode")
 UNSUPPORTED_FLAGS = ("amsgrad", "maximize", "differentiable")
 
 
@@ -36,7 +39,7 @@ class FP8AdamW(torch.optim.Optimizer):
 
     def __init__(
         self,
-        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        params: Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]],
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -56,18 +59,29 @@ class FP8AdamW(torch.optim.Optimizer):
         }
         self.steps = 0
         self.clamp_squares: list[float | None] = []
-        self.fp8 = fp8
-        config = parse({SECTION: {**(fp8 or {}), "enabled": True}})
-        assert isinstance(config, FP8Config)
-        if config.scaling != "block":
-            raise refusal(f"{SECTION}.scaling", config.scaling, '"block" for an FP8AdamW without DeepSpeed')
-        self._alone = States(recipe_of(config))
+        self._alone = _states(fp8)
+        self.fp8 = None if fp8 is None else copy.deepcopy(dict(fp8))
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
-        check_group(self.param_groups[-1])
+        try:
+            self._check_new_group(self.param_groups[-1])
+        except ValueError:
+            del self.param_groups[-1]
+            raise
         self.clamp_squares.append(None)
+
+    def _check_new_group(self, group: dict[str, Any]) -> None:
+        check_group(group)
+        if group.get(SECTION, self._alone.identity) != self._alone.identity:
+            raise refusal(
+                f"optimizer.params.{SECTION}", group[SECTION], "none; formats are of all param groups"
+            )
+        for member in members_of(self.param_groups):
+            kind = kind_of(member.parameter) if member.group is group else None
+            if kind is not None:
+                raise ValueError(f"FP8AdamW, {member.name}: received {kind}, {ALLOWED}")
 
     # Without DeepSpeed
 
@@ -77,45 +91,116 @@ class FP8AdamW(torch.optim.Optimizer):
 
         The states of a parameter are made at its first step, its master from its weight. A gradient that
         is not finite spoils the states, as in torch: clip and check before.
-        Raises ValueError for a parameter or gradient that the kernels cannot take.
+        Raises ValueError, which names the parameter, before anything is changed: for a parameter or
+        gradient that the kernels cannot take, and for a parameter that its state was not made for.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        index = 0
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    state = self.state[parameter]
-                    self._alone.prepare(state, parameter)
-                    scalars, state["clamp_square"] = _scalars(
-                        group, state["step"] + 1, state["clamp_square"], clamp=self._alone.recipe.clamped
-                    )
-                    state["step"] += 1
-                    self._alone.sweep(state, parameter, index, scalars)
-                index += 1
+        members = [each for each in members_of(self.param_groups) if each.parameter.grad is not None]
+        for each in members:
+            _check_betas(each.group)
+            self._alone.check(f"FP8AdamW, {each.name}", self.state.get(each.parameter, {}), each.parameter)
+        only_states = self._asks_for_states(members)
+        self._sign_groups()
+        for each in members:
+            if not self.state[each.parameter]:
+                self.state[each.parameter] = self._alone.make(each.parameter)
+            if not only_states:
+                self._step_one(each)
         return loss
 
+    def _step_one(self, member: Member) -> None:
+        state = self.state[member.parameter]
+        scalars, square = _scalars(
+            member.group, state["step"] + 1, state["clamp_square"] or None, clamp=self._alone.recipe.clamped
+        )
+        self._alone.sweep(state, member.parameter, member.number, scalars)
+        state.update(step=scalars.step, clamp_square=square)
+
+    def _asks_for_states(self, members: list[Member]) -> bool:
+        """Whether this is the step by which torch.distributed.checkpoint has an optimizer make its states.
+
+        It comes first, at a learning rate of 0, with zeros as gradients. Such a step is not counted, so
+        that a run is the same with a checkpoint before its first step and without.
+        """
+        return (
+            not any(self.state.values())
+            and all(float(each.group["lr"]) == 0 for each in members)
+            and not any(each.parameter.grad.any() for each in members if each.parameter.grad is not None)
+        )
+
     def state_dict(self) -> dict[str, Any]:
-        """As torch's, the states as bytes; "fp8" says what they are."""
-        return {**super().state_dict(), "fp8": self._alone.identity}
+        """As torch's, the states as bytes; "fp8" of each param group says what they are."""
+        self._sign_groups()
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what `state_dict` gave, byte for byte.
 
-        Raises ValueError, before anything is changed, where formats or shapes differ.
+        Raises ValueError, before anything is changed, if formats, shapes or hyperparameters do not fit.
         """
-        parameters = [each for group in self.param_groups for each in group["params"]]
-        self._alone.check(state_dict, parameters)
-        # torch casts states to the dtype of their parameter: not ours.
-        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
-        for index, saved in state_dict["state"].items():
-            device = parameters[index].device
-            self.state[parameters[index]] = {
-                key: value.to(device, copy=True) if isinstance(value, Tensor) else value
-                for key, value in saved.items()
-            }
+        # torch casts states to the dtype of their parameter: not ours. So torch sees none of them; a
+        # user's own hooks, which come before the last one and after the first, see them all.
+        taken: dict[Tensor, dict[str, Any]] = {}
+
+        def take(_: torch.optim.Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+            taken.update(self._taken_over(given))
+            return {**given, "state": {}}
+
+        def put(_: torch.optim.Optimizer) -> None:
+            self.state.update(taken)
+
+        with (
+            self.register_load_state_dict_pre_hook(take),
+            self.register_load_state_dict_post_hook(put, prepend=True),
+        ):
+            super().load_state_dict(state_dict)
+
+    def _taken_over(self, given: dict[str, Any]) -> dict[Tensor, dict[str, Any]]:
+        """Copies of the states of a state_dict that fits, by parameter."""
+        groups = given.get("param_groups", [])
+        received = [len(group.get("params", ())) for group in groups]
+        expected = [len(group["params"]) for group in self.param_groups]
+        if received != expected:
+            raise ValueError(
+                f"state_dict: received param groups of {received} parameters, expected {expected}"
+            )
+        for group in groups:
+            self._alone.check_identity(group.get(SECTION))
+            missing = sorted(set(HYPERPARAMETERS) - group.keys())
+            if missing:
+                raise ValueError(f"state_dict: received a param group without {', '.join(missing)}")
+            _check_betas(group)  # a scheduler's last learning rate may lie a little below 0, as torch's may
+        saved_ids = [each for group in groups for each in group["params"]]
+        members = dict(zip(saved_ids, members_of(self.param_groups), strict=True))
+        taken = {}
+        for key, saved in given.get("state", {}).items():
+            if key not in members:
+                raise ValueError(
+                    f"state_dict: received parameter {key}, allowed: {saved_ids[0]} to {saved_ids[-1]}"
+                )
+            parameter = members[key].parameter
+            taken[parameter] = self._alone.taken_over(f"state_dict of {members[key].name}", saved, parameter)
+        return taken
+
+    def _sign_groups(self) -> None:
+        """Say in each group what the states are: torch.distributed.checkpoint keeps nothing beside groups."""
+        for group in self.param_groups:
+            group[SECTION] = self._alone.identity
+
+    # Copies
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copy and pickle take: torch's, and ours less kernels and their plans, which are made again."""
+        own = {"steps": self.steps, "clamp_squares": self.clamp_squares, "fp8": self.fp8}
+        return {**super().__getstate__(), **own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_alone" not in self.__dict__:
+            self._alone = _states(self.fp8)
 
     # Under ZeRO
 
@@ -143,6 +228,15 @@ class FP8AdamW(torch.optim.Optimizer):
         if any(square != math.inf for square in self.clamp_squares):
             logger.info("clamp off: %s", why)
         self.clamp_squares = [math.inf] * len(self.param_groups)
+
+
+def _states(fp8: Mapping[str, Any] | None) -> States:
+    """For the formats that the argument `fp8` names. Raises ValueError."""
+    config = parse({SECTION: {**(fp8 or {}), "enabled": True}})
+    assert isinstance(config, FP8Config)
+    if config.scaling != "block":
+        raise refusal(f"{SECTION}.scaling", config.scaling, '"block" for an FP8AdamW without DeepSpeed')
+    return States(recipe_of(config))
 
 
 def _betas(group: dict[str, Any]) -> tuple[float, float]:
@@ -180,6 +274,10 @@ def check_group(group: dict[str, Any]) -> None:
             raise ValueError(f"optimizer.params.{name}: received {value}, allowed: 0 or more")
     if not torch.tensor(float(group["eps"]), dtype=torch.float32) > 0:
         raise ValueError(f"optimizer.params.eps: received {group['eps']}, allowed: more than 0 in FP32")
+    _check_betas(group)
+
+
+def _check_betas(group: dict[str, Any]) -> None:
     betas = group["betas"]
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"optimizer.params.betas: received {betas}, allowed: two numbers in [0, 1)")
