@@ -20,6 +20,7 @@ from ds_fp8.ops import build
 from ds_fp8.ops.adam import UNIT, AdamScalars, AdamState, Rounding, Segment
 from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.formats import BY_NAME
+from ds_fp8.ops.reduction import FIGURES
 from ds_fp8.ops.rounding import EXP_AVG_SQ, MASTER, stream
 
 VARIABLE = "DS_FP8_CPU_ISA"
@@ -197,7 +198,7 @@ def accumulate_tensor(pieces: Sequence[Blocks], shard: Blocks, *, fresh: bool) -
 
 def _accumulate(kernel: Any, pieces: Sequence[Blocks], shard: Blocks, fresh: bool) -> Tensor:
     threads = torch.get_num_threads()
-    parts = torch.zeros(threads, 2, dtype=torch.float64)
+    parts = torch.zeros(threads, FIGURES, dtype=torch.int64)
     array = (CBlocks * len(pieces))(*map(_blocks, pieces))
     rows, size = len(shard), shard.block_size
     kernel(array, len(pieces), byref(_blocks(shard)), fresh, rows, size, threads, parts.data_ptr())

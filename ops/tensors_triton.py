@@ -1,4 +1,4 @@
-"""One scale a tensor on a GPU: `ops.tensors` as two launches, one that measures and one that writes.
+"""One scale a tensor on a GPU: `ops.tensors` as two sweeps, one that measures and one that writes.
 
 What was measured of rows is brought together by torch, on the device: nothing waits for the host.
 """
@@ -15,7 +15,7 @@ from ds_fp8.ops.adam_triton import launch_sweep
 from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.blocks_triton import largest_magnitude, launch_quantize
 from ds_fp8.ops.health import GRADIENT_COUNTS
-from ds_fp8.ops.reduction_triton import largest_sums, launch_sum
+from ds_fp8.ops.reduction_triton import figures_of_blocks, largest_sums, launch_sum
 
 INFINITE = 0x7F800000  # bits of inf; those of NaN are more
 
@@ -34,7 +34,7 @@ def accumulate(pieces: Sequence[Blocks], shard: Blocks, *, fresh: bool) -> Tenso
     """`ops.tensors.accumulate`; the pieces lie at equal distances in one buffer."""
     amax = largest_sums(shard)
     launch_sum(pieces, shard, amax, "measure", fresh=fresh)
-    return launch_sum(pieces, shard, amax.max(), "write", fresh=fresh)
+    return figures_of_blocks(launch_sum(pieces, shard, amax.max(), "write", fresh=fresh))
 
 
 @dataclass(frozen=True)
