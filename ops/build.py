@@ -71,8 +71,8 @@ def compiler() -> str | None:
     if program := shutil.which(name):
         return shlex.join([program, *arguments])
     raise BuildError(
-        f"CXX: received {wanted!r}, and there is no such program; allowed: a C++ compiler's path, or its name "
-        f"on the PATH, with arguments or without; or nothing, which takes the first of {', '.join(COMPILERS)}"
+        f"CXX: received {wanted!r}, and there is no such program; allowed: a C++ compiler's path, or its "
+        f"name on the PATH, with arguments or without; or nothing, for the first of {', '.join(COMPILERS)}"
     )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ds_fp8.ops import exact
 from ds_fp8.ops.blocks import Blocks
+from ds_fp8.ops.guards import check_accumulate, check_distances
 from ds_fp8.ops.reduction import FIGURES
 from ds_fp8.ops.tiles_triton import (
     decode,
@@ -162,6 +163,7 @@ def figures_kernel(
 
 def accumulate(pieces: Sequence[Blocks], shard: Blocks, *, fresh: bool) -> Tensor:
     """`ops.reduction.accumulate`; the pieces lie at equal distances in one buffer."""
+    check_accumulate(pieces, shard)
     if not len(shard):
         return torch.zeros(FIGURES, dtype=torch.int64, device=shard.codes.device)
     return figures_of_blocks(launch_sum(pieces, shard, raw(shard.codes), "blocks", fresh=fresh))
@@ -183,6 +185,8 @@ def largest_sums(shard: Blocks) -> Tensor:
 
 def launch_sum(pieces: Sequence[Blocks], shard: Blocks, amax: Tensor, sweep: str, *, fresh: bool) -> Tensor:
     """Each block's sum of squares, if `sweep` writes; amax and sweep: as `accumulate_kernel` has them."""
+    check_distances([raw(each.codes) for each in pieces])
+    check_distances([scales_of(each) for each in pieces])
     first, second = pieces[0], pieces[min(1, len(pieces) - 1)]
     rows, programs = tile_of(len(shard), shard.block_size, WARPS, TILES)
     squares = torch.empty(len(shard), dtype=torch.float64, device=shard.codes.device)

@@ -58,7 +58,7 @@ LAYERS = (  # a module imports from the lines below its own only
         "ds_fp8.ops.roots_triton",
         "ds_fp8.ops.tensors",
     ),
-    ("ds_fp8.ops.rounding_triton",),
+    ("ds_fp8.ops.rounding_triton", "ds_fp8.ops.guards"),
     ("ds_fp8.ops.tiles_triton", "ds_fp8.ops.adam", "ds_fp8.ops.reduction"),
     ("ds_fp8.ops.masters", "ds_fp8.ops.exact"),
     ("ds_fp8.ops.rounding", "ds_fp8.ops.blocks"),
