@@ -23,9 +23,10 @@ E8M0_OR_FP32 = (torch.uint8, torch.float32)
 
 def check_quantize(values: Tensor, out: Blocks, counts: Tensor | None) -> None:
     """Before `ops.blocks.quantize`."""
-    _vector("values", values, out)
+    _tensor("values", values, out.codes.device, VALUES)
     most = out.codes.numel()
-    _require(values.numel() <= most, "values", f"{values.numel()} elements", f"at most {most}, as `out` has")
+    if values.numel() > most:
+        raise _refusal("values", f"{values.numel()} elements", f"at most {most}, as `out` has")
     _blocks("out", out, values.device)
     _format("out", out, out.format.dtype.is_floating_point)
     _counts(counts, GRADIENT_COUNTS, values.device)
@@ -33,7 +34,7 @@ def check_quantize(values: Tensor, out: Blocks, counts: Tensor | None) -> None:
 
 def check_dequantize(blocks: Blocks, out: Tensor) -> None:
     """Before `ops.blocks.dequantize`."""
-    _vector("out", out, blocks)
+    _tensor("out", out, blocks.codes.device, VALUES)
     _blocks("blocks", blocks, out.device)
     _format("blocks", blocks, not blocks.format.split)
 
@@ -43,7 +44,8 @@ def check_accumulate(pieces: Sequence[Blocks], shard: Blocks) -> None:
     device = shard.codes.device
     _blocks("shard", shard, device)
     _format("shard", shard, shard.format.dtype.is_floating_point)
-    _require(len(pieces) > 0, "pieces", "none", "one of each rank")
+    if not pieces:
+        raise _refusal("pieces", "none", "one of each rank")
     for number, piece in enumerate(pieces):
         _blocks(f"pieces[{number}]", piece, device)
         _format(f"pieces[{number}]", piece, piece.format.dtype.is_floating_point)
@@ -55,7 +57,8 @@ def check_segments(segments: Sequence[Segment], blocks: int) -> None:
     """Before a plan of a shard of so many blocks is made."""
     for each in segments:
         first, last = each.blocks.start, each.blocks.stop
-        _require(0 <= first <= last <= blocks, "segment", f"blocks {first} to {last}", f"0 to {blocks}")
+        if not 0 <= first <= last <= blocks:
+            raise _refusal("segment", f"blocks {first} to {last}", f"0 to {blocks}")
 
 
 def check_distances(tensors: Sequence[Tensor]) -> None:
@@ -65,8 +68,8 @@ def check_distances(tensors: Sequence[Tensor]) -> None:
     for number, each in enumerate(tensors):
         apart = each.storage_offset() - first.storage_offset()
         _same(f"pieces[{number}]", apart, number * stride, "elements from the first, at equal distances")
-        together = each.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        _require(together, f"pieces[{number}]", "a buffer of its own", "one buffer for all pieces")
+        if each.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
+            raise _refusal(f"pieces[{number}]", "a buffer of its own", "one buffer for all pieces")
 
 
 def check_step(
@@ -100,28 +103,20 @@ def check_step(
 
 
 def _blocks(name: str, blocks: Blocks, device: torch.device, scales: Sequence[torch.dtype] = E8M0) -> None:
-    _tensor(f"{name}: codes", blocks.codes, device, (blocks.format.dtype,))
-    shape = blocks.codes.shape
-    _require(
-        len(shape) == 2 and shape[1] in BLOCK_SIZES,
-        f"{name}: codes",
-        tuple(shape),
-        f"[blocks, block size] of a block size among {BLOCK_SIZES}",
-    )
-    if not blocks.format.scaled:
-        return
-    _require(blocks.scales is not None, f"{name}: scales", None, "one a block")
-    assert blocks.scales is not None
-    _tensor(f"{name}: scales", blocks.scales, device, scales)
-    _same(f"{name}: scales", blocks.scales.shape, shape[:1], "one a block")
+    codes, held = blocks.codes, blocks.scales
+    _tensor(name, codes, device, (blocks.format.dtype,))
+    if codes.dim() != 2 or codes.shape[1] not in BLOCK_SIZES:
+        shape = f"[blocks, block size] of a block size among {BLOCK_SIZES}"
+        raise _refusal(name, f"codes of shape {tuple(codes.shape)}", shape)
+    if blocks.format.scaled:
+        if held is None or held.shape != codes.shape[:1]:
+            raise _refusal(name, f"{0 if held is None else held.numel()} scales", "one a block")
+        _tensor(name, held, device, scales)
 
 
 def _format(name: str, blocks: Blocks, fits: bool) -> None:
-    _require(fits, name, blocks.format.name, "a format that this operation reads or writes")
-
-
-def _vector(name: str, vector: Tensor, blocks: Blocks) -> None:
-    _tensor(name, vector, blocks.codes.device, VALUES)
+    if not fits:
+        raise _refusal(name, blocks.format.name, "a format that this operation reads or writes")
 
 
 def _counts(counts: Tensor | None, size: int, device: torch.device) -> None:
@@ -131,15 +126,18 @@ def _counts(counts: Tensor | None, size: int, device: torch.device) -> None:
 
 
 def _tensor(name: str, tensor: Tensor, device: torch.device, dtypes: Sequence[torch.dtype]) -> None:
-    _require(tensor.dtype in dtypes, name, tensor.dtype, " or ".join(map(str, dtypes)))
-    _require(tensor.device == device, name, tensor.device, device)
-    _require(tensor.is_contiguous(), name, f"strides {tensor.stride()}", "a contiguous tensor")
+    if tensor.dtype not in dtypes:
+        raise _refusal(name, tensor.dtype, " or ".join(map(str, dtypes)))
+    if tensor.device != device:
+        raise _refusal(name, tensor.device, device)
+    if not tensor.is_contiguous():
+        raise _refusal(name, f"strides {tensor.stride()}", "a contiguous tensor")
 
 
 def _same(name: str, received: object, allowed: object, what: str) -> None:
-    _require(received == allowed, name, received, f"{allowed}, {what}")
+    if received != allowed:
+        raise _refusal(name, received, f"{allowed}, {what}")
 
 
-def _require(holds: bool, name: str, received: object, allowed: object) -> None:
-    if not holds:
-        raise ValueError(f"{name}: received {received}, allowed: {allowed}")
+def _refusal(name: str, received: object, allowed: object) -> ValueError:
+    return ValueError(f"{name}: received {received}, allowed: {allowed}")
