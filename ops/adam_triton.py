@@ -18,6 +18,7 @@ from torch import Tensor
 from ds_fp8.ops import health
 from ds_fp8.ops.adam import AdamScalars, AdamState, Rounding, Segment
 from ds_fp8.ops.blocks import Blocks
+from ds_fp8.ops.guards import check_segments, check_step
 from ds_fp8.ops.masters_triton import load_masters, store_masters
 from ds_fp8.ops.moments_triton import UNIT, count_rescued, count_zeros, second_moment, store_second_moment
 from ds_fp8.ops.roots_triton import divide, minimum, square_root
@@ -191,16 +192,18 @@ class Plan:
 
     table: Tensor  # [3, segments] int32: row with which one begins, its block of the parameter, the parameter
     tile_segments: Tensor  # [tiles + 1] int32: the segment with which a tile begins
+    blocks: int
 
 
 def plan(segments: Sequence[Segment], blocks: int, block_size: int, device: torch.device) -> Plan:
     """`ops.adam.plan`: the segments of a shard of so many blocks, as the kernel looks them up."""
+    check_segments(segments, blocks)
     columns = [(each.blocks.start, each.first_element // block_size, each.parameter) for each in segments]
     table = torch.tensor(columns or [(0, 0, 0)], dtype=torch.int32).t().contiguous()
     rows, programs = tile_of(blocks, block_size, WARPS)
     first_rows = torch.arange(programs + 1, dtype=torch.int32) * rows
     tile_segments = torch.searchsorted(table[0], first_rows, right=True, out_int32=True) - 1
-    return Plan(table.to(device), tile_segments.to(device))
+    return Plan(table.to(device), tile_segments.to(device), blocks)
 
 
 def adam_step(
@@ -244,6 +247,7 @@ def launch_sweep(
     amax: Tensor,
 ) -> None:
     """sweep and amax: as `adam_kernel` has them."""
+    check_step(state, gradient, weights, plan.blocks, control, rounding.stochastic, counts)
     rows, programs = tile_of(len(gradient), gradient.block_size, WARPS)
     partial = partials(counts, programs, plan.table)
     s = scalars

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ds_fp8.ops import health
 from ds_fp8.ops.blocks import Blocks
+from ds_fp8.ops.guards import check_dequantize, check_quantize
 from ds_fp8.ops.tiles_triton import (
     decode,
     hardware_fp8,
@@ -172,6 +173,7 @@ def dequantize_kernel(
 
 def quantize(values: Tensor, out: Blocks, counts: Tensor | None = None) -> None:
     """`ops.blocks.quantize` in one launch."""
+    check_quantize(values, out, counts)
     if len(out):
         found = launch_quantize(values, out, None, count=counts)
         if counts is not None:
@@ -213,6 +215,7 @@ def launch_quantize(values: Tensor, out: Blocks, amax: Tensor | None, count: Ten
 
 def dequantize(blocks: Blocks, out: Tensor) -> None:
     """`ops.blocks.dequantize` in one launch."""
+    check_dequantize(blocks, out)
     if not len(blocks):
         return
     rows, programs = tile_of(len(blocks), blocks.block_size, WARPS)

@@ -11,15 +11,17 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from ctypes import POINTER, Structure, byref, c_char_p, c_float, c_int32, c_int64, c_uint32, c_void_p
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ds_fp8.ops import build
+from ds_fp8.ops import build, guards
 from ds_fp8.ops.adam import UNIT, AdamScalars, AdamState, Rounding, Segment
 from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.formats import BY_NAME
+from ds_fp8.ops.reduction import FIGURES
 from ds_fp8.ops.rounding import EXP_AVG_SQ, MASTER, stream
 
 VARIABLE = "DS_FP8_CPU_ISA"
@@ -55,7 +57,12 @@ class CSegment(Structure):
     _fields_ = [(name, c_int64) for name in ("first_row", "last_row", "first_element", "parameter")]
 
 
-Plan = ctypes.Array[CSegment]
+@dataclass(frozen=True)
+class Plan:
+    """The segments of a shard, as the kernel reads them."""
+
+    segments: ctypes.Array[CSegment]
+    blocks: int
 
 
 class CSweep(Structure):
@@ -140,7 +147,6 @@ def _blocks(blocks: Blocks) -> CBlocks:
 
 
 def _values(values: Tensor) -> CValues:
-    assert values.is_contiguous()
     return CValues(values.data_ptr(), DTYPES[values.dtype])
 
 
@@ -166,6 +172,7 @@ def quantize_tensor(values: Tensor, out: Blocks, counts: Tensor | None = None) -
 
 
 def _quantize(kernel: Any, values: Tensor, out: Blocks, counts: Tensor | None) -> None:
+    guards.check_quantize(values, out, counts)
     with _counted(counts) as address:
         kernel(
             byref(_values(values)),
@@ -180,6 +187,7 @@ def _quantize(kernel: Any, values: Tensor, out: Blocks, counts: Tensor | None) -
 
 def dequantize(blocks: Blocks, out: Tensor) -> None:
     """`ops.blocks.dequantize`."""
+    guards.check_dequantize(blocks, out)
     count = min(out.numel(), blocks.codes.numel())
     threads = torch.get_num_threads()
     load().dequantize(byref(_blocks(blocks)), byref(_values(out)), count, blocks.block_size, threads)
@@ -196,8 +204,9 @@ def accumulate_tensor(pieces: Sequence[Blocks], shard: Blocks, *, fresh: bool) -
 
 
 def _accumulate(kernel: Any, pieces: Sequence[Blocks], shard: Blocks, fresh: bool) -> Tensor:
+    guards.check_accumulate(pieces, shard)
     threads = torch.get_num_threads()
-    parts = torch.zeros(threads, 2, dtype=torch.float64)
+    parts = torch.zeros(threads, FIGURES, dtype=torch.int64)
     array = (CBlocks * len(pieces))(*map(_blocks, pieces))
     rows, size = len(shard), shard.block_size
     kernel(array, len(pieces), byref(_blocks(shard)), fresh, rows, size, threads, parts.data_ptr())
@@ -206,8 +215,9 @@ def _accumulate(kernel: Any, pieces: Sequence[Blocks], shard: Blocks, fresh: boo
 
 def plan(segments: Sequence[Segment], blocks: int, block_size: int, device: torch.device) -> Plan:
     """`ops.adam.plan`: the segments as the kernel reads them."""
+    guards.check_segments(segments, blocks)
     rows = [CSegment(s.blocks.start, s.blocks.stop, s.first_element, s.parameter) for s in segments]
-    return (CSegment * len(rows))(*rows)
+    return Plan((CSegment * len(rows))(*rows), blocks)
 
 
 def adam_step(
@@ -222,6 +232,7 @@ def adam_step(
     counts: Tensor | None = None,
 ) -> None:
     """`ops.adam.adam_step`."""
+    guards.check_step(state, gradient, weights, plan.blocks, control, rounding.stochastic, counts)
     _step(load().adam_step, _sweep(state, gradient, weights, plan, scalars, control, rounding), counts)
 
 
@@ -237,6 +248,7 @@ def step_tensors(
     counts: Tensor | None = None,
 ) -> None:
     """`ops.tensors.adam_step`."""
+    guards.check_step(state, gradient, weights, plan.blocks, control, rounding.stochastic, counts)
     _step(load().step_tensors, _sweep(state, gradient, weights, plan, scalars, control, rounding), counts)
 
 
@@ -263,8 +275,8 @@ def _sweep(
         exp_avg_sq=_blocks(state.exp_avg_sq),
         gradient_scales=_fine_scales(gradient),
         weights=_values(weights),
-        segments=ctypes.addressof(plan),
-        segment_count=len(plan),
+        segments=ctypes.addressof(plan.segments),
+        segment_count=len(plan.segments),
         control=control.data_ptr(),
         exp_avg_sq_stream=stream(rounding.seed, s.step, EXP_AVG_SQ),
         master_stream=stream(rounding.seed, s.step, MASTER),

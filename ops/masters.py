@@ -6,6 +6,12 @@ cut dropped then tell the master from its weight, and nothing else need be store
 the upper half of the master plus the top bit of the lower, so a decoder adds the lower half to it as a
 signed number. SPLIT8 rounds the master to 24 bits first and keeps the top 8 of the lower half. Whoever edits
 a BF16 weight edits a split master with it.
+
+A weight of zero, of either sign, has nothing below it that a negative lower half could be taken from: the
+borrow would reach the sign. No encoder writes that pair, but whoever sets a weight to zero in place makes it,
+and every decoder takes the lower half as 0 there. Every other finite weight, and a zero beside a lower half
+that is not negative, decodes to a finite number. A weight of inf may be a finite master, the last half code
+below 2^128; NaN stays NaN.
 """
 
 import torch
@@ -25,8 +31,9 @@ def decode_masters(master: Blocks, weights: Tensor, factor: float = 1.0) -> Tens
     if not master.format.split:
         return decode(master, factor)
     low = master.codes.to(torch.int32) << master.format.dropped_bits
-    bits = (weights.view(torch.int16).to(torch.int32) << 16) + low
-    return bits.view(torch.float32) * factor
+    high = weights.view(torch.int16).to(torch.int32) << 16
+    low = torch.where(high << 1 == 0, low.clamp(min=0), low)
+    return (high + low).view(torch.float32) * factor
 
 
 def encode_masters(values: Tensor, master: Blocks, weights: Tensor, bits: Tensor | None = None) -> None:

@@ -42,7 +42,9 @@ def load_masters(
         if FORMAT == "split8":
             low = low.to(tl.int8, bitcast=True)
         high = tl.load(weights + offset, mask=inside[:, None], other=0.0).to(tl.int16, bitcast=True)
-        bits = (high.to(tl.int32) << 16) + (low.to(tl.int32) << dropped_bits(FORMAT))
+        bits = high.to(tl.int32) << 16
+        low = low.to(tl.int32) << dropped_bits(FORMAT)
+        bits += tl.where(bits << 1 == 0, tl.maximum(low, 0), low)  # a weight of zero has nothing to borrow
         return bits.to(tl.float32, bitcast=True) * factor
     else:
         p = load_codes(codes, offset, inside, FORMAT, HARDWARE)

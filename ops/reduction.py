@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ds_fp8.ops.blocks import Blocks, chunks, decode, encode, scale_values
+from ds_fp8.ops.exact import DIGITS, digits_of, sum_of_digits, sums_of_squares
 
-LANES = 16
+FIGURES = DIGITS + 1
 
 
 def accumulate(pieces: Sequence[Blocks], shard: Blocks, *, fresh: bool) -> Tensor:
@@ -31,33 +32,30 @@ def accumulate(pieces: Sequence[Blocks], shard: Blocks, *, fresh: bool) -> Tenso
 
 
 def figures(shard: Blocks) -> Tensor:
-    """[2] float64: sum of squares of the finite blocks as stored, and the count of the others.
+    """[FIGURES] int64: the sum of squares of the finite blocks as stored, and the count of the others.
 
-    Squares are added in FP32 within a block, without its scale, and in float64 between blocks. Within a
-    block there are LANES sums of every LANES-th square, then sums of halves of halves: the order of the C++
-    kernels. A GPU adds in an order of its own, and its norm may differ in the last place.
+    The sum is digits, as `ops.exact` has them: figures of shards and of ranks add up to those of all blocks,
+    whoever holds which and on whichever backend. `norm_square` rounds it.
     """
-    result = torch.zeros(2, dtype=torch.float64, device=shard.codes.device)
+    squares = torch.empty(len(shard), dtype=torch.float64, device=shard.codes.device)
     for part in chunks(len(shard), shard.block_size):
-        squares = _sum_in_lanes(shard.codes[part].to(torch.float32).square())
-        finite = squares.isfinite()
-        squares = squares.to(torch.float64)
+        sums = sums_of_squares(shard.codes[part].to(torch.float32))
         if shard.scales is not None:
-            scales = scale_values(shard.scales[part])
-            finite = scales.isfinite()
-            squares = squares * scales.to(torch.float64).square()
-        result += torch.stack([torch.where(finite, squares, 0.0).sum(), (~finite).sum()])
-    return result
+            sums *= scale_values(shard.scales[part]).to(torch.float64).square()
+        squares[part] = sums
+    return figures_of_blocks(squares)
 
 
-def _sum_in_lanes(values: Tensor) -> Tensor:
-    """Sums of the rows of [rows, block size], in the order that `figures` tells."""
-    first, *others = values.view(len(values), -1, LANES).unbind(dim=1)
-    sums = sum(others, start=first)
-    while sums.shape[1] > 1:
-        half = sums.shape[1] // 2
-        sums = sums[:, :half] + sums[:, half:]
-    return sums[:, 0]
+def figures_of_blocks(squares: Tensor) -> Tensor:
+    """`figures`, given each block's sum of squares, [blocks] float64; not finite: of a block that is not."""
+    finite = squares.isfinite()
+    digits = digits_of(torch.where(finite, squares, 0.0))
+    return torch.cat([digits, (~finite).sum()[None]])
+
+
+def norm_square(figures: Tensor) -> Tensor:
+    """The sum of squares in figures, 0-d float64, the same bits on every device."""
+    return sum_of_digits(figures[:DIGITS])
 
 
 def first_non_finite_block(shard: Blocks) -> int | None:

@@ -1,4 +1,4 @@
-"""One scale a tensor on a GPU: `ops.tensors` as two launches, one that measures and one that writes.
+"""One scale a tensor on a GPU: `ops.tensors` as two sweeps, one that measures and one that writes.
 
 What was measured of rows is brought together by torch, on the device: nothing waits for the host.
 """
@@ -14,14 +14,16 @@ from ds_fp8.ops.adam import AdamScalars, AdamState, Rounding, Segment
 from ds_fp8.ops.adam_triton import launch_sweep
 from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.blocks_triton import largest_magnitude, launch_quantize
+from ds_fp8.ops.guards import check_accumulate, check_quantize
 from ds_fp8.ops.health import GRADIENT_COUNTS
-from ds_fp8.ops.reduction_triton import largest_sums, launch_sum
+from ds_fp8.ops.reduction_triton import figures_of_blocks, largest_sums, launch_sum
 
 INFINITE = 0x7F800000  # bits of inf; those of NaN are more
 
 
 def quantize(values: Tensor, out: Blocks, counts: Tensor | None = None) -> None:
     """`ops.tensors.quantize`."""
+    check_quantize(values, out, counts)
     amax = largest_magnitude(values, len(out), out.block_size)
     found = launch_quantize(values, out, amax, counts)
     if counts is not None:
@@ -32,9 +34,10 @@ def quantize(values: Tensor, out: Blocks, counts: Tensor | None = None) -> None:
 
 def accumulate(pieces: Sequence[Blocks], shard: Blocks, *, fresh: bool) -> Tensor:
     """`ops.tensors.accumulate`; the pieces lie at equal distances in one buffer."""
+    check_accumulate(pieces, shard)
     amax = largest_sums(shard)
     launch_sum(pieces, shard, amax, "measure", fresh=fresh)
-    return launch_sum(pieces, shard, amax.max(), "write", fresh=fresh)
+    return figures_of_blocks(launch_sum(pieces, shard, amax.max(), "write", fresh=fresh))
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ def plan(segments: Sequence[Segment], blocks: int, block_size: int, device: torc
     looked_up = adam_triton.plan(segments, blocks, block_size, device)
     lengths = torch.tensor([each.blocks.stop - each.blocks.start for each in segments], dtype=torch.int64)
     rows = torch.arange(len(segments)).repeat_interleave(lengths).to(device).expand(3, blocks)
-    return Plan(looked_up.table, looked_up.tile_segments, rows)
+    return Plan(looked_up.table, looked_up.tile_segments, blocks, rows)
 
 
 def adam_step(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.blocks_triton import WARPS, quantize_tile
+from ds_fp8.ops.guards import check_quantize
 from ds_fp8.ops.tiles_triton import hardware_fp8, launch, partials, raw, scales_of, tile_of
 
 LOG_VECTORS = tl.constexpr(6)
@@ -73,6 +74,8 @@ def quantize_vectors_kernel(
 
 def quantize_vectors(vectors: Sequence[Tensor], outs: Sequence[Blocks], counts: Tensor | None = None) -> None:
     """`ops.backend.Backend.quantize_vectors`, in one launch for VECTORS of them."""
+    for vector, out in zip(vectors, outs, strict=True):
+        check_quantize(vector, out, counts)
     pairs = [pair for pair in zip(vectors, outs, strict=True) if len(pair[1])]
     for dtype in dict.fromkeys(vector.dtype for vector, _ in pairs):
         alike = [pair for pair in pairs if pair[0].dtype is dtype]

@@ -21,7 +21,7 @@ def instruction_sets() -> list[str]:
 
 
 ISAS = instruction_sets()
-CPP = Kernels(cpu_backend(), CPU, tolerance=1e-12)  # squares are added in float64 between blocks
+CPP = Kernels(cpu_backend(), CPU)
 
 each_isa = pytest.mark.parametrize("isa", ISAS)
 

@@ -46,7 +46,6 @@ class Kernels:
 
     ops: Backend
     device: torch.device
-    tolerance: float  # of the sum of squares, relative
 
 
 def raw(values: Tensor) -> Tensor:

@@ -291,6 +291,30 @@ def check_every_nasty_split_master(kernels: Kernels, master: str) -> None:
     assert torch.equal(inner(twins.states[0]).codes[finite], before[finite]), f"{fmt.name} masters moved"
 
 
+def check_every_weight_beside_every_lower_half(kernels: Kernels, master: str, every: int = 1) -> None:
+    """Every BF16 weight and lower halves of each class, as whoever edits weights leaves them.
+
+    every: of so many weights in a row one is taken, but all of those next to zero.
+    """
+    fmt = BY_NAME[master.split(",", maxsplit=1)[0]]
+    top = 1 << 8 * fmt.itemsize - 1
+    low = torch.tensor([0, 1, 5, top - 1, -top, 1 - top, -5, -1]).to(fmt.dtype)
+    high = torch.arange(1 << 16)
+    high = high[(high % every == 0) | (high & 0x7FFF < 64)].to(torch.int16).view(torch.bfloat16)
+    high = high[: len(high) // 32 * 32]
+    codes, weights = low.repeat(len(high)).view(-1, 256), high.repeat_interleave(len(low)).view(-1, 256)
+    zeros = torch.zeros(weights.shape)
+    case = Case("fp32", master, "fp32", "fp32", 256, "bfloat16", weight_decay=0.0)
+    twins = Twins(kernels, case, segments_of([len(weights)], 256), [zeros] * 3)
+    for states, held in ((twins.states, twins.weights), (twins.twin_states, twins.twin_weights)):
+        inner(states[0]).codes.copy_(codes)
+        held[GUARD:-GUARD] = weights
+    twins.step(1, zeros, TAKEN)
+    stepped = twins.weights[GUARD:-GUARD]
+    largest = weights.abs() == torch.finfo(torch.bfloat16).max  # may round up
+    assert stepped[weights.isfinite() & ~largest].isfinite().all()
+
+
 def check_a_skipped_step(kernels: Kernels, case: Case) -> None:
     """Garbage in the states, NaN in the weights; and a step that is taken leaves nothing as it was."""
     size = case.block_size

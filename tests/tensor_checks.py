@@ -58,7 +58,7 @@ def check_accumulate(kernels: Kernels, fmt: Format, numel: int, *, fresh: bool) 
     figures = TENSOR_REFERENCE.accumulate(pieces, expected, fresh=fresh)
     ours = kernels.ops.accumulate([message.blocks_of(each) for each in arrived], found, fresh=fresh)
     assert_same_blocks(found, expected, f"sum of {numel}")
-    torch.testing.assert_close(ours.cpu(), figures, rtol=kernels.tolerance, atol=0)
+    assert torch.equal(ours.cpu(), figures), f"sum of {numel}: figures"
 
 
 def segments_of(rows: list[int]) -> list[Segment]:

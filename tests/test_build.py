@@ -1,6 +1,7 @@
 """The C++ kernels are built once, by one process, and nothing that was killed keeps anyone waiting."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -145,6 +146,116 @@ def test_a_cache_that_cannot_be_written_says_so(cache: Path, monkeypatch: pytest
     monkeypatch.setenv("CXX", sys.executable)  # never run
     with pytest.raises(build.BuildError, match=r"cannot build in .*file"):
         build.library()
+
+
+@pytest.fixture
+def instant_compiler(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A compiler whose links are copies of the library that this machine has; it notes each in a file."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("TORCH_EXTENSIONS_DIR")
+        real = build.library()
+    log, wrapper = cache / "links", cache / "instant"
+    wrapper.write_text(
+        '#!/bin/sh\nlinks=""\nfor each; do\n  case "$last$each" in -o*) to="$each";; esac\n'
+        '  [ "$each" = -shared ] && links=1\n  last="$each"; [ "$last" = -o ] || last=""\ndone\n'
+        f'if [ "$links" ]; then echo "$to" >> "{log}"; cp "{real}" "$to"; else : > "$to"; fi\n'
+    )
+    wrapper.chmod(0o755)
+    monkeypatch.setenv("CXX", str(wrapper))
+    return log
+
+
+def cut_short(library: Path) -> None:
+    os.truncate(library, library.stat().st_size // 2)
+
+
+def flip_a_bit(library: Path) -> None:
+    content = bytearray(library.read_bytes())
+    content[len(content) // 3] ^= 1
+    library.write_bytes(content)
+
+
+def empty(library: Path) -> None:
+    library.write_bytes(b"")
+
+
+def lose_the_digest(library: Path) -> None:
+    build.digest_path(library).unlink()
+
+
+def spoil_the_digest(library: Path) -> None:
+    build.digest_path(library).write_bytes(b"\xff\x00")
+
+
+DAMAGES = (cut_short, flip_a_bit, empty, lose_the_digest, spoil_the_digest)
+
+
+@needs_compiler
+def test_a_damaged_library_is_built_anew(instant_compiler: Path) -> None:
+    """Whatever happened to it; a process that would load it is not killed."""
+    load = "from ds_fp8.ops import cpu, build; cpu.load(); print(build.library_path())"
+    library = build.library()
+    assert build.is_whole(library)
+    for damage in DAMAGES:
+        damage(library)
+        assert not build.is_whole(library), damage.__name__
+    assert outcome(start(load)) == library
+    for number, damage in enumerate(DAMAGES, start=2):
+        inode = library.stat().st_ino
+        damage(library)
+        assert build.library() == library
+        assert build.is_whole(library)
+        assert library.stat().st_ino != inode, "whoever has loaded the old library must keep it"
+        assert len(instant_compiler.read_text().splitlines()) == number + 1, damage.__name__
+
+
+@needs_compiler
+def test_a_damaged_library_that_cannot_be_built_anew_is_named(
+    instant_compiler: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = build.library()
+    cut_short(library)
+    without_compiler(monkeypatch, instant_compiler.parent)
+    assert str(choose(CPU).instead).startswith(f"{library} is damaged, and no C++ compiler")
+    assert build.obstacle() == choose(CPU).instead
+
+
+@needs_compiler
+def test_a_build_is_told_once_with_its_time(
+    instant_compiler: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build.logger, "propagate", True)
+    with caplog.at_level("INFO", logger="ds_fp8"):
+        for _ in range(2):
+            build.library()
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 2
+    assert told[0].startswith("building the C++ kernels of ds_fp8, on the first run only")
+    assert re.fullmatch(r"built the C\+\+ kernels of ds_fp8 in \d+ s", told[1])
+
+
+@pytest.mark.parametrize("value", ["/no/such/c++", "no-such-compiler -m64", " "])
+def test_a_cxx_that_does_not_exist_is_said(cache: Path, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    """Another compiler was not asked for."""
+    monkeypatch.setenv("CXX", value)
+    with pytest.raises(
+        build.BuildError, match=rf"CXX: received '{re.escape(value)}', .*no such program; allowed"
+    ):
+        build.library()
+    assert choose(CPU).name == "reference"
+    assert str(choose(CPU).instead).startswith(f"CXX: received {value!r}")
+    assert build.obstacle() == choose(CPU).instead
+
+
+def test_a_cxx_with_arguments_is_a_command(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (cache / "my tool").write_text("#!/bin/sh\n")
+    (cache / "my tool").chmod(0o755)
+    for value, command in (
+        (f"{cache}/my tool", f"'{cache}/my tool'"),
+        (f"'{cache}/my tool' -m64 'a b'", f"'{cache}/my tool' -m64 'a b'"),
+    ):
+        monkeypatch.setenv("CXX", value)
+        assert build.compiler() == command
 
 
 def test_other_sources_are_another_library(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

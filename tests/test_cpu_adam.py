@@ -25,6 +25,7 @@ from sweep_checks import (
     check_a_skipped_step,
     check_every_nasty_master,
     check_every_nasty_split_master,
+    check_every_weight_beside_every_lower_half,
     check_nan_stays_nan,
     check_sweep,
     combinations_of,
@@ -161,6 +162,14 @@ def test_every_nasty_master_is_rounded_to_a_weight(fmt: Format, gradient: str, i
 def test_every_nasty_master_is_split(master: str, isa: str) -> None:
     with running(isa):
         check_every_nasty_split_master(CPP, master)
+
+
+@each_isa
+@pytest.mark.parametrize("master", SPLIT)
+def test_every_weight_beside_every_lower_half(master: str, isa: str) -> None:
+    """Zeros among them, beside a negative one: nothing to borrow from."""
+    with running(isa):
+        check_every_weight_beside_every_lower_half(CPP, master)
 
 
 @each_isa

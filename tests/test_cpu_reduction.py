@@ -1,7 +1,4 @@
-"""`accumulate` in C++ equals the reference bit for bit, its figures but for the order of sums.
-
-The figures of the instruction sets equal each other, so that a run may move between processors.
-"""
+"""`accumulate` in C++ equals the reference bit for bit, its figures included, on every instruction set."""
 
 from collections.abc import Callable
 
@@ -19,31 +16,27 @@ from kernel_checks import (
     each_shard,
     sums,
 )
-from kernel_support import BLOCK_SIZES, ROW_KINDS, assert_same, cycled, rows_of
-from torch import Tensor
+from kernel_support import BLOCK_SIZES, ROW_KINDS, cycled, rows_of
 
 from ds_fp8.ops.formats import E4M3, FP32, Format
+from ds_fp8.ops.reduction import norm_square
 
 CPU_WIRES = (*WIRES, FP32)
 
 each_wire = pytest.mark.parametrize("wire", CPU_WIRES, ids=lambda fmt: fmt.name)
 
 
-def alike_on_every_instruction_set(check: Callable[[], Tensor], threads: int = 1) -> None:
-    """A check that returns figures."""
-    found = {}
+def on_every_instruction_set(check: Callable[[], object], threads: int = 1) -> None:
     for isa in ISAS:
         with running(isa, threads):
-            found[isa] = check()
-    for isa in ISAS[1:]:
-        assert_same(found[isa], found[ISAS[0]], f"figures of {isa}, beside {ISAS[0]}'s")
+            check()
 
 
 @pytest.mark.parametrize("fresh", [True, False])
 @each_shard
 @each_wire
 def test_every_pair_of_formats(wire: Format, fmt: Format, fresh: bool) -> None:
-    alike_on_every_instruction_set(lambda: check_every_kind(CPP, wire, fmt, fresh=fresh))
+    on_every_instruction_set(lambda: check_every_kind(CPP, wire, fmt, fresh=fresh))
 
 
 @pytest.mark.parametrize("fresh", [True, False])
@@ -53,9 +46,7 @@ def test_every_pair_of_formats(wire: Format, fmt: Format, fresh: bool) -> None:
 def test_ranks_are_added_in_order(wire: Format, ranks: int, block_size: int, fresh: bool) -> None:
     """Into FP32, where every order shows; over several batches and a part of one."""
     values = [rows_of(["normal"] * 19, block_size, seed=rank) for rank in range(ranks + 1)]
-    alike_on_every_instruction_set(
-        lambda: check_accumulate(CPP, values[:-1], values[-1], wire, FP32, fresh=fresh)
-    )
+    on_every_instruction_set(lambda: check_accumulate(CPP, values[:-1], values[-1], wire, FP32, fresh=fresh))
 
 
 @each_isa
@@ -70,7 +61,7 @@ def test_half_a_code_below_overflow_without_a_scale(isa: str) -> None:
 def test_threads_share_the_rows(fmt: Format, rows: int, threads: int) -> None:
     """Also where there are fewer rows than threads."""
     values = [rows_of(cycled(ROW_KINDS, rows, rank), 64, seed=rank) for rank in range(3)]
-    alike_on_every_instruction_set(
+    on_every_instruction_set(
         lambda: check_accumulate(CPP, values[:2], values[2], E4M3, fmt, fresh=False), threads
     )
 
@@ -82,10 +73,10 @@ def test_small_blocks_count_beside_a_large_one(isa: str) -> None:
     values[0] = 2.0**12
     with running(isa):
         figures = check_accumulate(CPP, [values], values, E4M3, E4M3, fresh=True)
-    assert figures.tolist() == [32 * 2**24 + 32 * 4999, 0]
+    assert norm_square(figures) == 32 * 2**24 + 32 * 4999
 
 
 @settings(deadline=None, derandomize=True, max_examples=100)
 @given(each=sums(CPU_WIRES))
 def test_any_sum(each: Sum) -> None:
-    alike_on_every_instruction_set(lambda: check_sum(CPP, each))
+    on_every_instruction_set(lambda: check_sum(CPP, each))

@@ -123,6 +123,67 @@ def test_whoever_edits_the_weight_edits_the_master(fmt: Format) -> None:
     assert (decode_masters(master, weights) == 2.0 + 6 * 2.0**-15).all()
 
 
+def pairs(weights: list[int], low: list[int], fmt: Format) -> tuple[Blocks, Tensor]:
+    """Every weight, of these bits, beside every lower half: a row each."""
+    of = torch.tensor(weights).to(torch.int16).view(torch.bfloat16)
+    codes = torch.tensor(low).to(fmt.dtype)
+    return Blocks(codes.expand(len(of), -1), None, fmt), of[:, None].expand(-1, len(codes))
+
+
+HIGH = range(1 << 16)
+LOW = {SPLIT16: [0, 1, 0x7FFF, -0x8000, -0x7FFF, -1], SPLIT8: [0, 1, 0x7F, -0x80, -0x7F, -1]}
+
+
+@each_split
+def test_every_finite_weight_and_every_lower_half_are_a_finite_master(fmt: Format) -> None:
+    """The bits are those of the weight plus the lower half, so the ends of its range tell of all between.
+
+    But at zero, whose lower half counts only where it is positive; all of them are tried there, and beside
+    the weights next to zero and next to inf.
+    """
+    master, weights = pairs(list(HIGH), LOW[fmt], fmt)
+    decoded = decode_masters(master, weights)
+    assert decoded[weights[:, 0].isfinite()].isfinite().all()
+    assert decoded[weights[:, 0].isnan()].isnan().all()
+    unit = 1 << fmt.dropped_bits
+    signed = torch.tensor(LOW[fmt]) * unit
+    plain = (torch.tensor(list(HIGH))[:, None] << 16) + signed
+    zero = torch.tensor(HIGH) & 0x7FFF == 0
+    plain[zero] = (torch.tensor([0, 1 << 31])[:, None]) + signed.clamp(min=0)
+    number = ~decoded.isnan()
+    assert torch.equal(decoded.view(torch.int32)[number], plain.to(torch.int32)[number])
+    edges = [sign | each for sign in (0, 0x8000) for each in (0, 1, 2, 0x7F, 0x80, 0x3F80, 0x7F7E, 0x7F7F)]
+    every = list(range(-(1 << 8 * fmt.itemsize - 1), 1 << 8 * fmt.itemsize - 1))
+    master, weights = pairs(edges, every, fmt)
+    decoded = decode_masters(master, weights)
+    assert decoded.isfinite().all()
+    assert torch.equal(decoded.signbit(), weights.signbit())
+
+
+@each_split
+@pytest.mark.parametrize("draw", [None, 0, 0xFFFFFF])
+def test_no_encoder_writes_a_negative_lower_half_beside_zero(fmt: Format, draw: int | None) -> None:
+    """Of every value whose weight is zero, or just is not."""
+    small = list(range(0x8000 + 0x200))
+    values = floats_of([each | sign for each in small for sign in (0, 0x80000000)])
+    bits = None if draw is None else torch.full(values.shape, draw, dtype=torch.int32)
+    master, weights = stored(values, fmt, bits)
+    zero = weights == 0
+    assert zero.any()
+    assert not zero.all()
+    assert (master.codes[zero] >= 0).all()
+
+
+@each_split
+@pytest.mark.parametrize("zero", [0.0, -0.0])
+def test_a_weight_set_to_zero_in_place_is_a_master_of_nearly_zero(fmt: Format, zero: float) -> None:
+    master, weights = stored(torch.randn(3200, generator=torch.Generator().manual_seed(0)), fmt)
+    weights.fill_(zero)
+    decoded = decode_masters(master, weights)
+    assert decoded.abs().max() < 2.0**-133
+    assert (decoded.signbit() == (math.copysign(1, zero) < 0)).all()
+
+
 @each_split
 @pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan, -torch.nan])
 def test_a_split_master_that_is_not_finite(fmt: Format, bad: float) -> None:

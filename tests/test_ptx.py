@@ -87,6 +87,7 @@ SMALL = {
     "control": (4, 8),
     "tile_segments": (4, 8),
     "table": (4, 24),
+    "squares": (8, 8 * 16),  # one sum a block
     "partial": (8, 16),
     "amax": (4, 96),
     "places": (8, 12 * 8),
@@ -138,6 +139,7 @@ class Kernel:
 class Kernels:
     triton: tuple[int, ...]
     by_name: dict[str, Kernel]
+    figures: list[dict[str, int]]  # resources of the kernel that adds sums of squares
 
     def __getitem__(self, case: tuple[str, int]) -> Kernel:
         return self.by_name["{}, sm_{}".format(*case)]
@@ -175,7 +177,9 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
     figures = json.loads((folder / "figures.json").read_text())
     made = functools.partial(kernel_of, left=figures["left"], missing=figures["missing"])
     version = tuple(int(each) for each in figures["triton"].split(".")[:2])
-    return Kernels(version, {name: made(each) for name, each in figures["kernels"].items()})
+    return Kernels(
+        version, {name: made(each) for name, each in figures["kernels"].items()}, figures["figures"]
+    )
 
 
 each_name = pytest.mark.parametrize("name", DESIGN)
@@ -302,3 +306,9 @@ def test_registers_are_enough(kernels: Kernels, name: str, architecture: int) ->
     resources = kernels[name, architecture].resources
     assert (resources["STACK"], resources["LOCAL"]) == (0, 0), f"spills: {resources}"
     assert resources["REG"] < 128
+
+
+def test_figures_take_few_registers(kernels: Kernels) -> None:
+    for resources in kernels.figures:
+        assert (resources["STACK"], resources["LOCAL"]) == (0, 0), f"spills: {resources}"
+        assert resources["REG"] < 128

@@ -1,6 +1,7 @@
 """The sum of the ranks' gradients: order, formats, and the figures that a step asks of it."""
 
 from collections.abc import Sequence
+from fractions import Fraction
 from itertools import pairwise
 
 import pytest
@@ -9,8 +10,9 @@ from torch import Tensor
 
 from ds_fp8.ops import blocks as blocks_module
 from ds_fp8.ops.blocks import NOT_FINITE, Blocks, decode, dequantize, quantize
+from ds_fp8.ops.exact import DIGIT_BITS, DIGITS, LOWEST, digits_of, sum_of_digits, sums_of_squares
 from ds_fp8.ops.formats import BF16, BY_NAME, E4M3, E5M2, FP16, FP32, Format
-from ds_fp8.ops.reduction import accumulate, figures, first_non_finite_block
+from ds_fp8.ops.reduction import accumulate, figures, first_non_finite_block, norm_square
 
 CPU = torch.device("cpu")
 ALL = tuple(fmt for fmt in BY_NAME.values() if fmt.dtype.is_floating_point)
@@ -69,12 +71,22 @@ def exact_squares(shard: Blocks) -> float:
     return codes.square().sum().item()
 
 
+def exact_sum(figures: Tensor) -> Fraction:
+    """What the digits add up to, without rounding."""
+    return sum(
+        (
+            each * Fraction(2) ** (LOWEST + DIGIT_BITS * place)
+            for place, each in enumerate(figures.tolist()[:DIGITS])
+        ),
+        Fraction(),
+    )
+
+
 def assert_figures(actual: Tensor, shard: Blocks) -> None:
     """Those of a shard of finite values as it is stored now."""
-    assert actual.dtype is torch.float64
-    squares, non_finite = actual.tolist()
-    assert abs(squares / exact_squares(shard) - 1) < 1e-6
-    assert non_finite == 0
+    assert actual.dtype is torch.int64
+    assert abs(norm_square(actual).item() / exact_squares(shard) - 1) < 1e-12
+    assert actual[-1] == 0
     assert torch.equal(actual, figures(shard))
 
 
@@ -132,9 +144,8 @@ def test_one_rank_that_is_not_finite_spoils_that_block(shard_format: Format) -> 
     rows = values_of(shard).isfinite()
     assert rows.all(dim=1).tolist() == [True, True, True, False, True]
     assert not rows[3].any()
-    others = figures(shard[:3]) + figures(shard[4:])
-    assert returned[1] == 1
-    assert abs(returned[0] / others[0] - 1) < 1e-14
+    assert returned[-1] == 1
+    assert torch.equal(returned[:-1], (figures(shard[:3]) + figures(shard[4:]))[:-1])
 
 
 @each_shard
@@ -149,7 +160,7 @@ def test_the_sum_does_not_depend_on_the_chunk(shard_format: Format, monkeypatch:
         results.append((shard, torch.stack([first, second])))
     for shard, returned in results[1:]:
         assert_same_bits(shard, results[0][0])
-        torch.testing.assert_close(returned, results[0][1], rtol=1e-14, atol=0)
+        assert torch.equal(returned, results[0][1])
 
 
 @each_format
@@ -159,14 +170,12 @@ def test_sum_of_squares(fmt: Format, block_size: int) -> None:
     assert_figures(figures(shard), shard)
 
 
-def test_sum_of_squares_is_float64_between_blocks() -> None:
-    """2^13 blocks of 1 beside one of 2^30: FP32 would lose every one of them."""
+def test_a_small_block_counts_beside_a_large_one() -> None:
+    """2^13 blocks of 1 beside one of 2^60: float64 would lose every one of them."""
     values = torch.zeros(8193, 32)
     values[:, 5] = 1
-    values[17, 5] = 2.0**15
-    result = figures(blocks_of(values, FP32))
-    assert result.dtype is torch.float64
-    assert result.tolist() == [2.0**30 + 8192, 0]
+    values[17, 5] = 2.0**30
+    assert exact_sum(figures(blocks_of(values, FP32))) == 2**60 + 8192
 
 
 @each_scaled_format
@@ -179,29 +188,29 @@ def test_squares_beyond_the_range_of_fp32_are_counted(fmt: Format, size: float) 
     shard = blocks_of(values, fmt)
     assert_figures(figures(shard), shard)
     returned = accumulate([shard, shard], stale(50, 64, fmt), fresh=True)
-    assert abs(returned[0].item() / exact_squares(shard) / 4 - 1) < 1e-6
+    assert abs(norm_square(returned).item() / exact_squares(shard) / 4 - 1) < 1e-12
 
 
 @each_scaled_format
 def test_a_scale_enters_by_its_exact_square(fmt: Format) -> None:
     """From the lowest scale to the highest: the same codes give the same digits."""
     codes = blocks_of(torch.randn(1, 32, generator=torch.Generator().manual_seed(5)), fmt).codes
-    at_one = figures(Blocks(codes, torch.tensor([127], dtype=torch.uint8), fmt))[0].item()
+    at_one = exact_sum(figures(Blocks(codes, torch.tensor([127], dtype=torch.uint8), fmt)))
     for e in range(1, 255):
-        squares, non_finite = figures(Blocks(codes, torch.tensor([e], dtype=torch.uint8), fmt)).tolist()
-        assert squares == at_one * 4.0 ** (e - 127)
-        assert non_finite == 0
+        found = figures(Blocks(codes, torch.tensor([e], dtype=torch.uint8), fmt))
+        assert exact_sum(found) == at_one * Fraction(4) ** (e - 127)
+        assert found[-1] == 0
 
 
 @each_format
 def test_shares_of_a_shard_add_up(fmt: Format, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However the blocks are cut, among ranks or chunks, the norm is the same in FP32."""
+    """However the blocks are cut, among ranks or chunks, the figures are the same."""
     shard = blocks_of(gradient(97, 32, seed=5), fmt)
-    whole = figures(shard)[0]
+    whole = figures(shard)
     for chunk, cuts in ((1, (0, 97)), (1 << 20, (0, 13, 14, 60, 97)), (1000, (0, 48, 97))):
         monkeypatch.setattr(blocks_module, "CHUNK", chunk)
-        parts = [figures(shard[a:b])[0] for a, b in pairwise(cuts)]
-        assert torch.stack(parts).sum().to(torch.float32) == whole.to(torch.float32)
+        parts = [figures(shard[a:b]) for a, b in pairwise(cuts)]
+        assert torch.equal(torch.stack(parts).sum(dim=0), whole)
 
 
 @each_format
@@ -218,7 +227,7 @@ def test_blocks_that_are_not_finite_are_counted(
         rest[row] = 0
         shard = blocks_of(values, fmt)
         assert first_non_finite_block(shard) == row
-        assert figures(shard).tolist() == [figures(blocks_of(rest, fmt))[0].item(), count]
+        assert figures(shard).tolist() == [*figures(blocks_of(rest, fmt))[:-1].tolist(), count]
         assert_same_bits(shard, blocks_of(values, fmt))
 
 
@@ -227,26 +236,79 @@ def test_no_code_of_a_block_that_is_not_finite_is_summed(fmt: Format) -> None:
     """Its codes mean nothing: numbers, infinities and NaN count once a block and add nothing."""
     every = torch.arange(1 << 8 * fmt.itemsize).to(CODE_DTYPE[fmt.itemsize]).view(fmt.dtype).view(-1, 32)
     blocks = Blocks(every, torch.full((len(every),), NOT_FINITE, dtype=torch.uint8), fmt)
-    assert figures(blocks).tolist() == [0, len(every)]
+    assert figures(blocks).tolist() == [*[0] * DIGITS, len(every)]
     assert all(first_non_finite_block(blocks[row : row + 1]) == 0 for row in range(min(len(every), 64)))
     returned = accumulate([blocks], Blocks.zeros(len(every), 32, fmt, CPU), fresh=False)
-    assert returned.tolist() == [0, len(every)]
+    assert returned.tolist() == [*[0] * DIGITS, len(every)]
 
 
 @each_unscaled_format
-def test_squares_that_overflow_are_reported_although_the_gradient_is_finite(fmt: Format) -> None:
-    """Such a step must be skipped; that no block is to blame is what tells the two apart."""
+def test_squares_beyond_the_range_of_fp32_are_counted_without_a_scale(fmt: Format) -> None:
     values = torch.ones(4, 32)
-    values[2, 2] = 2.0**64
-    shard = blocks_of(values, fmt)
-    assert figures(shard).tolist() == [3 * 32, 1]
-    assert first_non_finite_block(shard) is None
+    values[2] = 2.0**100
+    found = figures(blocks_of(values, fmt))
+    assert exact_sum(found) == 32 * 2**200 + 3 * 32
+    assert found[-1] == 0
 
 
 @each_format
 def test_an_empty_gradient_is_zero(fmt: Format) -> None:
     shard = Blocks.zeros(3, 128, fmt, CPU)
-    assert figures(shard).tolist() == [0, 0]
+    assert not figures(shard).any()
     assert first_non_finite_block(shard) is None
-    assert accumulate([shard, shard], shard, fresh=False).tolist() == [0, 0]
+    assert not accumulate([shard, shard], shard, fresh=False).any()
     assert not decode(shard).any()
+
+
+def exact_squares_of(shard: Blocks) -> Fraction:
+    return sum((Fraction(each) ** 2 for each in decode(shard).view(-1).tolist()), Fraction())
+
+
+@pytest.mark.parametrize("block_size", [32, 128, 256])
+def test_the_squares_of_e4m3_are_added_exactly(block_size: int) -> None:
+    """Every code, and blocks whose sizes lie 2^40 apart: not a bit is lost."""
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).to(torch.float32).nan_to_num(1.0)
+    values = torch.cat([codes.view(-1, block_size), gradient(50, block_size, seed=1)])
+    shard = blocks_of(values, E4M3)
+    assert exact_sum(figures(shard)) == exact_squares_of(shard)
+
+
+@pytest.mark.parametrize("fmt", [FP32, BF16, E5M2, FP16], ids=lambda fmt: fmt.name)
+def test_squares_of_other_formats_lose_less_than_float64_would_between_blocks(fmt: Format) -> None:
+    shard = blocks_of(gradient(50, 256, seed=2) * gradient(50, 256, seed=3), fmt)
+    exact = exact_squares_of(shard)
+    assert abs(exact_sum(figures(shard)) / exact - 1) < 2.0**-40
+
+
+@each_format
+def test_the_order_within_a_block_is_free(fmt: Format) -> None:
+    shard = blocks_of(gradient(64, 256, seed=4) * gradient(256, 64, seed=5).T, fmt)
+    for seed in range(5):
+        order = torch.randperm(256, generator=torch.Generator().manual_seed(seed))
+        turned = Blocks(shard.codes[:, order], shard.scales, fmt)
+        assert torch.equal(figures(turned), figures(shard))
+
+
+def test_sums_of_squares_at_the_ends_of_fp32() -> None:
+    largest, smallest = 2.0**127 * 1.5, 2.0**-149
+    rows = torch.tensor(
+        [[largest] * 256, [smallest] * 256, [0.0] * 256, [torch.inf] * 256, [torch.nan] * 256]
+    )
+    found = sums_of_squares(rows)
+    assert found[:3].tolist() == [256 * largest**2, 256 * smallest**2, 0]
+    assert found[3:].isnan().all()
+
+
+def test_digits_of_any_value() -> None:
+    """From what lies below the lowest digit to the largest sum that a block can have."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.rand(4000, generator=generator, dtype=torch.float64) + 0.5
+    values *= torch.exp2(torch.randint(LOWEST - 70, 300, (4000,), generator=generator).to(torch.float64))
+    unit = Fraction(2) ** LOWEST
+    for value in (*values[:300].tolist(), 0.0, 2.0**294 * (2 - 2.0**-52)):
+        assert (
+            exact_sum(digits_of(torch.tensor([value], dtype=torch.float64))) == Fraction(value) // unit * unit
+        )
+    digits = digits_of(values)
+    assert exact_sum(digits) == sum(Fraction(value) // unit * unit for value in values.tolist())
+    assert abs(sum_of_digits(digits).item() / float(exact_sum(digits)) - 1) < 2.0**-51

@@ -24,6 +24,7 @@ from sweep_checks import (
     check_a_skipped_step,
     check_every_nasty_master,
     check_every_nasty_split_master,
+    check_every_weight_beside_every_lower_half,
     check_nan_stays_nan,
     check_sweep,
     combinations_of,
@@ -75,6 +76,13 @@ def test_every_nasty_master_is_rounded_to_a_weight(fmt: Format) -> None:
 def test_every_nasty_master_is_split(master: str) -> None:
     with conversion(hardware=False):
         check_every_nasty_split_master(TRITON, master)
+
+
+@pytest.mark.parametrize("master", SPLIT)
+def test_every_weight_beside_every_lower_half(master: str) -> None:
+    """Zeros among them, beside a negative one: nothing to borrow from."""
+    with conversion(hardware=False):
+        check_every_weight_beside_every_lower_half(TRITON, master, every=31)
 
 
 @pytest.mark.parametrize("exp_avg_sq", DIMENSIONS["exp_avg_sq"])

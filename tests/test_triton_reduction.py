@@ -1,4 +1,4 @@
-"""`accumulate` as a Triton kernel equals the reference bit for bit, its figures but for the order of sums."""
+"""`accumulate` as a Triton kernel equals the reference bit for bit, its figures included."""
 
 from collections.abc import Iterator
 

@@ -45,15 +45,19 @@ class Dictated(nn.Module):
         return torch.stack(terms).sum()
 
 
-def train(fp8: dict[str, Any], clipping: float, bucket: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Twenty steps; this rank's packed states and all weights."""
+def train(
+    fp8: dict[str, Any], clipping: float, bucket: int
+) -> tuple[dict[str, Any], dict[str, Tensor], list[float]]:
+    """Twenty steps; this rank's packed states, all weights, and the norms."""
     engine = build(ds_config(fp8, clipping=clipping, bucket=bucket), Dictated())
+    norms = []
     for step in range(STEPS):
         engine.backward(engine(step))
         engine.step()
+        norms.append(engine.get_global_grad_norm())
     states, weights = packed(engine.optimizer), weight_bits(engine)
     engine.destroy()
-    return states, weights
+    return states, weights, norms
 
 
 @pytest.mark.parametrize("clipping", [0.0, 0.01])
@@ -75,14 +79,15 @@ def test_states_do_not_depend_on_the_world_size(
     runs = {n: ranks.run(n, train, fp8, clipping, 2500) for n in (1, 2, 4)}
     alone = whole_states([runs[1][0][0]])
     for n in (2, 4):
-        assert_same_bits(whole_states([packed for packed, _ in runs[n]]), alone)
-        for _, weights in runs[n]:
+        assert_same_bits(whole_states([packed for packed, *_ in runs[n]]), alone)
+        for _, weights, norms in runs[n]:
             assert_same_bits(weights, runs[1][0][1])
+            assert norms == runs[1][0][2]
 
 
 def test_states_do_not_depend_on_the_bucket_size(ranks: RankPools) -> None:
     large, small = (
-        whole_states([each for each, _ in ranks.run(2, train, {}, 0.0, size)]) for size in (10**6, 100)
+        whole_states([each for each, *_ in ranks.run(2, train, {}, 0.0, size)]) for size in (10**6, 100)
     )
     assert_same_bits(large, small)
 

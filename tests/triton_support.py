@@ -19,7 +19,7 @@ from ds_fp8.ops.backend import triton_backend
 from ds_fp8.ops.formats import Format
 
 DEVICE = torch.device("cpu" if tiles_triton.INTERPRETED else "cuda")
-TRITON = Kernels(triton_backend(), DEVICE, tolerance=1e-6)
+TRITON = Kernels(triton_backend(), DEVICE)
 FP8 = {tl.float8e4nv: torch.float8_e4m3fn, tl.float8e5: torch.float8_e5m2}
 
 CONVERSIONS = (False, True) if tiles_triton.INTERPRETED or tiles_triton.hardware_fp8(DEVICE) else (False,)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ds_fp8.ops.reduction import first_non_finite_block
+from ds_fp8.ops.reduction import FIGURES, first_non_finite_block, norm_square
 from ds_fp8.zero_fp8.comm import max_over_ranks, sum_over_ranks
 from ds_fp8.zero_fp8.roster import naming
 from ds_fp8.zero_fp8.shard import Shard
@@ -22,7 +22,8 @@ LARGEST = 2.0**40  # norm that a step takes, after clipping; beyond it sqrt(v) s
 class Verdict:
     """The figures of a step over all ranks, and what follows from them.
 
-    control: [2] float32 on the device, as `ops.adam.adam_step` takes it. The same bits on every rank.
+    control: [2] float32 on the device, as `ops.adam.adam_step` takes it. The same bits on every rank and
+    backend, however many ranks share the gradient: what they add are integers (`ops.exact`).
     """
 
     def __init__(
@@ -38,22 +39,21 @@ class Verdict:
         group: ProcessGroup,
     ) -> None:
         reduced = [shard.figures for shard in shards if shard.figures is not None]
-        figures = torch.zeros(6, dtype=torch.float64, device=reduced[0].device)
-        figures[:2] = torch.stack(reduced).sum(dim=0)
-        figures[2].fill_(taken)
-        figures[3].fill_(late)
-        figures[4].fill_(sum(each is not None for each in objections))
-        figures[5].fill_(edited)
-        sum_over_ranks(figures, group)
-        norm = figures[0].sqrt() * gradient_scale
+        counts = [taken, late, sum(each is not None for each in objections), edited]
+        told = torch.zeros(FIGURES + len(counts), dtype=torch.int64, device=reduced[0].device)
+        told[:FIGURES] = torch.stack(reduced).sum(dim=0)
+        for place, count in enumerate(counts, start=FIGURES):
+            told[place].fill_(count)
+        sum_over_ranks(told, group)
+        non_finite, all_taken, waiting = told[FIGURES - 1], told[FIGURES], told[FIGURES + 1 : FIGURES + 3]
+        norm = norm_square(told[:FIGURES]).sqrt() * gradient_scale
         factor = clip_factor(norm, clip)
-        go = (norm * factor <= LARGEST) & (figures[1] == 0) & (figures[2] > 0) & (figures[3:5] == 0).all()
+        go = (norm * factor <= LARGEST) & (non_finite == 0) & (all_taken > 0) & (waiting == 0).all()
         self.control = torch.stack([factor * gradient_scale, go]).to(torch.float32)
-        self._gradient_scale = gradient_scale
         self._largest = math.inf if clip > 0 else LARGEST
-        self._figures = figures.to("cpu", non_blocking=True)
+        self._figures = torch.cat([norm[None], told[FIGURES - 1 :]]).to("cpu", non_blocking=True)
         self._arrived = None
-        if figures.is_cuda:
+        if told.is_cuda:
             self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._arrived.record()
 
@@ -61,18 +61,13 @@ class Verdict:
         """Wait for the figures; before this only `control` is known."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        squares, non_finite, self.taken, self.late, self.objections, self.edited = self._figures.tolist()
-        self.norm = math.sqrt(squares) * self._gradient_scale if non_finite == 0 else math.inf
-        if self.norm > self._largest:
-            self.norm = math.inf
+        norm, non_finite, self.taken, self.late, self.objections, self.edited = self._figures.tolist()
+        self.norm = norm if non_finite == 0 and norm <= self._largest else math.inf
         return self
 
 
 def clip_factor(norm: Tensor, limit: float) -> Tensor:
-    """What brings the norm, a 0-d float64, under the limit (0: none), as DeepSpeed computes it.
-
-    Rounded to FP32, so that the order of summation at a world size does not show.
-    """
+    """What brings the norm, a 0-d float64, under the limit (0: none), as DeepSpeed computes it: in FP32."""
     if limit <= 0:
         return torch.ones_like(norm)
     factor = (limit / (norm + 1e-6)).to(torch.float32).to(torch.float64)

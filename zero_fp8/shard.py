@@ -10,7 +10,7 @@ from ds_fp8.ops.adam import AdamScalars, AdamState, Segment
 from ds_fp8.ops.backend import Backend
 from ds_fp8.ops.blocks import Blocks, chunks, decode, encode
 from ds_fp8.ops.formats import FP32, Format
-from ds_fp8.ops.reduction import figures
+from ds_fp8.ops.reduction import FIGURES, figures
 from ds_fp8.ops.ring import ring_sum
 from ds_fp8.ops.tensors import store_rows
 from ds_fp8.zero_fp8.health import Counts
@@ -104,7 +104,7 @@ class TensorShard(Shard):
     """Whole tensors, each with a scale of its own: sums are of one at a time."""
 
     def receive(self, pieces: Sequence[Blocks]) -> None:
-        figures = torch.zeros(2, dtype=torch.float64, device=self.gradient.codes.device)
+        figures = torch.zeros(FIGURES, dtype=torch.int64, device=self.gradient.codes.device)
         for each in self.pieces:
             arrived = [piece[each.rows] for piece in pieces]
             figures += self._backend.accumulate(arrived, self.gradient[each.rows], fresh=self.arrivals == 0)

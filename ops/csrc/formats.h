@@ -217,38 +217,44 @@ void encode(const float* x, const uint32_t* amax, int unit, void* codes, uint8_t
     }
 }
 
-// Sixteen sums, whatever the width of the lanes, and then the sum of halves of halves: every instruction set
-// and ops/reduction.py find the same one.
-struct Squares {
-    static constexpr int SUMS = 16, VECTORS = SUMS / LANES, AT_ONCE = VECTORS > 2 ? VECTORS : 2;
-    f32 sums[VECTORS] = {};
-
-    void add(int vector, f32 x) { sums[vector % VECTORS] += x * x; }
-    float total() const {
-        alignas(64) float each[SUMS];
-        memcpy(each, sums, sizeof each);
-        for (int half = SUMS / 2; half; half /= 2)
-            for (int i = 0; i < half; ++i) each[i] += each[i + half];
-        return each[0];
-    }
-};
+// Sums of squares of a block, as ops/exact.py has them. No addition rounds, so that their order is free.
+template <typename Square>
+inline double sum_of(const float* x, int n, Square square) {
+    f64 sums[4] = {};
+    for (int i = 0; i < n; i += 4 * HALF_LANES)
+        for (int j = 0; j < 4; ++j) sums[j] += square(doubles(x + i + j * HALF_LANES));
+    const f64 sum = sums[0] + sums[1] + (sums[2] + sums[3]);
+    double total = 0;
+    for (int i = 0; i < HALF_LANES; ++i) total += sum[i];
+    return total;
+}
+inline double sum_of_squares(const float* x, int n) {
+    return sum_of(x, n, [](f64 value) { return value * value; });
+}
+inline double sum_of_squares_on_a_grid(const float* x, int n) {  // NaN where one is not finite
+    const uint32_t largest = amax_of(x, n);
+    if (largest >= INFINITE) return __builtin_nan("");
+    const int64_t field = int64_t(same_bits<uint64_t>(double(same_bits<float>(largest))) >> 52);
+    const int64_t exponent = (field < 1023 - 149 ? 1023 - 149 : field) - 1023;
+    const double grid = same_bits<double>((2 * exponent + 9 + 1023) << 52 | int64_t(1) << 51);
+    return sum_of(x, n, [grid](f64 value) { return value * value + grid - grid; });
+}
 
 // Also the sum of squares of each block as stored, without its scale.
 template <typename F>
-void encode_and_square(const float* x, const uint32_t* amax, void* codes, uint8_t* scales, float* squares,
+void encode_and_square(const float* x, const uint32_t* amax, void* codes, uint8_t* scales, double* squares,
                        int rows, int n) {
+    alignas(64) float stored[BATCH];
     char* to = static_cast<char*>(codes);
     for (int row = 0, i = 0; row < rows; ++row) {
         const float inverse = scale_down<F>(amax[row], 0, scales + row);
-        Squares sum;
-        for (; i < (row + 1) * n; i += Squares::AT_ONCE * LANES)
-            for (int j = 0; j < Squares::AT_ONCE; j += 2) {
-                const int k = i + j * LANES;
-                const Pair stored = put<F>(to + k * itemsize<F>, load_two(x + k) * inverse);
-                sum.add(j, stored.a);
-                sum.add(j + 1, stored.b);
-            }
-        squares[row] = sum.total();
+        for (; i < (row + 1) * n; i += 2 * LANES) {
+            const Pair each = put<F>(to + i * itemsize<F>, load_two(x + i) * inverse);
+            store(stored + i, each.a);
+            store(stored + i + LANES, each.b);
+        }
+        squares[row] =
+            (number<F> == number<E4M3> ? sum_of_squares : sum_of_squares_on_a_grid)(stored + row * n, n);
     }
 }
 
@@ -345,7 +351,7 @@ struct Format {
     void (*encode)(const float* x, const uint32_t* amax, int unit, void* codes, uint8_t* scales, int rows,
                    int n);
     void (*encode_and_square)(const float* x, const uint32_t* amax, void* codes, uint8_t* scales,
-                              float* squares, int rows, int n);
+                              double* squares, int rows, int n);
     Encode encode_up, encode_either_way;
     // How many values encode_up would round to zero if it did.
     int64_t (*rescued)(const float* x, Random random, const uint32_t* amax, int unit, int rows, int n);

@@ -23,6 +23,8 @@ using i32 = int32_t __attribute__((vector_size(4 * LANES)));
 using u16 = uint16_t __attribute__((vector_size(2 * LANES)));
 using u8 = uint8_t __attribute__((vector_size(LANES)));
 using i8 = int8_t __attribute__((vector_size(LANES)));
+constexpr int HALF_LANES = LANES / 2;
+using f64 = double __attribute__((vector_size(8 * HALF_LANES)));
 
 constexpr uint32_t SIGN = 0x80000000, MAGNITUDE = 0x7FFFFFFF, INFINITE = 0x7F800000;
 
@@ -37,15 +39,23 @@ inline void store(void* to, T x) {
     memcpy(to, &x, sizeof x);
 }
 
+template <typename To, typename From>
+inline To same_bits(From from) {
+    static_assert(sizeof(To) == sizeof(From));
+    return load<To>(&from);
+}
+
+inline f64 doubles(const float* from) {  // HALF_LANES of them
+    using half = float __attribute__((vector_size(4 * HALF_LANES)));
+    return __builtin_convertvector(load<half>(from), f64);
+}
+
 inline u32 bits_of(f32 x) { return (u32)x; }
 inline f32 float_of(u32 x) { return (f32)x; }
 inline f32 absolute(f32 x) { return float_of(bits_of(x) & MAGNITUDE); }
 
 inline float power_of_two(int field) {  // 2^(field - 127); 255 gives inf, 0 gives 0
-    uint32_t bits = uint32_t(field) << 23;
-    float x;
-    memcpy(&x, &bits, 4);
-    return x;
+    return same_bits<float>(uint32_t(field) << 23);
 }
 
 #if defined(__AVX512BW__)

@@ -8,12 +8,12 @@ namespace ISA {
 struct SPLIT16 {
     using Code = u16;
     static constexpr int dropped = 0;
-    static u32 low(u16 code) { return widen(code); }
+    static i32 low(u16 code) { return (i32)(widen(code) << 16) >> 16; }
 };
 struct SPLIT8 {
     using Code = u8;
     static constexpr int dropped = 8;
-    static u32 low(u8 code) { return widen(widen_signed((i8)code) << 8); }
+    static i32 low(u8 code) { return (i32)(widen(widen_signed((i8)code)) << 16) >> 8; }
 };
 
 template <>
@@ -32,9 +32,10 @@ struct SplitReader {
 
     float scale(int) const { return factor; }
     f32 at(int i, float scale) const {  // the lower half counts as a signed number
-        const u32 low = S::low(load<typename S::Code>(codes + i * itemsize<S>));
+        const i32 low = S::low(load<typename S::Code>(codes + i * itemsize<S>));
         const u32 high = widen(load<u16>(weights + 2 * i)) << 16;
-        return float_of(high + low - ((low & 0x8000) << 1)) * scale;
+        const i32 borrowed = (low >> 31) & (high << 1 == 0);  // which zero has nothing of
+        return float_of(high + (u32)(low & ~borrowed)) * scale;
     }
 };
 

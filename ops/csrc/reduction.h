@@ -4,8 +4,22 @@
 
 namespace ISA {
 
-struct Figures {
-    double squares, not_finite;
+struct Figures {  // the digits of ops/exact.py, and blocks that are not finite
+    static constexpr int DIGIT_BITS = 24, DIGITS = 27, POSITION = 1023 + 52 - 13 * DIGIT_BITS;
+    int64_t digits[DIGITS], not_finite;
+
+    void add(double square) {  // of a block; inf or NaN where it is not finite
+        if (square - square != 0) return void(++not_finite);
+        if (square == 0) return;
+        const uint64_t bits = same_bits<uint64_t>(square), hidden = uint64_t(1) << 52;
+        uint64_t significand = (bits & (hidden - 1)) | hidden;
+        int position = int(bits >> 52) - POSITION;
+        if (position < 0) significand >>= position > -63 ? -position : 63, position = 0;
+        const auto shifted = static_cast<unsigned __int128>(significand) << position % DIGIT_BITS;
+        int64_t* digit = digits + position / DIGIT_BITS;
+        for (int each = 0; each < 4; ++each)  // 53 bits, shifted by up to 23
+            digit[each] += int64_t(shifted >> each * DIGIT_BITS) & ((1 << DIGIT_BITS) - 1);
+    }
 };
 
 // The sum of the ranks' pieces of a batch, and of what the shard holds.
@@ -18,14 +32,11 @@ void add_up(const Blocks* pieces, int ranks, const Blocks& shard, bool fresh, in
 
 void encode_and_figure(const float* total, const uint32_t* amax, const Blocks& shard, int64_t row, int rows,
                        int n, Figures& figures) {
-    float squares[MAX_ROWS];
+    double squares[MAX_ROWS];
     shard.f().encode_and_square(total, amax, shard.at(row, n), shard.scale(row), squares, rows, n);
     for (int i = 0; i < rows; ++i) {
-        const int e = shard.scales ? shard.scales[row + i] : 127;
-        if (e == 255 || squares[i] - squares[i] != 0)
-            figures.not_finite += 1;
-        else  // times 4^(e - 127)
-            figures.squares += double(squares[i]) * double(power_of_two(e)) * double(power_of_two(e));
+        const double scale = shard.scales ? power_of_two(shard.scales[row + i]) : 1.0f;
+        figures.add(squares[i] * scale * scale);  // 0 * inf is NaN
     }
 }
 

@@ -1,0 +1,143 @@
+"""What must hold before the kernels take raw pointers: a tensor that is too small is memory of somebody else.
+
+A few comparisons of integers an op, whatever its length. The reference needs none of it: torch checks.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ds_fp8.ops.adam import AdamState, Segment
+from ds_fp8.ops.blocks import Blocks
+from ds_fp8.ops.formats import UE4M4
+from ds_fp8.ops.health import GRADIENT_COUNTS, STATE_COUNTS
+
+BLOCK_SIZES = (32, 64, 128, 256)
+VALUES = (torch.float32, torch.bfloat16, torch.float16)
+ROUNDED = ("fp16", "bf16", "split8")  # masters that lose bits, and so may lose them stochastically
+MASTERS = ("fp32", "split16", *ROUNDED)
+E8M0 = (torch.uint8,)
+E8M0_OR_FP32 = (torch.uint8, torch.float32)
+
+
+def check_quantize(values: Tensor, out: Blocks, counts: Tensor | None) -> None:
+    """Before `ops.blocks.quantize`."""
+    _tensor("values", values, out.codes.device, VALUES)
+    most = out.codes.numel()
+    if values.numel() > most:
+        raise _refusal("values", f"{values.numel()} elements", f"at most {most}, as `out` has")
+    _blocks("out", out, values.device)
+    _format("out", out, out.format.dtype.is_floating_point)
+    _counts(counts, GRADIENT_COUNTS, values.device)
+
+
+def check_dequantize(blocks: Blocks, out: Tensor) -> None:
+    """Before `ops.blocks.dequantize`."""
+    _tensor("out", out, blocks.codes.device, VALUES)
+    _blocks("blocks", blocks, out.device)
+    _format("blocks", blocks, not blocks.format.split)
+
+
+def check_accumulate(pieces: Sequence[Blocks], shard: Blocks) -> None:
+    """Before `ops.reduction.accumulate`."""
+    device = shard.codes.device
+    _blocks("shard", shard, device)
+    _format("shard", shard, shard.format.dtype.is_floating_point)
+    if not pieces:
+        raise _refusal("pieces", "none", "one of each rank")
+    for number, piece in enumerate(pieces):
+        _blocks(f"pieces[{number}]", piece, device)
+        _format(f"pieces[{number}]", piece, piece.format.dtype.is_floating_point)
+        _same(f"pieces[{number}]", piece.codes.shape, shard.codes.shape, "the shard's shape")
+        _same(f"pieces[{number}]", piece.format.name, pieces[0].format.name, "the first piece's format")
+
+
+def check_segments(segments: Sequence[Segment], blocks: int) -> None:
+    """Before a plan of a shard of so many blocks is made."""
+    for each in segments:
+        first, last = each.blocks.start, each.blocks.stop
+        if not 0 <= first <= last <= blocks:
+            raise _refusal("segment", f"blocks {first} to {last}", f"0 to {blocks}")
+
+
+def check_distances(tensors: Sequence[Tensor]) -> None:
+    """Of pieces that a kernel finds at equal distances in one buffer."""
+    first, second = tensors[0], tensors[min(1, len(tensors) - 1)]
+    stride = second.storage_offset() - first.storage_offset()
+    for number, each in enumerate(tensors):
+        apart = each.storage_offset() - first.storage_offset()
+        _same(f"pieces[{number}]", apart, number * stride, "elements from the first, at equal distances")
+        if each.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
+            raise _refusal(f"pieces[{number}]", "a buffer of its own", "one buffer for all pieces")
+
+
+def check_step(
+    state: AdamState,
+    gradient: Blocks,
+    weights: Tensor,
+    rows: int,  # that the plan was made for
+    control: Tensor,
+    stochastic: bool,
+    counts: Tensor | None,
+) -> None:
+    """Before `ops.adam.adam_step`."""
+    device, shape = weights.device, gradient.codes.shape
+    _blocks("gradient", gradient, device, E8M0_OR_FP32)
+    for name in ("master", "exp_avg", "exp_avg_sq"):
+        blocks: Blocks = getattr(state, name)
+        _blocks(name, blocks, device)
+        _same(name, blocks.codes.shape, shape, "the gradient's shape")
+    _format("gradient", gradient, gradient.format.dtype.is_floating_point)
+    _format("master", state.master, state.master.format.name in (ROUNDED if stochastic else MASTERS))
+    _format("exp_avg", state.exp_avg, state.exp_avg.format.dtype.is_floating_point)
+    unsigned = state.rooted and state.exp_avg_sq.format is UE4M4
+    _format("exp_avg_sq", state.exp_avg_sq, state.exp_avg_sq.format.dtype.is_floating_point or unsigned)
+    _same("weights", weights.shape, shape, "the gradient's shape")
+    allowed = (torch.bfloat16,) if state.master.format.split else VALUES
+    _tensor("weights", weights, device, allowed)
+    _same("plan", rows, len(gradient), "the gradient's rows")
+    _tensor("control", control, device, (torch.float32,))
+    _same("control", control.numel(), 2, "elements")
+    _counts(counts, STATE_COUNTS, device)
+
+
+def _blocks(name: str, blocks: Blocks, device: torch.device, scales: Sequence[torch.dtype] = E8M0) -> None:
+    codes, held = blocks.codes, blocks.scales
+    _tensor(name, codes, device, (blocks.format.dtype,))
+    if codes.dim() != 2 or codes.shape[1] not in BLOCK_SIZES:
+        shape = f"[blocks, block size] of a block size among {BLOCK_SIZES}"
+        raise _refusal(name, f"codes of shape {tuple(codes.shape)}", shape)
+    if blocks.format.scaled:
+        if held is None or held.shape != codes.shape[:1]:
+            raise _refusal(name, f"{0 if held is None else held.numel()} scales", "one a block")
+        _tensor(name, held, device, scales)
+
+
+def _format(name: str, blocks: Blocks, fits: bool) -> None:
+    if not fits:
+        raise _refusal(name, blocks.format.name, "a format that this operation reads or writes")
+
+
+def _counts(counts: Tensor | None, size: int, device: torch.device) -> None:
+    if counts is not None:
+        _tensor("counts", counts, device, (torch.float64,))
+        _same("counts", counts.numel(), size, "elements")
+
+
+def _tensor(name: str, tensor: Tensor, device: torch.device, dtypes: Sequence[torch.dtype]) -> None:
+    if tensor.dtype not in dtypes:
+        raise _refusal(name, tensor.dtype, " or ".join(map(str, dtypes)))
+    if tensor.device != device:
+        raise _refusal(name, tensor.device, device)
+    if not tensor.is_contiguous():
+        raise _refusal(name, f"strides {tensor.stride()}", "a contiguous tensor")
+
+
+def _same(name: str, received: object, allowed: object, what: str) -> None:
+    if received != allowed:
+        raise _refusal(name, received, f"{allowed}, {what}")
+
+
+def _refusal(name: str, received: object, allowed: object) -> ValueError:
+    return ValueError(f"{name}: received {received}, allowed: {allowed}")
