@@ -6,7 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ds_fp8.config import LEVELS, refusal
+from ds_fp8.config import LEVELS
+from ds_fp8.refusals import refusal
 from ds_fp8.terminal import add_command, in_units, positive, show_json, show_line, show_table
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ds_fp8.config import refusal, validate
+from ds_fp8.refusals import refusal, validate
 from ds_fp8.rules import SECTIONS, TOP_LEVEL, NoEffect, Refused, Rule
 
 STAGES = (1, 2)

@@ -9,7 +9,6 @@ from functools import partial
 
 from torch import nn
 
-from ds_fp8.config import refusal
 from ds_fp8.estimates import (
     STOCK,
     STOCK_BF16_STATES,
@@ -20,6 +19,7 @@ from ds_fp8.estimates import (
     model_of_module,
     model_of_size,
 )
+from ds_fp8.refusals import refusal
 from ds_fp8.terminal import in_units, show_line, show_table
 
 

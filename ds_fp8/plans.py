@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ds_fp8 import ds_config
-from ds_fp8.config import SECTION, FP8Config, parse, refusal
+from ds_fp8.config import SECTION, FP8Config, parse
 from ds_fp8.estimates import BUCKET_ELEMENTS, Run
+from ds_fp8.refusals import refusal
 from ds_fp8.zero_fp8.recipe import Recipe, check_nodes, recipe_of
 
 FASTER_FROM = 16_000_000  # elements of a bucket, on one node with NVLink; docs/communication.md

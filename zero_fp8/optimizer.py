@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_fp8.config import SECTION, FP8Config, parse, refusal
+from ds_fp8.config import SECTION, FP8Config, parse
 from ds_fp8.ops.adam import AdamScalars, next_clamp
+from ds_fp8.refusals import refusal
 from ds_fp8.zero_fp8.alone import States
 from ds_fp8.zero_fp8.recipe import recipe_of
 
