@@ -1,13 +1,13 @@
 """`ds_fp8 estimate`: what a GPU holds with FP8 and with stock DeepSpeed, and the largest model that fits."""
 
 import argparse
+import os
 import re
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ds_fp8.config import LEVELS
-from ds_fp8.refusals import refusal
+from ds_fp8.refusals import cut, refusal
 from ds_fp8.terminal import add_command, in_units, positive, show_json, show_line, show_table
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--stage", type=int, choices=(1, 2), help="of ZeRO; default: 2")
     parser.add_argument("--micro-steps", metavar="N", type=positive, help="a step; default: 1")
     parser.add_argument("--opt-level", choices=tuple(LEVELS), help="default: all of them")
-    parser.add_argument("--config", metavar="DS_CONFIG", type=Path, help="as this file has it")
+    parser.add_argument("--config", metavar="DS_CONFIG", help="as this file has it")
     parser.add_argument("--json", action="store_true", help="tell the result as JSON")
 
 
@@ -61,22 +61,27 @@ def estimate(arguments: argparse.Namespace) -> None:
 
 def _run(arguments: argparse.Namespace) -> "tuple[Run, list[Method]]":
     """The run, and ds_fp8's methods in it."""
-    from ds_fp8 import estimates, plans
+    from ds_fp8 import estimates
 
     if arguments.config is None:
         run = estimates.Run(arguments.gpus, arguments.stage or 2, arguments.micro_steps or 1)
         levels = estimates.levels()
         return run, [levels[arguments.opt_level]] if arguments.opt_level else [*levels.values()]
+    from ds_fp8 import plans
+
     for option in ("stage", "opt_level"):
         if getattr(arguments, option) is not None:
             raise ValueError(f"--{option.replace('_', '-')}: not allowed with --config, which decides it")
     config = plans.read(arguments.config)
     plan = plans.plan(config, gpus=arguments.gpus, micro_steps=arguments.micro_steps)
-    if plan is None:
-        raise ValueError(f'{arguments.config}: received no enabled "fp8" section, allowed: one')
+    if isinstance(plan, str):
+        raise ValueError(
+            f'{cut(arguments.config)}: received no enabled "fp8" section that trains, allowed: one'
+        )
     if plan.weights is None:
         raise refusal("bf16.enabled", False, "true, or fp16.enabled: the estimate is of 16-bit weights")
-    return plan.run, [estimates.with_fp8(f"ds_fp8, {arguments.config.name}", plan.fp8)]
+    name = cut(os.path.basename(arguments.config))
+    return plan.run, [estimates.with_fp8(f"ds_fp8, {name}", plan.fp8)]
 
 
 def _models(arguments: argparse.Namespace, run: "Run") -> "list[Model]":

@@ -41,7 +41,9 @@ from deepspeed.runtime.fp16.loss_scaler import (  # noqa: E402
     DynamicLossScaler,
     LossScaler,
 )
+from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config  # noqa: E402
 from deepspeed.runtime.zero.config import ZeroStageEnum  # noqa: E402
+from deepspeed.utils import logger as deepspeed_logger  # noqa: E402
 from deepspeed.utils.tensor_fragment import fragment_address  # noqa: E402
 from deepspeed.utils.timer import NoopTimer  # noqa: E402
 
@@ -56,6 +58,8 @@ __all__ = [
     "ZeROOptimizer",
     "check_signatures",
     "check_version",
+    "deepspeed_logger",
+    "load_ds_config",
 ]
 
 # What the optimizer files of DeepSpeed hold besides tensors and plain values.

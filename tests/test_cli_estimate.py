@@ -265,6 +265,7 @@ def test_in_a_pipe_it_is_plain() -> None:
 
 CONFIG = "CONFIG"  # stands for a file of the given text
 OK = json.dumps(ds_config({}))
+STOCK_CONFIG = json.dumps(ds_config())
 WRONG: list[tuple[list[str], str, list[str]]] = [
     (["estimate"], "", ["--params", "--model", "--paper", "--memory", "required"]),
     (["estimate", "--params", "many"], "", ["--params", "'many'", "350M"]),
@@ -282,7 +283,7 @@ WRONG: list[tuple[list[str], str, list[str]]] = [
     (["estimate", "--model", CONFIG], "{", ["config.json"]),
     (["estimate", "--params", "7G", "--config", "no/such.json"], "", ["no/such.json"]),
     (["estimate", "--params", "7G", "--config", CONFIG], "[1, 2]", ["[1, 2]", "an object"]),
-    (["estimate", "--params", "7G", "--config", CONFIG], "{}", ['no enabled "fp8" section']),
+    (["estimate", "--params", "7G", "--config", CONFIG], STOCK_CONFIG, ['no enabled "fp8" section']),
     (["estimate", "--params", "7G", "--config", CONFIG, "--stage", "1"], OK, ["--stage", "--config"]),
     (
         ["estimate", "--params", "7G", "--config", CONFIG, "--opt-level", "O1"],
@@ -299,8 +300,8 @@ WRONG: list[tuple[list[str], str, list[str]]] = [
         json.dumps(ds_config({}, bf16=False)),
         ["bf16.enabled: received false"],
     ),
-    (["report", "--config", "no/such.json"], "", ["no/such.json"]),
-    (["report", "--config", CONFIG], '{"fp8": ', ["not JSON"]),
+    (["report", "--config", "no/such.json"], "", ["no/such.json: no such file"]),
+    (["report", "--config", CONFIG], '{"fp8": ', ["DeepSpeed refuses it", "line 1 column 9"]),
     (["report", "--config", CONFIG, "--gpus", "none"], OK, ["--gpus", "'none'", "1 or more"]),
     (["report", "ds_config.json"], "", ["unrecognized", "ds_config.json"]),
 ]
