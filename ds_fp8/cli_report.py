@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ds_fp8 import __version__
 from ds_fp8.refusals import cut
-from ds_fp8.terminal import add_command, in_units, positive, show_json, show_line, show_table
+from ds_fp8.terminal import add_command, add_run, in_units, show_json, show_line, show_table
 
 if TYPE_CHECKING:
     from ds_fp8.plans import Plan
@@ -21,8 +21,7 @@ PACKAGES = ("torch", "deepspeed", "triton", "transformers", "accelerate")
 def add_to(commands: Any) -> None:
     parser = add_command(commands, "report", report, "versions, devices, kernels, what a ds_config does")
     parser.add_argument("--config", metavar="DS_CONFIG", help="tell what this file (or base64) would do")
-    parser.add_argument("--gpus", metavar="N", type=positive, default=1, help="world size; default: 1")
-    parser.add_argument("--micro-steps", metavar="N", type=positive, help="a step; default: as the config")
+    add_run(parser)
     parser.add_argument("--json", action="store_true", help="tell it as JSON")
 
 

@@ -33,6 +33,7 @@ check_version(version("deepspeed"))
 
 # After the check: another version may lack these names.
 from deepspeed.ops.op_builder.all_ops import ALL_OPS  # noqa: E402
+from deepspeed.ops.op_builder.builder import OpBuilder  # noqa: E402
 from deepspeed.runtime.base_optimizer import ZeROOptimizer  # noqa: E402
 from deepspeed.runtime.config import DeepSpeedConfig  # noqa: E402
 from deepspeed.runtime.engine import ZERO_OPTIMIZATION, DeepSpeedEngine  # noqa: E402
@@ -55,6 +56,7 @@ __all__ = [
     "DeepSpeedConfig",
     "DeepSpeedEngine",
     "NoopTimer",
+    "OpBuilder",
     "ZeROOptimizer",
     "check_signatures",
     "check_version",
@@ -73,6 +75,7 @@ LOAD_OPTIONS = (
 )
 SIGNATURES: dict[tuple[type, str], tuple[str, ...]] = {
     (DeepSpeedConfig, "_initialize_params"): ("self", "param_dict"),
+    (OpBuilder, "jit_load"): ("self", "verbose"),
     (DeepSpeedEngine, "_configure_distributed_model"): ("self", "model"),
     (DeepSpeedEngine, "_scheduler_from_config"): ("self", "optimizer"),
     (DeepSpeedEngine, "_configure_basic_optimizer"): ("self", "model_parameters"),

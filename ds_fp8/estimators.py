@@ -67,7 +67,7 @@ def show(model: Model, run: Run, methods: Sequence[Method]) -> None:
 
 def _cold(total_params: int, run: Run) -> Model:
     _require_positive("total_params", total_params)
-    return model_of_size(int(total_params), run)
+    return model_of_size(total_params, run)
 
 
 def _show(model_for: Callable[[Run], Model], stage: int, num_gpus_per_node: int, num_nodes: int) -> None:

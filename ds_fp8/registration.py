@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from deepspeed.accelerator import get_accelerator
+from torch.utils.file_baton import FileBaton
 
-from ds_fp8 import engine, saving
-from ds_fp8.compat import ALL_OPS, DeepSpeedConfig, DeepSpeedEngine, check_signatures
+from ds_fp8 import builds, engine, saving
+from ds_fp8.compat import ALL_OPS, DeepSpeedConfig, DeepSpeedEngine, OpBuilder, check_signatures
 from ds_fp8.ops.builder import FP8CPUBuilder, FP8TritonBuilder
 
 logger = logging.getLogger("ds_fp8")
@@ -52,6 +53,7 @@ SEAM = (
     (DeepSpeedEngine, "_scheduler_from_config", engine.scheduler_from_config),
     (DeepSpeedEngine, "save_checkpoint", saving.save_checkpoint),
     (DeepSpeedEngine, "load_checkpoint", saving.load_checkpoint),
+    (OpBuilder, "jit_load", builds.jit_load),
 )
 
 BUILDERS = {each.__name__: each for each in (FP8CPUBuilder, FP8TritonBuilder)}
@@ -75,6 +77,7 @@ def register() -> None:
             "Call register() before deepspeed.initialize()"
         )
     _patches.extend(Patch.apply(*place) for place in SEAM)
+    _patches.append(Patch.apply(FileBaton, "wait", builds.wait))
     _show_builders()
     atexit.register(_let_gloo_finish)
 
