@@ -1,9 +1,9 @@
 """What DeepSpeed compiles on its first use is told: minutes without a word look like a hang.
 
 DeepSpeed builds an op when it is first loaded, on a CPU already in `init_distributed`, and all ranks wait for
-the one that builds. What is there from an earlier run is loaded without a word, unless that takes so long that
-it must be built anew. A build that was killed leaves torch's lock file behind, for which the next one waits for
-ever: it is named.
+the one that builds. What an earlier run has left is loaded without a word, unless that takes so long that it
+must be built anew. A build that was killed leaves torch's lock file behind, for which the next one waits for
+as long as it lives: the file is named.
 """
 
 import functools

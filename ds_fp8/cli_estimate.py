@@ -127,6 +127,7 @@ def _as_json(model: "Model", methods: "list[Method]", run: "Run") -> dict[str, A
         "name": model.name,
         "parameters": model.parameters,
         "frozen": model.frozen,
+        "counted": model.counted or None,
         "bytes": [{"method": name, **asdict(each), "total": each.total} for name, each in held],
     }
 

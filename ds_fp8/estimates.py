@@ -32,6 +32,7 @@ class Model:
     name: str
     trained: tuple[int, ...]
     frozen: int = 0
+    counted: str = ""  # the class whose parameters these are, and why where it was not named
 
     def __post_init__(self) -> None:
         if not any(self.trained):

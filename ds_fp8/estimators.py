@@ -54,7 +54,8 @@ def estimate_zero2_model_states_mem_needs_all_cold(
 def show(model: Model, run: Run, methods: Sequence[Method]) -> None:
     """A row a method: bytes of each kind, then their sum."""
     frozen = f", {in_units(model.frozen)} of them frozen" if model.frozen else ""
-    show_line(f"{model.name}: {in_units(model.parameters)} parameters{frozen}")
+    counted = f" ({model.counted})" if model.counted else ""
+    show_line(f"{model.name}: {in_units(model.parameters)} parameters{frozen}{counted}")
     held = [(each.name, each.held(model, run)) for each in methods]
     show_table(
         ("", "weights", "states", "gradients", "buffers", "per GPU"),

@@ -30,7 +30,9 @@ class Parser(argparse.ArgumentParser):
         self.refuse(re.sub(r"'[^']{200,}'|\S{200,}", lambda typed: cut(typed[0]), message))
 
     def refuse(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {'; '.join(message.splitlines())}\n")
+        """In one line; a path is cut only where it cannot be one."""
+        line = re.sub(r"\S{1000,}", lambda given: cut(given[0]), "; ".join(message.splitlines()))
+        self.exit(2, f"{self.prog}: {printable(line)}\n")
 
 
 def add_command(commands: Any, name: str, run: Callable[[argparse.Namespace], None], text: str) -> Any:
@@ -64,12 +66,17 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--micro-steps", metavar="N", type=positive, help=told)
 
 
+def printable(text: str) -> str:
+    """A text without the lone surrogates that stand for bytes of another encoding in a file's name."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def show_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=2) + "\n")
 
 
 def show_line(text: str = "") -> None:
-    sys.stdout.write(text + "\n")
+    sys.stdout.write(printable(text) + "\n")
 
 
 def in_units(number: float, of: str = "") -> str:
@@ -85,9 +92,9 @@ def show_table(headings: Sequence[str], rows: Iterable[Iterable[Any]]) -> None:
     terminal = Console().is_terminal
     table = Table(box=box.SIMPLE_HEAD if terminal else None, pad_edge=False)
     for number, column in enumerate(headings):
-        table.add_column(Text(column), overflow="fold", no_wrap=number == 0)
+        table.add_column(Text(printable(column)), overflow="fold", no_wrap=number == 0)
     for row in rows:
-        table.add_row(*(Text("-" if value is None else str(value)) for value in row))
+        table.add_row(*(Text("-" if value is None else printable(str(value))) for value in row))
     Console(width=None if terminal else PIPED_WIDTH).print(table)
 
 
