@@ -13,7 +13,7 @@ from test_cli import output
 
 import ds_fp8
 from ds_fp8.cli import main
-from ds_fp8.compat import DeepSpeedConfig
+from ds_fp8.compat import DeepSpeedConfig, DeepSpeedEngine
 
 GOOD = json.dumps(ds_config({}))
 ON = '{"enabled": true}'
@@ -186,3 +186,14 @@ def test_a_key_that_is_auto_is_refused_without_hugging_face(
     path.write_text(with_key('"train_batch_size": "auto", "gradient_accumulation_steps": "auto"'))
     told = output(capsys, "report", "--config", str(path))
     assert "by the Trainer and accelerate only; DeepSpeed alone: train_batch_size: received" in told
+
+
+def test_a_section_that_is_no_object_is_told_to_the_callback() -> None:
+    """An engine that nobody registered has it unread; what is said of it must not need an object."""
+    from ds_fp8.hf import _why_off
+
+    engine = DeepSpeedEngine.__new__(DeepSpeedEngine)
+    engine.config = {"fp8": True}
+    assert "allowed: a ds_config with" in _why_off(engine)
+    engine.config = {"fp8": {"enabled": True}}
+    assert "nobody has read" in _why_off(engine)

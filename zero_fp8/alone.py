@@ -16,6 +16,7 @@ from ds_fp8.ops.adam import AdamScalars, AdamState, Segment
 from ds_fp8.ops.backend import Backend, choose
 from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.formats import BF16, FP32, Format
+from ds_fp8.refusals import cut
 from ds_fp8.zero_fp8.recipe import Recipe, weight_dtypes
 
 logger = logging.getLogger("ds_fp8")
@@ -96,7 +97,7 @@ class States:
         for key, value in self.identity.items():
             received = saved.get("fp8", {}).get(key)
             if received != value:
-                raise ValueError(f"state_dict fp8.{key}: received {received!r}, expected {value!r}")
+                raise ValueError(f"state_dict fp8.{key}: received {cut(repr(received))}, expected {value!r}")
         for index, state in saved["state"].items():
             if index not in range(len(parameters)):
                 raise ValueError(

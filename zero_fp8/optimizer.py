@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ds_fp8.config import SECTION, FP8Config, parse
 from ds_fp8.ops.adam import AdamScalars, next_clamp
-from ds_fp8.refusals import refusal
+from ds_fp8.refusals import refusal, show
 from ds_fp8.zero_fp8.alone import States
 from ds_fp8.zero_fp8.recipe import recipe_of
 
@@ -183,4 +183,4 @@ def check_group(group: dict[str, Any]) -> None:
         raise ValueError(f"optimizer.params.eps: received {group['eps']}, allowed: more than 0 in FP32")
     betas = group["betas"]
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"optimizer.params.betas: received {betas}, allowed: two numbers in [0, 1)")
+        raise ValueError(f"optimizer.params.betas: received {show(betas)}, allowed: two numbers in [0, 1)")
