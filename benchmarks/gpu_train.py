@@ -32,6 +32,8 @@ from rich.console import Console
 from rich.table import Table
 from timing import write
 
+from ds_fp8 import plans
+
 sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
 
 CONSOLE = Console(width=160)
@@ -162,7 +164,7 @@ def main() -> None:
 
     example = gpt_pretrain.parse_arguments(["--time_limit", str(arguments.seconds), *others])
     path, runs = example.deepspeed_config, load(arguments.out)
-    about = {"config": path.stem, "fp8": json.loads(path.read_text()).get("fp8"), "options": others}
+    about = {"config": path.stem, "fp8": plans.read(str(path)).get("fp8"), "options": others}
     wanted = (path.stem, example.model, torch.distributed.get_world_size())
     if wanted not in map(identity, runs):
         runs.append({**about, **gpt_pretrain.run(example, device, inspect), **facts(device)})

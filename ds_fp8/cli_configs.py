@@ -9,6 +9,7 @@ from importlib import resources
 from typing import Any
 
 from ds_fp8.config import parse
+from ds_fp8.refusals import refusal
 from ds_fp8.terminal import add_command, show_json, show_table
 
 HEADINGS = ("name", "stage", "level", "gradients", "master", "exp_avg", "exp_avg_sq", "block")
@@ -69,5 +70,5 @@ def configs(arguments: argparse.Namespace) -> None:
     if name not in texts:
         close = difflib.get_close_matches(name, texts, n=1)
         hint = f' (did you mean "{close[0]}"?)' if close else ""
-        raise ValueError(f"NAME: received {json.dumps(name)}, allowed: {', '.join(texts)}{hint}")
+        raise refusal("NAME", name, f"{', '.join(texts)}{hint}")
     sys.stdout.write(texts[name])

@@ -1,19 +1,22 @@
 """`ds_fp8 estimate`: what a GPU holds with FP8 and with stock DeepSpeed, and the largest model that fits."""
 
 import argparse
+import os
 import re
 from dataclasses import asdict
-from pathlib import Path
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
-from ds_fp8.config import LEVELS, refusal
-from ds_fp8.terminal import add_command, in_units, positive, show_json, show_line, show_table
+from ds_fp8.config import LEVELS
+from ds_fp8.refusals import cut, refusal
+from ds_fp8.terminal import add_command, add_run, in_units, show_json, show_line, show_table
 
 if TYPE_CHECKING:
     from ds_fp8.estimates import Method, Model, Run
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
 GB = 10**9
+MOST_GIGABYTES = 1000  # of a GPU
 
 
 def add_to(commands: Any) -> None:
@@ -23,28 +26,30 @@ def add_to(commands: Any) -> None:
     what.add_argument("--model", metavar="CONFIG", help="a Hugging Face config.json or cached name")
     what.add_argument("--paper", action="store_true", help="the models of Table 1 of FP8-LM")
     what.add_argument("--memory", metavar="GB", type=gigabytes, help="the largest model that fits such GPUs")
-    parser.add_argument("--gpus", metavar="N", type=positive, default=1, help="world size; default: 1")
+    add_run(parser)
     parser.add_argument("--stage", type=int, choices=(1, 2), help="of ZeRO; default: 2")
-    parser.add_argument("--micro-steps", metavar="N", type=positive, help="a step; default: 1")
     parser.add_argument("--opt-level", choices=tuple(LEVELS), help="default: all of them")
-    parser.add_argument("--config", metavar="DS_CONFIG", type=Path, help="as this file has it")
+    parser.add_argument("--config", metavar="DS_CONFIG", help="as this file has it")
     parser.add_argument("--json", action="store_true", help="tell the result as JSON")
 
 
 def count(text: str) -> int:
     """A number of parameters: 350M, 1.3B, 7000000."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGBT]?)", text, re.IGNORECASE)
-    number = round(float(match[1]) * UNITS[match[2].upper()]) if match else 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"received {text!r}, allowed: as 350M, 1.3B or 7000000")
-    return number
+    match = re.fullmatch(r"([0-9]{1,20}(?:\.[0-9]{1,20})?)([KMGBT]?)", text, re.IGNORECASE)
+    number = Fraction(match[1]) * UNITS[match[2].upper()] if match else Fraction(0)
+    if number.denominator > 1 or number < 1:
+        allowed = "a whole number of parameters, as 350M, 1.3B or 7000000"
+        raise argparse.ArgumentTypeError(f"received {cut(repr(text))}, allowed: {allowed}")
+    return int(number)
 
 
 def gigabytes(text: str) -> int:
     """Bytes."""
-    if not re.fullmatch(r"\d+(\.\d+)?", text) or not float(text):
-        raise argparse.ArgumentTypeError(f"received {text!r}, allowed: gigabytes, as 80 or 141.5")
-    return round(float(text) * GB)
+    number = Fraction(text) if re.fullmatch(r"[0-9]{1,20}(\.[0-9]{1,20})?", text) else Fraction(0)
+    if not 0 < number <= MOST_GIGABYTES:
+        allowed = f"gigabytes, as 80 or 141.5, at most {MOST_GIGABYTES:,}"
+        raise argparse.ArgumentTypeError(f"received {cut(repr(text))}, allowed: {allowed}")
+    return round(number * GB)
 
 
 def estimate(arguments: argparse.Namespace) -> None:
@@ -60,22 +65,27 @@ def estimate(arguments: argparse.Namespace) -> None:
 
 def _run(arguments: argparse.Namespace) -> "tuple[Run, list[Method]]":
     """The run, and ds_fp8's methods in it."""
-    from ds_fp8 import estimates, plans
+    from ds_fp8 import estimates
 
     if arguments.config is None:
         run = estimates.Run(arguments.gpus, arguments.stage or 2, arguments.micro_steps or 1)
         levels = estimates.levels()
         return run, [levels[arguments.opt_level]] if arguments.opt_level else [*levels.values()]
+    from ds_fp8 import plans
+
     for option in ("stage", "opt_level"):
         if getattr(arguments, option) is not None:
             raise ValueError(f"--{option.replace('_', '-')}: not allowed with --config, which decides it")
     config = plans.read(arguments.config)
     plan = plans.plan(config, gpus=arguments.gpus, micro_steps=arguments.micro_steps)
-    if plan is None:
-        raise ValueError(f'{arguments.config}: received no enabled "fp8" section, allowed: one')
+    if isinstance(plan, str):
+        raise ValueError(
+            f'{cut(arguments.config)}: received no enabled "fp8" section that trains, allowed: one'
+        )
     if plan.weights is None:
         raise refusal("bf16.enabled", False, "true, or fp16.enabled: the estimate is of 16-bit weights")
-    return plan.run, [estimates.with_fp8(f"ds_fp8, {arguments.config.name}", plan.fp8)]
+    name = cut(os.path.basename(arguments.config))
+    return plan.run, [estimates.with_fp8(f"ds_fp8, {name}", plan.fp8)]
 
 
 def _models(arguments: argparse.Namespace, run: "Run") -> "list[Model]":
@@ -117,6 +127,7 @@ def _as_json(model: "Model", methods: "list[Method]", run: "Run") -> dict[str, A
         "name": model.name,
         "parameters": model.parameters,
         "frozen": model.frozen,
+        "counted": model.counted or None,
         "bytes": [{"method": name, **asdict(each), "total": each.total} for name, each in held],
     }
 

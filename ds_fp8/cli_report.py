@@ -6,11 +6,11 @@ import os
 import platform
 from contextlib import redirect_stdout
 from importlib import metadata
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ds_fp8 import __version__
-from ds_fp8.terminal import add_command, in_units, positive, show_json, show_line, show_table
+from ds_fp8.refusals import cut
+from ds_fp8.terminal import add_command, add_run, in_units, show_json, show_line, show_table
 
 if TYPE_CHECKING:
     from ds_fp8.plans import Plan
@@ -20,9 +20,8 @@ PACKAGES = ("torch", "deepspeed", "triton", "transformers", "accelerate")
 
 def add_to(commands: Any) -> None:
     parser = add_command(commands, "report", report, "versions, devices, kernels, what a ds_config does")
-    parser.add_argument("--config", metavar="DS_CONFIG", type=Path, help="tell what this file would do")
-    parser.add_argument("--gpus", metavar="N", type=positive, default=1, help="world size; default: 1")
-    parser.add_argument("--micro-steps", metavar="N", type=positive, help="a step; default: as the config")
+    parser.add_argument("--config", metavar="DS_CONFIG", help="tell what this file (or base64) would do")
+    add_run(parser)
     parser.add_argument("--json", action="store_true", help="tell it as JSON")
 
 
@@ -36,7 +35,7 @@ def report(arguments: argparse.Namespace) -> None:
         "DS_FP8_BACKEND": os.environ.get("DS_FP8_BACKEND"),
     }
     if arguments.config is not None:
-        found["config"] = judged(arguments)
+        found["config"] = judged(arguments, found["cannot_register"])
     if arguments.json:
         show_json(found)
     else:
@@ -92,16 +91,21 @@ def kernels() -> dict[str, str | None]:
     return {"reference": None, "cpu": build.obstacle(), "triton": backend.triton_obstacle(device)}
 
 
-def judged(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Whether the config is accepted, and what it would do."""
+def judged(arguments: argparse.Namespace, obstacle: str | None) -> dict[str, Any]:
+    """Whether the config is accepted, and what it would do; obstacle: why nothing can be registered."""
+    found = {"file": arguments.config, "refused": obstacle, "plan": None, "off": None}
+    if obstacle is not None:
+        return found
     from ds_fp8 import plans
 
     config = plans.read(arguments.config)
     try:
         plan = plans.plan(config, gpus=arguments.gpus, micro_steps=arguments.micro_steps)
     except ValueError as error:
-        return {"file": str(arguments.config), "refused": str(error), "plan": None}
-    return {"file": str(arguments.config), "refused": None, "plan": plan and facts_of(plan)}
+        return {**found, "refused": str(error)}
+    if isinstance(plan, str):
+        return {**found, "off": plan}
+    return {**found, "plan": facts_of(plan)}
 
 
 def facts_of(plan: "Plan") -> dict[str, Any]:
@@ -118,6 +122,7 @@ def facts_of(plan: "Plan") -> dict[str, Any]:
         "overlap_comm": plan.run.overlap,
         "without_effect": plan.idle,
         "filled_in_by_hugging_face": plan.filled_in,
+        "refused_without_hugging_face": plan.refused_alone,
         "advice": plans.advice(plan),
     }
 
@@ -132,7 +137,7 @@ def _show(found: dict[str, Any]) -> None:
     show_table(("kernels", ""), {**kernels, "DS_FP8_BACKEND": found["DS_FP8_BACKEND"]}.items())
     if "config" in found:
         show_line()
-        show_table(("config", found["config"]["file"]), _config_rows(found["config"]).items())
+        show_table(("config", cut(found["config"]["file"])), _config_rows(found["config"]).items())
 
 
 def _device_row(device: dict[str, Any]) -> tuple[str | None, ...]:
@@ -145,11 +150,13 @@ def _config_rows(config: dict[str, Any]) -> dict[str, Any]:
     if config["refused"] is not None:
         return {"refused": config["refused"]}
     if plan is None:
-        return {"accepted": 'FP8 is off: no enabled "fp8" section; stock DeepSpeed runs'}
+        return {"accepted": config["off"]}
     lists = ("without_effect", "filled_in_by_hugging_face", "advice")
     shown = {key: value for key, value in plan.items() if key not in lists}
     told = {key.replace("_", " "): "; ".join(plan[key]) for key in lists if plan[key]}
     shown["weights"] = plan["weights"] or "as the model"
     for key in ("state_bytes_a_parameter", "gradient_bytes_a_parameter", "wire_bytes_a_gradient_element"):
         shown[key] = f"{plan[key]:.4f}"
-    return {"accepted": "yes", **{key.replace("_", " "): value for key, value in shown.items()}, **told}
+    alone = shown.pop("refused_without_hugging_face")
+    accepted = "yes" if alone is None else f"by the Trainer and accelerate only; DeepSpeed alone: {alone}"
+    return {"accepted": accepted, **{key.replace("_", " "): value for key, value in shown.items()}, **told}

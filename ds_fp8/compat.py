@@ -47,6 +47,7 @@ check_version(version("deepspeed"))
 
 # After the check: another version may lack these names.
 from deepspeed.ops.op_builder.all_ops import ALL_OPS  # noqa: E402
+from deepspeed.ops.op_builder.builder import OpBuilder  # noqa: E402
 from deepspeed.runtime.base_optimizer import ZeROOptimizer  # noqa: E402
 from deepspeed.runtime.config import DeepSpeedConfig  # noqa: E402
 from deepspeed.runtime.engine import ZERO_OPTIMIZATION, DeepSpeedEngine  # noqa: E402
@@ -55,7 +56,9 @@ from deepspeed.runtime.fp16.loss_scaler import (  # noqa: E402
     DynamicLossScaler,
     LossScaler,
 )
+from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config  # noqa: E402
 from deepspeed.runtime.zero.config import ZeroStageEnum  # noqa: E402
+from deepspeed.utils import logger as deepspeed_logger  # noqa: E402
 from deepspeed.utils.tensor_fragment import fragment_address  # noqa: E402
 from deepspeed.utils.timer import NoopTimer  # noqa: E402
 from deepspeed.utils.torch import is_functorch_transforming  # noqa: E402
@@ -68,10 +71,13 @@ __all__ = [
     "DeepSpeedConfig",
     "DeepSpeedEngine",
     "NoopTimer",
+    "OpBuilder",
     "ZeROOptimizer",
     "check_signatures",
     "check_version",
+    "deepspeed_logger",
     "is_functorch_transforming",
+    "load_ds_config",
     "warn_of_newer_torch",
 ]
 
@@ -86,6 +92,7 @@ LOAD_OPTIONS = (
 )
 SIGNATURES: dict[tuple[type, str], tuple[str, ...]] = {
     (DeepSpeedConfig, "_initialize_params"): ("self", "param_dict"),
+    (OpBuilder, "jit_load"): ("self", "verbose"),
     (DeepSpeedEngine, "_configure_distributed_model"): ("self", "model"),
     (DeepSpeedEngine, "_scheduler_from_config"): ("self", "optimizer"),
     (DeepSpeedEngine, "_configure_basic_optimizer"): ("self", "model_parameters"),

@@ -6,14 +6,14 @@ no value of any key (accelerate raises on such a leaf); a key left out takes the
 and the run imply.
 """
 
-import difflib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from ds_fp8.refusals import LEFT_OUT, refusal, show, validate
 
 SECTION = "fp8"
 
@@ -99,7 +99,7 @@ class FP8Config(_Section):
     def _no_float(cls, value: Any) -> Any:
         """128.0 equals 128, and so passes for the literal."""
         if isinstance(value, float):
-            raise ValueError("an integer: 32, 64, 128 or 256")
+            raise ValueError("an integer")
         return value
 
     @property
@@ -134,7 +134,7 @@ def parse(ds_config: Mapping[str, Any]) -> FP8Config | None:
     _refuse_lookalikes(ds_config)
     if SECTION not in ds_config:
         return None
-    config = validate(FP8Config, ds_config[SECTION], SECTION)
+    config = validate(FP8Config, ds_config[SECTION], SECTION, {path: _built(path) for path in BUILT})
     if config.enabled:
         _refuse_unbuilt(config)
         _refuse_idle_rounding(config)
@@ -143,27 +143,6 @@ def parse(ds_config: Mapping[str, Any]) -> FP8Config | None:
         if config.scaling == "tensor":
             _refuse_with_tensors(config)
     return config
-
-
-M = TypeVar("M", bound=BaseModel)
-
-
-def validate(model: type[M], section: Any, path: str) -> M:
-    """A section as its model. Raises ValueError with a line for each thing that is wrong."""
-    try:
-        return model.model_validate(section)
-    except ValidationError as error:
-        raise ValueError("\n".join(_explain(model, each, path) for each in error.errors())) from None
-
-
-def refusal(path: str, received: Any, allowed: str) -> ValueError:
-    """The one form of a refusal: key, value, what is allowed."""
-    return ValueError(f"{path}: received {show(received)}, allowed: {allowed}")
-
-
-def show(value: Any) -> str:
-    """A value as it stands in JSON."""
-    return json.dumps(value, default=repr)
 
 
 def _refuse_lookalikes(ds_config: Mapping[str, Any]) -> None:
@@ -231,33 +210,4 @@ def _refuse_fp8_sum(config: FP8Config) -> None:
 
 def _built(path: str) -> str:
     """The values of a key that this version takes."""
-    return ", ".join("the key left out" if each is None else show(each) for each in BUILT[path])
-
-
-def _explain(model: type[BaseModel], error: Any, section: str) -> str:
-    """One of pydantic's errors in our form."""
-    key = ".".join(map(str, error["loc"]))
-    path = f"{section}.{key}" if key else section
-    if error["type"] == "extra_forbidden":
-        keys = list(_model_at(model, error["loc"][:-1]).model_fields)
-        close = difflib.get_close_matches(str(error["loc"][-1]), keys, n=1)
-        hint = f' (did you mean "{close[0]}"?)' if close else ""
-        received = f"received an unknown key with the value {show(error['input'])}"
-        return f"{path}: {received}, allowed: {', '.join(keys)}{hint}"
-    if error["type"] == "model_type":
-        fields = ", ".join(_model_at(model, error["loc"]).model_fields)
-        return str(refusal(path, error["input"], f"an object of {fields}"))
-    if section == SECTION and key in BUILT:
-        return str(refusal(path, error["input"], _built(key)))
-    told = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    allowed = told.replace("'", '"')
-    return str(refusal(path, error["input"], allowed))
-
-
-def _model_at(model: type[BaseModel], location: tuple[Any, ...]) -> type[BaseModel]:
-    for name in location:
-        annotation = model.model_fields[name].annotation
-        assert isinstance(annotation, type)
-        assert issubclass(annotation, BaseModel)
-        model = annotation
-    return model
+    return ", ".join(LEFT_OUT if each is None else show(each) for each in BUILT[path])

@@ -10,13 +10,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ds_fp8.config import refusal, validate
+from ds_fp8.refusals import refusal, validate
 from ds_fp8.rules import SECTIONS, TOP_LEVEL, NoEffect, Refused, Rule
 
 STAGES = (1, 2)
 OPTIMIZER_TYPES = ("Adam", "AdamW", "FP8AdamW")
 NULLABLE = ("bf16", "fp16")  # sections that DeepSpeed takes as absent where they are null
 COMMENTS = ("comment", "comments")
+BATCHES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 
 class OptimizerParams(BaseModel):
@@ -47,6 +48,8 @@ def check(ds_config: Mapping[str, Any]) -> list[str]:
     for name, rules in SECTIONS.items():
         idle += _apply(rules, _section(ds_config, name), prefix=f"{name}.")
     _check_optimizer(_section(ds_config, "optimizer"))
+    for name in BATCHES:
+        _check_count(name, ds_config.get(name))
     clipping = ds_config.get("gradient_clipping", 0.0)
     if isinstance(clipping, bool) or not isinstance(clipping, int | float) or not 0 <= clipping < math.inf:
         raise refusal("gradient_clipping", clipping, "a number, 0 or more")
@@ -81,9 +84,9 @@ def _section(ds_config: Mapping[str, Any], name: str, path: str | None = None) -
 def _apply(rules: Mapping[str, Rule], section: Mapping[str, Any], prefix: str) -> list[str]:
     idle = []
     for key, value in section.items():
-        if key.startswith("_") or key in COMMENTS:
+        if str(key).startswith("_") or key in COMMENTS:
             continue
-        path, rule = prefix + key, rules.get(key)
+        path, rule = f"{prefix}{key}", rules.get(key)
         if rule is None:
             raise refusal(path, value, "the key left out (ds_fp8 does not know it)")
         if isinstance(rule, Refused) and not rule.accepts(value):
@@ -91,6 +94,13 @@ def _apply(rules: Mapping[str, Rule], section: Mapping[str, Any], prefix: str) -
         if isinstance(rule, NoEffect):
             idle.append(f"{path} ({rule.why})")
     return idle
+
+
+def _check_count(name: str, value: Any) -> None:
+    """DeepSpeed takes 1.5 micro-steps, and null as left out."""
+    number = value if isinstance(value, int | float) and not isinstance(value, bool) else 0
+    if value is not None and not (number >= 1 and number % 1 == 0):
+        raise refusal(name, value, "an integer, 1 or more")
 
 
 def _check_optimizer(section: Mapping[str, Any]) -> None:

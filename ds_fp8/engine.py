@@ -16,7 +16,8 @@ import ds_fp8
 from ds_fp8 import ds_config
 from ds_fp8.backward import divisor
 from ds_fp8.compat import ZERO_OPTIMIZATION, CreateLossScaler, NoopTimer
-from ds_fp8.config import FP8Config, parse, refusal, show
+from ds_fp8.config import FP8Config, parse
+from ds_fp8.refusals import as_json, refusal, show
 from ds_fp8.status import accumulating, banner, is_active, write_events
 from ds_fp8.zero_fp8.agreement import check_agreement
 from ds_fp8.zero_fp8.handler import FP8ZeROOptimizer
@@ -79,7 +80,7 @@ def configure_distributed_model(original: Method) -> Method:
 def _facts(engine: Any, model: torch.nn.Module) -> list[str]:
     """What all ranks must have alike, a line each."""
     section = engine._config._param_dict
-    config = [f'ds_config "{key}": {show(section[key])}' for key in AGREED_KEYS if key in section]
+    config = [f'ds_config "{key}": {as_json(section[key])}' for key in AGREED_KEYS if key in section]
     trained = [
         f"{name}: {list(each.shape)}, {each.dtype}, {'trained' if each.requires_grad else 'frozen'}"
         for name, each in model.named_parameters()

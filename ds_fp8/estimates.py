@@ -12,10 +12,16 @@ from typing import Any
 from ds_fp8 import memory
 from ds_fp8.config import LEVELS, FP8Config
 from ds_fp8.ops.formats import BF16, FP32, Format
+from ds_fp8.refusals import refusal
 from ds_fp8.zero_fp8.partition import ParameterSpec, partition, partition_whole
 from ds_fp8.zero_fp8.recipe import recipe_of
 
 WEIGHT = BF16.itemsize
+# Beyond these an estimate would take minutes.
+MOST_PARAMETERS = 10**13
+MOST_GPUS = 2**14
+MOST_TENSORS = 100_000
+MOST_SHARES = 4_000_000  # buckets times GPUs, with a scale a tensor
 BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's reduce_bucket_size, where the config has none
 
 
@@ -26,6 +32,7 @@ class Model:
     name: str
     trained: tuple[int, ...]
     frozen: int = 0
+    counted: str = ""  # the class whose parameters these are, and why where it was not named
 
     def __post_init__(self) -> None:
         if not any(self.trained):
@@ -87,9 +94,29 @@ def levels() -> dict[str, Method]:
     }
 
 
+def refuse_absurd(parameters: int, tensors: int, run: Run) -> None:
+    """Refuse what would take minutes, and what nobody has. Raises ValueError."""
+    if parameters > MOST_PARAMETERS:
+        raise refusal("parameters", parameters, f"1 to {MOST_PARAMETERS:,}")
+    if run.gpus > MOST_GPUS:
+        raise refusal("GPUs", run.gpus, f"1 to {MOST_GPUS:,} in an estimate")
+    if tensors > MOST_TENSORS:
+        allowed = f"1 to {MOST_TENSORS:,}; a larger reduce_bucket_size makes fewer where shapes are unknown"
+        raise refusal("tensors", tensors, allowed)
+
+
+def _refuse_many_shares(buckets: int, ranks: int) -> None:
+    if buckets * ranks > MOST_SHARES:
+        allowed = f"at most {MOST_SHARES // ranks:,} on {ranks:,} GPUs in an estimate"
+        raise refusal('buckets with fp8.scaling "tensor"', buckets, allowed)
+
+
 def _with_fp8(config: FP8Config, model: Model, run: Run) -> Held:
+    refuse_absurd(model.parameters, len(model.trained), run)
     recipe = recipe_of(config, accumulating=run.accumulating, ranks=run.gpus)
     cut = partition_whole if recipe.by_tensor else partition
+    if recipe.by_tensor:
+        _refuse_many_shares(sum(model.trained) // run.bucket_elements, run.gpus)
     buckets = cut(
         [ParameterSpec(index, numel, 0, BF16.name) for index, numel in enumerate(model.trained) if numel],
         bucket_elements=run.bucket_elements,
@@ -111,6 +138,7 @@ def _with_fp8(config: FP8Config, model: Model, run: Run) -> Held:
 
 def _stock(state: Format, model: Model, run: Run) -> Held:
     """state: of master weights, states and the step's gradient."""
+    refuse_absurd(model.parameters, len(model.trained), run)
     sizes = [numel for numel in model.trained if numel]
     part = memory.stock_part(sizes, run.gpus)
     bucket = run.bucket_elements * (2 if run.overlap else 1)
@@ -140,6 +168,7 @@ STOCK_BF16_STATES = Method("DeepSpeed BF16 states", partial(_stock, BF16))
 
 def model_of_size(parameters: int, run: Run) -> Model:
     """A model of which only the size is known: each rank owns whole parameters, and none exceeds a bucket."""
+    refuse_absurd(parameters, parameters // run.bucket_elements, run)
     part = memory.stock_part([parameters], run.gpus)
 
     def pieces() -> Iterator[int]:
@@ -183,9 +212,9 @@ def _gpt(layers: int, width: int, vocabulary: int = 50304, *, tied: bool = False
 
 
 def largest(method: Method, run: Run, memory_bytes: int) -> int:
-    """Parameters of the largest model that fits the memory of each GPU; 0 where none does."""
+    """Parameters of the largest model that fits the memory of each GPU, to a millionth; 0 where none does."""
     low, high = 0, memory_bytes // WEIGHT  # the weights alone fill it
-    while low < high:
+    while high - low > low // 1_000_000:
         middle = (low + high + 1) // 2
         if method.held(model_of_size(middle, run), run).total <= memory_bytes:
             low = middle

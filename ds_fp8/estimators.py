@@ -9,7 +9,6 @@ from functools import partial
 
 from torch import nn
 
-from ds_fp8.config import refusal
 from ds_fp8.estimates import (
     STOCK,
     STOCK_BF16_STATES,
@@ -20,6 +19,7 @@ from ds_fp8.estimates import (
     model_of_module,
     model_of_size,
 )
+from ds_fp8.refusals import refusal
 from ds_fp8.terminal import in_units, show_line, show_table
 
 
@@ -54,7 +54,8 @@ def estimate_zero2_model_states_mem_needs_all_cold(
 def show(model: Model, run: Run, methods: Sequence[Method]) -> None:
     """A row a method: bytes of each kind, then their sum."""
     frozen = f", {in_units(model.frozen)} of them frozen" if model.frozen else ""
-    show_line(f"{model.name}: {in_units(model.parameters)} parameters{frozen}")
+    counted = f" ({model.counted})" if model.counted else ""
+    show_line(f"{model.name}: {in_units(model.parameters)} parameters{frozen}{counted}")
     held = [(each.name, each.held(model, run)) for each in methods]
     show_table(
         ("", "weights", "states", "gradients", "buffers", "per GPU"),
@@ -67,7 +68,7 @@ def show(model: Model, run: Run, methods: Sequence[Method]) -> None:
 
 def _cold(total_params: int, run: Run) -> Model:
     _require_positive("total_params", total_params)
-    return model_of_size(int(total_params), run)
+    return model_of_size(total_params, run)
 
 
 def _show(model_for: Callable[[Run], Model], stage: int, num_gpus_per_node: int, num_nodes: int) -> None:

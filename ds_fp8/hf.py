@@ -51,7 +51,8 @@ def _why_off(engine: Any) -> str:
             f"of a {type(engine).__name__} and not of a DeepSpeed engine: allowed is "
             "TrainingArguments(deepspeed=...), not dropped by ACCELERATE_USE_CPU or accelerate launch --cpu"
         )
-    if engine.config.get("fp8", {}).get("enabled"):
+    section = engine.config.get("fp8")
+    if isinstance(section, Mapping) and section.get("enabled"):
         return (
             'whose "fp8" section nobody has read: allowed is a script launched through ds_fp8 (--module '
             "ds_fp8), or ds_fp8.register() before train()"

@@ -5,6 +5,7 @@ allocated and sent and compare.
 """
 
 from bisect import bisect_left, bisect_right
+from collections import Counter
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
@@ -62,10 +63,13 @@ def gradient_bytes(recipe: Recipe, buckets: Sequence[Bucket], rank: int = 0, *, 
 
 def rank_bytes(recipe: Recipe, buckets: Sequence[Bucket], *, accumulating: bool) -> list[int]:
     """Bytes of states and reduced gradient of every rank."""
-    return [
-        state_bytes(recipe, buckets, rank) + gradient_bytes(recipe, buckets, rank, accumulating=accumulating)
-        for rank in range(buckets[0].world_size)
-    ]
+    fmt, ranks = FP32 if accumulating and recipe.promote else recipe.shard, buckets[0].world_size
+    states = (recipe.master, recipe.exp_avg, recipe.exp_avg_sq)
+    block = sum(block_bytes(1, recipe.block_size, each) for each in states)
+    block += block_bytes(1, recipe.block_size, fmt, recipe.gradient_scale_bytes)
+    uneven = ranks if recipe.by_tensor else 1  # else every rank owns as many blocks as the first
+    owned = [block * sum(bucket.blocks_of(rank) for bucket in buckets) for rank in range(uneven)]
+    return owned if recipe.by_tensor else ranks * owned
 
 
 def weight_bytes(itemsize: int, buckets: Sequence[Bucket]) -> int:
@@ -82,7 +86,10 @@ def message_bytes(recipe: Recipe, blocks: int, fmt: Format) -> int:
 def hop_bytes(recipe: Recipe, bucket: Bucket) -> list[int]:
     """Bytes that one rank hands to each hop of a bucket's exchange; its own part is among them."""
     ranks = bucket.world_size
-    hops = [sum(message_bytes(recipe, bucket.blocks_of(owner), recipe.wire) for owner in range(ranks))]
+    shares = {bucket.blocks_per_rank: ranks}
+    if recipe.by_tensor:
+        shares = Counter(map(bucket.blocks_of, range(ranks)))
+    hops = [sum(owners * message_bytes(recipe, share, recipe.wire) for share, owners in shares.items())]
     if recipe.two_hops(ranks):
         nodes = ranks // recipe.intra_node_size
         hops.append(nodes * message_bytes(recipe, bucket.blocks_per_rank, recipe.between_nodes))

@@ -17,9 +17,17 @@ from importlib.metadata import version
 from typing import Any
 
 from deepspeed.accelerator import get_accelerator
+from torch.utils.file_baton import FileBaton
 
-from ds_fp8 import backward, engine, saving
-from ds_fp8.compat import ALL_OPS, DeepSpeedConfig, DeepSpeedEngine, check_signatures, warn_of_newer_torch
+from ds_fp8 import backward, builds, engine, saving
+from ds_fp8.compat import (
+    ALL_OPS,
+    DeepSpeedConfig,
+    DeepSpeedEngine,
+    OpBuilder,
+    check_signatures,
+    warn_of_newer_torch,
+)
 from ds_fp8.ops.builder import FP8CPUBuilder, FP8TritonBuilder
 
 logger = logging.getLogger("ds_fp8")
@@ -59,6 +67,7 @@ SEAM = (
     (DeepSpeedEngine, "zero_grad", backward.zero_grad),
     (DeepSpeedEngine, "save_checkpoint", saving.save_checkpoint),
     (DeepSpeedEngine, "load_checkpoint", saving.load_checkpoint),
+    (OpBuilder, "jit_load", builds.jit_load),
 )
 
 BUILDERS = {each.__name__: each for each in (FP8CPUBuilder, FP8TritonBuilder)}
@@ -84,6 +93,7 @@ def register() -> None:
             "Call register() before deepspeed.initialize()"
         )
     _patches.extend(Patch.apply(*place) for place in SEAM)
+    _patches.append(Patch.apply(FileBaton, "wait", builds.wait))
     _show_builders()
     _quiet_gathers()
     atexit.register(_let_gloo_finish)

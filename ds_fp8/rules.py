@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ds_fp8.config import show
+from ds_fp8.refusals import show
 
 
 @dataclass(frozen=True)

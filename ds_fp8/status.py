@@ -8,7 +8,7 @@ from deepspeed import comm as dist
 
 import ds_fp8
 from ds_fp8 import memory
-from ds_fp8.config import refusal
+from ds_fp8.refusals import refusal
 from ds_fp8.zero_fp8.handler import FP8ZeROOptimizer
 from ds_fp8.zero_fp8.health import Health
 

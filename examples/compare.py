@@ -19,6 +19,8 @@ import matplotlib
 from rich.console import Console
 from rich.table import Table
 
+from ds_fp8 import plans
+
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
@@ -33,7 +35,8 @@ def free_port() -> int:
 
 def run(config: Path, out: Path, steps: int, seed: int) -> dict[str, Any]:
     """One training run through the deepspeed launcher; its figures."""
-    fp8 = json.loads(config.read_text()).get("fp8", {}).get("enabled", False)
+    section = plans.read(str(config)).get("fp8")
+    fp8 = isinstance(section, dict) and section.get("enabled", False)
     result = out / f"{config.stem}.json"
     launcher = Path(sys.executable).with_name("deepspeed")
     script = Path(__file__).with_name("train_lm.py")

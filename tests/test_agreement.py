@@ -11,6 +11,8 @@ from ranks import RankPools
 from torch import nn
 from train_lm import ByteGPT
 
+from ds_fp8.refusals import where_they_differ
+
 
 def disagree(what: str) -> str:
     """Build an engine that differs on rank 1."""
@@ -61,3 +63,16 @@ def test_disagreement_is_told(ranks: RankPools, world_size: int, what: str, word
         assert "rank 0 has" in message
         assert "rank 1 has" in message
         assert all(word in message for word in words), message
+
+
+def test_long_facts_are_cut_around_their_first_difference() -> None:
+    same = "x" * 10**6
+    assert where_they_differ("a: 1", "a: 2") == ("a: 1", "a: 2")
+    mine, other = where_they_differ(f'ds_config "fp8": {same}[1]{same}', f'ds_config "fp8": {same}[2]{same}')
+    assert mine.startswith('ds_config "fp8": ...x')
+    assert "[1]" in mine
+    assert "[2]" in other
+    assert len(mine) < 300
+    mine, other = where_they_differ(same, f"{same} more")
+    assert "more" in other
+    assert len(mine) < 500

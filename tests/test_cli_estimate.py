@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from inspect import signature
 from pathlib import Path
@@ -21,6 +22,7 @@ from train_lm import ByteGPT, Shape
 import ds_fp8
 from ds_fp8.cli import main
 from ds_fp8.estimates import STOCK, STOCK_BF16_STATES, Run, largest, levels, model_of_module, model_of_size
+from ds_fp8.pretrained import pretrained
 
 G = 10**9
 METHODS = [STOCK, STOCK_BF16_STATES, *levels().values()]
@@ -140,8 +142,64 @@ class TestModel:
         path = tmp_path / "config.json"
         path.write_text(json.dumps({"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2}))
         found = estimated(capsys, "--model", str(path))["models"][0]
-        real = transformers.GPT2Model(transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2))
+        real = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2))
         assert found["parameters"] == sum(each.numel() for each in real.parameters())
+        why = "GPT2LMHeadModel, as the config names no architecture"
+        assert found["counted"] == why
+        assert f"parameters ({why})" in output(capsys, "estimate", "--model", str(path))
+
+    @pytest.mark.parametrize(
+        ("changes", "counted"),
+        [
+            ({"architectures": ["LlamaModel"]}, "LlamaModel"),
+            ({"architectures": "LlamaModel"}, "LlamaModel"),
+            ({"architectures": []}, "LlamaForCausalLM, as the config names no architecture"),
+            (
+                {"architectures": ["OursForCausalLM"]},
+                'LlamaForCausalLM, as transformers has no "OursForCausalLM"',
+            ),
+            ({"architectures": ["logging"]}, 'LlamaForCausalLM, as transformers has no "logging"'),
+            (
+                {"model_type": "t5", "architectures": None},
+                "T5ForConditionalGeneration, as the config",
+            ),
+            ({"model_type": "vit", "architectures": None}, "ViTModel, as the config names no architecture"),
+        ],
+    )
+    def test_the_class_that_is_counted_is_said(
+        self, changes: dict[str, Any], counted: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (tmp_path / "config.json").write_text(json.dumps({**LLAMA, **changes}))
+        found = estimated(capsys, "--model", str(tmp_path))["models"][0]["counted"]
+        assert found.startswith(counted)
+
+    @pytest.mark.parametrize(
+        ("changes", "words"),
+        [
+            (
+                {"num_hidden_layers": 10**9},
+                "num_hidden_layers: received 1000000000, allowed: an integer",
+            ),
+            ({"num_hidden_layers": -1}, "num_hidden_layers: received -1"),
+            ({"num_hidden_layers": 1.5}, "num_hidden_layers: received 1.5"),
+            ({"hidden_size": 10**30}, "hidden_size: received 1000000000000000000000000000000"),
+            ({"hidden_size": "wide"}, "hidden_size"),
+            ({"vocab_size": None}, "config.json"),
+            ({"num_hidden_layers": 10**4, "hidden_size": 10**8}, "received"),
+            ({"num_hidden_layers": [2]}, "config.json"),
+        ],
+    )
+    def test_absurd_sizes_are_refused(
+        self, changes: dict[str, Any], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("ds_fp8.pretrained.MOST_TENSORS", 1000)
+        monkeypatch.setattr("ds_fp8.estimates.MOST_TENSORS", 1000)
+        (tmp_path / "config.json").write_text(json.dumps({**LLAMA, **changes}))
+        start = time.monotonic()
+        with pytest.raises(ValueError, match=re.escape(words)) as refused:
+            pretrained(str(tmp_path))
+        assert time.monotonic() - start < 10
+        assert len(str(refused.value)) < 1000
 
     def test_a_name_in_the_cache(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -265,6 +323,7 @@ def test_in_a_pipe_it_is_plain() -> None:
 
 CONFIG = "CONFIG"  # stands for a file of the given text
 OK = json.dumps(ds_config({}))
+STOCK_CONFIG = json.dumps(ds_config())
 WRONG: list[tuple[list[str], str, list[str]]] = [
     (["estimate"], "", ["--params", "--model", "--paper", "--memory", "required"]),
     (["estimate", "--params", "many"], "", ["--params", "'many'", "350M"]),
@@ -282,7 +341,7 @@ WRONG: list[tuple[list[str], str, list[str]]] = [
     (["estimate", "--model", CONFIG], "{", ["config.json"]),
     (["estimate", "--params", "7G", "--config", "no/such.json"], "", ["no/such.json"]),
     (["estimate", "--params", "7G", "--config", CONFIG], "[1, 2]", ["[1, 2]", "an object"]),
-    (["estimate", "--params", "7G", "--config", CONFIG], "{}", ['no enabled "fp8" section']),
+    (["estimate", "--params", "7G", "--config", CONFIG], STOCK_CONFIG, ['no enabled "fp8" section']),
     (["estimate", "--params", "7G", "--config", CONFIG, "--stage", "1"], OK, ["--stage", "--config"]),
     (
         ["estimate", "--params", "7G", "--config", CONFIG, "--opt-level", "O1"],
@@ -299,8 +358,8 @@ WRONG: list[tuple[list[str], str, list[str]]] = [
         json.dumps(ds_config({}, bf16=False)),
         ["bf16.enabled: received false"],
     ),
-    (["report", "--config", "no/such.json"], "", ["no/such.json"]),
-    (["report", "--config", CONFIG], '{"fp8": ', ["not JSON"]),
+    (["report", "--config", "no/such.json"], "", ["no/such.json: no such file"]),
+    (["report", "--config", CONFIG], '{"fp8": ', ["DeepSpeed refuses it", "line 1 column 9"]),
     (["report", "--config", CONFIG, "--gpus", "none"], OK, ["--gpus", "'none'", "1 or more"]),
     (["report", "ds_config.json"], "", ["unrecognized", "ds_config.json"]),
 ]
@@ -336,6 +395,73 @@ def test_without_transformers(
         main(["estimate", "--model", str(tmp_path)])
     assert stopped.value.code == 2
     assert "pip install ds-fp8[hf]" in capsys.readouterr().err
+
+
+class TestAbsurdSizes:
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            ["--params", "1" + "0" * 30],
+            ["--params", "9" * 5000],
+            ["--params", "1e400B"],
+            ["--params", "9" * 400 + "B"],
+            ["--params", "10000001M"],
+            ["--params", "99999999T"],
+            ["--params", "1.5"],
+            ["--params", "0.0000001K"],
+            ["--params", "-7G"],
+            ["--params", "nan"],
+            ["--params", "x y" * 1000],
+            ["--params", "7G", "--gpus", "1000000000"],
+            ["--params", "7G", "--gpus", "1000000"],
+            ["--params", "7G", "--gpus", "9" * 5000],
+            ["--params", "7G", "--gpus", "1.5"],
+            ["--params", "7G", "--micro-steps", "9" * 30],
+            ["--params", "7G", "--stage", "1" * 5000],
+            ["--memory", "9" * 400],
+            ["--memory", "1e400"],
+            ["--memory", "0"],
+            ["--memory", "0.0"],
+        ],
+        ids=lambda arguments: " ".join(arguments)[:30],
+    )
+    def test_refused_in_one_line_at_once(
+        self, arguments: list[str], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        start = time.monotonic()
+        with pytest.raises(SystemExit) as stopped:
+            main(["estimate", *arguments])
+        assert stopped.value.code == 2
+        assert time.monotonic() - start < 5
+        out, err = capsys.readouterr()
+        assert (out, err.count("\n")) == ("", 1)
+        assert len(err) < 500
+        assert "received" in err or "invalid" in err or "expected one argument" in err
+
+    def test_small_buckets(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        path = written(tmp_path, ds_config({}, bucket=1))
+        with pytest.raises(SystemExit):
+            main(["estimate", "--params", "7G", "--config", path])
+        assert "tensors: received 7000000000, allowed: 1 to 100,000" in capsys.readouterr().err
+        path = written(tmp_path, ds_config({"scaling": "tensor"}, bucket=10**6))
+        with pytest.raises(SystemExit):
+            main(["estimate", "--params", "7G", "--gpus", "10000", "--config", path])
+        assert "received 7000, allowed: at most 400 on 10,000 GPUs" in capsys.readouterr().err
+
+    def test_the_largest_that_are_taken_take_seconds(self) -> None:
+        start = time.monotonic()
+        run = Run(2**14)
+        for each in METHODS:
+            each.held(model_of_size(10**12, run), run)
+        assert time.monotonic() - start < 30
+
+    def test_in_python(self) -> None:
+        with pytest.raises(
+            ValueError, match="parameters: received 1000000000000000000000000000000, allowed: 1"
+        ):
+            ds_fp8.estimate_zero2_model_states_mem_needs_all_cold(10**30)
+        with pytest.raises(ValueError, match="GPUs: received 1000000000, allowed: 1 to 16,384"):
+            ds_fp8.estimate_zero1_model_states_mem_needs_all_cold(7, 10**9)
 
 
 DOCS = (Path(__file__).parents[1] / "docs" / "command_line.md").read_text()

@@ -27,6 +27,7 @@ RUN_BY = {
     "make demo": "test_launch.py::test_demo",
     "-m package.train": "test_main.py::test_as_python_itself_would",
     "train.py": "test_launch.py::test_module_turns_fp8_on",
+    "-m ds_fp8 --help": "test_main.py::test_help",
     "deepspeed.env_report": "test_builder.py::test_deepspeeds_own_report_through_the_launcher",
     "examples/gpt_pretrain.py": "test_gpt_pretrain.py::test_runs_without_a_launcher",
     "examples/hf_trainer.py": "test_hf_launch.py::test_trainer",

@@ -76,6 +76,7 @@ LAYERS = (  # a module imports from the lines below its own only
     ("ds_fp8.ds_config",),
     ("ds_fp8.rules",),
     ("ds_fp8.config", "ds_fp8.compat"),
+    ("ds_fp8.builds", "ds_fp8.refusals"),
 )
 HEIGHT = {module: -depth for depth, layer in enumerate(LAYERS) for module in layer}
 

@@ -2,13 +2,16 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from ds_fp8.__main__ import split
+from ds_fp8.__main__ import COMMANDS, check_module, split
+from ds_fp8.__main__ import main as program
+from ds_fp8.cli import build_parser
 
 PROBE = """
 import json, os, sys
@@ -47,7 +50,7 @@ class TestSplit:
         [
             ([], "'no arguments'"),
             (["-m"], "'-m'"),
-            (["--help"], "'--help'"),
+            (["--halp"], "'--halp'"),
             (["--foo", "train.py"], "'--foo train.py'"),
             (["--local_rank=0"], "'--local_rank=0'"),
             (["--local_rank=0", "-x", "train.py"], "'--local_rank=0 -x train.py'"),
@@ -138,6 +141,72 @@ class TestRun:
         result = python("-m", "ds_fp8", "fails.py", cwd=project)
         assert (result.returncode, result.stdout.splitlines()[-1]) == (7, "out")
         assert "after a DeepSpeed engine was built" not in result.stderr
+
+    @pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["--local_rank=0", "--help"]])
+    def test_help(self, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit) as stopped:
+            split(arguments)
+        assert stopped.value.code == 0
+        out, err = capsys.readouterr()
+        assert err == ""
+        for part in (
+            "usage: python -m ds_fp8 (SCRIPT | -m MODULE)",
+            "deepspeed --module ds_fp8",
+            "ds_fp8 --help",
+        ):
+            assert part in out
+
+    def test_commands_in_the_help_are_those_of_the_command(self, capsys: pytest.CaptureFixture[str]) -> None:
+        for command in COMMANDS:
+            with pytest.raises(SystemExit) as stopped:
+                build_parser().parse_args([command, "--help"])
+            assert stopped.value.code == 0
+        with pytest.raises(SystemExit):
+            build_parser().parse_args(["--help"])
+        told = capsys.readouterr().out.rsplit("COMMAND", 1)[1]
+        assert re.findall(r"^    (\S+)", told, re.MULTILINE) == [*COMMANDS]
+
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [
+            (["no_such.py"], "no_such.py: no such script"),
+            (["report"], "report: no such script; the command is `ds_fp8 report`"),
+            (["scripts"], "__main__.py: no such script"),
+            (["x" * 4000], "... (4,000 characters): no such script"),
+        ],
+    )
+    def test_a_script_that_is_not_there(
+        self,
+        project: Path,
+        arguments: list[str],
+        words: str,
+        capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.chdir(project)
+        monkeypatch.setattr("sys.argv", ["ds_fp8", *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            program()
+        assert stopped.value.code == 2
+        assert words in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        "name", ["no_such", "no_such.sub", "package", "package.no_such", ".probe", "a..b"]
+    )
+    def test_a_module_that_is_not_there(
+        self, project: Path, name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.syspath_prepend(project)
+        with pytest.raises(SystemExit):
+            check_module(name)
+        assert f"{name}: no such module" in capsys.readouterr().err
+
+    def test_what_a_package_raises_is_raised(self, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (project / "broken").mkdir()
+        (project / "broken" / "__init__.py").write_text("import no_such_neighbour")
+        monkeypatch.syspath_prepend(project)
+        with pytest.raises(ModuleNotFoundError, match="no_such_neighbour"):
+            check_module("broken.train")
 
     def test_a_wrong_command_line_is_refused_at_once(self, project: Path) -> None:
         """Before torch and deepspeed are imported."""

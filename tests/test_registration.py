@@ -16,6 +16,7 @@ from ds_fp8.compat import (
     TESTED_TORCH,
     DeepSpeedConfig,
     DeepSpeedEngine,
+    OpBuilder,
     check_signatures,
     check_version,
     warn_of_newer_torch,
@@ -25,8 +26,8 @@ Attributes = dict[tuple[type, str], Any]
 
 
 def attributes() -> Attributes:
-    """Everything that DeepSpeed's two classes hold, as it lies in their `vars`."""
-    owners = (DeepSpeedConfig, DeepSpeedEngine)
+    """Everything that the patched classes hold, as it lies in their `vars`."""
+    owners = (DeepSpeedConfig, DeepSpeedEngine, OpBuilder)
     return {(owner, name): value for owner in owners for name, value in vars(owner).items()}
 
 

@@ -16,6 +16,7 @@ from torch.nn import Parameter
 from ds_fp8.ops.adam import UNIT, AdamState, square_root
 from ds_fp8.ops.blocks import Blocks, chunks, decode, padded, quantize
 from ds_fp8.ops.masters import decode_masters, store_masters
+from ds_fp8.refusals import cut
 from ds_fp8.zero_fp8.comm import sum_over_ranks
 from ds_fp8.zero_fp8.partition import Piece
 from ds_fp8.zero_fp8.shard import Shard
@@ -148,7 +149,7 @@ class FullTensors:
 
 def _check_key(key: str | None) -> None:
     if key is not None and key not in STATES:
-        raise ValueError(f"optimizer state: received {key!r}, allowed: {', '.join(STATES)}")
+        raise ValueError(f"optimizer state: received {cut(repr(key))}, allowed: {', '.join(STATES)}")
 
 
 def _flat(value: Tensor, parameter: Parameter) -> Tensor:

@@ -8,6 +8,8 @@ import torch
 from deepspeed import comm as dist
 from torch.distributed import ProcessGroup
 
+from ds_fp8.refusals import where_they_differ
+
 
 def check_agreement(subject: str, facts: Sequence[str], device: torch.device, group: ProcessGroup) -> None:
     """Compare facts over the ranks of a group: one gather of 32 bytes where they are the same.
@@ -24,7 +26,7 @@ def check_agreement(subject: str, facts: Sequence[str], device: torch.device, gr
     told = everybody(list(facts), group)
     for rank, theirs in enumerate(told):
         if theirs != told[0]:
-            first, other = first_difference(told[0], theirs)
+            first, other = where_they_differ(*first_difference(told[0], theirs))
             raise ValueError(f"ranks disagree about {subject}: rank 0 has {first}, rank {rank} has {other}")
 
 

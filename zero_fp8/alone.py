@@ -20,6 +20,7 @@ from ds_fp8.ops.adam import AdamScalars, AdamState, Segment
 from ds_fp8.ops.backend import Backend, choose
 from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.formats import BF16, FP32
+from ds_fp8.refusals import cut
 from ds_fp8.zero_fp8.guards import check_gradient, check_weight, flaw_of
 from ds_fp8.zero_fp8.recipe import Recipe, weight_dtypes
 
@@ -138,7 +139,7 @@ class States:
         for key, value in self.identity.items():
             found = received.get(key) if isinstance(received, dict) else None
             if found != value:
-                raise ValueError(f"state_dict fp8.{key}: received {found!r}, expected {value!r}")
+                raise ValueError(f"state_dict fp8.{key}: received {cut(repr(found))}, expected {value!r}")
 
     def _check_numbers(self, name: str, state: dict[str, Any]) -> None:
         if state.keys() != self._keys:

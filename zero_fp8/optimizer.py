@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_fp8.config import SECTION, FP8Config, parse, refusal
+from ds_fp8.config import SECTION, FP8Config, parse
 from ds_fp8.ops.adam import AdamScalars, next_clamp
+from ds_fp8.refusals import refusal, show
 from ds_fp8.zero_fp8.alone import Member, States, members_of
 from ds_fp8.zero_fp8.guards import ALLOWED, kind_of
 from ds_fp8.zero_fp8.recipe import recipe_of
@@ -280,4 +281,4 @@ def check_group(group: dict[str, Any]) -> None:
 def _check_betas(group: dict[str, Any]) -> None:
     betas = group["betas"]
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"optimizer.params.betas: received {betas}, allowed: two numbers in [0, 1)")
+        raise ValueError(f"optimizer.params.betas: received {show(betas)}, allowed: two numbers in [0, 1)")

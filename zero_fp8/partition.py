@@ -15,6 +15,7 @@ Nobody multiplies block counts by hand: `Bucket.segments` yields a rank's pieces
 
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from heapq import heapreplace
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,9 @@ class WholeBucket(Bucket):
         first = sum(self.shares[:rank])
         return slice(first, first + self.shares[rank])
 
+    def blocks_of(self, rank: int) -> int:
+        return self.shares[rank]
+
 
 def partition(
     parameters: Sequence[ParameterSpec], *, bucket_elements: int, block_size: int, world_size: int
@@ -151,10 +155,10 @@ def partition_whole(
 
 def assign(sizes: Sequence[int], ranks: int) -> list[int]:
     """The rank of each size: the largest first, to the rank that has least (the first of several)."""
-    loads, owners = [0] * ranks, [0] * len(sizes)
+    loads, owners = [(0, rank) for rank in range(ranks)], [0] * len(sizes)  # loads: a heap
     for index in sorted(range(len(sizes)), key=lambda each: -sizes[each]):
-        owners[index] = loads.index(min(loads))
-        loads[owners[index]] += sizes[index]
+        load, owners[index] = loads[0]
+        heapreplace(loads, (load + sizes[index], owners[index]))
     return owners
 
 
@@ -166,11 +170,12 @@ def _fill(parameters: Sequence[ParameterSpec], bucket_elements: int) -> list[lis
     """
     full: list[list[ParameterSpec]] = []
     filling: dict[tuple[int, Hashable], list[ParameterSpec]] = {}
+    elements: dict[tuple[int, Hashable], int] = {}
     for parameter in sorted(parameters, key=lambda each: each.index, reverse=True):
         kind = (parameter.group, parameter.dtype)
-        current = filling.get(kind, [])
-        if current and sum(each.numel for each in current) + parameter.numel > bucket_elements:
+        if kind in filling and elements[kind] + parameter.numel > bucket_elements:
             full.append(filling.pop(kind))
+        elements[kind] = parameter.numel + (elements[kind] if kind in filling else 0)
         filling.setdefault(kind, []).append(parameter)
     return [*full, *filling.values()]
 

@@ -1,0 +1,85 @@
+"""What DeepSpeed compiles on its first use is told: minutes without a word look like a hang.
+
+DeepSpeed builds an op when it is first loaded, on a CPU already in `init_distributed`, and all ranks wait for
+the one that builds. What an earlier run has left is loaded without a word, unless that takes so long that it
+must be built anew. A build that was killed leaves torch's lock file behind, for which the next one waits for
+as long as it lives: the file is named.
+"""
+
+import functools
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Event, Timer
+from typing import Any
+
+logger = logging.getLogger("ds_fp8")
+
+Method = Callable[..., Any]
+AT_ONCE, ANEW = 0.5, 20.0  # seconds after which an op is being built: a new one, and one that was there
+PATIENCE = 60.0  # seconds of waiting for a lock after which it may be nobody's
+
+
+def jit_load(original: Method) -> Method:
+    """OpBuilder.jit_load: say what is being built, and how long it took."""
+
+    @functools.wraps(original)
+    def method(self: Any, *arguments: Any, **named: Any) -> Any:
+        start, told = time.monotonic(), Event()
+        what = f"DeepSpeed's {self.name}"
+
+        def tell() -> None:
+            told.set()
+            logger.info("building %s, once on this machine; this may take minutes", what)
+
+        with _after(ANEW if _is_there(self.name) else AT_ONCE, tell):
+            module = original(self, *arguments, **named)
+        if told.is_set():
+            logger.info("built %s in %.0f s", what, time.monotonic() - start)
+        return module
+
+    return method
+
+
+def wait(original: Method) -> Method:
+    """FileBaton.wait: name the lock, on one rank of every node, where nobody seems to give it back."""
+
+    @functools.wraps(original)
+    def method(self: Any) -> None:
+        def tell() -> None:
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                logger.warning(
+                    "waiting for %s, the lock of a build: if no process is building, delete that file",
+                    self.lock_file_path,
+                )
+
+        with _after(PATIENCE, tell):
+            original(self)
+
+    return method
+
+
+def _is_there(name: str) -> bool:
+    """Whether an earlier run has left this op where torch looks for it."""
+    from torch.utils.cpp_extension import get_default_build_root
+
+    own = os.environ.get("TORCH_EXTENSIONS_DIR")
+    python = f"py{sys.version_info.major}{sys.version_info.minor}"
+    root, folders = (own, name) if own else (get_default_build_root(), f"{python}*/{name}")
+    return any(Path(root).glob(f"{folders}/{name}.so"))
+
+
+@contextmanager
+def _after(seconds: float, tell: Callable[[], None]) -> Iterator[None]:
+    """Tell what is going on, once and only if it goes on for so long."""
+    timer = Timer(seconds, tell)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
