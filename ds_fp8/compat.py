@@ -52,10 +52,13 @@ __all__ = [
     "CreateLossScaler",
     "DeepSpeedConfig",
     "DeepSpeedEngine",
+    "DynamicLossScaler",
+    "LossScaler",
     "NoopTimer",
     "ZeROOptimizer",
     "check_signatures",
     "check_version",
+    "fragment_address",
 ]
 
 # What the optimizer files of DeepSpeed hold besides tensors and plain values.
