@@ -4,7 +4,6 @@ DeepSpeed writes the module, then the scheduler, then asks the optimizer; what i
 half-way is refused here.
 """
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,6 @@ from ds_fp8.zero_fp8.manifest import Manifest
 from ds_fp8.zero_fp8.native import Native, is_extra_state
 from ds_fp8.zero_fp8.reading import Entry
 
-logger = logging.getLogger("ds_fp8")
-
 ALLOW = "fp8.checkpoint.allow_conversion: true converts them, through FP32"
 
 
@@ -33,6 +30,7 @@ class Fitting:
 
     model: Entry
     states: Restorable | None
+    conversion: str = ""  # what is rounded on the way, for the log
 
 
 def check(engine: Any, folder: Path, facts: Manifest, wanted: Wanted) -> Fitting:
@@ -41,22 +39,21 @@ def check(engine: Any, folder: Path, facts: Manifest, wanted: Wanted) -> Fitting
     _check_module(engine, path, facts, wanted)
     model = model_file.read(engine, folder)
     model_file.check(engine, model, wanted)
-    return Fitting(model, _check_ours(engine, folder, facts) if wanted.states else None)
+    return _check_ours(engine, folder, facts, model) if wanted.states else Fitting(model, None)
 
 
-def _check_ours(engine: Any, folder: Path, facts: Manifest) -> Restorable:
+def _check_ours(engine: Any, folder: Path, facts: Manifest, model: Entry) -> Fitting:
     path = folder / manifest.NAME
     _check_parameters(engine, path, facts)
     handler: FP8ZeROOptimizer = engine.optimizer
     native, recipe = Native(folder, facts, unpickle=True), recipe_facts(handler.recipe)
     native.check(handler.shards, handler.parameter_names)
     if facts.recipe == recipe:
-        return native
+        return Fitting(model, native)
     if not _may_convert(engine):
         differences = ", ".join(manifest.describe_difference(facts.recipe, recipe))
         raise ValueError(f"{path}: of another recipe than this run ({differences}): {ALLOW}")
-    logger.info("%s", convert.describe(facts.recipe, recipe))
-    return Converted(native)
+    return Fitting(model, Converted(native), convert.describe(facts.recipe, recipe))
 
 
 def check_stock(engine: Any, folder: Path, wanted: Wanted) -> Fitting:
@@ -65,8 +62,9 @@ def check_stock(engine: Any, folder: Path, wanted: Wanted) -> Fitting:
     if files and stock.is_native(next(iter(files.values()))):
         raise ValueError(f"{folder / manifest.NAME}: missing: the checkpoint was never finished, or lost it")
     model = model_file.read(engine, folder)
+    states = _check_stock(engine, folder) if wanted.states else None
     model_file.check(engine, model, wanted)
-    return Fitting(model, _check_stock(engine, folder) if wanted.states else None)
+    return Fitting(model, states, _from_fp32(engine) if states is not None else "")
 
 
 def _check_stock(engine: Any, folder: Path) -> Restorable:
@@ -77,7 +75,6 @@ def _check_stock(engine: Any, folder: Path) -> Restorable:
         )
     found = stock.Stock(folder)
     found.check(engine.optimizer.manifest_facts()["parameters"])
-    logger.info("%s", convert.describe(None, recipe_facts(engine.optimizer.recipe)))
     return Converted(found)
 
 
@@ -96,18 +93,24 @@ def check_universal(engine: Any, folder: Path, wanted: Wanted) -> Fitting:
     model = model_file.read(engine, folder)
     model_file.check(engine, model, wanted)
     _check_others(engine, universal, model)
-    logger.info("%s", convert.describe(None, recipe_facts(engine.optimizer.recipe)))
-    return Fitting(model, Converted(universal))
+    return Fitting(model, Converted(universal), _from_fp32(engine))
+
+
+def _from_fp32(engine: Any) -> str:
+    return convert.describe(None, recipe_facts(engine.optimizer.recipe))
 
 
 def _check_others(engine: Any, universal: Universal, model: Entry) -> None:
-    ours = engine.module.state_dict()
-    for name, tensor in others_of(engine, universal, model).items():
-        if isinstance(ours[name], Tensor) and not is_extra_state(name) and tensor.shape != ours[name].shape:
-            raise ValueError(
-                f"{universal.folder}: shape of {name}: received {list(tensor.shape)}, expected "
-                f"{list(ours[name].shape)}"
-            )
+    """What either place holds of a buffer or a frozen parameter has its shape."""
+    used = others_of(engine, universal, model)
+    for name, ours in _untrained(engine).items():
+        for theirs in (used.get(name), universal.other(name)):
+            if isinstance(ours, Tensor) and not is_extra_state(name) and theirs is not None:
+                received, expected = list(theirs.shape), list(ours.shape)
+                if received != expected:
+                    raise ValueError(
+                        f"{universal.folder}: shape of {name}: received {received}, expected {expected}"
+                    )
 
 
 def others_of(engine: Any, universal: Universal, model: Entry) -> dict[str, Any]:
@@ -115,13 +118,8 @@ def others_of(engine: Any, universal: Universal, model: Entry) -> dict[str, Any]
 
     From DeepSpeed's model file, where they are what they were; the converter's own files are all FP32.
     """
-    trained = set(engine.optimizer.parameters.values())
-    parameters = engine.module.named_parameters(remove_duplicate=False)
-    known = {name for name, each in parameters if each in trained}
     found, saved = {}, model.at("module").of(dict)
-    for name, ours in engine.module.state_dict().items():
-        if name in known:
-            continue
+    for name, ours in _untrained(engine).items():
         theirs = saved.get(name)
         fits = isinstance(ours, Tensor) and isinstance(theirs, Tensor) and theirs.shape == ours.shape
         if fits or (name in saved and (is_extra_state(name) or not isinstance(ours, Tensor))):
@@ -129,6 +127,14 @@ def others_of(engine: Any, universal: Universal, model: Entry) -> dict[str, Any]
         elif (other := universal.other(name)) is not None:
             found[name] = other
     return found
+
+
+def _untrained(engine: Any) -> dict[str, Any]:
+    """What the module's state_dict holds beside trained parameters."""
+    trained = set(engine.optimizer.parameters.values())
+    parameters = engine.module.named_parameters(remove_duplicate=False)
+    known = {name for name, each in parameters if each in trained}
+    return {name: each for name, each in engine.module.state_dict().items() if name not in known}
 
 
 def _may_convert(engine: Any) -> bool:

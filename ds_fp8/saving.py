@@ -211,6 +211,9 @@ def load_checkpoint(original: Method) -> Method:
         folder = Path(load_dir) / found
         fitting = _open(self, folder, wanted)
 
+        if fitting.conversion:
+            logger.info("%s", fitting.conversion)
+
         def load() -> Any:
             with model_file.given_to(self, fitting.model):
                 loaded = self._load_checkpoint(load_dir, found, **options)
