@@ -92,7 +92,7 @@ def check_universal(engine: Any, folder: Path, wanted: Wanted) -> Fitting:
         raise ValueError(f"{universal.folder}: of another model: with {unknown[:3]} (of {len(unknown)})")
     model = model_file.read(engine, folder)
     model_file.check(engine, model, wanted)
-    _check_others(engine, universal, model)
+    _check_others(engine, universal, model, wanted)
     return Fitting(model, Converted(universal), _from_fp32(engine))
 
 
@@ -100,17 +100,22 @@ def _from_fp32(engine: Any) -> str:
     return convert.describe(None, recipe_facts(engine.optimizer.recipe))
 
 
-def _check_others(engine: Any, universal: Universal, model: Entry) -> None:
-    """What either place holds of a buffer or a frozen parameter has its shape."""
-    used = others_of(engine, universal, model)
-    for name, ours in _untrained(engine).items():
-        for theirs in (used.get(name), universal.other(name)):
-            if isinstance(ours, Tensor) and not is_extra_state(name) and theirs is not None:
-                received, expected = list(theirs.shape), list(ours.shape)
-                if received != expected:
-                    raise ValueError(
-                        f"{universal.folder}: shape of {name}: received {received}, expected {expected}"
-                    )
+def _check_others(engine: Any, universal: Universal, model: Entry, wanted: Wanted) -> None:
+    """Whatever a universal checkpoint holds of a buffer or a frozen parameter is of its shape and kind."""
+    saved, names = _saved(model), _untrained(engine)
+    missing = sorted(names.keys() - saved.value.keys())
+    if missing and saved.value and wanted.module_strict:
+        raise ValueError(
+            f"{model.path}: of another model: without {missing[:3]} (of {len(missing)}); "
+            "load_module_strict=False takes what both have"
+        )
+    for name, ours in names.items():
+        if isinstance(ours, Tensor) and not is_extra_state(name):
+            if name in saved:
+                model_file.check_tensor(saved.at(name), ours)
+            other = universal.other(name)
+            if other is not None and other.value.shape != ours.shape:
+                raise other.refusal(f"shape {list(ours.shape)}")
 
 
 def others_of(engine: Any, universal: Universal, model: Entry) -> dict[str, Any]:
@@ -118,15 +123,20 @@ def others_of(engine: Any, universal: Universal, model: Entry) -> dict[str, Any]
 
     From DeepSpeed's model file, where they are what they were; the converter's own files are all FP32.
     """
-    found, saved = {}, model.at("module").of(dict)
-    for name, ours in _untrained(engine).items():
-        theirs = saved.get(name)
-        fits = isinstance(ours, Tensor) and isinstance(theirs, Tensor) and theirs.shape == ours.shape
-        if fits or (name in saved and (is_extra_state(name) or not isinstance(ours, Tensor))):
-            found[name] = theirs
-        elif (other := universal.other(name)) is not None:
-            found[name] = other
+    saved = _saved(model)
+    found = {}
+    for name in _untrained(engine):
+        other = universal.other(name) if name not in saved and not is_extra_state(name) else None
+        if name in saved:
+            found[name] = saved.value[name]
+        elif other is not None:
+            found[name] = other.value
     return found
+
+
+def _saved(model: Entry) -> Entry:
+    """The module of a model file that holds the whole of it."""
+    return model.at("module") if len(model_file.files(model.path.parent)) == 1 else Entry(model.path, {})
 
 
 def _untrained(engine: Any) -> dict[str, Any]:

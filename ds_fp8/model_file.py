@@ -33,7 +33,7 @@ class Wanted:
 
 def read(engine: Any, folder: Path) -> Entry:
     """The model file of a tag. Raises ValueError if there is none, or several where one is expected."""
-    found = [path.name for path in _files(folder)]
+    found = [path.name for path in files(folder)]
     if manifest.MODEL_FILE not in found:
         raise ValueError(f"{folder / manifest.MODEL_FILE}: missing: the folder {tags.contents(folder)}")
     if len(found) > 1 and not engine.load_universal_checkpoint():
@@ -41,7 +41,8 @@ def read(engine: Any, folder: Path) -> Entry:
     return Entry(folder / manifest.MODEL_FILE, load_pickled(folder / manifest.MODEL_FILE))
 
 
-def _files(folder: Path) -> list[Path]:
+def files(folder: Path) -> list[Path]:
+    """One per rank of model parallelism."""
     return sorted(folder.glob("mp_rank_*_model_states.pt"))
 
 
@@ -96,9 +97,16 @@ def _check_kinds(module: nn.Module, saved: Entry) -> None:
     members = _members(module)
     for name, tensor in module.state_dict().items():
         if name in members and name in saved:
-            received = saved.at(name).of(Tensor)
-            if received.is_floating_point() != tensor.is_floating_point():
-                raise saved.at(name).refusal(f"one of {tensor.dtype}")
+            check_tensor(saved.at(name), tensor)
+
+
+def check_tensor(saved: Entry, ours: Tensor) -> None:
+    """Refuse, by a ValueError, what a copy into a parameter or a buffer would not hold."""
+    theirs = saved.of(Tensor)
+    if theirs.shape != ours.shape:
+        raise saved.refusal(f"shape {list(ours.shape)}")
+    if theirs.is_floating_point() != ours.is_floating_point():
+        raise saved.refusal(f"a tensor of {ours.dtype}")
 
 
 def _check_frozen(engine: Any, file: Entry) -> None:
@@ -111,8 +119,8 @@ def _check_frozen(engine: Any, file: Entry) -> None:
     if missing:
         raise ValueError(f"{file.path}: {missing[:3]}: frozen in this run, trained in the checkpoint")
     for name, parameter in engine.module.named_parameters():
-        if name in names and saved.at(name).of(Tensor).shape != parameter.shape:
-            raise saved.at(name).refusal(f"shape {list(parameter.shape)}")
+        if name in names:
+            check_tensor(saved.at(name), parameter)
 
 
 def frozen(engine: Any) -> set[str]:
@@ -133,9 +141,9 @@ def _check_counters(file: Entry, wanted: Wanted) -> None:
                 raise file.at(key).refusal("a whole number")
             file.at(key).count()
     if wanted.counters or "mp_world_size" in file:
-        files = len(_files(file.path.parent))
-        if file.at("mp_world_size").count() != files:
-            raise file.at("mp_world_size").refusal(f"{files}, as many as model files")
+        expected = len(files(file.path.parent))
+        if file.at("mp_world_size").count() != expected:
+            raise file.at("mp_world_size").refusal(f"{expected}, as many as model files")
 
 
 def _stateful(engine: Any, wanted: Wanted) -> dict[str, Any]:
@@ -208,7 +216,7 @@ def given_to(engine: Any, file: Entry) -> Iterator[None]:
     """DeepSpeed's reading: of this file, that is open already; nor does it gather weights, which we do."""
     original, handler = engine.checkpoint_engine, engine.optimizer
     engine.checkpoint_engine = _Opened(file)
-    engine._get_all_ckpt_names = lambda *_: list(map(str, _files(file.path.parent)))
+    engine._get_all_ckpt_names = lambda *_: list(map(str, files(file.path.parent)))
     handler.refresh_fp32_params = lambda: None
     try:
         yield

@@ -104,10 +104,10 @@ class Universal:
         """Names of the parameters that have states."""
         return {path.parent.name for path in self.folder.glob("*/exp_avg.pt")}
 
-    def other(self, name: str) -> Tensor | None:
-        """A buffer or frozen parameter, where the converter has put it there."""
+    def other(self, name: str) -> Entry | None:
+        """A buffer or frozen parameter in FP32, if the converter has put it there."""
         path = self._path(name, "fp32")
-        return _param(path) if path.exists() else None
+        return Entry(path, _param(path), "param") if path.exists() else None
 
     def _tensors(self, name: str) -> list[Tensor]:
         if self._opened[0] != name:

@@ -75,8 +75,9 @@ class Entry:
     def at(self, key: Any) -> "Entry":
         """An entry of a dict or a list."""
         place = f"{self.where}.{key}" if self.where else str(key)
+        holder = self.of(*((dict,) if isinstance(key, str) else (dict, list, tuple)))
         try:
-            return Entry(self.path, self.of(dict, list, tuple)[key], place)
+            return Entry(self.path, holder[key], place)
         except (KeyError, IndexError):
             raise ValueError(f"{self.path}: {place}: missing") from None
 

@@ -59,7 +59,7 @@ class Stock:
         for file in files:
             _check_count(file, list(paths))
         self._steps = {(file.path, step) for file in files for step in _check_vectors(file)}
-        self._paths = list(paths.values())
+        self._folder = folder
         self._files = [file.value for file in files]
         self.fragments = self._find_fragments()
 
@@ -77,7 +77,7 @@ class Stock:
 
     def check(self, ours: Mapping[str, Parameter]) -> None:
         """Refuse, by a ValueError, states of other parameters."""
-        path = self._paths[0]
+        path = self._folder
         if len({step for _, step in self._steps}) != 1:
             told = ", ".join(sorted({f"{step} in {each.name}" for each, step in self._steps}))
             raise ValueError(f"{path}: steps: received {told}, expected the same everywhere")
