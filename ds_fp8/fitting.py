@@ -104,7 +104,7 @@ def _check_others(engine: Any, universal: Universal, model: Entry, wanted: Wante
     """Whatever a universal checkpoint holds of a buffer or a frozen parameter is of its shape and kind."""
     saved, names = _saved(model), _untrained(engine)
     missing = sorted(names.keys() - saved.value.keys())
-    if missing and saved.value and wanted.module_strict:
+    if missing and wanted.module_strict and _is_whole(model):
         raise ValueError(
             f"{model.path}: of another model: without {missing[:3]} (of {len(missing)}); "
             "load_module_strict=False takes what both have"
@@ -135,8 +135,12 @@ def others_of(engine: Any, universal: Universal, model: Entry) -> dict[str, Any]
 
 
 def _saved(model: Entry) -> Entry:
-    """The module of a model file that holds the whole of it."""
-    return model.at("module") if len(model_file.files(model.path.parent)) == 1 else Entry(model.path, {})
+    return model.at("module") if _is_whole(model) else Entry(model.path, {})
+
+
+def _is_whole(model: Entry) -> bool:
+    """Whether the module of a model file is all of it, and not a rank's of model parallelism."""
+    return len(model_file.files(model.path.parent)) == 1
 
 
 def _untrained(engine: Any) -> dict[str, Any]:

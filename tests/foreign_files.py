@@ -1,7 +1,8 @@
-"""Checkpoints of stock DeepSpeed and universal ones, spoiled in every place; everything here runs on a rank."""
+"""Checkpoints of stock DeepSpeed and universal ones, spoiled in every place; runs on ranks."""
 
+import argparse
 import copy
-import os
+import functools
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from deepspeed import comm as dist
+from deepspeed.checkpoint import ds_to_universal
 from engines import assert_same_bits, build, ds_config, state_bits, weight_bits
 from torch import Tensor, nn
 
@@ -19,7 +21,7 @@ COMMON = "zero/optimizer_state.pt"
 PARTS = {"stock": (MODEL, STATES.format(0), STATES.format(1)), "universal": (MODEL, COMMON)}
 DEPTH = 6
 
-Path_ = tuple[Any, ...]  # keys and indices that lead to an entry
+Way = tuple[Any, ...]  # keys and indices that lead to an entry
 
 
 class Small(nn.Module):
@@ -56,7 +58,7 @@ def make(
     steps: int = 0,
 ) -> Any:
     torch.manual_seed(seed)
-    config = ds_config(fp8, scheduler=WARMUP if scheduler else None)
+    config = ds_config(fp8, scheduler=WARMUP)
     if universal:
         config["checkpoint"] = {"load_universal": True}
     engine = build(config, Small())
@@ -66,16 +68,31 @@ def make(
     return engine
 
 
-def save(folder: str, fp8: dict[str, Any] | None, scheduler: bool = True) -> None:
-    engine = make(fp8, scheduler=scheduler, steps=3)
+def save(folder: str, fp8: dict[str, Any] | None) -> None:
+    engine = make(fp8, steps=3)
     engine.save_checkpoint(folder, tag="tag")
     engine.destroy()
+
+
+def convert(folder: Path, out: Path) -> None:
+    """DeepSpeed's own converter, in this process: starting another costs seconds."""
+    workers = {"num_extract_workers": 1, "num_merge_workers": 1}
+    switches = {"keep_temp_folder": False, "strict": True, "inject_missing_state": True}
+    ds_to_universal.main(
+        argparse.Namespace(input_folder=str(folder), output_folder=str(out), **workers, **switches)
+    )
+
+
+def without_scheduler(source: Path, out: Path) -> None:
+    shutil.copytree(source, out)
+    file = torch.load(out / "tag" / MODEL, weights_only=False)
+    torch.save({**file, "lr_scheduler": None}, out / "tag" / MODEL)
 
 
 # Spoiling
 
 
-def entries(value: Any, depth: int = DEPTH) -> Iterator[Path_]:
+def entries(value: Any, depth: int = DEPTH) -> Iterator[Way]:
     """The way to every entry of dicts and to the first one of lists."""
     keys = list(value) if isinstance(value, dict) else [0] if isinstance(value, list) and value else []
     for key in keys if depth else ():
@@ -97,7 +114,7 @@ def spoilers(value: Any) -> list[tuple[str, Any]]:
     return found
 
 
-def spoil(file: Any, way: Path_, instead: Any) -> Any:
+def spoil(file: Any, way: Way, instead: Any) -> Any:
     changed = copy.deepcopy(file)
     place = changed
     for key in way[:-1]:
@@ -109,7 +126,7 @@ def spoil(file: Any, way: Path_, instead: Any) -> Any:
     return changed
 
 
-def cases(tag: Path, kind: str) -> list[tuple[str, Path_, str, Any]]:
+def cases(tag: Path, kind: str) -> list[tuple[str, Way, str, Any]]:
     """Every spoiled file: its name, the way to the entry, what was done, and what stands there then."""
     found = []
     for name in PARTS[kind]:
@@ -175,23 +192,29 @@ def on_first(act: Callable[[], Any]) -> None:
     dist.barrier()
 
 
+FP8 = {"opt_level": "O1", "checkpoint": {"allow_conversion": True}}
+
+
 def load_spoiled(root: str, kind: str, chosen: slice) -> list[tuple[str, str, bool, bool]]:
-    """Of each case: what was done, the error, whether all is as before, and whether it is as if loaded whole."""
+    """Of each case: what was done, the error, whether all is as before, whether it is as if loaded whole."""
     source, folder = Path(root, kind), Path(root, f"spoiled {kind}")
-    fp8 = {"opt_level": "O1", "checkpoint": {"allow_conversion": True}}
-    whole, engine = (make(fp8, seed, universal=kind == "universal", steps=1) for seed in (1, 5))
+    whole, engine = (make(FP8, seed, universal=kind == "universal", steps=1) for seed in (1, 5))
     assert not attempt(whole, source)
     loaded, before, told = snapshot(whole), snapshot(engine), []
     on_first(lambda: shutil.copytree(source, folder))
-    for name, way, what, instead in cases(source / "tag", kind)[chosen]:
+
+    def write(name: str, way: Way, instead: Any) -> None:
         file = torch.load(source / "tag" / name, weights_only=False)
-        on_first(lambda f=spoil(file, way, instead), n=name: torch.save(f, folder / "tag" / n))
+        torch.save(spoil(file, way, instead), folder / "tag" / name)
+
+    for name, way, what, instead in cases(source / "tag", kind)[chosen]:
+        on_first(functools.partial(write, name, way, instead))
         error, now = attempt(engine, folder), snapshot(engine)
         told.append((f"{name} {way} {what}", error, same(now, before), same(now, loaded)))
-        on_first(lambda n=name: shutil.copy(source / "tag" / n, folder / "tag" / n))
+        on_first(functools.partial(shutil.copy, source / "tag" / name, folder / "tag" / name))
         if not error:
             engine.destroy()
-            engine = make(fp8, 5, universal=kind == "universal", steps=1)
+            engine = make(FP8, 5, universal=kind == "universal", steps=1)
             before = snapshot(engine)
     on_first(lambda: shutil.rmtree(folder))
     whole.destroy()
@@ -199,5 +222,75 @@ def load_spoiled(root: str, kind: str, chosen: slice) -> list[tuple[str, str, bo
     return told
 
 
-def count_cases(root: str, kind: str) -> int:
-    return len(cases(Path(root, kind, "tag"), kind)) if os.path.isdir(root) else 0
+def harm(path: Path, how: str) -> None:
+    """A whole file becomes none."""
+    content = path.read_bytes()
+    path.unlink()
+    if how == "folder":
+        path.mkdir()
+    elif how != "missing":
+        path.write_bytes({"empty": b"", "cut": content[: len(content) // 2], "text": b"hello"}[how])
+
+
+def load_harmed(root: str, kind: str) -> list[tuple[str, str, bool]]:
+    """Of each file and harm: what was done, the error, whether all is as before."""
+    source, folder, told = Path(root, kind), Path(root, f"harmed {kind}"), []
+    engine = make(FP8, 5, universal=kind == "universal", steps=1)
+    before = snapshot(engine)
+    parts = [*PARTS[kind], *(["zero/first.weight/fp32.pt"] if kind == "universal" else [])]
+    for name in parts:
+        for how in ("missing", "empty", "cut", "text", "folder"):
+            on_first(lambda: shutil.copytree(source, folder))
+            on_first(functools.partial(harm, folder / "tag" / name, how))
+            told.append((name, attempt(engine, folder), same(snapshot(engine), before)))
+            on_first(lambda: shutil.rmtree(folder))
+    engine.destroy()
+    return told
+
+
+def load_without_scheduler(root: str, kind: str) -> tuple[str, bool, bool]:
+    """The error, whether all is as before, and whether it loads when told to keep the scheduler."""
+    engine = make(FP8, 5, universal="universal" in kind, steps=1)
+    before = snapshot(engine)
+    error, unchanged = attempt(engine, Path(root, kind)), same(snapshot(engine), before)
+    loaded = not attempt(engine, Path(root, kind), load_lr_scheduler_states=False)
+    engine.destroy()
+    return error, unchanged, loaded
+
+
+class Stubborn:
+    """A client's scheduler that takes nothing, after it has taken something."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer, self.last_batch_iteration = optimizer, 0
+
+    def step(self) -> None:
+        self.last_batch_iteration += 1
+
+    def state_dict(self) -> dict[str, int]:
+        return {"last_batch_iteration": self.last_batch_iteration}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        strange = state["last_batch_iteration"] == 2
+        self.last_batch_iteration = state["last_batch_iteration"]
+        for group in self.optimizer.param_groups:
+            group["lr"] = 7.0
+        if strange and dist.get_rank() == 1:
+            raise LookupError("not from here")
+
+
+def load_into_stubborn(root: str) -> tuple[str, bool, str]:
+    """The errors of a scheduler and of a custom_load_fn that refuse on one rank."""
+    torch.manual_seed(0)
+    engine = build(ds_config(FP8), Small(), lr_scheduler=Stubborn)
+    before = snapshot(engine)
+    error, unchanged = attempt(engine, Path(root, "stock")), same(snapshot(engine), before)
+
+    def load(src: Any, dst: Any) -> None:
+        if dist.get_rank() == 0:
+            raise LookupError("nor this")
+
+    options = {"load_module_only": True, "custom_load_fn": load}
+    custom = attempt(engine, Path(root, "stock"), **options)
+    engine.destroy()
+    return error, unchanged, custom
