@@ -161,7 +161,6 @@ def snapshot(engine: Any) -> dict[str, Any]:
         optimizer.steps,
         optimizer.clamp_squares,
         [{key: each for key, each in group.items() if key != "params"} for group in optimizer.param_groups],
-        engine.lr_scheduler and sorted(vars(engine.lr_scheduler).items(), key=lambda each: each[0])[:-1],
         engine.lr_scheduler and engine.lr_scheduler.state_dict(),
         engine.optimizer.wire.state(engine.optimizer.parameter_names),
         vars(engine.optimizer.loss_scaler),

@@ -107,7 +107,7 @@ def publish(folder: Path, tag: str, facts: Manifest, *, latest: bool) -> None:
     _sync(folder)
     try:
         if latest:
-            write(folder / LATEST, tag)
+            point(folder / LATEST, tag)
     finally:
         _drop(replaced, target)
 
@@ -115,8 +115,8 @@ def publish(folder: Path, tag: str, facts: Manifest, *, latest: bool) -> None:
 def give_up(folder: Path, tag: str) -> None:
     """After a save that failed: clear what it has written, as far as that can be done."""
     saving, target, replaced = _places(folder, tag)
-    if _beginning(saving).exists() or target.exists():
-        shutil.rmtree(saving, ignore_errors=True)
+    if target.exists() or not (saving / manifest.NAME).exists():
+        _clear(saving)
     with suppress(OSError):
         if not target.exists():
             _finish(saving, target, replaced)
@@ -138,10 +138,23 @@ def _places(folder: Path, tag: str) -> tuple[Path, Path, Path]:
 
 def _begin(saving: Path) -> Path:
     """An empty folder that is known as ours by the beginning of a manifest."""
-    shutil.rmtree(saving, ignore_errors=True)
+    _clear(saving)
     saving.mkdir(parents=True)
     _beginning(saving).touch()
     return saving
+
+
+def _clear(saving: Path) -> None:
+    """Remove such a folder; what it is known by goes last."""
+    others = [each for each in _members(saving) if not each.name.startswith(manifest.NAME)]
+    for each in others:
+        with suppress(OSError):
+            each.unlink()
+    shutil.rmtree(saving, ignore_errors=True)
+
+
+def _members(folder: Path) -> list[Path]:
+    return list(folder.iterdir()) if folder.is_dir() else []
 
 
 def _beginning(saving: Path) -> Path:
@@ -260,19 +273,24 @@ def fresh(folder: Path) -> Iterator[Path]:
         raise
 
 
+def point(latest: Path, tag: str) -> None:
+    """Let `latest` or `latest_universal` name a tag."""
+    try:
+        write(latest, tag)
+    except OSError:
+        with suppress(OSError):
+            latest.with_name(latest.name + NEW).unlink()
+        raise
+
+
 def write(path: Path, text: str) -> None:
     """Replace a file as a whole, and bring it to the disk."""
     new = path.with_name(path.name + NEW)
-    try:
-        with naming(path), open(new, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, path)
-    except OSError:
-        with suppress(OSError):
-            new.unlink()
-        raise
+    with naming(path), open(new, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(new, path)
     _sync(path.parent)
 
 

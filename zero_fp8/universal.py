@@ -42,7 +42,7 @@ def write(native: Native, out: Path, advance: Callable[[int], None]) -> None:
                 writing.save({"param": tensor.float()}, zero / name / "fp32.pt")
         writing.save(_common(native), zero / "optimizer_state.pt")
         shutil.copyfile(native.folder / manifest.MODEL_FILE, folder / manifest.MODEL_FILE)
-    tags.write(out.parent / tags.LATEST_UNIVERSAL, out.name)
+    tags.point(out.parent / tags.LATEST_UNIVERSAL, out.name)
 
 
 def _common(native: Native) -> dict[str, Any]:
