@@ -67,11 +67,17 @@ def find(path: Path, tag: str | None) -> tuple[Path, Manifest]:
     if tag is not None or not (path / manifest.NAME).exists():
         found = tags.find(path, tag)
         if found is None:
-            raise ValueError(f"{path}: neither {manifest.NAME} nor {tags.LATEST}, expected one of them")
+            raise ValueError(
+                f"{path}: neither {manifest.NAME} nor {tags.LATEST}, expected one of them: the folder "
+                f"{tags.contents(path)}"
+            )
         folder = path / found
     facts = manifest.read(folder)
     if facts is None:
-        raise ValueError(f"{folder / manifest.NAME}: missing: not a checkpoint of ds_fp8, or never finished")
+        raise ValueError(
+            f"{folder / manifest.NAME}: missing: not a checkpoint of ds_fp8, or never finished: the folder "
+            f"{tags.contents(folder)}"
+        )
     return folder, facts
 
 

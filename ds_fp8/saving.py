@@ -7,22 +7,21 @@ whole and fitting.
 
 import functools
 import logging
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from deepspeed import comm as dist
 
 import ds_fp8
-from ds_fp8.fitting import Wanted, check, check_stock, check_universal, frozen, others_of, shapes
+from ds_fp8 import model_file
+from ds_fp8.fitting import Fitting, check, check_stock, check_universal, others_of
+from ds_fp8.model_file import Wanted, frozen, shapes
 from ds_fp8.status import is_active
-from ds_fp8.zero_fp8 import manifest, tags, universal
+from ds_fp8.zero_fp8 import manifest, tags, writing
 from ds_fp8.zero_fp8.agreement import agreed, check_agreement, everybody
-from ds_fp8.zero_fp8.checkpoint import Restorable
 from ds_fp8.zero_fp8.foreign import Universal
 from ds_fp8.zero_fp8.handler import FP8ZeROOptimizer
 from ds_fp8.zero_fp8.manifest import Manifest
@@ -51,19 +50,85 @@ def save_checkpoint(original: Method) -> Method:
             raise ValueError(f"save_checkpoint: received {save_dir!r}, tag {tag!r}, allowed: names")
         folder, tag = Path(save_dir), f"global_step{self.global_steps}" if tag is None else str(tag)
         group, writes = self.optimizer.dp_process_group, _is_first(self)
-        agreed(lambda: tags.settle(folder, tag) if writes else None, group)
-        original(self, save_dir, tag + tags.SAVING, rest[0], False, exclude_frozen_parameters)
-        files = _seal(self, folder / (tag + tags.SAVING))
+        check_agreement("the tag to save", [repr(tag), f"save_latest {save_latest}"], self.device, group)
+        agreed(lambda: tags.settle(folder, tag, latest=save_latest) if writes else None, group, folder)
+        saving = folder / (tag + tags.SAVING)
+        try:
+            with _to_the_end(self) as failures:
+                original(self, save_dir, saving.name, rest[0], False, exclude_frozen_parameters)
+            agreed(failures.tell, group, saving)
+            files = _seal(self, saving)
 
-        def publish() -> None:
+            def publish() -> None:
+                if writes:
+                    facts = _facts(self, files, exclude_frozen_parameters)
+                    tags.publish(folder, tag, facts, latest=save_latest)
+
+            agreed(publish, group, folder / tag)
+        except ValueError:
             if writes:
-                facts = _facts(self, files, exclude_frozen_parameters)
-                tags.publish(folder, tag, facts, latest=save_latest)
-
-        agreed(publish, group)
+                tags.give_up(folder, tag)
+            raise
         return True
 
     return method
+
+
+class _Failures:
+    """What a rank could not do of a save, while it went on for the others' sake."""
+
+    def __init__(self) -> None:
+        self._first: Exception | None = None
+
+    def kept(self, act: Method) -> Method:
+        """`act`, whose error is kept until it is told."""
+
+        @functools.wraps(act)
+        def method(*arguments: Any, **options: Any) -> Any:
+            if self._first is None:
+                try:
+                    return act(*arguments, **options)
+                except Exception as error:
+                    self._first = error
+            return None
+
+        return method
+
+    def tell(self) -> None:
+        if self._first is not None:
+            raise self._first
+
+
+# What may fail on one rank between DeepSpeed's barriers: it saves the module, then the states.
+STEPS = ("_save_checkpoint", "_save_zero_checkpoint")
+
+
+@contextmanager
+def _to_the_end(engine: Any) -> Iterator[_Failures]:
+    """DeepSpeed's saving, in which a rank that fails still comes to the last barrier."""
+    failures, original = _Failures(), engine.checkpoint_engine
+    engine.checkpoint_engine = _Writer(original)
+    for name in STEPS:
+        setattr(engine, name, failures.kept(getattr(engine, name)))
+    try:
+        yield failures
+    finally:
+        engine.checkpoint_engine = original
+        for name in STEPS:
+            delattr(engine, name)
+
+
+class _Writer:
+    """DeepSpeed's checkpoint engine, which writes through `writing.save`."""
+
+    def __init__(self, original: Any) -> None:
+        self._original = original
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._original, name)
+
+    def save(self, state_dict: Any, path: str) -> None:
+        writing.save(state_dict, path)
 
 
 def _is_first(engine: Any) -> bool:
@@ -84,10 +149,10 @@ def _seal(engine: Any, folder: Path) -> dict[str, manifest.File]:
     group = engine.optimizer.dp_process_group
 
     def seal() -> dict[str, manifest.File]:
-        return manifest.seal(folder, _share(engine, [each.name for each in folder.iterdir()]))
+        return manifest.seal(folder, _share(engine, manifest.files_of(folder)))
 
     node = engine.global_rank - engine.local_rank if engine.use_node_local_storage() else 0
-    told = everybody((node, agreed(seal, group)), group)
+    told = everybody((node, agreed(seal, group, folder)), group)
     found = {name: fact for other, files in told if other == node for name, fact in files.items()}
     return dict(sorted(found.items()))
 
@@ -137,62 +202,52 @@ def load_checkpoint(original: Method) -> Method:
             module_strict=load_module_strict,
             states=load_optimizer_states and not load_module_only,
             scheduler=load_lr_scheduler_states and not load_module_only,
+            counters=not load_module_only,
             custom=custom_load_fn is not None,
         )
         found = _find(self, Path(load_dir), tag)
         if found is None:
             return original(self, load_dir, tag, **options)
         folder = Path(load_dir) / found
-        source = _open(self, folder, wanted)
-        with _mapped(self):
-            loaded = self._load_checkpoint(load_dir, found, **options)
-        if self.load_universal_checkpoint():
-            self.module.load_state_dict(others_of(self, Universal(folder)), strict=False)
-        if source is None:
+        fitting = _open(self, folder, wanted)
+
+        if fitting.conversion:
+            logger.info("%s", fitting.conversion)
+
+        def load() -> Any:
+            with model_file.given_to(self, fitting.model):
+                loaded = self._load_checkpoint(load_dir, found, **options)
+            if self.load_universal_checkpoint():
+                self.module.load_state_dict(others_of(self, Universal(folder), fitting.model), strict=False)
+            return loaded
+
+        loaded = agreed(load, handler.dp_process_group, folder)
+        if fitting.states is None:
             handler._restore_from_bit16_weights()
         else:
-            handler.restore(source)
+            handler.restore(fitting.states)
         return loaded
 
     return method
 
 
-class _Mapped:
-    """What DeepSpeed loads its model file with: mapped, so that it is not in memory beside the model."""
-
-    @staticmethod
-    def load(path: str, map_location: Any = None) -> Any:
-        mapped = zipfile.is_zipfile(path)  # files of an old torch are not
-        return torch.load(path, map_location=map_location, mmap=mapped, weights_only=False)
-
-
-@contextmanager
-def _mapped(engine: Any) -> Iterator[None]:
-    """DeepSpeed's reading, through `_Mapped`."""
-    original, engine.checkpoint_engine = engine.checkpoint_engine, _Mapped
-    try:
-        yield
-    finally:
-        engine.checkpoint_engine = original
-
-
 def _find(engine: Any, folder: Path, tag: Any) -> str | None:
     """The folder of the tag, the same on every rank; None where there is no `latest`."""
     group = engine.optimizer.dp_process_group
-    latest = universal.LATEST if engine.load_universal_checkpoint() else tags.LATEST
-    found = agreed(lambda: tags.find(folder, None if tag is None else str(tag), latest), group)
+    latest = tags.LATEST_UNIVERSAL if engine.load_universal_checkpoint() else tags.LATEST
+    found = agreed(lambda: tags.find(folder, None if tag is None else str(tag), latest), group, folder)
     check_agreement("the checkpoint", [str(found)], engine.device, group)
     return found
 
 
-def _open(engine: Any, folder: Path, wanted: Wanted) -> Restorable | None:
-    """The checked states of a checkpoint; None where only weights are wanted."""
+def _open(engine: Any, folder: Path, wanted: Wanted) -> Fitting:
+    """A checkpoint that has been checked on every rank."""
     group = engine.optimizer.dp_process_group
     if engine.load_universal_checkpoint():
-        return agreed(lambda: check_universal(engine, folder, wanted), group)
-    facts = agreed(lambda: manifest.read(folder), group)
+        return agreed(lambda: check_universal(engine, folder, wanted), group, folder)
+    facts = agreed(lambda: manifest.read(folder), group, folder)
     if facts is None:
-        return agreed(lambda: check_stock(engine, folder, wanted), group)
+        return agreed(lambda: check_stock(engine, folder, wanted), group, folder)
     names = {manifest.MODEL_FILE, *(facts.files if wanted.states else ())}
-    agreed(lambda: manifest.verify(folder, facts, _share(engine, names)), group)
-    return agreed(lambda: check(engine, folder, facts, wanted), group)
+    agreed(lambda: manifest.verify(folder, facts, _share(engine, names)), group, folder)
+    return agreed(lambda: check(engine, folder, facts, wanted), group, folder)

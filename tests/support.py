@@ -388,6 +388,15 @@ PROVED_ELSEWHERE = {
     "use_node_local_storage": "test_checkpoint_options.py::test_use_node_local_storage",
     "kill -9 at any moment": "test_crash.py::test_a_killed_run_goes_on",
     "damaged checkpoints are refused": "test_mutations.py::test_mutated_checkpoints_are_refused",
+    "damaged checkpoints of stock DeepSpeed are refused": (
+        "test_foreign.py::test_an_entry_that_is_not_what_it_should_be_is_refused"
+    ),
+    "a save that fails on one rank fails on all": (
+        "test_failed_saves.py::test_every_rank_tells_the_file_and_the_cause"
+    ),
+    "extra state of modules, of any type and length": (
+        "test_extra_state.py::test_extra_state_of_any_type_and_length"
+    ),
     "zero_to_fp32.py, load_state_dict_from_zero_checkpoint": "test_export.py::test_zero_to_fp32",
     "save_16bit_model": "test_export.py::test_save_16bit_model",
     "ds_fp8 export": "test_export.py::test_export",

@@ -64,9 +64,7 @@ def assert_whole(folder: Path) -> Manifest:
 
 def write_tag(folder: Path, tag: str, step: int) -> None:
     """What a save does in the file system."""
-    tags.settle(folder, tag)
-    saving = folder / (tag + tags.SAVING)
-    saving.mkdir(parents=True, exist_ok=True)
+    saving = tags.settle(folder, tag, latest=True)
     for name in (manifest.MODEL_FILE, "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"):
         (saving / name).write_text(f"{name} at {step}" * 1000)
     facts = Manifest(
@@ -85,7 +83,7 @@ def write_tag(folder: Path, tag: str, step: int) -> None:
         parameters={},
         module={},
         frozen=None,
-        files=manifest.seal(saving, sorted(each.name for each in saving.iterdir())),
+        files=manifest.seal(saving, manifest.files_of(saving)),
     )
     tags.publish(folder, tag, facts, latest=True)
 

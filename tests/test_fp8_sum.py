@@ -17,6 +17,7 @@ from train_lm import Shape
 
 import ds_fp8
 from ds_fp8 import memory
+from ds_fp8.cli import main
 from ds_fp8.ops import ring
 from ds_fp8.ops.blocks import Blocks, decode
 from ds_fp8.ops.formats import E4M3, E5M2, Format
@@ -294,6 +295,21 @@ def test_mu_is_saved_and_restored_exactly(ranks: RankPools, tmp_path: Path) -> N
     for world_size in (2, 3, 1):
         assert ranks.run(world_size, load, str(tmp_path), "dynamic") == [saved[0]] * world_size
     assert set(ranks.run(2, load, str(tmp_path), "pre")[0].values()) == {0.5}
+
+
+def load_universal(folder: str) -> dict[str, float]:
+    config = {**ds_config(section(), bf16=False), "checkpoint": {"load_universal": True}}
+    engine = build(config, Vectors(SIZE, 100, 1000))
+    engine.load_checkpoint(folder)
+    return state_of(engine)
+
+
+def test_a_universal_checkpoint_carries_mu(ranks: RankPools, tmp_path: Path) -> None:
+    saved = ranks.run(2, train_and_save, str(tmp_path / "run"), 7)
+    main(["to-universal", str(tmp_path / "run"), str(tmp_path / "universal" / "saved")])
+    for world_size in (2, 3):
+        found = ranks.run(world_size, load_universal, str(tmp_path / "universal"))
+        assert found == [saved[0]] * world_size
 
 
 def test_a_run_that_adds_in_fp32_leaves_mu_at_its_start(ranks: RankPools, tmp_path: Path) -> None:

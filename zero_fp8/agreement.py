@@ -39,20 +39,28 @@ def first_objection(objection: str | None, group: ProcessGroup) -> str | None:
 T = TypeVar("T")
 
 
-def agreed(act: Callable[[], T], group: ProcessGroup) -> T:
+def agreed(act: Callable[[], T], group: ProcessGroup, about: object = "") -> T:
     """What `act` returns on this rank, once it has succeeded on every rank.
 
-    Raises ValueError on all of them where it raises ValueError or OSError on any.
+    Raises the same ValueError on all of them if it raises any exception on any of them; on the rank that
+    raised, the exception is its cause. about: the file or folder that the message names in any case.
     """
-    result, objection = None, None
+    result, failure = None, None
     try:
         result = act()
-    except (ValueError, OSError) as error:
-        objection = str(error)
-    objection = first_objection(objection, group)
+    except Exception as error:
+        failure = error
+    objection = first_objection(None if failure is None else explain(failure, about), group)
     if objection is not None:
-        raise ValueError(objection)
+        raise ValueError(objection) from failure
     return result  # type: ignore[return-value]
+
+
+def explain(error: Exception, about: object = "") -> str:
+    """An exception in words: its own if they are written for users, else after the name of its type."""
+    text = str(error) if isinstance(error, ValueError | OSError) else ""
+    text = text or f"{type(error).__name__}: {error}"
+    return text if str(about) in text else f"{about}: {text}"
 
 
 def everybody(value: T, group: ProcessGroup) -> list[T]:

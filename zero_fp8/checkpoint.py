@@ -18,8 +18,9 @@ from torch.nn import Parameter
 from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.masters import load_masters
 from ds_fp8.zero_fp8 import manifest
-from ds_fp8.zero_fp8.optimizer import FP8AdamW
+from ds_fp8.zero_fp8.optimizer import UNSUPPORTED_FLAGS, FP8AdamW, check_group
 from ds_fp8.zero_fp8.partition import Bucket, Piece
+from ds_fp8.zero_fp8.reading import Entry
 from ds_fp8.zero_fp8.recipe import Recipe
 from ds_fp8.zero_fp8.shard import Shard
 
@@ -168,3 +169,17 @@ def take_progress(progress: Progress, optimizer: FP8AdamW, loss_scaler: Any) -> 
     vars(loss_scaler).update(progress.loss_scaler)
     for group, values in zip(optimizer.param_groups, progress.param_groups, strict=True):
         group.update(values)
+
+
+def check_hyperparameters(group: Entry) -> None:
+    """Refuse, by a ValueError, a saved param group that a run cannot go on from."""
+    for key in ("lr", "eps", "weight_decay", *(["initial_lr"] if "initial_lr" in group else [])):
+        group.at(key).number()
+    for beta in group.at("betas").each(2):
+        beta.number()
+    if "bias_correction" in group:
+        group.at("bias_correction").of(bool)
+    try:
+        check_group(group.value | dict.fromkeys(UNSUPPORTED_FLAGS))
+    except ValueError as error:
+        raise ValueError(f"{group.path}: {group.where}: {error}") from None

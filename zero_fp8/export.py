@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ds_fp8.ops.masters import write_weights
-from ds_fp8.zero_fp8.native import Native, others, whole
+from ds_fp8.zero_fp8 import writing
+from ds_fp8.zero_fp8.native import Native, is_extra_state, others, whole
 from ds_fp8.zero_fp8.tags import fresh
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -35,12 +37,15 @@ class FileKind:
 
 def _save_safetensors(tensors: dict[str, Tensor], path: Path) -> None:
     """Without shared memory: a tied parameter is written under each of its names."""
-    save_file({name: each.clone() for name, each in tensors.items()}, path, metadata={"format": "pt"})
+    try:
+        save_file({name: each.clone() for name, each in tensors.items()}, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not written: {error}") from error
 
 
 KINDS = {
     "safetensors": FileKind("model", ".safetensors", _save_safetensors),
-    "torch": FileKind("pytorch_model", ".bin", torch.save),
+    "torch": FileKind("pytorch_model", ".bin", writing.save),
 }
 
 
@@ -61,7 +66,7 @@ class Entry:
 def entries(native: Native, dtype: torch.dtype) -> list[Entry]:
     """Every tensor of the model, in the model's order."""
     file, rest = native.model_file, others(native)
-    tied, buffers = file.get("shared_params") or {}, file["buffer_names"]
+    tied, buffers = file.get("shared_params") or {}, file.get("buffer_names") or ()
     found = []
     for name in native.module:
         owner = tied.get(name, name)
@@ -69,8 +74,9 @@ def entries(native: Native, dtype: torch.dtype) -> list[Entry]:
             numel = torch.Size(native.facts.parameters[owner].shape).numel()
             found.append(Entry(name, numel, dtype, owner))
         elif name in rest:
-            kept = rest[name].dtype if name in buffers else dtype
-            found.append(Entry(name, rest[name].numel(), kept, None))
+            tensor = rest[name]
+            rounded = tensor.is_floating_point() and name not in buffers and not is_extra_state(name)
+            found.append(Entry(name, tensor.numel(), dtype if rounded else tensor.dtype, None))
     return found
 
 

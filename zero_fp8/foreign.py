@@ -1,22 +1,21 @@
-"""Reading states of stock DeepSpeed: its ZeRO 1 and 2 optimizer files, and universal checkpoints.
+"""Reading universal checkpoints, and what they share with stock DeepSpeed's optimizer files (`stock.py`).
 
 Both hold FP32 vectors, which are mapped and read a slice at a time. Of classes they name DeepSpeed's
 loss scalers and a few records only, so they too are read without unpickling anything else.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import torch
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 from torch import Tensor
 
-from ds_fp8.compat import STATE_CLASSES
-from ds_fp8.zero_fp8.checkpoint import LOSS_SCALER_STATE, Progress
+from ds_fp8.compat import STATE_CLASSES, DynamicLossScaler, LossScaler
+from ds_fp8.zero_fp8.checkpoint import LOSS_SCALER_STATE, Progress, check_hyperparameters
 from ds_fp8.zero_fp8.convert import Values
-from ds_fp8.zero_fp8.manifest import OPTIMIZER_FILE, Parameter
-from ds_fp8.zero_fp8.native import load_plain
+from ds_fp8.zero_fp8.manifest import Parameter
+from ds_fp8.zero_fp8.reading import Entry, load_any, load_plain, show
 
 HYPERPARAMETERS = ("lr", "initial_lr", "betas", "eps", "weight_decay", "bias_correction")
 STATE_FILES = ("fp32", "exp_avg", "exp_avg_sq")
@@ -25,142 +24,36 @@ OURS = "ds_fp8"  # key of a universal checkpoint's optimizer_state.pt: counters 
 
 def load_stock(path: Path) -> dict[str, Any]:
     """A file of DeepSpeed's optimizer."""
-    with torch.serialization.safe_globals(list(STATE_CLASSES)):
-        return load_plain(path)
+    return load_plain(path, STATE_CLASSES)
 
 
-def optimizer_files(folder: Path) -> dict[int, Path]:
-    """DeepSpeed's optimizer files by rank."""
-    found = ((OPTIMIZER_FILE.search(path.name), path) for path in folder.iterdir())
-    return dict(sorted((int(match[1]), path) for match, path in found if match))
+class Counters(BaseModel):
+    """What only we need of a universal checkpoint, beside what stock DeepSpeed reads."""
 
+    model_config = ConfigDict(frozen=True, strict=True)
 
-def is_native(path: Path) -> bool:
-    """Whether an optimizer file is ours."""
-    state = load_stock(path).get("optimizer_state_dict", {}).get("base_optimizer_state", {})
-    return "fp8" in state
-
-
-@dataclass(frozen=True)
-class Fragment:
-    """Consecutive elements of a parameter in one rank's vectors."""
-
-    rank: int
-    group: int
-    start: int  # in the vectors
-    elements: slice  # of the parameter
-
-
-class Stock:
-    """A folder of stock DeepSpeed's ZeRO 1 or 2."""
-
-    def __init__(self, folder: Path) -> None:
-        """Raises ValueError where the files are not a whole set of a kind that is known."""
-        self._paths = list(optimizer_files(folder).values())
-        if not self._paths:
-            raise ValueError(f"{folder}: no optimizer files of ZeRO 1 or 2")
-        self._files = [self._load(path) for path in self._paths]
-        count = self._files[0].get("partition_count")
-        ranks = max(count) if isinstance(count, list) else count
-        if ranks != len(self._files):
-            raise ValueError(f"{folder}: received {len(self._files)} optimizer files, expected {ranks}")
-        self.fragments = self._find_fragments()
-
-    @staticmethod
-    def _load(path: Path) -> dict[str, Any]:
-        file: dict[str, Any] = load_stock(path).get("optimizer_state_dict", {})
-        states = file.get("base_optimizer_state")
-        if not isinstance(states, dict) or "param_slice_mappings" not in file:
-            raise ValueError(f"{path}: not states of ZeRO 1 or 2 as DeepSpeed 0.19 writes them by default")
-        for group in range(len(file["param_slice_mappings"])):
-            found = states["state"].get(group, {}).keys()
-            if not {"exp_avg", "exp_avg_sq"} <= found:
-                raise ValueError(f"{path}: received states {sorted(found)}, expected exp_avg and exp_avg_sq")
-        return file
-
-    def _find_fragments(self) -> dict[str, list[Fragment]]:
-        """A parameter's fragments follow each other from rank to rank."""
-        fragments: dict[str, list[Fragment]] = {}
-        for rank, file in enumerate(self._files):
-            for group, mapping in enumerate(file["param_slice_mappings"]):
-                for name, address in mapping.items():
-                    known = fragments.setdefault(name, [])
-                    first = known[-1].elements.stop if known else 0
-                    elements = slice(first, first + address.numel)
-                    known.append(Fragment(rank, group, address.start, elements))
-        return fragments
-
-    def check(self, ours: Mapping[str, Parameter]) -> None:
-        """Refuse, by a ValueError, states of other parameters."""
-        path = self._paths[0]
-        check_names(path, self.fragments, ours)
-        check_groups(path, self._groups, ours)
-        for name, parameter in ours.items():
-            received = self.fragments[name][-1].elements.stop, self.fragments[name][0].group
-            expected = torch.Size(parameter.shape).numel(), parameter.group
-            if received != expected:
-                raise ValueError(
-                    f"{path}: elements and param group of {name}: received {received}, expected {expected}"
-                )
-
-    @property
-    def _groups(self) -> list[dict[str, Any]]:
-        groups: list[dict[str, Any]] = self._files[0]["base_optimizer_state"]["param_groups"]
-        return groups
-
-    @property
-    def progress(self) -> Progress:
-        file = self._files[0]
-        step = file["base_optimizer_state"]["state"][0].get("step", self._groups[0].get("step", 0))
-        scaler = vars(file["loss_scaler"]) if "loss_scaler" in file else {}
-        return foreign_progress(int(step), scaler, self._groups)
-
-    def values(self, name: str, elements: slice) -> Values:
-        """States of some elements of a parameter."""
-        return Values.of(*(torch.cat(self._cut(name, elements, vectors)) for vectors in _VECTORS))
-
-    def _cut(
-        self, name: str, elements: slice, vector: Callable[[dict[str, Any], int], Tensor]
-    ) -> list[Tensor]:
-        parts = []
-        for each in self.fragments[name]:
-            low, high = max(elements.start, each.elements.start), min(elements.stop, each.elements.stop)
-            if low < high:
-                first = each.start + low - each.elements.start
-                parts.append(vector(self._files[each.rank], each.group)[first : first + high - low])
-        return parts
-
-
-def _master(file: dict[str, Any], group: int) -> Tensor:
-    vector: Tensor = file["single_partition_of_fp32_groups"][group]
-    return vector
-
-
-def _exp_avg(file: dict[str, Any], group: int) -> Tensor:
-    vector: Tensor = file["base_optimizer_state"]["state"][group]["exp_avg"]
-    return vector
-
-
-def _exp_avg_sq(file: dict[str, Any], group: int) -> Tensor:
-    vector: Tensor = file["base_optimizer_state"]["state"][group]["exp_avg_sq"]
-    return vector
-
-
-_VECTORS = (_master, _exp_avg, _exp_avg_sq)
+    steps: NonNegativeInt
+    clamp_squares: list[float | None]
+    loss_scaler: dict[str, int | float]
+    autoscale: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = {}
 
 
 class Universal:
     """A universal checkpoint, DeepSpeed's or ours."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises ValueError where the folder holds none."""
+        """Raises ValueError if the folder holds none."""
         self.folder = folder / "zero"
-        self._common = load_stock(self.folder / "optimizer_state.pt")
+        path = self.folder / "optimizer_state.pt"
+        self._common = Entry(path, load_stock(path))
         self._opened: tuple[str, list[Tensor]] = ("", [])
 
     def check(self, ours: Mapping[str, Parameter]) -> None:
         """Refuse, by a ValueError, states of other parameters."""
-        check_groups(self.folder / "optimizer_state.pt", self._common["param_groups"], ours)
+        groups = self._common.at("param_groups")
+        check_groups(groups.path, groups.of(list), ours)
+        for group in groups.each():
+            check_hyperparameters(group)
         for name, parameter in ours.items():
             for key, tensor in zip(STATE_FILES, self._tensors(name), strict=True):
                 if list(tensor.shape) != parameter.shape:
@@ -168,24 +61,53 @@ class Universal:
                         f"{self._path(name, key)}: received shape {list(tensor.shape)}, "
                         f"expected {parameter.shape}"
                     )
+        self.progress = self._find_progress(ours)
 
-    @property
-    def progress(self) -> Progress:
-        groups = self._common["param_groups"]
+    def _find_progress(self, ours: Mapping[str, Parameter]) -> Progress:
+        groups = self._common.at("param_groups").value
         if OURS in self._common:
-            return Progress(param_groups=groups, **self._common[OURS])
-        step = torch.load(next(self.folder.rglob("step.pt")), weights_only=True)
-        scaler = vars(self._common["loss_scaler"]) if "loss_scaler" in self._common else {}
-        return foreign_progress(int(step), scaler, groups)
+            return self._own_progress(groups, ours)
+        steps = {self._step(name): name for name in ours}
+        if len(steps) != 1:
+            told = ", ".join(f"{step} of {name}" for step, name in steps.items())
+            raise ValueError(f"{self.folder}: steps: received {told}, expected the same everywhere")
+        scaler = self._common.at("loss_scaler") if "loss_scaler" in self._common else None
+        if scaler is not None:
+            check_loss_scaler(scaler)
+        return foreign_progress(next(iter(steps)), scaler and scaler.value, groups)
+
+    def _own_progress(self, groups: list[dict[str, Any]], ours: Mapping[str, Parameter]) -> Progress:
+        """What `universal.write` put beside what stock DeepSpeed reads."""
+        place = self._common.at(OURS)
+        try:
+            counters = Counters.model_validate(place.value)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, (OURS, *first["loc"])))
+            refused = f"{where}: received {show(first['input'])}: {first['msg']}"
+            raise ValueError(f"{place.path}: {refused}") from None
+        list(place.at("clamp_squares").each(len(groups)))
+        if counters.autoscale:
+            check_names(place.path, counters.autoscale, ours)
+        return Progress(param_groups=groups, **counters.model_dump())
+
+    def _step(self, name: str) -> int:
+        path = self._path(name, "step")
+        return Entry(path, load_any(path), "step").count()
 
     def values(self, name: str, elements: slice) -> Values:
         """States of some elements of a parameter."""
         return Values.of(*(tensor.view(-1)[elements] for tensor in self._tensors(name)))
 
-    def other(self, name: str) -> Tensor | None:
-        """A buffer or frozen parameter, where the converter has put it there."""
+    @property
+    def trained(self) -> set[str]:
+        """Names of the parameters that have states."""
+        return {path.parent.name for path in self.folder.glob("*/exp_avg.pt")}
+
+    def other(self, name: str) -> Entry | None:
+        """A buffer or frozen parameter in FP32, if the converter has put it there."""
         path = self._path(name, "fp32")
-        return _param(path) if path.exists() else None
+        return Entry(path, _param(path), "param") if path.exists() else None
 
     def _tensors(self, name: str) -> list[Tensor]:
         if self._opened[0] != name:
@@ -197,17 +119,24 @@ class Universal:
 
 
 def _param(path: Path) -> Tensor:
-    tensor = load_plain(path).get("param")
-    if not isinstance(tensor, Tensor):
-        raise ValueError(f"{path}: holds no tensor")
-    return tensor
+    return Entry(path, load_plain(path)).at("param").floats().contiguous()
 
 
-def foreign_progress(step: int, scaler: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> Progress:
+def check_loss_scaler(scaler: Entry) -> None:
+    """Refuse, by a ValueError, what is no loss scaler of DeepSpeed's."""
+    found = vars(scaler.of(DynamicLossScaler, LossScaler))
+    for key in LOSS_SCALER_STATE:
+        if key in found:
+            Entry(scaler.path, found[key], f"{scaler.where}.{key}").number()
+
+
+def foreign_progress(step: int, scaler: Any, groups: Sequence[Mapping[str, Any]]) -> Progress:
+    """scaler: DeepSpeed's, None if there was none; the run keeps its own then."""
+    found = vars(scaler) if scaler is not None else {}
     return Progress(
         steps=step,
         clamp_squares=None,
-        loss_scaler={key: scaler[key] for key in LOSS_SCALER_STATE if key in scaler},
+        loss_scaler={key: found[key] for key in LOSS_SCALER_STATE if key in found},
         param_groups=[{key: group[key] for key in HYPERPARAMETERS if key in group} for group in groups],
     )
 

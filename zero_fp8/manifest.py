@@ -9,7 +9,8 @@ opened. Checksums catch accidents, not attackers: whoever can change a file can 
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -113,11 +114,36 @@ def read(folder: Path) -> Manifest | None:
         raise ValueError(f"{path}: not UTF-8: damaged") from None
 
 
+def files_of(folder: Path) -> list[str]:
+    """Names of the files that a manifest is to list: all but its own beginning."""
+    return sorted(each.name for each in folder.iterdir() if not each.name.startswith(NAME))
+
+
+def listed(folder: Path) -> set[str]:
+    """Names of the files of a tag, as far as its manifest can be read; its own among them."""
+    try:
+        facts = read(folder)
+    except ValueError:
+        facts = None
+    return {NAME, *(facts.files if facts is not None else ())}
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError that names no file, as of a write, gets this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 def seal(folder: Path, names: Iterable[str]) -> dict[str, File]:
     """Bring files to the disk, and what a manifest says of them."""
     sealed = {}
     for name in names:
-        with open(folder / name, "rb") as file:
+        with naming(folder / name), open(folder / name, "rb") as file:
             os.fsync(file.fileno())
         sealed[name] = File(size=(folder / name).stat().st_size, sha256=_digest_of(folder / name))
     return sealed

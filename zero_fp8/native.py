@@ -5,7 +5,7 @@ blocks that it owns now, opens only the files that hold some of them, and reads 
 files are mapped, not read into memory).
 """
 
-import pickle
+import io
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -19,10 +19,13 @@ from ds_fp8.ops.blocks import CHUNK, Blocks, decode, padded
 from ds_fp8.ops.formats import BY_NAME, FP32
 from ds_fp8.ops.masters import decode_masters
 from ds_fp8.zero_fp8 import manifest
-from ds_fp8.zero_fp8.checkpoint import STATES, Names, Progress
+from ds_fp8.zero_fp8.checkpoint import STATES, Names, Progress, check_hyperparameters
 from ds_fp8.zero_fp8.convert import Values
 from ds_fp8.zero_fp8.manifest import Manifest
+from ds_fp8.zero_fp8.reading import NOT_PLAIN, Entry, load_pickled, load_plain
 from ds_fp8.zero_fp8.shard import Shard
+
+EXTRA_STATE_CLASSES = (io.BytesIO,)  # what modules such as Transformer Engine's keep beside tensors
 
 
 class Native:
@@ -41,10 +44,14 @@ class Native:
     @property
     def progress(self) -> Progress:
         squares = [float("inf") if each == "off" else each for each in self.facts.clamp_squares]
-        any_rank = next(iter([*self._opened, *self.facts.optimizer_files]))
-        groups = self._file(any_rank)["param_groups"]
+        groups = self._file(self._any_rank)["param_groups"]
         facts = self.facts
         return Progress(facts.steps, squares, dict(facts.loss_scaler), groups, facts.autoscale)
+
+    @property
+    def _any_rank(self) -> int:
+        """A rank whose file is open already, if there is one."""
+        return next(iter([*self._opened, *self.facts.optimizer_files]))
 
     def check(self, shards: Sequence[Shard], names: Names) -> None:
         """Refuse, by a ValueError, files that do not hold what these shards need."""
@@ -52,6 +59,10 @@ class Native:
             for piece in shard.pieces:
                 for _ in self.rows(names[piece.slot.parameter], *self._blocks_of(piece.elements)):
                     pass
+        rank = self._any_rank
+        groups = Entry(self._path(rank), self._file(rank)).at("param_groups")
+        for group in groups.each(len(self.facts.clamp_squares)):
+            check_hyperparameters(group)
 
     def restore(self, shards: Sequence[Shard], weights: Sequence[Tensor], names: Names) -> None:
         """Copy a checked checkpoint of the same formats into the shards, byte for byte.
@@ -101,8 +112,8 @@ class Native:
     def _piece(self, rank: int, name: str, blocks: tuple[int, int]) -> AdamState:
         """What a rank saved of a parameter."""
         entry = self._file(rank)["fp8"]["parameters"].get(name)
-        if entry is None or entry.get("blocks") != list(blocks):
-            received = entry and entry.get("blocks")
+        received = entry.get("blocks") if isinstance(entry, dict) else None
+        if received != list(blocks):
             raise ValueError(f"{self._path(rank)}: blocks of {name}: received {received}, expected {blocks}")
         rows = blocks[1] - blocks[0]
         master, exp_avg, exp_avg_sq = (self._blocks(rank, name, key, entry, rows) for key in STATES)
@@ -136,29 +147,30 @@ class Native:
         if rank not in self.facts.optimizer_files:
             raise ValueError(f"{self.folder / manifest.NAME}: lists no optimizer file of rank {rank}")
         if rank not in self._opened:
-            file = load_plain(self._path(rank))
-            state = file.get("optimizer_state_dict", {}).get("base_optimizer_state", {})
-            if "parameters" not in state.get("fp8", {}):
-                raise ValueError(f"{self._path(rank)}: holds no states of ds_fp8")
-            self._opened[rank] = state
+            file = Entry(self._path(rank), load_plain(self._path(rank)))
+            state = file.at("optimizer_state_dict").at("base_optimizer_state")
+            state.at("fp8").at("parameters").of(dict)
+            self._opened[rank] = state.value
         return self._opened[rank]
 
     @cached_property
     def model_file(self) -> dict[str, Any]:
         """DeepSpeed's model file, mapped."""
         path = self.folder / manifest.MODEL_FILE
-        if not self._unpickle:
-            try:
-                return load_plain(path)
-            except ValueError as error:
-                raise ValueError(f"{error}; --unpickle reads it, where you trust who wrote it") from None
-        loaded: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=False)
-        return loaded
+        if self._unpickle:
+            return load_pickled(path)
+        try:
+            return load_plain(path, EXTRA_STATE_CLASSES)
+        except ValueError as error:
+            if NOT_PLAIN not in str(error):
+                raise
+            raise ValueError(f"{error}; --unpickle reads it, where you trust who wrote it") from error
 
     @property
     def module(self) -> dict[str, Any]:
-        """The model's own tensors by name: weights, buffers, frozen parameters."""
-        module: dict[str, Any] = self.model_file["module"]
+        """What the model's state_dict held: weights, buffers, frozen parameters, extra state."""
+        path = self.folder / manifest.MODEL_FILE
+        module: dict[str, Any] = Entry(path, self.model_file).at("module").of(dict)
         return module
 
 
@@ -197,16 +209,6 @@ def others(native: Native) -> dict[str, Tensor]:
     }
 
 
-def load_plain(path: Path) -> dict[str, Any]:
-    """A file of tensors and plain values, mapped. Raises ValueError for one that holds more, or less."""
-    try:
-        loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: missing") from None
-    except pickle.UnpicklingError:
-        raise ValueError(f"{path}: holds more than tensors and plain values, and is not unpickled") from None
-    except (RuntimeError, EOFError) as error:
-        raise ValueError(f"{path}: not a file that torch.save wrote: {str(error).splitlines()[0]}") from None
-    if not isinstance(loaded, dict):
-        raise ValueError(f"{path}: received {type(loaded).__name__}, expected a dict")
-    return loaded
+def is_extra_state(name: str) -> bool:
+    """Whether an entry of a state_dict is what a module's get_extra_state gave: of any type and length."""
+    return name.rpartition(".")[2] == "_extra_state"

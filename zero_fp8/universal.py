@@ -12,19 +12,19 @@ from typing import Any
 
 import torch
 
-from ds_fp8.zero_fp8 import manifest, tags
+from ds_fp8.zero_fp8 import manifest, tags, writing
 from ds_fp8.zero_fp8.foreign import OURS, STATE_FILES
-from ds_fp8.zero_fp8.native import Native, others, whole
+from ds_fp8.zero_fp8.native import Native, is_extra_state, others, whole
 from ds_fp8.zero_fp8.tags import fresh
-
-LATEST = "latest_universal"
 
 
 def write(native: Native, out: Path, advance: Callable[[int], None]) -> None:
     """Write the folder `out` and, beside it, `latest_universal`; advance: told the elements that are done.
 
-    Raises ValueError where `out` exists.
+    Raises ValueError if `out` exists, or `latest_universal` is no file.
     """
+    if (out.parent / tags.LATEST_UNIVERSAL).is_dir():
+        raise ValueError(f"{out.parent / tags.LATEST_UNIVERSAL}: a folder, expected a file or nothing")
     with fresh(out) as folder:
         zero = folder / "zero"
         # torch's optimizers want a tensor and DeepSpeed's kernels a number: this one passes for both.
@@ -33,15 +33,16 @@ def write(native: Native, out: Path, advance: Callable[[int], None]) -> None:
             states = whole(native, name)
             (zero / name).mkdir(parents=True)
             for key, tensor in zip(STATE_FILES, states, strict=True):
-                torch.save({"param": tensor.view(parameter.shape)}, zero / name / f"{key}.pt")
-            torch.save(step, zero / name / "step.pt")
+                writing.save({"param": tensor.view(parameter.shape)}, zero / name / f"{key}.pt")
+            writing.save(step, zero / name / "step.pt")
             advance(states[0].numel())
         for name, tensor in others(native).items():
-            (zero / name).mkdir()
-            torch.save({"param": tensor.float()}, zero / name / "fp32.pt")
-        torch.save(_common(native), zero / "optimizer_state.pt")
+            if not is_extra_state(name):  # its bytes are in the model file
+                (zero / name).mkdir()
+                writing.save({"param": tensor.float()}, zero / name / "fp32.pt")
+        writing.save(_common(native), zero / "optimizer_state.pt")
         shutil.copyfile(native.folder / manifest.MODEL_FILE, folder / manifest.MODEL_FILE)
-    tags.write(out.parent / LATEST, out.name)
+    tags.point(out.parent / tags.LATEST_UNIVERSAL, out.name)
 
 
 def _common(native: Native) -> dict[str, Any]:
@@ -56,5 +57,6 @@ def _common(native: Native) -> dict[str, Any]:
             "steps": progress.steps,
             "clamp_squares": progress.clamp_squares,
             "loss_scaler": progress.loss_scaler,
+            "autoscale": dict(progress.autoscale),
         },
     }

@@ -1,0 +1,124 @@
+"""Reading what others wrote: a wrong file, key, type or length is a ValueError that names it.
+
+torch.load fails in as many ways as there are broken files, and a file that loads may hold anything. So a
+file comes through `load_plain` or `load_pickled`, and what is in it through `Entry`, which says where a
+value lies and refuses what it should not be.
+"""
+
+import math
+import pickle
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NOT_PLAIN = "holds more than tensors and plain values, and is not unpickled"
+SHOWN = 80  # characters of a value in a message
+
+
+def load_plain(path: Path, classes: Sequence[type] = ()) -> dict[str, Any]:
+    """A file of tensors, plain values and some classes, mapped. Raises ValueError for any other."""
+    with torch.serialization.safe_globals(list(classes)):
+        return _dict(path, load_any(path))
+
+
+def load_pickled(path: Path) -> dict[str, Any]:
+    """A file that may hold objects, whose code it runs. Raises ValueError if it cannot be read."""
+    return _dict(path, load_any(path, weights_only=False))
+
+
+def _dict(path: Path, loaded: Any) -> dict[str, Any]:
+    found: dict[str, Any] = Entry(path, loaded).of(dict)
+    return found
+
+
+def load_any(path: Path, *, weights_only: bool = True) -> Any:
+    """Whatever torch.save wrote, mapped. Raises ValueError if it cannot be read."""
+    try:
+        mapped = zipfile.is_zipfile(path)  # files of an old torch are not
+        return torch.load(path, map_location="cpu", mmap=mapped, weights_only=weights_only)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: missing") from None
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from error
+    except Exception as error:  # what unpickling raises is up to the file
+        if weights_only and isinstance(error, pickle.UnpicklingError) and path.stat().st_size:
+            raise ValueError(f"{path}: {NOT_PLAIN}") from error
+        why = str(error).partition("\n")[0] or "an empty file or one cut short"
+        raise ValueError(
+            f"{path}: not a file that torch.save wrote, or damaged: {type(error).__name__}: {why}"
+        ) from error
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A value in a file, and where it lies."""
+
+    path: Path
+    value: Any
+    where: str = ""  # keys and indices that lead to it
+
+    def refusal(self, expected: str) -> ValueError:
+        place = f"{self.path}: {self.where}" if self.where else f"{self.path}"
+        return ValueError(f"{place}: received {show(self.value)}, expected {expected}")
+
+    def of(self, *kinds: type) -> Any:
+        """The value, which is of one of these types; a bool is no number."""
+        if not isinstance(self.value, kinds) or (isinstance(self.value, bool) and bool not in kinds):
+            raise self.refusal(" or ".join(each.__name__ for each in kinds))
+        return self.value
+
+    def at(self, key: Any) -> "Entry":
+        """An entry of a dict or a list."""
+        place = f"{self.where}.{key}" if self.where else str(key)
+        holder = self.of(*((dict,) if isinstance(key, str) else (dict, list, tuple)))
+        try:
+            return Entry(self.path, holder[key], place)
+        except (KeyError, IndexError):
+            raise ValueError(f"{self.path}: {place}: missing") from None
+
+    def __contains__(self, key: Any) -> bool:
+        return key in self.of(dict)
+
+    def each(self, count: int | None = None) -> Iterator["Entry"]:
+        """The entries of a list, which has `count` of them."""
+        found = len(self.of(list, tuple))
+        if count is not None and found != count:
+            raise ValueError(f"{self.path}: {self.where}: received {found} entries, expected {count}")
+        return (self.at(index) for index in range(found))
+
+    def number(self) -> float:
+        """A finite number, or a tensor of one."""
+        value = self.value
+        if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
+            value = value.item()
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise self.refusal("a finite number")
+        return value
+
+    def count(self) -> int:
+        """A whole number, 0 or more."""
+        value = self.number()
+        if value < 0 or value != int(value):
+            raise self.refusal("a whole number, 0 or more")
+        return int(value)
+
+    def floats(self) -> Tensor:
+        """A tensor of floating-point numbers."""
+        if not isinstance(self.value, Tensor) or not self.value.is_floating_point():
+            raise self.refusal("a tensor of floating-point numbers")
+        return self.value.detach()
+
+
+def show(value: Any) -> str:
+    """A value in a message: a short one itself, a container by its type, a tensor by its shape."""
+    if isinstance(value, Tensor):
+        return f"a tensor {list(value.shape)} of {value.dtype}"
+    if value is None or isinstance(value, bool | int | float | str):
+        text = repr(value)
+        return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+    return f"a {type(value).__name__}"
