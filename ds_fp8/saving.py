@@ -51,20 +51,14 @@ def save_checkpoint(original: Method) -> Method:
         folder, tag = Path(save_dir), f"global_step{self.global_steps}" if tag is None else str(tag)
         group, writes = self.optimizer.dp_process_group, _is_first(self)
         check_agreement("the tag to save", [repr(tag), f"save_latest {save_latest}"], self.device, group)
+        _check_client_state(rest[0])
         agreed(lambda: tags.settle(folder, tag, latest=save_latest) if writes else None, group, folder)
         saving = folder / (tag + tags.SAVING)
         try:
-            with _to_the_end(self) as failures:
+            with agreed(self.optimizer.ready_for_files, group), _to_the_end(self) as failures:
                 original(self, save_dir, saving.name, rest[0], False, exclude_frozen_parameters)
-            agreed(failures.tell, group, saving)
-            files = _seal(self, saving)
-
-            def publish() -> None:
-                if writes:
-                    facts = _facts(self, files, exclude_frozen_parameters)
-                    tags.publish(folder, tag, facts, latest=save_latest)
-
-            agreed(publish, group, folder / tag)
+                agreed(failures.tell, group, saving)
+                _publish(self, folder, tag, latest=save_latest, exclude_frozen=exclude_frozen_parameters)
         except ValueError:
             if writes:
                 tags.give_up(folder, tag)
@@ -72,6 +66,34 @@ def save_checkpoint(original: Method) -> Method:
         return True
 
     return method
+
+
+def _publish(engine: Any, folder: Path, tag: str, *, latest: bool, exclude_frozen: bool) -> None:
+    """Give a written tag its manifest and its name."""
+    files = _seal(engine, folder / (tag + tags.SAVING))
+
+    def publish() -> None:
+        if _is_first(engine):
+            tags.publish(folder, tag, _facts(engine, files, exclude_frozen), latest=latest)
+
+    agreed(publish, engine.optimizer.dp_process_group, folder / tag)
+
+
+RESERVED = (  # what DeepSpeed keeps in its model file; it writes client_state over it
+    *("module", "buffer_names", "optimizer", "param_shapes", "frozen_param_shapes", "shared_params"),
+    *("frozen_param_fragments", "lr_scheduler", "data_sampler", "random_ltd", "sparse_tensor_module_names"),
+    *("skipped_steps", "global_steps", "global_samples", "dp_world_size", "mp_world_size", "ds_config"),
+    "ds_version",
+)
+
+
+def _check_client_state(client_state: Mapping[str, Any]) -> None:
+    taken = [key for key in client_state if key in RESERVED]
+    if taken:
+        raise ValueError(
+            f"save_checkpoint: received client_state with {', '.join(taken)}, allowed: any keys but those of "
+            f"DeepSpeed ({', '.join(RESERVED)})"
+        )
 
 
 class _Failures:
@@ -208,20 +230,21 @@ def load_checkpoint(original: Method) -> Method:
         found = _find(self, Path(load_dir), tag)
         if found is None:
             return original(self, load_dir, tag, **options)
-        folder = Path(load_dir) / found
-        fitting = _open(self, folder, wanted)
+        folder, group = Path(load_dir) / found, handler.dp_process_group
+        with agreed(handler.ready_for_files, group):
+            fitting = _open(self, folder, wanted)
+            if fitting.conversion:
+                logger.info("%s", fitting.conversion)
 
-        if fitting.conversion:
-            logger.info("%s", fitting.conversion)
+            def load() -> Any:
+                with model_file.given_to(self, fitting.model):
+                    loaded = self._load_checkpoint(load_dir, found, **options)
+                if self.load_universal_checkpoint():
+                    others = others_of(self, Universal(folder), fitting.model)
+                    self.module.load_state_dict(others, strict=False)
+                return loaded
 
-        def load() -> Any:
-            with model_file.given_to(self, fitting.model):
-                loaded = self._load_checkpoint(load_dir, found, **options)
-            if self.load_universal_checkpoint():
-                self.module.load_state_dict(others_of(self, Universal(folder), fitting.model), strict=False)
-            return loaded
-
-        loaded = agreed(load, handler.dp_process_group, folder)
+            loaded = agreed(load, group, folder)
         if fitting.states is None:
             handler._restore_from_bit16_weights()
         else:

@@ -12,6 +12,7 @@ of whose methods changed signature within three releases.
 import logging
 import math
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from deepspeed import comm as dist
@@ -139,6 +140,14 @@ class FP8ZeROOptimizer(ZeROOptimizer):
         """Take part in an engine: members, of its model; divisor: of backwards that are not the engine's."""
         self.roster = Roster(members, self.parameters, self.parameter_names)
         self.arrivals = ArrivalHooks(self.parameters, divisor)
+
+    def ready_for_files(self) -> AbstractContextManager[None]:
+        """While DeepSpeed saves or loads: parameters are in their buffers and require what they did at first.
+
+        Raises ValueError if a parameter has another shape or dtype now.
+        """
+        self.binding.require()
+        return self.roster.as_initialized() if self.roster else nullcontext()
 
     # Backward
 

@@ -6,7 +6,8 @@ gradient that nobody takes; a trained one that has left the model is trained no 
 """
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from torch.nn import Parameter
 
@@ -27,6 +28,7 @@ class Roster:
     def __init__(self, members: Members, trained: Mapping[int, Parameter], names: Mapping[int, str]) -> None:
         self._members = members
         self._trained = {id(parameter): names[index] for index, parameter in trained.items()}
+        self._required = [(each, each.requires_grad) for _, each in members()]  # a gradient, at first
         self._others = [each for each in members() if id(each[1]) not in self._trained]
         self._said: set[tuple[str, str]] = set()
         self._steps = 0
@@ -41,6 +43,21 @@ class Roster:
                 self._said.update((finding, name) for name in fresh)
                 if fresh:
                     logger.warning("%s: %s", finding, naming(fresh))
+
+    @contextmanager
+    def as_initialized(self) -> Iterator[None]:
+        """Whether parameters require a gradient is meanwhile as it was when training was set up.
+
+        DeepSpeed saves and loads what requires none in another place than what is trained.
+        """
+        now = [(each, each.requires_grad) for each, _ in self._required]
+        try:
+            for each, required in self._required:
+                each.requires_grad_(required)
+            yield
+        finally:
+            for each, required in now:
+                each.requires_grad_(required)
 
     def causes(self) -> str:
         """What may be why a step had no gradient, as the end of a sentence."""
