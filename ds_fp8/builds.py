@@ -17,6 +17,8 @@ from pathlib import Path
 from threading import Event, Timer
 from typing import Any
 
+from torch.utils.cpp_extension import get_default_build_root
+
 logger = logging.getLogger("ds_fp8")
 
 Method = Callable[..., Any]
@@ -36,7 +38,8 @@ def jit_load(original: Method) -> Method:
             told.set()
             logger.info("building %s, once on this machine; this may take minutes", what)
 
-        with _after(ANEW if _is_there(self.name) else AT_ONCE, tell):
+        name_lock = functools.partial(_name_lock, self.name, time.time())
+        with _after(ANEW if _is_there(self.name) else AT_ONCE, tell), _after(PATIENCE, name_lock):
             module = original(self, *arguments, **named)
         if told.is_set():
             logger.info("built %s in %.0f s", what, time.monotonic() - start)
@@ -45,32 +48,27 @@ def jit_load(original: Method) -> Method:
     return method
 
 
-def wait(original: Method) -> Method:
-    """FileBaton.wait: name the lock, on one rank of every node, where nobody seems to give it back."""
-
-    @functools.wraps(original)
-    def method(self: Any) -> None:
-        def tell() -> None:
-            if os.environ.get("LOCAL_RANK", "0") == "0":
-                logger.warning(
-                    "waiting for %s, the lock of a build: if no process is building, delete that file",
-                    self.lock_file_path,
-                )
-
-        with _after(PATIENCE, tell):
-            original(self)
-
-    return method
+def _name_lock(name: str, since: float) -> None:
+    """Name the lock of a build that has begun before this one and that nobody seems to give back."""
+    for folder in _folders(name):
+        lock = folder / "lock"
+        if lock.exists() and lock.stat().st_mtime < since and os.environ.get("LOCAL_RANK", "0") == "0":
+            logger.warning(
+                "waiting for %s, the lock of a build: if no process is building, delete that file", lock
+            )
 
 
-def _is_there(name: str) -> bool:
-    """Whether an earlier run has left this op where torch looks for it."""
-    from torch.utils.cpp_extension import get_default_build_root
-
+def _folders(name: str) -> list[Path]:
+    """Where torch builds this op, or may."""
     own = os.environ.get("TORCH_EXTENSIONS_DIR")
     python = f"py{sys.version_info.major}{sys.version_info.minor}"
     root, folders = (own, name) if own else (get_default_build_root(), f"{python}*/{name}")
-    return any(Path(root).glob(f"{folders}/{name}.so"))
+    return list(Path(root).glob(folders))
+
+
+def _is_there(name: str) -> bool:
+    """Whether an earlier run has left this op."""
+    return any((folder / f"{name}.so").exists() for folder in _folders(name))
 
 
 @contextmanager

@@ -17,7 +17,6 @@ from importlib.metadata import version
 from typing import Any
 
 from deepspeed.accelerator import get_accelerator
-from torch.utils.file_baton import FileBaton
 
 from ds_fp8 import backward, builds, engine, saving
 from ds_fp8.compat import (
@@ -93,7 +92,6 @@ def register() -> None:
             "Call register() before deepspeed.initialize()"
         )
     _patches.extend(Patch.apply(*place) for place in SEAM)
-    _patches.append(Patch.apply(FileBaton, "wait", builds.wait))
     _show_builders()
     _quiet_gathers()
     atexit.register(_let_gloo_finish)
