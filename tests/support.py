@@ -361,6 +361,25 @@ PROVED_ELSEWHERE = {
         "test_engine.py::test_every_way_to_give_an_optimizer_is_the_same"
     ),
     "fp16 parameters, static and dynamic loss scale": "test_loss_scale.py::test_training",
+    "gradients of any mixture of backwards, hooks, edits and loads are PyTorch's": (
+        "test_programs.py::test_gradients_are_those_of_pytorch"
+    ),
+    "weights zeroed, masked or clamped in place beside a split master": (
+        "test_masters.py::test_every_finite_weight_and_every_lower_half_are_a_finite_master"
+    ),
+    "norm and clip factor: the same bits at any world size, on every backend": (
+        "test_norm.py::test_norm_and_factor_are_the_same_bits_on_every_backend_and_world_size"
+    ),
+    "weights replaced through .data": "test_backwards.py::test_line_2_rebound_weights_train_on",
+    "hooks on gradients registered after deepspeed.initialize": (
+        "test_backwards.py::test_line_3_hooks_that_come_later_see_the_gradient_and_count"
+    ),
+    "several forwards and backwards a step, torch.autograd.grad between, loss.backward()": (
+        "test_backwards.py::test_line_4_gradients_add_up_whatever_backward_they_come_from"
+    ),
+    "a warning for gradients that no optimizer takes, and for parameters that left the model": (
+        "test_backwards.py::test_line_5_gradients_without_a_taker_are_named_once"
+    ),
     "skipping of steps with non-finite gradients": "test_skip.py::test_every_rank_skips",
     "safe_get_full_fp32_param, _optimizer_state, _grad": "test_access.py::test_reading",
     "safe_set_full_fp32_param, _optimizer_state, _grad": "test_access.py::test_writing",

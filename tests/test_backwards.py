@@ -29,7 +29,9 @@ def small(stage: int, micro_steps: int = 1, **options: Any) -> Any:
         weight_decay=0.0,
     )
     config.update(options)
-    return build(config, model)
+    del config["optimizer"]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=0.0)
+    return build(config, model, optimizer=optimizer)
 
 
 def data(number: int = 0) -> Tensor:
@@ -137,6 +139,12 @@ def after_zero_grad(engine: Any) -> None:
     engine.backward(loss_of(engine))
 
 
+def after_the_clients_zero_grad(engine: Any) -> None:
+    engine.backward(1000 * loss_of(engine, 4))
+    engine.client_optimizer.zero_grad()
+    engine.backward(loss_of(engine))
+
+
 SAME: list[tuple[Callable[[Any], None], Callable[[Any], None]]] = [
     (two_losses_of_one_forward, their_sum),
     (the_same_in_torch_style, their_sum),
@@ -149,6 +157,7 @@ SAME: list[tuple[Callable[[Any], None], Callable[[Any], None]]] = [
     (not_through_the_engine, nothing_between),
     (towards_a_few, nothing_between),
     (after_zero_grad, nothing_between),
+    (after_the_clients_zero_grad, nothing_between),
 ]
 
 
