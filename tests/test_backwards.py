@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from deepspeed import comm as dist
+from deepspeed.utils import safe_get_full_grad
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from engines import assert_same_bits, build, build_gpt, ds_config, weight_bits
 from ranks import RankPools
 from torch import Tensor, nn
@@ -181,6 +183,22 @@ def test_line_4_gradients_add_up_whatever_backward_they_come_from(
     for found in ranks.run(2, norms, stage, micro_steps, seconds=60):
         for name, norm, expected in found:
             assert norm == pytest.approx(expected, rel=0.01), name
+
+
+def read_after(program: Callable[[Any], None]) -> dict[str, Tensor]:
+    """Whole gradients, before the step, as DeepSpeed's utility gives them."""
+    engine = small(2)
+    program(engine)
+    found = {name: safe_get_full_grad(each).clone() for name, each in engine.module.named_parameters()}
+    engine.destroy()
+    return found
+
+
+def test_line_4_a_retained_graph_leaves_nothing_beside_the_sum(ranks: RankPools) -> None:
+    """safe_get_full_grad would give what is left in .grad instead."""
+    (found, _), (expected, _) = (ranks.run(2, read_after, each) for each in SAME[1])
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=0.02, atol=1e-4, msg=name)
 
 
 def slopes() -> tuple[float, float]:
@@ -390,8 +408,15 @@ def test_line_2_rebound_weights_train_on(ranks: RankPools, stage: int, level: st
             assert_same_bits(found, wanted)
 
 
+def _export(folder: str) -> dict[str, Tensor]:
+    """The weights that DeepSpeed's zero_to_fp32 gets from masters, with those of the model file."""
+    model = torch.load(f"{folder}/edited/mp_rank_00_model_states.pt", weights_only=False)["module"]
+    masters = get_fp32_state_dict_from_zero_checkpoint(folder, tag="edited")
+    return {"file": model["head.weight"], "masters": masters["head.weight"]}
+
+
 def edited(level: str, folder: str) -> tuple[float, float, list[str]]:
-    """Weights doubled through .data: as saved, and after a step with a rate of 0; what was said."""
+    """Weights doubled through .data: masters as saved, weights after a step of rate 0; what was said."""
     said: list[str] = []
     handler = _Lines(said)
     logging.getLogger("ds_fp8").addHandler(handler)
@@ -401,17 +426,18 @@ def edited(level: str, folder: str) -> tuple[float, float, list[str]]:
     for _ in range(2):
         parameter.data = parameter.data * 2
         engine.save_checkpoint(folder, tag="edited")
-        saved = torch.load(f"{folder}/edited/mp_rank_00_model_states.pt", weights_only=False)["module"]
+        saved = _export(folder)
         text = torch.arange(33).view(1, 33)
         engine.backward(engine(text))
         engine.step()
-    factors = [float(each.float().norm() / before) for each in (saved["head.weight"], parameter.detach())]
+    assert torch.equal(saved["file"].float().norm() / before, torch.tensor(2.0 if level != "O2+" else 4.0))
+    factors = [float(each.float().norm() / before) for each in (saved["masters"], parameter.detach())]
     logging.getLogger("ds_fp8").removeHandler(handler)
     engine.destroy()
     return factors[0], factors[1], [each for each in said if "replaced through .data" in each]
 
 
-@pytest.mark.parametrize(("level", "saved", "stepped"), [("O1", 2, 1), ("O2", 2, 1), ("O2+", 4, 4)])
+@pytest.mark.parametrize(("level", "saved", "stepped"), [("O1", 1, 1), ("O2", 1, 1), ("O2+", 4, 4)])
 def test_line_2_masters_do_not_follow_but_split_ones(
     ranks: RankPools, tmp_path: Any, level: str, saved: float, stepped: float
 ) -> None:
@@ -451,6 +477,44 @@ def test_line_2_another_shape_or_dtype_is_refused_on_every_rank(ranks: RankPools
 
 
 # Line 5
+
+
+def frozen_since(folder: str, stage: int) -> bool:
+    """A layer frozen since, and one unfrozen: saved whole, and loaded into another run."""
+
+    def engine() -> Any:
+        torch.manual_seed(5)
+        model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4))
+        model[1].requires_grad_(False)
+        return build(ds_config({"opt_level": "O1"}, bf16=False, stage=stage), model)
+
+    first, second = engine(), engine()
+    first.backward(first(data()).square().mean())
+    first.step()
+    first.module[0].requires_grad_(False)
+    first.module[1].requires_grad_()
+    first.save_checkpoint(folder, tag="frozen")
+    assert [each.requires_grad for each in first.module.parameters()] == [
+        False,
+        False,
+        True,
+        True,
+        True,
+        True,
+    ]
+    second.module[2].requires_grad_(False)
+    second.load_checkpoint(folder, tag="frozen")
+    masters = get_fp32_state_dict_from_zero_checkpoint(folder, tag="frozen")
+    whole = masters.keys() == dict(first.module.named_parameters()).keys() or stage == 1
+    assert_same_bits(weight_bits(first), weight_bits(second))
+    first.destroy()
+    second.destroy()
+    return whole
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_line_5_freezing_later_changes_no_checkpoint(ranks: RankPools, tmp_path: Any, stage: int) -> None:
+    assert all(ranks.run(2, frozen_since, str(tmp_path), stage, seconds=60))
 
 
 def strays(what: str) -> tuple[list[str], str]:

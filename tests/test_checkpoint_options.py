@@ -152,6 +152,20 @@ def frozen_left_out(folder: str) -> None:
     assert_same_bits(state_bits(fresh.optimizer), state_bits(engine.optimizer))
 
 
+def overwriting(folder: str) -> str:
+    engine = make()
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 its words are what the test returns
+        engine.save_checkpoint(folder, client_state={"epoch": 3, "module": {}, "global_steps": 7})
+    engine.destroy()
+    assert not any(Path(folder).iterdir())
+    return str(caught.value)
+
+
+def test_client_state_does_not_overwrite_what_deepspeed_keeps(ranks: RankPools, tmp_path: Path) -> None:
+    for message in ranks.run(2, overwriting, str(tmp_path)):
+        assert "received client_state with module, global_steps, allowed" in message
+
+
 def test_exclude_frozen_parameters(ranks: RankPools, tmp_path: Path) -> None:
     ranks.run(2, frozen_left_out, str(tmp_path))
 

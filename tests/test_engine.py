@@ -268,9 +268,9 @@ def test_client_optimizers_are_refused(
         ({"lr": True}, ("optimizer.params.lr", "true", "number")),
         ({"lr": None}, ("optimizer.params.lr", "null", "number")),
         ({"betas": 0.9}, ("optimizer.params.betas", "0.9", "list")),
-        ({"adam_w_mode": "false"}, ("optimizer.params.adam_w_mode", '"false"', "boolean")),
-        ({"eps": 0.0}, ("optimizer.params.eps", "0.0", "greater than 0")),
-        ({"lr": -1.0}, ("optimizer.params.lr", "-1.0", "or equal to 0")),
+        ({"adam_w_mode": "false"}, ("optimizer.params.adam_w_mode", '"false"', "true, false")),
+        ({"eps": 0.0}, ("optimizer.params.eps", "0.0", "more than 0")),
+        ({"lr": -1.0}, ("optimizer.params.lr", "-1.0", "0 or more")),
     ],
 )
 def test_optimizer_params_are_refused(

@@ -57,7 +57,9 @@ def shared(values: Tensor, ranks: int, backend: Backend, fmt: Format) -> list[An
 def verdict(shards: list[Any], clip: float) -> tuple[float, list[int]]:
     """The norm, and the bits of the control word."""
     group: Any = None
-    found = Verdict(shards, taken=1, late=0, gradient_scale=SCALE, clip=clip, group=group)
+    found = Verdict(
+        shards, taken=1, late=0, objections=[], edited=0, gradient_scale=SCALE, clip=clip, group=group
+    )
     return found.read().norm, found.control.view(torch.int32).tolist()
 
 
