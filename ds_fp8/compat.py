@@ -11,6 +11,7 @@ import os
 from importlib.metadata import version
 from typing import Any
 
+import torch
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
@@ -75,6 +76,7 @@ __all__ = [
     "NoopTimer",
     "OpBuilder",
     "ZeROOptimizer",
+    "check_autograd",
     "check_signatures",
     "check_version",
     "deepspeed_logger",
@@ -117,6 +119,24 @@ SIGNATURES: dict[tuple[type, str], tuple[str, ...]] = {
     (DeepSpeedEngine, "load_checkpoint"): ("self", "load_dir", "tag", *LOAD_OPTIONS),
     (DeepSpeedEngine, "_load_checkpoint"): ("self", "load_dir", "tag", *LOAD_OPTIONS),
 }
+
+
+# What `zero_fp8.backwards` asks autograd: private names that torch's own checkpointing and hooks use.
+AUTOGRAD: tuple[tuple[Any, str], ...] = (
+    (torch._C, "_current_graph_task_id"),
+    (torch._C, "_current_autograd_node"),
+    (torch._C, "_will_engine_execute_node"),
+    (torch.autograd.Variable._execution_engine, "is_checkpoint_valid"),
+)
+
+
+def check_autograd(names: tuple[tuple[Any, str], ...] = AUTOGRAD) -> None:
+    """Raise RuntimeError, naming it, if torch lacks something that tells backwards apart."""
+    for owner, name in names:
+        if not callable(getattr(owner, name, None)):
+            raise RuntimeError(
+                f"torch {torch.__version__}: ds_fp8 needs its autograd's {name}, which is not there"
+            )
 
 
 def check_signatures(signatures: dict[tuple[type, str], tuple[str, ...]] = SIGNATURES) -> None:

@@ -24,6 +24,7 @@ from ds_fp8.compat import (
     DeepSpeedConfig,
     DeepSpeedEngine,
     OpBuilder,
+    check_autograd,
     check_signatures,
     warn_of_newer_torch,
 )
@@ -83,6 +84,7 @@ def register() -> None:
     if _patches:
         return
     check_signatures()
+    check_autograd()
     _set_up_log()
     if _rank() == 0:
         warn_of_newer_torch(version("torch"))

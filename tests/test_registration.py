@@ -17,6 +17,7 @@ from ds_fp8.compat import (
     DeepSpeedConfig,
     DeepSpeedEngine,
     OpBuilder,
+    check_autograd,
     check_signatures,
     check_version,
     warn_of_newer_torch,
@@ -108,6 +109,12 @@ class TestSeam:
         with pytest.raises(RuntimeError, match="_configure_zero_optimizer"):
             ds_fp8.register()
         assert changed(original, attributes()) == set()
+
+
+def test_a_torch_whose_backwards_cannot_be_told_apart_is_refused() -> None:
+    check_autograd()
+    with pytest.raises(RuntimeError, match=r"torch .*_no_such_node, which is not there"):
+        check_autograd(((torch._C, "_no_such_node"),))
 
 
 class TestSignatures:
