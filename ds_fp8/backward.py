@@ -9,6 +9,8 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
+
 from ds_fp8.compat import is_functorch_transforming
 from ds_fp8.status import is_active
 from ds_fp8.zero_fp8.backwards import ENGINE_BACKWARDS
@@ -17,12 +19,17 @@ Method = Callable[..., Any]
 
 
 def backward(original: Method) -> Method:
-    """DeepSpeedEngine.backward: while one runs, of whichever engine, the loss has been divided."""
+    """DeepSpeedEngine.backward: while one runs, of whichever engine, the loss has been divided.
+
+    DeepSpeed before 0.19.8 divides at the outputs of the forward here, too.
+    """
 
     @functools.wraps(original)
-    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def method(self: Any, loss: Any, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Any:
+        if is_active(self) and scale_wrt_gas and isinstance(loss, Tensor):
+            loss, scale_wrt_gas = loss / self.gradient_accumulation_steps(), False
         with ENGINE_BACKWARDS.one():
-            return original(self, *args, **kwargs)
+            return original(self, loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
 
     return method
 
