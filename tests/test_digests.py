@@ -1,0 +1,112 @@
+"""Trainings of every level and mode end with the bits that are kept in digests.json.
+
+They hold the arithmetic while code moves: a change that means to change no bit changes no digest. Gradients
+are given, as numbers that every dtype holds exactly, so no matrix product of this machine has a part in them.
+`python tests/test_digests.py` writes the file anew, after a change that means to.
+"""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from deepspeed import comm as dist
+from engines import build, ds_config, state_bits, weight_bits
+from ranks import RankPools, on_examples_path
+from torch import Tensor, nn
+
+KEPT = Path(__file__).with_name("digests.json")
+STEPS = 20
+SIZES = (700, 129, 1, 4096, 33)
+
+# What is not said is O2 under ZeRO 2 on two ranks, with BF16 weights and a clip that acts.
+MODES: dict[str, dict[str, Any]] = {
+    "O1": {"fp8": {"opt_level": "O1"}},
+    "O2": {},
+    "O2+": {"fp8": {"opt_level": "O2+"}},
+    "O2, one rank": {"ranks": 1},
+    "O2, three ranks": {"ranks": 3},
+    "O2, ZeRO 1": {"stage": 1},
+    "O2, overlap": {"zero": {"overlap_comm": True}},
+    "O2, four micro-steps": {"micro_steps": 4},
+    "O2, four micro-steps, ZeRO 1": {"micro_steps": 4, "stage": 1},
+    "O2, no clip": {"clipping": 0.0},
+    "O2, FP32 weights": {"bf16": False},
+    "O2, Adam": {"adam_w_mode": False},
+    "O2, blocks of 32": {"fp8": {"block_size": 32}},
+    "O2, masters to nearest": {"fp8": {"optimizer": {"rounding": "nearest"}}},
+    "O2, E5M2 on the wire": {"fp8": {"gradients": {"dtype": "e5m2"}}},
+    "O2, BF16 on the wire": {"fp8": {"gradients": {"dtype": "bf16"}}},
+    "O2, E4M3 kept": {"micro_steps": 4, "fp8": {"gradients": {"accum_dtype": "e4m3"}}},
+    "O2, BF16 masters": {"fp8": {"optimizer": {"master_dtype": "bf16"}}},
+    "O2, split8 masters": {"fp8": {"optimizer": {"master_dtype": "split8"}}},
+    "O2, two hops": {"ranks": 4, "fp8": {"gradients": {"intra_node_size": 2}}},
+    "O2+, ZeRO 1, overlap": {"fp8": {"opt_level": "O2+"}, "stage": 1, "zero": {"overlap_comm": True}},
+    "a scale per tensor": {"fp8": {"scaling": "tensor"}},
+    "a scale per tensor, three ranks": {"ranks": 3, "fp8": {"scaling": "tensor"}},
+    "a sum in FP8": {"fp8": {"scaling": "tensor", "gradients": {"reduction": "fp8"}}},
+    "a sum in FP8, four micro-steps": {
+        "micro_steps": 4,
+        "fp8": {"scaling": "tensor", "gradients": {"reduction": "fp8"}},
+    },
+}
+
+
+class Given(nn.Module):
+    """A loss whose gradients are given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        self.weights = nn.ParameterList(_exact(size, 3, generator) for size in SIZES)
+
+    def forward(self, gradients: list[Tensor]) -> Tensor:
+        products = [
+            (weight * each.to(weight.dtype)).float().sum()
+            for weight, each in zip(self.weights, gradients, strict=True)
+        ]
+        return torch.stack(products).sum()
+
+
+def _exact(size: int, span: int, generator: torch.Generator) -> Tensor:
+    """Numbers of 4 bits over 2 * span binades, from integers alone: the same on every machine."""
+    signed = torch.randint(-15, 16, (size,), generator=generator).float()
+    powers = torch.randint(-span, span, (size,), generator=generator)
+    return signed * torch.ldexp(torch.ones(size), powers) * 2.0**-6
+
+
+def train(mode: dict[str, Any]) -> str:
+    """The digest of this rank's states, of all weights and of the norms."""
+    options = {key: value for key, value in mode.items() if key != "ranks"}
+    options = {"stage": 2, "fp8": {}, "bucket": 2000, "clipping": 1e-2, "micro_batch": 1, **options}
+    engine = build(ds_config(options.pop("fp8"), **options), Given())
+    generator = torch.Generator().manual_seed(100 + dist.get_rank())
+    digest = hashlib.sha256()
+    for _ in range(STEPS * engine.gradient_accumulation_steps()):
+        engine.backward(engine([_exact(size, 12, generator) for size in SIZES]))
+        engine.step()
+        digest.update(str(engine.get_global_grad_norm()).encode())
+    for name, each in (*sorted(state_bits(engine.optimizer).items()), *weight_bits(engine).items()):
+        digest.update(name.encode() + each.contiguous().view(torch.uint8).numpy().tobytes())
+    engine.destroy()
+    return digest.hexdigest()[:16]
+
+
+def digests(ranks: RankPools, mode: dict[str, Any]) -> list[str]:
+    return ranks.run(mode.get("ranks", 2), train, mode, seconds=60)
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_a_training_ends_with_the_bits_that_are_kept(ranks: RankPools, name: str) -> None:
+    assert digests(ranks, MODES[name]) == json.loads(KEPT.read_text())[name]
+
+
+if __name__ == "__main__":
+    on_examples_path()
+    pools = RankPools()
+    KEPT.write_text(json.dumps({name: digests(pools, mode) for name, mode in MODES.items()}, indent=1) + "\n")
+    pools.stop()
+    sys.stdout.write(f"{len(MODES)} digests in {KEPT.name}\n")
