@@ -2,7 +2,8 @@
 
 They hold the arithmetic while code moves: a change that means to change no bit changes no digest. Gradients
 are given, as numbers that every dtype holds exactly, so no matrix product of this machine has a part in them.
-`python tests/test_digests.py` writes the file anew, after a change that means to.
+`python tests/test_digests.py` writes the file anew, after a change that means to. The tags in tags_v1 were
+saved after some of the steps, in the first format of the manifest, and runs go on from them to the same bits.
 """
 
 import hashlib
@@ -19,7 +20,9 @@ from ranks import RankPools, on_examples_path
 from torch import Tensor, nn
 
 KEPT = Path(__file__).with_name("digests.json")
-STEPS = 20
+TAGS = KEPT.with_name("tags_v1")
+SAVED_MODES = ("O2", "O2+", "a sum in FP8")
+STEPS, SAVED = 20, 5
 SIZES = (700, 129, 1, 4096, 33)
 
 # What is not said is O2 under ZeRO 2 on two ranks, with BF16 weights and a clip that acts.
@@ -78,35 +81,50 @@ def _exact(size: int, span: int, generator: torch.Generator) -> Tensor:
     return signed * torch.ldexp(torch.ones(size), powers) * 2.0**-6
 
 
-def train(mode: dict[str, Any]) -> str:
-    """The digest of this rank's states, of all weights and of the norms."""
+def train(mode: dict[str, Any], tag: str = "", *, save: bool = False) -> str:
+    """The digest of this rank's states, of all weights and of the last norm.
+
+    tag: to go on from, or with `save` to save on the way.
+    """
     options = {key: value for key, value in mode.items() if key != "ranks"}
     options = {"stage": 2, "fp8": {}, "bucket": 2000, "clipping": 1e-2, "micro_batch": 1, **options}
     engine = build(ds_config(options.pop("fp8"), **options), Given())
     generator = torch.Generator().manual_seed(100 + dist.get_rank())
-    digest = hashlib.sha256()
-    for _ in range(STEPS * engine.gradient_accumulation_steps()):
-        engine.backward(engine([_exact(size, 12, generator) for size in SIZES]))
-        engine.step()
-        digest.update(str(engine.get_global_grad_norm()).encode())
+    if tag and not save:
+        engine.load_checkpoint(TAGS, tag)
+    for step in range(STEPS * engine.gradient_accumulation_steps()):
+        gradients = [_exact(size, 12, generator) for size in SIZES]
+        if step == SAVED and save:
+            engine.save_checkpoint(TAGS, tag, save_latest=False)
+        if step >= SAVED or save or not tag:
+            engine.backward(engine(gradients))
+            engine.step()
+    digest = hashlib.sha256(str(engine.get_global_grad_norm()).encode())
     for name, each in (*sorted(state_bits(engine.optimizer).items()), *weight_bits(engine).items()):
         digest.update(name.encode() + each.contiguous().view(torch.uint8).numpy().tobytes())
     engine.destroy()
     return digest.hexdigest()[:16]
 
 
-def digests(ranks: RankPools, mode: dict[str, Any]) -> list[str]:
-    return ranks.run(mode.get("ranks", 2), train, mode, seconds=60)
+def digests(ranks: RankPools, name: str, *more: Any) -> list[str]:
+    return ranks.run(MODES[name].get("ranks", 2), train, MODES[name], *more, seconds=60)
 
 
 @pytest.mark.parametrize("name", MODES)
 def test_a_training_ends_with_the_bits_that_are_kept(ranks: RankPools, name: str) -> None:
-    assert digests(ranks, MODES[name]) == json.loads(KEPT.read_text())[name]
+    assert digests(ranks, name) == json.loads(KEPT.read_text())[name]
+
+
+@pytest.mark.parametrize("name", SAVED_MODES)
+def test_a_tag_of_the_first_format_goes_on_to_these_bits(ranks: RankPools, name: str) -> None:
+    manifest = json.loads((TAGS / name / "ds_fp8_manifest.json").read_text())
+    assert manifest["format_version"] == 1
+    assert digests(ranks, name, name) == json.loads(KEPT.read_text())[name]
 
 
 if __name__ == "__main__":
     on_examples_path()
     pools = RankPools()
-    KEPT.write_text(json.dumps({name: digests(pools, mode) for name, mode in MODES.items()}, indent=1) + "\n")
+    KEPT.write_text(json.dumps({name: digests(pools, name) for name in MODES}, indent=1) + "\n")
     pools.stop()
     sys.stdout.write(f"{len(MODES)} digests in {KEPT.name}\n")
