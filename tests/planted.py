@@ -1,0 +1,274 @@
+"""Faults that were planted once, and the test that sees each: `python tests/planted.py [WORDS OF A NAME]`.
+
+Each is a line of the package that is replaced in a copy of the checkout, where its test must then fail. A
+change to the tests keeps them seen.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SECONDS = 600
+
+
+@dataclass(frozen=True)
+class Fault:
+    name: str
+    path: str
+    right: str  # stands in the file once
+    wrong: str
+    test: str  # file, and words for pytest's -k
+
+
+BACKWARDS = "test_backwards.py"
+ADD_UP = f"{BACKWARDS} line_4_gradients_add_up"
+FAULTS = (
+    # Gradients, weights and hooks
+    Fault(
+        "a rebound weight stays where it is",
+        "zero_fp8/weights.py",
+        "if parameter.data_ptr() != home.address or not parameter.is_contiguous():",
+        "if False:",
+        f"{BACKWARDS} line_2_rebound",
+    ),
+    Fault(
+        "another shape is not looked for",
+        "zero_fp8/weights.py",
+        "if not home.has_room_for(parameters[home.parameter]):",
+        "if False:",
+        f"{BACKWARDS} line_2_another_shape",
+    ),
+    Fault(
+        "a save takes buffers that were left",
+        "zero_fp8/handler.py",
+        "        self.binding.require()\n        return self.roster",
+        "        return self.roster",
+        f"{BACKWARDS} line_2_masters",
+    ),
+    Fault(
+        "hooks hang on the parameter",
+        "zero_fp8/gradients.py",
+        "node, node.register_hook(on_gradient)",
+        "node, self._parameters[index].register_post_accumulate_grad_hook(on_gradient)",
+        f"{BACKWARDS} line_3",
+    ),
+    Fault(
+        "outputs divide",
+        "ds_fp8/backward.py",
+        "        self._backward_prologue()\n        return grad\n",
+        "        self._backward_prologue()\n        return original(self, grad)\n",
+        ADD_UP,
+    ),
+    Fault(
+        "arrivals are not divided",
+        "zero_fp8/backwards.py",
+        "return None if divisor == 1 else gradient / divisor",
+        "return None",
+        ADD_UP,
+    ),
+    Fault(
+        "each backward begins anew",
+        "zero_fp8/gradients.py",
+        '"""A backward begins: buckets may leave as they fill."""\n',
+        '"""A backward begins: buckets may leave as they fill."""\n        self.drop()\n',
+        ADD_UP,
+    ),
+    Fault(
+        "torch.autograd.grad is a backward",
+        "zero_fp8/backwards.py",
+        "    if not torch.autograd.Variable._execution_engine.is_checkpoint_valid():\n        return False\n",
+        "    return True\n",
+        ADD_UP,
+    ),
+    Fault(
+        "a gradient of an output is a backward",
+        "zero_fp8/backwards.py",
+        "return not followers or any(_executes(each) for each in followers)",
+        "return True",
+        ADD_UP,
+    ),
+    Fault(
+        "a retained graph has one prologue",
+        "ds_fp8/backward.py",
+        "        self._backward_prologue()\n        return grad\n",
+        "        return grad\n",
+        f"{BACKWARDS} retained_graph",
+    ),
+    Fault(
+        "the step looks for no late gradients",
+        "zero_fp8/gradients.py",
+        "return sum(map(self._waits, self._parameters))",
+        "return 0",
+        f"{BACKWARDS} no_sync",
+    ),
+    Fault(
+        "zero_grad keeps reduced gradients",
+        "ds_fp8/backward.py",
+        "        if is_active(self):\n            self.optimizer.zero_grad()",
+        "        if False:\n            self.optimizer.zero_grad()",
+        ADD_UP,
+    ),
+    Fault(
+        "a fixed loss scale is not asked for",
+        "zero_fp8/handler.py",
+        "return super().needs_scaler() or self.loss_scale != 1",
+        "return super().needs_scaler()",
+        f"{BACKWARDS} unscaled",
+    ),
+    Fault(
+        "gradients without a taker are passed over",
+        "zero_fp8/roster.py",
+        "                if fresh:\n",
+        "                if False:\n",
+        f"{BACKWARDS} line_5_gradients",
+    ),
+    Fault(
+        "files are written with what is frozen now",
+        "zero_fp8/roster.py",
+        "                each.requires_grad_(required)\n            yield",
+        "                pass\n            yield",
+        f"{BACKWARDS} line_5_freezing",
+    ),
+    # Numbers
+    Fault(
+        "zero has something below it, in the reference",
+        "ops/masters.py",
+        "    low = torch.where(high << 1 == 0, low.clamp(min=0), low)\n",
+        "",
+        "test_masters.py zero",
+    ),
+    Fault(
+        "zero has something below it, in C++",
+        "ops/csrc/masters.h",
+        "(u32)(low & ~borrowed)",
+        "(u32)low",
+        "test_cpu_adam.py",
+    ),
+    Fault(
+        "squares are not rounded to a grid, in the reference",
+        "ops/exact.py",
+        "(rows.to(torch.float64).square() + grid) - grid",
+        "rows.to(torch.float64).square()",
+        "test_norm.py same_bits",
+    ),
+    # Memory
+    Fault(
+        "a damaged library is loaded",
+        "ops/build.py",
+        "return digest_path(library).read_text() == digest_of(library)",
+        "return library.exists()",
+        "test_build.py damaged",
+    ),
+    Fault(
+        "a CXX that is not there is passed over",
+        "ops/build.py",
+        "        return shlex.join([program, *arguments])\n",
+        "        return shlex.join([program, *arguments])\n    return None\n",
+        "test_build.py cxx_that_does_not_exist",
+    ),
+    Fault(
+        "a sweep trusts its tensors",
+        "ops/guards.py",
+        '    """Before `ops.adam.adam_step`."""\n',
+        '    """Before `ops.adam.adam_step`."""\n    return\n',
+        "test_guards.py sweep",
+    ),
+    Fault(
+        "FP8AdamW trusts sizes",
+        "zero_fp8/optimizer.py",
+        '            self._alone.check(f"FP8AdamW',
+        '            continue\n            self._alone.check(f"FP8AdamW',
+        "test_alone_changed.py",
+    ),
+    # Checkpoints
+    Fault(
+        "ranks agree about errors for users only",
+        "zero_fp8/agreement.py",
+        "    except Exception as error:\n",
+        "    except (ValueError, OSError) as error:\n",
+        "test_foreign.py refusal_on_one_rank",
+    ),
+    Fault(
+        "client_state overwrites",
+        "ds_fp8/saving.py",
+        "        _check_client_state(rest[0])\n",
+        "",
+        "test_checkpoint_options.py client_state",
+    ),
+    Fault(
+        "any name is a tag",
+        "zero_fp8/tags.py",
+        "    if allowed := objection(tag):\n",
+        "    if allowed := None:\n",
+        "test_tags.py",
+    ),
+    # Words
+    Fault(
+        "values are not cut",
+        "ds_fp8/refusals.py",
+        "LONGEST = 200",
+        "LONGEST = 10**9",
+        "test_config.py",
+    ),
+    Fault(
+        "a newer torch is passed over",
+        "ds_fp8/compat.py",
+        "if Version(installed).release[:2] > TESTED_TORCH.release:",
+        "if False:",
+        "test_registration.py torch",
+    ),
+    Fault(
+        "links are as they are",
+        "setup.py",
+        "    return LINK.sub(absolute, readme)",
+        "    return readme",
+        "test_packaging.py links_of_the_readme",
+    ),
+    Fault(
+        "DeepSpeed's builds are silent",
+        "ds_fp8/registration.py",
+        '    (OpBuilder, "jit_load", builds.jit_load),\n',
+        "",
+        "test_builds.py registered",
+    ),
+)
+
+
+def plant(fault: Fault, copy: Path) -> bool:
+    """Whether the test fails in a copy of the checkout that has the fault, which is then taken out again."""
+    path, (file, *words) = copy / fault.path, fault.test.split()
+    right = path.read_text()
+    path.write_text(right.replace(fault.right, fault.wrong))
+    chosen = ["-k", " and ".join(words)] if words else []
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"tests/{file}", *chosen]
+    try:
+        environment = {**os.environ, "PYTHONPATH": str(copy)}
+        done = subprocess.run(
+            command, cwd=copy, env=environment, capture_output=True, timeout=SECONDS, check=False
+        )
+    finally:
+        path.write_text(right)
+    return done.returncode == 1 or done.returncode < 0  # a test failed, or a kernel reached foreign memory
+
+
+def unseen(words: str) -> Iterator[str]:
+    """Names of faults that no test sees, as they are found; what is tried is told."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "checkout"
+        shutil.copytree(ROOT, copy, symlinks=True, ignore=shutil.ignore_patterns(".venv*", ".git", "build"))
+        for fault in (each for each in FAULTS if words in each.name):
+            seen = plant(fault, copy)
+            sys.stdout.write(f"{'seen' if seen else 'NOT SEEN'}: {fault.name} ({fault.test})\n")
+            sys.stdout.flush()
+            if not seen:
+                yield fault.name
+
+
+if __name__ == "__main__":
+    sys.exit(1 if list(unseen(" ".join(sys.argv[1:]))) else 0)
