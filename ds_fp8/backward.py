@@ -28,6 +28,8 @@ def backward(original: Method) -> Method:
     def method(self: Any, loss: Any, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Any:
         if is_active(self) and scale_wrt_gas and isinstance(loss, Tensor):
             loss, scale_wrt_gas = loss / self.gradient_accumulation_steps(), False
+        if is_active(self):
+            self.optimizer.clear_backward_seen_flag()  # a loss need not come from a forward of the engine
         with ENGINE_BACKWARDS.one():
             return original(self, loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
 

@@ -162,8 +162,7 @@ def configure_zero_optimizer(original: Method) -> Method:
                 dynamic_loss_args=self.dynamic_loss_scale_args(),
             ),
         )
-        optimizer.zero_grad = self.optimizer.zero_grad  # a client may go on calling it on its own optimizer
-        self.optimizer.join(functools.partial(members, self), functools.partial(divisor, self))
+        self.optimizer.join(functools.partial(members, self), functools.partial(divisor, self), optimizer)
         self.optimizer.health.listeners.append(functools.partial(write_events, self))
         logger.info("%s", banner(self))
         if self._config.ds_fp8_idle_keys:

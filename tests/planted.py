@@ -33,14 +33,14 @@ FAULTS = (
     Fault(
         "a rebound weight stays where it is",
         "zero_fp8/weights.py",
-        "if parameter.data_ptr() != home.address or not parameter.is_contiguous():",
+        "if home.was_left_by(parameter):",
         "if False:",
         f"{BACKWARDS} line_2_rebound",
     ),
     Fault(
         "another shape is not looked for",
-        "zero_fp8/weights.py",
-        "if not home.has_room_for(parameters[home.parameter]):",
+        "zero_fp8/binding.py",
+        "if not home.has_room_for(parameter):",
         "if False:",
         f"{BACKWARDS} line_2_another_shape",
     ),
@@ -54,8 +54,8 @@ FAULTS = (
     Fault(
         "hooks hang on the parameter",
         "zero_fp8/gradients.py",
-        "node, node.register_hook(on_gradient)",
-        "node, self._parameters[index].register_post_accumulate_grad_hook(on_gradient)",
+        "LastHook(get_gradient_edge(self._parameters[index]).node, on_gradient)",
+        "LastHook(self._parameters[index], on_gradient)",
         f"{BACKWARDS} line_3",
     ),
     Fault(

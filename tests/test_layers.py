@@ -35,6 +35,7 @@ LAYERS = (  # a module imports from the lines below its own only
         "ds_fp8.zero_fp8.access",
         "ds_fp8.zero_fp8.binding",
         "ds_fp8.zero_fp8.checkpoint",
+        "ds_fp8.zero_fp8.client",
         "ds_fp8.zero_fp8.gradients",
         "ds_fp8.zero_fp8.layout",
         "ds_fp8.zero_fp8.norm",

@@ -32,6 +32,7 @@ class FullTensors:
     gradient_scale: from the reduced gradient as stored to the mean over ranks. on_reading_gradients:
     called, on every rank, before a gradient is read or set; it brings what has not arrived yet, and raises
     ValueError if there is nothing. on_access: called before masters and weights are read or set.
+    on_other_owner: called if another engine binds a parameter of this one.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class FullTensors:
         on_foreign_state: Callable[[], None],
         on_reading_gradients: Callable[[], None],
         on_access: Callable[[], None],
+        on_other_owner: Callable[[], None],
     ) -> None:
         self._shards = shards
         self._weights = weights
@@ -51,9 +53,12 @@ class FullTensors:
         self._on_foreign_state = on_foreign_state
         self._on_reading_gradients = on_reading_gradients
         self._on_access = on_access
+        self._on_other_owner = on_other_owner
 
     def bind(self, parameters: Mapping[int, Parameter]) -> None:
-        """Give each parameter the methods that DeepSpeed's utilities call."""
+        """Give each parameter the methods that DeepSpeed's utilities call; an earlier engine loses it."""
+        for owner in {id(each): each for each in map(_owner, parameters.values()) if each}.values():
+            owner._on_other_owner()
         for index, parameter in parameters.items():
             methods = (
                 None,  # that the attribute exists is what DeepSpeed asks
@@ -65,10 +70,10 @@ class FullTensors:
             for name, method in zip(BOUND, methods, strict=True):
                 setattr(parameter, name, method)
 
-    @staticmethod
-    def unbind(parameters: Mapping[int, Parameter]) -> None:
+    def unbind(self, parameters: Mapping[int, Parameter]) -> None:
+        """Take the methods back, from parameters that no other engine has bound since."""
         for parameter in parameters.values():
-            for name in BOUND:
+            for name in BOUND if _owner(parameter) is self else ():
                 parameter.__dict__.pop(name, None)
 
     def get_state(self, index: int, parameter: Parameter, optim_state_key: str | None = None) -> Tensor:
@@ -145,6 +150,13 @@ class FullTensors:
             for piece in shard.pieces:
                 if piece.slot.parameter == index:
                     yield shard, weights.own, piece
+
+
+def _owner(parameter: Parameter) -> FullTensors | None:
+    """Whose methods a parameter has already."""
+    method = getattr(getattr(parameter, BOUND[1], None), "func", None)
+    owner = getattr(method, "__self__", None)
+    return owner if isinstance(owner, FullTensors) else None
 
 
 def _check_key(key: str | None) -> None:

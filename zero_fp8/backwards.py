@@ -88,9 +88,9 @@ class ArrivalHooks:
         self._hooks = [_hook_first(each, partial(self._on_gradient, before)) for each in parameters.values()]
 
     @staticmethod
-    def _on_gradient(before: Callable[[], float], gradient: Tensor) -> Tensor | None:
-        if ENGINE_BACKWARDS.running or not accumulates():
-            return None
+    def _on_gradient(before: Callable[[], float], gradient: Tensor | None) -> Tensor | None:
+        if gradient is None or ENGINE_BACKWARDS.running or not accumulates():
+            return None  # a custom function may have added to `.grad` by itself
         divisor = before()
         return None if divisor == 1 else gradient / divisor
 
@@ -100,7 +100,7 @@ class ArrivalHooks:
         self._hooks.clear()
 
 
-def _hook_first(parameter: Parameter, hook: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
+def _hook_first(parameter: Parameter, hook: Callable[[Tensor | None], Tensor | None]) -> RemovableHandle:
     """Register a hook that runs before those that the parameter has already."""
     handle: RemovableHandle = parameter.register_hook(hook)  # type: ignore[no-untyped-call]
     hooks = parameter._backward_hooks  # a dict, which autograd walks in the order of insertion

@@ -17,10 +17,11 @@ from torch.nn import Parameter
 from ds_fp8.ops.blocks import chunks, decode
 from ds_fp8.ops.masters import write_weights
 from ds_fp8.zero_fp8.agreement import everybody
+from ds_fp8.zero_fp8.guards import ALLOWED, flaw_of
 from ds_fp8.zero_fp8.partition import Piece
 from ds_fp8.zero_fp8.roster import naming
 from ds_fp8.zero_fp8.shard import Shard
-from ds_fp8.zero_fp8.weights import Weights
+from ds_fp8.zero_fp8.weights import Home, Weights
 
 logger = logging.getLogger("ds_fp8")
 
@@ -41,26 +42,69 @@ class Binding:
         self._parameters = parameters
         self._names = names
         self._on_return = on_return
+        self._homes = {home.address: home for each in weights for home in each.homes}
+        self._given_up = False
         self._edited: dict[str, None] = {}  # names of parameters whose owned values left their masters
         self._said = False
 
     def restore(self) -> str | None:
         """Bring parameters back. An objection, and nothing is done, if one does not fit any more."""
-        for weights in self._weights:
-            for index, expected in weights.unfit(self._parameters):
-                found = self._parameters[index]
-                return (
-                    f"{self._names[index]}: received {list(found.shape)} of {found.dtype} on {found.device}, "
-                    f"allowed after deepspeed.initialize: {expected}"
-                )
+        objection = self._freed() or next(filter(None, map(self._objection, self._homes.values())), None)
+        if objection:
+            return objection
         back = {index for weights in self._weights for index in weights.bind(self._parameters)}
         if back:
             self._on_return()
             self._note_edits(back)
         return None
 
+    def _freed(self) -> str | None:
+        """An objection to memory that was given back; there is some again, so that collectives can run."""
+        for weights in self._weights:
+            if weights.freed:
+                weights.allocate()
+                name = self._names[weights.homes[0].parameter]
+                return (
+                    f"{name}: received a storage that was resized, with all weights of its bucket, which are "
+                    "lost; load a checkpoint"
+                )
+        return None
+
+    def _objection(self, home: Home) -> str | None:
+        """To the values that a parameter has now, if they cannot be taken home."""
+        parameter, name = self._parameters[home.parameter], self._names[home.parameter]
+        found = f"{list(parameter.shape)} of {parameter.dtype} on {parameter.device}"
+        if not home.has_room_for(parameter):
+            return f"{name}: received {found} after deepspeed.initialize, allowed: {home}"
+        if not home.was_left_by(parameter):
+            return None
+        flaw = flaw_of(parameter.detach().resolve_neg())
+        if flaw is not None:
+            return f"{name}: received {flaw} as .data, {ALLOWED}"
+        other = self._homes.get(parameter.data_ptr(), home)
+        if other is not home:
+            tied = self._names[other.parameter]
+            return (
+                f"{name}: received the memory of {tied} as .data, allowed: its own; tie parameters before "
+                "deepspeed.initialize, by giving both modules the same Parameter"
+            )
+        return None
+
+    def give_up(self) -> None:
+        """Another engine has taken the parameters over."""
+        self._given_up = True
+
+    def check_owned(self) -> None:
+        """Raises RuntimeError if another engine has taken the parameters over."""
+        if self._given_up:
+            raise RuntimeError(
+                "this engine's parameters are trained by an engine that was made after it: use that one, or "
+                "call engine.destroy() on one before another is made for the same parameters"
+            )
+
     def require(self) -> None:
-        """`restore`, where the ranks need not agree first. Raises ValueError."""
+        """`restore`, where the ranks need not agree first. Raises ValueError, or as `check_owned`."""
+        self.check_owned()
         objection = self.restore()
         if objection:
             raise ValueError(objection)

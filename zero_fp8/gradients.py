@@ -21,16 +21,16 @@ and a step that finds one is repeated.
 
 import logging
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 from torch.nn import Parameter
-from torch.utils.hooks import RemovableHandle
 
 from ds_fp8.zero_fp8.comm import Nodes, max_over_ranks
 from ds_fp8.zero_fp8.exchange import Exchange
+from ds_fp8.zero_fp8.guards import flaw_of
 from ds_fp8.zero_fp8.partition import Bucket, Slot
 from ds_fp8.zero_fp8.shard import Shard
 from ds_fp8.zero_fp8.wire import BlockWire
@@ -38,6 +38,22 @@ from ds_fp8.zero_fp8.wire import BlockWire
 logger = logging.getLogger("ds_fp8")
 
 UNDER_WAY = 2  # buckets at most, with overlap
+
+
+class LastHook:
+    """A hook of a node that runs after all others; autograd holds nodes weakly, so it is held here too."""
+
+    def __init__(self, node: Node, function: Callable[..., None]) -> None:
+        self._node, self._function = node, function
+        self._handle = node.register_hook(function)
+
+    def renew(self) -> None:
+        """Run after those that have been registered since."""
+        self._handle.remove()
+        self._handle = self._node.register_hook(self._function)
+
+    def remove(self) -> None:
+        self._handle.remove()
 
 
 class GradientReducer:
@@ -63,7 +79,7 @@ class GradientReducer:
         self._under_way: deque[tuple[int, Exchange]] = deque()  # and their buckets, oldest first
         self.expects_late = False  # a step has found late gradients; the next will have them too
         self._listens = False
-        self._hooks: dict[int, tuple[Node, RemovableHandle]] = {}  # autograd holds nodes weakly, so here too
+        self._hooks: dict[int, LastHook] = {}  # by parameter
         self._held: dict[int, Tensor] = {}  # gradients that came outside a round, by parameter
         self._promotion_logged = False
         self.drop()
@@ -84,12 +100,12 @@ class GradientReducer:
                 self._missing[bucket].discard(index)
                 self._launch_filled()
 
-        node = get_gradient_edge(self._parameters[index]).node
-        if index not in self._hooks or self._hooks[index][0] is not node:
-            self._hooks[index] = node, node.register_hook(on_gradient)
+        if index in self._hooks:
+            self._hooks[index].remove()
+        self._hooks[index] = LastHook(get_gradient_edge(self._parameters[index]).node, on_gradient)
 
     def remove_hooks(self) -> None:
-        for _, hook in self._hooks.values():
+        for hook in self._hooks.values():
             hook.remove()
         self._hooks.clear()
 
@@ -109,6 +125,8 @@ class GradientReducer:
     def begin(self) -> None:
         """A backward begins: buckets may leave as they fill."""
         self.active = True
+        for hook in self._hooks.values():
+            hook.renew()
 
     def finish(self) -> None:
         """End a round, on every rank: launch what is left, and let everything land."""
@@ -207,20 +225,18 @@ class GradientReducer:
         """A parameter's gradient, taken off it, with what came before outside a round."""
         parameter, held = self._parameters[index], self._held.pop(index, None)
         gradient, parameter.grad = parameter.grad, None
+        if gradient is not None and gradient.is_neg():
+            gradient = gradient.resolve_neg()
         return gradient if held is None else held if gradient is None else held + gradient
 
     def _fits(self, gradient: Tensor, slot: Slot) -> bool:
         """Whether a gradient is what the kernels expect; the step objects to one that is not."""
         dtype, device = self._kinds[slot.parameter]
-        fits = (
-            gradient.numel() == slot.numel
-            and gradient.dtype is dtype
-            and gradient.device == device
-            and gradient.layout is torch.strided
-        )
+        flaw, alike = flaw_of(gradient), gradient.dtype is dtype and gradient.device == device
+        fits = flaw is None and alike and gradient.numel() == slot.numel
         if not fits and self.unfit is None:
-            received = f"{list(gradient.shape)} of {gradient.dtype} on {gradient.device}, {gradient.layout}"
-            allowed = f"{slot.numel} elements of {dtype} on {device}, {torch.strided}"
+            received = flaw or f"{list(gradient.shape)} of {gradient.dtype} on {gradient.device}"
+            allowed = f"{slot.numel} elements of {dtype} on {device}"
             self.unfit = slot.parameter, f"received {received}, allowed: {allowed}"
         return fits
 

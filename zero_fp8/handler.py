@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from deepspeed import comm as dist
 from torch.distributed import ProcessGroup
 from torch.nn import Parameter
@@ -25,6 +26,7 @@ from ds_fp8.zero_fp8.access import FullTensors
 from ds_fp8.zero_fp8.agreement import check_agreement, first_objection
 from ds_fp8.zero_fp8.backwards import ArrivalHooks, covers_whole_graph, in_backward
 from ds_fp8.zero_fp8.binding import Binding
+from ds_fp8.zero_fp8.client import Client
 from ds_fp8.zero_fp8.comm import Nodes
 from ds_fp8.zero_fp8.gradients import GradientReducer
 from ds_fp8.zero_fp8.health import Health
@@ -131,15 +133,34 @@ class FP8ZeROOptimizer(ZeROOptimizer):
             self._states_were_set,
             self._complete_gradients,
             self.binding.require,
+            self._give_up,
         )
         self.full_tensors.bind(self.parameters)
         self.roster: Roster | None = None
         self.arrivals: ArrivalHooks | None = None
+        self.client: Client | None = None
 
-    def join(self, members: Members, divisor: Callable[[], float]) -> None:
-        """Take part in an engine: members, of its model; divisor: of backwards that are not the engine's."""
+    def join(self, members: Members, divisor: Callable[[], float], client: Any) -> None:
+        """Take part in an engine.
+
+        members: of its model; divisor: of backwards that are not the engine's; client: the optimizer given.
+        """
         self.roster = Roster(members, self.parameters, self.parameter_names)
         self.arrivals = ArrivalHooks(self.parameters, divisor)
+        self.client = Client(client, self.optimizer, self.zero_grad)
+
+    def _give_up(self) -> None:
+        """Another engine trains these parameters from now on."""
+        logger.warning("parameters of an FP8 engine were given to another engine: the first trains no more")
+        self.binding.give_up()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        self.gradients.remove_hooks()
+        if self.arrivals:
+            self.arrivals.remove()
+        if self.client:
+            self.client.let_go()
 
     def ready_for_files(self) -> AbstractContextManager[None]:
         """While DeepSpeed saves or loads: parameters are in their buffers and require what they did at first.
@@ -203,6 +224,9 @@ class FP8ZeROOptimizer(ZeROOptimizer):
         a gradient, after a backward that raised half-way, and after `max_consecutive_skips` skips in a row;
         ValueError, on every rank, where a weight or a gradient of any rank has another shape or dtype now.
         """
+        self.binding.check_owned()
+        if self.client:
+            self.client.follow()
         try:
             if self.in_backward:
                 self.zero_grad()
@@ -283,6 +307,8 @@ class FP8ZeROOptimizer(ZeROOptimizer):
             if self.roster and dist.get_rank(self.dp_process_group) == 0:
                 self.roster.warn(all_had_gradients=self.gradients.taken >= len(self.parameters))
             self.optimizer.advance(clamp=self.recipe.clamped)
+            # So that a backward over a graph of before the step is refused, as it is in PyTorch.
+            torch.autograd.graph.increment_version(self.parameters.values())
             self.health.prepare(self.optimizer.steps + 1)
 
     def _gradient_scale(self) -> float:
@@ -312,6 +338,10 @@ class FP8ZeROOptimizer(ZeROOptimizer):
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         return self.optimizer.param_groups
+
+    def add_param_group(self, param_group: Mapping[str, Any]) -> None:
+        """Refused, by a ValueError: shards are made once."""
+        self.optimizer.add_param_group(dict(param_group))
 
     @property
     def state(self) -> Mapping[Any, Any]:
@@ -343,9 +373,7 @@ class FP8ZeROOptimizer(ZeROOptimizer):
 
     def destroy(self) -> None:
         """Let go of the parameters, which keep their weights, and free the states."""
-        self.gradients.remove_hooks()
-        if self.arrivals:
-            self.arrivals.remove()
+        self._let_go()
         self.full_tensors.unbind(self.parameters)
         self.shards.clear()
         self.nodes.close()
@@ -354,6 +382,7 @@ class FP8ZeROOptimizer(ZeROOptimizer):
 
     def _complete_gradients(self) -> None:
         """Before whole gradients are read or set. Raises ValueError if there are none."""
+        self.clear_backward_seen_flag()
         if not self.gradients.pending:
             raise ValueError("gradients are there only between engine.backward() and engine.step()")
         self.gradients.complete()

@@ -27,9 +27,24 @@ def trained_parameters(
             index = indices[parameter]
             parameters[index] = parameter
             specs.append(ParameterSpec(index, parameter.numel(), number, parameter.dtype))
+    check_memory(parameters, names)
     if not specs:
         raise ValueError("optimizer: received no parameter that trains, allowed: at least one")
     return dict(sorted(parameters.items())), specs
+
+
+def check_memory(parameters: Mapping[int, Parameter], names: Mapping[Parameter, str]) -> None:
+    """Trained parameters are given memory of their own: refuse those that share some, which would part."""
+    owners: dict[int, Parameter] = {}
+    for each in names:
+        if each.numel() and not each.is_meta:
+            owner = owners.setdefault(each.data_ptr(), each)
+            shares = owner is not each and each.device == owner.device
+            if shares and any(one is parameter for one in (each, owner) for parameter in parameters.values()):
+                raise ValueError(
+                    f"{names[each]}: received the memory of {names[owner]} as .data, allowed: its own; tie "
+                    "parameters by giving both modules the same Parameter"
+                )
 
 
 def check_finite(parameters: Mapping[int, Parameter], names: Mapping[int, str]) -> None:

@@ -30,6 +30,12 @@ class Home:
     def address(self) -> int:
         return self.view.data_ptr()
 
+    def was_left_by(self, parameter: Parameter) -> bool:
+        """Whether the parameter's values lie elsewhere, or otherwise."""
+        return (
+            parameter.data_ptr() != self.address or not parameter.is_contiguous() or bool(parameter.is_neg())
+        )
+
     def has_room_for(self, values: Tensor) -> bool:
         """Whether values are of this shape, dtype and device."""
         view = self.view
@@ -51,28 +57,31 @@ class Weights:
         """Copy the bucket's parameters into a new buffer and make them views of it."""
         first = parameters[bucket.slots[0].parameter]
         self.buffer = torch.zeros(bucket.blocks * bucket.block_size, dtype=first.dtype, device=first.device)
-        self._homes = [
+        self.homes = [
             Home(slot.parameter, self.buffer[bucket.offset(slot) :][: slot.numel].view(each.shape))
             for slot in bucket.slots
             for each in [parameters[slot.parameter]]
         ]
-        for home in self._homes:
+        for home in self.homes:
             home.take_in(parameters[home.parameter])
         rows = self.buffer.view(-1, bucket.block_size)
         self._parts = [rows[bucket.rows_of(each)] for each in range(bucket.world_size)]
         self._rank = rank
 
-    def unfit(self, parameters: Mapping[int, Parameter]) -> Iterator[tuple[int, str]]:
-        """Parameters, by global index, whose values have no room in the buffer, and what they should be."""
-        for home in self._homes:
-            if not home.has_room_for(parameters[home.parameter]):
-                yield home.parameter, str(home)
+    @property
+    def freed(self) -> bool:
+        """Whether the buffer's memory was given back, by `untyped_storage().resize_(0)` on a parameter."""
+        return self.buffer.untyped_storage().nbytes() < self.buffer.nbytes
+
+    def allocate(self) -> None:
+        """Have memory again, with nothing that is known in it."""
+        self.buffer.untyped_storage().resize_(self.buffer.nbytes)
 
     def bind(self, parameters: Mapping[int, Parameter]) -> Iterator[int]:
         """Bring parameters that have left the buffer back, with their values; the global index of each."""
-        for home in self._homes:
+        for home in self.homes:
             parameter = parameters[home.parameter]
-            if parameter.data_ptr() != home.address or not parameter.is_contiguous():
+            if home.was_left_by(parameter):
                 home.take_in(parameter)
                 yield home.parameter
 
