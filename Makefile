@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 export OMP_NUM_THREADS ?= 1
+# What is compiled on first use belongs to the environment: no lock of a killed build elsewhere is waited for.
+export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/$(VENV)/torch_extensions
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: install demo test test-all test-matrix test-newest support docs check clean
