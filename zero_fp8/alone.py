@@ -6,21 +6,25 @@ parameter and its gradient are read and written in place, but for the last block
 copy.
 
 Between two steps a user may resize, recast, move or wrap a parameter. So `check` compares the parameter, its
-gradient and its state at every step, and a state says what it was made for.
+gradient and its state at every step, and a state says what it was made for. A user may edit its values, too:
+the master follows (`edits.py`).
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, MutableMapping
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ds_fp8.ops.adam import AdamScalars, AdamState, Segment
 from ds_fp8.ops.backend import Backend, choose
 from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.formats import BF16, FP32
 from ds_fp8.refusals import cut
+from ds_fp8.zero_fp8.edits import Mark, brings_in_non_finite, follow, mark_of
 from ds_fp8.zero_fp8.guards import check_gradient, check_weight, flaw_of
 from ds_fp8.zero_fp8.recipe import Recipe, weight_dtypes
 
@@ -42,6 +46,8 @@ class States:
         self._backends: dict[torch.device, Backend] = {}
         self._controls: dict[torch.device, Tensor] = {}
         self._plans: dict[tuple[Any, ...], Any] = {}  # a GPU's lie in its memory
+        # By master: torch swaps no parameter that somebody refers to weakly.
+        self._marks: MutableMapping[Tensor, Mark | None] = WeakIdKeyDictionary()
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -94,6 +100,32 @@ class States:
         if not parameter.is_inference():
             torch.autograd.graph.increment_version(parameter)  # kernels write behind autograd's back
 
+    # Edits between steps
+
+    def follow(self, state: dict[str, Any], parameter: Tensor) -> None:
+        """Take edits of the weight over into its master; for all parameters before the first is swept."""
+        if self._may_be_edited(state, parameter):
+            follow(self._view(state, "master"), parameter.detach().reshape(-1))
+
+    def remember(self, state: dict[str, Any], parameter: Tensor) -> None:
+        """Remember what a step has left, after its last sweep: views of one tensor count together."""
+        self._marks[state["master"]] = mark_of(parameter)
+
+    def _may_be_edited(self, state: dict[str, Any], parameter: Tensor) -> bool:
+        """Whether the weight may be another than its master gives, since the last step or from elsewhere."""
+        if self.recipe.master.split or state["step"] == 0:
+            return False
+        mark = mark_of(parameter)
+        return mark is None or self._marks.get(state["master"]) != mark
+
+    def _takes_in_non_finite(self, state: dict[str, Any], parameter: Tensor) -> bool:
+        """Whether the step would bring inf or NaN into a master that cannot hold it or is new."""
+        if not state or state["step"] == 0:
+            return not bool(parameter.isfinite().all())
+        if not self.recipe.master.scaled or not self._may_be_edited(state, parameter):
+            return False
+        return brings_in_non_finite(self._view(state, "master"), parameter.detach().reshape(-1))
+
     # What may be stepped and loaded
 
     def check(self, name: str, state: dict[str, Any], parameter: Tensor) -> None:
@@ -113,7 +145,7 @@ class States:
                     f"which its state was made for ({ADVICE})"
                 )
             self._check_bytes(name, state, parameter, parameter.device)
-        if (not state or state["step"] == 0) and not parameter.isfinite().all():
+        if self._takes_in_non_finite(state, parameter):
             raise ValueError(
                 f"{name}: received a parameter of shape {list(parameter.shape)} with inf or NaN, "
                 "allowed: finite"
@@ -260,3 +292,18 @@ def members_of(param_groups: list[dict[str, Any]]) -> Iterator[Member]:
             named = f", {names[place]!r}" if names else ""
             yield Member(number, f"parameter {number} (param group {of_groups}{named})", group, parameter)
             number += 1
+
+
+def check_apart(members: Iterable[Member]) -> None:
+    """Refuse parameters that share memory, by a ValueError: a step of one would edit the other."""
+    there = [each for each in members if flaw_of(each.parameter) is None and each.parameter.numel()]
+    there.sort(key=lambda each: (str(each.parameter.device), each.parameter.data_ptr(), each.number))
+    for one, other in pairwise(there):
+        begin = one.parameter.data_ptr()
+        whole = one.parameter.is_contiguous() and other.parameter.is_contiguous()
+        end = begin + (one.parameter.nbytes if whole else 1)  # strided ones may lie between each other
+        if one.parameter.device == other.parameter.device and begin <= other.parameter.data_ptr() < end:
+            raise ValueError(
+                f"FP8AdamW, {one.name} and {other.name}: received parameters that share memory, allowed: one "
+                "and the same Parameter in both places, or memory of its own for each"
+            )

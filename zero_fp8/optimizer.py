@@ -19,13 +19,14 @@ from torch import Tensor
 from ds_fp8.config import SECTION, FP8Config, parse
 from ds_fp8.ops.adam import AdamScalars, next_clamp
 from ds_fp8.refusals import refusal, show
-from ds_fp8.zero_fp8.alone import Member, States, members_of
+from ds_fp8.zero_fp8.alone import Member, States, check_apart, members_of
 from ds_fp8.zero_fp8.guards import ALLOWED, kind_of
 from ds_fp8.zero_fp8.recipe import recipe_of
 
 logger = logging.getLogger("ds_fp8")
 
 HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "bias_correction", "adam_w_mode")
+LEAST_LR = -1e-12  # a scheduler's last learning rate may lie a little below 0, as torch's may
 UNSUPPORTED_FLAGS = ("amsgrad", "maximize", "differentiable")
 
 
@@ -90,27 +91,43 @@ class FP8AdamW(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of every parameter that has a gradient, without DeepSpeed.
 
-        The states of a parameter are made at its first step, its master from its weight. A gradient that
-        is not finite spoils the states, as in torch: clip and check before.
-        Raises ValueError, which names the parameter, before anything is changed: for a parameter or
-        gradient that the kernels cannot take, and for a parameter that its state was not made for.
+        The states of a parameter are made at its first step, its master from its weight. Masters follow
+        weights that were edited since (`edits.py`). A gradient that is not finite spoils the states, as in
+        torch: clip and check before.
+        Raises ValueError, which names what is at fault, before anything is changed: for a parameter or
+        gradient that the kernels cannot take, for a parameter that its state was not made for, for two that
+        share memory, and for hyperparameters that the constructor would refuse.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for group in self.param_groups:
+            check_group(group)
         members = [each for each in members_of(self.param_groups) if each.parameter.grad is not None]
         for each in members:
-            _check_betas(each.group)
             self._alone.check(f"FP8AdamW, {each.name}", self.state.get(each.parameter, {}), each.parameter)
+        check_apart(
+            each
+            for each in members_of(self.param_groups)
+            if each.parameter.grad is not None or self.state.get(each.parameter)
+        )
         only_states = self._asks_for_states(members)
         self._sign_groups()
         for each in members:
             if not self.state[each.parameter]:
                 self.state[each.parameter] = self._alone.make(each.parameter)
-            if not only_states:
-                self._step_one(each)
+        if not only_states:
+            self._step_all(members)
         return loss
+
+    def _step_all(self, members: list[Member]) -> None:
+        for each in members:
+            self._alone.follow(self.state[each.parameter], each.parameter)
+        for each in members:
+            self._step_one(each)
+        for each in members:
+            self._alone.remember(self.state[each.parameter], each.parameter)
 
     def _step_one(self, member: Member) -> None:
         state = self.state[member.parameter]
@@ -173,7 +190,7 @@ class FP8AdamW(torch.optim.Optimizer):
             missing = sorted(set(HYPERPARAMETERS) - group.keys())
             if missing:
                 raise ValueError(f"state_dict: received a param group without {', '.join(missing)}")
-            _check_betas(group)  # a scheduler's last learning rate may lie a little below 0, as torch's may
+            _check_betas(group)  # the rest may be set again before the next step, which checks it
         saved_ids = [each for group in groups for each in group["params"]]
         members = dict(zip(saved_ids, members_of(self.param_groups), strict=True))
         taken = {}
@@ -269,9 +286,9 @@ def check_group(group: dict[str, Any]) -> None:
     for flag in UNSUPPORTED_FLAGS:
         if group.get(flag):
             raise ValueError(f"optimizer.params.{flag}: received True, allowed: false")
-    positive = {name: float(group[name]) for name in ("lr", "weight_decay")}
-    for name, value in positive.items():
-        if not value >= 0:
+    for name, least in (("lr", LEAST_LR), ("weight_decay", 0.0)):
+        value = float(group[name])
+        if not value >= least:
             raise ValueError(f"optimizer.params.{name}: received {value}, allowed: 0 or more")
     if not torch.tensor(float(group["eps"]), dtype=torch.float32) > 0:
         raise ValueError(f"optimizer.params.eps: received {group['eps']}, allowed: more than 0 in FP32")
