@@ -48,6 +48,7 @@ LAYERS = (  # a module imports from the lines below its own only
     ("ds_fp8.zero_fp8.autoscale",),
     ("ds_fp8.zero_fp8.agreement", "ds_fp8.zero_fp8.comm", "ds_fp8.zero_fp8.optimizer"),
     ("ds_fp8.zero_fp8.alone",),
+    ("ds_fp8.zero_fp8.edits",),
     (
         "ds_fp8.zero_fp8.backwards",
         "ds_fp8.zero_fp8.guards",
