@@ -233,7 +233,7 @@ class _Opened:
         self._file = file
 
     def load(self, path: str, map_location: Any = None) -> dict[str, Any]:
-        """Only weights stay mapped, which are copied into parameters; the rest may be kept by whom it is for."""
+        """Only weights stay mapped, which are copied into parameters; the rest may be kept."""
         module = self._file.value["module"]
         rest = {key: each for key, each in self._file.value.items() if key != "module"}
         extra = {name: each for name, each in module.items() if is_extra_state(str(name))}
