@@ -15,7 +15,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ds_fp8.zero_fp8 import manifest, tags
-from ds_fp8.zero_fp8.reading import Entry, load_pickled
+from ds_fp8.zero_fp8.native import is_extra_state
+from ds_fp8.zero_fp8.reading import Entry, in_memory, load_pickled
 
 KEEPS_SCHEDULER = "load_lr_scheduler_states=False keeps this run's"
 
@@ -232,4 +233,8 @@ class _Opened:
         self._file = file
 
     def load(self, path: str, map_location: Any = None) -> dict[str, Any]:
-        return dict(self._file.value)
+        """Only weights stay mapped, which are copied into parameters; the rest may be kept."""
+        module = self._file.value["module"]
+        rest = {key: each for key, each in self._file.value.items() if key != "module"}
+        extra = {name: each for name, each in module.items() if is_extra_state(str(name))}
+        return {**in_memory(rest), "module": {**module, **in_memory(extra)}}

@@ -17,6 +17,15 @@ from deepspeed import comm as dist
 
 import ds_fp8
 from ds_fp8 import model_file
+from ds_fp8.arguments import (
+    agree_on,
+    check_client_state,
+    check_place,
+    check_same_checkpoint,
+    check_same_folder,
+    first_of,
+    is_first,
+)
 from ds_fp8.fitting import Fitting, check, check_stock, check_universal, others_of
 from ds_fp8.model_file import Wanted, frozen, shapes
 from ds_fp8.status import is_active
@@ -43,20 +52,20 @@ def save_checkpoint(original: Method) -> Method:
         save_latest: bool = True,
         exclude_frozen_parameters: bool = False,
     ) -> Any:
-        rest = (client_state or {}, save_latest, exclude_frozen_parameters)
         if not is_active(self):
+            rest = (client_state or {}, save_latest, exclude_frozen_parameters)
             return original(self, save_dir, tag, *rest)
-        if not save_dir or tag == "":
-            raise ValueError(f"save_checkpoint: received {save_dir!r}, tag {tag!r}, allowed: names")
+        agreed(lambda: _check_save(save_dir, tag, client_state), self.optimizer.dp_process_group)
         folder, tag = Path(save_dir), f"global_step{self.global_steps}" if tag is None else str(tag)
-        group, writes = self.optimizer.dp_process_group, _is_first(self)
-        check_agreement("the tag to save", [repr(tag), f"save_latest {save_latest}"], self.device, group)
-        _check_client_state(rest[0])
+        group, writes = self.optimizer.dp_process_group, is_first(self)
+        flags = {"save_latest": save_latest, "exclude_frozen_parameters": exclude_frozen_parameters}
+        agree_on(self, "save_checkpoint", {"tag": tag, **{key: bool(each) for key, each in flags.items()}})
+        check_same_folder(self, folder)
         agreed(lambda: tags.settle(folder, tag, latest=save_latest) if writes else None, group, folder)
         saving = folder / (tag + tags.SAVING)
         try:
             with agreed(self.optimizer.ready_for_files, group), _to_the_end(self) as failures:
-                original(self, save_dir, saving.name, rest[0], False, exclude_frozen_parameters)
+                original(self, save_dir, saving.name, client_state or {}, False, exclude_frozen_parameters)
                 agreed(failures.tell, group, saving)
                 _publish(self, folder, tag, latest=save_latest, exclude_frozen=exclude_frozen_parameters)
         except ValueError:
@@ -68,32 +77,20 @@ def save_checkpoint(original: Method) -> Method:
     return method
 
 
+def _check_save(save_dir: Any, tag: Any, client_state: Any) -> None:
+    check_place("save_checkpoint", "save_dir", save_dir, tag)
+    check_client_state(client_state)
+
+
 def _publish(engine: Any, folder: Path, tag: str, *, latest: bool, exclude_frozen: bool) -> None:
     """Give a written tag its manifest and its name."""
     files = _seal(engine, folder / (tag + tags.SAVING))
 
     def publish() -> None:
-        if _is_first(engine):
+        if is_first(engine):
             tags.publish(folder, tag, _facts(engine, files, exclude_frozen), latest=latest)
 
     agreed(publish, engine.optimizer.dp_process_group, folder / tag)
-
-
-RESERVED = (  # what DeepSpeed keeps in its model file; it writes client_state over it
-    *("module", "buffer_names", "optimizer", "param_shapes", "frozen_param_shapes", "shared_params"),
-    *("frozen_param_fragments", "lr_scheduler", "data_sampler", "random_ltd", "sparse_tensor_module_names"),
-    *("skipped_steps", "global_steps", "global_samples", "dp_world_size", "mp_world_size", "ds_config"),
-    "ds_version",
-)
-
-
-def _check_client_state(client_state: Mapping[str, Any]) -> None:
-    taken = [key for key in client_state if key in RESERVED]
-    if taken:
-        raise ValueError(
-            f"save_checkpoint: received client_state with {', '.join(taken)}, allowed: any keys but those of "
-            f"DeepSpeed ({', '.join(RESERVED)})"
-        )
 
 
 class _Failures:
@@ -153,17 +150,11 @@ class _Writer:
         writing.save(state_dict, path)
 
 
-def _is_first(engine: Any) -> bool:
-    """Whether this is the first rank of those that share a folder: a node's, or all."""
-    rank = engine.local_rank if engine.use_node_local_storage() else engine.global_rank
-    return bool(rank == 0)
-
-
 def _share(engine: Any, names: Any) -> Any:
     """The files whose checksums this rank computes."""
     group = engine.optimizer.dp_process_group
     rank, world_size = dist.get_rank(group), dist.get_world_size(group)
-    return manifest.share(names, rank, world_size, first=_is_first(engine))
+    return manifest.share(names, rank, world_size, first=is_first(engine))
 
 
 def _seal(engine: Any, folder: Path) -> dict[str, manifest.File]:
@@ -173,7 +164,7 @@ def _seal(engine: Any, folder: Path) -> dict[str, manifest.File]:
     def seal() -> dict[str, manifest.File]:
         return manifest.seal(folder, _share(engine, manifest.files_of(folder)))
 
-    node = engine.global_rank - engine.local_rank if engine.use_node_local_storage() else 0
+    node = first_of(engine)
     told = everybody((node, agreed(seal, group, folder)), group)
     found = {name: fact for other, files in told if other == node for name, fact in files.items()}
     return dict(sorted(found.items()))
@@ -227,6 +218,9 @@ def load_checkpoint(original: Method) -> Method:
             counters=not load_module_only,
             custom=custom_load_fn is not None,
         )
+        agreed(lambda: check_place("load_checkpoint", "load_dir", load_dir, tag), handler.dp_process_group)
+        given = {**options, "custom_load_fn": wanted.custom}
+        agree_on(self, "load_checkpoint", {key: bool(each) for key, each in given.items()})
         found = _find(self, Path(load_dir), tag)
         if found is None:
             return original(self, load_dir, tag, **options)
@@ -266,9 +260,11 @@ def _find(engine: Any, folder: Path, tag: Any) -> str | None:
 def _open(engine: Any, folder: Path, wanted: Wanted) -> Fitting:
     """A checkpoint that has been checked on every rank."""
     group = engine.optimizer.dp_process_group
-    if engine.load_universal_checkpoint():
+    universal = engine.load_universal_checkpoint()
+    facts = agreed(lambda: None if universal else manifest.read(folder), group, folder)
+    check_same_checkpoint(engine, folder, facts)
+    if universal:
         return agreed(lambda: check_universal(engine, folder, wanted), group, folder)
-    facts = agreed(lambda: manifest.read(folder), group, folder)
     if facts is None:
         return agreed(lambda: check_stock(engine, folder, wanted), group, folder)
     names = {manifest.MODEL_FILE, *(facts.files if wanted.states else ())}

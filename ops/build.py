@@ -67,7 +67,10 @@ def compiler() -> str | None:
         return next((shlex.quote(each) for each in found if each), None)
     if program := shutil.which(wanted):
         return shlex.quote(program)
-    name, *arguments = shlex.split(wanted) or [wanted]
+    try:
+        name, *arguments = shlex.split(wanted) or [wanted]
+    except ValueError:  # a quote without its other
+        name, arguments = wanted, []
     if program := shutil.which(name):
         return shlex.join([program, *arguments])
     raise BuildError(

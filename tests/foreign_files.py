@@ -56,16 +56,21 @@ def make(
     universal: bool = False,
     scheduler: bool = True,
     steps: int = 0,
+    bf16: bool = True,
 ) -> Any:
     torch.manual_seed(seed)
-    config = ds_config(fp8, scheduler=WARMUP)
+    config = ds_config(fp8, scheduler=WARMUP, bf16=bf16)
     if universal:
         config["checkpoint"] = {"load_universal": True}
     engine = build(config, Small())
     for _ in range(steps):
-        engine.backward(engine(torch.randn(4, 16, dtype=torch.bfloat16)))
-        engine.step()
+        train(engine)
     return engine
+
+
+def train(engine: Any) -> None:
+    engine.backward(engine(torch.randn(4, 16, dtype=engine.module.first.weight.dtype)))
+    engine.step()
 
 
 def save(folder: str, fp8: dict[str, Any] | None) -> None:
@@ -219,6 +224,28 @@ def load_spoiled(root: str, kind: str, chosen: slice) -> list[tuple[str, str, bo
     whole.destroy()
     engine.destroy()
     return told
+
+
+def load_as_trained(root: str, kind: str, bf16: bool) -> list[str]:
+    """Into a run of the same weights: what of its states and hyperparameters is part of a graph then."""
+    folder = Path(root, kind)
+    if not bf16:
+        folder = Path(root, "stock fp32")
+        engine = make(None, steps=1, bf16=False)
+        engine.save_checkpoint(str(folder), tag="tag")
+        engine.destroy()
+    engine = make(FP8, 5, bf16=bf16, steps=1)
+    assert not attempt(engine, folder)
+    found = [
+        f"{key} of shard {index}"
+        for index, shard in enumerate(engine.optimizer.shards)
+        for key in ("master", "exp_avg", "exp_avg_sq")
+        for each in vars(getattr(shard.state, key)).values()
+        if isinstance(each, Tensor) and (each.requires_grad or each.grad_fn is not None)
+    ]
+    train(engine)  # in place, which a graph forbids
+    engine.destroy()
+    return found
 
 
 def harm(path: Path, how: str) -> None:

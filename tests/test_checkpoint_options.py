@@ -101,6 +101,30 @@ def test_client_state(ranks: RankPools, tmp_path: Path, level: str) -> None:
     ranks.run(2, client_state, str(tmp_path), level)
 
 
+class Holder:
+    """A client's object with a tensor in it."""
+
+    def __init__(self) -> None:
+        self.kept = torch.arange(5000)
+
+
+def after_the_file_is_gone(folder: str) -> None:
+    engine, kept = make(), torch.arange(5000)
+    engine.save_checkpoint(folder, client_state={"a": kept, "b": [{"c": (kept + 1,)}], "object": Holder()})
+    _, state = engine.load_checkpoint(folder)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        os.truncate(Path(folder, "global_step0", manifest.MODEL_FILE), 0)  # what is mapped there is no more
+    dist.barrier()
+    found = (state["a"], state["b"][0]["c"][0] - 1, state["object"].kept)
+    assert all(torch.equal(each, kept) for each in found)
+    engine.destroy()
+
+
+def test_a_client_state_outlives_its_file(ranks: RankPools, tmp_path: Path) -> None:
+    ranks.run(2, after_the_file_is_gone, str(tmp_path), seconds=60)
+
+
 def parts(folder: str) -> None:
     engine = trained()
     engine.save_checkpoint(folder)

@@ -171,7 +171,7 @@ def test_a_file_where_the_save_folder_should_be(ranks: RankPools, tmp_path: Path
 
 def other_tags(root: str) -> str:
     engine = build(ds_config({"opt_level": "O1"}), Small())
-    with pytest.raises(ValueError, match="ranks disagree about the tag to save") as caught:
+    with pytest.raises(ValueError, match="ranks disagree about the arguments of save_checkpoint") as caught:
         engine.save_checkpoint(root, tag=f"of rank {dist.get_rank()}")
     assert not os.listdir(root)
     engine.destroy()

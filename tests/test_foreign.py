@@ -75,3 +75,9 @@ def test_a_refusal_on_one_rank_is_told_on_all(ranks: RankPools, root: Path) -> N
     assert unchanged
     assert custom.startswith("rank 0: ")
     assert custom.endswith("LookupError: nor this")
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_masters_that_were_saved_as_trained_bring_no_graph(ranks: RankPools, root: Path, bf16: bool) -> None:
+    """Stock DeepSpeed saves them with requires_grad; FP32 states take them bit for bit."""
+    assert ranks.run(2, files.load_as_trained, str(root), "stock", bf16) == [[], []]

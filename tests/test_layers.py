@@ -22,7 +22,7 @@ LAYERS = (  # a module imports from the lines below its own only
     ("ds_fp8.registration",),
     ("ds_fp8.saving",),
     ("ds_fp8.engine", "ds_fp8.fitting"),
-    ("ds_fp8.backward", "ds_fp8.model_file"),
+    ("ds_fp8.arguments", "ds_fp8.backward", "ds_fp8.model_file"),
     ("ds_fp8.status",),
     ("ds_fp8.estimates",),
     ("ds_fp8.memory",),

@@ -102,6 +102,21 @@ def test_what_stands_in_the_way_of_a_save_is_said_first(tmp_path: Path, name: st
     assert tree(tmp_path) == before
 
 
+def test_only_files_that_the_manifest_lists_go_with_a_tag(tmp_path: Path) -> None:
+    write_tag(tmp_path, "x", 1)
+    (tmp_path / "x" / "my_model_states.pt").write_text("mine")
+    write_tag(tmp_path, "x", 2)
+    assert (tmp_path / "x" / "my_model_states.pt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("where", ["nowhere", "."])
+def test_a_link_under_the_name_of_a_tag_is_refused_first(tmp_path: Path, where: str) -> None:
+    (tmp_path / "x").symlink_to(where)
+    with pytest.raises(ValueError, match="x: a link, expected a folder or nothing"):
+        write_tag(tmp_path, "x", 1)
+    assert [each.name for each in tmp_path.iterdir()] == ["x"]
+
+
 def latest_is(folder: Path, what: str) -> str:
     """Bring `latest` into a state; the words for it."""
     write_tag(folder, "kept", 1)

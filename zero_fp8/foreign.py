@@ -15,7 +15,7 @@ from ds_fp8.compat import STATE_CLASSES, DynamicLossScaler, LossScaler
 from ds_fp8.zero_fp8.checkpoint import LOSS_SCALER_STATE, Progress, check_hyperparameters
 from ds_fp8.zero_fp8.convert import Values
 from ds_fp8.zero_fp8.manifest import Parameter
-from ds_fp8.zero_fp8.reading import Entry, load_any, load_plain, show
+from ds_fp8.zero_fp8.reading import Entry, in_memory, load_any, load_plain, show
 
 HYPERPARAMETERS = ("lr", "initial_lr", "betas", "eps", "weight_decay", "bias_correction")
 STATE_FILES = ("fp32", "exp_avg", "exp_avg_sq")
@@ -89,7 +89,7 @@ class Universal:
         list(place.at("clamp_squares").each(len(groups)))
         if counters.autoscale:
             check_names(place.path, counters.autoscale, ours)
-        return Progress(param_groups=groups, **counters.model_dump())
+        return Progress(param_groups=in_memory(groups), **counters.model_dump())
 
     def _step(self, name: str) -> int:
         path = self._path(name, "step")
@@ -136,8 +136,10 @@ def foreign_progress(step: int, scaler: Any, groups: Sequence[Mapping[str, Any]]
     return Progress(
         steps=step,
         clamp_squares=None,
-        loss_scaler={key: found[key] for key in LOSS_SCALER_STATE if key in found},
-        param_groups=[{key: group[key] for key in HYPERPARAMETERS if key in group} for group in groups],
+        loss_scaler=in_memory({key: found[key] for key in LOSS_SCALER_STATE if key in found}),
+        param_groups=[
+            in_memory({key: group[key] for key in HYPERPARAMETERS if key in group}) for group in groups
+        ],
     )
 
 

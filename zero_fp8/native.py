@@ -22,7 +22,7 @@ from ds_fp8.zero_fp8 import manifest
 from ds_fp8.zero_fp8.checkpoint import STATES, Names, Progress, check_hyperparameters
 from ds_fp8.zero_fp8.convert import Values
 from ds_fp8.zero_fp8.manifest import Manifest
-from ds_fp8.zero_fp8.reading import NOT_PLAIN, Entry, load_pickled, load_plain
+from ds_fp8.zero_fp8.reading import NOT_PLAIN, Entry, in_memory, load_pickled, load_plain
 from ds_fp8.zero_fp8.shard import Shard
 
 EXTRA_STATE_CLASSES = (io.BytesIO,)  # what modules such as Transformer Engine's keep beside tensors
@@ -44,7 +44,7 @@ class Native:
     @property
     def progress(self) -> Progress:
         squares = [float("inf") if each == "off" else each for each in self.facts.clamp_squares]
-        groups = self._file(self._any_rank)["param_groups"]
+        groups = in_memory(self._file(self._any_rank)["param_groups"])
         facts = self.facts
         return Progress(facts.steps, squares, dict(facts.loss_scaler), groups, facts.autoscale)
 

@@ -5,6 +5,7 @@ file comes through `load_plain` or `load_pickled`, and what is in it through `En
 value lies and refuses what it should not be.
 """
 
+import copy
 import math
 import pickle
 import zipfile
@@ -52,6 +53,11 @@ def load_any(path: Path, *, weights_only: bool = True) -> Any:
         raise ValueError(
             f"{path}: not a file that torch.save wrote, or damaged: {type(error).__name__}: {why}"
         ) from error
+
+
+def in_memory(value: Any) -> Any:
+    """A copy of what was read, whatever holds its tensors: none is mapped, none part of a graph."""
+    return copy.deepcopy(value)
 
 
 @dataclass(frozen=True)

@@ -113,7 +113,8 @@ class Stock:
             low, high = max(elements.start, each.elements.start), min(elements.stop, each.elements.stop)
             if low < high:
                 first = each.start + low - each.elements.start
-                parts.append(vector(self._files[each.rank], each.group)[first : first + high - low])
+                found = vector(self._files[each.rank], each.group).detach()  # masters are saved as trained
+                parts.append(found[first : first + high - low])
         return parts
 
 

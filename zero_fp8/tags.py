@@ -76,6 +76,8 @@ def settle(folder: Path, tag: str, *, latest: bool) -> Path:
     saving, target, replaced = _places(folder, tag)
     if latest and (folder / LATEST).is_dir():
         raise ValueError(f"{folder / LATEST}: a folder, expected a file with the name of a tag, or none")
+    if target.is_symlink():
+        raise ValueError(f"{target}: a link, expected a folder or nothing under the name of a tag")
     if target.exists() and not target.is_dir():
         raise ValueError(f"{target}: a file, expected a folder or nothing under the name of a tag")
     for leftover, ours in ((saving, _is_saving(saving)), (replaced, _is_replaced(replaced))):
@@ -178,8 +180,10 @@ def _drop(replaced: Path, target: Path) -> None:
     old = replaced / OLD
     if old.is_dir() and not old.is_symlink():
         listed = manifest.listed(old)
+        # By their names, where no manifest tells the files of the tag.
+        endings = (manifest.NAME + NEW, *(STATES if listed == {manifest.NAME} else ()))
         for each in old.iterdir():
-            theirs = each.name not in listed and not each.name.endswith((*STATES, manifest.NAME + NEW))
+            theirs = each.name not in listed and not each.name.endswith(endings)
             if theirs and not os.path.lexists(target / each.name):
                 os.rename(each, target / each.name)
     shutil.rmtree(replaced, ignore_errors=True)
