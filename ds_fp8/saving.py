@@ -216,7 +216,7 @@ def load_checkpoint(original: Method) -> Method:
             states=load_optimizer_states and not load_module_only,
             scheduler=load_lr_scheduler_states and not load_module_only,
             counters=not load_module_only,
-            custom=custom_load_fn is not None,
+            custom=bool(custom_load_fn),  # as DeepSpeed asks
         )
         agreed(lambda: check_place("load_checkpoint", "load_dir", load_dir, tag), handler.dp_process_group)
         given = {**options, "custom_load_fn": wanted.custom}
