@@ -253,9 +253,23 @@ FAULTS = (
     Fault(
         "client_state overwrites",
         "ds_fp8/saving.py",
-        "        _check_client_state(rest[0])\n",
+        "    check_client_state(client_state)\n",
         "",
         "test_checkpoint_options.py client_state",
+    ),
+    Fault(
+        "ranks save where each likes",
+        "ds_fp8/saving.py",
+        "        check_same_folder(self, folder)\n",
+        "",
+        "test_arguments.py save",
+    ),
+    Fault(
+        "ranks load what each finds",
+        "ds_fp8/saving.py",
+        "    check_same_checkpoint(engine, folder, facts)\n",
+        "",
+        "test_arguments.py load",
     ),
     Fault(
         "any name is a tag",
