@@ -13,7 +13,7 @@ the epilogue: two are under way at most, backward goes on meanwhile, and what la
 Without it, it lands at once.
 
 A gradient may arrive outside a round: after its bucket has left (weights tied under reentrant
-checkpointing), or in a backward that DeepSpeed does not notice (a second one over a retained graph). It
+checkpointing), or in a backward that exchanges nothing (towards some tensors, `inputs=`). It
 waits and goes with the next round, or before the step in an extra round for which the ranks agree
 on the buckets. That a rank has one is a figure of the step's all-reduce: nobody asks after every backward,
 and a step that finds one is repeated.
