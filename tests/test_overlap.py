@@ -209,6 +209,33 @@ def test_weights_are_gathered_as_soon_as_they_are_swept(ranks: RankPools, world_
     assert events == [*launched, *(f"wait {number}" for number in range(buckets))]
 
 
+class Reads(TorchDispatchMode):
+    """Counts values that the host reads one by one (`item`, a comparison in an `if`), each of which waits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+def reads_in_a_step() -> int:
+    engine = build_gpt(ds_config({}))
+    source = batches(engine)
+    train_losses(engine, source, 1)
+    engine.backward(engine(next(source)))
+    with Reads() as reads:
+        engine.step()
+    engine.destroy()
+    return reads.count
+
+
+def test_a_step_reads_its_verdict_only(ranks: RankPools) -> None:
+    assert ranks.run(1, reads_in_a_step) == [0]
+
+
 # Memory
 
 

@@ -27,6 +27,7 @@ logger = logging.getLogger("ds_fp8")
 
 HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "bias_correction", "adam_w_mode")
 LEAST_LR = -1e-12  # a scheduler's last learning rate may lie a little below 0, as torch's may
+ZERO_IN_FP32 = 2.0**-150  # the largest number that FP32 rounds to 0
 UNSUPPORTED_FLAGS = ("amsgrad", "maximize", "differentiable")
 
 
@@ -290,7 +291,7 @@ def check_group(group: dict[str, Any]) -> None:
         value = float(group[name])
         if not value >= least:
             raise ValueError(f"optimizer.params.{name}: received {value}, allowed: 0 or more")
-    if not torch.tensor(float(group["eps"]), dtype=torch.float32) > 0:
+    if not float(group["eps"]) > ZERO_IN_FP32:
         raise ValueError(f"optimizer.params.eps: received {group['eps']}, allowed: more than 0 in FP32")
     _check_betas(group)
 
