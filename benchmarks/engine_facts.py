@@ -15,7 +15,7 @@ from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import ds_fp8
-from ds_fp8.memory import gradient_bytes, state_bytes
+from ds_fp8.estimate.memory import gradient_bytes, state_bytes
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
 
@@ -32,7 +32,7 @@ STEP = "engine.step"
 
 
 def predicted_bytes(engine: Any) -> float:
-    """What a rank keeps of states and reduced gradient by `ds_fp8.memory`; stock's by its formats."""
+    """What a rank keeps of states and reduced gradient, by `estimate.memory`; stock's by its formats."""
     if ds_fp8.is_active(engine):
         recipe, buckets = engine.optimizer.recipe, engine.optimizer.buckets
         return state_bytes(recipe, buckets) + gradient_bytes(recipe, buckets, accumulating=False)

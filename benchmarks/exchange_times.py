@@ -20,7 +20,8 @@ from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 
 from ds_fp8.ops.backend import choose
-from ds_fp8.zero_fp8.comm import Message, Transfer
+from ds_fp8.zero_fp8.comm.collectives import Transfer
+from ds_fp8.zero_fp8.placement.messages import Message
 
 PARAMETERS = 32  # that the elements belong to
 GRAIN = 128 * PARAMETERS

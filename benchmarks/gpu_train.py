@@ -10,7 +10,7 @@ broke (another seed needs another --out); each run adds itself to --out and prin
 other than these two are the example's. Runs are compared with stock BF16 (bf16.json, or bf16_torch.json with
 torch's fused AdamW) of the same model on as many ranks; batch and steps are to be the same.
 
-"GB held" are a rank's states and reduced gradient, found among live tensors, beside what ds_fp8.memory says.
+"GB held" are a rank's states and reduced gradient, found among live tensors, beside what is predicted.
 Peaks are torch's allocator's; stock's less ours should be what the predictions differ by. Losses are compared
 over the last 50 steps that both have done. Waits are calls within one engine.step, as torch's profiler sees
 them.
@@ -32,7 +32,7 @@ from rich.console import Console
 from rich.table import Table
 from timing import write
 
-from ds_fp8 import plans
+from ds_fp8.estimate import dry_run
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
 
@@ -164,7 +164,7 @@ def main() -> None:
 
     example = gpt_pretrain.parse_arguments(["--time_limit", str(arguments.seconds), *others])
     path, runs = example.deepspeed_config, load(arguments.out)
-    about = {"config": path.stem, "fp8": plans.read(str(path)).get("fp8"), "options": others}
+    about = {"config": path.stem, "fp8": dry_run.read(str(path)).get("fp8"), "options": others}
     wanted = (path.stem, example.model, torch.distributed.get_world_size())
     if wanted not in map(identity, runs):
         runs.append({**about, **gpt_pretrain.run(example, device, inspect), **facts(device)})

@@ -32,7 +32,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
 from compare import plt
 from train_lm import ByteGPT, Corpus, Shape, read_corpus
 
-from ds_fp8.ops import ring
+from ds_fp8.ops import fp8_sum
 from ds_fp8.ops.blocks import Blocks, decode, quantize, to_float32
 from ds_fp8.ops.formats import E4M3, FP32
 from ds_fp8.ops.reduction import accumulate
@@ -112,16 +112,16 @@ def error(found: Tensor, exact: Tensor, sent: int, lost: int, reach: float) -> E
 def sum_in_fp8(gradients: Tensor, exact: Tensor, mu: float) -> tuple[Error, float]:
     """What ranks and owner do with a tensor; also the share of the sum at the largest code."""
     rows, sent, lost, saturated = -(-gradients.shape[1] // BLOCK), 0, 0, 0.0
-    amax = torch.stack([ring.largest(each) for each in gradients]).amax()
-    inverse = ring.inverse_scales(amax[None], torch.tensor([mu]), E4M3)[0]
+    amax = torch.stack([fp8_sum.largest(each) for each in gradients]).amax()
+    inverse = fp8_sum.inverse_scales(amax[None], torch.tensor([mu]), E4M3)[0]
     total = Blocks(torch.zeros(rows, BLOCK, dtype=E4M3.dtype), None, E4M3)
     for gradient in gradients:
         codes = Blocks(torch.empty_like(total.codes), None, E4M3)
-        ring.quantize(gradient, inverse, codes)
+        fp8_sum.quantize(gradient, inverse, codes)
         values = to_float32(codes.codes, E4M3).view(-1)[: len(gradient)]
         sent += int(gradient.count_nonzero())
         lost += int((gradient.bool() & (values == 0)).sum())
-        saturated = float(ring.ring_sum([total, codes], total)) / len(gradient)
+        saturated = float(fp8_sum.ring_sum([total, codes], total)) / len(gradient)
     found = decode(total).view(-1)[: exact.numel()] / inverse
     return error(found, exact, sent, lost, E4M3.max / inverse.item()), saturated
 

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ds_fp8.config import parse
+from ds_fp8.config.section import parse
 from ds_fp8.ops.backend import Backend
-from ds_fp8.zero_fp8.comm import Nodes
-from ds_fp8.zero_fp8.gradients import GradientReducer
-from ds_fp8.zero_fp8.partition import ParameterSpec, partition
+from ds_fp8.zero_fp8.comm.groups import Nodes
+from ds_fp8.zero_fp8.gradients.packing import BlockWire
+from ds_fp8.zero_fp8.gradients.reducer import GradientReducer
+from ds_fp8.zero_fp8.placement.partition import ParameterSpec, partition
 from ds_fp8.zero_fp8.recipe import recipe_of
-from ds_fp8.zero_fp8.shard import Shard
-from ds_fp8.zero_fp8.wire import BlockWire
+from ds_fp8.zero_fp8.states.shard import Shard
 
 
 class Way:

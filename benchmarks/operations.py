@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_fp8.config import ROUNDED
+from ds_fp8.config.section import ROUNDED
 from ds_fp8.ops.adam import AdamScalars, AdamState, Rounding, Segment
 from ds_fp8.ops.backend import Backend
 from ds_fp8.ops.blocks import Blocks

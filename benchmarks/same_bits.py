@@ -20,8 +20,8 @@ from torch.nn import Parameter
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ds_fp8.ops.backend import REFERENCE, Backend
-from ds_fp8.zero_fp8.agreement import everybody
-from ds_fp8.zero_fp8.weights import Gathers, Weights
+from ds_fp8.zero_fp8.comm.agreement import everybody
+from ds_fp8.zero_fp8.weights.views import Gathers, Weights
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
 

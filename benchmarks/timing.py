@@ -22,7 +22,7 @@ import torch
 from verify import verify
 
 from ds_fp8.ops.backend import Backend, cpu_backend, cpu_obstacle
-from ds_fp8.ops.build import library_path
+from ds_fp8.ops.cpu.build import library_path
 
 CPU = torch.device("cpu")
 TRIAD = "STREAM triad"

@@ -32,11 +32,11 @@ from simulated import RoundedAdamW
 from timing import facts, parser_of, round_count, write
 from torch import Tensor
 
-from ds_fp8.config import LEVELS, Optimizer
+from ds_fp8.config.section import LEVELS, Optimizer
 from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.formats import BY_NAME, E4M3, FP16
 from ds_fp8.ops.masters import load_masters
-from ds_fp8.zero_fp8.optimizer import FP8AdamW
+from ds_fp8.zero_fp8.optimizer.fp8_adamw import FP8AdamW
 
 LR = 1e-3
 BLOCK = 128

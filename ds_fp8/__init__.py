@@ -8,16 +8,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ds_fp8.config import FP8Config
-    from ds_fp8.estimators import (
+    from ds_fp8.config.section import FP8Config
+    from ds_fp8.estimate.deepspeed_names import (
         estimate_zero1_model_states_mem_needs_all_cold,
         estimate_zero1_model_states_mem_needs_all_live,
         estimate_zero2_model_states_mem_needs_all_cold,
         estimate_zero2_model_states_mem_needs_all_live,
     )
-    from ds_fp8.registration import register, unregister
-    from ds_fp8.status import describe, is_active, stats
-    from ds_fp8.zero_fp8.optimizer import FP8AdamW
+    from ds_fp8.seam.registration import register, unregister
+    from ds_fp8.seam.status import describe, is_active, stats
+    from ds_fp8.zero_fp8.optimizer.fp8_adamw import FP8AdamW
 
 __version__ = "0.1.0"
 __all__ = [
@@ -35,17 +35,17 @@ __all__ = [
 ]
 
 _HOMES = {
-    "FP8AdamW": "ds_fp8.zero_fp8.optimizer",
-    "FP8Config": "ds_fp8.config",
-    "describe": "ds_fp8.status",
-    "estimate_zero1_model_states_mem_needs_all_cold": "ds_fp8.estimators",
-    "estimate_zero1_model_states_mem_needs_all_live": "ds_fp8.estimators",
-    "estimate_zero2_model_states_mem_needs_all_cold": "ds_fp8.estimators",
-    "estimate_zero2_model_states_mem_needs_all_live": "ds_fp8.estimators",
-    "is_active": "ds_fp8.status",
-    "stats": "ds_fp8.status",
-    "register": "ds_fp8.registration",
-    "unregister": "ds_fp8.registration",
+    "FP8AdamW": "ds_fp8.zero_fp8.optimizer.fp8_adamw",
+    "FP8Config": "ds_fp8.config.section",
+    "describe": "ds_fp8.seam.status",
+    "estimate_zero1_model_states_mem_needs_all_cold": "ds_fp8.estimate.deepspeed_names",
+    "estimate_zero1_model_states_mem_needs_all_live": "ds_fp8.estimate.deepspeed_names",
+    "estimate_zero2_model_states_mem_needs_all_cold": "ds_fp8.estimate.deepspeed_names",
+    "estimate_zero2_model_states_mem_needs_all_live": "ds_fp8.estimate.deepspeed_names",
+    "is_active": "ds_fp8.seam.status",
+    "stats": "ds_fp8.seam.status",
+    "register": "ds_fp8.seam.registration",
+    "unregister": "ds_fp8.seam.registration",
 }
 
 

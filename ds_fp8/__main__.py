@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from ds_fp8.refusals import cut
+from ds_fp8.config.refusals import cut
 
 USAGE = "usage: python -m ds_fp8 (SCRIPT | -m MODULE) [arguments of the script]"
 COMMANDS = ("report", "estimate", "configs", "inspect", "export", "to-universal")
@@ -79,7 +79,7 @@ def main() -> None:
     if not is_module:
         check_script(target)
 
-    from ds_fp8.registration import register
+    from ds_fp8.seam.registration import register
 
     register()
     sys.argv = [target, *arguments]

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ds_fp8.compat import DeepSpeedEngine
-from ds_fp8.status import by_name, is_active, stats
+from ds_fp8.seam.status import by_name, is_active, stats
 
 
 class FP8StatsCallback(TrainerCallback):

@@ -19,7 +19,7 @@ import matplotlib
 from rich.console import Console
 from rich.table import Table
 
-from ds_fp8 import plans
+from ds_fp8.estimate import dry_run
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -35,7 +35,7 @@ def free_port() -> int:
 
 def run(config: Path, out: Path, steps: int, seed: int) -> dict[str, Any]:
     """One training run through the deepspeed launcher; its figures."""
-    section = plans.read(str(config)).get("fp8")
+    section = dry_run.read(str(config)).get("fp8")
     fp8 = isinstance(section, dict) and section.get("enabled", False)
     result = out / f"{config.stem}.json"
     launcher = Path(sys.executable).with_name("deepspeed")

@@ -40,7 +40,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.checkpoint import checkpoint
 from train_lm import Block, Corpus, Shape, leave_ranks, mean_over_ranks, validate
 
-from ds_fp8 import plans
+from ds_fp8.estimate import dry_run
 
 Inspect = Callable[[Any, Iterator[Tensor]], dict[str, Any]]
 
@@ -210,7 +210,7 @@ def gather(losses: list[Tensor], late: bool) -> tuple[list[float], bool]:
 
 
 def build_engine(shape: GPTShape, arguments: argparse.Namespace, device: torch.device) -> Any:
-    ds_config: dict[str, Any] = {**plans.read(str(arguments.deepspeed_config))}
+    ds_config: dict[str, Any] = {**dry_run.read(str(arguments.deepspeed_config))}
     if arguments.micro_batch:
         ds_config["train_micro_batch_size_per_gpu"] = arguments.micro_batch
     if arguments.lr:

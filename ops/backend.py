@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_fp8.ops import adam, blocks, reduction, tensors
-from ds_fp8.ops.build import BuildError
+from ds_fp8.ops import adam, blocks, per_tensor, reduction
+from ds_fp8.ops.cpu.build import BuildError
 
 VARIABLE = "DS_FP8_BACKEND"
 OLDEST_GPU = (8, 0)  # compute capability: BF16 and 16-byte asynchronous loads
@@ -51,7 +51,12 @@ REFERENCE = Backend(
 )
 
 TENSOR_REFERENCE = Backend(
-    "reference", tensors.quantize, blocks.dequantize, tensors.accumulate, adam.plan, tensors.adam_step
+    "reference",
+    per_tensor.quantize,
+    blocks.dequantize,
+    per_tensor.accumulate,
+    adam.plan,
+    per_tensor.adam_step,
 )
 
 
@@ -91,12 +96,12 @@ def choose_for_tensors(device: torch.device) -> Backend:
 
 def cpu_obstacle(device: torch.device) -> str | None:
     """Why the C++ kernels cannot run on this device; None where they can. Builds them."""
-    from ds_fp8.ops import cpu
+    from ds_fp8.ops.cpu import kernels
 
     if device.type != "cpu":
         return "they need tensors in the host's memory"
     try:
-        cpu.load()
+        kernels.load()
     except BuildError as error:
         return str(error)
     return None
@@ -104,17 +109,24 @@ def cpu_obstacle(device: torch.device) -> str | None:
 
 def cpu_backend() -> Backend:
     """The C++ kernels."""
-    from ds_fp8.ops import cpu
+    from ds_fp8.ops.cpu import kernels
 
-    return Backend("cpu", cpu.quantize, cpu.dequantize, cpu.accumulate, cpu.plan, cpu.adam_step)
+    return Backend(
+        "cpu", kernels.quantize, kernels.dequantize, kernels.accumulate, kernels.plan, kernels.adam_step
+    )
 
 
 def cpu_tensor_backend() -> Backend:
     """Those of the C++ kernels that write with one scale a tensor."""
-    from ds_fp8.ops import cpu
+    from ds_fp8.ops.cpu import kernels
 
     return Backend(
-        "cpu", cpu.quantize_tensor, cpu.dequantize, cpu.accumulate_tensor, cpu.plan, cpu.step_tensors
+        "cpu",
+        kernels.quantize_tensor,
+        kernels.dequantize,
+        kernels.accumulate_tensor,
+        kernels.plan,
+        kernels.step_tensors,
     )
 
 
@@ -134,7 +146,10 @@ def triton_obstacle(device: torch.device) -> str | None:
 
 def triton_backend() -> Backend:
     """The Triton kernels; Triton is imported here, and nowhere where it is not used."""
-    from ds_fp8.ops import adam_triton, blocks_triton, reduction_triton, vectors_triton
+    from ds_fp8.ops.triton import adam as adam_triton
+    from ds_fp8.ops.triton import blocks as blocks_triton
+    from ds_fp8.ops.triton import quantize_many as vectors_triton
+    from ds_fp8.ops.triton import reduction as reduction_triton
 
     return Backend(
         "triton",
@@ -149,7 +164,8 @@ def triton_backend() -> Backend:
 
 def triton_tensor_backend() -> Backend:
     """Those of the Triton kernels that write with one scale a tensor."""
-    from ds_fp8.ops import blocks_triton, tensors_triton
+    from ds_fp8.ops.triton import blocks as blocks_triton
+    from ds_fp8.ops.triton import per_tensor as tensors_triton
 
     return Backend(
         "triton",

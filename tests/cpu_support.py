@@ -7,9 +7,9 @@ import pytest
 import torch
 from kernel_support import CPU, Kernels
 
-from ds_fp8.ops import build, cpu
 from ds_fp8.ops.backend import cpu_backend
-from ds_fp8.ops.build import NO_COMPILER
+from ds_fp8.ops.cpu import build, kernels
+from ds_fp8.ops.cpu.build import NO_COMPILER
 
 
 def instruction_sets() -> list[str]:
@@ -17,7 +17,7 @@ def instruction_sets() -> list[str]:
     if build.compiler() is None and not build.library_path().exists():
         pytest.skip(NO_COMPILER, allow_module_level=True)
     sets = list(build.instruction_sets())
-    return sets[sets.index(cpu.kernels(None).isa) :]
+    return sets[sets.index(kernels.kernels(None).isa) :]
 
 
 ISAS = instruction_sets()
@@ -31,8 +31,8 @@ def running(isa: str, threads: int = 1) -> Iterator[None]:
     """The kernels of one instruction set, on so many threads."""
     before = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(cpu.VARIABLE, isa)
-        assert cpu.load().isa == isa
+        patch.setenv(kernels.VARIABLE, isa)
+        assert kernels.load().isa == isa
         torch.set_num_threads(threads)
         try:
             yield

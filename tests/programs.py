@@ -16,7 +16,7 @@ from engines import build, ds_config
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ds_fp8.zero_fp8.agreement import everybody
+from ds_fp8.zero_fp8.comm.agreement import everybody
 
 WIRE = 0.02  # of the gradient's norm
 Program = list[tuple[str, int]]

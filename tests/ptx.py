@@ -30,12 +30,16 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ds_fp8.config import LEVELS, FP8Config
-from ds_fp8.ops import adam_triton, blocks_triton, reduction_triton, tiles_triton, vectors_triton
+from ds_fp8.config.section import LEVELS, FP8Config
 from ds_fp8.ops.adam import AdamScalars, AdamState, Segment, next_clamp
 from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.formats import E4M3, FP32, Format
-from ds_fp8.zero_fp8.comm import Message
+from ds_fp8.ops.triton import adam as adam_triton
+from ds_fp8.ops.triton import blocks as blocks_triton
+from ds_fp8.ops.triton import quantize_many as vectors_triton
+from ds_fp8.ops.triton import reduction as reduction_triton
+from ds_fp8.ops.triton import tiles as tiles_triton
+from ds_fp8.zero_fp8.placement.messages import Message
 from ds_fp8.zero_fp8.recipe import recipe_of
 
 META = torch.device("meta")

@@ -33,7 +33,7 @@ from kernel_support import (
 )
 from torch import Tensor
 
-from ds_fp8.config import BUILT, ROUNDED, FP8Config, Gradients, Optimizer
+from ds_fp8.config.section import BUILT, ROUNDED, FP8Config, Gradients, Optimizer
 from ds_fp8.ops import adam
 from ds_fp8.ops.adam import AdamScalars, AdamState, Rounding, Segment, next_clamp
 from ds_fp8.ops.blocks import Blocks

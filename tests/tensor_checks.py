@@ -13,7 +13,7 @@ from ds_fp8.ops.backend import TENSOR_REFERENCE
 from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.formats import BY_NAME, E4M3, Format
 from ds_fp8.ops.health import GRADIENT_COUNTS, STATE_COUNTS
-from ds_fp8.zero_fp8.comm import Message
+from ds_fp8.zero_fp8.placement.messages import Message
 from ds_fp8.zero_fp8.recipe import weight_dtypes
 
 

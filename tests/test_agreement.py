@@ -11,7 +11,7 @@ from ranks import RankPools
 from torch import nn
 from train_lm import ByteGPT
 
-from ds_fp8.refusals import where_they_differ
+from ds_fp8.config.refusals import where_they_differ
 
 
 def disagree(what: str) -> str:

@@ -14,7 +14,7 @@ from test_alone_changed import everything, give_gradients, optimizer_of_three
 from torch import Tensor, nn
 
 from ds_fp8 import FP8AdamW
-from ds_fp8.zero_fp8 import alone
+from ds_fp8.zero_fp8.optimizer import standalone
 
 SHAPE = (37, 11)  # 407 elements: three blocks and one that is not full
 FORMATS: tuple[dict[str, Any], ...] = ({}, {"opt_level": "O1"}, {"optimizer": {"master_dtype": "bf16"}})
@@ -142,7 +142,7 @@ def test_nothing_is_compared_unless_an_edit_is_possible() -> None:
     flat = torch.randn(600)
     weights = [nn.Parameter(flat[:300]), nn.Parameter(flat[300:])]
     optimizer = FP8AdamW(weights)
-    with mock.patch.object(alone, "follow", wraps=alone.follow) as compared:
+    with mock.patch.object(standalone, "follow", wraps=standalone.follow) as compared:
         for _ in range(3):
             give_gradients(optimizer)
             optimizer.step()

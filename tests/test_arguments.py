@@ -10,7 +10,7 @@ from foreign_files import attempt, make, on_first, same, snapshot
 from ranks import RankPools
 from test_tags import tree
 
-from ds_fp8.zero_fp8 import manifest
+from ds_fp8.zero_fp8.checkpoint import manifest
 
 Told = list[tuple[str, str]]  # what was asked for, the error
 

@@ -12,7 +12,7 @@ from ranks import RankPools
 from train_lm import Shape
 
 import ds_fp8
-from ds_fp8.ops import build, cpu
+from ds_fp8.ops.cpu import build, kernels
 
 TINY = Shape(layers=1, width=24, heads=2, context=16)  # 24: parameters end inside a block
 STEPS = 4
@@ -98,14 +98,14 @@ def without_compiler(empty: str) -> tuple[str, list[str]]:
         patch.setenv("PATH", empty)
         patch.delenv("CXX", raising=False)
         patch.setenv("TORCH_EXTENSIONS_DIR", empty)
-        patch.setattr(cpu, "_library", cpu._library.__wrapped__)
-        patch.setattr(cpu, "kernels", cpu.kernels.__wrapped__)
+        patch.setattr(kernels, "_library", kernels._library.__wrapped__)
+        patch.setattr(kernels, "kernels", kernels.kernels.__wrapped__)
         engine = build_gpt(ds_config({}), TINY)
         train_losses(engine, batches(engine, shape=TINY), 2)
     logger.removeHandler(handler)
-    kernels = ds_fp8.describe(engine)["kernels"]
+    runs = ds_fp8.describe(engine)["kernels"]
     engine.destroy()
-    return kernels, told
+    return runs, told
 
 
 def test_without_a_compiler_one_rank_warns_once(ranks: RankPools, tmp_path: Path) -> None:

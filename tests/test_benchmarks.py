@@ -12,10 +12,10 @@ import pytest
 import torch
 from kernel_support import needs_compiler
 
-from ds_fp8.ops import build
 from ds_fp8.ops.adam import Rounding
 from ds_fp8.ops.backend import REFERENCE, Backend
 from ds_fp8.ops.blocks import Blocks
+from ds_fp8.ops.cpu import build
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.append(str(BENCHMARKS))

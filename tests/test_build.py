@@ -15,8 +15,9 @@ import torch
 from filelock import FileLock
 from kernel_support import needs_compiler
 
-from ds_fp8.ops import backend, build, cpu
+from ds_fp8.ops import backend
 from ds_fp8.ops.backend import REFERENCE, VARIABLE, choose
+from ds_fp8.ops.cpu import build, kernels
 
 CPU = torch.device("cpu")
 BUILD = "from ds_fp8.ops import build; print(build.library())"
@@ -27,8 +28,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Nothing has been built, and nothing that this process has loaded counts."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
     monkeypatch.delenv(VARIABLE, raising=False)
-    monkeypatch.setattr(cpu, "_library", cpu._library.__wrapped__)
-    monkeypatch.setattr(cpu, "kernels", cpu.kernels.__wrapped__)
+    monkeypatch.setattr(kernels, "_library", kernels._library.__wrapped__)
+    monkeypatch.setattr(kernels, "kernels", kernels.kernels.__wrapped__)
     return tmp_path
 
 
@@ -271,9 +272,9 @@ def test_other_sources_are_another_library(cache: Path, monkeypatch: pytest.Monk
 
 @needs_compiler
 def test_an_instruction_set_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(cpu.VARIABLE, "avx1024")
+    monkeypatch.setenv(kernels.VARIABLE, "avx1024")
     with pytest.raises(ValueError, match=r"DS_FP8_CPU_ISA: received 'avx1024', allowed .*portable"):
-        cpu.load()
+        kernels.load()
 
 
 @needs_compiler
@@ -288,4 +289,4 @@ def test_the_kernels_are_those_of_the_module() -> None:
     chosen = backend.cpu_backend()
     assert chosen.name == "cpu"
     for name in ("quantize", "dequantize", "accumulate", "plan", "adam_step"):
-        assert getattr(chosen, name) is getattr(cpu, name)
+        assert getattr(chosen, name) is getattr(kernels, name)

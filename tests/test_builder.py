@@ -16,8 +16,8 @@ from kernel_support import needs_compiler
 
 import ds_fp8
 from ds_fp8.compat import ALL_OPS
-from ds_fp8.ops import build, cpu
-from ds_fp8.ops.builder import FP8CPUBuilder, FP8TritonBuilder
+from ds_fp8.ops.cpu import build, kernels
+from ds_fp8.ops.op_builders import FP8CPUBuilder, FP8TritonBuilder
 
 
 @pytest.fixture
@@ -104,8 +104,10 @@ def test_report_says_that_a_compiler_is_missing(
 ) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.setattr(build, "compiler", lambda: None)
-    monkeypatch.setattr(cpu, "_library", cpu._library.__wrapped__)  # what has been loaded does not count
-    monkeypatch.setattr(cpu, "kernels", cpu.kernels.__wrapped__)
+    monkeypatch.setattr(
+        kernels, "_library", kernels._library.__wrapped__
+    )  # what has been loaded does not count
+    monkeypatch.setattr(kernels, "kernels", kernels.kernels.__wrapped__)
     text = report()
     assert "NO" in line_of(text, "fp8_cpu").split()[-1]
     assert "install g++" in text

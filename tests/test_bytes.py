@@ -11,14 +11,14 @@ from ranks import RankPools
 from torch import Tensor, nn
 from train_lm import ByteGPT, Shape
 
-from ds_fp8 import memory
-from ds_fp8.config import parse
+from ds_fp8.config.section import parse
+from ds_fp8.estimate import memory
 from ds_fp8.ops.backend import REFERENCE
 from ds_fp8.ops.reduction import FIGURES
-from ds_fp8.zero_fp8.handler import FP8ZeROOptimizer
-from ds_fp8.zero_fp8.partition import ParameterSpec, partition
+from ds_fp8.zero_fp8.handlers.stage12 import FP8ZeROOptimizer
+from ds_fp8.zero_fp8.placement.partition import ParameterSpec, partition
 from ds_fp8.zero_fp8.recipe import recipe_of
-from ds_fp8.zero_fp8.shard import Shard
+from ds_fp8.zero_fp8.states.shard import Shard
 
 DIVISIBLE = Shape(layers=1, width=128, heads=4, context=49)  # 2112 blocks: 16 n on each of 2 or 4 ranks
 

@@ -12,7 +12,7 @@ from ranks import RankPools
 from torch import nn
 from train_lm import ByteGPT
 
-from ds_fp8.zero_fp8 import manifest
+from ds_fp8.zero_fp8.checkpoint import manifest
 
 WARMUP = {"type": "WarmupLR", "params": {"warmup_max_lr": 1e-3, "warmup_num_steps": 10}}
 

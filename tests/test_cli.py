@@ -11,8 +11,8 @@ import pytest
 
 import ds_fp8
 from ds_fp8.cli import main
-from ds_fp8.cli_configs import shipped
-from ds_fp8.config import parse
+from ds_fp8.cli.configs import shipped
+from ds_fp8.config.section import parse
 
 NAMES = ["zero1_bf16", "zero1_o1", "zero1_o2", "zero1_o2plus"]
 NAMES += [name.replace("zero1", "zero2") for name in NAMES]

@@ -21,8 +21,16 @@ from train_lm import ByteGPT, Shape
 
 import ds_fp8
 from ds_fp8.cli import main
-from ds_fp8.estimates import STOCK, STOCK_BF16_STATES, Run, largest, levels, model_of_module, model_of_size
-from ds_fp8.pretrained import pretrained
+from ds_fp8.estimate.methods import (
+    STOCK,
+    STOCK_BF16_STATES,
+    Run,
+    largest,
+    levels,
+    model_of_module,
+    model_of_size,
+)
+from ds_fp8.estimate.model_sizes import pretrained
 
 G = 10**9
 METHODS = [STOCK, STOCK_BF16_STATES, *levels().values()]
@@ -192,8 +200,8 @@ class TestModel:
     def test_absurd_sizes_are_refused(
         self, changes: dict[str, Any], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("ds_fp8.pretrained.MOST_TENSORS", 1000)
-        monkeypatch.setattr("ds_fp8.estimates.MOST_TENSORS", 1000)
+        monkeypatch.setattr("ds_fp8.estimate.model_sizes.MOST_TENSORS", 1000)
+        monkeypatch.setattr("ds_fp8.estimate.methods.MOST_TENSORS", 1000)
         (tmp_path / "config.json").write_text(json.dumps({**LLAMA, **changes}))
         start = time.monotonic()
         with pytest.raises(ValueError, match=re.escape(words)) as refused:

@@ -15,8 +15,8 @@ from torch import nn
 
 import ds_fp8
 from ds_fp8.cli import main
-from ds_fp8.cli_configs import shipped
-from ds_fp8.ops import build as kernels_build
+from ds_fp8.cli.configs import shipped
+from ds_fp8.ops.cpu import build as kernels_build
 
 
 def written(folder: Path, config: Any) -> str:
@@ -51,7 +51,7 @@ class TestMachine:
     def test_a_package_that_is_missing(
         self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("ds_fp8.cli_report.PACKAGES", ("torch", "no_such_package"))
+        monkeypatch.setattr("ds_fp8.cli.report.PACKAGES", ("torch", "no_such_package"))
         assert json.loads(output(capsys, "report", "--json"))["versions"]["no_such_package"] is None
         assert "no_such_package  not installed" in output(capsys, "report")
 

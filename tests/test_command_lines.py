@@ -9,7 +9,7 @@ import pytest
 from engines import ds_config
 
 from ds_fp8.cli import main
-from ds_fp8.cli_configs import shipped
+from ds_fp8.cli.configs import shipped
 
 COMMANDS = {  # options of each that want a value, and those that want none; names before them
     "report": (["--config", "--gpus", "--micro-steps"], ["--json"], 0),
@@ -80,7 +80,7 @@ def test_no_command_line_ends_in_a_traceback(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("ds_fp8.estimates.MOST_GPUS", 64)  # for the time it takes
+    monkeypatch.setattr("ds_fp8.estimate.methods.MOST_GPUS", 64)  # for the time it takes
     chance = random.Random(seed)
     for _ in range(200):
         arguments = typed(chance, places)

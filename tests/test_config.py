@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from ds_fp8 import ds_config, rules
-from ds_fp8.config import BUILT, LEVELS, FP8Config, Level, parse
-from ds_fp8.ds_config import OptimizerParams
-from ds_fp8.refusals import show
+from ds_fp8.config import ds_config, rules
+from ds_fp8.config.ds_config import OptimizerParams
+from ds_fp8.config.refusals import show
+from ds_fp8.config.section import BUILT, LEVELS, FP8Config, Level, parse
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"

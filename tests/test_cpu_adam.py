@@ -34,7 +34,7 @@ from sweep_checks import (
     sweeps,
 )
 
-from ds_fp8.config import LEVELS, ROUNDED
+from ds_fp8.config.section import LEVELS, ROUNDED
 from ds_fp8.ops.adam import Segment
 from ds_fp8.ops.formats import BF16, FP16, Format
 

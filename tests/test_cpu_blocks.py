@@ -41,8 +41,9 @@ from kernel_support import (
     rows_of,
 )
 
-from ds_fp8.ops import blocks, cpu
+from ds_fp8.ops import blocks
 from ds_fp8.ops.blocks import Blocks
+from ds_fp8.ops.cpu import kernels
 from ds_fp8.ops.formats import BF16, E4M3, FP16, FP32, Format
 
 quick = settings(deadline=None, derandomize=True, max_examples=100)
@@ -53,14 +54,14 @@ def test_an_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("DS_FP8_CPU_ISA", "sse9")
     message = f"^DS_FP8_CPU_ISA: received 'sse9', allowed on this processor: {', '.join(ISAS)}$"
     with pytest.raises(ValueError, match=message):
-        cpu.quantize(torch.zeros(32), dirty(1, 32, E4M3))
+        kernels.quantize(torch.zeros(32), dirty(1, 32, E4M3))
 
 
 def test_an_instruction_set_that_the_processor_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "_library", lambda: SimpleNamespace(best_isa=lambda: b"portable"))
+    monkeypatch.setattr(kernels, "_library", lambda: SimpleNamespace(best_isa=lambda: b"portable"))
     message = "^DS_FP8_CPU_ISA: received 'avx2', allowed on this processor: portable$"
     with pytest.raises(ValueError, match=message):
-        cpu.kernels.__wrapped__("avx2")
+        kernels.kernels.__wrapped__("avx2")
 
 
 @each_isa
@@ -71,7 +72,7 @@ def test_every_code_is_decoded(fmt: Format, isa: str) -> None:
     ones = torch.full((len(codes),), 127, dtype=torch.uint8) if fmt.scaled else None
     values = torch.full((codes.numel(),), 7.0)
     with running(isa):
-        cpu.dequantize(Blocks(codes, ones, fmt), values)
+        kernels.dequantize(Blocks(codes, ones, fmt), values)
     expected = codes.to(torch.float32).view(-1)
     assert_same(values, expected, fmt.name, free=expected.isnan() if fmt is E4M3 else None)
 
@@ -82,7 +83,7 @@ def test_every_value_of_two_bytes_is_read(source: Format, isa: str) -> None:
     values = every_code(source)
     out = Blocks(garbage(256, 256, dtype=torch.float32), None, FP32)
     with running(isa):
-        cpu.quantize(values, out)
+        kernels.quantize(values, out)
     assert_same(out.codes.view(-1), values.to(torch.float32), source.name)
 
 
@@ -161,7 +162,7 @@ def test_rows_after_the_end_are_zero_blocks(fmt: Format, isa: str) -> None:
     """Far more of them than are worked on at a time."""
     outer = dirty(40, 32, fmt)
     with running(isa):
-        cpu.quantize(torch.ones(33), inner(outer))
+        kernels.quantize(torch.ones(33), inner(outer))
     codes, scales = inner(outer).codes.to(torch.float32), inner(outer).scales
     assert codes.count_nonzero() == 33
     assert not codes[2:].any()
@@ -174,7 +175,7 @@ def test_what_follows_the_blocks_is_kept(isa: str) -> None:
     source = inner(guarded(rows_of(["normal"] * 3, 32, seed=0), E4M3))
     found, expected = torch.full((2, 200), 7.0)
     with running(isa):
-        cpu.dequantize(source, found)
+        kernels.dequantize(source, found)
     blocks.dequantize(source, expected)
     assert_same(found, expected, "vector")
     assert (found[96:] == 7.0).all()

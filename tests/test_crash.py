@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from crashing import finish, lines, run_and_kill
 
-from ds_fp8.zero_fp8 import manifest, tags
-from ds_fp8.zero_fp8.manifest import Manifest, Recipe
+from ds_fp8.zero_fp8.checkpoint import manifest, tags
+from ds_fp8.zero_fp8.checkpoint.manifest import Manifest, Recipe
 
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree")
 

@@ -15,8 +15,8 @@ from torch import nn
 from train_lm import ByteGPT
 
 import ds_fp8
-from ds_fp8 import memory
-from ds_fp8.zero_fp8.handler import FP8ZeROOptimizer
+from ds_fp8.estimate import memory
+from ds_fp8.zero_fp8.handlers.stage12 import FP8ZeROOptimizer
 
 HYPER = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from train_lm import ByteGPT, Shape
 
-from ds_fp8.config import FP8Config
-from ds_fp8.estimates import (
+from ds_fp8.config.section import FP8Config
+from ds_fp8.estimate.methods import (
     STOCK,
     STOCK_BF16_STATES,
     Held,
@@ -24,9 +24,9 @@ from ds_fp8.estimates import (
     model_of_module,
     with_fp8,
 )
-from ds_fp8.zero_fp8.exchange import Transfer
-from ds_fp8.zero_fp8.partition import Bucket
-from ds_fp8.zero_fp8.wire import BlockWire
+from ds_fp8.zero_fp8.gradients.exchange import Transfer
+from ds_fp8.zero_fp8.gradients.packing import BlockWire
+from ds_fp8.zero_fp8.placement.partition import Bucket
 
 BUCKET = 20_000
 SMALL = 200  # bytes: step counts, norms and flags that DeepSpeed and torch keep

@@ -16,7 +16,7 @@ from engines import build, ds_config
 from foreign_files import MODEL, STATES, Small, attempt, make, same, snapshot
 from ranks import RankPools
 
-from ds_fp8.zero_fp8 import manifest, tags
+from ds_fp8.zero_fp8.checkpoint import manifest, tags
 
 Fault = Callable[[Any, Path], Any]  # a context in which a save fails
 

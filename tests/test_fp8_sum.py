@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from train_lm import Shape
 
 import ds_fp8
-from ds_fp8 import memory
 from ds_fp8.cli import main
-from ds_fp8.ops import ring
+from ds_fp8.estimate import memory
+from ds_fp8.ops import fp8_sum
 from ds_fp8.ops.blocks import Blocks, decode
 from ds_fp8.ops.formats import E4M3, E5M2, Format
-from ds_fp8.zero_fp8 import autoscale
-from ds_fp8.zero_fp8.shard import RingShard
+from ds_fp8.zero_fp8.gradients import autoscale
+from ds_fp8.zero_fp8.states.shard import RingShard
 
 CPU = torch.device("cpu")
 SIZE = 200_000  # 1e-5 of them are two
@@ -41,7 +41,7 @@ def codes(values: list[float], fmt: Format = E4M3) -> Blocks:
 
 def added(*pieces: list[float], fmt: Format = E4M3) -> tuple[list[float], int]:
     out = codes([], fmt)
-    saturated = ring.ring_sum([codes(each, fmt) for each in pieces], out)
+    saturated = fp8_sum.ring_sum([codes(each, fmt) for each in pieces], out)
     return decode(out)[0, : len(pieces[0])].tolist(), int(saturated)
 
 
@@ -69,19 +69,19 @@ def test_a_sum_that_leaves_the_range_saturates_and_is_counted(fmt: Format) -> No
 def test_scales() -> None:
     """448 just fits; mu multiplies, and what is then out of range becomes the largest code."""
     amax = torch.tensor([448.0, 449.0, 1.0, 0.0, math.inf])
-    one = ring.inverse_scales(amax, torch.ones(5), E4M3)
+    one = fp8_sum.inverse_scales(amax, torch.ones(5), E4M3)
     assert one[[0, 1, 2, 4]].tolist() == [1.0, 0.5, 256.0, 0.0]
     assert one[3] > 0
-    assert ring.inverse_scales(amax[:1], torch.tensor([0.75]), E4M3).tolist() == [0.75]
+    assert fp8_sum.inverse_scales(amax[:1], torch.tensor([0.75]), E4M3).tolist() == [0.75]
     out = codes([])
-    ring.quantize(torch.tensor([448.0, -300.0, 3.0]), torch.tensor(2.0), out)
+    fp8_sum.quantize(torch.tensor([448.0, -300.0, 3.0]), torch.tensor(2.0), out)
     assert decode(out)[0, :3].tolist() == [448.0, -448.0, 6.0]
 
 
 def test_largest_sees_what_is_not_finite() -> None:
-    assert ring.largest(torch.tensor([1.0, -3.0])).item() == 3
+    assert fp8_sum.largest(torch.tensor([1.0, -3.0])).item() == 3
     for bad in (math.inf, -math.inf, math.nan):
-        assert ring.largest(torch.tensor([1.0, bad], dtype=torch.bfloat16)).item() == math.inf
+        assert fp8_sum.largest(torch.tensor([1.0, bad], dtype=torch.bfloat16)).item() == math.inf
 
 
 # On ranks

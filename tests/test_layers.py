@@ -11,78 +11,57 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 HOMES = {"ds_fp8": ROOT / "ds_fp8", "ds_fp8.ops": ROOT / "ops", "ds_fp8.zero_fp8": ROOT / "zero_fp8"}
-PACKAGES = {"ds_fp8", "ds_fp8.ops", "ds_fp8.zero_fp8", "ds_fp8.configs"}  # leaves: they import nothing
-
-LAYERS = (  # a module imports from the lines below its own only
-    ("ds_fp8.cli", "ds_fp8.__main__", "ds_fp8.hf"),
-    ("ds_fp8.cli_checkpoints", "ds_fp8.cli_configs", "ds_fp8.cli_estimate", "ds_fp8.cli_report"),
-    ("ds_fp8.estimators",),
-    ("ds_fp8.terminal",),
-    ("ds_fp8.plans", "ds_fp8.pretrained"),
-    ("ds_fp8.registration",),
-    ("ds_fp8.saving",),
-    ("ds_fp8.engine", "ds_fp8.fitting"),
-    ("ds_fp8.arguments", "ds_fp8.backward", "ds_fp8.model_file"),
-    ("ds_fp8.status",),
-    ("ds_fp8.estimates",),
-    ("ds_fp8.memory",),
-    ("ds_fp8.zero_fp8.handler",),
-    ("ds_fp8.zero_fp8.export", "ds_fp8.zero_fp8.stock", "ds_fp8.zero_fp8.universal"),
-    ("ds_fp8.zero_fp8.foreign",),
-    ("ds_fp8.zero_fp8.native",),
-    ("ds_fp8.zero_fp8.convert",),
+# Rooms, the highest first. A module imports from rooms below its own, and within its room from the parts
+# after the next "|". "." is the room's package itself.
+ROOMS = (
+    ("ds_fp8", "__main__ hf"),
+    ("ds_fp8.cli", ". | checkpoints configs estimate report"),
     (
-        "ds_fp8.zero_fp8.access",
-        "ds_fp8.zero_fp8.binding",
+        "ds_fp8.seam",
+        "registration | checkpointing | engine load_checks | arguments backward builds model_file | status",
+    ),
+    ("ds_fp8.estimate", "deepspeed_names | dry_run model_sizes | methods | memory"),
+    ("ds_fp8", "output"),
+    ("ds_fp8.zero_fp8.handlers", "stage12 | full_tensors roster"),
+    ("ds_fp8.zero_fp8", "wiring | verdict"),
+    (
         "ds_fp8.zero_fp8.checkpoint",
-        "ds_fp8.zero_fp8.client",
-        "ds_fp8.zero_fp8.gradients",
-        "ds_fp8.zero_fp8.layout",
-        "ds_fp8.zero_fp8.norm",
-        "ds_fp8.zero_fp8.trained",
+        "export stock universal | foreign | reader | convert | writer | reading tags writing | manifest",
     ),
-    ("ds_fp8.zero_fp8.weights",),
-    ("ds_fp8.zero_fp8.wire",),
-    ("ds_fp8.zero_fp8.exchange", "ds_fp8.zero_fp8.shard"),
-    ("ds_fp8.zero_fp8.health",),
-    ("ds_fp8.zero_fp8.autoscale",),
-    ("ds_fp8.zero_fp8.agreement", "ds_fp8.zero_fp8.comm", "ds_fp8.zero_fp8.optimizer"),
-    ("ds_fp8.zero_fp8.alone",),
-    ("ds_fp8.zero_fp8.edits",),
+    ("ds_fp8.zero_fp8.optimizer", "client | fp8_adamw | standalone | edits"),
+    ("ds_fp8.zero_fp8.weights", "binding | views"),
+    ("ds_fp8.zero_fp8.gradients", "reducer | packing | exchange autoscale backwards"),
+    ("ds_fp8.zero_fp8.states", "shard"),
+    ("ds_fp8.zero_fp8", "health"),
+    ("ds_fp8.zero_fp8.comm", "collectives | agreement groups"),
+    ("ds_fp8.zero_fp8.placement", "parameters | messages partition"),
+    ("ds_fp8.zero_fp8", "guards recipe"),
+    ("ds_fp8.ops", "op_builders | backend"),
     (
-        "ds_fp8.zero_fp8.backwards",
-        "ds_fp8.zero_fp8.guards",
-        "ds_fp8.zero_fp8.partition",
-        "ds_fp8.zero_fp8.reading",
-        "ds_fp8.zero_fp8.recipe",
-        "ds_fp8.zero_fp8.roster",
-        "ds_fp8.zero_fp8.tags",
-        "ds_fp8.zero_fp8.writing",
+        "ds_fp8.ops.triton",
+        "per_tensor quantize_many | adam reduction blocks | masters moments roots | rounding | tiles",
     ),
-    ("ds_fp8.zero_fp8.manifest",),
-    ("ds_fp8.ops.builder",),
-    ("ds_fp8.ops.backend",),
-    ("ds_fp8.ops.tensors_triton", "ds_fp8.ops.vectors_triton"),
-    ("ds_fp8.ops.cpu", "ds_fp8.ops.adam_triton", "ds_fp8.ops.reduction_triton", "ds_fp8.ops.blocks_triton"),
+    ("ds_fp8.ops.cpu", "kernels | build"),
     (
-        "ds_fp8.ops.masters_triton",
-        "ds_fp8.ops.moments_triton",
-        "ds_fp8.ops.ring",
-        "ds_fp8.ops.roots_triton",
-        "ds_fp8.ops.tensors",
+        "ds_fp8.ops",
+        "fp8_sum per_tensor | guards | adam reduction | masters exact | rounding blocks | health | formats",
     ),
-    ("ds_fp8.ops.rounding_triton", "ds_fp8.ops.guards"),
-    ("ds_fp8.ops.tiles_triton", "ds_fp8.ops.adam", "ds_fp8.ops.reduction"),
-    ("ds_fp8.ops.masters", "ds_fp8.ops.exact"),
-    ("ds_fp8.ops.rounding", "ds_fp8.ops.blocks"),
-    ("ds_fp8.ops.health",),
-    ("ds_fp8.ops.formats", "ds_fp8.ops.build"),
-    ("ds_fp8.ds_config",),
-    ("ds_fp8.rules",),
-    ("ds_fp8.config", "ds_fp8.compat"),
-    ("ds_fp8.builds", "ds_fp8.refusals"),
+    ("ds_fp8.config", "ds_config | rules section"),
+    ("ds_fp8", "compat"),
+    ("ds_fp8.config", "refusals"),
 )
-HEIGHT = {module: -depth for depth, layer in enumerate(LAYERS) for module in layer}
+
+
+def layers() -> list[list[str]]:
+    """Modules that may not import each other, the highest first."""
+    return [
+        [room if name == "." else f"{room}.{name}" for name in part.split()]
+        for room, parts in ROOMS
+        for part in parts.split("|")
+    ]
+
+
+HEIGHT = {module: -depth for depth, layer in enumerate(layers()) for module in layer}
 
 PUBLIC = (
     "deepspeed.comm",
@@ -121,7 +100,7 @@ def module_of(name: str) -> str | None:
 
 
 def complaint_about_deepspeed(importer: str, name: str) -> str | None:
-    if within(importer, "ds_fp8.ops") and importer != "ds_fp8.ops.builder":
+    if within(importer, "ds_fp8.ops") and importer != "ds_fp8.ops.op_builders":
         return "ops knows no DeepSpeed"
     public = name == "deepspeed" or any(within(name, each) for each in PUBLIC)
     return None if public or importer == "ds_fp8.compat" else "a private name of DeepSpeed"
@@ -153,13 +132,29 @@ def violations(importer: str, source: str) -> list[str]:
     return [f"{importer} uses {name}: {why}" for name, why in found.items() if why]
 
 
+def dotted_name(home: str, path: Path) -> str:
+    parts = path.relative_to(HOMES[home]).with_suffix("").parts
+    return ".".join((home, *parts)).removesuffix(".__init__")
+
+
 def modules() -> dict[str, Path]:
     """Every module of the package but the package itself, which loads its names on demand."""
-    paths = {f"{home}.{path.stem}": path for home, folder in HOMES.items() for path in folder.glob("*.py")}
-    return {name.removesuffix(".__init__"): path for name, path in paths.items() if name != "ds_fp8.__init__"}
+    links = {ROOT / "ds_fp8" / name for name in OWN_ROOTS}
+    paths = {
+        dotted_name(home, path): path
+        for home, folder in HOMES.items()
+        for path in folder.rglob("*.py")
+        if not links & set(path.parents)
+    }
+    del paths["ds_fp8"]
+    return paths
 
 
 MODULES = modules()
+# Packages are leaves: they import nothing, but for those that have a layer.
+PACKAGES = {"ds_fp8", "ds_fp8.configs"} | {
+    name for name, path in MODULES.items() if path.stem == "__init__" and name not in HEIGHT
+}
 
 
 def test_every_module_has_a_layer() -> None:
@@ -193,28 +188,52 @@ def test_the_package_itself_imports_ours_only_on_demand() -> None:
 @pytest.mark.parametrize(
     ("importer", "source", "why"),
     [
-        ("ds_fp8.ops.adam", "from ds_fp8.zero_fp8.partition import Piece", "ops imports from ops only"),
-        ("ds_fp8.ops.blocks", "from ds_fp8.config import parse", "ops imports from ops only"),
+        (
+            "ds_fp8.ops.adam",
+            "from ds_fp8.zero_fp8.placement.partition import Piece",
+            "ops imports from ops only",
+        ),
+        ("ds_fp8.ops.blocks", "from ds_fp8.config.section import parse", "ops imports from ops only"),
         ("ds_fp8.ops.blocks", "from ds_fp8.ops import adam", "not a layer below"),
         ("ds_fp8.ops.formats", "import ds_fp8.ops.blocks", "not a layer below"),
         ("ds_fp8.ops.rounding", "from ds_fp8.ops.blocks import encode", "not a layer below"),
         ("ds_fp8.ops.adam", "from deepspeed import comm as dist", "ops knows no DeepSpeed"),
         ("ds_fp8.ops.adam", "def f():\n    import deepspeed", "ops knows no DeepSpeed"),
-        ("ds_fp8.zero_fp8.partition", "from ds_fp8.zero_fp8 import comm", "not a layer below"),
-        ("ds_fp8.zero_fp8.comm", "from ds_fp8.zero_fp8.shard import Shard", "not a layer below"),
-        ("ds_fp8.zero_fp8.comm", "def f():\n    from ds_fp8 import engine", "not a layer below"),
-        ("ds_fp8.zero_fp8.handler", "from ds_fp8 import register", "neither a module nor __version__"),
-        ("ds_fp8.zero_fp8.handler", "import ds_fp8\nds_fp8.register()", "neither a module nor __version__"),
-        ("ds_fp8.config", "from ds_fp8.ops.formats import BY_NAME", "not a layer below"),
-        ("ds_fp8.zero_fp8", "from ds_fp8.zero_fp8 import handler", "not a layer below"),
-        ("ds_fp8.engine", "from deepspeed.runtime.engine import DeepSpeedEngine", "private name"),
-        ("ds_fp8.engine", "from deepspeed import runtime", "private name"),
-        ("ds_fp8.engine", "import deepspeed.utils.timer", "private name"),
-        ("ds_fp8.engine", "import deepspeed\nx = deepspeed.runtime.engine", "private name"),
-        ("ds_fp8.engine", "from ops.adam import adam_step", "another package"),
-        ("ds_fp8.engine", "import zero_fp8", "another package"),
-        ("ds_fp8.engine", "from . import memory", "relative"),
-        ("ds_fp8.engine", "from .zero_fp8 import handler", "relative"),
+        (
+            "ds_fp8.zero_fp8.placement.partition",
+            "from ds_fp8.zero_fp8.comm import groups",
+            "not a layer below",
+        ),
+        (
+            "ds_fp8.zero_fp8.comm.collectives",
+            "from ds_fp8.zero_fp8.states.shard import Shard",
+            "not a layer below",
+        ),
+        (
+            "ds_fp8.zero_fp8.comm.collectives",
+            "def f():\n    from ds_fp8.seam import engine",
+            "not a layer below",
+        ),
+        (
+            "ds_fp8.zero_fp8.handlers.stage12",
+            "from ds_fp8 import register",
+            "neither a module nor __version__",
+        ),
+        (
+            "ds_fp8.zero_fp8.handlers.stage12",
+            "import ds_fp8\nds_fp8.register()",
+            "neither a module nor __version__",
+        ),
+        ("ds_fp8.config.section", "from ds_fp8.ops.formats import BY_NAME", "not a layer below"),
+        ("ds_fp8.zero_fp8", "from ds_fp8.zero_fp8.handlers import stage12", "not a layer below"),
+        ("ds_fp8.seam.engine", "from deepspeed.runtime.engine import DeepSpeedEngine", "private name"),
+        ("ds_fp8.seam.engine", "from deepspeed import runtime", "private name"),
+        ("ds_fp8.seam.engine", "import deepspeed.utils.timer", "private name"),
+        ("ds_fp8.seam.engine", "import deepspeed\nx = deepspeed.runtime.engine", "private name"),
+        ("ds_fp8.seam.engine", "from ops.adam import adam_step", "another package"),
+        ("ds_fp8.seam.engine", "import zero_fp8", "another package"),
+        ("ds_fp8.seam.engine", "from . import memory", "relative"),
+        ("ds_fp8.seam.engine", "from .zero_fp8 import handler", "relative"),
     ],
 )
 def test_a_planted_import_is_caught(importer: str, source: str, why: str) -> None:
@@ -226,12 +245,12 @@ def test_a_planted_import_is_caught(importer: str, source: str, why: str) -> Non
 @pytest.mark.parametrize(
     ("importer", "source"),
     [
-        ("ds_fp8.engine", "import ds_fp8\nfrom ds_fp8 import memory\nx = ds_fp8.__version__"),
-        ("ds_fp8.zero_fp8.handler", "from ds_fp8 import __version__"),
-        ("ds_fp8.zero_fp8.comm", "from deepspeed import comm as dist\nimport deepspeed"),
+        ("ds_fp8.seam.engine", "import ds_fp8\nfrom ds_fp8.estimate import memory\nx = ds_fp8.__version__"),
+        ("ds_fp8.zero_fp8.handlers.stage12", "from ds_fp8 import __version__"),
+        ("ds_fp8.zero_fp8.comm.collectives", "from deepspeed import comm as dist\nimport deepspeed"),
         ("ds_fp8.compat", "from deepspeed.runtime.engine import DeepSpeedEngine"),
         ("ds_fp8.ops.adam", "import torch\nfrom ds_fp8.ops import blocks"),
-        ("ds_fp8.engine", "self.ds_fp8.enabled"),
+        ("ds_fp8.seam.engine", "self.ds_fp8.enabled"),
     ],
 )
 def test_what_is_allowed_is_not_caught(importer: str, source: str) -> None:

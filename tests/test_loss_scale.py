@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from train_lm import Corpus, read_corpus
 
 from ds_fp8.compat import CreateLossScaler, NoopTimer
-from ds_fp8.config import FP8Config
-from ds_fp8.zero_fp8.handler import FP8ZeROOptimizer
-from ds_fp8.zero_fp8.manifest import FORMAT_VERSION, File, Manifest, parse, render
-from ds_fp8.zero_fp8.native import Native
-from ds_fp8.zero_fp8.optimizer import FP8AdamW
+from ds_fp8.config.section import FP8Config
+from ds_fp8.zero_fp8.checkpoint.manifest import FORMAT_VERSION, File, Manifest, parse, render
+from ds_fp8.zero_fp8.checkpoint.reader import Native
+from ds_fp8.zero_fp8.handlers.stage12 import FP8ZeROOptimizer
+from ds_fp8.zero_fp8.optimizer.fp8_adamw import FP8AdamW
 from ds_fp8.zero_fp8.recipe import ZeroSettings, recipe_of
 
 DYNAMIC = {

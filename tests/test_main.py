@@ -20,7 +20,7 @@ seen["file"] = __file__
 seen["main"] = sys.modules["__main__"].__dict__ is globals()
 seen["package"] = __spec__.name if __spec__ else None
 seen["neighbour"] = __import__("neighbour").ANSWER
-registration = sys.modules.get("ds_fp8.registration")
+registration = sys.modules.get("ds_fp8.seam.registration")
 json.dump(seen | {"seam": bool(registration and registration._patches)}, open(OUT, "w"))
 """
 

@@ -24,8 +24,8 @@ from engines import (
 from ranks import RankPools
 from train_lm import Shape
 
-from ds_fp8.zero_fp8 import manifest
-from ds_fp8.zero_fp8.manifest import Manifest
+from ds_fp8.zero_fp8.checkpoint import manifest
+from ds_fp8.zero_fp8.checkpoint.manifest import Manifest
 
 WARMUP = {"type": "WarmupLR", "params": {"warmup_max_lr": 1e-3, "warmup_num_steps": 10}}
 CONFIG = ds_config({}, bucket=10_000, scheduler=WARMUP)

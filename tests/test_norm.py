@@ -17,8 +17,8 @@ from triton_support import TRITON, conversion
 from ds_fp8.ops.backend import REFERENCE, Backend
 from ds_fp8.ops.blocks import Blocks, decode, quantize
 from ds_fp8.ops.formats import E4M3, FP32, Format
-from ds_fp8.zero_fp8 import norm
-from ds_fp8.zero_fp8.norm import Verdict
+from ds_fp8.zero_fp8 import verdict as verdict_module
+from ds_fp8.zero_fp8.verdict import Verdict
 
 ROWS, BLOCK = 24, 128
 SCALE = 1 / 3  # of the gradient, so that the norm is rounded
@@ -66,7 +66,7 @@ def verdict(shards: list[Any], clip: float) -> tuple[float, list[int]]:
 @pytest.fixture(autouse=True)
 def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the ranks' figures add up to is at hand already."""
-    monkeypatch.setattr(norm, "sum_over_ranks", lambda figures, group: None)
+    monkeypatch.setattr(verdict_module, "sum_over_ranks", lambda figures, group: None)
 
 
 @each_shard

@@ -17,9 +17,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from ds_fp8 import memory
-from ds_fp8.zero_fp8.gradients import UNDER_WAY
-from ds_fp8.zero_fp8.shard import Shard
+from ds_fp8.estimate import memory
+from ds_fp8.zero_fp8.gradients.reducer import UNDER_WAY
+from ds_fp8.zero_fp8.states.shard import Shard
 
 OVERLAP = {"overlap_comm": True}
 Bits = dict[str, Tensor]

@@ -228,7 +228,7 @@ def clean_python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 class TestInstalledWheel:
     def test_is_the_one_imported(self, clean_python: Path, tmp_path: Path) -> None:
-        code = "import ds_fp8, ds_fp8.engine, ds_fp8.ops as o; print(ds_fp8.__file__, o.__file__, sep='\\n')"
+        code = "import ds_fp8.seam.engine, ds_fp8.ops as o; print(ds_fp8.__file__, o.__file__, sep=chr(10))"
         for line in run(clean_python, "-c", code, cwd=tmp_path).stdout.splitlines()[-2:]:
             assert Path(line).is_relative_to(clean_python.parents[1])
 

@@ -29,8 +29,8 @@ from train_lm import ByteGPT, Shape
 from ds_fp8.ops import adam
 from ds_fp8.ops.backend import REFERENCE, VARIABLE
 from ds_fp8.ops.blocks import Blocks, decode
-from ds_fp8.zero_fp8.handler import FP8ZeROOptimizer
-from ds_fp8.zero_fp8.shard import Shard
+from ds_fp8.zero_fp8.handlers.stage12 import FP8ZeROOptimizer
+from ds_fp8.zero_fp8.states.shard import Shard
 
 EXAMPLE = Shape()
 WIDE = Shape(layers=1, width=256, heads=4, context=32)  # two blocks and more, so that errors average

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ds_fp8.zero_fp8.partition import Bucket, ParameterSpec, partition
+from ds_fp8.zero_fp8.placement.partition import Bucket, ParameterSpec, partition
 
 WORLD_SIZES = range(1, 10)
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import ds_fp8
-from ds_fp8 import registration
 from ds_fp8.compat import (
     OVERRIDE,
     SIGNATURES,
@@ -22,6 +21,7 @@ from ds_fp8.compat import (
     check_version,
     warn_of_newer_torch,
 )
+from ds_fp8.seam import registration
 
 Attributes = dict[tuple[type, str], Any]
 

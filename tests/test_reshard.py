@@ -19,7 +19,7 @@ from engines import (
 from ranks import RankPools
 from torch import Tensor
 
-from ds_fp8.zero_fp8 import manifest
+from ds_fp8.zero_fp8.checkpoint import manifest
 
 FORMATS = {
     "O1": {"opt_level": "O1"},

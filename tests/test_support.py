@@ -22,7 +22,7 @@ from support import (
 )
 from torch import nn
 
-from ds_fp8 import ds_config as rest
+from ds_fp8.config import ds_config as rest
 
 STEPS = 30
 ROOT = Path(__file__).resolve().parent.parent

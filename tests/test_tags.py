@@ -10,7 +10,7 @@ from ranks import RankPools
 from test_crash import write_tag
 
 from ds_fp8.cli import main
-from ds_fp8.zero_fp8 import manifest, tags
+from ds_fp8.zero_fp8.checkpoint import manifest, tags
 
 REFUSED = (
     *("latest", "latest_universal", "latest.new", "ds_fp8_manifest.json", "zero_to_fp32.py"),

@@ -26,15 +26,15 @@ from test_world_size import Dictated
 from torch import Tensor
 
 import ds_fp8
-from ds_fp8 import memory
-from ds_fp8.ops import blocks, tensors
+from ds_fp8.estimate import memory
+from ds_fp8.ops import blocks, per_tensor
 from ds_fp8.ops.adam import UNIT, AdamScalars, AdamState, Rounding, Segment
 from ds_fp8.ops.backend import VARIABLE, choose, choose_for_tensors
 from ds_fp8.ops.blocks import Blocks, decode
 from ds_fp8.ops.formats import BY_NAME, E4M3, FP16, FP32, Format
 from ds_fp8.ops.reduction import norm_square
-from ds_fp8.zero_fp8.layout import choose_for_ring
-from ds_fp8.zero_fp8.optimizer import FP8AdamW
+from ds_fp8.zero_fp8.optimizer.fp8_adamw import FP8AdamW
+from ds_fp8.zero_fp8.wiring import choose_for_ring
 
 CPU = torch.device("cpu")
 TENSOR: dict[str, Any] = {"scaling": "tensor"}
@@ -59,7 +59,7 @@ def test_all_rows_have_the_scale_of_the_largest_value(name: str) -> None:
     """The codes and the scale of one block as long as the tensor."""
     fmt, values = BY_NAME[name], normal(1000) * torch.logspace(-6, 3, 1000)
     out, one = Blocks.zeros(8, 128, fmt, CPU), Blocks.zeros(1, 1024, fmt, CPU)
-    tensors.quantize(values, out)
+    per_tensor.quantize(values, out)
     blocks.quantize(values, one)
     assert scales_of(out) == scales_of(one)
     assert torch.equal(decode(out).view(-1), decode(one).view(-1))
@@ -73,11 +73,11 @@ def test_a_sum_has_one_scale() -> None:
     pieces, sizes = [], (1.0, 1e-3, 30.0)
     for seed, size in enumerate(sizes):
         piece = Blocks.zeros(4, 128, E4M3, CPU)
-        tensors.quantize(normal(512, seed=seed) * size, piece)
+        per_tensor.quantize(normal(512, seed=seed) * size, piece)
         pieces.append(piece)
     exact = decode(pieces[0]) + decode(pieces[1]) + decode(pieces[2])
     shard, expected = Blocks.zeros(4, 128, E4M3, CPU), Blocks.zeros(1, 512, E4M3, CPU)
-    figures = tensors.accumulate(pieces, shard, fresh=True)
+    figures = per_tensor.accumulate(pieces, shard, fresh=True)
     blocks.quantize(exact.view(-1), expected)
     assert torch.equal(decode(shard).view(1, -1), decode(expected))
     assert norm_square(figures) == decode(shard).double().square().sum()
@@ -96,7 +96,7 @@ def sweep(state: AdamState, g: Tensor, sizes: list[int]) -> Tensor:
     plan = [Segment(each, number, 0) for number, each in enumerate(rows)]
     held = Blocks(g.view(-1, 128), None, FP32)
     weights = torch.zeros_like(held.codes)
-    tensors.adam_step(state, held, weights, plan, SCALARS, torch.ones(2), rounding=Rounding(0))
+    per_tensor.adam_step(state, held, weights, plan, SCALARS, torch.ones(2), rounding=Rounding(0))
     return weights
 
 

@@ -6,8 +6,11 @@ import pytest
 import torch
 from kernel_support import needs_compiler
 
-from ds_fp8.ops import adam_triton, blocks_triton, reduction_triton, vectors_triton
 from ds_fp8.ops.backend import BUILT, REFERENCE, VARIABLE, choose, cpu_backend, triton_backend
+from ds_fp8.ops.triton import adam as adam_triton
+from ds_fp8.ops.triton import blocks as blocks_triton
+from ds_fp8.ops.triton import quantize_many as vectors_triton
+from ds_fp8.ops.triton import reduction as reduction_triton
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

@@ -42,11 +42,13 @@ from kernel_support import (
 from torch import Tensor
 from triton_support import CONVERSIONS, DEVICE, TRITON, conversion, each_conversion
 
-from ds_fp8.ops import rounding_triton, tiles_triton, vectors_triton
 from ds_fp8.ops.blocks import to_float32
 from ds_fp8.ops.formats import E4M3, Format
 from ds_fp8.ops.rounding import RANDOM_BITS, round_up_from_zero
-from ds_fp8.ops.tiles_triton import INTERPRETED
+from ds_fp8.ops.triton import quantize_many as vectors_triton
+from ds_fp8.ops.triton import rounding as rounding_triton
+from ds_fp8.ops.triton import tiles as tiles_triton
+from ds_fp8.ops.triton.tiles import INTERPRETED
 
 TILE = tl.constexpr(1 << 16 if INTERPRETED else 1 << 12)  # the interpreter pays by the tile
 

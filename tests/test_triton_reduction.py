@@ -18,8 +18,9 @@ from kernel_checks import (
 from kernel_support import rows_of
 from triton_support import CONVERSIONS, TRITON, conversion
 
-from ds_fp8.ops import reduction_triton, tiles_triton
 from ds_fp8.ops.formats import E4M3, FP32, Format
+from ds_fp8.ops.triton import reduction as reduction_triton
+from ds_fp8.ops.triton import tiles as tiles_triton
 
 TILES = 2  # of a program, in tests that need many: the interpreter pays by the tile, and for empty ones too
 

@@ -23,7 +23,7 @@ from ranks import RankPools
 from test_parity import EXAMPLE, assert_gradients, assert_parity, measure_gradients
 from torch import Tensor, nn
 
-from ds_fp8 import memory
+from ds_fp8.estimate import memory
 from ds_fp8.ops.blocks import Blocks, decode, quantize
 from ds_fp8.ops.formats import BY_NAME, Format
 

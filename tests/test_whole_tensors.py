@@ -5,9 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_partition import Case, each_case, owned_blocks, partition_settings, specs
 
-from ds_fp8.config import FP8Config
-from ds_fp8.memory import rank_bytes
-from ds_fp8.zero_fp8.partition import ParameterSpec, WholeBucket, assign, partition, partition_whole
+from ds_fp8.config.section import FP8Config
+from ds_fp8.estimate.memory import rank_bytes
+from ds_fp8.zero_fp8.placement.partition import ParameterSpec, WholeBucket, assign, partition, partition_whole
 from ds_fp8.zero_fp8.recipe import recipe_of
 
 GRANULE = 128

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from ds_fp8.ops.backend import REFERENCE
 from ds_fp8.ops.blocks import quantize
 from ds_fp8.ops.formats import BY_NAME, E4M3
-from ds_fp8.zero_fp8 import checkpoint
-from ds_fp8.zero_fp8.optimizer import FP8AdamW
-from ds_fp8.zero_fp8.partition import Bucket, ParameterSpec, partition
+from ds_fp8.zero_fp8.checkpoint import writer
+from ds_fp8.zero_fp8.optimizer.fp8_adamw import FP8AdamW
+from ds_fp8.zero_fp8.placement.partition import Bucket, ParameterSpec, partition
 from ds_fp8.zero_fp8.recipe import Recipe
-from ds_fp8.zero_fp8.shard import Shard
+from ds_fp8.zero_fp8.states.shard import Shard
 
 SIZES = (1, 7, 129, 1000, 333, 128, 2047)  # nothing divides, blocks of 128 among 4 ranks
 STEPS = 20
@@ -127,7 +127,7 @@ def inject(world_size: int) -> dict[str, Tensor]:
                     quantize(whole[piece.elements], shard.gradient[piece.rows])
                 shard.sweep(rows, scalars, torch.tensor([0.5, 1.0]))
             optimizer.advance(clamp=True)
-        pieces.append(checkpoint.pack(shards, names))
+        pieces.append(writer.pack(shards, names))
     return whole_states(pieces)
 
 

@@ -14,9 +14,12 @@ import triton.language as tl
 from kernel_support import Kernels
 from triton.runtime import interpreter
 
-from ds_fp8.ops import adam_triton, blocks_triton, reduction_triton, tiles_triton
 from ds_fp8.ops.backend import triton_backend
 from ds_fp8.ops.formats import Format
+from ds_fp8.ops.triton import adam as adam_triton
+from ds_fp8.ops.triton import blocks as blocks_triton
+from ds_fp8.ops.triton import reduction as reduction_triton
+from ds_fp8.ops.triton import tiles as tiles_triton
 
 DEVICE = torch.device("cpu" if tiles_triton.INTERPRETED else "cuda")
 TRITON = Kernels(triton_backend(), DEVICE)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ds_fp8.ops.health import GRADIENT_COUNTS, STATE_COUNTS, GradientCounts, StateCounts
-from ds_fp8.zero_fp8.comm import sum_over_ranks
+from ds_fp8.zero_fp8.comm.collectives import sum_over_ranks
 
 Listener = Callable[[Mapping[str, Any]], None]
 

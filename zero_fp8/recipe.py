@@ -4,10 +4,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ds_fp8.config import FP8Config
+from ds_fp8.config.refusals import refusal
+from ds_fp8.config.section import FP8Config
 from ds_fp8.ops.adam import Rounding
 from ds_fp8.ops.formats import BF16, BY_NAME, FP32, Format
-from ds_fp8.refusals import refusal
 
 
 @dataclass(frozen=True)

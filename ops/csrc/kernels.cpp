@@ -1,5 +1,5 @@
 // The four ops of a backend on a CPU, behind the contracts of ops/blocks.py, ops/reduction.py and
-// ops/adam.py, and those of them that write with one scale a tensor, ops/tensors.py: same codes, same scales.
+// ops/adam.py, and those of them that write with one scale a tensor, ops/per_tensor.py: same codes, same scales.
 // A batch of blocks is decoded into FP32 in L1 by its format, computed, and encoded by its format; nothing
 // longer is ever in between. Compiled once an instruction set, which ISA names, and without fused
 // multiply-add: the order of roundings is part of the contract.

@@ -1,4 +1,4 @@
-// One scale a tensor; ops/tensors.py. A first sweep finds the largest values, a second computes again and
+// One scale a tensor; ops/per_tensor.py. A first sweep finds the largest values, a second computes again and
 // encodes.
 #pragma once
 #include <algorithm>

@@ -1,0 +1,161 @@
+"""`ds_fp8 inspect`, `export` and `to-universal`: checkpoints of ours, without a run.
+
+CHECKPOINT is the folder of a tag, or the one that holds `latest`. Every file is verified before it is
+opened. torch is imported by the commands that need it.
+"""
+
+import argparse
+import math
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ds_fp8.output import add_command, progress_bar, show_json, show_table
+from ds_fp8.zero_fp8.checkpoint import manifest, tags
+from ds_fp8.zero_fp8.checkpoint.manifest import Manifest
+
+if TYPE_CHECKING:
+    from ds_fp8.zero_fp8.checkpoint.reader import Native
+
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def add_to(commands: Any) -> None:
+    inspecting = _add(commands, "inspect", inspect, "what a checkpoint holds, and whether it is whole")
+    inspecting.add_argument("--no-verify", action="store_true", help="do not compute checksums")
+    exporting = _add(commands, "export", export, "write the weights as a model's files")
+    exporting.add_argument("out", metavar="OUT", type=Path, help="a new folder")
+    exporting.add_argument("--format", choices=("safetensors", "torch"), default="safetensors")
+    exporting.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32")
+    exporting.add_argument("--max-shard-size", metavar="SIZE", type=size, default="5GB", help="default: 5GB")
+    converting = _add(commands, "to-universal", to_universal, "write a universal checkpoint of DeepSpeed")
+    converting.add_argument("out", metavar="OUT", type=Path, help="a new folder, beside `latest_universal`")
+    for each in (exporting, converting):
+        each.add_argument(
+            "--unpickle",
+            action="store_true",
+            help="let DeepSpeed's model file hold objects of a client: only where you trust who wrote it",
+        )
+
+
+def _add(commands: Any, name: str, run: Callable[[argparse.Namespace], None], text: str) -> Any:
+    parser = add_command(commands, name, run, text)
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", type=Path, help="the folder given to save_checkpoint, or a tag's"
+    )
+    parser.add_argument("--tag", help="instead of the one that `latest` names")
+    parser.add_argument("--json", action="store_true", help="tell the result as JSON")
+    return parser
+
+
+def size(text: str) -> int:
+    """Bytes: "5GB", "500MiB", "1000000"."""
+    match = re.fullmatch(r"(\d+)\s*([KMGT]?i?B?)", text, re.IGNORECASE)
+    unit = match and UNITS.get(match[2].upper())
+    if match is None or unit is None or int(match[1]) == 0:
+        raise argparse.ArgumentTypeError(f"received {text!r}, allowed: as 5GB, 500MiB or 1000000")
+    return int(match[1]) * unit
+
+
+def find(path: Path, tag: str | None) -> tuple[Path, Manifest]:
+    """The folder of a tag and its manifest. Raises ValueError where there is none of ours."""
+    if not path.is_dir():
+        raise ValueError(f"{path}: no such folder")
+    folder = path
+    if tag is not None or not (path / manifest.NAME).exists():
+        found = tags.find(path, tag)
+        if found is None:
+            raise ValueError(
+                f"{path}: neither {manifest.NAME} nor {tags.LATEST}, expected one of them: the folder "
+                f"{tags.contents(path)}"
+            )
+        folder = path / found
+    facts = manifest.read(folder)
+    if facts is None:
+        raise ValueError(
+            f"{folder / manifest.NAME}: missing: not a checkpoint of ds_fp8, or never finished: the folder "
+            f"{tags.contents(folder)}"
+        )
+    return folder, facts
+
+
+def inspect(arguments: argparse.Namespace) -> None:
+    folder, facts = find(arguments.checkpoint, arguments.tag)
+    if not arguments.no_verify:
+        manifest.verify(folder, facts, facts.files)
+    if arguments.json:
+        show_json({"folder": str(folder), "verified": not arguments.no_verify, **facts.model_dump()})
+        return
+    ranks = "1 rank" if facts.world_size == 1 else f"{facts.world_size} ranks"
+    parameters = sum(math.prod(each.shape) for each in facts.parameters.values())
+    rows = {
+        "folder": folder,
+        "files": "not verified" if arguments.no_verify else "whole: every size and checksum is right",
+        "step": f"{facts.steps} of the optimizer, {facts.global_steps} of the engine",
+        "saved by": f"{ranks}, ZeRO {facts.zero_stage}",
+        "with": f"ds_fp8 {facts.ds_fp8_version}, deepspeed {facts.deepspeed_version}",
+        **{key: value for key, value in facts.recipe.model_dump().items()},
+        "parameters": f"{parameters:,} trained, in {len(facts.parameters)} tensors",
+        "view of zero_to_fp32.py": "yes" if facts.fp32_master else "no: use ds_fp8 export",
+    }
+    show_table(("checkpoint", ""), rows.items())
+    show_table(("file", "bytes"), ((name, f"{each.size:,}") for name, each in facts.files.items()))
+
+
+def export(arguments: argparse.Namespace) -> None:
+    from ds_fp8.zero_fp8.checkpoint.export import DTYPES, entries
+    from ds_fp8.zero_fp8.checkpoint.export import export as write
+
+    native = open_verified(arguments)
+    total = sum(each.numel for each in entries(native, DTYPES[arguments.dtype]))
+    with advancing("exporting", total) as advance:
+        files = write(
+            native,
+            arguments.out,
+            dtype=arguments.dtype,
+            kind=arguments.format,
+            limit=arguments.max_shard_size,
+            advance=advance,
+        )
+    told([{"file": str(path), "bytes": path.stat().st_size} for path in files], arguments)
+
+
+def to_universal(arguments: argparse.Namespace) -> None:
+    from ds_fp8.zero_fp8.checkpoint.universal import write
+
+    native = open_verified(arguments)
+    total = sum(math.prod(each.shape) for each in native.facts.parameters.values())
+    with advancing("converting", total) as advance:
+        write(native, arguments.out, advance)
+    files = [path for path in sorted(arguments.out.rglob("*")) if path.is_file()]
+    written = sum(path.stat().st_size for path in files)
+    told([{"folder": str(arguments.out), "files": len(files), "bytes": written}], arguments)
+
+
+def open_verified(arguments: argparse.Namespace) -> "Native":
+    """The checkpoint, once its files are known to be whole."""
+    from ds_fp8.zero_fp8.checkpoint.reader import Native
+
+    folder, facts = find(arguments.checkpoint, arguments.tag)
+    with advancing("verifying", len(facts.files)) as advance:
+        for name in facts.files:
+            manifest.verify(folder, facts, [name])
+            advance(1)
+    return Native(folder, facts, unpickle=arguments.unpickle)
+
+
+@contextmanager
+def advancing(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar; what it yields is told how much more is done."""
+    with progress_bar() as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda done: bar.advance(task, done)
+
+
+def told(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
+    if arguments.json:
+        show_json(rows)
+    else:
+        show_table(tuple(rows[0]), (row.values() for row in rows))

@@ -1,0 +1,152 @@
+"""`ds_fp8 estimate`: what a GPU holds with FP8 and with stock DeepSpeed, and the largest model that fits."""
+
+import argparse
+import os
+import re
+from dataclasses import asdict
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any
+
+from ds_fp8.config.refusals import cut, refusal
+from ds_fp8.config.section import LEVELS
+from ds_fp8.output import add_command, add_run, in_units, show_json, show_line, show_table
+
+if TYPE_CHECKING:
+    from ds_fp8.estimate.methods import Method, Model, Run
+
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
+GB = 10**9
+MOST_GIGABYTES = 1000  # of a GPU
+
+
+def add_to(commands: Any) -> None:
+    parser = add_command(commands, "estimate", estimate, "bytes a GPU, beside stock DeepSpeed BF16")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--params", metavar="N", type=count, help="a model of so many parameters: 350M, 7G")
+    what.add_argument("--model", metavar="CONFIG", help="a Hugging Face config.json or cached name")
+    what.add_argument("--paper", action="store_true", help="the models of Table 1 of FP8-LM")
+    what.add_argument("--memory", metavar="GB", type=gigabytes, help="the largest model that fits such GPUs")
+    add_run(parser)
+    parser.add_argument("--stage", type=int, choices=(1, 2), help="of ZeRO; default: 2")
+    parser.add_argument("--opt-level", choices=tuple(LEVELS), help="default: all of them")
+    parser.add_argument("--config", metavar="DS_CONFIG", help="as this file has it")
+    parser.add_argument("--json", action="store_true", help="tell the result as JSON")
+
+
+def count(text: str) -> int:
+    """A number of parameters: 350M, 1.3B, 7000000."""
+    match = re.fullmatch(r"([0-9]{1,20}(?:\.[0-9]{1,20})?)([KMGBT]?)", text, re.IGNORECASE)
+    number = Fraction(match[1]) * UNITS[match[2].upper()] if match else Fraction(0)
+    if number.denominator > 1 or number < 1:
+        allowed = "a whole number of parameters, as 350M, 1.3B or 7000000"
+        raise argparse.ArgumentTypeError(f"received {cut(repr(text))}, allowed: {allowed}")
+    return int(number)
+
+
+def gigabytes(text: str) -> int:
+    """Bytes."""
+    number = Fraction(text) if re.fullmatch(r"[0-9]{1,20}(\.[0-9]{1,20})?", text) else Fraction(0)
+    if not 0 < number <= MOST_GIGABYTES:
+        allowed = f"gigabytes, as 80 or 141.5, at most {MOST_GIGABYTES:,}"
+        raise argparse.ArgumentTypeError(f"received {cut(repr(text))}, allowed: {allowed}")
+    return round(number * GB)
+
+
+def estimate(arguments: argparse.Namespace) -> None:
+    from ds_fp8.estimate.methods import STOCK, STOCK_BF16_STATES
+
+    run, ours = _run(arguments)
+    methods = [STOCK, STOCK_BF16_STATES, *ours]
+    if arguments.memory is not None:
+        _show_largest(arguments, methods, run)
+    else:
+        _show_models(arguments, methods, run)
+
+
+def _run(arguments: argparse.Namespace) -> "tuple[Run, list[Method]]":
+    """The run, and ds_fp8's methods in it."""
+    from ds_fp8.estimate import methods
+
+    if arguments.config is None:
+        run = methods.Run(arguments.gpus, arguments.stage or 2, arguments.micro_steps or 1)
+        levels = methods.levels()
+        return run, [levels[arguments.opt_level]] if arguments.opt_level else [*levels.values()]
+    from ds_fp8.estimate import dry_run
+
+    for option in ("stage", "opt_level"):
+        if getattr(arguments, option) is not None:
+            raise ValueError(f"--{option.replace('_', '-')}: not allowed with --config, which decides it")
+    config = dry_run.read(arguments.config)
+    plan = dry_run.plan(config, gpus=arguments.gpus, micro_steps=arguments.micro_steps)
+    if isinstance(plan, str):
+        raise ValueError(
+            f'{cut(arguments.config)}: received no enabled "fp8" section that trains, allowed: one'
+        )
+    if plan.weights is None:
+        raise refusal("bf16.enabled", False, "true, or fp16.enabled: the estimate is of 16-bit weights")
+    name = cut(os.path.basename(arguments.config))
+    return plan.run, [methods.with_fp8(f"ds_fp8, {name}", plan.fp8)]
+
+
+def _models(arguments: argparse.Namespace, run: "Run") -> "list[Model]":
+    from ds_fp8.estimate import methods
+    from ds_fp8.estimate.model_sizes import pretrained
+
+    if arguments.paper:
+        return methods.paper()
+    if arguments.model is not None:
+        return [pretrained(arguments.model)]
+    return [methods.model_of_size(arguments.params, run)]
+
+
+def _show_models(arguments: argparse.Namespace, methods: "list[Method]", run: "Run") -> None:
+    models = _models(arguments, run)
+    if arguments.json:
+        show_json({**asdict(run), "models": [_as_json(model, methods, run) for model in models]})
+        return
+    show_line(f"What a GPU holds, without activations: {_told(run)}")
+    if arguments.paper:
+        totals = (
+            (
+                model.name,
+                in_units(model.parameters),
+                *(in_units(each.held(model, run).total, "B") for each in methods),
+            )
+            for model in models
+        )
+        show_table(("model", "size", *(each.name for each in methods)), totals)
+    else:
+        from ds_fp8.estimate.deepspeed_names import show
+
+        show(models[0], run, methods)
+
+
+def _as_json(model: "Model", methods: "list[Method]", run: "Run") -> dict[str, Any]:
+    held = [(each.name, each.held(model, run)) for each in methods]
+    return {
+        "name": model.name,
+        "parameters": model.parameters,
+        "frozen": model.frozen,
+        "counted": model.counted or None,
+        "bytes": [{"method": name, **asdict(each), "total": each.total} for name, each in held],
+    }
+
+
+def _show_largest(arguments: argparse.Namespace, methods: "list[Method]", run: "Run") -> None:
+    from ds_fp8.estimate.methods import largest
+
+    sizes = {each.name: largest(each, run, arguments.memory) for each in methods}
+    if arguments.json:
+        found = [{"method": name, "parameters": size} for name, size in sizes.items()]
+        show_json({**asdict(run), "memory": arguments.memory, "largest": found})
+        return
+    show_line(
+        f"The largest model on GPUs of {in_units(arguments.memory, 'B')}, without activations: {_told(run)}"
+    )
+    show_table(("", "parameters"), ((name, in_units(size)) for name, size in sizes.items()))
+
+
+def _told(run: "Run") -> str:
+    gpus = "1 GPU" if run.gpus == 1 else f"{run.gpus} GPUs"
+    steps = "1 micro-step" if run.micro_steps == 1 else f"{run.micro_steps} micro-steps"
+    return f"ZeRO {run.stage}, {gpus}, {steps} a step"

@@ -1,0 +1,126 @@
+"""What a refusal says: the key, the value received, what is allowed.
+
+Whoever reads it may have given megabytes: a value is cut after 200 characters, and of many mistakes the first
+ten are named. What is allowed is told from the model's own fields, so that a new key needs no words.
+"""
+
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import takewhile
+from types import NoneType
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+LONGEST = 200  # characters of a value in a message
+MOST = 10  # mistakes of a section that are named
+LEFT_OUT = "the key left out"
+KINDS = {bool: "true, false", int: "an integer", float: "a number"}
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def refusal(path: str, received: Any, allowed: str) -> ValueError:
+    """The one form of a refusal: key, value, what is allowed."""
+    return ValueError(f"{cut(path)}: received {show(received)}, allowed: {allowed}")
+
+
+def show(value: Any) -> str:
+    """A value as it stands in JSON, for a message."""
+    return cut(as_json(value))
+
+
+def as_json(value: Any) -> str:
+    """A value as it stands in JSON, whole; of another kind, as Python shows it."""
+    for told in (partial(json.dumps, default=repr), repr):
+        try:
+            return str(told(value))
+        except Exception:  # a circle, a depth or a number beyond Python's, a repr of somebody's
+            continue
+    return f"a {type(value).__name__}"
+
+
+def cut(text: str) -> str:
+    """At most LONGEST characters of a text."""
+    mark = f"... ({len(text):,} characters)"
+    return text if len(text) <= LONGEST else text[: LONGEST - len(mark)] + mark
+
+
+def where_they_differ(mine: str, other: str) -> tuple[str, str]:
+    """Two texts, cut so that the first difference is in what is left."""
+    alike = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(mine, other, strict=False)))
+    start = alike - LONGEST // 2
+    if start <= 0:
+        return cut(mine), cut(other)
+    name = cut(mine[:start].partition(": ")[0])
+    first, second = (f"{name}: ...{text[start : start + LONGEST]}" for text in (mine, other))
+    return first, second
+
+
+def validate(model: type[M], section: Any, path: str, words: Mapping[str, str] | None = None) -> M:
+    """A section as its model. Raises ValueError with a line for each thing that is wrong.
+
+    words: what is allowed, by key, where this version takes less than the model.
+    """
+    try:
+        return model.model_validate(section)
+    except ValidationError as error:
+        told = [_explain(model, each, path, words or {}) for each in error.errors(include_url=False)]
+    more = [f"{path}: {len(told) - MOST:,} mistakes more"] if len(told) > MOST else []
+    raise ValueError("\n".join(told[:MOST] + more))
+
+
+def allowed_of(annotation: Any, limits: tuple[Any, ...] = ()) -> str:
+    """What a field of such a type takes, in words; limits: as pydantic keeps them of the field."""
+    kind, inner = get_origin(annotation), get_args(annotation)
+    if kind is Annotated:
+        return allowed_of(inner[0], tuple(inner[1].metadata))
+    if NoneType in inner:
+        return f"{allowed_of(inner[0], limits)}, {LEFT_OUT}"
+    if kind is Literal:
+        return ", ".join(map(show, inner))
+    if kind is list:
+        return f"a list of {limits[0].min_length}, each {allowed_of(inner[0])}"
+    if issubclass(annotation, BaseModel):
+        return f"an object of {', '.join(annotation.model_fields)}"
+    return ", ".join([KINDS[annotation], *map(_limit, limits)])
+
+
+def _limit(limit: Any) -> str:
+    words = {"ge": "{} or more", "gt": "more than {}", "lt": "less than {}"}
+    return next(words[each].format(getattr(limit, each)) for each in words if hasattr(limit, each))
+
+
+def _explain(model: type[BaseModel], error: Any, section: str, words: Mapping[str, str]) -> str:
+    """One of pydantic's errors in our form."""
+    names = [str(each) for each in error["loc"]]
+    key = ".".join(names)
+    path = f"{section}.{key}" if key else section
+    annotation: Any = model
+    limits: tuple[Any, ...] = ()
+    for name in names:
+        if get_origin(annotation) is list:
+            break  # an element: the list's own words
+        keys = annotation.model_fields
+        if name not in keys:
+            return _unknown(path, name, error["input"], [*keys])
+        annotation, limits = keys[name].annotation, tuple(keys[name].metadata)
+    return str(refusal(path, error["input"], words.get(key) or allowed_of(annotation, limits)))
+
+
+def _unknown(path: str, name: str, value: Any, keys: list[str]) -> str:
+    close = difflib.get_close_matches(name[:LONGEST], keys, n=1)
+    hint = f' (did you mean "{close[0]}"?)' if close else ""
+    received = f"received an unknown key with the value {show(value)}"
+    return f"{cut(path)}: {received}, allowed: {', '.join(keys)}{hint}"
+
+
+NAMED = 3  # parameters that a message names
+
+
+def naming(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more

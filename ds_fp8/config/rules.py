@@ -1,0 +1,280 @@
+"""The tables behind `ds_config`: what becomes of every other key of a ds_config when FP8 is on.
+
+Every top-level key and every field of the sections listed here is honoured, is without effect, or
+is refused by name. A test enumerates them from the installed DeepSpeed and fails on one that is
+missing.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ds_fp8.config.refusals import show
+
+
+@dataclass(frozen=True)
+class Honoured:
+    """Does what DeepSpeed's documentation says."""
+
+
+@dataclass(frozen=True)
+class NoEffect:
+    """Accepted; asks for something that FP8 has no use for."""
+
+    why: str
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Accepted only with a value that asks for nothing."""
+
+    why: str
+    harmless: tuple[Any, ...] = ()  # besides a section that says "enabled": false
+
+    def accepts(self, value: Any) -> bool:
+        if not isinstance(value, Mapping):
+            return any(value == each for each in self.harmless)
+        switched_off = value.get("enabled", value != {}) is False
+        return switched_off or any(_contains(value, each) for each in self.harmless if each)
+
+    def allowed(self, value: Any) -> str:
+        off = ['{"enabled": false}'] if isinstance(value, Mapping) and "enabled" in value else []
+        return ", ".join(["the key left out", *off, *map(show, self.harmless)])
+
+
+def _contains(section: Mapping[str, Any], part: Mapping[str, Any]) -> bool:
+    return all(section.get(key) == value for key, value in part.items())
+
+
+Rule = Honoured | NoEffect | Refused
+
+HONOURED = Honoured()
+OWN_DTYPES = NoEffect("dtypes of states and gradients are those of the fp8 section")
+OTHER_OPTIMIZER = NoEffect("FP8AdamW replaces the optimizer")
+FP32_SUM = NoEffect("the ranks' gradients are added in FP32, where no factor is needed")
+ONLY_ZERO3 = NoEffect("a key of ZeRO 3")
+NOT_WITH_FP8 = "does not work with fp8 enabled"
+NOT_YET = "is not built yet with fp8 enabled"
+
+TOP_LEVEL: dict[str, Rule] = {
+    **dict.fromkeys(
+        (
+            "train_batch_size",
+            "train_micro_batch_size_per_gpu",
+            "gradient_accumulation_steps",
+            "gradient_clipping",
+            "optimizer",
+            "scheduler",
+            "bf16",
+            "bfloat16",
+            "fp16",
+            "fp8",
+            "managed_gradient_accumulation",
+            "gradient_allreduce_op",
+            "data_types",
+            "compile",
+            "checkpoint",
+            "zero_optimization",
+            "steps_per_print",
+            "wall_clock_breakdown",
+            "memory_breakdown",
+            "dump_state",
+            "dataloader_drop_last",
+            "disable_python_gc",
+            "activation_checkpointing",
+            "flops_profiler",
+            "comms_logger",
+            "tensorboard",
+            "csv_monitor",
+            "wandb",
+            "comet",
+            "log_level",
+            "timers",
+            "autotuning",
+            "vocabulary_size",
+            "data_efficiency",
+        ),
+        HONOURED,
+    ),
+    "msamp": NoEffect("MS-AMP's section, switched off"),
+    "zero_allow_untested_optimizer": OTHER_OPTIMIZER,
+    "zero_force_ds_cpu_optimizer": OTHER_OPTIMIZER,
+    "aio": NoEffect("nothing is offloaded"),
+    "seq_parallel_communication_data_type": NoEffect("there is no sequence parallelism"),
+    "use_data_before_expert_parallelism": NoEffect("there are no experts"),
+    "torch_autocast": Refused(NOT_WITH_FP8),
+    "communication_data_type": Refused("is fp8.gradients.dtype with fp8 enabled", (None,)),
+    "prescale_gradients": FP32_SUM,
+    "gradient_predivide_factor": FP32_SUM,
+    "disable_allgather": Refused(NOT_WITH_FP8, (False,)),
+    "datastates_ckpt": Refused(NOT_YET),
+    "hybrid_engine": Refused(NOT_WITH_FP8),
+    "pipeline": NoEffect("the model is no PipelineModule"),
+    "tensor_parallel": Refused(NOT_WITH_FP8, ({}, {"autotp_size": 0}, {"autotp_size": 1})),
+    "expert_parallel": Refused(NOT_WITH_FP8),
+    "sequence_parallel_size": Refused(NOT_WITH_FP8, (1,)),
+    "data_parallel_size": Refused(NOT_WITH_FP8, (1,)),
+    "weight_quantization": Refused(NOT_WITH_FP8),
+    # Of older versions; newer ones refuse them themselves.
+    **dict.fromkeys(
+        (
+            "amp",
+            "compression_training",
+            "curriculum_learning",
+            "graph_harvesting",
+            "nebula",
+            "progressive_layer_drop",
+            "sparse_attention",
+            "sparse_gradients",
+        ),
+        Refused(NOT_WITH_FP8, (False, None)),
+    ),
+}
+
+ZERO: dict[str, Rule] = {
+    "stage": HONOURED,
+    "reduce_bucket_size": HONOURED,
+    "overlap_comm": HONOURED,
+    "contiguous_gradients": NoEffect("gradients are packed into the message that travels"),
+    "reduce_scatter": NoEffect("gradients go to their owners by all-to-all"),
+    "use_multi_rank_bucket_allreduce": NoEffect("gradients go to their owners by all-to-all"),
+    "allgather_partitions": NoEffect("weights are gathered a bucket at a time"),
+    "allgather_bucket_size": NoEffect("weights are gathered a bucket at a time"),
+    "compute_grad_norm": NoEffect("the norm decides whether a step is skipped and is always computed"),
+    "load_from_fp32_weights": NoEffect("masters are restored as they were saved"),
+    "ignore_unused_parameters": NoEffect("unused parameters count as zero gradients"),
+    "legacy_stage1": Refused(NOT_WITH_FP8, (False,)),
+    "round_robin_gradients": Refused(NOT_WITH_FP8, (False,)),
+    "parameter_alignment": Refused(NOT_WITH_FP8, (False,)),
+    "elastic_checkpoint": Refused(NOT_WITH_FP8, (False,)),
+    "offload_param": Refused(NOT_YET, (None, {"device": "none"})),
+    "offload_optimizer": Refused(NOT_YET, (None, {"device": "none"})),
+    "cpu_offload": Refused(NOT_YET, (None, False)),
+    "cpu_offload_param": Refused(NOT_YET, (None, False)),
+    "cpu_offload_use_pin_memory": Refused(NOT_YET, (None, False)),
+    "zenflow": Refused(NOT_WITH_FP8, (None,)),
+    "zero_hpz_partition_size": Refused(NOT_WITH_FP8, (1,)),
+    "zero_quantized_weights": Refused(NOT_WITH_FP8, (False,)),
+    "zero_quantized_nontrainable_weights": Refused(NOT_WITH_FP8, (False,)),
+    "zero_quantized_gradients": Refused(NOT_WITH_FP8, (False,)),
+    "zeropp_loco_param": Refused(NOT_WITH_FP8, (None,)),
+    "mics_shard_size": Refused(NOT_WITH_FP8, (-1,)),
+    "mics_hierarchical_params_gather": Refused(NOT_WITH_FP8, (False,)),
+    "enable_sanity_checks": NoEffect("the handler has checks of its own"),
+    "save_muon_momentum_buffer_in_memory": OTHER_OPTIMIZER,
+    **dict.fromkeys(
+        (
+            "sub_group_size",
+            "prefetch_bucket_size",
+            "param_persistence_threshold",
+            "model_persistence_threshold",
+            "max_live_parameters",
+            "max_reuse_distance",
+            "gather_16bit_weights_on_model_save",
+            "module_granularity_threshold",
+            "use_all_reduce_for_fetch_params",
+            "allgather_sequential",
+            "stage3_prefetch_bucket_size",
+            "stage3_param_persistence_threshold",
+            "stage3_model_persistence_threshold",
+            "stage3_max_live_parameters",
+            "stage3_max_reuse_distance",
+            "stage3_gather_16bit_weights_on_model_save",
+            "stage3_module_granularity_threshold",
+            "stage3_use_all_reduce_for_fetch_params",
+            "stage3_allgather_sequential",
+            "stage3_gather_fp16_weights_on_model_save",
+            "memory_efficient_linear",
+            "pipeline_loading_checkpoint",
+            "override_module_apply",
+            "log_trace_cache_warnings",
+            "leaf_module",
+        ),
+        ONLY_ZERO3,
+    ),
+}
+
+# Fields that one end of the supported range of DeepSpeed has and the other has not.
+NOT_IN_EVERY_VERSION = {
+    "autoep_non_moe",
+    "compute_grad_norm",
+    "mics_hierarchical_params_gather",
+    "mics_shard_size",
+    "offload_activation_pin_memory",
+    "parameter_alignment",
+    "zeropp_loco_param",
+}
+
+BF16: dict[str, Rule] = {
+    "enabled": HONOURED,
+    "immediate_grad_update": NoEffect("a key of DeepSpeed's BF16 optimizer"),
+    "check_grad_overflow": NoEffect("non-finite gradients are always looked for"),
+    "bf16_master_weights_and_grads": Refused("is fp8.optimizer.master_dtype with fp8 enabled", (False,)),
+    "bf16_optimizer_states": Refused("is fp8.optimizer.exp_avg_dtype with fp8 enabled", (False,)),
+}
+
+FP16: dict[str, Rule] = {
+    **dict.fromkeys(
+        (
+            "enabled",
+            "auto_cast",
+            "loss_scale",
+            "initial_scale_power",
+            "loss_scale_window",
+            "hysteresis",
+            "consecutive_hysteresis",
+            "min_loss_scale",
+        ),
+        HONOURED,
+    ),
+    "fp16_master_weights_and_grads": Refused("is fp8.optimizer.master_dtype with fp8 enabled", (False,)),
+}
+
+DATA_TYPES: dict[str, Rule] = dict.fromkeys(
+    ("grad_accum_dtype", "param_dtype", "buffer_dtype", "keep_in_fp32_modules"), HONOURED
+)
+
+COMPILE: dict[str, Rule] = {
+    "deepcompile": Refused(NOT_WITH_FP8, (False,)),
+    **dict.fromkeys(
+        (
+            "autoep_non_moe",
+            "free_activation",
+            "free_activation_threshold",
+            "offload_activation",
+            "offload_activation_pin_memory",
+            "offload_opt_states",
+            "double_buffer",
+            "symmetric_memory",
+            "debug_log",
+            "offload_parameters",
+            "sync_before_reduce",
+            "sync_after_reduce",
+            "sync_before_allgather",
+            "sync_after_allgather",
+            "keep_int_input_tensors",
+            "keep_all_input_tensors",
+            "passes",
+        ),
+        NoEffect("a key of DeepCompile"),
+    ),
+}
+
+CHECKPOINT: dict[str, Rule] = {
+    "tag_validation": HONOURED,
+    "use_node_local_storage": HONOURED,
+    "parallel_write": NoEffect("a key of pipeline parallelism"),
+    "checkpoint_serialization": Refused("lets a rank read only what it needs", (True, None)),
+    "load_universal": HONOURED,
+    "writer": Refused(NOT_YET, (None,)),
+}
+
+SECTIONS: dict[str, dict[str, Rule]] = {
+    "zero_optimization": ZERO,
+    "bf16": BF16,
+    "bfloat16": BF16,
+    "fp16": FP16,
+    "data_types": DATA_TYPES,
+    "checkpoint": CHECKPOINT,
+    "compile": COMPILE,
+}

@@ -1,0 +1,213 @@
+"""The "fp8" section of ds_config.json.
+
+Strict and frozen: an unknown key, a value of another type, a combination that is not built yet, each
+is a ValueError that gives the key's full path, the value received and what is allowed. "auto" is
+no value of any key (accelerate raises on such a leaf); a key left out takes the value that its level
+and the run imply.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from ds_fp8.config.refusals import LEFT_OUT, refusal, show, validate
+
+SECTION = "fp8"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Gradients(_Section):
+    """How gradients travel and are kept."""
+
+    dtype: Literal["e4m3", "e5m2", "bf16"] = "e4m3"
+    """Between ranks, and of the reduced gradient where `accum_dtype` does not say otherwise."""
+    reduction: Literal["fp32", "fp8"] = "fp32"
+    """How the ranks' gradients are added; fp8: the paper's sum of codes, with `scaling` tensor."""
+    autoscale: Literal["dynamic", "pre", "post"] | None = None
+    """What keeps a sum in FP8 from overflow and underflow; left out: dynamic."""
+    accum_dtype: Literal["fp32", "bf16", "e4m3"] | None = None
+    """The reduced gradient; left out: as `dtype` with one micro-step a step, else fp32."""
+    intra_node_size: int | None = Field(default=None, ge=1)
+    """Consecutive ranks that make a node of the two-hop exchange; left out, 1, the world size: one hop."""
+    inter_node_dtype: Literal["e4m3", "bf16"] | None = None
+    """Between nodes; left out: as `dtype`."""
+
+
+class Optimizer(_Section):
+    """Formats of the Adam states."""
+
+    master_dtype: Literal["fp32", "fp16", "bf16", "split16", "split8"] | None = None
+    exp_avg_dtype: Literal["fp32", "bf16", "fp16", "e4m3", "e5m2"] | None = None
+    exp_avg_sq_dtype: Literal["fp32", "bf16", "fp16", "ue4m4", "e4m3", "e5m2"] | None = None
+    rounding: Literal["nearest", "stochastic"] | None = None
+    clamp: bool = True
+    seed: int = Field(default=0, ge=0)
+
+
+class Weights(_Section):
+    dtype: Literal["e4m3"] | None = None
+
+
+class Checkpoint(_Section):
+    fp32_master: bool = True
+    allow_conversion: bool = False
+
+
+class Stats(_Section):
+    interval: int = Field(default=0, ge=0)
+
+
+@dataclass(frozen=True)
+class Level:
+    """The states of an `opt_level`."""
+
+    master: str
+    exp_avg: str
+    exp_avg_sq: str
+
+
+LEVELS = {
+    "O1": Level("fp32", "fp32", "fp32"),
+    "O2": Level("fp16", "e4m3", "fp16"),
+    "O2+": Level("split16", "e4m3", "ue4m4"),
+}
+ROUNDED = ("fp16", "bf16", "split8")  # masters that can be rounded stochastically
+
+
+class FP8Config(_Section):
+    """The whole section."""
+
+    enabled: bool = False
+    opt_level: Literal["O1", "O2", "O2+", "O3"] = "O2"
+    scaling: Literal["block", "tensor"] = "block"
+    block_size: Literal[32, 64, 128, 256] = 128
+    gradients: Gradients = Gradients()
+    optimizer: Optimizer = Optimizer()
+    weights: Weights = Weights()
+    checkpoint: Checkpoint = Checkpoint()
+    stats: Stats = Stats()
+    max_consecutive_skips: int = Field(default=50, ge=1)
+
+    @field_validator("block_size", mode="before")
+    @classmethod
+    def _no_float(cls, value: Any) -> Any:
+        """128.0 equals 128, and so passes for the literal."""
+        if isinstance(value, float):
+            raise ValueError("an integer")
+        return value
+
+    @property
+    def states(self) -> Level:
+        """Formats of the states: the level's, where the section names none."""
+        level, given = LEVELS[self.opt_level], self.optimizer
+        return Level(
+            given.master_dtype or level.master,
+            given.exp_avg_dtype or level.exp_avg,
+            given.exp_avg_sq_dtype or level.exp_avg_sq,
+        )
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether masters are rounded stochastically: where bits are lost, unless told otherwise.
+
+        With a scale a tensor they are not, as published, unless told to.
+        """
+        left_out = "stochastic" if self.scaling == "block" else "nearest"
+        return self.states.master in ROUNDED and (self.optimizer.rounding or left_out) == "stochastic"
+
+
+# What this version does with a key that the design gives more values; None: left out.
+BUILT: dict[str, tuple[Any, ...]] = {
+    "opt_level": tuple(LEVELS),
+    "weights.dtype": (None,),
+}
+
+
+def parse(ds_config: Mapping[str, Any]) -> FP8Config | None:
+    """The section of a ds_config, or None where there is none. Raises ValueError."""
+    _refuse_lookalikes(ds_config)
+    if SECTION not in ds_config:
+        return None
+    config = validate(FP8Config, ds_config[SECTION], SECTION, {path: _built(path) for path in BUILT})
+    if config.enabled:
+        _refuse_unbuilt(config)
+        _refuse_idle_rounding(config)
+        _refuse_without_nodes(config.gradients)
+        _refuse_fp8_sum(config)
+        if config.scaling == "tensor":
+            _refuse_with_tensors(config)
+    return config
+
+
+def _refuse_lookalikes(ds_config: Mapping[str, Any]) -> None:
+    for key in ds_config:
+        letters = re.sub(r"[^a-z0-9]", "", str(key).lower())
+        if key != SECTION and letters in ("fp8", "float8", "dsfp8", "fp8lm"):
+            raise refusal(str(key), ds_config[key], f'the section is spelled "{SECTION}"')
+    msamp = ds_config.get("msamp")
+    if msamp.get("enabled") if isinstance(msamp, Mapping) else msamp:
+        level = msamp.get("opt_level", "O1") if isinstance(msamp, Mapping) else "O1"
+        section = {SECTION: {"enabled": True, "opt_level": level if level in LEVELS else "O2"}}
+        raise refusal("msamp", msamp, f"MS-AMP's section is read by MS-AMP only; write {show(section)}")
+
+
+def _refuse_unbuilt(config: FP8Config) -> None:
+    for path, built in BUILT.items():
+        value = config
+        for name in path.split("."):
+            value = getattr(value, name)
+        if value not in built:
+            raise refusal(f"{SECTION}.{path}", value, f"{_built(path)} (this value is not built yet)")
+
+
+def _refuse_idle_rounding(config: FP8Config) -> None:
+    if config.optimizer.rounding == "stochastic" and config.states.master not in ROUNDED:
+        allowed = f'"nearest" with the master {config.states.master}, of which nothing is rounded away; '
+        raise refusal(
+            f"{SECTION}.optimizer.rounding", "stochastic", f'{allowed}"stochastic" with {", ".join(ROUNDED)}'
+        )
+
+
+def _refuse_without_nodes(gradients: Gradients) -> None:
+    if gradients.inter_node_dtype is not None and gradients.intra_node_size is None:
+        allowed = "the key left out, or fp8.gradients.intra_node_size beside it"
+        raise refusal(f"{SECTION}.gradients.inter_node_dtype", gradients.inter_node_dtype, allowed)
+
+
+def _refuse_with_tensors(config: FP8Config) -> None:
+    """What a scale a tensor, as published, does not have."""
+    nodes, optimizer = config.gradients.intra_node_size, config.optimizer
+    beside = f'with {SECTION}.scaling "tensor"'
+    if nodes not in (None, 1):
+        allowed = f"the key left out, or 1, {beside}: whole tensors travel in one hop"
+        raise refusal(f"{SECTION}.gradients.intra_node_size", nodes, allowed)
+    if config.states.exp_avg_sq == "ue4m4":
+        allowed = f"fp32, bf16, fp16, e4m3, e5m2 {beside}, which stores exp_avg_sq itself, rounded to nearest"
+        raise refusal(f"{SECTION}.optimizer.exp_avg_sq_dtype", "ue4m4", allowed)
+    if optimizer.clamp and "clamp" in optimizer.model_fields_set:
+        raise refusal(f"{SECTION}.optimizer.clamp", True, f"false, or the key left out, {beside}")
+
+
+def _refuse_fp8_sum(config: FP8Config) -> None:
+    """Keys that want each other."""
+    gradients, path = config.gradients, f"{SECTION}.gradients"
+    if gradients.reduction == "fp32":
+        if gradients.autoscale is not None:
+            allowed = f'the key left out, or {path}.reduction "fp8" beside it'
+            raise refusal(f"{path}.autoscale", gradients.autoscale, allowed)
+        return
+    if config.scaling != "tensor":
+        raise refusal(f"{path}.reduction", "fp8", f'"fp32", or {SECTION}.scaling "tensor" beside it')
+    if gradients.dtype == "bf16":
+        raise refusal(f"{path}.dtype", "bf16", f'"e4m3", "e5m2" with {path}.reduction "fp8"')
+
+
+def _built(path: str) -> str:
+    """The values of a key that this version takes."""
+    return ", ".join(LEFT_OUT if each is None else show(each) for each in BUILT[path])

@@ -1,0 +1,1 @@
+"""Bytes per parameter and on the wire, before anything is allocated."""

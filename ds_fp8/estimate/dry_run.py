@@ -1,0 +1,165 @@
+"""What a ds_config asks for, told without an engine, with the verdict that a run would have.
+
+DeepSpeed's own functions read the file and judge it, with the "fp8" section registered for that alone: a
+second reader of ours would accept what a run refuses (repeated keys) and refuse what it takes (comments).
+"""
+
+import io
+import logging
+import os
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from ds_fp8.compat import DeepSpeedConfig, deepspeed_logger, load_ds_config
+from ds_fp8.config.ds_config import BATCHES, initialize_params, may_be_frozen
+from ds_fp8.config.refusals import cut, refusal, show
+from ds_fp8.config.section import SECTION, FP8Config
+from ds_fp8.estimate.methods import Run
+from ds_fp8.zero_fp8.recipe import Recipe, check_nodes, recipe_of
+
+FASTER_FROM = 16_000_000  # elements of a bucket, on one node with NVLink; docs/communication.md
+MOST_WORDS = 500  # characters of DeepSpeed's own words; they repeat what was given
+AUTO = "auto"  # a value that the Hugging Face Trainer and accelerate fill in
+OFF = 'FP8 is off: no enabled "fp8" section; stock DeepSpeed runs'
+IDLE = 'FP8 is idle: ZeRO 0 and no "optimizer"; an engine that trains is refused'
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An accepted ds_config with FP8 enabled, for so many GPUs."""
+
+    fp8: FP8Config
+    run: Run
+    recipe: Recipe
+    weights: str | None  # bf16, fp16; None: as the model has them
+    idle: tuple[str, ...]  # keys without effect
+    filled_in: tuple[str, ...]  # keys that are "auto"
+    refused_alone: str | None  # by DeepSpeed, where Hugging Face fills in no "auto"
+
+
+def read(source: str) -> Mapping[str, Any]:
+    """A ds_config, from a file or base64, as DeepSpeed reads it. Raises ValueError where DeepSpeed cannot."""
+    try:
+        loaded = load_ds_config(source)
+    except Exception as error:  # from a folder to a depth beyond Python's
+        missing = "" if os.path.exists(source) else "no such file, and no ds_config in base64: "
+        raise ValueError(f"{cut(source)}: {missing}{_objection(error)}") from None
+    if not isinstance(loaded, Mapping):
+        raise refusal(source, loaded, "an object")
+    return loaded
+
+
+def plan(config: Mapping[str, Any], *, gpus: int, micro_steps: int | None = None) -> Plan | str:
+    """What ds_fp8 would do; where it would do nothing, why. Raises ValueError with the refusal.
+
+    micro_steps: instead of the config's. Keys that are "auto" count as left out, but in the section they are
+    refused. What only the model or a client's optimizer shows is not looked at.
+    """
+    known, filled_in = without_auto(config)
+    if set(filled_in) & set(BATCHES) and not set(known) & set(BATCHES[:2]):
+        known[BATCHES[1]] = 1  # DeepSpeed wants one of both; Hugging Face fills it in
+    judged = judge(known, gpus)
+    fp8: FP8Config | None = judged.ds_fp8
+    if fp8 is None or not fp8.enabled:
+        return OFF
+    if may_be_frozen(known):
+        return IDLE
+    run = Run(
+        gpus=gpus,
+        stage=int(judged.zero_config.stage),
+        micro_steps=micro_steps or int(judged.gradient_accumulation_steps),
+        bucket_elements=int(judged.zero_config.reduce_bucket_size),
+        overlap=bool(judged.zero_config.overlap_comm),
+    )
+    recipe = recipe_of(fp8, accumulating=run.accumulating, ranks=gpus)
+    check_nodes(recipe.intra_node_size, gpus)
+    weights, idle = _weights(filled_in, judged, recipe), tuple(judged.ds_fp8_idle_keys)
+    alone = _refused(config, gpus) if filled_in else None
+    return Plan(fp8, run, recipe, weights, idle, tuple(filled_in), alone)
+
+
+def judge(config: Mapping[str, Any], gpus: int) -> Any:
+    """The DeepSpeedConfig of a run on so many GPUs. Raises ValueError with our objection or DeepSpeed's."""
+
+    class Judged(DeepSpeedConfig):  # type: ignore[misc]  # DeepSpeed has no types
+        def _initialize_params(self, param_dict: dict[str, Any]) -> None:
+            self.world_size = gpus
+            initialize_params(DeepSpeedConfig._initialize_params)(self, param_dict)
+
+    try:
+        with _quiet():
+            return Judged(dict(config))
+    except Exception as error:  # DeepSpeed asserts, looks up and converts as it reads
+        raise ValueError(_objection(error)) from None
+
+
+def _refused(config: Mapping[str, Any], gpus: int) -> str | None:
+    try:
+        judge(config, gpus)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without DeepSpeed's log, which would stand between a command's lines."""
+    level = deepspeed_logger.level
+    deepspeed_logger.setLevel(logging.CRITICAL)
+    try:
+        with redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        deepspeed_logger.setLevel(level)
+
+
+def _objection(error: Exception) -> str:
+    """In our form where it is one of ours, else in DeepSpeed's words."""
+    if isinstance(error, ValidationError):
+        told = [(".".join(map(str, each["loc"])), each) for each in error.errors(include_url=False)]
+        places = [f"{key}: received {show(each['input'])}: {each['msg']}" for key, each in told]
+        return f"DeepSpeed refuses it: {error.title}: {'; '.join(places)}"
+    if type(error) is ValueError and ", allowed: " in str(error):
+        return str(error)
+    words = " ".join(str(error).split())
+    return f"DeepSpeed refuses it: {type(error).__name__}: {words[:MOST_WORDS]}"
+
+
+def advice(plan: Plan) -> list[str]:
+    """What would make the exchange faster, as measured."""
+    alone, size = plan.run.gpus == 1, plan.run.bucket_elements
+    if alone or not plan.recipe.wire.scaled or plan.recipe.two_hops(plan.run.gpus) or size >= FASTER_FROM:
+        return []
+    return [
+        f"with buckets of {size:,} elements stock DeepSpeed's BF16 all-reduce may be faster where all GPUs "
+        f"share NVLink: set reduce_bucket_size to {FASTER_FROM:,} or more"
+    ]
+
+
+def without_auto(config: Mapping[str, Any], prefix: str = "") -> tuple[dict[str, Any], list[str]]:
+    """The config without the keys that are "auto", and their paths."""
+    known: dict[str, Any] = {}
+    filled_in: list[str] = []
+    for key, value in config.items():
+        if value == AUTO and f"{prefix}{key}" != SECTION:
+            filled_in.append(cut(f"{prefix}{key}"))
+        elif isinstance(value, Mapping) and f"{prefix}{key}" != SECTION:
+            known[key], inner = without_auto(value, f"{prefix}{key}.")
+            filled_in += inner
+        else:
+            known[key] = value
+    return known, filled_in
+
+
+def _weights(filled_in: Collection[str], judged: Any, recipe: Recipe) -> str | None:
+    """The dtype that DeepSpeed gives the model; of two that are "auto" the first."""
+    bf16 = judged.bfloat16_config.enabled or {"bf16.enabled", "bfloat16.enabled"} & {*filled_in}
+    fp16 = judged.float16_config.enabled or "fp16.enabled" in filled_in
+    if fp16 and not bf16 and recipe.master.split:
+        allowed = f"false: beside a master {recipe.master.name} weights are BF16"
+        raise refusal("fp16.enabled", True, allowed)
+    return "bf16" if bf16 else "fp16" if fp16 else None

@@ -1,0 +1,1 @@
+"""What DeepSpeed's engine does differently when its config enables FP8."""

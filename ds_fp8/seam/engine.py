@@ -1,0 +1,247 @@
+"""The seam into DeepSpeed: what its engine does differently when the config enables FP8.
+
+Each replacement calls the original whenever FP8 is off. `registration` puts them in place.
+"""
+
+import functools
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
+
+import ds_fp8
+from ds_fp8.compat import ZERO_OPTIMIZATION, CreateLossScaler, NoopTimer
+from ds_fp8.config import ds_config
+from ds_fp8.config.refusals import as_json, refusal, show
+from ds_fp8.config.section import FP8Config
+from ds_fp8.seam.backward import divisor
+from ds_fp8.seam.status import accumulating, banner, is_active, write_events
+from ds_fp8.zero_fp8.comm.agreement import check_agreement
+from ds_fp8.zero_fp8.handlers.stage12 import FP8ZeROOptimizer
+from ds_fp8.zero_fp8.optimizer.fp8_adamw import FP8AdamW
+from ds_fp8.zero_fp8.recipe import Recipe, ZeroSettings, check_nodes, recipe_of, weight_dtypes
+
+logger = logging.getLogger("ds_fp8")
+
+Method = Callable[..., Any]
+AGREED_KEYS = (
+    "fp8",
+    "bf16",
+    "fp16",
+    "zero_optimization",
+    "optimizer",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "train_micro_batch_size_per_gpu",
+)
+
+
+def _fp8(engine: Any) -> FP8Config | None:
+    """The engine's section, where it is enabled."""
+    config: FP8Config | None = getattr(engine._config, "ds_fp8", None)
+    return config if config is not None and config.enabled else None
+
+
+def configure_distributed_model(original: Method) -> Method:
+    """DeepSpeedEngine._configure_distributed_model: first see that the ranks agree about it."""
+
+    @functools.wraps(original)
+    def method(self: Any, model: Any) -> None:
+        if _fp8(self) is not None and ds_config.may_be_frozen(self._config._param_dict):
+            logger.info(
+                "ds_fp8 %s: IDLE, this engine's config has ZeRO 0 and no optimizer", ds_fp8.__version__
+            )
+        facts = _facts(self, model) if _fp8(self) is not None else ["fp8 off"]
+        check_agreement("config or model", facts, torch.device(self.device), dist.get_world_group())
+        original(self, model)
+
+    return method
+
+
+def _facts(engine: Any, model: torch.nn.Module) -> list[str]:
+    """What all ranks must have alike, a line each."""
+    section = engine._config._param_dict
+    config = [f'ds_config "{key}": {as_json(section[key])}' for key in AGREED_KEYS if key in section]
+    trained = [
+        f"{name}: {list(each.shape)}, {each.dtype}, {'trained' if each.requires_grad else 'frozen'}"
+        for name, each in model.named_parameters()
+    ]
+    return [*config, *trained]
+
+
+def scheduler_from_config(original: Method) -> Method:
+    """DeepSpeedEngine._scheduler_from_config: torch's schedulers want a torch optimizer."""
+
+    @functools.wraps(original)
+    def method(self: Any, optimizer: Any) -> Any:
+        return original(self, optimizer.optimizer if is_active(self) else optimizer)
+
+    return method
+
+
+def configure_basic_optimizer(original: Method) -> Method:
+    """DeepSpeedEngine._configure_basic_optimizer: FP8AdamW from the "optimizer" section."""
+
+    @functools.wraps(original)
+    def method(self: Any, model_parameters: Any) -> Any:
+        if _fp8(self) is None:
+            return original(self, model_parameters)
+        params = ds_config.optimizer_params(self.optimizer_params() or {})
+        decoupled = self.optimizer_name() == "adamw" or params.adam_w_mode
+        # DeepSpeed's fused Adam decays nothing unless told to; torch's AdamW decays .01.
+        default_decay = 0.01 if params.torch_adam and decoupled else 0.0
+        return FP8AdamW(
+            model_parameters,
+            lr=params.lr,
+            betas=(params.betas[0], params.betas[1]),
+            eps=params.eps,
+            weight_decay=default_decay if params.weight_decay is None else params.weight_decay,
+            bias_correction=params.bias_correction,
+            adam_w_mode=decoupled,
+        )
+
+    return method
+
+
+def do_optimizer_sanity_check(original: Method) -> Method:
+    """DeepSpeedEngine._do_optimizer_sanity_check: stage 1 and 2 alike go to the ZeRO handler."""
+
+    @functools.wraps(original)
+    def method(self: Any, basic_optimizer: Any) -> Any:
+        if _fp8(self) is not None:
+            ds_config.check_stage(self._config._param_dict)
+            return ZERO_OPTIMIZATION
+        logger.info('ds_fp8 %s: OFF, this engine\'s config has no enabled "fp8" section', ds_fp8.__version__)
+        return original(self, basic_optimizer)
+
+    return method
+
+
+def configure_zero_optimizer(original: Method) -> Method:
+    """DeepSpeedEngine._configure_zero_optimizer: our handler instead of DeepSpeed's."""
+
+    @functools.wraps(original)
+    def method(self: Any, optimizer: Any) -> Any:
+        config = _fp8(self)
+        if config is None:
+            return original(self, optimizer)
+        ranks = dist.get_world_size(self.seq_data_parallel_group)
+        recipe = recipe_of(config, accumulating=accumulating(self), ranks=ranks)
+        check_engine(self, recipe)
+        self.basic_optimizer = replace_optimizer(optimizer)
+        self.optimizer = FP8ZeROOptimizer(
+            self.basic_optimizer,
+            self.param_names,
+            recipe,
+            settings_of(config, self),
+            self.seq_data_parallel_group,
+            self.timers if self.wall_clock_breakdown() else NoopTimer(),
+            CreateLossScaler(
+                torch.float16 if self.fp16_enabled() else torch.float32,
+                static_loss_scale=self.loss_scale(),
+                dynamic_scaling=self.dynamic_loss_scale(),
+                dynamic_loss_args=self.dynamic_loss_scale_args(),
+            ),
+        )
+        self.optimizer.join(functools.partial(members, self), functools.partial(divisor, self), optimizer)
+        self.optimizer.health.listeners.append(functools.partial(write_events, self))
+        logger.info("%s", banner(self))
+        if self._config.ds_fp8_idle_keys:
+            logger.info("without effect with fp8: %s", "; ".join(self._config.ds_fp8_idle_keys))
+        return self.optimizer
+
+    return method
+
+
+def members(engine: Any) -> Iterable[tuple[str, torch.nn.Parameter]]:
+    """Names and parameters of the engine's module as it is now."""
+    named: Iterable[tuple[str, torch.nn.Parameter]] = engine.module.named_parameters()
+    return named
+
+
+def settings_of(config: FP8Config, engine: Any) -> ZeroSettings:
+    """What the handler obeys of the engine's config."""
+    return ZeroSettings(
+        stage=int(engine.zero_optimization_stage()),
+        bucket_elements=int(engine.zero_reduce_bucket_size()),
+        overlap=bool(engine.zero_overlap_comm()),
+        gradient_clipping=float(engine.gradient_clipping()),
+        average=bool(engine.gradient_average),
+        max_consecutive_skips=config.max_consecutive_skips,
+        save_fp32_master=config.checkpoint.fp32_master,
+        stats_interval=config.stats.interval,
+    )
+
+
+def check_engine(engine: Any, recipe: Recipe) -> None:
+    """Refuse, before anything is allocated, what only the model shows. Raises ValueError."""
+    refused = {
+        "a PipelineModule": engine.pipeline_parallelism,
+        "a model with MoE layers": engine.has_moe_layers,
+        "an mpu (model parallelism)": engine.mpu is not None,
+    }
+    for what, present in refused.items():
+        if present:
+            raise ValueError(
+                f"deepspeed.initialize: received {what}, allowed with fp8: data parallelism only"
+            )
+    check_nodes(recipe.intra_node_size, dist.get_world_size(engine.seq_data_parallel_group))
+    model_dtype, wanted = engine.get_data_types()
+    ours = recipe.shard.dtype if engine.zero_optimization_stage() == 2 else model_dtype
+    if engine._config.grad_accum_dtype is not None and wanted is not ours:
+        where = "in the reduced gradient under ZeRO 2, in the model's .grad under ZeRO 1"
+        raise refusal("data_types.grad_accum_dtype", str(wanted), f"{ours} (micro-steps add up {where})")
+    for module_name, module in engine.module.named_modules():
+        if isinstance(module, torch.nn.Embedding | torch.nn.EmbeddingBag) and module.sparse:
+            raise refusal(f"{module_name}.sparse", True, "false with fp8 enabled")
+    dtypes = weight_dtypes(recipe.master)
+    for name, parameter in engine.module.named_parameters():
+        if parameter.requires_grad and parameter.dtype not in dtypes:
+            beside = f" beside a master {recipe.master.name}" if recipe.master.split else ""
+            allowed = ", ".join(map(str, dtypes)) + beside
+            raise refusal(f"dtype of {name}", str(parameter.dtype), allowed)
+
+
+def replace_optimizer(optimizer: Any) -> FP8AdamW:
+    """FP8AdamW with the very param_groups of a client's Adam, so that its schedulers go on working.
+
+    Raises ValueError for an optimizer of another type and for one that has stepped already.
+    """
+    if type(optimizer) is FP8AdamW:
+        _refuse_used_alone(optimizer)
+        return optimizer
+    decoupled: dict[type, Callable[[dict[str, Any]], bool]] = {
+        torch.optim.AdamW: lambda _: True,
+        torch.optim.Adam: lambda group: bool(group.get("decoupled_weight_decay")),
+        FusedAdam: lambda _: bool(optimizer.adam_w_mode),
+        DeepSpeedCPUAdam: lambda _: bool(optimizer.adam_w_mode),
+    }
+    if type(optimizer) not in decoupled:
+        known = "torch.optim.Adam, torch.optim.AdamW, FusedAdam, DeepSpeedCPUAdam, ds_fp8.FP8AdamW"
+        received = (
+            "none" if not isinstance(optimizer, torch.optim.Optimizer) else type(optimizer).__qualname__
+        )
+        raise ValueError(f"optimizer: received {received}, allowed with fp8: {known}")
+    _refuse_stepped(optimizer)
+    for group in optimizer.param_groups:
+        group["adam_w_mode"] = decoupled[type(optimizer)](group)
+    replaced = FP8AdamW(optimizer.param_groups)
+    optimizer._opt_called = True  # or a scheduler made with it warns that it was never stepped
+    return replaced
+
+
+def _refuse_used_alone(optimizer: FP8AdamW) -> None:
+    _refuse_stepped(optimizer)
+    if optimizer.fp8 is not None:
+        raise ValueError(
+            f"FP8AdamW(fp8=...): received {show(optimizer.fp8)}, allowed with DeepSpeed: none; the formats "
+            'are those of the "fp8" section of its config'
+        )
+
+
+def _refuse_stepped(optimizer: Any) -> None:
+    if optimizer.state:
+        raise ValueError("optimizer: received one that has stepped already, allowed: one without state")

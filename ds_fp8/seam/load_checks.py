@@ -1,0 +1,185 @@
+"""Whether a checkpoint fits an engine: asked before anything is touched.
+
+DeepSpeed writes the module, then the scheduler, then asks the optimizer; what it would stumble over
+half-way is refused here.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ds_fp8.seam import model_file
+from ds_fp8.seam.model_file import Wanted, frozen
+from ds_fp8.zero_fp8.checkpoint import convert, manifest, stock
+from ds_fp8.zero_fp8.checkpoint.convert import Converted
+from ds_fp8.zero_fp8.checkpoint.foreign import Universal, check_names
+from ds_fp8.zero_fp8.checkpoint.manifest import Manifest
+from ds_fp8.zero_fp8.checkpoint.reader import Native, is_extra_state
+from ds_fp8.zero_fp8.checkpoint.reading import Entry
+from ds_fp8.zero_fp8.checkpoint.writer import Restorable, recipe_facts
+from ds_fp8.zero_fp8.handlers.stage12 import FP8ZeROOptimizer
+
+ALLOW = "fp8.checkpoint.allow_conversion: true converts them, through FP32"
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """A checkpoint that has been checked: DeepSpeed's model file, and the states if they are wanted."""
+
+    model: Entry
+    states: Restorable | None
+    conversion: str = ""  # what is rounded on the way, for the log
+
+
+def check(engine: Any, folder: Path, facts: Manifest, wanted: Wanted) -> Fitting:
+    """A checkpoint of ours, whose files have been verified. Raises ValueError if it does not fit."""
+    path = folder / manifest.NAME
+    _check_module(engine, path, facts, wanted)
+    model = model_file.read(engine, folder)
+    model_file.check(engine, model, wanted)
+    return _check_ours(engine, folder, facts, model) if wanted.states else Fitting(model, None)
+
+
+def _check_ours(engine: Any, folder: Path, facts: Manifest, model: Entry) -> Fitting:
+    path = folder / manifest.NAME
+    _check_parameters(engine, path, facts)
+    handler: FP8ZeROOptimizer = engine.optimizer
+    native, recipe = Native(folder, facts, unpickle=True), recipe_facts(handler.recipe)
+    native.check(handler.shards, handler.parameter_names)
+    if facts.recipe == recipe:
+        return Fitting(model, native)
+    if not _may_convert(engine):
+        differences = ", ".join(manifest.describe_difference(facts.recipe, recipe))
+        raise ValueError(f"{path}: of another recipe than this run ({differences}): {ALLOW}")
+    return Fitting(model, Converted(native), convert.describe(facts.recipe, recipe))
+
+
+def check_stock(engine: Any, folder: Path, wanted: Wanted) -> Fitting:
+    """A checkpoint that has no manifest."""
+    files = stock.optimizer_files(folder)
+    if files and stock.is_native(next(iter(files.values()))):
+        raise ValueError(f"{folder / manifest.NAME}: missing: the checkpoint was never finished, or lost it")
+    model = model_file.read(engine, folder)
+    states = _check_stock(engine, folder) if wanted.states else None
+    model_file.check(engine, model, wanted)
+    return Fitting(model, states, _from_fp32(engine) if states is not None else "")
+
+
+def _check_stock(engine: Any, folder: Path) -> Restorable:
+    if not _may_convert(engine):
+        raise ValueError(
+            f'{folder}: optimizer states that were not written with "fp8" enabled: {ALLOW}; or load only the '
+            "weights (load_optimizer_states=False)"
+        )
+    found = stock.Stock(folder)
+    found.check(engine.optimizer.manifest_facts()["parameters"])
+    return Converted(found)
+
+
+def check_universal(engine: Any, folder: Path, wanted: Wanted) -> Fitting:
+    """A universal checkpoint: the config has asked for it, so its states may be rounded."""
+    if not wanted.states:
+        raise ValueError(
+            "load_checkpoint: received load_optimizer_states=False or load_module_only=True, allowed with "
+            "checkpoint.load_universal: neither"
+        )
+    universal = Universal(folder)
+    universal.check(engine.optimizer.manifest_facts()["parameters"])
+    unknown = sorted(universal.trained - engine.module.state_dict().keys())
+    if unknown:
+        raise ValueError(f"{universal.folder}: of another model: with {unknown[:3]} (of {len(unknown)})")
+    model = model_file.read(engine, folder)
+    model_file.check(engine, model, wanted)
+    _check_others(engine, universal, model, wanted)
+    return Fitting(model, Converted(universal), _from_fp32(engine))
+
+
+def _from_fp32(engine: Any) -> str:
+    return convert.describe(None, recipe_facts(engine.optimizer.recipe))
+
+
+def _check_others(engine: Any, universal: Universal, model: Entry, wanted: Wanted) -> None:
+    """Whatever a universal checkpoint holds of a buffer or a frozen parameter is of its shape and kind."""
+    saved, names = _saved(model), _untrained(engine)
+    missing = sorted(names.keys() - saved.value.keys())
+    if missing and wanted.module_strict and _is_whole(model):
+        raise ValueError(
+            f"{model.path}: of another model: without {missing[:3]} (of {len(missing)}); "
+            "load_module_strict=False takes what both have"
+        )
+    for name, ours in names.items():
+        if isinstance(ours, Tensor) and not is_extra_state(name):
+            if name in saved:
+                model_file.check_tensor(saved.at(name), ours)
+            other = universal.other(name)
+            if other is not None and other.value.shape != ours.shape:
+                raise other.refusal(f"shape {list(ours.shape)}")
+
+
+def others_of(engine: Any, universal: Universal, model: Entry) -> dict[str, Any]:
+    """Buffers, frozen parameters and extra state, as far as a universal checkpoint has them.
+
+    From DeepSpeed's model file, where they are what they were; the converter's own files are all FP32.
+    """
+    saved = _saved(model)
+    found = {}
+    for name in _untrained(engine):
+        other = universal.other(name) if name not in saved and not is_extra_state(name) else None
+        if name in saved:
+            found[name] = saved.value[name]
+        elif other is not None:
+            found[name] = other.value
+    return found
+
+
+def _saved(model: Entry) -> Entry:
+    return model.at("module") if _is_whole(model) else Entry(model.path, {})
+
+
+def _is_whole(model: Entry) -> bool:
+    """Whether the module of a model file is all of it, and not a rank's of model parallelism."""
+    return len(model_file.files(model.path.parent)) == 1
+
+
+def _untrained(engine: Any) -> dict[str, Any]:
+    """What the module's state_dict holds beside trained parameters."""
+    trained = set(engine.optimizer.parameters.values())
+    parameters = engine.module.named_parameters(remove_duplicate=False)
+    known = {name for name, each in parameters if each in trained}
+    return {name: each for name, each in engine.module.state_dict().items() if name not in known}
+
+
+def _may_convert(engine: Any) -> bool:
+    return bool(engine._config.ds_fp8.checkpoint.allow_conversion)
+
+
+def _check_module(engine: Any, path: Path, facts: Manifest, wanted: Wanted) -> None:
+    """What DeepSpeed loads itself must fit: it does not look before it writes."""
+    if wanted.scheduler and engine.lr_scheduler is not None and not facts.scheduler:
+        raise ValueError(
+            f"{path}: no scheduler was saved, and this run has one: load_lr_scheduler_states=False keeps it"
+        )
+    missing_frozen = sorted(frozen(engine) - set(facts.frozen)) if facts.frozen is not None else []
+    if missing_frozen:
+        raise ValueError(f"{path}: {missing_frozen[:3]}: frozen in this run, trained in the checkpoint")
+    if not wanted.custom:
+        saved = {**facts.module, **{name: each.shape for name, each in facts.parameters.items()}}
+        model_file.check_module(engine, path, saved, strict=wanted.module_strict)
+
+
+def _check_parameters(engine: Any, path: Path, facts: Manifest) -> None:
+    """The trained parameters must be the same, in the same param groups."""
+    ours = engine.optimizer.manifest_facts()["parameters"]
+    check_names(path, facts.parameters, ours)
+    for name, mine in ours.items():
+        for key in ("shape", "group"):
+            received, expected = getattr(facts.parameters[name], key), getattr(mine, key)
+            if received != expected:
+                raise ValueError(f"{path}: {key} of {name}: received {received}, expected {expected}")
+    if len(facts.clamp_squares) != len(engine.optimizer.param_groups):
+        raise ValueError(
+            f"{path}: received {len(facts.clamp_squares)} param groups, expected "
+            f"{len(engine.optimizer.param_groups)}"
+        )

@@ -1,0 +1,240 @@
+"""DeepSpeed's model file: weights, scheduler, counters, read once and checked before DeepSpeed takes it.
+
+DeepSpeed writes the module, then the scheduler, then its counters, and looks at each only when it gets
+there. What it would stumble over half-way is refused here. What has been checked is what DeepSpeed is
+given: it does not read the file again.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ds_fp8.zero_fp8.checkpoint import manifest, tags
+from ds_fp8.zero_fp8.checkpoint.reader import is_extra_state
+from ds_fp8.zero_fp8.checkpoint.reading import Entry, in_memory, load_pickled
+
+KEEPS_SCHEDULER = "load_lr_scheduler_states=False keeps this run's"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The arguments of load_checkpoint that decide what must fit."""
+
+    module_strict: bool
+    states: bool
+    scheduler: bool
+    counters: bool
+    custom: bool  # the caller loads the module
+
+
+def read(engine: Any, folder: Path) -> Entry:
+    """The model file of a tag. Raises ValueError if there is none, or several where one is expected."""
+    found = [path.name for path in files(folder)]
+    if manifest.MODEL_FILE not in found:
+        raise ValueError(f"{folder / manifest.MODEL_FILE}: missing: the folder {tags.contents(folder)}")
+    if len(found) > 1 and not engine.load_universal_checkpoint():
+        raise ValueError(f"{folder}: received {', '.join(found)}, expected {manifest.MODEL_FILE} alone")
+    return Entry(folder / manifest.MODEL_FILE, load_pickled(folder / manifest.MODEL_FILE))
+
+
+def files(folder: Path) -> list[Path]:
+    """One per rank of model parallelism."""
+    return sorted(folder.glob("mp_rank_*_model_states.pt"))
+
+
+def check(engine: Any, file: Entry, wanted: Wanted) -> None:
+    """Refuse, by a ValueError, a model file that this engine cannot load to the end."""
+    universal = engine.load_universal_checkpoint()
+    module = file.at("module")
+    saved = module.of(dict)
+    if not universal:  # its weights come from other files
+        _check_frozen(engine, file)
+        if not wanted.custom:
+            check_module(engine, file.path, shapes(saved), strict=wanted.module_strict)
+            _check_kinds(engine.module, module)
+    _check_counters(file, wanted)
+    for key, part in _stateful(engine, wanted).items():
+        _check_alike(file, key, part)
+    if wanted.scheduler and engine.lr_scheduler is not None:
+        _try_scheduler(engine.lr_scheduler, engine.optimizer.param_groups, file.at("lr_scheduler"))
+    if not wanted.custom:
+        _try_extra_states(engine.module, module)
+
+
+def check_module(engine: Any, path: Path, saved: Mapping[str, list[int] | None], *, strict: bool) -> None:
+    """Compare names and, of parameters and buffers, shapes with what a checkpoint holds."""
+    state, members = shapes(engine.module.state_dict()), _members(engine.module)
+    missing, extra = sorted(state.keys() - saved.keys()), sorted(saved.keys() - state.keys(), key=str)
+    if strict and (missing or extra):
+        raise ValueError(
+            f"{path}: of another model: without {missing[:3]}, with {extra[:3]} (of {len(missing)} and "
+            f"{len(extra)}); load_module_strict=False takes what both have"
+        )
+    for name in state.keys() & saved.keys() & members:
+        if state[name] != saved[name]:
+            raise ValueError(f"{path}: shape of {name}: received {saved[name]}, expected {state[name]}")
+
+
+def shapes(state: Mapping[str, Any]) -> dict[str, list[int] | None]:
+    """Of the tensors of a state_dict; None for all else."""
+    return {key: list(each.shape) if isinstance(each, Tensor) else None for key, each in state.items()}
+
+
+def _members(module: nn.Module) -> set[str]:
+    """Names of parameters and buffers: whatever else is in a state_dict has its own type and length."""
+    parameters, buffers = (
+        each(remove_duplicate=False) for each in (module.named_parameters, module.named_buffers)
+    )
+    return {name for name, _ in [*parameters, *buffers]}
+
+
+def _check_kinds(module: nn.Module, saved: Entry) -> None:
+    """Weights are not filled from integers, nor the other way."""
+    members = _members(module)
+    for name, tensor in module.state_dict().items():
+        if name in members and name in saved:
+            check_tensor(saved.at(name), tensor)
+
+
+def check_tensor(saved: Entry, ours: Tensor) -> None:
+    """Refuse, by a ValueError, what a copy into a parameter or a buffer would not hold."""
+    theirs = saved.of(Tensor)
+    if theirs.shape != ours.shape:
+        raise saved.refusal(f"shape {list(ours.shape)}")
+    if theirs.is_floating_point() != ours.is_floating_point():
+        raise saved.refusal(f"a tensor of {ours.dtype}")
+
+
+def _check_frozen(engine: Any, file: Entry) -> None:
+    """Frozen parameters are copied from an entry of their own, if there is one."""
+    if "frozen_param_fragments" not in file or file.value["frozen_param_fragments"] is None:
+        return
+    saved = file.at("frozen_param_fragments")
+    names = frozen(engine)
+    missing = sorted(names - saved.of(dict).keys())
+    if missing:
+        raise ValueError(f"{file.path}: {missing[:3]}: frozen in this run, trained in the checkpoint")
+    for name, parameter in engine.module.named_parameters():
+        if name in names:
+            check_tensor(saved.at(name), parameter)
+
+
+def frozen(engine: Any) -> set[str]:
+    """Names of the parameters that the optimizer does not train."""
+    trained = set(engine.optimizer.parameter_names.values())
+    return {name for name, _ in engine.module.named_parameters()} - trained
+
+
+def _check_counters(file: Entry, wanted: Wanted) -> None:
+    file.at("dp_world_size").count()
+    if wanted.counters:
+        for key in (
+            "global_steps",
+            "skipped_steps",
+            *(["global_samples"] if "global_samples" in file else []),
+        ):
+            if not isinstance(file.at(key).value, int):
+                raise file.at(key).refusal("a whole number")
+            file.at(key).count()
+    if wanted.counters or "mp_world_size" in file:
+        expected = len(files(file.path.parent))
+        if file.at("mp_world_size").count() != expected:
+            raise file.at("mp_world_size").refusal(f"{expected}, as many as model files")
+
+
+def _stateful(engine: Any, wanted: Wanted) -> dict[str, Any]:
+    """What DeepSpeed restores beside module, optimizer and counters, by its key in the file."""
+    parts: dict[str, Any] = {}
+    if wanted.scheduler:
+        parts["lr_scheduler"] = engine.lr_scheduler
+    if wanted.counters and engine.random_ltd_enabled():
+        parts["random_ltd"] = engine.random_ltd_scheduler
+    if wanted.counters and engine.training_dataloader is not None and engine.curriculum_learning_enabled():
+        parts["data_sampler"] = engine.training_dataloader.data_sampler
+    return {key: part for key, part in parts.items() if part is not None}
+
+
+def _check_alike(file: Entry, key: str, part: Any) -> None:
+    """What a part saves of itself in this run, it must find: the same kinds of values, all numbers."""
+    if key not in file or file.value[key] is None:
+        hint = f": {KEEPS_SCHEDULER}" if key == "lr_scheduler" else ""
+        raise ValueError(f"{file.path}: no {key.removeprefix('lr_')} was saved, and this run has one{hint}")
+    ours = part.state_dict()
+    if not isinstance(ours, dict):
+        return
+    saved = file.at(key)
+    saved.of(dict)
+    for name, value in ours.items():
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            saved.at(name).number()
+        elif value is not None and saved.value.get(name) is not None:
+            kinds = (list, tuple) if isinstance(value, list | tuple) else (type(value),)
+            saved.at(name).of(*kinds)
+
+
+def _try_scheduler(scheduler: Any, groups: list[dict[str, Any]], saved: Entry) -> None:
+    """Whether a scheduler takes a state, by giving it; then it has its own again."""
+    before, attributes = copy.deepcopy(scheduler.state_dict()), dict(vars(scheduler))
+    kept = [dict(group) for group in groups]
+    try:
+        scheduler.load_state_dict(copy.deepcopy(saved.value))
+    except Exception as error:
+        expected = f"what {type(scheduler).__name__}.load_state_dict takes"
+        raise saved.refusal(f"{expected} ({type(error).__name__}: {error}): {KEEPS_SCHEDULER}") from error
+    finally:
+        scheduler.load_state_dict(before)
+        vars(scheduler).clear()
+        vars(scheduler).update(attributes)
+        for group, values in zip(groups, kept, strict=True):
+            group.clear()
+            group.update(values)
+
+
+def _try_extra_states(module: nn.Module, saved: Entry) -> None:
+    """Whether modules take their extra state, by giving it; then they have their own again."""
+    for name, each in module.named_modules():
+        key = f"{name}._extra_state" if name else "_extra_state"
+        if type(each).set_extra_state is nn.Module.set_extra_state or key not in saved:
+            continue
+        before = copy.deepcopy(each.get_extra_state())
+        try:
+            each.set_extra_state(copy.deepcopy(saved.value[key]))
+        except Exception as error:
+            expected = f"what {type(each).__name__}.set_extra_state takes ({type(error).__name__}: {error})"
+            raise saved.at(key).refusal(expected) from error
+        finally:
+            with suppress(Exception):  # a module that has seen nothing may not take back what it gave
+                each.set_extra_state(before)
+
+
+@contextmanager
+def given_to(engine: Any, file: Entry) -> Iterator[None]:
+    """DeepSpeed's reading: of this file, that is open already; nor does it gather weights, which we do."""
+    original, handler = engine.checkpoint_engine, engine.optimizer
+    engine.checkpoint_engine = _Opened(file)
+    engine._get_all_ckpt_names = lambda *_: list(map(str, files(file.path.parent)))
+    handler.refresh_fp32_params = lambda: None
+    try:
+        yield
+    finally:
+        engine.checkpoint_engine = original
+        del engine._get_all_ckpt_names, handler.refresh_fp32_params
+
+
+class _Opened:
+    """A checkpoint engine that reads one file, which has been read."""
+
+    def __init__(self, file: Entry) -> None:
+        self._file = file
+
+    def load(self, path: str, map_location: Any = None) -> dict[str, Any]:
+        """Only weights stay mapped, which are copied into parameters; the rest may be kept."""
+        module = self._file.value["module"]
+        rest = {key: each for key, each in self._file.value.items() if key != "module"}
+        extra = {name: each for name, each in module.items() if is_extra_state(str(name))}
+        return {**in_memory(rest), "module": {**module, **in_memory(extra)}}

@@ -1,0 +1,306 @@
+"""The four ops on a CPU: `ops.blocks`, `ops.reduction` and `ops.adam` in C++ (`csrc/`), bit for bit.
+
+Tensors go in as pointers, through ctypes, which lets other threads of Python run meanwhile. The processor
+chooses the instruction set; DS_FP8_CPU_ISA overrides it.
+"""
+
+import ctypes
+import functools
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from ctypes import POINTER, Structure, byref, c_char_p, c_float, c_int32, c_int64, c_uint32, c_void_p
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_fp8.ops import guards
+from ds_fp8.ops.adam import UNIT, AdamScalars, AdamState, Rounding, Segment
+from ds_fp8.ops.blocks import Blocks
+from ds_fp8.ops.cpu import build
+from ds_fp8.ops.formats import BY_NAME
+from ds_fp8.ops.reduction import FIGURES
+from ds_fp8.ops.rounding import EXP_AVG_SQ, MASTER, stream
+
+VARIABLE = "DS_FP8_CPU_ISA"
+FORMATS = {fmt: index for index, fmt in enumerate(BY_NAME.values())}  # the order of csrc/formats.h
+DTYPES = {fmt.dtype: index for fmt, index in FORMATS.items() if fmt.dtype.is_floating_point}
+
+
+class CBlocks(Structure):
+    """`Blocks` of csrc/blocks.h."""
+
+    _fields_ = [("codes", c_void_p), ("scales", c_void_p), ("format", c_int64)]
+
+
+class CValues(Structure):
+    """`Values` of csrc/blocks.h."""
+
+    _fields_ = [("data", c_void_p), ("dtype", c_int64)]
+
+
+class CScalars(Structure):
+    """`Scalars` of csrc/adam.h."""
+
+    _fields_ = [
+        *((name, c_float) for name in ("beta1", "one_minus_beta1", "beta2", "one_minus_beta2", "root_beta2")),
+        *((name, c_float) for name in ("step_size", "root_correction", "eps", "decay", "clamp")),
+        ("decoupled", c_int32),
+    ]
+
+
+class CSegment(Structure):
+    """`Segment` of csrc/adam.h."""
+
+    _fields_ = [(name, c_int64) for name in ("first_row", "last_row", "first_element", "parameter")]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The segments of a shard, as the kernel reads them."""
+
+    segments: ctypes.Array[CSegment]
+    blocks: int
+
+
+class CSweep(Structure):
+    """`Sweep` of csrc/adam.h."""
+
+    _fields_ = [
+        *((name, CBlocks) for name in ("gradient", "master", "exp_avg", "exp_avg_sq")),
+        ("gradient_scales", c_void_p),
+        ("weights", CValues),
+        ("segments", c_void_p),
+        ("segment_count", c_int64),
+        ("counts", c_void_p),
+        ("control", c_void_p),
+        ("exp_avg_sq_stream", c_uint32),
+        ("master_stream", c_uint32),
+        ("block_size", c_int32),
+        ("stochastic", c_int32),
+        ("rooted", c_int32),
+        ("scalars", CScalars),
+        ("factors", c_float * 4),  # for the kernel's own use
+    ]
+
+
+class Kernels:
+    """The compiled functions of one instruction set."""
+
+    def __init__(self, library: ctypes.CDLL, isa: str) -> None:
+        def function(name: str, *arguments: Any) -> Any:
+            found = getattr(library, f"{name}_{isa}")
+            found.argtypes, found.restype = arguments, None
+            return found
+
+        blocks, values = POINTER(CBlocks), POINTER(CValues)
+        self.isa = isa
+        quantize = (values, c_int64, blocks, c_int64, c_int32, c_int32, c_void_p)
+        accumulate = (blocks, c_int32, blocks, c_int32, c_int64, c_int32, c_int32, c_void_p)
+        step = (POINTER(CSweep), c_int32)
+        self.dequantize = function("dequantize", blocks, values, c_int64, c_int32, c_int32)
+        self.quantize = function("quantize", *quantize)
+        self.accumulate = function("accumulate", *accumulate)
+        self.adam_step = function("adam_step", *step)
+        self.quantize_tensor = function("quantize_tensor", *quantize)
+        self.accumulate_tensor = function("accumulate_tensor", *accumulate)
+        self.step_tensors = function("step_tensors", *step)
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    path = build.library()
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise build.BuildError(f"{path} does not load: {error}") from error
+    library.best_isa.restype = c_char_p
+    return library
+
+
+@functools.cache
+def kernels(isa: str | None) -> Kernels:
+    """The kernels of an instruction set; of the processor's best where None.
+
+    Raises `ops.build.BuildError` where they cannot be built, ValueError for a set that is not compiled or
+    that the processor lacks.
+    """
+    library = _library()
+    best: str = library.best_isa().decode()
+    sets = list(build.instruction_sets())
+    allowed = sets[sets.index(best) :]
+    if isa is not None and isa not in allowed:
+        raise ValueError(f"{VARIABLE}: received {isa!r}, allowed on this processor: {', '.join(allowed)}")
+    return Kernels(library, isa or best)
+
+
+def load() -> Kernels:
+    """The kernels that the environment and the processor choose; `kernels` says what it raises."""
+    return kernels(os.environ.get(VARIABLE))
+
+
+def _blocks(blocks: Blocks) -> CBlocks:
+    scales = None if blocks.scales is None else blocks.scales.data_ptr()
+    return CBlocks(blocks.codes.data_ptr(), scales, FORMATS[blocks.format])
+
+
+def _values(values: Tensor) -> CValues:
+    return CValues(values.data_ptr(), DTYPES[values.dtype])
+
+
+@contextmanager
+def _counted(counts: Tensor | None) -> Iterator[int | None]:
+    """The address of zeros, as many as there are counts a thread, which are then added to them."""
+    if counts is None:
+        yield None
+        return
+    by_thread = torch.zeros(torch.get_num_threads(), counts.numel(), dtype=torch.float64)
+    yield by_thread.data_ptr()
+    counts += by_thread.sum(dim=0)
+
+
+def quantize(values: Tensor, out: Blocks, counts: Tensor | None = None) -> None:
+    """`ops.blocks.quantize`."""
+    _quantize(load().quantize, values, out, counts)
+
+
+def quantize_tensor(values: Tensor, out: Blocks, counts: Tensor | None = None) -> None:
+    """`ops.tensors.quantize`."""
+    _quantize(load().quantize_tensor, values, out, counts)
+
+
+def _quantize(kernel: Any, values: Tensor, out: Blocks, counts: Tensor | None) -> None:
+    guards.check_quantize(values, out, counts)
+    with _counted(counts) as address:
+        kernel(
+            byref(_values(values)),
+            values.numel(),
+            byref(_blocks(out)),
+            len(out),
+            out.block_size,
+            torch.get_num_threads(),
+            address,
+        )
+
+
+def dequantize(blocks: Blocks, out: Tensor) -> None:
+    """`ops.blocks.dequantize`."""
+    guards.check_dequantize(blocks, out)
+    count = min(out.numel(), blocks.codes.numel())
+    threads = torch.get_num_threads()
+    load().dequantize(byref(_blocks(blocks)), byref(_values(out)), count, blocks.block_size, threads)
+
+
+def accumulate(pieces: Sequence[Blocks], shard: Blocks, *, fresh: bool) -> Tensor:
+    """`ops.reduction.accumulate`."""
+    return _accumulate(load().accumulate, pieces, shard, fresh)
+
+
+def accumulate_tensor(pieces: Sequence[Blocks], shard: Blocks, *, fresh: bool) -> Tensor:
+    """`ops.tensors.accumulate`."""
+    return _accumulate(load().accumulate_tensor, pieces, shard, fresh)
+
+
+def _accumulate(kernel: Any, pieces: Sequence[Blocks], shard: Blocks, fresh: bool) -> Tensor:
+    guards.check_accumulate(pieces, shard)
+    threads = torch.get_num_threads()
+    parts = torch.zeros(threads, FIGURES, dtype=torch.int64)
+    array = (CBlocks * len(pieces))(*map(_blocks, pieces))
+    rows, size = len(shard), shard.block_size
+    kernel(array, len(pieces), byref(_blocks(shard)), fresh, rows, size, threads, parts.data_ptr())
+    return parts.sum(dim=0)
+
+
+def plan(segments: Sequence[Segment], blocks: int, block_size: int, device: torch.device) -> Plan:
+    """`ops.adam.plan`: the segments as the kernel reads them."""
+    guards.check_segments(segments, blocks)
+    rows = [CSegment(s.blocks.start, s.blocks.stop, s.first_element, s.parameter) for s in segments]
+    return Plan((CSegment * len(rows))(*rows), blocks)
+
+
+def adam_step(
+    state: AdamState,
+    gradient: Blocks,
+    weights: Tensor,
+    plan: Plan,
+    scalars: AdamScalars,
+    control: Tensor,
+    *,
+    rounding: Rounding,
+    counts: Tensor | None = None,
+) -> None:
+    """`ops.adam.adam_step`."""
+    guards.check_step(state, gradient, weights, plan.blocks, control, rounding.stochastic, counts)
+    _step(load().adam_step, _sweep(state, gradient, weights, plan, scalars, control, rounding), counts)
+
+
+def step_tensors(
+    state: AdamState,
+    gradient: Blocks,
+    weights: Tensor,
+    plan: Plan,
+    scalars: AdamScalars,
+    control: Tensor,
+    *,
+    rounding: Rounding,
+    counts: Tensor | None = None,
+) -> None:
+    """`ops.tensors.adam_step`."""
+    guards.check_step(state, gradient, weights, plan.blocks, control, rounding.stochastic, counts)
+    _step(load().step_tensors, _sweep(state, gradient, weights, plan, scalars, control, rounding), counts)
+
+
+def _step(kernel: Any, sweep: CSweep, counts: Tensor | None) -> None:
+    with _counted(counts) as address:
+        sweep.counts = address
+        kernel(byref(sweep), torch.get_num_threads())
+
+
+def _sweep(
+    state: AdamState,
+    gradient: Blocks,
+    weights: Tensor,
+    plan: Plan,
+    scalars: AdamScalars,
+    control: Tensor,
+    rounding: Rounding,
+) -> CSweep:
+    s = scalars
+    return CSweep(
+        gradient=_blocks(gradient),
+        master=_blocks(state.master),
+        exp_avg=_blocks(state.exp_avg),
+        exp_avg_sq=_blocks(state.exp_avg_sq),
+        gradient_scales=_fine_scales(gradient),
+        weights=_values(weights),
+        segments=ctypes.addressof(plan.segments),
+        segment_count=len(plan.segments),
+        control=control.data_ptr(),
+        exp_avg_sq_stream=stream(rounding.seed, s.step, EXP_AVG_SQ),
+        master_stream=stream(rounding.seed, s.step, MASTER),
+        block_size=gradient.block_size,
+        stochastic=rounding.stochastic,
+        rooted=state.rooted,
+        scalars=CScalars(
+            beta1=s.beta1,
+            one_minus_beta1=1 - s.beta1,
+            beta2=s.beta2,
+            one_minus_beta2=1 - s.beta2,
+            root_beta2=math.sqrt(s.beta2),
+            step_size=s.step_size,
+            root_correction=s.root_correction,
+            eps=s.eps * UNIT,
+            decay=1 - s.lr * s.weight_decay if s.decoupled else s.weight_decay,
+            clamp=math.inf if s.clamp is None else s.clamp,
+            decoupled=s.decoupled,
+        ),
+    )
+
+
+def _fine_scales(blocks: Blocks) -> int | None:
+    """The address of scales that are FP32."""
+    fine = blocks.scales is not None and blocks.scales.is_floating_point()
+    return blocks.scales.data_ptr() if fine and blocks.scales is not None else None

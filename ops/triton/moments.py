@@ -1,0 +1,62 @@
+"""Second moments on a GPU: read from codes of v or of its root, stored with stochastic rounding."""
+
+import triton
+import triton.language as tl
+
+from ds_fp8.ops import adam
+from ds_fp8.ops.triton.rounding import (
+    as_half,
+    dropped_bits,
+    exponent_shift,
+    round_up_from_zero,
+    with_noise,
+)
+from ds_fp8.ops.triton.tiles import inverse_scale, is_scaled, scale_exponent, two_to_the
+
+UNIT = tl.constexpr(adam.LOG_UNIT)
+
+
+@triton.jit
+def second_moment(v, scale, factor, root_factor, V: tl.constexpr, SWEEP: tl.constexpr):
+    """v times a factor, from codes of v or of its root."""
+    if V == "fp32":
+        return v * factor
+    elif SWEEP != "blocks":
+        return v * (scale * factor)[:, None]
+    else:
+        root = v * (scale * root_factor)[:, None]
+        return root * root
+
+
+@triton.jit
+def store_second_moment(root, random, codes, scales, rows, offset, inside, FORMAT: tl.constexpr):
+    """Store sqrt(v), given times UNIT, rounded stochastically, non-zero values never to zero.
+
+    Returns it on the scale of the codes, brought onto FP32's exponents.
+    """
+    floor = root.to(tl.int32, bitcast=True)
+    if is_scaled(FORMAT):
+        e = scale_exponent(floor, FORMAT, UNIT)
+        tl.store(scales + rows, e.to(tl.uint8), mask=inside)
+        root = root * inverse_scale(e, UNIT)[:, None] * two_to_the(exponent_shift(FORMAT))
+    else:
+        root = root * two_to_the(-UNIT)
+    code = round_up_from_zero(root, random, floor, FORMAT)
+    if codes.dtype.element_ty.is_floating():
+        code = as_half(code, FORMAT)
+    tl.store(codes + offset, code.to(codes.dtype.element_ty), mask=inside[:, None])
+    return root
+
+
+@triton.jit
+def count_rescued(place, root, on_codes, random, FORMAT: tl.constexpr):
+    """The third: roots, what `store_second_moment` returned of them, and their random bits."""
+    noisy = with_noise(on_codes.to(tl.int32, bitcast=True), random, FORMAT)
+    rescued = (root != 0.0) & ((noisy >> dropped_bits(FORMAT)) == 0)
+    tl.store(place + 2, tl.sum(rescued.to(tl.float64)))
+
+
+@triton.jit
+def count_zeros(place, v, stored):
+    """The third, of v itself and what it is without its scale."""
+    tl.store(place + 2, tl.sum(((v != 0.0) & (stored == 0.0)).to(tl.float64)))

@@ -1,0 +1,41 @@
+"""Square root and quotient on a GPU: correctly rounded, without the slow paths of `sqrt.rn` and `div.rn`."""
+
+import triton
+import triton.language as tl
+
+from ds_fp8.ops.triton import tiles as tiles_triton
+
+INTERPRETED = tl.constexpr(tiles_triton.INTERPRETED)
+
+
+@triton.jit
+def minimum(a, b):
+    """NaN where either is."""
+    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def square_root(v):
+    """Correctly rounded for 0 and from 2^-102 on; v is finite.
+
+    What `sqrt.rn` does for normal numbers, without its branch for the others: approximate, then correct
+    by the exact remainder.
+    """
+    if INTERPRETED:
+        return tl.sqrt_rn(v)
+    y = tl.inline_asm_elementwise(
+        "rsqrt.approx.ftz.f32 $0, $1;", "=f,f", [tl.maximum(v, 1.1754943508222875e-38)], tl.float32, True, 1
+    )
+    s = v * y
+    return tl.fma(tl.fma(s * -1.0, s, v), y * 0.5, s)
+
+
+@triton.jit
+def divide(a, b):
+    """Correctly rounded where |a| is 0 or from 2^-102 on and b positive and normal, by the same means."""
+    if INTERPRETED:
+        return tl.div_rn(a, b)
+    y = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [b], tl.float32, True, 1)
+    y = tl.fma(tl.fma(b * -1.0, y, 1.0), y, y)
+    q = a * y
+    return tl.fma(tl.fma(b * -1.0, q, a), y, q)

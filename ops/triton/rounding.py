@@ -1,0 +1,81 @@
+"""Stochastic rounding on a GPU: the device functions of `ops.rounding`, bit for bit."""
+
+import triton
+import triton.language as tl
+
+from ds_fp8.ops import rounding
+from ds_fp8.ops.formats import BY_NAME
+from ds_fp8.ops.triton.tiles import is_scaled
+
+SPREAD = tl.constexpr(rounding.SPREAD)
+FIRST_MULTIPLIER = tl.constexpr(rounding.MULTIPLIERS[0])
+SECOND_MULTIPLIER = tl.constexpr(rounding.MULTIPLIERS[1])
+
+
+@triton.constexpr_function
+def dropped_bits(name):
+    return BY_NAME[name].dropped_bits
+
+
+@triton.constexpr_function
+def exponent_shift(name):
+    return BY_NAME[name].bias - 127
+
+
+@triton.jit
+def mix(x):
+    """`ops.rounding.mix` on uint32, without its last step: the upper bits are random."""
+    x = (x ^ (x >> 16)) * FIRST_MULTIPLIER
+    return (x ^ (x >> 15)) * SECOND_MULTIPLIER
+
+
+@triton.jit
+def key_of(stream, parameter):
+    """`ops.rounding.key`, uint32."""
+    x = mix(stream.to(tl.uint32) ^ parameter.to(tl.uint32))
+    return x ^ (x >> 15)
+
+
+@triton.jit
+def random_bits(key, element):
+    """24 random bits of an element, on top of an uint32."""
+    return mix(element * SPREAD + key)
+
+
+@triton.jit
+def with_noise(bits, random, FORMAT: tl.constexpr):
+    """The bits of positive values, int32, and noise below the code bits: what `ops.rounding` cuts.
+
+    random: uint32, of which as many of the upper bits are used as the format drops.
+    """
+    if not is_scaled(FORMAT):
+        bits = tl.minimum(bits, 0x7FC00000)  # a larger NaN would carry into the sign
+    return bits + (random >> (32 - dropped_bits(FORMAT))).to(tl.int32)
+
+
+@triton.jit
+def round_up_from_zero(values, random, floor, FORMAT: tl.constexpr):
+    """`ops.rounding.round_up_from_zero`.
+
+    floor: at least 1 << 23 as int32 where the result must not be zero, 0 elsewhere.
+    """
+    DROPPED: tl.constexpr = dropped_bits(FORMAT)
+    noisy = with_noise(values.to(tl.int32, bitcast=True), random, FORMAT)
+    return tl.maximum(noisy, tl.minimum(floor, 1 << DROPPED)) >> DROPPED
+
+
+@triton.jit
+def round_either_way(values, random, FORMAT: tl.constexpr):
+    """`ops.rounding.round_either_way` into a format of 16 bits."""
+    DROPPED: tl.constexpr = dropped_bits(FORMAT)
+    bits = values.to(tl.int32, bitcast=True)
+    return (with_noise(bits & 0x7FFFFFFF, random, FORMAT) >> DROPPED) | ((bits >> 16) & 0x8000)
+
+
+@triton.jit
+def as_half(code, FORMAT: tl.constexpr):
+    """A code of 16 bits, int32, as the format's type."""
+    if FORMAT == "fp16":
+        return code.to(tl.int16).to(tl.float16, bitcast=True)
+    else:
+        return code.to(tl.int16).to(tl.bfloat16, bitcast=True)

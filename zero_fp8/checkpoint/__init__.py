@@ -1,0 +1,1 @@
+"""Checkpoints: written, verified, read at any world size, converted and exported."""

@@ -1,0 +1,1 @@
+"""Process groups, collectives over them, and errors that every rank raises alike."""

@@ -1,0 +1,124 @@
+"""The collectives: FP8 gradients to their owners, weights to everybody, four figures to all.
+
+Gradients go by all-to-alls of bytes, codes and scales of a destination side by side in one message. Not by
+a reduce-scatter: that would add inside the collective, in FP8 and without scales. Float8 tensors are
+never handed to a collective (gloo refuses them), their bytes are.
+
+What is large travels while something else computes: it is launched here and waited for by whoever needs it.
+On a GPU waiting is the stream's affair, not the host's.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from deepspeed import comm as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from ds_fp8.zero_fp8.comm.groups import Nodes
+
+
+class Transfer:
+    """An all-to-all that has been launched, and its buffers."""
+
+    def __init__(self, messages: Tensor, group: ProcessGroup) -> None:
+        """Row r of `messages` goes to rank r."""
+        self._sent, self._received = messages, torch.empty_like(messages)
+        self._work = dist.all_to_all_single(self._received, messages, group=group, async_op=True)
+
+    def wait(self) -> Tensor:
+        """Row r came from rank r. Once: the buffers are given up."""
+        self._work.wait()
+        received = self._received
+        del self._work, self._sent, self._received
+        return received
+
+
+class UnevenTransfer(Transfer):
+    """An all-to-all of messages of different lengths."""
+
+    def __init__(self, messages: Tensor, sizes: Sequence[int], rank: int, group: ProcessGroup) -> None:
+        """messages: flat, the one for rank r of sizes[r] bytes; rank: this one."""
+        ranks, own = len(sizes), sizes[rank]
+        self._sent, self._received = messages, messages.new_empty(ranks, own)
+        self._work = dist.all_to_all_single(
+            self._received.view(-1), messages, [own] * ranks, list(sizes), group=group, async_op=True
+        )
+
+
+class Gather:
+    """A flat buffer that is being filled with the even part of it that each rank has written.
+
+    1. Ranks with the same place in their nodes gather their slices: each slice reaches a node once. They
+       arrive side by side, and are copied to where they lie in the buffer, a node's slices apart.
+    2. Each node gathers in place, a run of slices for every node.
+    With one node only the second is left, as one gather of the whole buffer.
+    """
+
+    def __init__(self, buffer: Tensor, nodes: Nodes) -> None:
+        self._nodes = nodes
+        self._slices = buffer.view(nodes.count, nodes.size, -1)
+        self._works: list[Any] = []
+        self._column: Tensor | None = None  # the slices of this place, while they travel between nodes
+        if nodes.across is None:
+            self._spread()
+        else:
+            own = self._slices[nodes.node, nodes.place]
+            self._column = own.new_empty(nodes.count, own.numel())
+            self._works = [_gather(self._column, own, nodes.across)]
+
+    def advance(self) -> None:
+        """Start the second step, where the first is still under way."""
+        if self._column is not None:
+            self._wait()
+            self._slices[:, self._nodes.place] = self._column
+            self._column = None
+            self._spread()
+
+    def land(self) -> None:
+        """The buffer is filled."""
+        self.advance()
+        self._wait()
+
+    def _spread(self) -> None:
+        place, inside = self._nodes.place, self._nodes.inside
+        self._works = [_gather(run, run[place], inside) for run in self._slices]
+
+    def _wait(self) -> None:
+        while self._works:
+            self._works.pop(0).wait()
+
+
+class Spread:
+    """A flat buffer whose uneven parts their owners send to everybody: gloo has no uneven gather."""
+
+    def __init__(self, parts: Sequence[Tensor], group: ProcessGroup) -> None:
+        """parts: of the buffer, one for each rank."""
+        self._works = [
+            dist.broadcast(part, dist.get_global_rank(group, rank), group=group, async_op=True)
+            for rank, part in enumerate(parts)
+            if part.numel()
+        ]
+
+    def advance(self) -> None:
+        """There is one step only."""
+
+    def land(self) -> None:
+        """The buffer is filled."""
+        while self._works:
+            self._works.pop(0).wait()
+
+
+def _gather(whole: Tensor, own: Tensor, group: ProcessGroup) -> Any:
+    return dist.all_gather_into_tensor(whole.view(-1), own, group=group, async_op=True)
+
+
+def sum_over_ranks(figures: Tensor, group: ProcessGroup) -> None:
+    """Add a tensor over the ranks, in place."""
+    dist.all_reduce(figures, op=dist.ReduceOp.SUM, group=group)
+
+
+def max_over_ranks(figures: Tensor, group: ProcessGroup) -> None:
+    """Largest of each figure over the ranks, in place."""
+    dist.all_reduce(figures, op=dist.ReduceOp.MAX, group=group)

@@ -1,0 +1,1 @@
+"""A gradient's way: hook -> bucket -> messages -> exchange -> reduced gradient."""

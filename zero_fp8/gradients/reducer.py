@@ -1,0 +1,261 @@
+"""A gradient's way: hook -> bucket -> exchange -> shard.
+
+Autograd calls a hook when it has accumulated a parameter's gradient and the user's own hooks have seen it.
+The gradient stays in `.grad` until every parameter of its bucket has one; then the bucket is quantised,
+`.grad` is dropped, and the bucket travels. Buckets travel in index order on every rank, whatever order they
+fill in; what backward did not fill goes at the epilogue, with zeros for parameters that this rank did not
+use, so ranks that used different parameters neither wait for each other nor mix.
+
+What the shards hold is the sum over all rounds since the last step or `drop`, as `.grad` is in PyTorch.
+
+With overlap a bucket that has been launched lands when the one after the next is about to be launched, or at
+the epilogue: two are under way at most, backward goes on meanwhile, and what lands is added in bucket order.
+Without it, it lands at once.
+
+A gradient may arrive outside a round: after its bucket has left (weights tied under reentrant
+checkpointing), or in a backward that exchanges nothing (towards some tensors, `inputs=`). It
+waits and goes with the next round, or before the step in an extra round for which the ranks agree
+on the buckets. That a rank has one is a figure of the step's all-reduce: nobody asks after every backward,
+and a step that finds one is repeated.
+"""
+
+import logging
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node, get_gradient_edge
+from torch.nn import Parameter
+
+from ds_fp8.zero_fp8.comm.collectives import max_over_ranks
+from ds_fp8.zero_fp8.comm.groups import Nodes
+from ds_fp8.zero_fp8.gradients.exchange import Exchange
+from ds_fp8.zero_fp8.gradients.packing import BlockWire
+from ds_fp8.zero_fp8.guards import flaw_of
+from ds_fp8.zero_fp8.placement.partition import Bucket, Slot
+from ds_fp8.zero_fp8.states.shard import Shard
+
+logger = logging.getLogger("ds_fp8")
+
+UNDER_WAY = 2  # buckets at most, with overlap
+
+
+class LastHook:
+    """A hook of a node that runs after all others; autograd holds nodes weakly, so it is held here too."""
+
+    def __init__(self, node: Node, function: Callable[..., None]) -> None:
+        self._node, self._function = node, function
+        self._handle = node.register_hook(function)
+
+    def renew(self) -> None:
+        """Run after those that have been registered since."""
+        self._handle.remove()
+        self._handle = self._node.register_hook(self._function)
+
+    def remove(self) -> None:
+        self._handle.remove()
+
+
+class GradientReducer:
+    """Brings every rank's gradients to the shards that own them."""
+
+    def __init__(
+        self,
+        buckets: Sequence[Bucket],
+        parameters: Mapping[int, Parameter],
+        shards: Sequence[Shard],
+        wire: BlockWire,
+        nodes: Nodes,
+        *,
+        overlap: bool,
+    ) -> None:
+        self._buckets = buckets
+        self._parameters = parameters
+        self._kinds = {index: (each.dtype, each.device) for index, each in parameters.items()}
+        self._shards = shards
+        self._wire = wire
+        self._nodes = nodes
+        self._overlap = overlap
+        self._under_way: deque[tuple[int, Exchange]] = deque()  # and their buckets, oldest first
+        self.expects_late = False  # a step has found late gradients; the next will have them too
+        self._listens = False
+        self._hooks: dict[int, LastHook] = {}  # by parameter
+        self._held: dict[int, Tensor] = {}  # gradients that came outside a round, by parameter
+        self._promotion_logged = False
+        self.drop()
+
+    def listen(self) -> None:
+        """Reduce buckets while backward runs, as their gradients arrive (ZeRO 2); again after a cast."""
+        self._listens = True
+        for bucket in self._buckets:
+            for slot in bucket.slots:
+                if self._parameters[slot.parameter].requires_grad:
+                    self._listen_to(bucket.index, slot.parameter)
+
+    def _listen_to(self, bucket: int, index: int) -> None:
+        """Hook the node that accumulates: its hooks run after all that hang on the parameter."""
+
+        def on_gradient(*_: object) -> None:
+            if self.active:
+                self._missing[bucket].discard(index)
+                self._launch_filled()
+
+        if index in self._hooks:
+            self._hooks[index].remove()
+        self._hooks[index] = LastHook(get_gradient_edge(self._parameters[index]).node, on_gradient)
+
+    def remove_hooks(self) -> None:
+        for hook in self._hooks.values():
+            hook.remove()
+        self._hooks.clear()
+
+    def drop(self) -> None:
+        """Forget everything that has been reduced or is on its way."""
+        while self._under_way:
+            self._under_way.popleft()[1].abandon()
+        for shard in self._shards:
+            shard.forget()
+        self._held.clear()
+        self.backwards = 0  # that have come to their end since then
+        self.unfit: tuple[int, str] | None = None  # parameter whose gradient was refused since then, and why
+        self.taken = 0  # gradients of this rank since then
+        self.rounds = 0  # backwards that have been reduced since then
+        self._start_round()
+
+    def begin(self) -> None:
+        """A backward begins: buckets may leave as they fill."""
+        self.active = True
+        for hook in self._hooks.values():
+            hook.renew()
+
+    def finish(self) -> None:
+        """End a round, on every rank: launch what is left, and let everything land."""
+        while self._next < len(self._buckets):
+            self._launch_next()
+        self._land()
+        self.rounds += 1
+        self._start_round()
+
+    def end(self) -> None:
+        """A backward has ended, reduced or not. Under ZeRO 2 `.grad` is None then, whatever came late."""
+        self.active = False
+        self.backwards += 1
+        if self._listens:
+            for index in self._parameters:
+                gradient = self._take(index)
+                if gradient is not None:
+                    self._held[index] = gradient
+
+    def complete(self) -> None:
+        """Bring what still lies in `.grad`; on every rank or none."""
+        if self.rounds:
+            self.send_late()
+        else:
+            self.finish()
+
+    @property
+    def pending(self) -> bool:
+        """Whether there are gradients for the next step; ranks that ran the same backwards say the same."""
+        return self.rounds > 0 or self.backwards > 0 or self.late > 0
+
+    @property
+    def late(self) -> int:
+        """Gradients of this rank that came outside a round."""
+        return sum(map(self._waits, self._parameters))
+
+    def send_late(self) -> None:
+        """The extra round for late gradients; on every rank or none."""
+        for index in self._late_buckets():
+            self._launch(index)
+        self._land()
+
+    def _start_round(self) -> None:
+        self.active = False
+        self._next = 0  # the bucket that travels next
+        self._missing = [{slot.parameter for slot in bucket.slots} for bucket in self._buckets]
+
+    def _launch_filled(self) -> None:
+        while self._next < len(self._buckets) and not self._missing[self._next]:
+            self._launch_next()
+
+    def _launch_next(self) -> None:
+        self._launch(self._next)
+        self._next += 1
+
+    def _launch(self, index: int) -> None:
+        """Send a bucket off; those that left before it move on."""
+        self._land(leave=UNDER_WAY - 1)
+        for _, earlier in self._under_way:
+            earlier.advance()
+        bucket = self._buckets[index]
+        exchange = self._wire.send(bucket, self._take_gradients(bucket), self._shards[index].counts)
+        self._under_way.append((index, exchange))
+        if not self._overlap:
+            self._land()
+
+    def _land(self, *, leave: int = 0) -> None:
+        """Bring buckets to their shards, oldest first, until `leave` are under way."""
+        while len(self._under_way) > leave:
+            index, exchange = self._under_way.popleft()
+            shard, pieces = self._shards[index], exchange.land()
+            if shard.must_promote():
+                self._log_promotion()
+                shard.promote()
+            shard.receive(pieces)
+
+    def pack(self, bucket: Bucket) -> Tensor:
+        """The bucket's messages, as they would be sent, flat uint8; drops the gradients."""
+        return self._wire.pack(bucket, self._take_gradients(bucket), self._shards[bucket.index].counts)
+
+    def _take_gradients(self, bucket: Bucket) -> dict[int, Tensor | None]:
+        """The bucket's gradients as vectors, taken off their parameters."""
+        taken: dict[int, Tensor | None] = {}
+        for slot in bucket.slots:
+            gradient = self._take(slot.parameter)
+            self.taken += gradient is not None
+            if gradient is not None and not self._fits(gradient, slot):
+                gradient = None
+            taken[slot.parameter] = None if gradient is None else gradient.reshape(-1)
+        return taken
+
+    def _waits(self, index: int) -> bool:
+        return index in self._held or self._parameters[index].grad is not None
+
+    def _take(self, index: int) -> Tensor | None:
+        """A parameter's gradient, taken off it, with what came before outside a round."""
+        parameter, held = self._parameters[index], self._held.pop(index, None)
+        gradient, parameter.grad = parameter.grad, None
+        if gradient is not None and gradient.is_neg():
+            gradient = gradient.resolve_neg()
+        return gradient if held is None else held if gradient is None else held + gradient
+
+    def _fits(self, gradient: Tensor, slot: Slot) -> bool:
+        """Whether a gradient is what the kernels expect; the step objects to one that is not."""
+        dtype, device = self._kinds[slot.parameter]
+        flaw, alike = flaw_of(gradient), gradient.dtype is dtype and gradient.device == device
+        fits = flaw is None and alike and gradient.numel() == slot.numel
+        if not fits and self.unfit is None:
+            received = flaw or f"{list(gradient.shape)} of {gradient.dtype} on {gradient.device}"
+            allowed = f"{slot.numel} elements of {dtype} on {device}"
+            self.unfit = slot.parameter, f"received {received}, allowed: {allowed}"
+        return fits
+
+    def _late_buckets(self) -> list[int]:
+        """Buckets that on any rank hold a gradient although they have travelled."""
+        device = self._parameters[self._buckets[0].slots[0].parameter].device
+        late = torch.zeros(len(self._buckets), dtype=torch.uint8, device=device)
+        for bucket in self._buckets:
+            if any(self._waits(slot.parameter) for slot in bucket.slots):
+                late[bucket.index] = 1
+        max_over_ranks(late, self._nodes.everybody)
+        return [int(index) for index in late.nonzero()]
+
+    def _log_promotion(self) -> None:
+        if not self._promotion_logged and torch.distributed.get_rank(self._nodes.everybody) == 0:
+            logger.info(
+                "fp8.gradients.accum_dtype was left out and a second micro-step arrived: "
+                "the reduced gradient turns from %s to fp32",
+                self._shards[0].recipe.shard.name,
+            )
+        self._promotion_logged = True

@@ -1,0 +1,1 @@
+"""What DeepSpeed's engine calls in place of its own ZeRO optimizers."""

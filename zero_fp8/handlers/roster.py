@@ -1,0 +1,90 @@
+"""Who is in the model and who is trained: said once, by name, where the two have parted.
+
+The trained parameters are those that required a gradient when `deepspeed.initialize` was called. One that
+requires a gradient later (unfreezing, PEFT's set_adapter), or comes with a module that was exchanged, has a
+gradient that nobody takes; a trained one that has left the model is trained no more.
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+from torch.nn import Parameter
+
+from ds_fp8.config.refusals import naming
+
+logger = logging.getLogger("ds_fp8")
+
+THOROUGH = 16  # steps from one walk through the model to the next, where nothing calls for one
+
+Members = Callable[[], Iterable[tuple[str, Parameter]]]
+
+
+class Roster:
+    """Compares the model with the parameters that are trained.
+
+    members: names and parameters of the model as it is now.
+    """
+
+    def __init__(self, members: Members, trained: Mapping[int, Parameter], names: Mapping[int, str]) -> None:
+        self._members = members
+        self._trained = {id(parameter): names[index] for index, parameter in trained.items()}
+        self._required = [(each, each.requires_grad) for _, each in members()]  # a gradient, at first
+        self._others = [each for each in members() if id(each[1]) not in self._trained]
+        self._said: set[tuple[str, str]] = set()
+        self._steps = 0
+
+    def warn(self, *, all_had_gradients: bool) -> None:
+        """After a step: log what has not been said yet. Walks through the model where it may have changed."""
+        self._steps += 1
+        thorough = not all_had_gradients or self._steps % THOROUGH == 0
+        if thorough or any(parameter.grad is not None for _, parameter in self._others):
+            for finding, found in self._findings():
+                fresh = [name for name in found if (finding, name) not in self._said]
+                self._said.update((finding, name) for name in fresh)
+                if fresh:
+                    logger.warning("%s: %s", finding, naming(fresh))
+
+    @contextmanager
+    def as_initialized(self) -> Iterator[None]:
+        """Whether parameters require a gradient is meanwhile as it was when training was set up.
+
+        DeepSpeed saves and loads what requires none in another place than what is trained.
+        """
+        now = [(each, each.requires_grad) for each, _ in self._required]
+        try:
+            for each, required in self._required:
+                each.requires_grad_(required)
+            yield
+        finally:
+            for each, required in now:
+                each.requires_grad_(required)
+
+    def causes(self) -> str:
+        """What may be why a step had no gradient, as the end of a sentence."""
+        found = [f"{finding}: {naming(names)}" for finding, names in self._findings() if names]
+        return "; ".join(found) or (
+            "did the loss not depend on them, or were the gradients set to None after backward?"
+        )
+
+    def _findings(self) -> list[tuple[str, list[str]]]:
+        members = list(self._members())
+        present = {id(parameter) for _, parameter in members}
+        homeless = [
+            name
+            for name, parameter in members
+            if parameter.grad is not None and id(parameter) not in self._trained
+        ]
+        left = [name for key, name in self._trained.items() if key not in present]
+        return [
+            (
+                "gradients that no optimizer takes, since their parameters were not trained when "
+                "deepspeed.initialize was called (unfreeze, add and exchange modules before it)",
+                homeless,
+            ),
+            (
+                "trained parameters that are no longer in the model, as after an exchange of a module or "
+                "load_state_dict(assign=True) (do that before deepspeed.initialize)",
+                left,
+            ),
+        ]

@@ -1,0 +1,1 @@
+"""Who owns which bytes. Integers only, the same on every rank; nobody else multiplies by a world size."""

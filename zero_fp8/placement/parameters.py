@@ -1,0 +1,57 @@
+"""Which parameters are trained, and whether they can be."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch.nn import Parameter
+
+from ds_fp8.zero_fp8.placement.partition import ParameterSpec
+
+
+def trained_parameters(
+    param_groups: Sequence[Mapping[str, Any]], names: Mapping[Parameter, str]
+) -> tuple[dict[int, Parameter], list[ParameterSpec]]:
+    """The parameters of the groups that require a gradient and are not empty, by global index."""
+    indices = {parameter: index for index, parameter in enumerate(names)}
+    parameters: dict[int, Parameter] = {}
+    specs: list[ParameterSpec] = []
+    for number, group in enumerate(param_groups):
+        for parameter in group["params"]:
+            if not parameter.requires_grad or not parameter.numel():
+                continue
+            if parameter not in indices:
+                raise ValueError(
+                    f"optimizer: received a parameter of shape {list(parameter.shape)} that is not in the "
+                    "model, allowed: parameters of the model given to deepspeed.initialize"
+                )
+            index = indices[parameter]
+            parameters[index] = parameter
+            specs.append(ParameterSpec(index, parameter.numel(), number, parameter.dtype))
+    check_memory(parameters, names)
+    if not specs:
+        raise ValueError("optimizer: received no parameter that trains, allowed: at least one")
+    return dict(sorted(parameters.items())), specs
+
+
+def check_memory(parameters: Mapping[int, Parameter], names: Mapping[Parameter, str]) -> None:
+    """Trained parameters are given memory of their own: refuse those that share some, which would part."""
+    owners: dict[int, Parameter] = {}
+    for each in names:
+        if each.numel() and not each.is_meta:
+            owner = owners.setdefault(each.data_ptr(), each)
+            shares = owner is not each and each.device == owner.device
+            if shares and any(one is parameter for one in (each, owner) for parameter in parameters.values()):
+                raise ValueError(
+                    f"{names[each]}: received the memory of {names[owner]} as .data, allowed: its own; tie "
+                    "parameters by giving both modules the same Parameter"
+                )
+
+
+def check_finite(parameters: Mapping[int, Parameter], names: Mapping[int, str]) -> None:
+    """A scaled master would turn the neighbours of a value that is not finite into NaN."""
+    for index, parameter in parameters.items():
+        if not parameter.isfinite().all():
+            raise ValueError(
+                f"weight of {names[index]}: received values that are not finite, allowed: finite ones, or "
+                'fp8.optimizer.master_dtype "fp32" or "bf16"'
+            )

@@ -1,0 +1,1 @@
+"""The Adam states of the blocks that a rank owns, and their sweep."""

@@ -1,0 +1,145 @@
+"""Parameters whose `.data` was replaced after deepspeed.initialize, brought home to their buffers.
+
+`parameter.data = ...` (vector_to_parameters, a cast and back, swapped averages, SAM's restore) leaves the
+buffer that sweep and gather write without a reader. Before they, or a save, come to it, the values are copied
+back and the parameter is a view of the buffer again. Masters do not follow, as they do not follow an edit in
+place: such values last until the next step, which is said once. A split master's upper half is the weight
+itself, and so follows.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch.distributed import ProcessGroup
+from torch.nn import Parameter
+
+from ds_fp8.config.refusals import naming
+from ds_fp8.ops.blocks import chunks, decode
+from ds_fp8.ops.masters import write_weights
+from ds_fp8.zero_fp8.comm.agreement import everybody
+from ds_fp8.zero_fp8.guards import ALLOWED, flaw_of
+from ds_fp8.zero_fp8.placement.partition import Piece
+from ds_fp8.zero_fp8.states.shard import Shard
+from ds_fp8.zero_fp8.weights.views import Home, Weights
+
+logger = logging.getLogger("ds_fp8")
+
+
+class Binding:
+    """Keeps parameters in their buffers. on_return: called when some have been brought back."""
+
+    def __init__(
+        self,
+        weights: Sequence[Weights],
+        shards: Sequence[Shard],
+        parameters: Mapping[int, Parameter],
+        names: Mapping[int, str],
+        on_return: Callable[[], None],
+    ) -> None:
+        self._weights = weights
+        self._shards = shards
+        self._parameters = parameters
+        self._names = names
+        self._on_return = on_return
+        self._homes = {home.address: home for each in weights for home in each.homes}
+        self._given_up = False
+        self._edited: dict[str, None] = {}  # names of parameters whose owned values left their masters
+        self._said = False
+
+    def restore(self) -> str | None:
+        """Bring parameters back. An objection, and nothing is done, if one does not fit any more."""
+        objection = self._freed() or next(filter(None, map(self._objection, self._homes.values())), None)
+        if objection:
+            return objection
+        back = {index for weights in self._weights for index in weights.bind(self._parameters)}
+        if back:
+            self._on_return()
+            self._note_edits(back)
+        return None
+
+    def _freed(self) -> str | None:
+        """An objection to memory that was given back; there is some again, so that collectives can run."""
+        for weights in self._weights:
+            if weights.freed:
+                weights.allocate()
+                name = self._names[weights.homes[0].parameter]
+                return (
+                    f"{name}: received a storage that was resized, with all weights of its bucket, which are "
+                    "lost; load a checkpoint"
+                )
+        return None
+
+    def _objection(self, home: Home) -> str | None:
+        """To the values that a parameter has now, if they cannot be taken home."""
+        parameter, name = self._parameters[home.parameter], self._names[home.parameter]
+        found = f"{list(parameter.shape)} of {parameter.dtype} on {parameter.device}"
+        if not home.has_room_for(parameter):
+            return f"{name}: received {found} after deepspeed.initialize, allowed: {home}"
+        if not home.was_left_by(parameter):
+            return None
+        flaw = flaw_of(parameter.detach().resolve_neg())
+        if flaw is not None:
+            return f"{name}: received {flaw} as .data, {ALLOWED}"
+        other = self._homes.get(parameter.data_ptr(), home)
+        if other is not home:
+            tied = self._names[other.parameter]
+            return (
+                f"{name}: received the memory of {tied} as .data, allowed: its own; tie parameters before "
+                "deepspeed.initialize, by giving both modules the same Parameter"
+            )
+        return None
+
+    def give_up(self) -> None:
+        """Another engine has taken the parameters over."""
+        self._given_up = True
+
+    def check_owned(self) -> None:
+        """Raises RuntimeError if another engine has taken the parameters over."""
+        if self._given_up:
+            raise RuntimeError(
+                "this engine's parameters are trained by an engine that was made after it: use that one, or "
+                "call engine.destroy() on one before another is made for the same parameters"
+            )
+
+    def require(self) -> None:
+        """`restore`, where the ranks need not agree first. Raises ValueError, or as `check_owned`."""
+        self.check_owned()
+        objection = self.restore()
+        if objection:
+            raise ValueError(objection)
+
+    @property
+    def unsaid(self) -> int:
+        """How many parameters there are to speak of."""
+        return 0 if self._said else len(self._edited)
+
+    def say(self, group: ProcessGroup) -> None:
+        """Log them, once; on every rank or none."""
+        names = sorted({name for told in everybody(list(self._edited), group) for name in told})
+        self._said = True
+        if torch.distributed.get_rank(group) == 0:
+            logger.warning(
+                "weights replaced through .data by other values than their masters have: %s; masters do not "
+                "follow, the next step overwrites such an edit (safe_set_full_fp32_param sets both)",
+                naming(names),
+            )
+
+    def _note_edits(self, back: set[int]) -> None:
+        for shard, weights in zip(self._shards, self._weights, strict=True):
+            for piece in shard.pieces:
+                if piece.slot.parameter in back and _differs(shard, weights, piece):
+                    self._edited[self._names[piece.slot.parameter]] = None
+
+
+def _differs(shard: Shard, weights: Weights, piece: Piece) -> bool:
+    """Whether owned weights are other than their rounded masters; split masters have no other weight."""
+    master, own = shard.state.master[piece.rows], weights.own[piece.rows]
+    if master.format.split:
+        return False
+    for part in chunks(len(master), master.block_size):
+        rounded = torch.empty_like(own[part])
+        write_weights(decode(master[part]), rounded)
+        if not torch.equal(rounded, own[part]):
+            return True
+    return False
