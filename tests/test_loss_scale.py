@@ -18,7 +18,7 @@ from ds_fp8.compat import CreateLossScaler, NoopTimer
 from ds_fp8.config.section import FP8Config
 from ds_fp8.zero_fp8.checkpoint.manifest import FORMAT_VERSION, File, Manifest, parse, render
 from ds_fp8.zero_fp8.checkpoint.reader import Native
-from ds_fp8.zero_fp8.handlers.stage12 import FP8ZeROOptimizer
+from ds_fp8.zero_fp8.handlers.common import FP8ZeROOptimizer
 from ds_fp8.zero_fp8.optimizer.fp8_adamw import FP8AdamW
 from ds_fp8.zero_fp8.recipe import ZeroSettings, recipe_of
 
@@ -141,7 +141,7 @@ def saved(handler: FP8ZeROOptimizer, folder: Path) -> Native:
         module={},
         frozen=None,
         files={each: File(size=0, sha256="") for each in names},
-        **handler.manifest_facts(),
+        **handler.saved.manifest_facts(),
     )
     return Native(folder, parse(render(facts), folder))
 

@@ -150,7 +150,7 @@ def train(fp8: dict[str, Any], stage: int, steps: int) -> dict[str, Any]:
         "packed": packed(engine.optimizer),
         "weights": weight_bits(engine),
         "rank_bytes": memory.rank_bytes(
-            engine.optimizer.recipe, engine.optimizer.buckets, accumulating=False
+            engine.optimizer.recipe, engine.optimizer.parts.buckets, accumulating=False
         ),
         "allocated": engine.optimizer.nbytes,
         "told": {key: ds_fp8.describe(engine)[key] for key in ("rank_bytes_min", "rank_bytes_max")},

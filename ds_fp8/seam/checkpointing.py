@@ -33,7 +33,7 @@ from ds_fp8.zero_fp8.checkpoint import manifest, tags, writing
 from ds_fp8.zero_fp8.checkpoint.foreign import Universal
 from ds_fp8.zero_fp8.checkpoint.manifest import Manifest
 from ds_fp8.zero_fp8.comm.agreement import agreed, check_agreement, everybody
-from ds_fp8.zero_fp8.handlers.stage12 import FP8ZeROOptimizer
+from ds_fp8.zero_fp8.handlers.common import FP8ZeROOptimizer
 
 logger = logging.getLogger("ds_fp8")
 
@@ -171,7 +171,7 @@ def _seal(engine: Any, folder: Path) -> dict[str, manifest.File]:
 
 
 def _facts(engine: Any, files: dict[str, manifest.File], exclude_frozen: bool) -> Manifest:
-    facts = engine.optimizer.manifest_facts()
+    facts = engine.optimizer.saved.manifest_facts()
     saved = engine.module_state_dict(exclude_frozen_parameters=exclude_frozen)
     keeps_frozen = engine.zero_optimization_stage() == 2 and not exclude_frozen
     return Manifest(

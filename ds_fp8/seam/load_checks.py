@@ -19,7 +19,7 @@ from ds_fp8.zero_fp8.checkpoint.manifest import Manifest
 from ds_fp8.zero_fp8.checkpoint.reader import Native, is_extra_state
 from ds_fp8.zero_fp8.checkpoint.reading import Entry
 from ds_fp8.zero_fp8.checkpoint.writer import Restorable, recipe_facts
-from ds_fp8.zero_fp8.handlers.stage12 import FP8ZeROOptimizer
+from ds_fp8.zero_fp8.handlers.common import FP8ZeROOptimizer
 
 ALLOW = "fp8.checkpoint.allow_conversion: true converts them, through FP32"
 
@@ -47,7 +47,7 @@ def _check_ours(engine: Any, folder: Path, facts: Manifest, model: Entry) -> Fit
     _check_parameters(engine, path, facts)
     handler: FP8ZeROOptimizer = engine.optimizer
     native, recipe = Native(folder, facts, unpickle=True), recipe_facts(handler.recipe)
-    native.check(handler.shards, handler.parameter_names)
+    native.check(handler.parts.shards, handler.parameter_names)
     if facts.recipe == recipe:
         return Fitting(model, native)
     if not _may_convert(engine):
@@ -74,7 +74,7 @@ def _check_stock(engine: Any, folder: Path) -> Restorable:
             "weights (load_optimizer_states=False)"
         )
     found = stock.Stock(folder)
-    found.check(engine.optimizer.manifest_facts()["parameters"])
+    found.check(engine.optimizer.saved.manifest_facts()["parameters"])
     return Converted(found)
 
 
@@ -86,7 +86,7 @@ def check_universal(engine: Any, folder: Path, wanted: Wanted) -> Fitting:
             "checkpoint.load_universal: neither"
         )
     universal = Universal(folder)
-    universal.check(engine.optimizer.manifest_facts()["parameters"])
+    universal.check(engine.optimizer.saved.manifest_facts()["parameters"])
     unknown = sorted(universal.trained - engine.module.state_dict().keys())
     if unknown:
         raise ValueError(f"{universal.folder}: of another model: with {unknown[:3]} (of {len(unknown)})")
@@ -171,7 +171,7 @@ def _check_module(engine: Any, path: Path, facts: Manifest, wanted: Wanted) -> N
 
 def _check_parameters(engine: Any, path: Path, facts: Manifest) -> None:
     """The trained parameters must be the same, in the same param groups."""
-    ours = engine.optimizer.manifest_facts()["parameters"]
+    ours = engine.optimizer.saved.manifest_facts()["parameters"]
     check_names(path, facts.parameters, ours)
     for name, mine in ours.items():
         for key in ("shape", "group"):

@@ -9,7 +9,7 @@ from deepspeed import comm as dist
 import ds_fp8
 from ds_fp8.config.refusals import refusal
 from ds_fp8.estimate import memory
-from ds_fp8.zero_fp8.handlers.stage12 import FP8ZeROOptimizer
+from ds_fp8.zero_fp8.handlers.common import FP8ZeROOptimizer
 from ds_fp8.zero_fp8.health import Health
 
 
@@ -26,8 +26,9 @@ def describe(engine: Any) -> dict[str, Any]:
     _require_active(engine)
     handler: FP8ZeROOptimizer = engine.optimizer
     recipe, several = handler.recipe, accumulating(engine)
-    ranks = handler.buckets[0].world_size
-    held = memory.rank_bytes(recipe, handler.buckets, accumulating=several)
+    ranks = handler.parts.buckets[0].world_size
+    buckets = handler.parts.buckets
+    held = memory.rank_bytes(recipe, buckets, accumulating=several)
     return {
         "version": ds_fp8.__version__,
         "opt_level": engine._config.ds_fp8.opt_level,
@@ -37,8 +38,8 @@ def describe(engine: Any) -> dict[str, Any]:
         "rank_bytes_min": min(held),
         "rank_bytes_max": max(held),
         "overlap_comm": handler.settings.overlap,
-        "bytes_in_flight": memory.in_flight_bytes(recipe, handler.buckets, overlap=handler.settings.overlap),
-        "kernels": handler.backend.name,
+        "bytes_in_flight": memory.in_flight_bytes(recipe, buckets, overlap=handler.settings.overlap),
+        "kernels": handler.parts.backend.name,
     }
 
 
@@ -51,7 +52,7 @@ def stats(engine: Any) -> dict[str, Any] | None:
     fp8.stats.interval is 0.
     """
     _require_active(engine)
-    health: Health = engine.optimizer.health
+    health: Health = engine.optimizer.parts.health
     if not health.interval:
         raise refusal("fp8.stats.interval", 0, "1 or more, to measure every so many steps")
     return health.last

@@ -56,14 +56,15 @@ class Converted:
     def restore(self, shards: Sequence[Shard], weights: Sequence[Tensor], names: Names) -> None:
         """Round the values into states, and masters into the weights' rows that the shards own."""
         for shard, own in zip(shards, weights, strict=True):
-            size = shard.recipe.block_size
+            size = shard.block_size
             for piece in shard.pieces:
                 for part in chunks(piece.blocks, size):
                     first = piece.first_element + part.start * size
                     stop = min(first + (part.stop - part.start) * size, piece.elements.stop)
                     values = self.source.values(names[piece.slot.parameter], slice(first, stop))
                     rows = slice(piece.first_block + part.start, piece.first_block + part.stop)
-                    _write(values, shard.state[rows], own[rows])
+                    with shard.lend(rows) as state:
+                        _write(values, state, own[rows])
 
 
 def _write(values: Values, state: AdamState, weights: Tensor) -> None:

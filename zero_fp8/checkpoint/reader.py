@@ -71,10 +71,11 @@ class Native:
         """
         for shard in shards:
             for piece in shard.pieces:
-                state = shard.state[piece.rows]
-                for row, saved in self.rows(names[piece.slot.parameter], *self._blocks_of(piece.elements)):
-                    for key in STATES:
-                        getattr(state, key)[row : row + len(saved.master)].copy_(getattr(saved, key))
+                rows = self.rows(names[piece.slot.parameter], *self._blocks_of(piece.elements))
+                with shard.lend(piece.rows) as state:
+                    for row, saved in rows:
+                        for key in STATES:
+                            getattr(state, key)[row : row + len(saved.master)].copy_(getattr(saved, key))
 
     def values(self, name: str, elements: slice) -> Values:
         """States of some elements of a parameter, in FP32."""

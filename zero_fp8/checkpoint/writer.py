@@ -75,14 +75,15 @@ def pack(shards: Sequence[Shard], names: Names) -> dict[str, Any]:
     """
     packed: dict[str, Any] = {}
     for shard in shards:
-        tensors = {
-            key + suffix: tensor.cpu()
-            for key in STATES
-            for suffix, tensor in byte_tensors(getattr(shard.state, key)).items()
-        }
+        with shard.lend() as state:
+            tensors = {
+                key + suffix: tensor.cpu()
+                for key in STATES
+                for suffix, tensor in byte_tensors(getattr(state, key)).items()
+            }
         for piece in shard.pieces:
             packed[names[piece.slot.parameter]] = {
-                "blocks": list(block_range(piece, shard.recipe.block_size)),
+                "blocks": list(block_range(piece, shard.block_size)),
                 **{key: tensor[piece.rows] for key, tensor in tensors.items()},
             }
     return packed
@@ -105,7 +106,8 @@ def fp32_masters(shard: Shard, weights: Tensor) -> Tensor:
     values = torch.empty(sum(piece.numel for piece in shard.pieces), dtype=torch.float32)
     first = 0
     for piece in shard.pieces:
-        load_masters(shard.state.master[piece.rows], weights[piece.rows], values[first : first + piece.numel])
+        with shard.lend(piece.rows) as state:
+            load_masters(state.master, weights[piece.rows], values[first : first + piece.numel])
         first += piece.numel
     return values
 
