@@ -75,7 +75,7 @@ def test_ranks_own_side_by_side_what_their_tensors_need(case: Case) -> None:
             assert bucket.blocks_of(rank) == first, "a rank holds padding"
             end = rows.stop
         assert bucket.blocks == end
-        assert bucket.blocks_per_rank == max(bucket.shares)
+        assert bucket.blocks_per_rank == max(map(bucket.blocks_of, range(case.world_size)))
 
 
 @partition_settings
