@@ -28,7 +28,7 @@ from torch import Tensor
 import ds_fp8
 from ds_fp8.estimate import memory
 from ds_fp8.ops import blocks, per_tensor
-from ds_fp8.ops.adam import UNIT, AdamScalars, AdamState, Rounding, Segment
+from ds_fp8.ops.adam import UNIT, AdamScalars, AdamState, Rounding, Segment, Sweep
 from ds_fp8.ops.backend import VARIABLE, choose, choose_for_tensors
 from ds_fp8.ops.blocks import Blocks, decode
 from ds_fp8.ops.formats import BY_NAME, E4M3, FP16, FP32, Format
@@ -96,7 +96,7 @@ def sweep(state: AdamState, g: Tensor, sizes: list[int]) -> Tensor:
     plan = [Segment(each, number, 0) for number, each in enumerate(rows)]
     held = Blocks(g.view(-1, 128), None, FP32)
     weights = torch.zeros_like(held.codes)
-    per_tensor.adam_step(state, held, weights, plan, SCALARS, torch.ones(2), rounding=Rounding(0))
+    per_tensor.adam_step(Sweep(state, held, weights, plan, SCALARS, torch.ones(2), Rounding(0)))
     return weights
 
 

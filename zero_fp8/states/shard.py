@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ds_fp8.ops.adam import AdamScalars, AdamState, Segment
+from ds_fp8.ops.adam import AdamScalars, AdamState, Segment, Sweep
 from ds_fp8.ops.backend import Backend
 from ds_fp8.ops.blocks import Blocks, chunks, decode, encode
 from ds_fp8.ops.formats import FP32, Format
@@ -88,7 +88,7 @@ class Shard:
 
     def sweep(self, weights: Tensor, scalars: AdamScalars, control: Tensor) -> None:
         """One Adam step, or none where `control` says so; writes the owned rows of the weights."""
-        self._backend.adam_step(
+        sweep = Sweep(
             self.state,
             self.gradient,
             weights,
@@ -98,6 +98,7 @@ class Shard:
             rounding=self.recipe.rounding,
             counts=self.counts.of_state(sum(each.numel for each in self.pieces)),
         )
+        self._backend.adam_step(sweep)
 
 
 class TensorShard(Shard):
