@@ -231,8 +231,8 @@ FAULTS = (
     Fault(
         "a sweep trusts its tensors",
         "ops/guards.py",
-        '    """Before `ops.adam.adam_step`."""\n',
-        '    """Before `ops.adam.adam_step`."""\n    return\n',
+        '    """Before `ops.adam.adam_step`. planned: rows that the plan was made for."""\n',
+        '    """Before `ops.adam.adam_step`. planned: rows that the plan was made for."""\n    return\n',
         "test_guards.py sweep",
     ),
     Fault(

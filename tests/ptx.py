@@ -31,7 +31,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ds_fp8.config.section import LEVELS, FP8Config
-from ds_fp8.ops.adam import AdamScalars, AdamState, Segment, next_clamp
+from ds_fp8.ops.adam import AdamScalars, AdamState, Segment, Sweep, next_clamp
 from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.formats import E4M3, FP32, Format
 from ds_fp8.ops.triton import adam as adam_triton
@@ -128,8 +128,9 @@ def sweep(opt_level: str) -> Launch:
     plan = adam_triton.plan(segments, BLOCKS, BLOCK, META)
     state = AdamState(*map(blocks_of, (recipe.master, recipe.exp_avg, recipe.exp_avg_sq)))
     weights = torch.empty(BLOCKS, BLOCK, dtype=torch.bfloat16, device=META)
-    operands = (state, blocks_of(E4M3), weights, plan, scalars, torch.empty(2, device=META))
-    code = partial(adam_triton.adam_step, *operands, rounding=recipe.rounding)
+    control = torch.empty(2, device=META)
+    step = Sweep(state, blocks_of(E4M3), weights, plan, scalars, control, recipe.rounding)
+    code = partial(adam_triton.adam_step, step)
     return Launch(adam_triton, "adam_kernel", code)
 
 
@@ -140,8 +141,9 @@ def tensor_sweep(which: str) -> Launch:
     state = AdamState(*map(blocks_of, (recipe.master, recipe.exp_avg, recipe.exp_avg_sq)), rooted=False)
     weights = torch.empty(BLOCKS, BLOCK, dtype=torch.bfloat16, device=META)
     amax = torch.empty(3, BLOCKS, dtype=torch.int32, device=META)
-    operands = (state, blocks_of(E4M3), weights, plan, scalars, torch.empty(2, device=META))
-    code = partial(adam_triton.launch_sweep, *operands, recipe.rounding, None, sweep=which, amax=amax)
+    control = torch.empty(2, device=META)
+    step = Sweep(state, blocks_of(E4M3), weights, plan, scalars, control, recipe.rounding)
+    code = partial(adam_triton.launch_sweep, step, which, amax)
     return Launch(adam_triton, "adam_kernel", code)
 
 

@@ -8,7 +8,7 @@ import torch
 from kernel_support import CPU, Kernels, assert_same, assert_same_blocks, dirty, inner, to
 from torch import Tensor
 
-from ds_fp8.ops.adam import AdamScalars, AdamState, Rounding, Segment
+from ds_fp8.ops.adam import AdamScalars, AdamState, Rounding, Segment, Sweep
 from ds_fp8.ops.backend import TENSOR_REFERENCE
 from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.formats import BY_NAME, E4M3, Format
@@ -115,19 +115,18 @@ def check_steps(
     for step in range(1, steps + 1):
         scalars = AdamScalars(step, 1e-2, 0.9, 0.95, 1e-8, 0.1, decoupled, draw.random() < 0.5, None)
         held = gradient_of(gradient, rows, size, seed + 100 * step)
-        TENSOR_REFERENCE.adam_step(
-            state, held, weights, plans[0], scalars, control, rounding=rounding, counts=counts
-        )
-        kernels.ops.adam_step(
-            ours,
-            to(held, kernels.device),
-            written,
-            plans[1],
-            scalars,
-            control.to(kernels.device),
-            rounding=rounding,
+        sweep = Sweep(state, held, weights, plans[0], scalars, control, rounding, counts)
+        twin = replace(
+            sweep,
+            state=ours,
+            gradient=to(held, kernels.device),
+            weights=written,
+            plan=plans[1],
+            control=control.to(kernels.device),
             counts=counted,
         )
+        TENSOR_REFERENCE.adam_step(sweep)
+        kernels.ops.adam_step(twin)
         what = f"{', '.join(formats)}, step {step}"
         assert_same(written, weights, f"{what}: weight")
         for key in ("master", "exp_avg", "exp_avg_sq"):
@@ -146,7 +145,7 @@ def check_a_skipped_step(kernels: Kernels) -> None:
     plan = kernels.ops.plan(segments_of([4]), 4, 128, kernels.device)
     gradient = to(quantized(512, E4M3, 128, 3), kernels.device)
     control = torch.tensor([1.0, 0.0], device=kernels.device)
-    kernels.ops.adam_step(state, gradient, weights, plan, scalars, control, rounding=Rounding(0))
+    kernels.ops.adam_step(Sweep(state, gradient, weights, plan, scalars, control, Rounding(0)))
     for mine, theirs in zip(
         (state.master, state.exp_avg, state.exp_avg_sq), (master, exp_avg, exp_avg_sq), strict=True
     ):

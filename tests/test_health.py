@@ -153,10 +153,10 @@ def asked_to_count(fp8: dict[str, Any]) -> list[tuple[int, int]]:
     def watch(name: str) -> Any:
         op = getattr(handler.parts.backend, name)
 
-        def watched(*arguments: Any, **options: Any) -> Any:
-            counts = options.get("counts") if name == "adam_step" else arguments[2]
+        def watched(*arguments: Any) -> Any:
+            counts = arguments[0].counts if name == "adam_step" else arguments[2]
             calls[0], calls[1] = calls[0] + 1, calls[1] + (counts is not None)
-            return op(*arguments, **options)
+            return op(*arguments)
 
         object.__setattr__(handler.parts.backend, name, watched)
         return op

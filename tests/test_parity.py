@@ -42,12 +42,13 @@ GRADIENT_BOUND = 0.05
 # Faults, planted to see that the checks below notice them.
 
 
-def _without_scale_of_m(*arguments: Any) -> None:
-    _sweep(*arguments)
-    arguments[0].exp_avg.scales.fill_(127)
+def _without_scale_of_m(values: adam.Update, rows: adam.Sweep, noise: adam.Noise) -> None:
+    _store(values, rows, noise)
+    assert rows.state.exp_avg.scales is not None
+    rows.state.exp_avg.scales.fill_(127)
 
 
-_sweep = adam._sweep
+_store = adam.store
 _receive = ReducedGradient.receive
 
 
@@ -61,7 +62,7 @@ def fault(name: str | None) -> AbstractContextManager[Any]:
         "no 1/accumulation": nullcontext(),  # planted in the loss: the division is DeepSpeed's
         "no 1/N": patch.object(FP8ZeROOptimizer, "_gradient_scale", lambda _: 1.0),
         "one rank dropped": patch.object(ReducedGradient, "receive", _without_last_rank),
-        "scale of m dropped": _in_reference("_sweep", _without_scale_of_m),
+        "scale of m dropped": _in_reference("store", _without_scale_of_m),
         "v not squared": _in_reference("decode_second_moment", decode),
     }
     return faults[name]

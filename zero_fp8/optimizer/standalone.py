@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ds_fp8.config.refusals import cut
-from ds_fp8.ops.adam import AdamScalars, AdamState, Segment
+from ds_fp8.ops.adam import AdamScalars, AdamState, Segment, Sweep
 from ds_fp8.ops.backend import Backend, choose
 from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.formats import BF16, FP32
@@ -239,7 +239,7 @@ class States:
         place = (device, segment.parameter, segment.first_element, rows)
         if place not in self._plans:
             self._plans[place] = backend.plan([segment], rows, size, device)
-        backend.adam_step(
+        sweep = Sweep(
             states,
             Blocks(gradient.view(-1, size), None, READ_IN_PLACE[gradient.dtype]),
             weights.view(-1, size),
@@ -248,6 +248,7 @@ class States:
             self._controls[device],
             rounding=self.recipe.rounding,
         )
+        backend.adam_step(sweep)
 
 
 # What a state was made for is kept in integers: a flattened `torch.distributed.checkpoint` state dict takes

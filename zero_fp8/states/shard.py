@@ -9,7 +9,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ds_fp8.ops.adam import AdamScalars, AdamState, Rounding, Segment
+from ds_fp8.ops.adam import AdamScalars, AdamState, Rounding, Segment, Sweep
 from ds_fp8.ops.backend import Backend
 from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.formats import Format
@@ -76,14 +76,8 @@ class Shard:
 
     def sweep(self, gradient: Blocks, weights: OwnRows, scalars: AdamScalars, control: Tensor) -> None:
         """One Adam step, or none if `control` says so; writes the owned rows of the weights."""
+        counts = self._counts.of_state(sum(piece.numel for piece in self.pieces))
         with self.lend() as state:
             self._backend.adam_step(
-                state,
-                gradient,
-                weights.own,
-                self._plan,
-                scalars,
-                control,
-                rounding=self._rounding,
-                counts=self._counts.of_state(sum(piece.numel for piece in self.pieces)),
+                Sweep(state, gradient, weights.own, self._plan, scalars, control, self._rounding, counts)
             )
