@@ -16,7 +16,7 @@ from typing import Any
 
 from ds_fp8.zero_fp8.checkpoint import manifest
 from ds_fp8.zero_fp8.checkpoint.manifest import Manifest
-from ds_fp8.zero_fp8.comm.agreement import agreed, check_agreement, everybody
+from ds_fp8.zero_fp8.comm.agreement import agreed, check_agreement, gather_objects
 
 RESERVED = (  # what DeepSpeed keeps in its model file; it writes client_state over it
     *("module", "buffer_names", "optimizer", "param_shapes", "frozen_param_shapes", "shared_params"),
@@ -107,7 +107,7 @@ def check_same_folder(engine: Any, folder: Path) -> None:
     try:
         agreed(put, group, folder)
         places = dict(
-            everybody((engine.global_rank, (path.relative_to(above).parts, token, str(folder))), group)
+            gather_objects((engine.global_rank, (path.relative_to(above).parts, token, str(folder))), group)
         )
         agreed(look, group, folder)
     finally:
@@ -133,7 +133,7 @@ def check_same_checkpoint(engine: Any, folder: Path, facts: Manifest | None) -> 
     """
     group, node = engine.optimizer.dp_process_group, first_of(engine)
     own = agreed(lambda: _of_all(facts), group), agreed(lambda: _of_files(folder, facts), group, folder)
-    told = everybody((engine.global_rank, node, str(folder), *own), group)
+    told = gather_objects((engine.global_rank, node, str(folder), *own), group)
     lead = told[0]
     for rank, other_node, theirs, common, files in told:
         peer = next(each for each in told if each[0] == other_node)

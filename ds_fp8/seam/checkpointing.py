@@ -32,7 +32,7 @@ from ds_fp8.seam.status import is_active
 from ds_fp8.zero_fp8.checkpoint import manifest, tags, writing
 from ds_fp8.zero_fp8.checkpoint.foreign import Universal
 from ds_fp8.zero_fp8.checkpoint.manifest import Manifest
-from ds_fp8.zero_fp8.comm.agreement import agreed, check_agreement, everybody
+from ds_fp8.zero_fp8.comm.agreement import agreed, check_agreement, gather_objects
 from ds_fp8.zero_fp8.handlers.stage12 import FP8ZeROOptimizer
 
 logger = logging.getLogger("ds_fp8")
@@ -165,7 +165,7 @@ def _seal(engine: Any, folder: Path) -> dict[str, manifest.File]:
         return manifest.seal(folder, _share(engine, manifest.files_of(folder)))
 
     node = first_of(engine)
-    told = everybody((node, agreed(seal, group, folder)), group)
+    told = gather_objects((node, agreed(seal, group, folder)), group)
     found = {name: fact for other, files in told if other == node for name, fact in files.items()}
     return dict(sorted(found.items()))
 
