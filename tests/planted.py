@@ -260,14 +260,14 @@ FAULTS = (
     Fault(
         "ranks save where each likes",
         "ds_fp8/seam/checkpointing.py",
-        "        check_same_folder(self, folder)\n",
+        "    check_same_folder(engine, save.folder)\n",
         "",
         "test_arguments.py save",
     ),
     Fault(
         "ranks load what each finds",
         "ds_fp8/seam/checkpointing.py",
-        "    check_same_checkpoint(engine, folder, facts)\n",
+        "    check_same_checkpoint(engine, folder, saved)\n",
         "",
         "test_arguments.py load",
     ),
@@ -277,6 +277,27 @@ FAULTS = (
         "    if allowed := objection(tag):\n",
         "    if allowed := None:\n",
         "test_tags.py",
+    ),
+    Fault(
+        "blocks are in whatever file",
+        "zero_fp8/checkpoint/manifest.py",
+        "if not 0 <= index < count:",
+        "if False:",
+        "test_manifest.py not_listed",
+    ),
+    Fault(
+        "any version is this one",
+        "zero_fp8/checkpoint/manifest.py",
+        "if received == FORMAT_VERSION:",
+        "if received:",
+        "test_manifest.py another_version",
+    ),
+    Fault(
+        "files of a place come in another order",
+        "ds_fp8/seam/checkpointing.py",
+        "        optimizer_files=optimizer_files,\n",
+        "        optimizer_files=optimizer_files[::-1],\n",
+        "test_reshard.py where_every_block_lies",
     ),
     # Words
     Fault(

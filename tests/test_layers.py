@@ -26,7 +26,7 @@ ROOMS = (
     ("ds_fp8.zero_fp8", "wiring | verdict"),
     (
         "ds_fp8.zero_fp8.checkpoint",
-        "export stock universal | foreign | reader | convert | writer | reading tags writing | manifest",
+        "export universal | convert reader stock writer | contracts | files | tags | manifest",
     ),
     ("ds_fp8.zero_fp8.optimizer", "client | fp8_adamw | standalone | edits"),
     ("ds_fp8.zero_fp8.weights", "binding | views"),

@@ -21,7 +21,8 @@ from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 
 from ds_fp8.compat import ZeROOptimizer
-from ds_fp8.zero_fp8.checkpoint import writer
+from ds_fp8.zero_fp8.checkpoint import manifest, writer
+from ds_fp8.zero_fp8.checkpoint.contracts import Restorable
 from ds_fp8.zero_fp8.comm.agreement import check_agreement, first_objection
 from ds_fp8.zero_fp8.comm.groups import Nodes
 from ds_fp8.zero_fp8.gradients.backwards import ArrivalHooks, covers_whole_graph, in_backward
@@ -430,23 +431,15 @@ class FP8ZeROOptimizer(ZeROOptimizer):
             ]
         return saved
 
-    def manifest_facts(self) -> dict[str, Any]:
-        """What a checkpoint's manifest says of the states, the same on every rank."""
-        return {
-            "zero_stage": self.settings.stage,
-            "world_size": self.buckets[0].world_size,
-            "recipe": writer.recipe_facts(self.recipe),
-            "fp32_master": self.settings.save_fp32_master,
-            "parameters": writer.parameter_facts(self.buckets, self.parameters, self.parameter_names),
-            "autoscale": self.wire.state(self.parameter_names),
-            **writer.progress_facts(self.optimizer, self.loss_scaler),
-        }
+    def described_parameters(self) -> dict[str, manifest.Parameter]:
+        """The trained parameters as a checkpoint's manifest has them, the same on every rank."""
+        return writer.describe_parameters(self.buckets, self.parameters, self.parameter_names)
 
-    def restore(self, source: writer.Restorable) -> None:
+    def restore(self, source: Restorable) -> None:
         """Take over a checkpoint that has been checked; the weights follow the masters."""
         self.binding.require()
         source.restore(self.shards, [each.own for each in self.weights], self.parameter_names)
-        writer.take_progress(source.progress, self.optimizer, self.loss_scaler)
+        source.progress.give_to(self.optimizer, self.loss_scaler)
         self.wire.restore(source.progress.autoscale, self.parameter_names)
         self.health.prepare(self.optimizer.steps + 1)
         self.zero_grad()

@@ -1,6 +1,7 @@
 """Shard: one rank's blocks of one bucket, reduced gradient and Adam states."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -50,6 +51,11 @@ class Shard:
     def nbytes(self) -> int:
         state = self.state
         return sum(each.nbytes for each in (state.master, state.exp_avg, state.exp_avg_sq, self.gradient))
+
+    @contextmanager
+    def lend(self, rows: slice) -> Iterator[AdamState]:
+        """The states of some rows, to be read or written in place."""
+        yield self.state[rows]
 
     def forget(self) -> None:
         """Let the next arrival replace what has been reduced."""
