@@ -252,21 +252,21 @@ FAULTS = (
     ),
     Fault(
         "client_state overwrites",
-        "ds_fp8/seam/checkpointing.py",
+        "ds_fp8/seam/saving.py",
         "    check_client_state(client_state)\n",
         "",
         "test_checkpoint_options.py client_state",
     ),
     Fault(
         "ranks save where each likes",
-        "ds_fp8/seam/checkpointing.py",
+        "ds_fp8/seam/saving.py",
         "    check_same_folder(engine, save.folder)\n",
         "",
         "test_arguments.py save",
     ),
     Fault(
         "ranks load what each finds",
-        "ds_fp8/seam/checkpointing.py",
+        "ds_fp8/seam/loading.py",
         "    check_same_checkpoint(engine, folder, saved)\n",
         "",
         "test_arguments.py load",
@@ -294,7 +294,7 @@ FAULTS = (
     ),
     Fault(
         "files of a place come in another order",
-        "ds_fp8/seam/checkpointing.py",
+        "ds_fp8/seam/saving.py",
         "        optimizer_files=optimizer_files,\n",
         "        optimizer_files=optimizer_files[::-1],\n",
         "test_reshard.py where_every_block_lies",

@@ -18,7 +18,7 @@ ROOMS = (
     ("ds_fp8.cli", ". | checkpoints configs estimate report"),
     (
         "ds_fp8.seam",
-        "registration | checkpointing | engine load_checks | arguments backward builds model_file | status",
+        "registration | loading saving | engine load_checks | arguments backward builds model_file | status",
     ),
     ("ds_fp8.estimate", "deepspeed_names | dry_run model_sizes | methods | memory"),
     ("ds_fp8", "output"),

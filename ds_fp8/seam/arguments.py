@@ -1,4 +1,4 @@
-"""The arguments of save_checkpoint and load_checkpoint: checked, and the same on every rank.
+"""The arguments of save_checkpoint and load_checkpoint, and who shares a folder: the same on every rank.
 
 A rank that objects alone, or goes another way than the others, would leave them waiting, or part a
 checkpoint in two. So all of this is asked before anything is written or loaded.
@@ -8,14 +8,16 @@ import hashlib
 import os
 import uuid
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
 from typing import Any
 
-from ds_fp8.zero_fp8.checkpoint.manifest import Manifest, render
+from deepspeed import comm as dist
+
+from ds_fp8.zero_fp8.checkpoint.manifest import Manifest, render, share
 from ds_fp8.zero_fp8.comm.agreement import agreed, check_agreement, gather_objects
 
 RESERVED = (  # what DeepSpeed keeps in its model file; it writes client_state over it
@@ -38,6 +40,13 @@ def is_first(engine: Any) -> bool:
 def first_of(engine: Any) -> int:
     """The first rank of those that share this rank's folder."""
     return int(engine.global_rank - engine.local_rank) if engine.use_node_local_storage() else 0
+
+
+def checksum_share(engine: Any, names: Iterable[str], optimizer_files: Sequence[str]) -> list[str]:
+    """The files whose checksums this rank computes."""
+    group = engine.optimizer.dp_process_group
+    rank, world_size = dist.get_rank(group), dist.get_world_size(group)
+    return share(names, optimizer_files, rank, world_size, first=is_first(engine))
 
 
 # Of one rank

@@ -1,47 +1,35 @@
-"""save_checkpoint and load_checkpoint of an engine with FP8.
+"""save_checkpoint of an engine with FP8.
 
-DeepSpeed writes and reads its own files; around that, a tag appears as a whole or not at all
-(`zero_fp8.checkpoint.tags`), and nothing of the engine is touched before every rank has found the checkpoint
-whole and fitting. When a tag is saved, DeepSpeed is asked which file is whose; later the manifest says it.
+DeepSpeed writes its own files; around that, a tag appears as a whole or not at all
+(`zero_fp8.checkpoint.tags`). DeepSpeed is asked which file is whose; later the manifest says it.
 """
 
 import functools
-import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from deepspeed import comm as dist
-
 import ds_fp8
-from ds_fp8.seam import model_file
 from ds_fp8.seam.arguments import (
     agree_on,
     check_client_state,
     check_place,
-    check_same_checkpoint,
     check_same_folder,
+    checksum_share,
     first_of,
     is_first,
 )
-from ds_fp8.seam.load_checks import Checked, check, check_stock, check_universal, others_of
-from ds_fp8.seam.model_file import Wanted, frozen, shapes
+from ds_fp8.seam.model_file import frozen, shapes
 from ds_fp8.seam.status import is_active
 from ds_fp8.zero_fp8.checkpoint import files, manifest, tags, writer
 from ds_fp8.zero_fp8.checkpoint.manifest import File, Manifest, Place
-from ds_fp8.zero_fp8.checkpoint.universal import Universal
-from ds_fp8.zero_fp8.comm.agreement import agreed, check_agreement, gather_objects
+from ds_fp8.zero_fp8.comm.agreement import agreed, gather_objects
 from ds_fp8.zero_fp8.handlers.stage12 import FP8ZeROOptimizer
 
-logger = logging.getLogger("ds_fp8")
-
 Method = Callable[..., Any]
-
-
-# Saving
 
 
 @dataclass(frozen=True)
@@ -190,19 +178,12 @@ class _Writer:
         files.save(state_dict, path)
 
 
-def _share(engine: Any, names: Iterable[str], optimizer_files: Sequence[str]) -> list[str]:
-    """The files whose checksums this rank computes."""
-    group = engine.optimizer.dp_process_group
-    rank, world_size = dist.get_rank(group), dist.get_world_size(group)
-    return manifest.share(names, optimizer_files, rank, world_size, first=is_first(engine))
-
-
 def _seal(engine: Any, folder: Path, optimizer_files: Sequence[str]) -> dict[str, File]:
     """Size and checksum of every file in a folder, from the ranks that share it."""
     group = engine.optimizer.dp_process_group
 
     def seal() -> dict[str, File]:
-        return manifest.seal(folder, _share(engine, manifest.files_of(folder), optimizer_files))
+        return manifest.seal(folder, checksum_share(engine, manifest.files_of(folder), optimizer_files))
 
     node = first_of(engine)
     by_rank = gather_objects((node, agreed(seal, group, folder)), group)
@@ -242,90 +223,3 @@ def _place(engine: Any, save: _Save, optimizer_files: list[str]) -> Place:
         module={key: shape for key, shape in saved.items() if key not in parameters},
         frozen=sorted(frozen(engine)) if keeps_frozen else None,
     )
-
-
-# Loading
-
-
-def load_checkpoint(original: Method) -> Method:
-    """DeepSpeedEngine.load_checkpoint: everything is checked, on every rank, before anything is touched."""
-
-    @functools.wraps(original)
-    def method(
-        self: Any,
-        load_dir: Any,
-        tag: Any = None,
-        load_module_strict: bool = True,
-        load_optimizer_states: bool = True,
-        load_lr_scheduler_states: bool = True,
-        load_module_only: bool = False,
-        custom_load_fn: Any = None,
-    ) -> Any:
-        options = {
-            "load_module_strict": load_module_strict,
-            "load_optimizer_states": load_optimizer_states,
-            "load_lr_scheduler_states": load_lr_scheduler_states,
-            "load_module_only": load_module_only,
-            "custom_load_fn": custom_load_fn,
-        }
-        name = _find(self, load_dir, tag, options) if is_active(self) else None
-        if name is None:
-            return original(self, load_dir, tag, **options)
-        return _load(self, Path(load_dir), name, options)
-
-    return method
-
-
-def _find(engine: Any, load_dir: Any, tag: Any, options: Mapping[str, Any]) -> str | None:
-    """The folder of the tag, the same on every rank; None where there is no `latest`."""
-    group = engine.optimizer.dp_process_group
-    agreed(lambda: check_place("load_checkpoint", "load_dir", load_dir, tag), group)
-    agree_on(engine, "load_checkpoint", {key: bool(value) for key, value in options.items()})
-    folder, latest = Path(load_dir), tags.LATEST
-    if engine.load_universal_checkpoint():
-        latest = tags.LATEST_UNIVERSAL
-    name = agreed(lambda: tags.find(folder, None if tag is None else str(tag), latest), group, folder)
-    check_agreement("the checkpoint", [str(name)], engine.device, group)
-    return name
-
-
-def _load(engine: Any, load_dir: Path, name: str, options: Mapping[str, Any]) -> Any:
-    """Load a tag; what DeepSpeed's load_checkpoint returns."""
-    handler: FP8ZeROOptimizer = engine.optimizer
-    group, folder = handler.dp_process_group, load_dir / name
-    with agreed(handler.ready_for_files, group):
-        checked = _check(engine, folder, Wanted.by(options))
-        if checked.conversion:
-            logger.info("%s", checked.conversion)
-        loaded = agreed(lambda: _load_model(engine, folder, checked, options), group, folder)
-    if checked.states is None:
-        handler._restore_from_bit16_weights()
-    else:
-        handler.restore(checked.states)
-    return loaded
-
-
-def _load_model(engine: Any, folder: Path, checked: Checked, options: Mapping[str, Any]) -> Any:
-    """DeepSpeed's part: all but the states."""
-    with model_file.given_to(engine, checked.model):
-        loaded = engine._load_checkpoint(str(folder.parent), folder.name, **options)
-    if engine.load_universal_checkpoint():
-        others = others_of(engine, Universal(folder), checked.model)
-        engine.module.load_state_dict(others, strict=False)
-    return loaded
-
-
-def _check(engine: Any, folder: Path, wanted: Wanted) -> Checked:
-    """A checkpoint that has been checked on every rank."""
-    group = engine.optimizer.dp_process_group
-    universal = engine.load_universal_checkpoint()
-    saved = agreed(lambda: None if universal else manifest.read(folder), group, folder)
-    check_same_checkpoint(engine, folder, saved)
-    if universal:
-        return agreed(lambda: check_universal(engine, folder, wanted), group, folder)
-    if saved is None:
-        return agreed(lambda: check_stock(engine, folder, wanted), group, folder)
-    names = {saved.place.model_file, *(saved.files if wanted.states else ())}
-    shared = _share(engine, names, saved.place.optimizer_files)
-    agreed(lambda: manifest.verify(folder, saved, shared), group, folder)
-    return agreed(lambda: check(engine, folder, saved, wanted), group, folder)
