@@ -20,7 +20,7 @@ from torch.nn import Parameter
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ds_fp8.ops.backend import REFERENCE, Backend
-from ds_fp8.zero_fp8.comm.agreement import everybody
+from ds_fp8.zero_fp8.comm.agreement import gather_objects
 from ds_fp8.zero_fp8.weights.views import Gathers, Weights
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
@@ -78,7 +78,7 @@ def against_host(device: torch.device, backend: Backend) -> list[str]:
         here = arrivals(case, device, backend)
         there = arrivals(case, torch.device("cpu"), REFERENCE)
         differ = [name for name, bits in here.items() if not torch.equal(bits, there[name])]
-        found = [f"rank {rank}: {each[0]}" for rank, each in enumerate(everybody(differ, group)) if each]
+        found = [f"rank {rank}: {each[0]}" for rank, each in enumerate(gather_objects(differ, group)) if each]
         assert not found, f"{case}: {found[0]} differ from the reference over gloo"
         lines.append(f"{case}: {sum(map(len, here.values())):,} bytes of gradients and weights are the same")
     return lines
@@ -206,7 +206,7 @@ def train(setting: Setting, steps: int) -> dict[str, Any]:
     digest = hashlib.sha256()
     for parameter in engine.module.parameters():
         digest.update(raw(parameter).numpy().tobytes())
-    digests = everybody(digest.hexdigest(), group)
+    digests = gather_objects(digest.hexdigest(), group)
     engine.destroy()
     assert len({*digests}) == 1, f"{setting}: the ranks end with different weights"
     end = losses[-min(10, steps) :]

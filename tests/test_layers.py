@@ -18,7 +18,7 @@ ROOMS = (
     ("ds_fp8.cli", ". | checkpoints configs estimate report"),
     (
         "ds_fp8.seam",
-        "registration | checkpointing | engine load_checks | arguments backward builds model_file | status",
+        "registration | loading saving | engine load_checks | arguments backward builds model_file | status",
     ),
     ("ds_fp8.estimate", "deepspeed_names | dry_run model_sizes | methods | memory"),
     ("ds_fp8", "output"),
@@ -26,7 +26,7 @@ ROOMS = (
     ("ds_fp8.zero_fp8", "step | wiring verdict"),
     (
         "ds_fp8.zero_fp8.checkpoint",
-        "export stock universal | foreign | reader | convert | writer | reading tags writing | manifest",
+        "export universal | convert reader stock writer | contracts | files | tags | manifest",
     ),
     ("ds_fp8.zero_fp8.optimizer", "client | fp8_adamw | standalone | edits"),
     ("ds_fp8.zero_fp8.weights", "binding | store views | home"),

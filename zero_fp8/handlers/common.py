@@ -18,7 +18,7 @@ from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 
 from ds_fp8.compat import ZeROOptimizer
-from ds_fp8.zero_fp8.checkpoint import writer
+from ds_fp8.zero_fp8.checkpoint.contracts import Restorable
 from ds_fp8.zero_fp8.comm.agreement import first_objection
 from ds_fp8.zero_fp8.gradients.backwards import ArrivalHooks, covers_whole_graph, in_backward
 from ds_fp8.zero_fp8.handlers.full_tensors import FullTensors
@@ -76,7 +76,7 @@ class FP8ZeROOptimizer(ZeROOptimizer):
         self.gradients = self.parts.reducer
         self.stepper = Stepper(self.parts, self.parameters, optimizer, recipe, settings, group, timers)
         self.saved = SavedStates(
-            self.parts, self.parameters, self.parameter_names, recipe, settings, optimizer, loss_scaler
+            self.parts, self.parameters, self.parameter_names, settings, optimizer, loss_scaler
         )
         self.binding = Binding(
             self.parts.weights,
@@ -301,7 +301,7 @@ class FP8ZeROOptimizer(ZeROOptimizer):
         """This rank's shard: raw states for us, FP32 masters for DeepSpeed's zero_to_fp32.py."""
         return self.saved.state_dict()
 
-    def restore(self, source: writer.Restorable) -> None:
+    def restore(self, source: Restorable) -> None:
         """Take over a checkpoint that has been checked; the weights follow the masters."""
         self.binding.require()
         self.saved.restore(source)

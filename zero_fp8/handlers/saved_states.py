@@ -5,9 +5,10 @@ from typing import Any
 
 from torch.nn import Parameter
 
-from ds_fp8.zero_fp8.checkpoint import writer
+from ds_fp8.zero_fp8.checkpoint import manifest, writer
+from ds_fp8.zero_fp8.checkpoint.contracts import Restorable
 from ds_fp8.zero_fp8.optimizer.fp8_adamw import FP8AdamW
-from ds_fp8.zero_fp8.recipe import Recipe, ZeroSettings
+from ds_fp8.zero_fp8.recipe import ZeroSettings
 from ds_fp8.zero_fp8.weights.store import Gathers
 from ds_fp8.zero_fp8.wiring import Parts
 
@@ -20,7 +21,6 @@ class SavedStates:
         parts: Parts,
         parameters: Mapping[int, Parameter],
         names: Mapping[int, str],
-        recipe: Recipe,
         settings: ZeroSettings,
         optimizer: FP8AdamW,
         loss_scaler: Any,
@@ -29,7 +29,6 @@ class SavedStates:
         self._parts = parts
         self._parameters = parameters
         self._names = names
-        self._recipe = recipe
         self._settings = settings
         self._optimizer = optimizer
         self._loss_scaler = loss_scaler
@@ -67,23 +66,14 @@ class SavedStates:
             ]
         return saved
 
-    def manifest_facts(self) -> dict[str, Any]:
-        """What a checkpoint's manifest says of the states, the same on every rank."""
-        buckets = self._parts.buckets
-        return {
-            "zero_stage": self._settings.stage,
-            "world_size": buckets[0].world_size,
-            "recipe": writer.recipe_facts(self._recipe),
-            "fp32_master": self._settings.save_fp32_master,
-            "parameters": writer.parameter_facts(buckets, self._parameters, self._names),
-            "autoscale": self._parts.scaling.state(self._names),
-            **writer.progress_facts(self._optimizer, self._loss_scaler),
-        }
+    def described_parameters(self) -> dict[str, manifest.Parameter]:
+        """The trained parameters as a checkpoint's manifest has them, the same on every rank."""
+        return writer.describe_parameters(self._parts.buckets, self._parameters, self._names)
 
-    def restore(self, source: writer.Restorable) -> None:
+    def restore(self, source: Restorable) -> None:
         """Take over states and counters of a checkpoint that has been checked."""
         parts = self._parts
         source.restore(parts.shards, [weights.own for weights in parts.weights], self._names)
-        writer.take_progress(source.progress, self._optimizer, self._loss_scaler)
+        source.progress.give_to(self._optimizer, self._loss_scaler)
         parts.scaling.restore(source.progress.autoscale, self._names)
         parts.health.prepare(self._optimizer.steps + 1)

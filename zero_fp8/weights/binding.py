@@ -17,7 +17,7 @@ from torch.nn import Parameter
 from ds_fp8.config.refusals import naming
 from ds_fp8.ops.blocks import chunks, decode
 from ds_fp8.ops.masters import write_weights
-from ds_fp8.zero_fp8.comm.agreement import everybody
+from ds_fp8.zero_fp8.comm.agreement import gather_objects
 from ds_fp8.zero_fp8.guards import ALLOWED, flaw_of
 from ds_fp8.zero_fp8.placement.partition import Piece
 from ds_fp8.zero_fp8.states.shard import Shard
@@ -117,7 +117,7 @@ class Binding:
 
     def log_edits(self, group: ProcessGroup) -> None:
         """Name them in the log, once; on every rank or none."""
-        names = sorted({name for told in everybody(list(self._edited), group) for name in told})
+        names = sorted({name for told in gather_objects(list(self._edited), group) for name in told})
         self._logged = True
         if torch.distributed.get_rank(group) == 0:
             logger.warning(
