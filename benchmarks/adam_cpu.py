@@ -137,10 +137,10 @@ def rows_of(entries: Sequence[Entry], times: Times, size: int) -> Iterator[dict[
             "name": name,
             "milliseconds": times.median(name),
             "time_by_ours": times.ratio(name, OURS),
-            "bytes_a_parameter": entry.contestant.moved / size,
-            "gigabytes_a_second": times.bandwidth(name),
+            "bytes_per_parameter": entry.contestant.moved / size,
+            "gigabytes_per_second": times.bandwidth(name),
             "of_triad": times.share_of_triad(name),
-            "state_bytes_a_parameter": entry.held / size,
+            "state_bytes_per_parameter": entry.held / size,
             "peak_extra_bytes": peak_extra_bytes(entry.contestant.run),
             "gradient": entry.gradient,
             "fp32_peer": entry.fp32_peer,
@@ -156,7 +156,7 @@ def compare(backend: Backend, size: int, rounds: int, *, quick: bool) -> dict[st
     fastest = next(row for row in rows if row["fp32_peer"])  # torch's own is always there
     return {
         "parameters": size,
-        "triad_gigabytes_a_second": times.bandwidth(TRIAD),
+        "triad_gigabytes_per_second": times.bandwidth(TRIAD),
         "triad_milliseconds": times.milliseconds[TRIAD],
         "rows": rows,
         "fastest_fp32_peer": {key: fastest[key] for key in ("name", "time_by_ours")},
@@ -176,7 +176,7 @@ def by_size(backend: Backend, sizes: Sequence[int], rounds: int) -> list[dict[st
         {
             "parameters": size,
             "milliseconds": times.median(f"{size}"),
-            "nanoseconds_a_parameter": times.median(f"{size}") / size * 1e6,
+            "nanoseconds_per_parameter": times.median(f"{size}") / size * 1e6,
             "of_triad": times.share_of_triad(f"{size}"),
             "rounds": times.milliseconds[f"{size}"],
         }
@@ -193,17 +193,17 @@ def print_result(result: dict[str, Any], machine: dict[str, Any]) -> None:
     table.add_column("bf16 weights out; B: bytes a parameter")
     for column in heads:
         table.add_column(column, justify="right")
-    table.add_row(TRIAD, "", "", "", "", f"{result['triad_gigabytes_a_second']:.1f}", "1.00", "", "", "")
+    table.add_row(TRIAD, "", "", "", "", f"{result['triad_gigabytes_per_second']:.1f}", "1.00", "", "", "")
     for row in result["rows"]:
         table.add_row(
             row["name"],
             row["gradient"],
             f"{row['milliseconds']:.1f}",
             f"{row['time_by_ours']:.2f}",
-            f"{row['bytes_a_parameter']:.2f}",
-            f"{row['gigabytes_a_second']:.1f}",
+            f"{row['bytes_per_parameter']:.2f}",
+            f"{row['gigabytes_per_second']:.1f}",
             f"{row['of_triad']:.2f}",
-            f"{row['state_bytes_a_parameter']:.2f}",
+            f"{row['state_bytes_per_parameter']:.2f}",
             f"{row['peak_extra_bytes'] / 1e6:.1f}",
             str(len(row["rounds"])),
         )
@@ -223,7 +223,7 @@ def print_sizes(rows: Sequence[dict[str, Any]]) -> None:
     for row in rows:
         figures = (
             f"{row['milliseconds']:.2f}",
-            f"{row['nanoseconds_a_parameter']:.3f}",
+            f"{row['nanoseconds_per_parameter']:.3f}",
             f"{row['of_triad']:.2f}",
         )
         table.add_row(f"{row['parameters']:,}", *figures)

@@ -123,7 +123,7 @@ def measure(size: int, repeat: int, device: torch.device) -> dict[str, Any]:
         "parameters": size,
         "kernels": backend.name,
         "verified": verified,
-        "copy_gigabytes_a_second": bandwidth / 1e9,
+        "copy_gigabytes_per_second": bandwidth / 1e9,
         "rows": [asdict(row) for row in rows],
         "skipped_peers": skipped,
     }
@@ -141,7 +141,7 @@ def print_result(result: dict[str, Any]) -> None:
     table = Table(title=f"{result['device']}, {result['parameters']:,} parameters")
     for column in ("operation", "ms", "bytes a parameter", "of a copy's bandwidth"):
         table.add_column(column, justify="left" if column == "operation" else "right")
-    table.add_row("device-to-device copy", "", "", f"{result['copy_gigabytes_a_second']:,.0f} GB/s")
+    table.add_row("device-to-device copy", "", "", f"{result['copy_gigabytes_per_second']:,.0f} GB/s")
     for row in result["rows"]:
         share = [f"{row['bytes_moved'] / result['parameters']:.2f}", f"{row['of_copy']:.3f}"]
         table.add_row(row["name"], f"{row['milliseconds']:.2f}", *(share if row["bytes_moved"] else ["", ""]))

@@ -60,9 +60,9 @@ def show(runs: dict[str, dict[str, Any]]) -> None:
     rows = {
         "loss, mean of the last 50 steps": ("final_loss", "{:.4f}", 1),
         "validation loss": ("validation_loss", "{:.4f}", 1),
-        "state bytes a parameter, all ranks": ("state_bytes_a_parameter", "{:.2f}", 1),
-        "KB a rank sends in a step": ("wire_bytes_a_step", "{:,.0f}", 1000),
-        "ms a step, median": ("milliseconds_a_step", "{:.0f}", 1),
+        "state bytes a parameter, all ranks": ("state_bytes_per_parameter", "{:.2f}", 1),
+        "KB a rank sends in a step": ("wire_bytes_per_step", "{:,.0f}", 1000),
+        "ms a step, median": ("milliseconds_per_step", "{:.0f}", 1),
     }
     for title, (key, form, unit) in rows.items():
         table.add_row(title, *(form.format(run[key] / unit) for run in runs.values()))

@@ -108,7 +108,7 @@ def count_traffic(config: dict[str, Any], shape: Shape) -> dict[str, Any]:
     }
     if isinstance(engine.optimizer, FP8ZeROOptimizer):
         handler = engine.optimizer
-        result["exchange"] = sum(memory.exchange_bytes(handler.recipe, each) for each in handler.buckets)
+        result["exchange"] = sum(sum(memory.hop_bytes(handler.recipe, each)) for each in handler.buckets)
         result["buckets"] = len(handler.buckets)
     engine.destroy()
     return result
@@ -185,4 +185,4 @@ def test_every_recipe_allocates_its_bytes() -> None:
         shard = Shard(buckets[0], 0, recipe, torch.device("cpu"), REFERENCE)
         assert memory.state_bytes(recipe, buckets) == by_hand
         assert shard.nbytes == by_hand + memory.gradient_bytes(recipe, buckets, accumulating=False)
-        assert memory.state_bytes_a_parameter(recipe) == by_hand / (blocks * block_size)
+        assert memory.state_bytes_per_parameter(recipe) == by_hand / (blocks * block_size)

@@ -20,7 +20,7 @@ ROOMS = (
         "ds_fp8.seam",
         "registration | checkpointing | engine load_checks | arguments backward builds model_file | status",
     ),
-    ("ds_fp8.estimate", "deepspeed_names | dry_run model_sizes | methods | memory"),
+    ("ds_fp8.estimate", "deepspeed_names | dry_run model_sizes | methods | memory stock"),
     ("ds_fp8", "output"),
     ("ds_fp8.zero_fp8.handlers", "stage12 | full_tensors roster"),
     ("ds_fp8.zero_fp8", "wiring | verdict"),

@@ -119,7 +119,7 @@ def facts_of(plan: "Plan") -> dict[str, Any]:
         "world_size": plan.run.gpus,
         "micro_steps": plan.run.micro_steps,
         "weights": plan.weights,
-        **memory.facts(plan.recipe, ranks=plan.run.gpus, several=plan.run.accumulating),
+        **memory.summary(plan.recipe, ranks=plan.run.gpus, accumulating=plan.run.accumulating),
         "overlap_comm": plan.run.overlap,
         "without_effect": plan.idle,
         "filled_in_by_hugging_face": plan.filled_in,
@@ -156,7 +156,11 @@ def _config_rows(config: dict[str, Any]) -> dict[str, Any]:
     shown = {key: value for key, value in plan.items() if key not in lists}
     told = {key.replace("_", " "): "; ".join(plan[key]) for key in lists if plan[key]}
     shown["weights"] = plan["weights"] or "as the model"
-    for key in ("state_bytes_a_parameter", "gradient_bytes_a_parameter", "wire_bytes_a_gradient_element"):
+    for key in (
+        "state_bytes_per_parameter",
+        "gradient_bytes_per_parameter",
+        "wire_bytes_per_gradient_element",
+    ):
         shown[key] = f"{plan[key]:.4f}"
     alone = shown.pop("refused_without_hugging_face")
     accepted = "yes" if alone is None else f"by the Trainer and accelerate only; DeepSpeed alone: {alone}"

@@ -1,6 +1,6 @@
 """What a GPU holds of a model's weights, states and gradients, with FP8 and with stock DeepSpeed BF16.
 
-Nothing is allocated: `memory` has the arithmetic, whose results the tests compare with engines. Weights are
+Nothing is allocated: `memory` and `stock` have the arithmetic, whose results the tests compare with engines. Weights are
 BF16 and in one param group. Activations, and what libraries and allocator keep for themselves, are not in it.
 """
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from ds_fp8.config.refusals import refusal
 from ds_fp8.config.section import LEVELS, FP8Config
-from ds_fp8.estimate import memory
+from ds_fp8.estimate import memory, stock
 from ds_fp8.ops.formats import BF16, FP32, Format
 from ds_fp8.zero_fp8.placement.partition import ParameterSpec, partition, partition_whole
 from ds_fp8.zero_fp8.recipe import recipe_of
@@ -140,12 +140,12 @@ def _stock(state: Format, model: Model, run: Run) -> Held:
     """state: of master weights, states and the step's gradient."""
     refuse_absurd(model.parameters, len(model.trained), run)
     sizes = [numel for numel in model.trained if numel]
-    part = memory.stock_part(sizes, run.gpus)
+    part = stock.part_of_rank(sizes, run.gpus)
     bucket = run.bucket_elements * (2 if run.overlap else 1)
     # The step makes a flat copy, and another where the master is wider.
     step = part * (1 + (state.itemsize // WEIGHT if state.itemsize > WEIGHT else 0))
     moments = []
-    for reaching, padding in memory.stock_gradients(sizes, run.gpus):
+    for reaching, padding in stock.gradients_of_ranks(sizes, run.gpus):
         reduced = reaching + padding
         moments += [(reduced, step)]  # ZeRO 1 has let go of every `.grad` by then
         if run.stage == 1:
@@ -169,7 +169,7 @@ STOCK_BF16_STATES = Method("DeepSpeed BF16 states", partial(_stock, BF16))
 def model_of_size(parameters: int, run: Run) -> Model:
     """A model of which only the size is known: each rank owns whole parameters, and none exceeds a bucket."""
     refuse_absurd(parameters, parameters // run.bucket_elements, run)
-    part = memory.stock_part([parameters], run.gpus)
+    part = stock.part_of_rank([parameters], run.gpus)
 
     def pieces() -> Iterator[int]:
         for first in range(0, parameters, part):

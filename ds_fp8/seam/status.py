@@ -33,7 +33,7 @@ def describe(engine: Any) -> dict[str, Any]:
         "opt_level": engine._config.ds_fp8.opt_level,
         "zero_stage": handler.settings.stage,
         "world_size": ranks,
-        **memory.facts(recipe, ranks=ranks, several=several),
+        **memory.summary(recipe, ranks=ranks, accumulating=several),
         "rank_bytes_min": min(held),
         "rank_bytes_max": max(held),
         "overlap_comm": handler.settings.overlap,
@@ -92,7 +92,7 @@ def banner(engine: Any) -> str:
     """One line of what `describe` says, for the log."""
     facts = describe(engine)
     rounding = ", rounded stochastically" if facts["rounding"] == "stochastic" else ""
-    total = facts["state_bytes_a_parameter"] + facts["gradient_bytes_a_parameter"]
+    total = facts["state_bytes_per_parameter"] + facts["gradient_bytes_per_parameter"]
     scaled = f"block {facts['block_size']}" if facts["scaling"] == "block" else "a scale a tensor"
     how = f", added in fp8 with {facts['autoscale']} scaling" if facts["autoscale"] else ""
     ranks = "1 rank" if facts["world_size"] == 1 else f"{facts['world_size']} ranks"
@@ -104,7 +104,7 @@ def banner(engine: Any) -> str:
         f"reduced {facts['reduced_gradient']}, master {facts['master']}{rounding}, "
         f"exp_avg {facts['exp_avg']}, exp_avg_sq {facts['exp_avg_sq']}, {scaled} | "
         f"{total:.2f} bytes a parameter over the ranks, {least:.2f} to {most:.2f} MiB a rank, "
-        f"{facts['wire_bytes_a_gradient_element']:.4f} wire bytes a gradient element, "
+        f"{facts['wire_bytes_per_gradient_element']:.4f} wire bytes a gradient element, "
         f"{hops if facts['nodes'] > 1 else 'one hop'}, {'' if facts['overlap_comm'] else 'not '}overlapped | "
         f"kernels: {facts['kernels']}"
     )

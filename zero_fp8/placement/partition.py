@@ -73,11 +73,6 @@ class Bucket:
         last = self.slots[-1]
         return -(-(last.first_block + last.blocks) // self.world_size)
 
-    @property
-    def elements_per_rank(self) -> int:
-        """Of the fullest rank, with padding."""
-        return self.blocks_per_rank * self.block_size
-
     def rows_of(self, rank: int) -> slice:
         """The blocks of the bucket that `rank` owns."""
         return slice(rank * self.blocks_per_rank, (rank + 1) * self.blocks_per_rank)
