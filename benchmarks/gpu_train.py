@@ -62,7 +62,7 @@ def identity(run: Run) -> tuple[Any, ...]:
 
 
 def load(out: Path) -> list[Run]:
-    """Runs of earlier calls; older files say "milliseconds_a_step" where it is "milliseconds_per_step" now."""
+    """Runs of earlier calls; older files have "milliseconds_a_step" for "milliseconds_per_step"."""
     runs: list[Run] = json.loads(out.read_text())["runs"] if out.exists() else []
     return [{key.replace("_a_", "_per_"): value for key, value in run.items()} for run in runs]
 

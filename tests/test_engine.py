@@ -166,10 +166,10 @@ def test_banner_and_description(ranks: RankPools) -> None:
     assert facts["state_bytes_per_parameter"] == 5 + 3 / 128
     assert facts["gradient_bytes_per_parameter"] == facts["wire_bytes_per_gradient_element"] == 1 + 1 / 128
     assert sum(": ON" in line for line in lines) == 1
-    assert "6.03 bytes a parameter" in " ".join(lines)
+    assert "6.03 bytes per parameter" in " ".join(lines)
 
     lines, active, facts = ranks.run(2, banner, ds_config({"opt_level": "O2"}, micro_steps=2))[0]
-    assert "9.02 bytes a parameter" in " ".join(lines)
+    assert "9.02 bytes per parameter" in " ".join(lines)
 
     lines, active, facts = ranks.run(2, banner, ds_config())[0]
     assert not active

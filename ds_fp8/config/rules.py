@@ -14,19 +14,19 @@ from ds_fp8.config.refusals import show
 
 @dataclass(frozen=True)
 class Honoured:
-    """Does what DeepSpeed's documentation says."""
+    """A key that does what DeepSpeed's documentation says."""
 
 
 @dataclass(frozen=True)
 class NoEffect:
-    """Accepted; asks for something that FP8 has no use for."""
+    """A key that is accepted and logged; FP8 has no use for what it asks."""
 
     why: str
 
 
 @dataclass(frozen=True)
 class Refused:
-    """Accepted only with a value that asks for nothing."""
+    """A key that is accepted only with a value that asks for nothing."""
 
     why: str
     harmless: tuple[Any, ...] = ()  # besides a section that says "enabled": false

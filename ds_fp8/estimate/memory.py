@@ -1,8 +1,8 @@
 """Bytes per parameter and bytes on the wire of a run in FP8, as plain arithmetic.
 
 One source for the banner, the command line, the documentation and the tests, which count what is really
-allocated and sent and compare. `stock` has the arithmetic of stock DeepSpeed, `placement/messages.py` that of a
-message.
+allocated and sent and compare. `stock` has the arithmetic of stock DeepSpeed, `placement/messages.py` that of
+a message.
 """
 
 from collections import Counter

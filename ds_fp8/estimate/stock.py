@@ -1,4 +1,7 @@
-"""How stock DeepSpeed places a param group: one flat buffer, of which each rank owns an equal part. In elements."""
+"""How stock DeepSpeed places a param group: one flat buffer, of which each rank owns an equal part.
+
+Everything is in elements.
+"""
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
