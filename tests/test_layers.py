@@ -28,7 +28,7 @@ ROOMS = (
         "ds_fp8.zero_fp8.checkpoint",
         "export stock universal | foreign | reader | convert | writer | reading tags writing | manifest",
     ),
-    ("ds_fp8.zero_fp8.optimizer", "client | fp8_adamw | standalone | edits"),
+    ("ds_fp8.zero_fp8.optimizer", "client | fp8_adamw | standalone | edits entries hyperparameters members"),
     ("ds_fp8.zero_fp8.weights", "binding | views"),
     ("ds_fp8.zero_fp8.gradients", "reducer | packing | exchange autoscale backwards"),
     ("ds_fp8.zero_fp8.states", "shard"),

@@ -19,7 +19,8 @@ from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.masters import load_masters
 from ds_fp8.zero_fp8.checkpoint import manifest
 from ds_fp8.zero_fp8.checkpoint.reading import Entry
-from ds_fp8.zero_fp8.optimizer.fp8_adamw import UNSUPPORTED_FLAGS, FP8AdamW, check_group
+from ds_fp8.zero_fp8.optimizer.fp8_adamw import FP8AdamW
+from ds_fp8.zero_fp8.optimizer.hyperparameters import UNSUPPORTED_FLAGS, check_group
 from ds_fp8.zero_fp8.placement.partition import Bucket, Piece
 from ds_fp8.zero_fp8.recipe import Recipe
 from ds_fp8.zero_fp8.states.shard import Shard
