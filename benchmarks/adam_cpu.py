@@ -4,9 +4,9 @@
 
 What it shows: O2 (FP16 master, E4M3 exp_avg, FP16 exp_avg_sq, block 128) takes a BF16 gradient in and gives
 BF16 weights out in less time than an FP32 AdamW that does the same work, at the speed of memory, with 5 bytes
-of state a parameter and no temporary. First the kernels must equal the reference; every contestant's first
+of state per parameter and no temporary. First the kernels must equal the reference; every contestant's first
 step must be Adam's. In each round every contestant steps once, so that all meet the same machine; "time /
-ours" is the median of the ratios, round by round. --sizes adds our sweep's cost a parameter by size.
+ours" is the median of the ratios, round by round. --sizes adds our sweep's cost per parameter by size.
 
 ms: median. GB/s: what a step reads and writes at least, by the formats, without temporaries. State: all but
 gradient and BF16 weights. Extra MB: rise of the resident high-water mark in a step (VmHWM, reset by
@@ -190,7 +190,7 @@ def print_result(result: dict[str, Any], machine: dict[str, Any]) -> None:
         title=title(f"one AdamW step, {result['parameters']:,} parameters", machine, result["others_cores"])
     )
     heads = "gradient", "ms", "time / ours", "B moved", "GB/s", "of triad", "state B", "extra MB", "rounds"
-    table.add_column("bf16 weights out; B: bytes a parameter")
+    table.add_column("bf16 weights out; B: bytes per parameter")
     for column in heads:
         table.add_column(column, justify="right")
     table.add_row(TRIAD, "", "", "", "", f"{result['triad_gigabytes_per_second']:.1f}", "1.00", "", "", "")
@@ -218,7 +218,7 @@ def print_result(result: dict[str, Any], machine: dict[str, Any]) -> None:
 
 def print_sizes(rows: Sequence[dict[str, Any]]) -> None:
     table = Table(title=f"{OURS} by size")
-    for column in ("parameters", "ms", "ns a parameter", "of triad"):
+    for column in ("parameters", "ms", "ns per parameter", "of triad"):
         table.add_column(column, justify="right")
     for row in rows:
         figures = (

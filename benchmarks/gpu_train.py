@@ -5,7 +5,7 @@
             --model 1.3B --micro_batch 4 --deepspeed_config benchmarks/gpu/$config.json
     done
 
-One configuration a process group. What --out has already is not run again, so that a loop goes on where it
+One configuration per process group. What --out has already is not run again, so that a loop goes on where it
 broke (another seed needs another --out); each run adds itself to --out and prints the table of all. Options
 other than these two are the example's. Runs are compared with stock BF16 (bf16.json, or bf16_torch.json with
 torch's fused AdamW) of the same model on as many ranks; batch and steps are to be the same.
@@ -131,8 +131,8 @@ def print_runs(runs: Sequence[Run]) -> None:
         )
     CONSOLE.print(table)
     for run in runs:
-        told = ", ".join(f"{count} {name}" for name, count in run["waits"].items()) or "none"
-        CONSOLE.print(f"waits in engine.step, {run['model']} {run['config']}: {told}")
+        waits = ", ".join(f"{count} {name}" for name, count in run["waits"].items()) or "none"
+        CONSOLE.print(f"waits in engine.step, {run['model']} {run['config']}: {waits}")
 
 
 def report(runs: Sequence[Run]) -> None:

@@ -77,7 +77,7 @@ def measure(backend: Backend, size: int, rounds: int) -> dict[str, Any]:
 
 def print_result(result: dict[str, Any], machine: dict[str, Any]) -> None:
     table = Table(title=title(f"{result['elements']:,} elements", machine, result["others_cores"]))
-    table.add_column("B: bytes an element of gradient")
+    table.add_column("B: bytes per element of gradient")
     for column in ("ms", "B moved", "GB/s", "of triad", "reference ms", "reference / ours"):
         table.add_column(column, justify="right")
     table.add_row(TRIAD, "", "", f"{result['triad_gigabytes_per_second']:.1f}", "1.00", "", "")

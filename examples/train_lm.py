@@ -4,7 +4,7 @@
     deepspeed --num_gpus 2 examples/train_lm.py --deepspeed_config configs/zero2_bf16.json
 
 The script knows nothing of FP8: the "fp8" section of the ds_config decides. At the end rank 0 prints
-loss, state bytes a parameter, wire bytes a step and time a step, all measured from outside.
+loss, state bytes per parameter, wire bytes per step and time per step, all measured from outside.
 """
 
 import argparse
@@ -111,7 +111,7 @@ class Corpus:
         self._window = torch.arange(context + 1)
 
     def batches(self, size: int, seed: int) -> Iterator[Tensor]:
-        """Random windows for ever, [size, context + 1] int64."""
+        """Random windows without end, [size, context + 1] int64."""
         generator = torch.Generator().manual_seed(seed)
         while True:
             yield self._windows(self.train, size, generator)
