@@ -37,11 +37,11 @@ OTHERS = "all-to-all, without the own message"
 
 
 class Exchange:
-    """Gradients of so many elements, a multiple of GRAIN, on their way to their owners, again and again."""
+    """`elements` gradient elements, a multiple of GRAIN, on their way to their owners, again and again."""
 
     def __init__(self, elements: int, device: torch.device, *, buckets: int = 1, wire: str = "e4m3") -> None:
         size = elements // PARAMETERS
-        nowhere = torch.zeros(1, dtype=torch.bfloat16, device=device)  # nobody reads the weights
+        nowhere = torch.zeros(1, dtype=torch.bfloat16, device=device)  # the weights are not read
         parameters = [Parameter(nowhere.expand(size)) for _ in range(PARAMETERS)]
         fitting = elements // buckets
         self._way = Way(
@@ -92,14 +92,14 @@ def reduce_scatter(source: Tensor, group: ProcessGroup | None = None) -> Callabl
 
 
 def all_reduce(source: Tensor) -> Callable[[], object]:
-    """To everybody, as stock DeepSpeed does it."""
+    """To every rank, as stock DeepSpeed does it."""
     return lambda: torch.distributed.all_reduce(source)
 
 
 def native_fp8(source: Tensor, spare: ProcessGroup) -> tuple[Callable[[], object] | None, str]:
     """A reduce-scatter of unscaled E4M3, which adds in FP8 inside the collective; or why there is none.
 
-    spare: a group that nobody else needs, in case it does not survive that.
+    spare: a group that is not needed elsewhere, in case it does not survive that.
     """
     run = reduce_scatter(source.to(torch.float8_e4m3fn), spare)
     try:
@@ -123,7 +123,7 @@ def clock_of(device: torch.device) -> Clock:
 
 
 def measure(elements: int, rounds: int, device: torch.device, spare: ProcessGroup) -> dict[str, Any]:
-    """Milliseconds and bytes of each way for a bucket of so many elements, a multiple of GRAIN.
+    """Milliseconds and bytes of each way for a bucket of `elements` elements, a multiple of GRAIN.
 
     Raises AssertionError where the exchange sends more than 0.51 of the bytes of BF16.
     """

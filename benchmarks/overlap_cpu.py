@@ -139,7 +139,7 @@ def rows_of(per_rank: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def print_result(result: dict[str, Any], machine: dict[str, Any]) -> None:
     what = (
         f"{result['parameters']:,} parameters in {result['buckets']} buckets, {result['ranks']} ranks, "
-        f"{result['micro_batch']} x {result['shape']['context']} bytes a rank and iteration"
+        f"{result['micro_batch']} x {result['shape']['context']} bytes per rank and iteration"
     )
     table = Table(title=title(what, machine))
     table.add_column("ms, medians")

@@ -128,8 +128,8 @@ def raw(tensor: Tensor) -> Tensor:
 STOCK = "stock DeepSpeed BF16"
 NUMERICS: dict[str, dict[str, Any]] = {
     "O2": {},
-    "a scale a tensor": {"scaling": "tensor"},
-    "a scale a tensor, added in FP8": {"scaling": "tensor", "gradients": {"reduction": "fp8"}},
+    "one scale per tensor": {"scaling": "tensor"},
+    "one scale per tensor, added in FP8": {"scaling": "tensor", "gradients": {"reduction": "fp8"}},
 }
 
 

@@ -238,8 +238,8 @@ FAULTS = (
     Fault(
         "FP8AdamW trusts sizes",
         "zero_fp8/optimizer/fp8_adamw.py",
-        '            self._alone.check(f"FP8AdamW',
-        '            continue\n            self._alone.check(f"FP8AdamW',
+        '            self._standalone.check(f"FP8AdamW',
+        '            continue\n            self._standalone.check(f"FP8AdamW',
         "test_alone_changed.py",
     ),
     # Checkpoints

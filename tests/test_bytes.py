@@ -110,9 +110,8 @@ def count_traffic(config: dict[str, Any], shape: Shape) -> dict[str, Any]:
     }
     if isinstance(engine.optimizer, FP8ZeROOptimizer):
         handler = engine.optimizer
-        result["exchange"] = sum(
-            memory.exchange_bytes(handler.recipe, each) for each in handler.parts.buckets
-        )
+        hops = (memory.hop_bytes(handler.recipe, bucket) for bucket in handler.parts.buckets)
+        result["exchange"] = sum(map(sum, hops))
         result["buckets"] = len(handler.parts.buckets)
     engine.destroy()
     return result
@@ -194,4 +193,4 @@ def test_every_recipe_allocates_its_bytes() -> None:
         assert shard.nbytes == by_hand
         reduced = room(buckets[0], 0, recipe.shard, torch.device("cpu"))
         assert reduced.nbytes == memory.gradient_bytes(recipe, buckets, accumulating=False)
-        assert memory.state_bytes_a_parameter(recipe) == by_hand / (blocks * block_size)
+        assert memory.state_bytes_per_parameter(recipe) == by_hand / (blocks * block_size)

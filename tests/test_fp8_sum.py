@@ -335,7 +335,7 @@ def traffic() -> dict[str, Any]:
         engine.backward(engine(train))
         engine.step()
     handler = engine.optimizer
-    expected = sum(memory.exchange_bytes(handler.recipe, each) for each in handler.parts.buckets)
+    expected = sum(sum(memory.hop_bytes(handler.recipe, each)) for each in handler.parts.buckets)
     found = {
         "sent": counted.handed["alltoall_base_"],
         "expected": expected,

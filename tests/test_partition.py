@@ -132,6 +132,7 @@ def test_ranks_own_equal_runs_with_less_than_a_block_a_rank_of_padding(case: Cas
         used = sum(-(-slot.numel // case.block_size) for slot in bucket.slots)
         room = bucket.blocks_per_rank * case.world_size
         assert 0 <= room - used < case.world_size
+        assert bucket.block_size == case.block_size
         owned = [sum(piece.blocks for piece in bucket.pieces(rank)) for rank in range(case.world_size)]
         full, rest = divmod(used, bucket.blocks_per_rank)
         padding = [0] * (case.world_size - full - (rest > 0))

@@ -168,7 +168,7 @@ def crossed(node: int, size: int, gradients: dict[str, Any]) -> dict[str, Any]:
     with Traffic(node_size=node) as traffic:
         train_losses(engine, source, 1)
     handler = engine.optimizer
-    expected = sum(memory.exchange_bytes(handler.recipe, bucket) for bucket in handler.parts.buckets)
+    expected = sum(sum(memory.hop_bytes(handler.recipe, bucket)) for bucket in handler.parts.buckets)
     assert traffic.handed["alltoall_base_"] == expected
     engine.destroy()
     return dict(traffic.crossed)

@@ -23,9 +23,9 @@ class Recipe:
     exp_avg_sq: Format
     clamp: bool
     seed: int
-    by_tensor: bool = False  # a scale a tensor and whole tensors a rank, else a scale a block
+    by_tensor: bool = False  # one scale per tensor and whole tensors on a rank, else one scale per block
     autoscale: str | None = None  # of gradients that are added in FP8; None: they are added in FP32
-    intra_node_size: int = 1  # ranks a node of the two-hop exchange; 1 = one hop
+    intra_node_size: int = 1  # ranks per node of the two-hop exchange; 1 = one hop
     inter_node: Format | None = None  # gradients between nodes; None = as wire
 
     def two_hops(self, ranks: int) -> bool:

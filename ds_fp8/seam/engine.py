@@ -41,7 +41,7 @@ AGREED_KEYS = (
 
 
 def _fp8(engine: Any) -> FP8Config | None:
-    """The engine's section, where it is enabled."""
+    """The engine's section, if it is enabled."""
     config: FP8Config | None = getattr(engine._config, "ds_fp8", None)
     return config if config is not None and config.enabled else None
 
@@ -55,15 +55,15 @@ def configure_distributed_model(original: Method) -> Method:
             logger.info(
                 "ds_fp8 %s: IDLE, this engine's config has ZeRO 0 and no optimizer", ds_fp8.__version__
             )
-        facts = _facts(self, model) if _fp8(self) is not None else ["fp8 off"]
-        check_agreement("config or model", facts, torch.device(self.device), dist.get_world_group())
+        lines = _config_and_model(self, model) if _fp8(self) is not None else ["fp8 off"]
+        check_agreement("config or model", lines, torch.device(self.device), dist.get_world_group())
         original(self, model)
 
     return method
 
 
-def _facts(engine: Any, model: torch.nn.Module) -> list[str]:
-    """What all ranks must have alike, a line each."""
+def _config_and_model(engine: Any, model: torch.nn.Module) -> list[str]:
+    """What must be the same on all ranks, one line per key and parameter."""
     section = engine._config._param_dict
     config = [f'ds_config "{key}": {as_json(section[key])}' for key in AGREED_KEYS if key in section]
     trained = [
@@ -92,7 +92,7 @@ def configure_basic_optimizer(original: Method) -> Method:
             return original(self, model_parameters)
         params = ds_config.optimizer_params(self.optimizer_params() or {})
         decoupled = self.optimizer_name() == "adamw" or params.adam_w_mode
-        # DeepSpeed's fused Adam decays nothing unless told to; torch's AdamW decays .01.
+        # The default of DeepSpeed's fused Adam is no decay; that of torch's AdamW is .01.
         default_decay = 0.01 if params.torch_adam and decoupled else 0.0
         return FP8AdamW(
             model_parameters,
@@ -164,7 +164,7 @@ def members(engine: Any) -> Iterable[tuple[str, torch.nn.Parameter]]:
 
 
 def settings_of(config: FP8Config, engine: Any) -> ZeroSettings:
-    """What the handler obeys of the engine's config."""
+    """The part of the engine's config that the handler obeys."""
     return ZeroSettings(
         stage=int(engine.zero_optimization_stage()),
         bucket_elements=int(engine.zero_reduce_bucket_size()),
