@@ -6,7 +6,7 @@ from itertools import accumulate, pairwise, product
 import torch
 from torch import Tensor
 
-from ds_fp8.ops.adam import AdamScalars, AdamState, Rounding, Segment
+from ds_fp8.ops.adam import AdamScalars, AdamState, Rounding, Segment, Sweep
 from ds_fp8.ops.backend import REFERENCE, Backend
 from ds_fp8.ops.blocks import NOT_FINITE, Blocks
 from ds_fp8.ops.formats import (
@@ -204,7 +204,7 @@ def edited(backend: Backend, device: torch.device) -> Iterator[None]:
             scalars = AdamScalars(1, 1e-3, 0.9, 0.95, 1e-8, 0.0, True, True, 1.165)
             control = torch.tensor([1.0, 1.0], device=device)
             rounding = Rounding(5, stochastic)
-            each.adam_step(state, gradient, weights, plan, scalars, control, rounding=rounding)
+            each.adam_step(Sweep(state, gradient, weights, plan, scalars, control, rounding))
             results.append((state.master, weights))
         (master, weights), (expected, expected_weights) = results
         what = f"adam_step beside edited weights, {fmt.name}, stochastic {stochastic}"
@@ -235,6 +235,6 @@ def take_steps(
         scalars = AdamScalars(step, 1e-3, 0.9, 0.95, 1e-8, 0.1, decoupled, True, 1.165)
         control = torch.tensor([0.3, go], device=device)
         counted = counts if step > 2 else None
-        backend.adam_step(state, gradient, weights, plan, scalars, control, rounding=rounding, counts=counted)
+        backend.adam_step(Sweep(state, gradient, weights, plan, scalars, control, rounding, counted))
     shown = {torch.bfloat16: BF16, torch.float32: FP32}[dtype]
     return [state.master, state.exp_avg, state.exp_avg_sq, Blocks(weights, None, shown)], counts

@@ -20,6 +20,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -114,6 +115,35 @@ class Rounding:
     stochastic: bool = False
 
 
+@dataclass(frozen=True)
+class Sweep:
+    """One sweep over the rows of a shard: what it reads, what it writes, what it computes with.
+
+    Whether the step is taken, and what the gradient is multiplied with, is read where the tensors are, so
+    that a GPU does not wait for the host.
+    """
+
+    state: AdamState  # read and written
+    gradient: Blocks  # sum over ranks, of the same rows as the state
+    weights: Tensor  # [rows, block size] model dtype, written; read if the master is split
+    plan: Any  # what the backend's own `plan` made of the shard's segments
+    scalars: AdamScalars
+    control: Tensor  # [2] float32: 1 / world size, loss scale and clip factor in one; 1: step, 0: skip it
+    rounding: Rounding
+    counts: Tensor | None = None  # `ops.health.StateCounts`, float64, on the weights' device, added to
+
+    def __getitem__(self, rows: slice) -> "Sweep":
+        """The same for some of the rows; the plan stays that of all."""
+        return replace(self, state=self.state[rows], gradient=self.gradient[rows], weights=self.weights[rows])
+
+    def noise(self, parameter: int, first: int, like: Tensor) -> "Noise":
+        """Random bits for rows of a parameter, of which `first` is the first element's index."""
+        return partial(noise_of, self.rounding.seed, self.scalars.step, parameter, first, like)
+
+
+Noise = Callable[[int], Tensor]  # 24 random bits per element of a state's rows, int32; of MASTER, EXP_AVG_SQ
+
+
 def next_clamp(previous: float | None, betas: tuple[float, float]) -> float:
     """C_t^2 from C_{t-1}^2, or its fixed point where `previous` is None; inf: no bound, ever after.
 
@@ -131,38 +161,25 @@ def next_clamp(previous: float | None, betas: tuple[float, float]) -> float:
 def plan(
     segments: Sequence[Segment], blocks: int, block_size: int, device: torch.device
 ) -> tuple[Segment, ...]:
-    """What `adam_step` needs to know of a shard of so many blocks, made once; here the segments."""
+    """What `adam_step` looks up about a shard of that many blocks, made once; here the segments."""
     return tuple(segments)
 
 
-def adam_step(
-    state: AdamState,
-    gradient: Blocks,  # sum over ranks, of the same rows as the state
-    weights: Tensor,  # [rows, block size] model dtype, written; read where the master is split
-    plan: Sequence[Segment],
-    scalars: AdamScalars,
-    control: Tensor,  # [2] float32
-    *,
-    rounding: Rounding,
-    counts: Tensor | None = None,
-) -> None:
+def adam_step(sweep: Sweep) -> None:
     """One sweep over the segments of a shard, in the order of its rows.
 
-    control: what the gradient is multiplied with (1 / world size, loss scale and clip factor in one),
-    and 1 where the step is taken, 0 where every byte stays as it is. Both are read where the tensor is,
-    so that a GPU does not wait for the host. Rows outside every segment hold zeros and keep them.
-    counts: `ops.health.StateCounts` as a float64 vector on the device of the weights, added to.
+    A step that `control` skips leaves every byte as it is. Rows outside every segment hold zeros and keep
+    them.
     """
-    if not control[1]:
+    if not sweep.control[1]:
         return
-    for segment in plan:
-        start, size = segment.blocks.start, gradient.block_size
+    for segment in sweep.plan:
+        start, size = segment.blocks.start, sweep.gradient.block_size
         for part in chunks(segment.blocks.stop - start, size):
-            rows = slice(start + part.start, start + part.stop)
-            g = decode(gradient[rows], control[0] * UNIT)
-            first = segment.first_element + part.start * size
-            noise = partial(noise_of, rounding.seed, scalars.step, segment.parameter, first, g)
-            _sweep(state[rows], g, weights[rows], scalars, noise, rounding.stochastic, counts)
+            rows = sweep[start + part.start : start + part.stop]
+            values = update(rows)
+            noise = rows.noise(segment.parameter, segment.first_element + part.start * size, values.p)
+            store(values, rows, noise)
 
 
 def noise_of(seed: int, step: int, parameter: int, first: int, like: Tensor, state: int) -> Tensor:
@@ -182,25 +199,14 @@ class Update:
     root: Tensor  # of v
 
 
-def _sweep(
-    state: AdamState,
-    g: Tensor,
-    weights: Tensor,
-    s: AdamScalars,
-    noise: Callable[[int], Tensor],
-    stochastic: bool,
-    counts: Tensor | None,
-) -> None:
-    """Rows of a segment."""
-    store(update(state, g, weights, s), state, weights, noise, stochastic, counts)
-
-
-def update(state: AdamState, g: Tensor, weights: Tensor, s: AdamScalars) -> Update:
-    """The arithmetic of a step; g is times UNIT."""
+def update(rows: Sweep) -> Update:
+    """The arithmetic of a step."""
+    s, state = rows.scalars, rows.state
+    g = decode(rows.gradient, rows.control[0] * UNIT)
     if s.decoupled:
-        p = decode_masters(state.master, weights, 1 - s.lr * s.weight_decay)
+        p = decode_masters(state.master, rows.weights, 1 - s.lr * s.weight_decay)
     else:
-        p = decode_masters(state.master, weights)
+        p = decode_masters(state.master, rows.weights)
         g = g + p * (s.weight_decay * UNIT)
     m = fresh = decode(state.exp_avg, s.beta1 * UNIT) + g * (1 - s.beta1)
     v = state.second_moment(s.beta2) + g * g * (1 - s.beta2)
@@ -212,21 +218,15 @@ def update(state: AdamState, g: Tensor, weights: Tensor, s: AdamScalars) -> Upda
     return Update(p, fresh, m, v, root)
 
 
-def store(
-    values: Update,
-    state: AdamState,
-    weights: Tensor,
-    noise: Callable[[int], Tensor],
-    stochastic: bool,
-    counts: Tensor | None,
-) -> None:
+def store(values: Update, rows: Sweep, noise: Noise) -> None:
     """Round the values of a step into the states and the weights of their rows."""
-    encode_masters(values.p, state.master, weights, noise(MASTER) if stochastic else None)
+    state = rows.state
+    encode_masters(values.p, state.master, rows.weights, noise(MASTER) if rows.rounding.stochastic else None)
     encode(values.m, state.exp_avg, LOG_UNIT)
     bits = noise(EXP_AVG_SQ) if state.rooted else None
     state.set_second_moment(values.v, values.root, bits, LOG_UNIT)
-    if counts is not None:
-        counts += _count(values, state, bits)
+    if rows.counts is not None:
+        rows.counts.add_(_count(values, state, bits))
 
 
 def _count(values: Update, state: AdamState, bits: Tensor | None) -> Tensor:

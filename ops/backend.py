@@ -31,7 +31,7 @@ class Backend:
     dequantize: Callable[[blocks.Blocks, Tensor], None]
     accumulate: Callable[..., Tensor]
     plan: Callable[..., Any]
-    adam_step: Callable[..., None]
+    adam_step: Callable[[adam.Sweep], None]
     quantize_together: Callable[..., None] | None = None  # `quantize_vectors` in fewer launches
     instead: str | None = None  # why it runs although a faster one was wanted
 

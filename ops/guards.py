@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ds_fp8.ops.adam import AdamState, Segment
+from ds_fp8.ops.adam import AdamState, Segment, Sweep
 from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.formats import UE4M4
 from ds_fp8.ops.health import GRADIENT_COUNTS, STATE_COUNTS
@@ -72,34 +72,30 @@ def check_distances(tensors: Sequence[Tensor]) -> None:
             raise _refusal(f"pieces[{number}]", "a buffer of its own", "one buffer for all pieces")
 
 
-def check_step(
-    state: AdamState,
-    gradient: Blocks,
-    weights: Tensor,
-    rows: int,  # that the plan was made for
-    control: Tensor,
-    stochastic: bool,
-    counts: Tensor | None,
-) -> None:
-    """Before `ops.adam.adam_step`."""
-    device, shape = weights.device, gradient.codes.shape
+def check_step(sweep: Sweep, planned: int) -> None:
+    """Before `ops.adam.adam_step`. planned: rows that the plan was made for."""
+    gradient, device, shape = sweep.gradient, sweep.weights.device, sweep.gradient.codes.shape
     _blocks("gradient", gradient, device, E8M0_OR_FP32)
+    _format("gradient", gradient, gradient.format.dtype.is_floating_point)
+    _states(sweep.state, device, shape, sweep.rounding.stochastic)
+    _same("weights", sweep.weights.shape, shape, "the gradient's shape")
+    allowed = (torch.bfloat16,) if sweep.state.master.format.split else VALUES
+    _tensor("weights", sweep.weights, device, allowed)
+    _same("plan", planned, len(gradient), "the gradient's rows")
+    _tensor("control", sweep.control, device, (torch.float32,))
+    _same("control", sweep.control.numel(), 2, "elements")
+    _counts(sweep.counts, STATE_COUNTS, device)
+
+
+def _states(state: AdamState, device: torch.device, shape: torch.Size, stochastic: bool) -> None:
     for name in ("master", "exp_avg", "exp_avg_sq"):
         blocks: Blocks = getattr(state, name)
         _blocks(name, blocks, device)
         _same(name, blocks.codes.shape, shape, "the gradient's shape")
-    _format("gradient", gradient, gradient.format.dtype.is_floating_point)
     _format("master", state.master, state.master.format.name in (ROUNDED if stochastic else MASTERS))
     _format("exp_avg", state.exp_avg, state.exp_avg.format.dtype.is_floating_point)
     unsigned = state.rooted and state.exp_avg_sq.format is UE4M4
     _format("exp_avg_sq", state.exp_avg_sq, state.exp_avg_sq.format.dtype.is_floating_point or unsigned)
-    _same("weights", weights.shape, shape, "the gradient's shape")
-    allowed = (torch.bfloat16,) if state.master.format.split else VALUES
-    _tensor("weights", weights, device, allowed)
-    _same("plan", rows, len(gradient), "the gradient's rows")
-    _tensor("control", control, device, (torch.float32,))
-    _same("control", control.numel(), 2, "elements")
-    _counts(counts, STATE_COUNTS, device)
 
 
 def _blocks(name: str, blocks: Blocks, device: torch.device, scales: Sequence[torch.dtype] = E8M0) -> None:

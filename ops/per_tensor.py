@@ -10,12 +10,12 @@ Every function takes the rows of one tensor, but for `adam_step`, whose plan nam
 """
 
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ds_fp8.ops.adam import UNIT, AdamScalars, AdamState, Rounding, Segment, Update, noise_of, store, update
+from ds_fp8.ops.adam import Sweep, Update, store, update
 from ds_fp8.ops.blocks import Blocks, decode, encode, encode_and_count, padded
 from ds_fp8.ops.reduction import figures
 
@@ -56,30 +56,23 @@ def store_rows(values: Tensor, out: Blocks) -> None:
         encode(values.view(1, -1), one)
 
 
-def adam_step(
-    state: AdamState,
-    gradient: Blocks,
-    weights: Tensor,
-    plan: Sequence[Segment],
-    scalars: AdamScalars,
-    control: Tensor,
-    *,
-    rounding: Rounding,
-    counts: Tensor | None = None,
-) -> None:
+def adam_step(sweep: Sweep) -> None:
     """`ops.adam.adam_step`; each segment is a tensor."""
-    if not control[1]:
+    if not sweep.control[1]:
         return
-    for segment in plan:
-        rows = segment.blocks
-        g = decode(gradient[rows], control[0] * UNIT)
-        found = update(state[rows], g, weights[rows], scalars)
-        values = Update(*(each.view(1, -1) for each in (found.p, found.fresh, found.m, found.v, found.root)))
-        noise = partial(noise_of, rounding.seed, scalars.step, segment.parameter, 0, values.p)
-        with (
-            OneBlock(state.master[rows]) as master,
-            OneBlock(state.exp_avg[rows]) as exp_avg,
-            OneBlock(state.exp_avg_sq[rows]) as exp_avg_sq,
-        ):
-            whole = AdamState(master, exp_avg, exp_avg_sq, state.rooted)
-            store(values, whole, weights[rows].view(1, -1), noise, rounding.stochastic, counts)
+    for segment in sweep.plan:
+        _step_tensor(sweep[segment.blocks], segment.parameter)
+
+
+def _step_tensor(rows: Sweep, parameter: int) -> None:
+    """The rows of one tensor."""
+    found, state = update(rows), rows.state
+    values = Update(*(each.view(1, -1) for each in (found.p, found.fresh, found.m, found.v, found.root)))
+    with (
+        OneBlock(state.master) as master,
+        OneBlock(state.exp_avg) as exp_avg,
+        OneBlock(state.exp_avg_sq) as exp_avg_sq,
+    ):
+        whole = replace(state, master=master, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
+        one = replace(rows, state=whole, weights=rows.weights.view(1, -1))
+        store(values, one, rows.noise(parameter, 0, values.p))

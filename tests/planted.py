@@ -46,7 +46,7 @@ FAULTS = (
     ),
     Fault(
         "a save takes buffers that were left",
-        "zero_fp8/handlers/stage12.py",
+        "zero_fp8/handlers/common.py",
         "        self.binding.require()\n        return self.roster",
         "        return self.roster",
         f"{BACKWARDS} line_2_masters",
@@ -116,7 +116,7 @@ FAULTS = (
     ),
     Fault(
         "a fixed loss scale is not asked for",
-        "zero_fp8/handlers/stage12.py",
+        "zero_fp8/handlers/common.py",
         "return super().needs_scaler() or self.loss_scale != 1",
         "return super().needs_scaler()",
         f"{BACKWARDS} unscaled",
@@ -158,8 +158,8 @@ FAULTS = (
     ),
     Fault(
         "autograd does not see a step",
-        "zero_fp8/handlers/stage12.py",
-        "            torch.autograd.graph.increment_version(self.parameters.values())\n",
+        "zero_fp8/step.py",
+        "            torch.autograd.graph.increment_version(self._parameters.values())\n",
         "",
         "test_owners.py before_the_step",
     ),
@@ -231,15 +231,15 @@ FAULTS = (
     Fault(
         "a sweep trusts its tensors",
         "ops/guards.py",
-        '    """Before `ops.adam.adam_step`."""\n',
-        '    """Before `ops.adam.adam_step`."""\n    return\n',
+        '    """Before `ops.adam.adam_step`. planned: rows that the plan was made for."""\n',
+        '    """Before `ops.adam.adam_step`. planned: rows that the plan was made for."""\n    return\n',
         "test_guards.py sweep",
     ),
     Fault(
         "FP8AdamW trusts sizes",
         "zero_fp8/optimizer/fp8_adamw.py",
-        '            self._alone.check(f"FP8AdamW',
-        '            continue\n            self._alone.check(f"FP8AdamW',
+        '            self._standalone.check(f"FP8AdamW',
+        '            continue\n            self._standalone.check(f"FP8AdamW',
         "test_alone_changed.py",
     ),
     # Checkpoints

@@ -31,7 +31,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ds_fp8.config.section import LEVELS, FP8Config
-from ds_fp8.ops.adam import AdamScalars, AdamState, Segment, next_clamp
+from ds_fp8.ops.adam import AdamScalars, AdamState, Segment, Sweep, next_clamp
 from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.formats import E4M3, FP32, Format
 from ds_fp8.ops.triton import adam as adam_triton
@@ -39,6 +39,7 @@ from ds_fp8.ops.triton import blocks as blocks_triton
 from ds_fp8.ops.triton import quantize_many as vectors_triton
 from ds_fp8.ops.triton import reduction as reduction_triton
 from ds_fp8.ops.triton import tiles as tiles_triton
+from ds_fp8.zero_fp8.gradients.exchange import blocks_in
 from ds_fp8.zero_fp8.placement.messages import Message
 from ds_fp8.zero_fp8.recipe import recipe_of
 
@@ -104,7 +105,10 @@ def gradients(blocks: int = BLOCKS) -> list[tuple[Tensor, Blocks]]:
 
 def accumulate(ranks: int, shard: Format, fresh: bool) -> Launch:
     message = Message(BLOCKS_FAR, BLOCK, E4M3)
-    pieces = [message.blocks_of(each) for each in message.buffer(ranks, META)]
+    pieces = [
+        blocks_in(each, message)
+        for each in torch.empty(ranks, message.nbytes, dtype=torch.uint8, device=META)
+    ]
     operands = (pieces, blocks_of(shard, BLOCKS_FAR), torch.empty(1, dtype=torch.int32, device=META))
     code = partial(reduction_triton.launch_sum, *operands, "blocks", fresh=fresh)
     return Launch(reduction_triton, "accumulate_kernel", code)
@@ -124,8 +128,9 @@ def sweep(opt_level: str) -> Launch:
     plan = adam_triton.plan(segments, BLOCKS, BLOCK, META)
     state = AdamState(*map(blocks_of, (recipe.master, recipe.exp_avg, recipe.exp_avg_sq)))
     weights = torch.empty(BLOCKS, BLOCK, dtype=torch.bfloat16, device=META)
-    operands = (state, blocks_of(E4M3), weights, plan, scalars, torch.empty(2, device=META))
-    code = partial(adam_triton.adam_step, *operands, rounding=recipe.rounding)
+    control = torch.empty(2, device=META)
+    step = Sweep(state, blocks_of(E4M3), weights, plan, scalars, control, recipe.rounding)
+    code = partial(adam_triton.adam_step, step)
     return Launch(adam_triton, "adam_kernel", code)
 
 
@@ -136,14 +141,17 @@ def tensor_sweep(which: str) -> Launch:
     state = AdamState(*map(blocks_of, (recipe.master, recipe.exp_avg, recipe.exp_avg_sq)), rooted=False)
     weights = torch.empty(BLOCKS, BLOCK, dtype=torch.bfloat16, device=META)
     amax = torch.empty(3, BLOCKS, dtype=torch.int32, device=META)
-    operands = (state, blocks_of(E4M3), weights, plan, scalars, torch.empty(2, device=META))
-    code = partial(adam_triton.launch_sweep, *operands, recipe.rounding, None, sweep=which, amax=amax)
+    control = torch.empty(2, device=META)
+    step = Sweep(state, blocks_of(E4M3), weights, plan, scalars, control, recipe.rounding)
+    code = partial(adam_triton.launch_sweep, step, which, amax)
     return Launch(adam_triton, "adam_kernel", code)
 
 
 def tensor_sum(which: str) -> Launch:
     message = Message(BLOCKS_FAR, BLOCK, E4M3)
-    pieces = [message.blocks_of(each) for each in message.buffer(2, META)]
+    pieces = [
+        blocks_in(each, message) for each in torch.empty(2, message.nbytes, dtype=torch.uint8, device=META)
+    ]
     amax = torch.empty(BLOCKS, dtype=torch.int32, device=META)
     code = partial(reduction_triton.launch_sum, pieces, blocks_of(E4M3, BLOCKS_FAR), amax, which, fresh=True)
     return Launch(reduction_triton, "accumulate_kernel", code)

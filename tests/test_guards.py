@@ -11,7 +11,7 @@ from kernel_support import CPU, Kernels
 from torch import Tensor
 from triton_support import TRITON
 
-from ds_fp8.ops.adam import AdamScalars, AdamState, Rounding, Segment
+from ds_fp8.ops.adam import AdamScalars, AdamState, Rounding, Segment, Sweep
 from ds_fp8.ops.backend import cpu_tensor_backend, triton_tensor_backend
 from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.formats import E4M3, FP16, FP32, SPLIT16, UE4M4, Format
@@ -54,8 +54,7 @@ class Step:
         plan = kernels.ops.plan([Segment(slice(0, self.rows), 0, 0)], self.rows, BLOCK, CPU)
         scalars = AdamScalars(1, 1e-2, 0.9, 0.95, 1e-8, 0.1, True, True, None)
         operands = (state, self.gradient, self.weights, plan, scalars, self.control)
-        rounding = Rounding(0, self.stochastic)
-        kernels.ops.adam_step(*operands, rounding=rounding, counts=self.counts)
+        kernels.ops.adam_step(Sweep(*operands, Rounding(0, self.stochastic), self.counts))
 
 
 def step() -> Step:

@@ -19,7 +19,7 @@ from ds_fp8.config.section import FP8Config
 from ds_fp8.zero_fp8.checkpoint import writer
 from ds_fp8.zero_fp8.checkpoint.manifest import FORMAT_VERSION, File, Manifest, Place, parse, render
 from ds_fp8.zero_fp8.checkpoint.reader import Checkpoint
-from ds_fp8.zero_fp8.handlers.stage12 import FP8ZeROOptimizer
+from ds_fp8.zero_fp8.handlers.common import FP8ZeROOptimizer
 from ds_fp8.zero_fp8.optimizer.fp8_adamw import FP8AdamW
 from ds_fp8.zero_fp8.recipe import ZeroSettings, recipe_of
 
@@ -133,7 +133,7 @@ def saved(handler: FP8ZeROOptimizer, folder: Path) -> Checkpoint:
     name = f"zero_pp_rank_{dist.get_rank()}_mp_rank_00_optim_states.pt"
     torch.save({"optimizer_state_dict": handler.state_dict()}, folder / name)
     names = [name.replace(f"rank_{dist.get_rank()}_", f"rank_{rank}_", 1) for rank in range(2)]
-    parameters = handler.described_parameters()
+    parameters = handler.saved.described_parameters()
     place = Place(model_file="", optimizer_files=names, parameters=parameters, module={}, frozen=None)
     written = Manifest(
         format_version=FORMAT_VERSION,

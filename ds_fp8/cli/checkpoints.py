@@ -29,14 +29,16 @@ def add_to(commands: Any) -> None:
     exporting.add_argument("out", metavar="OUT", type=Path, help="a new folder")
     exporting.add_argument("--format", choices=("safetensors", "torch"), default="safetensors")
     exporting.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32")
-    exporting.add_argument("--max-shard-size", metavar="SIZE", type=size, default="5GB", help="default: 5GB")
+    exporting.add_argument(
+        "--max-shard-size", metavar="SIZE", type=byte_count, default="5GB", help="default: 5GB"
+    )
     converting = _add(commands, "to-universal", to_universal, "write a universal checkpoint of DeepSpeed")
     converting.add_argument("out", metavar="OUT", type=Path, help="a new folder, beside `latest_universal`")
     for command in (exporting, converting):
         command.add_argument(
             "--unpickle",
             action="store_true",
-            help="let DeepSpeed's model file hold objects of a client: only where you trust who wrote it",
+            help="let DeepSpeed's model file hold objects of a client: only if you trust its author",
         )
 
 
@@ -46,11 +48,11 @@ def _add(commands: Any, name: str, run: Callable[[argparse.Namespace], None], te
         "checkpoint", metavar="CHECKPOINT", type=Path, help="the folder given to save_checkpoint, or a tag's"
     )
     parser.add_argument("--tag", help="instead of the one that `latest` names")
-    parser.add_argument("--json", action="store_true", help="tell the result as JSON")
+    parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
 
-def size(text: str) -> int:
+def byte_count(text: str) -> int:
     """Bytes: "5GB", "500MiB", "1000000"."""
     match = re.fullmatch(r"(\d+)\s*([KMGT]?i?B?)", text, re.IGNORECASE)
     unit = match and UNITS.get(match[2].upper())
@@ -60,7 +62,7 @@ def size(text: str) -> int:
 
 
 def find(path: Path, tag: str | None) -> tuple[Path, Manifest]:
-    """The folder of a tag and its manifest. Raises ValueError where there is none of ours."""
+    """The folder of a tag and its manifest. Raises ValueError if there is none of ours."""
     if not path.is_dir():
         raise ValueError(f"{path}: no such folder")
     folder = path

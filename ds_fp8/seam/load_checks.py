@@ -20,7 +20,7 @@ from ds_fp8.zero_fp8.checkpoint.manifest import NAME, Manifest, describe_differe
 from ds_fp8.zero_fp8.checkpoint.reader import Checkpoint, is_extra_state
 from ds_fp8.zero_fp8.checkpoint.universal import Universal
 from ds_fp8.zero_fp8.checkpoint.writer import describe_recipe
-from ds_fp8.zero_fp8.handlers.stage12 import FP8ZeROOptimizer
+from ds_fp8.zero_fp8.handlers.common import FP8ZeROOptimizer
 
 ALLOW = "fp8.checkpoint.allow_conversion: true converts them, through FP32"
 
@@ -47,7 +47,7 @@ def _check_ours(engine: Any, folder: Path, manifest: Manifest, model: ModelFile)
     _check_parameters(engine, path, manifest)
     handler: FP8ZeROOptimizer = engine.optimizer
     checkpoint, recipe = Checkpoint(folder, manifest, unpickle=True), describe_recipe(handler.recipe)
-    checkpoint.check(handler.shards, handler.parameter_names)
+    checkpoint.check(handler.parts.shards, handler.parameter_names)
     if manifest.recipe == recipe:
         return Checked(model, checkpoint)
     if not _may_convert(engine):
@@ -74,7 +74,7 @@ def _check_stock(engine: Any, folder: Path) -> Restorable:
             "weights (load_optimizer_states=False)"
         )
     source = stock.Stock(folder)
-    source.check(engine.optimizer.described_parameters())
+    source.check(engine.optimizer.saved.described_parameters())
     return Converted(source)
 
 
@@ -86,7 +86,7 @@ def check_universal(engine: Any, folder: Path, wanted: Wanted) -> Checked:
             "checkpoint.load_universal: neither"
         )
     universal = Universal(folder)
-    universal.check(engine.optimizer.described_parameters())
+    universal.check(engine.optimizer.saved.described_parameters())
     unknown = sorted(universal.trained - engine.module.state_dict().keys())
     if unknown:
         raise ValueError(f"{universal.folder}: of another model: with {unknown[:3]} (of {len(unknown)})")
@@ -167,7 +167,7 @@ def _check_module(engine: Any, path: Path, manifest: Manifest, wanted: Wanted) -
 
 def _check_parameters(engine: Any, path: Path, manifest: Manifest) -> None:
     """The trained parameters must be the same, in the same param groups."""
-    saved, ours = manifest.place.parameters, engine.optimizer.described_parameters()
+    saved, ours = manifest.place.parameters, engine.optimizer.saved.described_parameters()
     check_names(path, saved, ours)
     for name, parameter in ours.items():
         for key in ("shape", "group"):

@@ -18,7 +18,7 @@ from ds_fp8.seam.status import is_active
 from ds_fp8.zero_fp8.checkpoint import manifest, tags
 from ds_fp8.zero_fp8.checkpoint.universal import Universal
 from ds_fp8.zero_fp8.comm.agreement import agreed, check_agreement
-from ds_fp8.zero_fp8.handlers.stage12 import FP8ZeROOptimizer
+from ds_fp8.zero_fp8.handlers.common import FP8ZeROOptimizer
 
 logger = logging.getLogger("ds_fp8")
 

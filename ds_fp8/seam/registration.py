@@ -77,10 +77,14 @@ _patches: list[Patch] = []
 
 
 def register() -> None:
-    """Make DeepSpeed read the "fp8" section of its config. Calling it again changes nothing.
+    """Make DeepSpeed read the "fp8" section of its config.
 
-    Raises RuntimeError where the installed DeepSpeed is not one that ds_fp8 knows. Warns where an
-    engine exists already: it was built without the section.
+    Call it before `deepspeed.initialize`; an engine that exists already ignores its section, and a warning
+    says so. Calling it again changes nothing.
+
+    Raises:
+        RuntimeError: the installed DeepSpeed is not one that ds_fp8 is tested with, or its methods or torch's
+            autograd differ from what ds_fp8 relies on.
     """
     if _patches:
         return
@@ -101,7 +105,7 @@ def register() -> None:
 
 
 def unregister() -> None:
-    """Put DeepSpeed's own methods back."""
+    """Put DeepSpeed's own methods back. Engines that exist go on as they are; nothing is raised."""
     while _patches:
         _patches.pop().undo()
     for builder in BUILDERS.values():

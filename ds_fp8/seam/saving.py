@@ -27,7 +27,7 @@ from ds_fp8.seam.status import is_active
 from ds_fp8.zero_fp8.checkpoint import files, manifest, tags, writer
 from ds_fp8.zero_fp8.checkpoint.manifest import File, Manifest, Place
 from ds_fp8.zero_fp8.comm.agreement import agreed, gather_objects
-from ds_fp8.zero_fp8.handlers.stage12 import FP8ZeROOptimizer
+from ds_fp8.zero_fp8.handlers.common import FP8ZeROOptimizer
 
 Method = Callable[..., Any]
 
@@ -204,7 +204,7 @@ def _manifest(engine: Any, save: _Save, optimizer_files: list[str], sealed: dict
         steps=handler.optimizer.steps,
         clamp_squares=writer.describe_clamp(handler.optimizer),
         loss_scaler=writer.describe_loss_scaler(handler.loss_scaler),
-        autoscale=handler.wire.state(handler.parameter_names),
+        autoscale=handler.parts.scaling.state(handler.parameter_names),
         scheduler=engine.lr_scheduler is not None,
         fp32_master=handler.settings.save_fp32_master,
         places=[_place(engine, save, optimizer_files)],
@@ -213,7 +213,7 @@ def _manifest(engine: Any, save: _Save, optimizer_files: list[str], sealed: dict
 
 
 def _place(engine: Any, save: _Save, optimizer_files: list[str]) -> Place:
-    parameters = engine.optimizer.described_parameters()
+    parameters = engine.optimizer.saved.described_parameters()
     saved = shapes(engine.module_state_dict(exclude_frozen_parameters=save.exclude_frozen))
     keeps_frozen = engine.zero_optimization_stage() == 2 and not save.exclude_frozen
     return Place(

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ds_fp8.ops import guards
-from ds_fp8.ops.adam import UNIT, AdamScalars, AdamState, Rounding, Segment
+from ds_fp8.ops.adam import UNIT, AdamScalars, Segment, Sweep
 from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.cpu import build
 from ds_fp8.ops.formats import BY_NAME
@@ -221,82 +221,58 @@ def plan(segments: Sequence[Segment], blocks: int, block_size: int, device: torc
     return Plan((CSegment * len(rows))(*rows), blocks)
 
 
-def adam_step(
-    state: AdamState,
-    gradient: Blocks,
-    weights: Tensor,
-    plan: Plan,
-    scalars: AdamScalars,
-    control: Tensor,
-    *,
-    rounding: Rounding,
-    counts: Tensor | None = None,
-) -> None:
+def adam_step(sweep: Sweep) -> None:
     """`ops.adam.adam_step`."""
-    guards.check_step(state, gradient, weights, plan.blocks, control, rounding.stochastic, counts)
-    _step(load().adam_step, _sweep(state, gradient, weights, plan, scalars, control, rounding), counts)
+    _step(load().adam_step, sweep)
 
 
-def step_tensors(
-    state: AdamState,
-    gradient: Blocks,
-    weights: Tensor,
-    plan: Plan,
-    scalars: AdamScalars,
-    control: Tensor,
-    *,
-    rounding: Rounding,
-    counts: Tensor | None = None,
-) -> None:
-    """`ops.tensors.adam_step`."""
-    guards.check_step(state, gradient, weights, plan.blocks, control, rounding.stochastic, counts)
-    _step(load().step_tensors, _sweep(state, gradient, weights, plan, scalars, control, rounding), counts)
+def step_tensors(sweep: Sweep) -> None:
+    """`ops.per_tensor.adam_step`."""
+    _step(load().step_tensors, sweep)
 
 
-def _step(kernel: Any, sweep: CSweep, counts: Tensor | None) -> None:
-    with _counted(counts) as address:
-        sweep.counts = address
-        kernel(byref(sweep), torch.get_num_threads())
+def _step(kernel: Any, sweep: Sweep) -> None:
+    guards.check_step(sweep, sweep.plan.blocks)
+    with _counted(sweep.counts) as address:
+        kernel(byref(_sweep(sweep, address)), torch.get_num_threads())
 
 
-def _sweep(
-    state: AdamState,
-    gradient: Blocks,
-    weights: Tensor,
-    plan: Plan,
-    scalars: AdamScalars,
-    control: Tensor,
-    rounding: Rounding,
-) -> CSweep:
-    s = scalars
+def _sweep(sweep: Sweep, counts: int | None) -> CSweep:
+    """counts: their address."""
+    state, plan, seed = sweep.state, sweep.plan, sweep.rounding.seed
     return CSweep(
-        gradient=_blocks(gradient),
+        gradient=_blocks(sweep.gradient),
         master=_blocks(state.master),
         exp_avg=_blocks(state.exp_avg),
         exp_avg_sq=_blocks(state.exp_avg_sq),
-        gradient_scales=_fine_scales(gradient),
-        weights=_values(weights),
+        gradient_scales=_fine_scales(sweep.gradient),
+        weights=_values(sweep.weights),
         segments=ctypes.addressof(plan.segments),
         segment_count=len(plan.segments),
-        control=control.data_ptr(),
-        exp_avg_sq_stream=stream(rounding.seed, s.step, EXP_AVG_SQ),
-        master_stream=stream(rounding.seed, s.step, MASTER),
-        block_size=gradient.block_size,
-        stochastic=rounding.stochastic,
+        counts=counts,
+        control=sweep.control.data_ptr(),
+        exp_avg_sq_stream=stream(seed, sweep.scalars.step, EXP_AVG_SQ),
+        master_stream=stream(seed, sweep.scalars.step, MASTER),
+        block_size=sweep.gradient.block_size,
+        stochastic=sweep.rounding.stochastic,
         rooted=state.rooted,
-        scalars=CScalars(
-            beta1=s.beta1,
-            one_minus_beta1=1 - s.beta1,
-            beta2=s.beta2,
-            one_minus_beta2=1 - s.beta2,
-            root_beta2=math.sqrt(s.beta2),
-            step_size=s.step_size,
-            root_correction=s.root_correction,
-            eps=s.eps * UNIT,
-            decay=1 - s.lr * s.weight_decay if s.decoupled else s.weight_decay,
-            clamp=math.inf if s.clamp is None else s.clamp,
-            decoupled=s.decoupled,
-        ),
+        scalars=_scalars(sweep.scalars),
+    )
+
+
+def _scalars(s: AdamScalars) -> CScalars:
+    return CScalars(
+        beta1=s.beta1,
+        one_minus_beta1=1 - s.beta1,
+        beta2=s.beta2,
+        one_minus_beta2=1 - s.beta2,
+        root_beta2=math.sqrt(s.beta2),
+        step_size=s.step_size,
+        root_correction=s.root_correction,
+        eps=s.eps * UNIT,
+        decay=1 - s.lr * s.weight_decay if s.decoupled else s.weight_decay,
+        clamp=math.inf if s.clamp is None else s.clamp,
+        decoupled=s.decoupled,
     )
 
 

@@ -16,8 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ds_fp8.ops import health
-from ds_fp8.ops.adam import AdamScalars, AdamState, Rounding, Segment
-from ds_fp8.ops.blocks import Blocks
+from ds_fp8.ops.adam import Segment, Sweep
 from ds_fp8.ops.guards import check_segments, check_step
 from ds_fp8.ops.rounding import EXP_AVG_SQ, MASTER, signed, stream
 from ds_fp8.ops.triton.masters import load_masters, store_masters
@@ -206,95 +205,62 @@ def plan(segments: Sequence[Segment], blocks: int, block_size: int, device: torc
     return Plan(table.to(device), tile_segments.to(device), blocks)
 
 
-def adam_step(
-    state: AdamState,
-    gradient: Blocks,
-    weights: Tensor,
-    plan: Plan,
-    scalars: AdamScalars,
-    control: Tensor,
-    *,
-    rounding: Rounding,
-    counts: Tensor | None = None,
-) -> None:
+def adam_step(sweep: Sweep) -> None:
     """`ops.adam.adam_step` in one launch."""
-    if len(gradient):
-        launch_sweep(
-            state,
-            gradient,
-            weights,
-            plan,
-            scalars,
-            control,
-            rounding,
-            counts,
-            sweep="blocks",
-            amax=plan.table,
-        )
+    if len(sweep.gradient):
+        launch_sweep(sweep, "blocks", sweep.plan.table)
 
 
-def launch_sweep(
-    state: AdamState,
-    gradient: Blocks,
-    weights: Tensor,
-    plan: Plan,
-    scalars: AdamScalars,
-    control: Tensor,
-    rounding: Rounding,
-    counts: Tensor | None,
-    *,
-    sweep: str,
-    amax: Tensor,
-) -> None:
-    """sweep and amax: as `adam_kernel` has them."""
-    check_step(state, gradient, weights, plan.blocks, control, rounding.stochastic, counts)
+def launch_sweep(sweep: Sweep, which: str, amax: Tensor) -> None:
+    """which: SWEEP of `adam_kernel`; amax: as the kernel has it."""
+    check_step(sweep, sweep.plan.blocks)
+    s, state, gradient, plan = sweep.scalars, sweep.state, sweep.gradient, sweep.plan
     rows, programs = tile_of(len(gradient), gradient.block_size, WARPS)
-    partial = partials(counts, programs, plan.table)
-    s = scalars
+    partial = partials(sweep.counts, programs, plan.table)
     launch(
         adam_kernel,
         programs,
         WARPS,
-        control,
-        raw(gradient.codes),
-        scales_of(gradient),
-        raw(state.master.codes),
-        scales_of(state.master),
-        raw(state.exp_avg.codes),
-        scales_of(state.exp_avg),
-        raw(state.exp_avg_sq.codes),
-        scales_of(state.exp_avg_sq),
-        weights,
-        plan.table,
-        plan.tile_segments,
-        partial,
-        amax,
-        plan.table.shape[1],
-        signed(stream(rounding.seed, s.step, EXP_AVG_SQ)),
-        signed(stream(rounding.seed, s.step, MASTER)),
-        len(gradient),
-        s.beta1,
-        1 - s.beta1,
-        s.beta2,
-        1 - s.beta2,
-        math.sqrt(s.beta2),
-        s.step_size,
-        s.root_correction,
-        s.eps,
-        1 - s.lr * s.weight_decay if s.decoupled else s.weight_decay,
-        s.clamp or 0.0,
-        SWEEP=sweep,
+        control=sweep.control,
+        gradient_codes=raw(gradient.codes),
+        gradient_scales=scales_of(gradient),
+        master_codes=raw(state.master.codes),
+        master_scales=scales_of(state.master),
+        m_codes=raw(state.exp_avg.codes),
+        m_scales=scales_of(state.exp_avg),
+        v_codes=raw(state.exp_avg_sq.codes),
+        v_scales=scales_of(state.exp_avg_sq),
+        weights=sweep.weights,
+        table=plan.table,
+        tile_segments=plan.tile_segments,
+        partial=partial,
+        amax=amax,
+        segments=plan.table.shape[1],
+        v_stream=signed(stream(sweep.rounding.seed, s.step, EXP_AVG_SQ)),
+        p_stream=signed(stream(sweep.rounding.seed, s.step, MASTER)),
+        blocks=len(gradient),
+        beta1=s.beta1,
+        one_minus_beta1=1 - s.beta1,
+        beta2=s.beta2,
+        one_minus_beta2=1 - s.beta2,
+        root_beta2=math.sqrt(s.beta2),
+        step_size=s.step_size,
+        root_correction=s.root_correction,
+        eps=s.eps,
+        decay=1 - s.lr * s.weight_decay if s.decoupled else s.weight_decay,
+        clamp=s.clamp or 0.0,
+        SWEEP=which,
         DECOUPLED=s.decoupled,
         CLAMPED=s.clamp is not None,
-        STOCHASTIC=rounding.stochastic,
-        COUNT=counts is not None,
+        STOCHASTIC=sweep.rounding.stochastic,
+        COUNT=sweep.counts is not None,
         GRADIENT=gradient.format.name,
         MASTER=state.master.format.name,
         M=state.exp_avg.format.name,
         V=state.exp_avg_sq.format.name,
-        HARDWARE=hardware_fp8(weights.device),
+        HARDWARE=hardware_fp8(sweep.weights.device),
         BLOCK=gradient.block_size,
         ROWS=rows,
     )
-    if counts is not None:
-        counts += partial.sum(dim=0)
+    if sweep.counts is not None:
+        sweep.counts.add_(partial.sum(dim=0))

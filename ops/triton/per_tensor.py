@@ -4,12 +4,12 @@ What was measured of rows is brought together by torch, on the device: nothing w
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from ds_fp8.ops.adam import AdamScalars, AdamState, Rounding, Segment
+from ds_fp8.ops.adam import Segment, Sweep
 from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.guards import check_accumulate, check_quantize
 from ds_fp8.ops.health import GRADIENT_COUNTS
@@ -55,23 +55,13 @@ def plan(segments: Sequence[Segment], blocks: int, block_size: int, device: torc
     return Plan(looked_up.table, looked_up.tile_segments, blocks, rows)
 
 
-def adam_step(
-    state: AdamState,
-    gradient: Blocks,
-    weights: Tensor,
-    plan: Plan,
-    scalars: AdamScalars,
-    control: Tensor,
-    *,
-    rounding: Rounding,
-    counts: Tensor | None = None,
-) -> None:
-    """`ops.tensors.adam_step`."""
-    if not len(gradient):
+def adam_step(sweep: Sweep) -> None:
+    """`ops.per_tensor.adam_step`."""
+    if not len(sweep.gradient):
         return
-    operands = (state, gradient, weights, plan, scalars, control, rounding)
-    amax = torch.zeros(3, len(gradient), dtype=torch.int32, device=weights.device)
-    launch_sweep(*operands, None, sweep="measure", amax=amax)
-    largest = torch.zeros(3, plan.table.shape[1], dtype=torch.int32, device=weights.device)
+    plan, device = sweep.plan, sweep.weights.device
+    amax = torch.zeros(3, len(sweep.gradient), dtype=torch.int32, device=device)
+    launch_sweep(replace(sweep, counts=None), "measure", amax)
+    largest = torch.zeros(3, plan.table.shape[1], dtype=torch.int32, device=device)
     largest.scatter_reduce_(1, plan.segment_of_row, amax, "amax")
-    launch_sweep(*operands, counts, sweep="write", amax=largest.gather(1, plan.segment_of_row))
+    launch_sweep(sweep, "write", largest.gather(1, plan.segment_of_row))

@@ -15,7 +15,8 @@ from torch import Tensor
 from ds_fp8.ops.adam import square_root
 from ds_fp8.zero_fp8.checkpoint.files import Entry
 from ds_fp8.zero_fp8.checkpoint.manifest import Parameter
-from ds_fp8.zero_fp8.optimizer.fp8_adamw import UNSUPPORTED_FLAGS, FP8AdamW, check_group
+from ds_fp8.zero_fp8.optimizer.fp8_adamw import FP8AdamW
+from ds_fp8.zero_fp8.optimizer.hyperparameters import UNSUPPORTED_FLAGS, check_group
 from ds_fp8.zero_fp8.states.shard import Shard
 
 STATES = ("master", "exp_avg", "exp_avg_sq")

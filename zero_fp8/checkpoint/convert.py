@@ -30,7 +30,7 @@ class Converted:
     def restore(self, shards: Sequence[Shard], weights: Sequence[Tensor], names: Names) -> None:
         """Round the values into states, and masters into the weights' rows that the shards own."""
         for shard, own in zip(shards, weights, strict=True):
-            size = shard.recipe.block_size
+            size = shard.block_size
             for piece in shard.pieces:
                 for part in chunks(piece.blocks, size):
                     first = piece.first_element + part.start * size

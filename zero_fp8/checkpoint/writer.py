@@ -54,7 +54,7 @@ def pack(shards: Sequence[Shard], names: Names) -> dict[str, Any]:
         for piece in shard.pieces:
             with shard.lend(piece.rows) as state:
                 packed[names[piece.slot.parameter]] = {
-                    "blocks": list(block_range(piece, shard.recipe.block_size)),
+                    "blocks": list(block_range(piece, shard.block_size)),
                     **_state_tensors(state),
                 }
     return packed
