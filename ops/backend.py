@@ -1,9 +1,9 @@
-"""Which kernels run: the one place where that is decided.
+"""Chooses the kernels that run; no other module does.
 
 Every backend holds the same functions, whose contracts are those of `ops.blocks`, `ops.reduction` and
 `ops.adam`. The device decides: C++ on a CPU, Triton on a GPU; DS_FP8_BACKEND overrides it. A GPU without a
-usable kernel is refused: the reference on a GPU is right, but slower than no FP8 at all. On a CPU without a
-compiler the reference runs, and says so.
+usable kernel is refused: the reference gives the same bits there, but more slowly than no FP8 at all. On a
+CPU without a compiler the reference runs, and says so.
 """
 
 import importlib.util
@@ -33,12 +33,12 @@ class Backend:
     plan: Callable[..., Any]
     adam_step: Callable[[adam.Sweep], None]
     quantize_together: Callable[..., None] | None = None  # `quantize_vectors` in fewer launches
-    instead: str | None = None  # why it runs although a faster one was wanted
+    instead: str | None = None  # why this backend runs although a faster one was wanted
 
     def quantize_vectors(
         self, vectors: Sequence[Tensor], outs: Sequence[blocks.Blocks], counts: Tensor | None = None
     ) -> None:
-        """`quantize` each vector into the blocks beside it; these have one format and block size."""
+        """`quantize` each vector into its blocks in `outs`, which have one format and block size."""
         if self.quantize_together is not None:
             self.quantize_together(vectors, outs, counts)
             return
@@ -63,8 +63,8 @@ TENSOR_REFERENCE = Backend(
 def choose(device: torch.device) -> Backend:
     """The backend for tensors on this device.
 
-    Raises ValueError where DS_FP8_BACKEND names one that does not exist or cannot run, RuntimeError where
-    the device is a GPU and Triton cannot be used on it.
+    Raises ValueError if DS_FP8_BACKEND names a backend that does not exist or cannot run, RuntimeError if the
+    device is a GPU and Triton cannot be used on it.
     """
     wanted = os.environ.get(VARIABLE)
     if wanted is not None and wanted not in (REFERENCE.name, *BUILT):
@@ -87,7 +87,7 @@ def choose(device: torch.device) -> Backend:
 
 
 def choose_for_tensors(device: torch.device) -> Backend:
-    """The backend for tensors of one scale each. Raises as `choose`."""
+    """The backend for tensors with one scale each. Raises as `choose` does."""
     chosen = choose(device)
     if chosen.name == REFERENCE.name:
         return replace(TENSOR_REFERENCE, instead=chosen.instead)
@@ -95,7 +95,7 @@ def choose_for_tensors(device: torch.device) -> Backend:
 
 
 def cpu_obstacle(device: torch.device) -> str | None:
-    """Why the C++ kernels cannot run on this device; None where they can. Builds them."""
+    """Why the C++ kernels cannot run on this device; None if they can. Builds them."""
     from ds_fp8.ops.cpu import kernels
 
     if device.type != "cpu":
@@ -117,7 +117,7 @@ def cpu_backend() -> Backend:
 
 
 def cpu_tensor_backend() -> Backend:
-    """Those of the C++ kernels that write with one scale a tensor."""
+    """The C++ kernels that write one scale per tensor."""
     from ds_fp8.ops.cpu import kernels
 
     return Backend(
@@ -131,7 +131,7 @@ def cpu_tensor_backend() -> Backend:
 
 
 def triton_obstacle(device: torch.device) -> str | None:
-    """Why the Triton kernels cannot run on this device; None where they can."""
+    """Why the Triton kernels cannot run on this device; None if they can."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -145,7 +145,7 @@ def triton_obstacle(device: torch.device) -> str | None:
 
 
 def triton_backend() -> Backend:
-    """The Triton kernels; Triton is imported here, and nowhere where it is not used."""
+    """The Triton kernels; Triton is imported only here, so that other backends do without."""
     from ds_fp8.ops.triton import adam as adam_triton
     from ds_fp8.ops.triton import blocks as blocks_triton
     from ds_fp8.ops.triton import quantize_many as vectors_triton
@@ -163,7 +163,7 @@ def triton_backend() -> Backend:
 
 
 def triton_tensor_backend() -> Backend:
-    """Those of the Triton kernels that write with one scale a tensor."""
+    """The Triton kernels that write one scale per tensor."""
     from ds_fp8.ops.triton import blocks as blocks_triton
     from ds_fp8.ops.triton import per_tensor as tensors_triton
 

@@ -102,18 +102,19 @@ def gradients(blocks: int = BLOCKS) -> list[tuple[Tensor, Blocks]]:
     return [(vector(torch.bfloat16, blocks), blocks_of(E4M3, blocks)) for _ in range(3)]
 
 
-def accumulate(ranks: int, shard: Format, fresh: bool) -> Launch:
+def accumulate(ranks: int, shard: Format, overwrite: bool) -> Launch:
     message = Message(BLOCKS_FAR, BLOCK, E4M3)
     pieces = [message.blocks_of(each) for each in message.buffer(ranks, META)]
     operands = (pieces, blocks_of(shard, BLOCKS_FAR), torch.empty(1, dtype=torch.int32, device=META))
-    code = partial(reduction_triton.launch_sum, *operands, "blocks", fresh=fresh)
+    code = partial(reduction_triton.launch_sum, *operands, "blocks", overwrite=overwrite)
     return Launch(reduction_triton, "accumulate_kernel", code)
 
 
-def figures() -> Launch:
+def norm_parts() -> Launch:
     """Its rounds depend on floats, so that it is compiled but not walked through."""
     squares = torch.empty(BLOCKS, dtype=torch.float64, device=META)
-    return Launch(reduction_triton, "figures_kernel", partial(reduction_triton.figures_of_blocks, squares))
+    code = partial(reduction_triton.norm_parts_of_blocks, squares)
+    return Launch(reduction_triton, "norm_parts_kernel", code)
 
 
 def sweep(opt_level: str) -> Launch:
@@ -134,7 +135,7 @@ def tensor_sweep(which: str) -> Launch:
     recipe = recipe_of(FP8Config.model_validate({"enabled": True, "scaling": "tensor"}))
     scalars = AdamScalars(7, 1e-3, *BETAS, 1e-8, 0.1, decoupled=True, bias_correction=True, clamp=None)
     plan = adam_triton.plan([Segment(slice(0, BLOCKS), 0, 0)], BLOCKS, BLOCK, META)
-    state = AdamState(*map(blocks_of, (recipe.master, recipe.exp_avg, recipe.exp_avg_sq)), rooted=False)
+    state = AdamState(*map(blocks_of, (recipe.master, recipe.exp_avg, recipe.exp_avg_sq)), stores_sqrt=False)
     weights = torch.empty(BLOCKS, BLOCK, dtype=torch.bfloat16, device=META)
     amax = torch.empty(3, BLOCKS, dtype=torch.int32, device=META)
     control = torch.empty(2, device=META)
@@ -147,7 +148,8 @@ def tensor_sum(which: str) -> Launch:
     message = Message(BLOCKS_FAR, BLOCK, E4M3)
     pieces = [message.blocks_of(each) for each in message.buffer(2, META)]
     amax = torch.empty(BLOCKS, dtype=torch.int32, device=META)
-    code = partial(reduction_triton.launch_sum, pieces, blocks_of(E4M3, BLOCKS_FAR), amax, which, fresh=True)
+    operands = (pieces, blocks_of(E4M3, BLOCKS_FAR), amax, which)
+    code = partial(reduction_triton.launch_sum, *operands, overwrite=True)
     return Launch(reduction_triton, "accumulate_kernel", code)
 
 
@@ -176,7 +178,7 @@ def launches() -> dict[str, Launch]:
     }
     for ranks in (2, 8):
         for shard in (E4M3, FP32):
-            found[f"accumulate {ranks} into a fresh {shard.name}"] = accumulate(ranks, shard, True)
+            found[f"accumulate {ranks} into an overwritten {shard.name}"] = accumulate(ranks, shard, True)
             found[f"accumulate {ranks} into an old {shard.name}"] = accumulate(ranks, shard, False)
     return found | {f"sweep {level}": sweep(level) for level in LEVELS} | of_tensors()
 
@@ -264,7 +266,7 @@ def main() -> None:
         "left": LEFT,
         "missing": MISSING,
         "kernels": kernels,
-        "figures": [resources(compiled(figures(), each).asm["cubin"]) for each in ARCHITECTURES],
+        "norm_parts": [resources(compiled(norm_parts(), each).asm["cubin"]) for each in ARCHITECTURES],
     }
     Path(sys.argv[1]).write_text(json.dumps(found))
 

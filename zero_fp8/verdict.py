@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ds_fp8.config.refusals import naming
-from ds_fp8.ops.reduction import FIGURES, first_non_finite_block, norm_square
+from ds_fp8.ops.reduction import NORM_PARTS, first_non_finite_block, norm_square
 from ds_fp8.zero_fp8.comm.collectives import max_over_ranks, sum_over_ranks
 from ds_fp8.zero_fp8.states.shard import Shard
 
@@ -40,18 +40,19 @@ class Verdict:
     ) -> None:
         reduced = [shard.figures for shard in shards if shard.figures is not None]
         counts = [taken, late, sum(each is not None for each in objections), edited]
-        told = torch.zeros(FIGURES + len(counts), dtype=torch.int64, device=reduced[0].device)
-        told[:FIGURES] = torch.stack(reduced).sum(dim=0)
-        for place, count in enumerate(counts, start=FIGURES):
+        told = torch.zeros(NORM_PARTS + len(counts), dtype=torch.int64, device=reduced[0].device)
+        told[:NORM_PARTS] = torch.stack(reduced).sum(dim=0)
+        for place, count in enumerate(counts, start=NORM_PARTS):
             told[place].fill_(count)
         sum_over_ranks(told, group)
-        non_finite, all_taken, waiting = told[FIGURES - 1], told[FIGURES], told[FIGURES + 1 : FIGURES + 3]
-        norm = norm_square(told[:FIGURES]).sqrt() * gradient_scale
+        sums = told[NORM_PARTS:]
+        non_finite, all_taken, waiting = told[NORM_PARTS - 1], sums[0], sums[1:3]
+        norm = norm_square(told[:NORM_PARTS]).sqrt() * gradient_scale
         factor = clip_factor(norm, clip)
         go = (norm * factor <= LARGEST) & (non_finite == 0) & (all_taken > 0) & (waiting == 0).all()
         self.control = torch.stack([factor * gradient_scale, go]).to(torch.float32)
         self._largest = math.inf if clip > 0 else LARGEST
-        self._figures = torch.cat([norm[None], told[FIGURES - 1 :]]).to("cpu", non_blocking=True)
+        self._figures = torch.cat([norm[None], told[NORM_PARTS - 1 :]]).to("cpu", non_blocking=True)
         self._arrived = None
         if told.is_cuda:
             self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]

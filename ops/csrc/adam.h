@@ -35,11 +35,11 @@ struct Sweep {
     StateCounts* counts;   // one a thread, or null
     const float* control;  // what the gradient is multiplied with; 0 where the step is skipped
     uint32_t v_stream, p_stream;
-    int32_t n, stochastic, rooted;
+    int32_t n, stochastic, stores_sqrt;
     Scalars scalars;
     Factors by;  // filled in here
 
-    bool root() const { return rooted && v.f().encode_up; }  // whether v holds one
+    bool root() const { return stores_sqrt && v.f().encode_up; }  // whether v holds one
 };
 
 struct Batch {
@@ -113,7 +113,7 @@ void count(const Sweep& sweep, const Batch& batch, int64_t row, int rows, Draws 
     const Format& v = sweep.v.f();
     counts.clamped += batch.clamped;
     counts.underflows += double(zeros(sweep.m, row, rows, sweep.n, batch.m));
-    if (!sweep.rooted)
+    if (!sweep.stores_sqrt)
         counts.zeros += double(zeros(sweep.v, row, rows, sweep.n, batch.v));
     else if (v.rescued)
         counts.zeros += double(v.rescued(batch.g, draws.v(), batch.root_amax, UNIT, rows, sweep.n));

@@ -117,7 +117,7 @@ class Native:
             raise ValueError(f"{self._path(rank)}: blocks of {name}: received {received}, expected {blocks}")
         rows = blocks[1] - blocks[0]
         master, exp_avg, exp_avg_sq = (self._blocks(rank, name, key, entry, rows) for key in STATES)
-        return AdamState(master, exp_avg, exp_avg_sq, rooted=self.facts.recipe.scaling == "block")
+        return AdamState(master, exp_avg, exp_avg_sq, stores_sqrt=self.facts.recipe.scaling == "block")
 
     def _blocks(self, rank: int, name: str, key: str, entry: Mapping[str, Any], rows: int) -> Blocks:
         fmt, size = self._formats[key], self.facts.recipe.block_size
@@ -176,7 +176,7 @@ class Native:
 
 def _decode(state: AdamState, weights: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The rows' master, exp_avg, exp_avg_sq and its root, [elements] each."""
-    if state.exp_avg_sq.format is FP32 or not state.rooted:
+    if state.exp_avg_sq.format is FP32 or not state.stores_sqrt:
         v = decode(state.exp_avg_sq)
         root = square_root(v)
     else:

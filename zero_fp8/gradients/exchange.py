@@ -108,5 +108,5 @@ class EvenExchange:
         sums = second.buffer(self._nodes.count, received.device)
         for node in range(self._nodes.count):
             pieces = [self._message.blocks_of(each) for each in received[:, node]]
-            self._backend.accumulate(pieces, second.blocks_of(sums[node]), fresh=True)
+            self._backend.accumulate(pieces, second.blocks_of(sums[node]), overwrite=True)
         return sums[:, None]

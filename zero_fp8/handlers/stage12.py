@@ -97,7 +97,7 @@ class FP8ZeROOptimizer(ZeROOptimizer):
                 "plain PyTorch instead of kernels, with the same numbers: %s", self.backend.instead
             )
         self.health = Health(
-            settings.stats_interval, len(optimizer.param_groups), device, rooted=not recipe.by_tensor
+            settings.stats_interval, len(optimizer.param_groups), device, stores_sqrt=not recipe.by_tensor
         )
         self.health.prepare(optimizer.steps + 1)
         self.shards = [

@@ -12,7 +12,7 @@ from ds_fp8.ops.blocks import Blocks, chunks, decode, encode
 from ds_fp8.ops.formats import FP32, Format
 from ds_fp8.ops.fp8_sum import ring_sum
 from ds_fp8.ops.per_tensor import store_rows
-from ds_fp8.ops.reduction import FIGURES, figures
+from ds_fp8.ops.reduction import NORM_PARTS, norm_parts
 from ds_fp8.zero_fp8.health import Counts
 from ds_fp8.zero_fp8.placement.partition import Bucket
 from ds_fp8.zero_fp8.recipe import Recipe
@@ -42,7 +42,7 @@ class Shard:
         segments = [Segment(each.rows, each.slot.parameter, each.first_element) for each in self.pieces]
         self._plan = backend.plan(segments, bucket.blocks_of(rank), bucket.block_size, device)
         states = (zeros(recipe.master), zeros(recipe.exp_avg), zeros(recipe.exp_avg_sq))
-        self.state = AdamState(*states, rooted=not recipe.by_tensor)
+        self.state = AdamState(*states, stores_sqrt=not recipe.by_tensor)
         self.gradient = zeros(recipe.shard)
         self.forget()
 
@@ -55,7 +55,7 @@ class Shard:
         """Let the next arrival replace what has been reduced."""
         self.arrivals = 0  # exchanges since the last step
         self.counts.forget()
-        self.figures: Tensor | None = None  # of the reduced gradient, as `ops.reduction.figures` gives them
+        self.figures: Tensor | None = None  # `ops.reduction.norm_parts` of the reduced gradient
 
     def take_masters(self, weights: Tensor) -> None:
         """Round weights, [blocks, block size] of the model's dtype, into the masters."""
@@ -78,13 +78,13 @@ class Shard:
 
     def receive(self, pieces: Sequence[Blocks]) -> None:
         """Add one exchange's pieces, in rank order, to the reduced gradient."""
-        self.figures = self._backend.accumulate(pieces, self.gradient, fresh=self.arrivals == 0)
+        self.figures = self._backend.accumulate(pieces, self.gradient, overwrite=self.arrivals == 0)
         self.arrivals += 1
 
     def set_gradient(self, values: Tensor, rows: slice) -> None:
         """Round a vector into rows of the reduced gradient."""
         self._backend.quantize(values, self.gradient[rows])
-        self.figures = figures(self.gradient)
+        self.figures = norm_parts(self.gradient)
 
     def sweep(self, weights: Tensor, scalars: AdamScalars, control: Tensor) -> None:
         """One Adam step, or none where `control` says so; writes the owned rows of the weights."""
@@ -105,10 +105,11 @@ class TensorShard(Shard):
     """Whole tensors, each with a scale of its own: sums are of one at a time."""
 
     def receive(self, pieces: Sequence[Blocks]) -> None:
-        figures = torch.zeros(FIGURES, dtype=torch.int64, device=self.gradient.codes.device)
+        figures = torch.zeros(NORM_PARTS, dtype=torch.int64, device=self.gradient.codes.device)
         for each in self.pieces:
             arrived = [piece[each.rows] for piece in pieces]
-            figures += self._backend.accumulate(arrived, self.gradient[each.rows], fresh=self.arrivals == 0)
+            rows = self.gradient[each.rows]
+            figures += self._backend.accumulate(arrived, rows, overwrite=self.arrivals == 0)
         self.figures = figures
         self.arrivals += 1
 
@@ -147,7 +148,7 @@ class RingShard(TensorShard):
             total = replace(arrived[0], codes=torch.empty_like(arrived[0].codes))
             self._saturated[number] += ring_sum(arrived, total)
             self._add(total, self.gradient[each.rows])
-        self.figures = figures(self.gradient)
+        self.figures = norm_parts(self.gradient)
         self.arrivals += 1
 
     def _add(self, total: Blocks, gradient: Blocks) -> None:
