@@ -106,6 +106,20 @@ class AdamScalars:
         """Bias correction of sqrt(v): 1 / sqrt(1 - beta2^step)."""
         return 1 / math.sqrt(1 - self.beta2**self.step) if self.bias_correction else 1.0
 
+    @property
+    def factors(self) -> dict[str, float]:
+        """The factors that kernels are given, by their names there."""
+        return {
+            "beta1": self.beta1,
+            "one_minus_beta1": 1 - self.beta1,
+            "beta2": self.beta2,
+            "one_minus_beta2": 1 - self.beta2,
+            "root_beta2": math.sqrt(self.beta2),
+            "step_size": self.step_size,
+            "root_correction": self.root_correction,
+            "decay": 1 - self.lr * self.weight_decay if self.decoupled else self.weight_decay,
+        }
+
 
 @dataclass(frozen=True)
 class Rounding:

@@ -28,7 +28,7 @@ class Backend:
 
     name: str
     quantize: Callable[..., None]
-    dequantize: Callable[[blocks.Blocks, Tensor], None]
+    dequantize: Callable[[blocks.Blocks, Tensor], None]  # no step calls it: for tests of decoding, benchmarks
     accumulate: Callable[..., Tensor]
     plan: Callable[..., Any]
     adam_step: Callable[[adam.Sweep], None]
@@ -47,16 +47,21 @@ class Backend:
 
 
 REFERENCE = Backend(
-    "reference", blocks.quantize, blocks.dequantize, reduction.accumulate, adam.plan, adam.adam_step
+    name="reference",
+    quantize=blocks.quantize,
+    dequantize=blocks.dequantize,
+    accumulate=reduction.accumulate,
+    plan=adam.plan,
+    adam_step=adam.adam_step,
 )
 
 TENSOR_REFERENCE = Backend(
-    "reference",
-    per_tensor.quantize,
-    blocks.dequantize,
-    per_tensor.accumulate,
-    adam.plan,
-    per_tensor.adam_step,
+    name="reference",
+    quantize=per_tensor.quantize,
+    dequantize=blocks.dequantize,
+    accumulate=per_tensor.accumulate,
+    plan=adam.plan,
+    adam_step=per_tensor.adam_step,
 )
 
 
@@ -112,7 +117,12 @@ def cpu_backend() -> Backend:
     from ds_fp8.ops.cpu import kernels
 
     return Backend(
-        "cpu", kernels.quantize, kernels.dequantize, kernels.accumulate, kernels.plan, kernels.adam_step
+        name="cpu",
+        quantize=kernels.quantize,
+        dequantize=kernels.dequantize,
+        accumulate=kernels.accumulate,
+        plan=kernels.plan,
+        adam_step=kernels.adam_step,
     )
 
 
@@ -121,12 +131,12 @@ def cpu_tensor_backend() -> Backend:
     from ds_fp8.ops.cpu import kernels
 
     return Backend(
-        "cpu",
-        kernels.quantize_tensor,
-        kernels.dequantize,
-        kernels.accumulate_tensor,
-        kernels.plan,
-        kernels.step_tensors,
+        name="cpu",
+        quantize=kernels.quantize_tensor,
+        dequantize=kernels.dequantize,
+        accumulate=kernels.accumulate_tensor,
+        plan=kernels.plan,
+        adam_step=kernels.step_tensors,
     )
 
 
@@ -148,32 +158,32 @@ def triton_backend() -> Backend:
     """The Triton kernels; Triton is imported only here, so that other backends do without."""
     from ds_fp8.ops.triton import adam as adam_triton
     from ds_fp8.ops.triton import blocks as blocks_triton
-    from ds_fp8.ops.triton import quantize_many as vectors_triton
+    from ds_fp8.ops.triton import quantize_many as quantize_many_triton
     from ds_fp8.ops.triton import reduction as reduction_triton
 
     return Backend(
-        "triton",
-        blocks_triton.quantize,
-        blocks_triton.dequantize,
-        reduction_triton.accumulate,
-        adam_triton.plan,
-        adam_triton.adam_step,
-        vectors_triton.quantize_vectors,
+        name="triton",
+        quantize=blocks_triton.quantize,
+        dequantize=blocks_triton.dequantize,
+        accumulate=reduction_triton.accumulate,
+        plan=adam_triton.plan,
+        adam_step=adam_triton.adam_step,
+        quantize_together=quantize_many_triton.quantize_vectors,
     )
 
 
 def triton_tensor_backend() -> Backend:
     """The Triton kernels that write one scale per tensor."""
     from ds_fp8.ops.triton import blocks as blocks_triton
-    from ds_fp8.ops.triton import per_tensor as tensors_triton
+    from ds_fp8.ops.triton import per_tensor as per_tensor_triton
 
     return Backend(
-        "triton",
-        tensors_triton.quantize,
-        blocks_triton.dequantize,
-        tensors_triton.accumulate,
-        tensors_triton.plan,
-        tensors_triton.adam_step,
+        name="triton",
+        quantize=per_tensor_triton.quantize,
+        dequantize=blocks_triton.dequantize,
+        accumulate=per_tensor_triton.accumulate,
+        plan=per_tensor_triton.plan,
+        adam_step=per_tensor_triton.adam_step,
     )
 
 

@@ -36,7 +36,7 @@ from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.formats import E4M3, FP32, Format
 from ds_fp8.ops.triton import adam as adam_triton
 from ds_fp8.ops.triton import blocks as blocks_triton
-from ds_fp8.ops.triton import quantize_many as vectors_triton
+from ds_fp8.ops.triton import quantize_many as quantize_many_triton
 from ds_fp8.ops.triton import reduction as reduction_triton
 from ds_fp8.ops.triton import tiles as tiles_triton
 from ds_fp8.zero_fp8.placement.messages import Message
@@ -170,10 +170,10 @@ def launches() -> dict[str, Launch]:
     """What test_ptx.DESIGN names."""
     quantize = partial(blocks_triton.quantize, vector(torch.bfloat16), blocks_of(E4M3))
     dequantize = partial(blocks_triton.dequantize, blocks_of(E4M3), vector(torch.float32))
-    together = partial(vectors_triton.quantize_vectors, *zip(*gradients(), strict=True))
+    together = partial(quantize_many_triton.quantize_vectors, *zip(*gradients(), strict=True))
     found = {
         "quantize": Launch(blocks_triton, "quantize_kernel", quantize),
-        "quantize vectors": Launch(vectors_triton, "quantize_vectors_kernel", together),
+        "quantize vectors": Launch(quantize_many_triton, "quantize_vectors_kernel", together),
         "dequantize": Launch(blocks_triton, "dequantize_kernel", dequantize),
     }
     for ranks in (2, 8):
@@ -230,7 +230,7 @@ def walked(ptx: str, launch: Launch, *, last: bool) -> dict[str, Any]:
         parameters |= {name: value for name, value in changed.items() if name in parameters}
     one = int(np.float32(1).view(np.int32))  # the step is taken
     memory = {("control", 4): one, ("tile_segments", 4 * (PROGRAM + 1)): int(last)}
-    places = itertools.chain(*vectors_triton.places_of(gradients(blocks)))
+    places = itertools.chain(*quantize_many_triton.places_of(gradients(blocks)))
     memory |= {("places", 8 * number): value for number, value in enumerate(places)}
     program = Program(ptx, PROGRAM, parameters, memory).run()
     return {

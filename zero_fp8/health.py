@@ -64,7 +64,7 @@ class Health:
     """The counts of all param groups, and what they come to."""
 
     def __init__(self, interval: int, groups: int, device: torch.device, *, stores_sqrt: bool) -> None:
-        """interval: steps from one that is measured to the next; 0 = none is. stores_sqrt: as in `AdamState`."""
+        """interval: steps from one that is measured to the next, or 0. stores_sqrt: as in `AdamState`."""
         self.interval = interval
         self._zeros = "exp_avg_sq_rescued" if stores_sqrt else "exp_avg_sq_underflow"
         self.groups = [Counts(device if interval else None) for _ in range(groups)]

@@ -261,19 +261,8 @@ def _sweep(sweep: Sweep, counts: int | None) -> CSweep:
 
 
 def _scalars(s: AdamScalars) -> CScalars:
-    return CScalars(
-        beta1=s.beta1,
-        one_minus_beta1=1 - s.beta1,
-        beta2=s.beta2,
-        one_minus_beta2=1 - s.beta2,
-        root_beta2=math.sqrt(s.beta2),
-        step_size=s.step_size,
-        root_correction=s.root_correction,
-        eps=s.eps * UNIT,
-        decay=1 - s.lr * s.weight_decay if s.decoupled else s.weight_decay,
-        clamp=math.inf if s.clamp is None else s.clamp,
-        decoupled=s.decoupled,
-    )
+    clamp = math.inf if s.clamp is None else s.clamp
+    return CScalars(**s.factors, eps=s.eps * UNIT, clamp=clamp, decoupled=s.decoupled)
 
 
 def _fine_scales(blocks: Blocks) -> int | None:

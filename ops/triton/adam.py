@@ -6,7 +6,6 @@ the few that begin inside the tile. Whether the step is taken, and what the grad
 is read from device memory: nothing waits for the host.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -268,15 +267,8 @@ def launch_sweep(sweep: Sweep, which: str, amax: Tensor) -> None:
         v_stream=signed(stream(sweep.rounding.seed, s.step, EXP_AVG_SQ)),
         p_stream=signed(stream(sweep.rounding.seed, s.step, MASTER)),
         blocks=len(gradient),
-        beta1=s.beta1,
-        one_minus_beta1=1 - s.beta1,
-        beta2=s.beta2,
-        one_minus_beta2=1 - s.beta2,
-        root_beta2=math.sqrt(s.beta2),
-        step_size=s.step_size,
-        root_correction=s.root_correction,
+        **s.factors,
         eps=s.eps,
-        decay=1 - s.lr * s.weight_decay if s.decoupled else s.weight_decay,
         clamp=s.clamp or 0.0,
         SWEEP=which,
         DECOUPLED=s.decoupled,
