@@ -1,7 +1,7 @@
-// The four ops of a backend on a CPU, behind the contracts of ops/blocks.py, ops/reduction.py and
-// ops/adam.py, and those of them that write with one scale a tensor, ops/per_tensor.py: same codes, same
+// The ops of a backend on a CPU, behind the contracts of ops/blocks.py, ops/reduction.py and
+// ops/adam.py, and those of them that write with one scale per tensor, ops/per_tensor.py: same codes, same
 // scales. A batch of blocks is decoded into FP32 in L1 by its format, computed, and encoded by its format;
-// nothing longer is ever in between. Compiled once an instruction set, which ISA names, and without fused
+// nothing longer is ever in between. Compiled once per instruction set, which ISA names, and without fused
 // multiply-add: the order of roundings is part of the contract.
 #include "tensors.h"
 

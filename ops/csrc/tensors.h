@@ -1,5 +1,5 @@
-// One scale a tensor; ops/per_tensor.py. A first sweep finds the largest values, a second computes again and
-// encodes.
+// One scale per tensor; ops/per_tensor.py. A first sweep finds the largest values, a second computes again
+// and encodes.
 #pragma once
 #include <algorithm>
 #include <vector>

@@ -4,7 +4,7 @@ It is a real `torch.optim.Optimizer`, so that learning-rate schedulers accept it
 state: the states live in shards, whose blocks follow the partition and not the parameters, and it
 shares the `param_groups` dicts of the optimizer that it replaces; with copies a scheduler would go on
 writing to dicts that nobody reads. Alone, `step` sweeps each parameter with the same kernels
-(`alone.py`).
+(`standalone.py`).
 """
 
 import copy
