@@ -39,6 +39,7 @@ from ds_fp8.ops.triton import blocks as blocks_triton
 from ds_fp8.ops.triton import quantize_many as quantize_many_triton
 from ds_fp8.ops.triton import reduction as reduction_triton
 from ds_fp8.ops.triton import tiles as tiles_triton
+from ds_fp8.zero_fp8.gradients.exchange import blocks_in
 from ds_fp8.zero_fp8.placement.messages import Message
 from ds_fp8.zero_fp8.recipe import recipe_of
 
@@ -104,7 +105,10 @@ def gradients(blocks: int = BLOCKS) -> list[tuple[Tensor, Blocks]]:
 
 def accumulate(ranks: int, shard: Format, overwrite: bool) -> Launch:
     message = Message(BLOCKS_FAR, BLOCK, E4M3)
-    pieces = [message.blocks_of(each) for each in message.buffer(ranks, META)]
+    pieces = [
+        blocks_in(each, message)
+        for each in torch.empty(ranks, message.nbytes, dtype=torch.uint8, device=META)
+    ]
     operands = (pieces, blocks_of(shard, BLOCKS_FAR), torch.empty(1, dtype=torch.int32, device=META))
     code = partial(reduction_triton.launch_sum, *operands, "blocks", overwrite=overwrite)
     return Launch(reduction_triton, "accumulate_kernel", code)
@@ -146,7 +150,9 @@ def tensor_sweep(which: str) -> Launch:
 
 def tensor_sum(which: str) -> Launch:
     message = Message(BLOCKS_FAR, BLOCK, E4M3)
-    pieces = [message.blocks_of(each) for each in message.buffer(2, META)]
+    pieces = [
+        blocks_in(each, message) for each in torch.empty(2, message.nbytes, dtype=torch.uint8, device=META)
+    ]
     amax = torch.empty(BLOCKS, dtype=torch.int32, device=META)
     operands = (pieces, blocks_of(E4M3, BLOCKS_FAR), amax, which)
     code = partial(reduction_triton.launch_sum, *operands, overwrite=True)

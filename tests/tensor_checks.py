@@ -13,6 +13,7 @@ from ds_fp8.ops.backend import TENSOR_REFERENCE
 from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.formats import BY_NAME, E4M3, Format
 from ds_fp8.ops.health import GRADIENT_COUNTS, STATE_COUNTS
+from ds_fp8.zero_fp8.gradients.exchange import blocks_in
 from ds_fp8.zero_fp8.placement.messages import Message
 from ds_fp8.zero_fp8.recipe import weight_dtypes
 
@@ -49,14 +50,14 @@ def check_quantize(kernels: Kernels, fmt: Format, numel: int, seed: int) -> None
 
 def check_accumulate(kernels: Kernels, fmt: Format, numel: int, *, overwrite: bool) -> None:
     message = Message(-(-numel // 128), 128, E4M3)
-    buffer = message.buffer(3, CPU)
+    buffer = torch.empty(3, message.nbytes, dtype=torch.uint8)
     for seed, each in enumerate(buffer):
-        message.blocks_of(each).copy_(quantized(numel, E4M3, 128, seed))
+        blocks_in(each, message).copy_(quantized(numel, E4M3, 128, seed))
     expected = quantized(numel, fmt, 128, 9)
     found, arrived = to(expected, kernels.device), buffer.to(kernels.device, copy=True)
-    pieces = [message.blocks_of(each) for each in buffer]
+    pieces = [blocks_in(each, message) for each in buffer]
     parts = TENSOR_REFERENCE.accumulate(pieces, expected, overwrite=overwrite)
-    ours = kernels.ops.accumulate([message.blocks_of(each) for each in arrived], found, overwrite=overwrite)
+    ours = kernels.ops.accumulate([blocks_in(each, message) for each in arrived], found, overwrite=overwrite)
     assert_same_blocks(found, expected, f"sum of {numel}")
     assert torch.equal(ours.cpu(), parts), f"sum of {numel}: parts of the norm"
 

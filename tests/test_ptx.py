@@ -187,7 +187,7 @@ each_architecture = pytest.mark.parametrize("architecture", [80, 89, 90])
 
 
 def traffic(kernels: Kernels) -> str:
-    """Bytes an element, as in the docstring of `test_bytes_an_element`."""
+    """Bytes an element, as in the docstring of `test_bytes_per_element`."""
     lines = [f"{'':40} {'loads':>9} {'design':>9} {'stores':>9} {'design':>9}"]
     for name, kernel in kernels.by_name.items():
         design = DESIGN[name.split(",")[0]]
@@ -200,7 +200,7 @@ def traffic(kernels: Kernels) -> str:
 
 @each_architecture
 @each_name
-def test_bytes_an_element(kernels: Kernels, name: str, architecture: int) -> None:
+def test_bytes_per_element(kernels: Kernels, name: str, architecture: int) -> None:
     """Each byte of a tile is moved once, and there are no more of them than the design counts.
 
                                        loads    stores

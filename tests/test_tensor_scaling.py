@@ -26,6 +26,7 @@ from test_world_size import Dictated
 from torch import Tensor
 
 import ds_fp8
+from ds_fp8.config.section import FP8Config
 from ds_fp8.estimate import memory
 from ds_fp8.ops import blocks, per_tensor
 from ds_fp8.ops.adam import UNIT, AdamScalars, AdamState, Rounding, Segment, Sweep
@@ -34,12 +35,18 @@ from ds_fp8.ops.blocks import Blocks, decode
 from ds_fp8.ops.formats import BY_NAME, E4M3, FP16, FP32, Format
 from ds_fp8.ops.reduction import norm_square
 from ds_fp8.zero_fp8.optimizer.fp8_adamw import FP8AdamW
-from ds_fp8.zero_fp8.wiring import choose_for_ring
+from ds_fp8.zero_fp8.recipe import recipe_of
+from ds_fp8.zero_fp8.wiring import backend_for
 
 CPU = torch.device("cpu")
 TENSOR: dict[str, Any] = {"scaling": "tensor"}
 BETAS = (0.9, 0.95)
 SCALARS = AdamScalars(1, 1e-2, *BETAS, 1e-8, 0.1, decoupled=True, bias_correction=True, clamp=None)
+
+
+RING = recipe_of(
+    FP8Config.model_validate({"enabled": True, "scaling": "tensor", "gradients": {"reduction": "fp8"}})
+)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -150,7 +157,7 @@ def train(fp8: dict[str, Any], stage: int, steps: int) -> dict[str, Any]:
         "packed": packed(engine.optimizer),
         "weights": weight_bits(engine),
         "rank_bytes": memory.rank_bytes(
-            engine.optimizer.recipe, engine.optimizer.buckets, accumulating=False
+            engine.optimizer.recipe, engine.optimizer.parts.buckets, accumulating=False
         ),
         "allocated": engine.optimizer.nbytes,
         "told": {key: ds_fp8.describe(engine)[key] for key in ("rank_bytes_min", "rank_bytes_max")},
@@ -296,7 +303,7 @@ def test_refused_without_deepspeed() -> None:
 def test_every_backend_has_its_kernels(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """The writing ops are those of whole tensors; with a sum in FP8 what has no kernel is told."""
     monkeypatch.setenv(VARIABLE, name)
-    chosen, blockwise, ring = choose_for_tensors(CPU), choose(CPU), choose_for_ring(CPU)
+    chosen, blockwise, ring = choose_for_tensors(CPU), choose(CPU), backend_for(RING, CPU)
     assert chosen.name == blockwise.name == ring.name == name
     assert chosen.instead is None
     assert "fp8.gradients.reduction fp8" in str(ring.instead)
