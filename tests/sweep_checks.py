@@ -33,7 +33,7 @@ from kernel_support import (
 )
 from torch import Tensor
 
-from ds_fp8.config.section import BUILT, ROUNDED, FP8Config, Gradients, Optimizer
+from ds_fp8.config.section import BUILT, ROUNDED, FP8Config, GradientsSection, OptimizerSection
 from ds_fp8.ops import adam
 from ds_fp8.ops.adam import AdamScalars, AdamState, Rounding, Segment, Sweep, next_clamp
 from ds_fp8.ops.blocks import Blocks
@@ -54,13 +54,17 @@ def literals(annotation: Any) -> Iterator[Any]:
 
 def built(key: str) -> list[str]:
     """The formats of an optimizer state that this version takes."""
-    values = literals(Optimizer.model_fields[key].annotation)
+    values = literals(OptimizerSection.model_fields[key].annotation)
     return [value for value in values if value in BUILT.get(f"optimizer.{key}", (value,))]
 
 
 DIMENSIONS: dict[str, Sequence[Any]] = {
     "gradient": sorted(
-        {x for key in ("dtype", "accum_dtype") for x in literals(Gradients.model_fields[key].annotation)}
+        {
+            x
+            for key in ("dtype", "accum_dtype")
+            for x in literals(GradientsSection.model_fields[key].annotation)
+        }
     ),
     "master": [*built("master_dtype"), *(f"{name}, stochastic" for name in ROUNDED)],
     "exp_avg": built("exp_avg_dtype"),
