@@ -46,7 +46,7 @@ def accumulated(backend: Backend, size: int, device: torch.device) -> Iterator[O
             shard = zeros(fmt, blocks, device)
             yield (
                 f"decode and sum {ranks} ranks into {fmt.name}",
-                lambda pieces=pieces, shard=shard: backend.accumulate(pieces, shard, fresh=True),
+                lambda pieces=pieces, shard=shard: backend.accumulate(pieces, shard, overwrite=True),
                 codes.nbytes + shard.nbytes,
             )
 

@@ -145,19 +145,19 @@ def pieces_of(values: Tensor, ranks: int, fmt: Format) -> list[Blocks]:
 
 
 def accumulated(backend: Backend, device: torch.device) -> Iterator[None]:
-    for (name, values), wire, shard, ranks, fresh in product(
+    for (name, values), wire, shard, ranks, overwrite in product(
         inputs(device).items(), (E4M3, E5M2, BF16), (E4M3, FP32, BF16), (1, 2, 3, 8), (True, False)
     ):
-        what = f"accumulate {ranks} ranks of {name} {wire.name} into {shard.name}, fresh {fresh}"
+        what = f"accumulate {ranks} ranks of {name} {wire.name} into {shard.name}, overwrite {overwrite}"
         pieces = pieces_of(values, ranks, wire)
         found, expected = empty(shard, device), empty(shard, device)
-        if not fresh:
+        if not overwrite:
             REFERENCE.quantize(inputs(device)["normal"], expected)
             found = copy(expected)
-        figures = backend.accumulate(pieces, found, fresh=fresh)
-        expected_figures = REFERENCE.accumulate(pieces, expected, fresh=fresh)
+        parts = backend.accumulate(pieces, found, overwrite=overwrite)
+        expected_parts = REFERENCE.accumulate(pieces, expected, overwrite=overwrite)
         assert_equal(found, expected, what)
-        assert torch.equal(figures, expected_figures), f"{what}: figures"
+        assert torch.equal(parts, expected_parts), f"{what}: parts of the norm"
         yield
 
 

@@ -1,12 +1,12 @@
-"""One scale a tensor: `ops.blocks`, `ops.reduction` and `ops.adam` where a block is a whole tensor.
+"""One scale per tensor: `ops.blocks`, `ops.reduction` and `ops.adam` with a whole tensor as the block.
 
 That is FP8-LM as published (arXiv 2310.18313 section 2.2): the largest value of a tensor decides the scale of
 all of it, and the second moment itself is stored, rounded to nearest. In memory a tensor is rows of the block
-size like any other, each with a copy of the tensor's scale: whoever only reads need not know, and the copies
-are less than a hundredth of the bytes. Writing needs the largest value before the first code: two sweeps in
-the kernels, one in this reference, whose temporaries are as long as the tensor.
+size as elsewhere, each with a copy of the tensor's scale: code that only reads needs no second version, and
+the copies are less than a hundredth of the bytes. Writing needs the largest value before the first code: two
+sweeps in the kernels, one in this reference, whose temporaries are as long as the tensor.
 
-Every function takes the rows of one tensor, but for `adam_step`, whose plan names a shard's.
+Every function takes the rows of one tensor, except `adam_step`: its plan names the tensors of a shard.
 """
 
 from collections.abc import Sequence
@@ -15,13 +15,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ds_fp8.ops.adam import Sweep, Update, store, update
+from ds_fp8.ops.adam import Sweep, store, update
 from ds_fp8.ops.blocks import Blocks, decode, encode, encode_and_count, padded
-from ds_fp8.ops.reduction import figures
+from ds_fp8.ops.reduction import norm_parts
 
 
 class OneBlock:
-    """Rows as a single block, for the time of a `with`; then its scale is every row's."""
+    """Rows as a single block inside a `with`; at its end the block's scale is copied to every row."""
 
     def __init__(self, rows: Blocks) -> None:
         scales = None if rows.scales is None else rows.scales.new_ones(1)
@@ -41,13 +41,13 @@ def quantize(values: Tensor, out: Blocks, counts: Tensor | None = None) -> None:
         encode_and_count(padded(values.to(torch.float32), 1, one.block_size), one, counts)
 
 
-def accumulate(pieces: Sequence[Blocks], shard: Blocks, *, fresh: bool) -> Tensor:
+def accumulate(pieces: Sequence[Blocks], shard: Blocks, *, overwrite: bool) -> Tensor:
     """`ops.reduction.accumulate` of a tensor's rows."""
     total = decode(pieces[0])
     for piece in pieces[1:]:
         total = total + decode(piece)
-    store_rows(total if fresh else decode(shard) + total, shard)
-    return figures(shard)
+    store_rows(total if overwrite else decode(shard) + total, shard)
+    return norm_parts(shard)
 
 
 def store_rows(values: Tensor, out: Blocks) -> None:
@@ -66,8 +66,7 @@ def adam_step(sweep: Sweep) -> None:
 
 def _step_tensor(rows: Sweep, parameter: int) -> None:
     """The rows of one tensor."""
-    found, state = update(rows), rows.state
-    values = Update(*(each.view(1, -1) for each in (found.p, found.fresh, found.m, found.v, found.root)))
+    values, state = update(rows).as_one_row(), rows.state
     with (
         OneBlock(state.master) as master,
         OneBlock(state.exp_avg) as exp_avg,

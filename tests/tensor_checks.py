@@ -48,7 +48,7 @@ def check_quantize(kernels: Kernels, fmt: Format, numel: int, seed: int) -> None
             torch.testing.assert_close(ours.cpu(), counts, rtol=1e-12, atol=0)
 
 
-def check_accumulate(kernels: Kernels, fmt: Format, numel: int, *, fresh: bool) -> None:
+def check_accumulate(kernels: Kernels, fmt: Format, numel: int, *, overwrite: bool) -> None:
     message = Message(-(-numel // 128), 128, E4M3)
     buffer = torch.empty(3, message.nbytes, dtype=torch.uint8)
     for seed, each in enumerate(buffer):
@@ -56,10 +56,10 @@ def check_accumulate(kernels: Kernels, fmt: Format, numel: int, *, fresh: bool) 
     expected = quantized(numel, fmt, 128, 9)
     found, arrived = to(expected, kernels.device), buffer.to(kernels.device, copy=True)
     pieces = [blocks_in(each, message) for each in buffer]
-    figures = TENSOR_REFERENCE.accumulate(pieces, expected, fresh=fresh)
-    ours = kernels.ops.accumulate([blocks_in(each, message) for each in arrived], found, fresh=fresh)
+    parts = TENSOR_REFERENCE.accumulate(pieces, expected, overwrite=overwrite)
+    ours = kernels.ops.accumulate([blocks_in(each, message) for each in arrived], found, overwrite=overwrite)
     assert_same_blocks(found, expected, f"sum of {numel}")
-    assert torch.equal(ours.cpu(), figures), f"sum of {numel}: figures"
+    assert torch.equal(ours.cpu(), parts), f"sum of {numel}: parts of the norm"
 
 
 def segments_of(rows: list[int]) -> list[Segment]:
@@ -86,12 +86,12 @@ def gradient_of(name: str, rows: list[int], size: int, seed: int) -> Blocks:
 def on(state: AdamState, device: torch.device) -> AdamState:
     held = (to(each, device) for each in (state.master, state.exp_avg, state.exp_avg_sq))
     master, exp_avg, exp_avg_sq = held
-    return AdamState(master, exp_avg, exp_avg_sq, rooted=False)
+    return AdamState(master, exp_avg, exp_avg_sq, stores_sqrt=False)
 
 
 def fresh_state(formats: list[Format], rows: int, size: int) -> AdamState:
     master, exp_avg, exp_avg_sq = (Blocks.zeros(rows, size, fmt, CPU) for fmt in formats)
-    return AdamState(master, exp_avg, exp_avg_sq, rooted=False)
+    return AdamState(master, exp_avg, exp_avg_sq, stores_sqrt=False)
 
 
 def check_steps(

@@ -34,8 +34,8 @@ def broken(which: str) -> Backend:
         REFERENCE.quantize(values, out, counts)
         out.codes.view(torch.uint8)[3, 4] ^= 1
 
-    def accumulate(pieces: list[Blocks], shard: Blocks, *, fresh: bool) -> torch.Tensor:
-        return REFERENCE.accumulate(pieces, shard, fresh=fresh) + 1
+    def accumulate(pieces: list[Blocks], shard: Blocks, *, overwrite: bool) -> torch.Tensor:
+        return REFERENCE.accumulate(pieces, shard, overwrite=overwrite) + 1
 
     def adam_step(sweep: Sweep) -> None:
         other = Rounding(sweep.rounding.seed + 1)

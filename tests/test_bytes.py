@@ -14,7 +14,7 @@ from train_lm import ByteGPT, Shape
 from ds_fp8.config.section import parse
 from ds_fp8.estimate import memory
 from ds_fp8.ops.backend import REFERENCE
-from ds_fp8.ops.reduction import FIGURES
+from ds_fp8.ops.reduction import NORM_PARTS
 from ds_fp8.zero_fp8.handlers.common import FP8ZeROOptimizer
 from ds_fp8.zero_fp8.health import Counts
 from ds_fp8.zero_fp8.placement.partition import ParameterSpec, partition
@@ -125,7 +125,7 @@ def test_wire_bytes(ranks: RankPools, world_size: int, stage: int) -> None:
     parameters = ours["parameters"]
     assert ours["handed"]["alltoall_base_"] == ours["exchange"] == parameters * 129 // 128
     assert ours["handed"]["_allgather_base_"] == parameters * 2 // world_size
-    agreement = 4 + (FIGURES + 4) * 8  # the loss mean that the example prints, then the figures of the step
+    agreement = 4 + (NORM_PARTS + 4) * 8  # the loss mean that the example prints, then the step's verdict
     assert ours["handed"]["allreduce_"] == agreement
     # stock DeepSpeed all-reduces the whole BF16 gradient, which a rank sends almost twice
     assert stock["handed"]["allreduce_"] > parameters * 2

@@ -146,7 +146,7 @@ def test_sums_refuse_what_does_not_fit(kernels: Kernels) -> None:
         ([piece], blocks(SPLIT16)),
     ):
         with pytest.raises(ValueError, match=r": received .*, allowed: "):
-            kernels.ops.accumulate(pieces, shard, fresh=True)
+            kernels.ops.accumulate(pieces, shard, overwrite=True)
 
 
 @pytest.mark.parametrize(
@@ -158,4 +158,4 @@ def test_pieces_at_unequal_distances_are_refused(kernels: Kernels) -> None:
     at = [buffer[first * ROWS : (first + 1) * ROWS] for first in (0, 1, 3)]
     for pieces in (at, [blocks(E4M3), blocks(E4M3)]):
         with pytest.raises(ValueError, match=r"pieces\[\d\]: received .*, allowed: .*(distances|one buffer)"):
-            kernels.ops.accumulate(pieces, blocks(FP32), fresh=True)
+            kernels.ops.accumulate(pieces, blocks(FP32), overwrite=True)

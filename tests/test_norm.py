@@ -49,8 +49,8 @@ def shared(values: Tensor, ranks: int, backend: Backend, fmt: Format) -> list[An
     shards = []
     for first, last in pairwise(cuts):
         shard = Blocks.zeros(last - first, BLOCK, fmt, CPU)
-        figures = backend.accumulate([wire[first:last]], shard, fresh=True)
-        shards.append(SimpleNamespace(norm_parts=figures))
+        parts = backend.accumulate([wire[first:last]], shard, overwrite=True)
+        shards.append(SimpleNamespace(norm_parts=parts))
     return shards
 
 

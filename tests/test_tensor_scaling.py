@@ -84,16 +84,16 @@ def test_a_sum_has_one_scale() -> None:
         pieces.append(piece)
     exact = decode(pieces[0]) + decode(pieces[1]) + decode(pieces[2])
     shard, expected = Blocks.zeros(4, 128, E4M3, CPU), Blocks.zeros(1, 512, E4M3, CPU)
-    figures = per_tensor.accumulate(pieces, shard, fresh=True)
+    parts = per_tensor.accumulate(pieces, shard, overwrite=True)
     blocks.quantize(exact.view(-1), expected)
     assert torch.equal(decode(shard).view(1, -1), decode(expected))
-    assert norm_square(figures) == decode(shard).double().square().sum()
-    assert figures[-1] == 0
+    assert norm_square(parts) == decode(shard).double().square().sum()
+    assert parts[-1] == 0
 
 
 def states(rows: int, exp_avg_sq: Format) -> AdamState:
     held = (Blocks.zeros(rows, 128, fmt, CPU) for fmt in (FP16, E4M3, exp_avg_sq))
-    return AdamState(*held, rooted=False)  # type: ignore[arg-type]
+    return AdamState(*held, stores_sqrt=False)  # type: ignore[arg-type]
 
 
 def sweep(state: AdamState, g: Tensor, sizes: list[int]) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ds_fp8.config.refusals import naming
-from ds_fp8.ops.reduction import FIGURES, first_non_finite_block, norm_square
+from ds_fp8.ops.reduction import NORM_PARTS, first_non_finite_block, norm_square
 from ds_fp8.zero_fp8.comm.collectives import max_over_ranks, sum_over_ranks
 from ds_fp8.zero_fp8.gradients.reduced import ReducedGradient
 from ds_fp8.zero_fp8.placement.partition import Piece
@@ -41,13 +41,14 @@ class Verdict:
     ) -> None:
         counts = [received, late, sum(each is not None for each in objections), edited]
         sums = _summed([each.norm_parts for each in reduced if each.norm_parts is not None], counts, group)
-        non_finite, all_received, against = sums[FIGURES - 1], sums[FIGURES], sums[FIGURES + 1 : FIGURES + 3]
-        norm = norm_square(sums[:FIGURES]).sqrt() * gradient_scale
+        agreed = sums[NORM_PARTS:]
+        non_finite, all_received, against = sums[NORM_PARTS - 1], agreed[0], agreed[1:3]
+        norm = norm_square(sums[:NORM_PARTS]).sqrt() * gradient_scale
         factor = clip_factor(norm, clip)
         go = (norm * factor <= LARGEST) & (non_finite == 0) & (all_received > 0) & (against == 0).all()
         self.control = torch.stack([factor * gradient_scale, go]).to(torch.float32)
         self._largest = math.inf if clip > 0 else LARGEST
-        self._copy = torch.cat([norm[None], sums[FIGURES - 1 :]]).to("cpu", non_blocking=True)
+        self._copy = torch.cat([norm[None], sums[NORM_PARTS - 1 :]]).to("cpu", non_blocking=True)
         self._arrived = None
         if sums.is_cuda:
             self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -63,10 +64,10 @@ class Verdict:
 
 
 def _summed(norm_parts: Sequence[Tensor], counts: Sequence[int], group: ProcessGroup) -> Tensor:
-    """The norm's parts of all buckets and then the counts, [FIGURES + counts] int64, over all ranks."""
-    sums = torch.zeros(FIGURES + len(counts), dtype=torch.int64, device=norm_parts[0].device)
-    sums[:FIGURES] = torch.stack(list(norm_parts)).sum(dim=0)
-    for place, count in enumerate(counts, start=FIGURES):
+    """The norm's parts of all buckets and then the counts, [NORM_PARTS + counts] int64, over all ranks."""
+    sums = torch.zeros(NORM_PARTS + len(counts), dtype=torch.int64, device=norm_parts[0].device)
+    sums[:NORM_PARTS] = torch.stack(list(norm_parts)).sum(dim=0)
+    for place, count in enumerate(counts, start=NORM_PARTS):
         sums[place].fill_(count)
     sum_over_ranks(sums, group)
     return sums

@@ -136,7 +136,7 @@ def shard_of(
     master, exp_avg, exp_avg_sq = (
         room(bucket, rank, fmt, device) for fmt in (recipe.master, recipe.exp_avg, recipe.exp_avg_sq)
     )
-    state = AdamState(master, exp_avg, exp_avg_sq, rooted=not recipe.by_tensor)
+    state = AdamState(master, exp_avg, exp_avg_sq, stores_sqrt=not recipe.by_tensor)
     return Shard(tuple(bucket.pieces(rank)), state, recipe.rounding, backend, counts)
 
 

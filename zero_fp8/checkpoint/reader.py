@@ -126,7 +126,7 @@ class Checkpoint:
             )
         rows = blocks[1] - blocks[0]
         master, exp_avg, exp_avg_sq = (self._blocks(file, name, key, entry, rows) for key in STATES)
-        return AdamState(master, exp_avg, exp_avg_sq, rooted=self.manifest.recipe.scaling == "block")
+        return AdamState(master, exp_avg, exp_avg_sq, stores_sqrt=self.manifest.recipe.scaling == "block")
 
     def _blocks(self, file: str, name: str, key: str, entry: Mapping[str, Any], rows: int) -> Blocks:
         fmt, size = self._formats[key], self.manifest.recipe.block_size
@@ -184,7 +184,7 @@ class Checkpoint:
 
 def _decode(state: AdamState, weights: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The rows' master, exp_avg, exp_avg_sq and its root, [elements] each."""
-    if state.exp_avg_sq.format is FP32 or not state.rooted:
+    if state.exp_avg_sq.format is FP32 or not state.stores_sqrt:
         v = decode(state.exp_avg_sq)
         root = square_root(v)
     else:

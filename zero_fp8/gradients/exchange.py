@@ -63,7 +63,7 @@ def _sums(received: Tensor, message: Message, second: Message, backend: Backend)
     sums = torch.empty(received.shape[1], second.nbytes, dtype=torch.uint8, device=received.device)
     for node, total in enumerate(sums):
         pieces = [blocks_in(each, message) for each in received[:, node]]
-        backend.accumulate(pieces, blocks_in(total, second), fresh=True)
+        backend.accumulate(pieces, blocks_in(total, second), overwrite=True)
     return sums[:, None]
 
 

@@ -17,7 +17,7 @@ from ds_fp8.ops import fp8_sum
 from ds_fp8.ops.blocks import Blocks, decode
 from ds_fp8.ops.formats import Format
 from ds_fp8.ops.per_tensor import store_rows
-from ds_fp8.ops.reduction import figures
+from ds_fp8.ops.reduction import norm_parts
 from ds_fp8.zero_fp8.comm.collectives import AllToAll, max_over_ranks
 from ds_fp8.zero_fp8.comm.groups import Nodes
 from ds_fp8.zero_fp8.gradients.autoscale import Autoscale
@@ -108,7 +108,7 @@ class FP8Sum:
             self._saturated[number] += fp8_sum.ring_sum(tensors, total)
             _store(total, gradient[piece.rows], overwrite=overwrite)
         self._exchanges += 1
-        return figures(gradient)
+        return norm_parts(gradient)
 
     def forget(self) -> None:
         self._saturated = torch.zeros_like(self._saturated)

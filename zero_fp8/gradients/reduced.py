@@ -9,7 +9,7 @@ from torch import Tensor
 from ds_fp8.ops.backend import Backend
 from ds_fp8.ops.blocks import Blocks, chunks, decode, encode
 from ds_fp8.ops.formats import FP32
-from ds_fp8.ops.reduction import FIGURES, figures
+from ds_fp8.ops.reduction import NORM_PARTS, norm_parts
 from ds_fp8.zero_fp8.placement.partition import Piece
 
 
@@ -19,7 +19,7 @@ class Sum(Protocol):
     def add(self, arrived: Sequence[Blocks], gradient: Blocks, *, overwrite: bool) -> Tensor:
         """Add one exchange's pieces, in the order given, to the gradient, or in its place.
 
-        Returns the norm's parts of the result, as `ops.reduction.figures` gives them.
+        Returns the norm's parts of the result, as `ops.reduction.norm_parts` gives them.
         """
 
     def forget(self) -> None:
@@ -33,7 +33,7 @@ class BlockSum:
         self._backend = backend
 
     def add(self, arrived: Sequence[Blocks], gradient: Blocks, *, overwrite: bool) -> Tensor:
-        return self._backend.accumulate(arrived, gradient, fresh=overwrite)
+        return self._backend.accumulate(arrived, gradient, overwrite=overwrite)
 
     def forget(self) -> None:
         pass
@@ -46,10 +46,10 @@ class TensorSum:
         self._backend, self._pieces = backend, pieces
 
     def add(self, arrived: Sequence[Blocks], gradient: Blocks, *, overwrite: bool) -> Tensor:
-        parts = torch.zeros(FIGURES, dtype=torch.int64, device=gradient.codes.device)
+        parts = torch.zeros(NORM_PARTS, dtype=torch.int64, device=gradient.codes.device)
         for piece in self._pieces:
             tensors = [each[piece.rows] for each in arrived]
-            parts += self._backend.accumulate(tensors, gradient[piece.rows], fresh=overwrite)
+            parts += self._backend.accumulate(tensors, gradient[piece.rows], overwrite=overwrite)
         return parts
 
     def forget(self) -> None:
@@ -75,7 +75,7 @@ class ReducedGradient:
         """Let the next arrival replace what has been reduced."""
         self._arrivals = 0  # exchanges since the last step
         self._sum.forget()
-        self.norm_parts: Tensor | None = None  # as `ops.reduction.figures` gives them; None: nothing arrived
+        self.norm_parts: Tensor | None = None  # `ops.reduction.norm_parts`; None: nothing arrived
 
     @property
     def must_promote(self) -> bool:
@@ -97,4 +97,4 @@ class ReducedGradient:
     def set(self, values: Tensor, rows: slice) -> None:
         """Round a vector into rows."""
         self._backend.quantize(values, self.blocks[rows])
-        self.norm_parts = figures(self.blocks)
+        self.norm_parts = norm_parts(self.blocks)
