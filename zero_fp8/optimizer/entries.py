@@ -35,7 +35,7 @@ class Entries:
     def identity(self) -> dict[str, Any]:
         """What two runs must have in common for one to go on with the other's entries."""
         names = {key: fmt.name for key, fmt in self._formats.items()}
-        return {**names, "block_size": self._recipe.block_size, "seed": self._recipe.seed}
+        return {**names, "block_size": self._recipe.block_size, "seed": self._recipe.rounding.seed}
 
     def make(self, parameter: Tensor) -> dict[str, Any]:
         """The entry of a parameter before its first step: zeros, and a master that the first sweep fills."""
