@@ -15,7 +15,7 @@ from torch import Tensor
 from ds_fp8.config.refusals import cut
 from ds_fp8.ops.adam import AdamState
 from ds_fp8.ops.blocks import Blocks
-from ds_fp8.zero_fp8.guards import flaw_of
+from ds_fp8.zero_fp8.plain_tensors import flaw_of
 from ds_fp8.zero_fp8.recipe import Recipe
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # an entry holds the place here of its weight's
