@@ -167,7 +167,7 @@ def snapshot(engine: Any) -> dict[str, Any]:
         optimizer.clamp_squares,
         [{key: each for key, each in group.items() if key != "params"} for group in optimizer.param_groups],
         engine.lr_scheduler and engine.lr_scheduler.state_dict(),
-        engine.optimizer.parts.scaling.state(engine.optimizer.parameter_names),
+        engine.optimizer.parts.gradient_scales.state(engine.optimizer.parameter_names),
         vars(engine.optimizer.loss_scaler),
     )
     return {"bits": bits, "counters": repr(counters)}

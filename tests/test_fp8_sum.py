@@ -277,7 +277,7 @@ def train_and_save(folder: str, steps: int) -> dict[str, float]:
 
 def state_of(engine: Any) -> dict[str, float]:
     handler = engine.optimizer
-    mu: dict[str, float] = handler.parts.scaling.state(handler.parameter_names)
+    mu: dict[str, float] = handler.parts.gradient_scales.state(handler.parameter_names)
     engine.destroy()
     return mu
 

@@ -87,9 +87,9 @@ class Stepper:
         """Count the step, or the skip, as the device has decided."""
         parts, optimizer = self._parts, self._optimizer
         if stepped:
-            parts.scaling.settle()
+            parts.gradient_scales.settle()
         step = optimizer.steps + 1
-        parts.health.collect(step, stepped=stepped, group=self._group, more=parts.scaling.stats)
+        parts.health.collect(step, stepped=stepped, group=self._group, more=parts.gradient_scales.stats)
         if stepped:
             self.consecutive_skips = 0
             optimizer.advance(clamp=self._clamped)

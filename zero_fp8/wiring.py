@@ -18,7 +18,7 @@ from ds_fp8.ops.backend import Backend, choose, choose_for_tensors
 from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.formats import Format
 from ds_fp8.zero_fp8.comm.groups import Nodes
-from ds_fp8.zero_fp8.gradients.autoscale import Autoscale, FixedScaling, Scaling
+from ds_fp8.zero_fp8.gradients.autoscale import Autoscale, FixedScales, GradientScales
 from ds_fp8.zero_fp8.gradients.exchange import launch_even, launch_uneven
 from ds_fp8.zero_fp8.gradients.fp8_sum import FP8Packer, FP8Sum
 from ds_fp8.zero_fp8.gradients.packing import Packer, ScaledPacker
@@ -32,6 +32,8 @@ from ds_fp8.zero_fp8.states.shard import Shard
 from ds_fp8.zero_fp8.weights.store import Weights
 from ds_fp8.zero_fp8.weights.views import FlatWeights
 
+GradientParts = tuple[Packer, GradientScales, list[ReducedGradient]]
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -44,7 +46,7 @@ class Parts:
     shards: list[Shard]
     packer: Packer
     reducer: GradientReducer
-    scaling: Scaling
+    gradient_scales: GradientScales
     health: Health
     backend: Backend
     listens: bool  # gradients travel while backward runs
@@ -104,7 +106,7 @@ def build(
         shard_of(bucket, run.rank_in(bucket), recipe, device, backend, each)
         for bucket, each in zip(buckets, counts, strict=True)
     ]
-    packer, scaling, reduced = run.gradient_parts(buckets)
+    packer, scales, reduced = run.gradient_parts(buckets)
     overlap = settings.overlap
     return Parts(
         buckets=buckets,
@@ -114,7 +116,7 @@ def build(
         shards=shards,
         packer=packer,
         reducer=GradientReducer(buckets, parameters, reduced, packer, fleets, health.groups, overlap=overlap),
-        scaling=scaling,
+        gradient_scales=scales,
         health=health,
         backend=backend,
         listens=settings.stage == 2,
@@ -155,7 +157,9 @@ class _Run:
         """What this rank owns of a bucket."""
         return list(bucket.pieces(self.rank_in(bucket)))
 
-    def gradient_parts(self, buckets: Sequence[Bucket]) -> tuple[Packer, Scaling, list[ReducedGradient]]:
+    def gradient_parts(
+        self, buckets: Sequence[Bucket]
+    ) -> tuple[Packer, GradientScales, list[ReducedGradient]]:
         """How gradients are packed, scaled and added up."""
         recipe, backend = self.recipe, self.backend
         if recipe.autoscale is not None:
@@ -167,23 +171,21 @@ class _Run:
             for bucket in buckets
         ]
         rooms = [room(bucket, self.rank_in(bucket), recipe.shard, self.device) for bucket in buckets]
-        return packer, FixedScaling(), self._reduced(rooms, totals)
+        return packer, FixedScales(), self._reduced(rooms, totals)
 
-    def _fp8_sum(
-        self, buckets: Sequence[Bucket], policy: str
-    ) -> tuple[Packer, Scaling, list[ReducedGradient]]:
+    def _fp8_sum(self, buckets: Sequence[Bucket], policy: str) -> GradientParts:
         """The paper's: sums in FP8, whose scales are FP32."""
         sizes = {index: parameter.numel() for index, parameter in self.parameters.items()}
         fleet, nodes = next(iter(self.fleets.items()))
         totals = [FP8Sum(self.pieces(bucket), self.device) for bucket in buckets]
-        scaling = Autoscale(policy, sizes, totals, nodes.group, fleet.mean_factor(), self.device)
-        packer = FP8Packer(self.recipe.wire, self.fleets, self.device, scaling)
+        scales = Autoscale(policy, sizes, totals, nodes.group, fleet.mean_factor(), self.device)
+        packer = FP8Packer(self.recipe.wire, self.fleets, self.device, scales)
         rooms = [room(bucket, self.rank_in(bucket), self.recipe.shard, self.device) for bucket in buckets]
         wide = [
             room if room.scales is None else replace(room, scales=room.scales.to(torch.float32))
             for room in rooms
         ]
-        return packer, scaling, self._reduced(wide, totals)
+        return packer, scales, self._reduced(wide, totals)
 
     def _reduced(self, rooms: Sequence[Blocks], totals: Sequence[Sum]) -> list[ReducedGradient]:
         promotes = self.recipe.promote

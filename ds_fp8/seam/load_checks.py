@@ -142,8 +142,8 @@ def _untrained(engine: Any) -> dict[str, Any]:
     """What the module's state_dict holds beside trained parameters."""
     trained = set(engine.optimizer.parameters.values())
     parameters = engine.module.named_parameters(remove_duplicate=False)
-    known = {name for name, each in parameters if each in trained}
-    return {name: each for name, each in engine.module.state_dict().items() if name not in known}
+    known = {name for name, parameter in parameters if parameter in trained}
+    return {name: value for name, value in engine.module.state_dict().items() if name not in known}
 
 
 def _may_convert(engine: Any) -> bool:

@@ -112,14 +112,13 @@ def check_module(engine: Any, path: Path, saved: Mapping[str, list[int] | None],
 
 def shapes(state: Mapping[str, Any]) -> dict[str, list[int] | None]:
     """Of the tensors of a state_dict; None for all else."""
-    return {key: list(each.shape) if isinstance(each, Tensor) else None for key, each in state.items()}
+    return {key: list(value.shape) if isinstance(value, Tensor) else None for key, value in state.items()}
 
 
 def _members(module: nn.Module) -> set[str]:
     """Names of parameters and buffers: whatever else is in a state_dict has its own type and length."""
-    parameters, buffers = (
-        each(remove_duplicate=False) for each in (module.named_parameters, module.named_buffers)
-    )
+    parameters = module.named_parameters(remove_duplicate=False)
+    buffers = module.named_buffers(remove_duplicate=False)
     return {name for name, _ in [*parameters, *buffers]}
 
 
@@ -224,19 +223,19 @@ def _try_scheduler(scheduler: Any, groups: list[dict[str, Any]], saved: Entry) -
 
 def _try_extra_states(module: nn.Module, saved: Entry) -> None:
     """Whether modules take their extra state, by giving it; then they have their own again."""
-    for name, each in module.named_modules():
+    for name, part in module.named_modules():
         key = f"{name}._extra_state" if name else "_extra_state"
-        if type(each).set_extra_state is nn.Module.set_extra_state or key not in saved:
+        if type(part).set_extra_state is nn.Module.set_extra_state or key not in saved:
             continue
-        before = copy.deepcopy(each.get_extra_state())
+        before = copy.deepcopy(part.get_extra_state())
         try:
-            each.set_extra_state(copy.deepcopy(saved.value[key]))
+            part.set_extra_state(copy.deepcopy(saved.value[key]))
         except Exception as error:
-            expected = f"what {type(each).__name__}.set_extra_state takes ({type(error).__name__}: {error})"
+            expected = f"what {type(part).__name__}.set_extra_state takes ({type(error).__name__}: {error})"
             raise saved.at(key).refusal(expected) from error
         finally:
             with suppress(Exception):  # a module that has seen nothing may not take back what it gave
-                each.set_extra_state(before)
+                part.set_extra_state(before)
 
 
 @contextmanager
@@ -263,6 +262,6 @@ class _Opened:
     def load(self, path: str, map_location: Any = None) -> dict[str, Any]:
         """Only weights stay mapped, which are copied into parameters; the rest may be kept."""
         module = self._file.value["module"]
-        rest = {key: each for key, each in self._file.value.items() if key != "module"}
-        extra = {name: each for name, each in module.items() if is_extra_state(str(name))}
+        rest = {key: value for key, value in self._file.value.items() if key != "module"}
+        extra = {name: value for name, value in module.items() if is_extra_state(str(name))}
         return {**in_memory(rest), "module": {**module, **in_memory(extra)}}

@@ -204,7 +204,7 @@ def _manifest(engine: Any, save: _Save, optimizer_files: list[str], sealed: dict
         steps=handler.optimizer.steps,
         clamp_squares=writer.describe_clamp(handler.optimizer),
         loss_scaler=writer.describe_loss_scaler(handler.loss_scaler),
-        autoscale=handler.parts.scaling.state(handler.parameter_names),
+        autoscale=handler.parts.gradient_scales.state(handler.parameter_names),
         scheduler=engine.lr_scheduler is not None,
         fp32_master=handler.settings.save_fp32_master,
         places=[_place(engine, save, optimizer_files)],

@@ -22,6 +22,8 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
+from ds_fp8.zero_fp8.placement.ranks import turn_of
+
 NAME = "ds_fp8_manifest.json"
 FORMAT_VERSION: Literal[2] = 2
 BUFFER = 1 << 20  # bytes read at a time
@@ -227,7 +229,7 @@ def share(
     optimizer_files: of the place, in the order of their ranks. first: whether the rank is the first of those
     that share a folder, which takes all other files.
     """
-    owners = {name: index % world_size for index, name in enumerate(optimizer_files)}
+    owners = {name: turn_of(index, world_size) for index, name in enumerate(optimizer_files)}
     return [name for name in sorted(names) if (owners[name] == rank if name in owners else first)]
 
 

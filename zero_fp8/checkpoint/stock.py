@@ -180,7 +180,7 @@ def _check_count(file: Entry, ranks: list[int]) -> None:
     """A file that knows of as many files as there are."""
     count = file.at("partition_count")
     several = isinstance(count.value, list | tuple) and len(count.value) > 0
-    expected = max(each.count() for each in count.each()) if several else count.count()
+    expected = max(entry.count() for entry in count.each()) if several else count.count()
     if ranks != list(range(expected)):
         raise ValueError(
             f"{file.path}: received optimizer files of ranks {ranks}, expected those of all {expected} ranks"
@@ -198,7 +198,7 @@ def _check_vectors(file: Entry) -> list[int]:
     )
     if "loss_scaler" in file:
         check_loss_scaler(file.at("loss_scaler"))
-    paddings = [each.count() for each in file.at("group_paddings").each(count)]
+    paddings = [entry.count() for entry in file.at("group_paddings").each(count)]
     steps = []
     for index, (group, mapping, master) in enumerate(zip(groups.each(), mappings, masters, strict=True)):
         check_hyperparameters(group)

@@ -27,12 +27,12 @@ LATEST = "latest"
 LATEST_UNIVERSAL = "latest_universal"
 POINTERS = (LATEST, LATEST_UNIVERSAL)
 # Names beside the tags that have another meaning, DeepSpeed's scripts among them.
-TAKEN = (
-    *(each + end for each in (*POINTERS, manifest.NAME) for end in ("", NEW)),
+RESERVED = (
+    *(name + end for name in (*POINTERS, manifest.NAME) for end in ("", NEW)),
     "zero_to_fp32.py",
     "zero_to_torch.py",
 )
-STATES = ("_model_states.pt", "_optim_states.pt")  # how the names of a tag's files end
+ENDINGS = ("_model_states.pt", "_optim_states.pt")  # how the names of a tag's files end
 LONGEST = 255  # bytes of a name in a file system
 SHOWN = 5  # names in a message
 
@@ -46,8 +46,8 @@ def objection(name: str) -> str | None:
         return "the name of a folder in the save folder, not a path"
     if name != name.strip() or not name.isprintable():
         return "a name without spaces at its ends, line breaks and control characters"
-    if name in TAKEN:
-        return f"any name but {', '.join(TAKEN)}"
+    if name in RESERVED:
+        return f"any name but {', '.join(RESERVED)}"
     if name.endswith((SAVING, REPLACED)):
         return f"a name that does not end in {SAVING} or {REPLACED}, where tags are on their way"
     if len(name.encode()) + len(REPLACED) > LONGEST:
@@ -57,7 +57,7 @@ def objection(name: str) -> str | None:
 
 def contents(folder: Path) -> str:
     """What is in a folder, for a message."""
-    names = sorted(each.name for each in folder.iterdir())
+    names = sorted(path.name for path in folder.iterdir())
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return f"holds {', '.join(names[:SHOWN])}{more}" if names else "is empty"
 
@@ -157,10 +157,10 @@ def begin(saving: Path) -> Path:
 
 def _clear(saving: Path) -> None:
     """Remove such a folder; what it is known by goes last."""
-    others = [each for each in _members(saving) if not each.name.startswith(manifest.NAME)]
-    for each in others:
+    others = [path for path in _members(saving) if not path.name.startswith(manifest.NAME)]
+    for path in others:
         with suppress(OSError):
-            each.unlink()
+            path.unlink()
     shutil.rmtree(saving, ignore_errors=True)
 
 
@@ -181,7 +181,7 @@ def is_saving(saving: Path) -> bool:
 
 
 def _is_replaced(replaced: Path) -> bool:
-    return replaced.is_dir() and {each.name for each in replaced.iterdir()} <= {OLD}
+    return replaced.is_dir() and {path.name for path in replaced.iterdir()} <= {OLD}
 
 
 def _drop(replaced: Path, target: Path) -> None:
@@ -189,12 +189,12 @@ def _drop(replaced: Path, target: Path) -> None:
     old = replaced / OLD
     if old.is_dir() and not old.is_symlink():
         listed = manifest.listed(old)
-        # By their names, where no manifest tells the files of the tag.
-        endings = (manifest.NAME + NEW, *(STATES if listed == {manifest.NAME} else ()))
-        for each in old.iterdir():
-            theirs = each.name not in listed and not each.name.endswith(endings)
-            if theirs and not os.path.lexists(target / each.name):
-                os.rename(each, target / each.name)
+        # By their names, if no manifest lists the files of the tag.
+        endings = (manifest.NAME + NEW, *(ENDINGS if listed == {manifest.NAME} else ()))
+        for path in old.iterdir():
+            theirs = path.name not in listed and not path.name.endswith(endings)
+            if theirs and not os.path.lexists(target / path.name):
+                os.rename(path, target / path.name)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
@@ -257,7 +257,7 @@ def _tags_in(folder: Path) -> str:
 
 
 def _looks_whole(folder: Path) -> bool:
-    return any(each.name == manifest.NAME or each.name.endswith(STATES) for each in folder.iterdir())
+    return any(path.name == manifest.NAME or path.name.endswith(ENDINGS) for path in folder.iterdir())
 
 
 # Files

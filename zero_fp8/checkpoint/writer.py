@@ -33,7 +33,7 @@ NOT_FOR_STOCK = (
 
 
 def optimizer_state(shards: Sequence[Shard], names: Names, optimizer: FP8AdamW) -> dict[str, Any]:
-    """DeepSpeed's "base_optimizer_state" with our native states in it, on the CPU."""
+    """DeepSpeed's "base_optimizer_state" with our states in it, on the CPU."""
     return {
         "state": {},
         "fp8": {"format_version": PACKED_VERSION, "parameters": pack(shards, names)},

@@ -66,7 +66,7 @@ def explain(error: Exception, about: object = "") -> str:
 def gather_objects(value: T, group: ProcessGroup) -> list[T]:
     """The ranks' values, in rank order."""
     # Not DeepSpeed's, which ends the process where its comms logger is on.
-    values: list[T] = [value] * dist.get_world_size(group)
+    values: list[T] = [value for _ in range(dist.get_world_size(group))]
     torch.distributed.all_gather_object(values, value, group=group)
     return values
 

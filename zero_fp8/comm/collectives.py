@@ -32,10 +32,15 @@ class AllToAll:
             self._received = torch.empty_like(messages)
             self._work = dist.all_to_all_single(self._received, messages, group=group, async_op=True)
         else:
-            ranks, own = len(sizes), sizes[dist.get_rank(group)]
-            self._received = messages.new_empty(ranks, own)
+            own = sizes[dist.get_rank(group)]
+            self._received = messages.new_empty(len(sizes), own)
             self._work = dist.all_to_all_single(
-                self._received.view(-1), messages, [own] * ranks, list(sizes), group=group, async_op=True
+                self._received.view(-1),
+                messages,
+                [own for _ in sizes],
+                list(sizes),
+                group=group,
+                async_op=True,
             )
 
     def wait(self) -> Tensor:

@@ -18,7 +18,7 @@ THRESHOLD = 1e-5
 GROWTH = 2.0 ** (1 / 1000)
 
 
-class Scaling(Protocol):
+class GradientScales(Protocol):
     """What moves from step to step beside the states."""
 
     def settle(self) -> None:
@@ -34,7 +34,7 @@ class Scaling(Protocol):
         """Go on from what `state` gave."""
 
 
-class FixedScaling:
+class FixedScales:
     """Scales follow from the values alone: nothing moves."""
 
     def settle(self) -> None:

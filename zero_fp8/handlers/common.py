@@ -2,7 +2,6 @@
 
 The parts do the work (`wiring`): the reducer brings gradients to their owners, `step` sweeps the shards and
 gathers the weights. Here the engine's names are answered.
-
 A fresh subclass of DeepSpeed's `ZeROOptimizer` base, not of its 3,000-line stage 1/2 handler, ten of whose
 methods changed signature within three releases.
 """
@@ -75,16 +74,9 @@ class FP8ZeROOptimizer(ZeROOptimizer):
         self.parameter_names = {index: names[each] for index, each in self.parameters.items()}
         self.gradients = self.parts.reducer
         self.stepper = Stepper(self.parts, self.parameters, optimizer, recipe, settings, group, timers)
-        self.saved = SavedStates(
-            self.parts, self.parameters, self.parameter_names, settings, optimizer, loss_scaler
-        )
-        self.binding = Binding(
-            self.parts.weights,
-            self.parts.shards,
-            self.parameters,
-            self.parameter_names,
-            on_return=self._listen,
-        )
+        named = (self.parameters, self.parameter_names)
+        self.saved = SavedStates(self.parts, *named, settings, optimizer, loss_scaler)
+        self.binding = Binding(self.parts.weights, self.parts.shards, *named, on_return=self._listen)
         self.saved.masters_from_weights()
         self._listen()
         self.full_tensors = FullTensors(
@@ -104,10 +96,7 @@ class FP8ZeROOptimizer(ZeROOptimizer):
             self.gradients.listen()
 
     def join(self, members: Members, divisor: Callable[[], float], client: Any) -> None:
-        """Take part in an engine.
-
-        members: of its model; divisor: of backwards that are not the engine's; client: the optimizer given.
-        """
+        """Take part in an engine: members of its model, divisor of other backwards, the optimizer given."""
         self.roster = Roster(members, self.parameters, self.parameter_names)
         self.arrivals = ArrivalHooks(self.parameters, divisor)
         self.client = Client(client, self.optimizer, self.zero_grad)

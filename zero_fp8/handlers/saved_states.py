@@ -75,5 +75,5 @@ class SavedStates:
         parts = self._parts
         source.restore(parts.shards, [weights.own for weights in parts.weights], self._names)
         source.progress.give_to(self._optimizer, self._loss_scaler)
-        parts.scaling.restore(source.progress.autoscale, self._names)
+        parts.gradient_scales.restore(source.progress.autoscale, self._names)
         parts.health.prepare(self._optimizer.steps + 1)

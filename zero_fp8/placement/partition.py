@@ -101,6 +101,10 @@ class Bucket:
                 numel = min(slot.numel - start, (high - low) * self.block_size)
                 yield Piece(slot, low - rows.start, high - low, start, numel)
 
+    def from_all(self, nbytes: int) -> int:
+        """Bytes of a message of `nbytes` from every rank."""
+        return self.world_size * nbytes
+
     def offset(self, slot: Slot) -> int:
         """Element of the bucket's flat weight buffer with which the parameter begins."""
         return slot.first_block * self.block_size

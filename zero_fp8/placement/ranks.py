@@ -17,6 +17,11 @@ class Fleet:
         return 1.0 / self.size
 
 
+def turn_of(index: int, ranks: int) -> int:
+    """The rank that does the work of an index if ranks take turns."""
+    return index % ranks
+
+
 @dataclass(frozen=True)
 class NodeLayout:
     """A fleet's ranks as nodes of consecutive ranks: rank `node * size + place` has `place` in its node."""
