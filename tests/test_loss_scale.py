@@ -19,7 +19,7 @@ from ds_fp8.config.section import FP8Config
 from ds_fp8.zero_fp8.checkpoint import writer
 from ds_fp8.zero_fp8.checkpoint.manifest import FORMAT_VERSION, File, Manifest, Place, parse, render
 from ds_fp8.zero_fp8.checkpoint.reader import Checkpoint
-from ds_fp8.zero_fp8.handlers.common import FP8ZeROOptimizer
+from ds_fp8.zero_fp8.handlers.stage12 import Stage12Optimizer
 from ds_fp8.zero_fp8.optimizer.fp8_adamw import FP8AdamW
 from ds_fp8.zero_fp8.recipe import ZeroSettings, recipe_of
 
@@ -66,10 +66,10 @@ def make(static: float | None, stage: int, level: str, dtype: torch.dtype) -> tu
     recipe = recipe_of(FP8Config(enabled=True, opt_level=level), accumulating=False)
     optimizer = FP8AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95))
     group = dist.get_world_group()
-    return model, FP8ZeROOptimizer(optimizer, names, recipe, settings, group, NoopTimer(), scaler)
+    return model, Stage12Optimizer(optimizer, names, recipe, settings, group, NoopTimer(), scaler)
 
 
-def step(model: nn.Module, handler: FP8ZeROOptimizer, batch: Tensor) -> float:
+def step(model: nn.Module, handler: Stage12Optimizer, batch: Tensor) -> float:
     """What the engine does in a step without accumulation."""
     handler.clear_backward_seen_flag()
     loss: Tensor = model(batch)
@@ -128,7 +128,7 @@ def test_training(ranks: RankPools, static: float | None, level: str, stage: int
         assert max(scaled["scales"][lowest:]) > min(scaled["scales"]), "it never grows again"
 
 
-def saved(handler: FP8ZeROOptimizer, folder: Path) -> Checkpoint:
+def saved(handler: Stage12Optimizer, folder: Path) -> Checkpoint:
     """A checkpoint as an engine writes it, without the engine."""
     name = f"zero_pp_rank_{dist.get_rank()}_mp_rank_00_optim_states.pt"
     torch.save({"optimizer_state_dict": handler.state_dict()}, folder / name)
