@@ -20,7 +20,9 @@ from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 
 from ds_fp8.ops.backend import choose
-from ds_fp8.zero_fp8.comm.collectives import Transfer
+from ds_fp8.zero_fp8.comm.collectives import AllToAll
+from ds_fp8.zero_fp8.gradients.exchange import blocks_in
+from ds_fp8.zero_fp8.health import Counts
 from ds_fp8.zero_fp8.placement.messages import Message
 
 PARAMETERS = 32  # that the elements belong to
@@ -54,27 +56,28 @@ class Exchange:
         self._gradients = gradients(elements, device).split(size)
 
     def run(self) -> None:
-        self._way.reducer.drop()
+        self._way.parts.reducer.drop()
         self._way.give(self._gradients)
-        self._way.reducer.finish()
+        self._way.parts.reducer.finish()
 
     def parts(self) -> dict[str, Callable[[], object]]:
         """PARTS of the exchange of a single bucket, each by itself."""
-        (bucket,), (shard,) = self._way.buckets, self._way.shards
+        parts, nodes = self._way.parts, self._way.nodes
+        (bucket,), (reduced,) = parts.buckets, parts.reduced
         message = Message(bucket.blocks_per_rank, bucket.block_size, self._way.recipe.wire)
 
         def pack() -> Tensor:
             self._way.give(self._gradients)
-            return self._way.reducer.pack(bucket).view(self._way.ranks, -1)
+            return parts.packer.pack(bucket, parts.reducer.take(bucket), Counts()).view(self._way.ranks, -1)
 
         messages = pack()
-        pieces = [message.blocks_of(each) for each in messages.clone()]
+        pieces = [blocks_in(each, message) for each in messages.clone()]
 
         def receive() -> None:
-            shard.forget()
-            shard.receive(pieces)
+            reduced.forget()
+            reduced.receive(pieces)
 
-        steps = (pack, lambda: Transfer(messages, self._way.nodes.inside).wait(), receive)
+        steps = (pack, lambda: AllToAll(messages, nodes.group).wait(), receive)
         return {**dict(zip(PARTS, steps, strict=True)), OTHERS: self._others(messages)}
 
     def _others(self, messages: Tensor) -> Callable[[], object]:

@@ -32,7 +32,7 @@ from simulated import RoundedAdamW
 from timing import facts, parser_of, round_count, write
 from torch import Tensor
 
-from ds_fp8.config.section import LEVELS, Optimizer
+from ds_fp8.config.section import LEVELS, OptimizerSection
 from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.formats import BY_NAME, E4M3, FP16
 from ds_fp8.ops.masters import load_masters
@@ -87,7 +87,7 @@ PEERS = [
 
 def formats_of(key: str) -> tuple[str, ...]:
     """The formats that a key of the section allows."""
-    return tuple(get_args(get_args(Optimizer.model_fields[key].annotation)[0]))
+    return tuple(get_args(get_args(OptimizerSection.model_fields[key].annotation)[0]))
 
 
 def pairs() -> Iterator[Recipe]:

@@ -116,6 +116,15 @@ SIGNATURES: dict[tuple[type, str], tuple[str, ...]] = {
         "save_latest",
         "exclude_frozen_parameters",
     ),
+    (DeepSpeedEngine, "_get_ckpt_name"): (
+        "self",
+        "checkpoints_path",
+        "tag",
+        "mp_placeholder",
+        "pp_placeholder",
+    ),
+    (DeepSpeedEngine, "_get_all_ckpt_names"): ("self", "checkpoints_path", "tag"),
+    (DeepSpeedEngine, "_get_zero_ckpt_name"): ("self", "checkpoints_path", "tag"),
     (DeepSpeedEngine, "load_checkpoint"): ("self", "load_dir", "tag", *LOAD_OPTIONS),
     (DeepSpeedEngine, "_load_checkpoint"): ("self", "load_dir", "tag", *LOAD_OPTIONS),
 }

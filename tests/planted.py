@@ -46,7 +46,7 @@ FAULTS = (
     ),
     Fault(
         "a save takes buffers that were left",
-        "zero_fp8/handlers/stage12.py",
+        "zero_fp8/handlers/common.py",
         "        self.binding.require()\n        return self.roster",
         "        return self.roster",
         f"{BACKWARDS} line_2_masters",
@@ -116,7 +116,7 @@ FAULTS = (
     ),
     Fault(
         "a fixed loss scale is not asked for",
-        "zero_fp8/handlers/stage12.py",
+        "zero_fp8/handlers/common.py",
         "return super().needs_scaler() or self.loss_scale != 1",
         "return super().needs_scaler()",
         f"{BACKWARDS} unscaled",
@@ -158,8 +158,8 @@ FAULTS = (
     ),
     Fault(
         "autograd does not see a step",
-        "zero_fp8/handlers/stage12.py",
-        "            torch.autograd.graph.increment_version(self.parameters.values())\n",
+        "zero_fp8/step.py",
+        "            torch.autograd.graph.increment_version(self._parameters.values())\n",
         "",
         "test_owners.py before_the_step",
     ),
@@ -231,8 +231,8 @@ FAULTS = (
     Fault(
         "a sweep trusts its tensors",
         "ops/guards.py",
-        '    """Before `ops.adam.adam_step`."""\n',
-        '    """Before `ops.adam.adam_step`."""\n    return\n',
+        '    """Before `ops.adam.adam_step`. planned: rows that the plan was made for."""\n',
+        '    """Before `ops.adam.adam_step`. planned: rows that the plan was made for."""\n    return\n',
         "test_guards.py sweep",
     ),
     Fault(
@@ -252,22 +252,22 @@ FAULTS = (
     ),
     Fault(
         "client_state overwrites",
-        "ds_fp8/seam/checkpointing.py",
+        "ds_fp8/seam/saving.py",
         "    check_client_state(client_state)\n",
         "",
         "test_checkpoint_options.py client_state",
     ),
     Fault(
         "ranks save where each likes",
-        "ds_fp8/seam/checkpointing.py",
-        "        check_same_folder(self, folder)\n",
+        "ds_fp8/seam/saving.py",
+        "    check_same_folder(engine, save.folder)\n",
         "",
         "test_arguments.py save",
     ),
     Fault(
         "ranks load what each finds",
-        "ds_fp8/seam/checkpointing.py",
-        "    check_same_checkpoint(engine, folder, facts)\n",
+        "ds_fp8/seam/loading.py",
+        "    check_same_checkpoint(engine, folder, saved)\n",
         "",
         "test_arguments.py load",
     ),
@@ -277,6 +277,27 @@ FAULTS = (
         "    if allowed := objection(tag):\n",
         "    if allowed := None:\n",
         "test_tags.py",
+    ),
+    Fault(
+        "blocks are in whatever file",
+        "zero_fp8/checkpoint/manifest.py",
+        "if not 0 <= index < count:",
+        "if False:",
+        "test_manifest.py not_listed",
+    ),
+    Fault(
+        "any version is this one",
+        "zero_fp8/checkpoint/manifest.py",
+        "if received == FORMAT_VERSION:",
+        "if received:",
+        "test_manifest.py another_version",
+    ),
+    Fault(
+        "files of a place come in another order",
+        "ds_fp8/seam/saving.py",
+        "        optimizer_files=optimizer_files,\n",
+        "        optimizer_files=optimizer_files[::-1],\n",
+        "test_reshard.py where_every_block_lies",
     ),
     # Words
     Fault(

@@ -12,7 +12,7 @@ import pytest
 import torch
 from kernel_support import needs_compiler
 
-from ds_fp8.ops.adam import Rounding
+from ds_fp8.ops.adam import Rounding, Sweep
 from ds_fp8.ops.backend import REFERENCE, Backend
 from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.cpu import build
@@ -34,11 +34,12 @@ def broken(which: str) -> Backend:
         REFERENCE.quantize(values, out, counts)
         out.codes.view(torch.uint8)[3, 4] ^= 1
 
-    def accumulate(pieces: list[Blocks], shard: Blocks, *, fresh: bool) -> torch.Tensor:
-        return REFERENCE.accumulate(pieces, shard, fresh=fresh) + 1
+    def accumulate(pieces: list[Blocks], shard: Blocks, *, overwrite: bool) -> torch.Tensor:
+        return REFERENCE.accumulate(pieces, shard, overwrite=overwrite) + 1
 
-    def adam_step(*operands: object, rounding: Rounding, **others: object) -> None:
-        REFERENCE.adam_step(*operands, rounding=Rounding(rounding.seed + 1), **others)
+    def adam_step(sweep: Sweep) -> None:
+        other = Rounding(sweep.rounding.seed + 1)
+        REFERENCE.adam_step(dataclasses.replace(sweep, rounding=other))
 
     def quantize_together(vectors: list[torch.Tensor], outs: list[Blocks], _: object) -> None:
         REFERENCE.quantize_vectors([vectors[0], *vectors[:-1]], outs)

@@ -110,7 +110,7 @@ class TestMachine:
 
 def described(config: dict[str, Any]) -> dict[str, Any]:
     engine = build(config, nn.Linear(8, 8))
-    nodes = engine.optimizer.nodes
+    (nodes,) = (each.layout for each in engine.optimizer.parts.fleets.values())
     facts = {**ds_fp8.describe(engine), "nodes": nodes.count, "intra_node_size": nodes.size}
     engine.destroy()
     return facts

@@ -27,8 +27,8 @@ import same_bits  # noqa: E402
 CPU = torch.device("cpu")
 
 
-def without_the_last_rank(pieces: Sequence[Blocks], shard: Blocks, *, fresh: bool) -> torch.Tensor:
-    return REFERENCE.accumulate(pieces[:-1], shard, fresh=fresh)
+def without_the_last_rank(pieces: Sequence[Blocks], shard: Blocks, *, overwrite: bool) -> torch.Tensor:
+    return REFERENCE.accumulate(pieces[:-1], shard, overwrite=overwrite)
 
 
 def objection(check: Callable[[], object]) -> str:

@@ -282,7 +282,7 @@ def bytes_in_flight(config: dict[str, Any], size: int) -> dict[str, int]:
         with InFlight("_allgather_base_", engine.module.parameters()) as gathered:
             engine.step()
     handler = engine.optimizer
-    buckets = handler.buckets
+    buckets = handler.parts.buckets
     expected = memory.in_flight_bytes(handler.recipe, buckets, overlap=handler.settings.overlap)
     elements = [sum(slot.numel for slot in bucket.slots) for bucket in buckets]
     engine.destroy()
@@ -341,8 +341,8 @@ def gpt_bytes_in_flight(config: dict[str, Any]) -> dict[str, int]:
     with InFlight() as counted:
         engine.backward(loss)
     handler = engine.optimizer
-    expected = memory.in_flight_bytes(handler.recipe, handler.buckets, overlap=True)
-    largest = max(bucket.slots[-1].first_block + bucket.slots[-1].blocks for bucket in handler.buckets)
+    expected = memory.in_flight_bytes(handler.recipe, handler.parts.buckets, overlap=True)
+    largest = max(bucket.slots[-1].first_block + bucket.slots[-1].blocks for bucket in handler.parts.buckets)
     engine.step()
     engine.destroy()
     return {"peak": counted.peak, "expected": expected, "largest": largest * 128}

@@ -4,7 +4,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ds_fp8.config.refusals import refusal
 from ds_fp8.config.section import FP8Config
 from ds_fp8.ops.adam import Rounding
 from ds_fp8.ops.formats import BF16, BY_NAME, FP32, Format
@@ -108,11 +107,3 @@ def weight_dtypes(master: Format) -> tuple[torch.dtype, ...]:
     if master.split:
         return (torch.bfloat16,)
     return (torch.bfloat16, torch.float32, torch.float16)
-
-
-def check_nodes(size: int, ranks: int) -> None:
-    """Refuse nodes that the ranks do not fill."""
-    if ranks % size:
-        divisors = ", ".join(str(each) for each in range(1, ranks + 1) if ranks % each == 0)
-        allowed = f"divisors of the world size {ranks}: {divisors}"
-        raise refusal("fp8.gradients.intra_node_size", size, allowed)

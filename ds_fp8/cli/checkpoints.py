@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ds_fp8.output import add_command, progress_bar, show_json, show_table
-from ds_fp8.zero_fp8.checkpoint import manifest, tags
-from ds_fp8.zero_fp8.checkpoint.manifest import Manifest
+from ds_fp8.zero_fp8.checkpoint import tags
+from ds_fp8.zero_fp8.checkpoint.manifest import NAME, Manifest, read, verify
 
 if TYPE_CHECKING:
-    from ds_fp8.zero_fp8.checkpoint.reader import Native
+    from ds_fp8.zero_fp8.checkpoint.reader import Checkpoint
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -66,97 +66,104 @@ def find(path: Path, tag: str | None) -> tuple[Path, Manifest]:
     if not path.is_dir():
         raise ValueError(f"{path}: no such folder")
     folder = path
-    if tag is not None or not (path / manifest.NAME).exists():
+    if tag is not None or not (path / NAME).exists():
         name = tags.find(path, tag)
         if name is None:
             raise ValueError(
-                f"{path}: neither {manifest.NAME} nor {tags.LATEST}, expected one of them: the folder "
+                f"{path}: neither {NAME} nor {tags.LATEST}, expected one of them: the folder "
                 f"{tags.contents(path)}"
             )
         folder = path / name
-    sealed = manifest.read(folder)
-    if sealed is None:
+    manifest = read(folder)
+    if manifest is None:
         raise ValueError(
-            f"{folder / manifest.NAME}: missing: not a checkpoint of ds_fp8, or never finished: the folder "
+            f"{folder / NAME}: missing: not a checkpoint of ds_fp8, or never finished: the folder "
             f"{tags.contents(folder)}"
         )
-    return folder, sealed
+    return folder, manifest
 
 
 def inspect(arguments: argparse.Namespace) -> None:
-    folder, sealed = find(arguments.checkpoint, arguments.tag)
-    if not arguments.no_verify:
-        manifest.verify(folder, sealed, sealed.files)
+    folder, manifest = find(arguments.checkpoint, arguments.tag)
+    verified = not arguments.no_verify
+    if verified:
+        verify(folder, manifest, manifest.files)
     if arguments.json:
-        show_json({"folder": str(folder), "verified": not arguments.no_verify, **sealed.model_dump()})
+        show_json({"folder": str(folder), "verified": verified, **manifest.model_dump()})
         return
-    ranks = "1 rank" if sealed.world_size == 1 else f"{sealed.world_size} ranks"
-    parameters = sum(math.prod(each.shape) for each in sealed.parameters.values())
-    rows = {
+    show_table(("checkpoint", ""), overview(folder, manifest, verified=verified).items())
+    sizes = {name: f"{file.size:,}" for name, file in manifest.files.items()}
+    show_table(("file", "bytes"), sizes.items())
+
+
+def overview(folder: Path, manifest: Manifest, *, verified: bool) -> dict[str, Any]:
+    """What `inspect` shows of a checkpoint as a whole."""
+    ranks = "1 rank" if manifest.world_size == 1 else f"{manifest.world_size} ranks"
+    parameters = manifest.place.parameters
+    numel = sum(math.prod(parameter.shape) for parameter in parameters.values())
+    return {
         "folder": folder,
-        "files": "not verified" if arguments.no_verify else "whole: every size and checksum is right",
-        "step": f"{sealed.steps} of the optimizer, {sealed.global_steps} of the engine",
-        "saved by": f"{ranks}, ZeRO {sealed.zero_stage}",
-        "with": f"ds_fp8 {sealed.ds_fp8_version}, deepspeed {sealed.deepspeed_version}",
-        **{key: value for key, value in sealed.recipe.model_dump().items()},
-        "parameters": f"{parameters:,} trained, in {len(sealed.parameters)} tensors",
-        "view of zero_to_fp32.py": "yes" if sealed.fp32_master else "no: use ds_fp8 export",
+        "files": "whole: every size and checksum is right" if verified else "not verified",
+        "step": f"{manifest.steps} of the optimizer, {manifest.global_steps} of the engine",
+        "saved by": f"{ranks}, ZeRO {manifest.zero_stage}",
+        "with": f"ds_fp8 {manifest.ds_fp8_version}, deepspeed {manifest.deepspeed_version}",
+        **manifest.recipe.model_dump(),
+        "parameters": f"{numel:,} trained, in {len(parameters)} tensors",
+        "view of zero_to_fp32.py": "yes" if manifest.fp32_master else "no: use ds_fp8 export",
     }
-    show_table(("checkpoint", ""), rows.items())
-    show_table(("file", "bytes"), ((name, f"{each.size:,}") for name, each in sealed.files.items()))
 
 
 def export(arguments: argparse.Namespace) -> None:
-    from ds_fp8.zero_fp8.checkpoint.export import DTYPES, entries
+    from ds_fp8.zero_fp8.checkpoint.export import DTYPES, model_tensors
     from ds_fp8.zero_fp8.checkpoint.export import export as write
 
-    native = open_verified(arguments)
-    total = sum(each.numel for each in entries(native, DTYPES[arguments.dtype]))
+    checkpoint = open_verified(arguments)
+    total = sum(tensor.numel for tensor in model_tensors(checkpoint, DTYPES[arguments.dtype]))
     with advancing("exporting", total) as advance:
         files = write(
-            native,
+            checkpoint,
             arguments.out,
             dtype=arguments.dtype,
             kind=arguments.format,
             limit=arguments.max_shard_size,
             advance=advance,
         )
-    _show_rows([{"file": str(path), "bytes": path.stat().st_size} for path in files], arguments)
+    show_rows([{"file": str(path), "bytes": path.stat().st_size} for path in files], arguments)
 
 
 def to_universal(arguments: argparse.Namespace) -> None:
     from ds_fp8.zero_fp8.checkpoint.universal import write
 
-    native = open_verified(arguments)
-    total = sum(math.prod(each.shape) for each in native.facts.parameters.values())
+    checkpoint = open_verified(arguments)
+    total = sum(math.prod(parameter.shape) for parameter in checkpoint.parameters.values())
     with advancing("converting", total) as advance:
-        write(native, arguments.out, advance)
+        write(checkpoint, arguments.out, advance)
     files = [path for path in sorted(arguments.out.rglob("*")) if path.is_file()]
     written = sum(path.stat().st_size for path in files)
-    _show_rows([{"folder": str(arguments.out), "files": len(files), "bytes": written}], arguments)
+    show_rows([{"folder": str(arguments.out), "files": len(files), "bytes": written}], arguments)
 
 
-def open_verified(arguments: argparse.Namespace) -> "Native":
+def open_verified(arguments: argparse.Namespace) -> "Checkpoint":
     """The checkpoint, once its files are known to be whole."""
-    from ds_fp8.zero_fp8.checkpoint.reader import Native
+    from ds_fp8.zero_fp8.checkpoint.reader import Checkpoint
 
-    folder, sealed = find(arguments.checkpoint, arguments.tag)
-    with advancing("verifying", len(sealed.files)) as advance:
-        for name in sealed.files:
-            manifest.verify(folder, sealed, [name])
+    folder, manifest = find(arguments.checkpoint, arguments.tag)
+    with advancing("verifying", len(manifest.files)) as advance:
+        for name in manifest.files:
+            verify(folder, manifest, [name])
             advance(1)
-    return Native(folder, sealed, unpickle=arguments.unpickle)
+    return Checkpoint(folder, manifest, unpickle=arguments.unpickle)
 
 
 @contextmanager
 def advancing(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar, and the function that moves it on."""
+    """A progress bar; what it yields is called with how much more is done."""
     with progress_bar() as bar:
         task = bar.add_task(what, total=total)
         yield lambda done: bar.advance(task, done)
 
 
-def _show_rows(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
+def show_rows(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
     if arguments.json:
         show_json(rows)
     else:

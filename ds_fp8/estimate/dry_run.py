@@ -19,7 +19,8 @@ from ds_fp8.config.ds_config import BATCHES, initialize_params, may_be_frozen
 from ds_fp8.config.refusals import cut, refusal, show
 from ds_fp8.config.section import SECTION, FP8Config
 from ds_fp8.estimate.methods import Run
-from ds_fp8.zero_fp8.recipe import Recipe, check_nodes, recipe_of
+from ds_fp8.zero_fp8.placement.ranks import check_nodes
+from ds_fp8.zero_fp8.recipe import Recipe, recipe_of
 
 FASTER_FROM = 16_000_000  # elements of a bucket, on one node with NVLink; docs/communication.md
 MOST_WORDS = 500  # characters of DeepSpeed's own words; they repeat what was given

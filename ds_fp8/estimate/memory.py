@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from ds_fp8.ops.formats import FP32, Format
-from ds_fp8.zero_fp8.placement.messages import CodeMessage, Message
+from ds_fp8.zero_fp8.placement.messages import Message
 from ds_fp8.zero_fp8.placement.partition import Bucket
+from ds_fp8.zero_fp8.placement.ranks import NodeLayout
 from ds_fp8.zero_fp8.recipe import Recipe
 
 
@@ -72,9 +73,10 @@ def rank_bytes(recipe: Recipe, buckets: Sequence[Bucket], *, accumulating: bool)
     reduced, ranks = _reduced_format(recipe, accumulating=accumulating), buckets[0].world_size
     block = sum(block_bytes(1, recipe.block_size, fmt) for fmt in _state_formats(recipe))
     block += block_bytes(1, recipe.block_size, reduced, recipe.gradient_scale_bytes)
-    uneven = ranks if recipe.by_tensor else 1  # else every rank owns as many blocks as the first
-    owned = [block * sum(bucket.blocks_of(rank) for bucket in buckets) for rank in range(uneven)]
-    return owned if recipe.by_tensor else ranks * owned
+    if recipe.by_tensor:
+        return [block * sum(bucket.blocks_of(rank) for bucket in buckets) for rank in range(ranks)]
+    even = block * sum(bucket.blocks_per_rank for bucket in buckets)
+    return [even for _ in range(ranks)]
 
 
 def weight_bytes(itemsize: int, buckets: Sequence[Bucket]) -> int:
@@ -89,21 +91,20 @@ def hop_bytes(recipe: Recipe, bucket: Bucket) -> list[int]:
     if recipe.by_tensor:
         shares = Counter(map(bucket.blocks_of, range(ranks)))
     hops = [sum(owners * _message_bytes(recipe, blocks, recipe.wire) for blocks, owners in shares.items())]
-    if recipe.two_hops(ranks):
-        nodes = ranks // recipe.intra_node_size
+    nodes = NodeLayout.of(ranks, recipe.intra_node_size).count
+    if nodes > 1:
         hops.append(nodes * _message_bytes(recipe, bucket.blocks_per_rank, recipe.between_nodes))
     return hops
 
 
 def _message_bytes(recipe: Recipe, blocks: int, fmt: Format) -> int:
     """A message of `blocks` blocks; in an FP8 sum all ranks know the scales."""
-    kind = CodeMessage if recipe.autoscale is not None else Message
-    return kind(blocks, recipe.block_size, fmt).nbytes
+    return Message(blocks, recipe.block_size, fmt, with_scales=recipe.autoscale is None).nbytes
 
 
 def _received_bytes(recipe: Recipe, bucket: Bucket) -> int:
     """What the most loaded rank receives on the first hop."""
-    return bucket.world_size * _message_bytes(recipe, bucket.blocks_per_rank, recipe.wire)
+    return bucket.from_all(_message_bytes(recipe, bucket.blocks_per_rank, recipe.wire))
 
 
 def in_flight_bytes(recipe: Recipe, buckets: Sequence[Bucket], *, overlap: bool) -> int:
@@ -156,7 +157,7 @@ def backward_bytes(
 
 def summary(recipe: Recipe, *, ranks: int, accumulating: bool) -> dict[str, Any]:
     """Formats, bytes and hops; accumulating: several micro-steps reach the reduced gradient before a step."""
-    nodes = ranks // recipe.intra_node_size if recipe.two_hops(ranks) else 1
+    nodes = NodeLayout.of(ranks, recipe.intra_node_size)
     return {
         "gradients": recipe.wire.name,
         "reduced_gradient": _reduced_format(recipe, accumulating=accumulating).name,
@@ -170,7 +171,7 @@ def summary(recipe: Recipe, *, ranks: int, accumulating: bool) -> dict[str, Any]
         "state_bytes_per_parameter": state_bytes_per_parameter(recipe),
         "gradient_bytes_per_parameter": gradient_bytes_per_parameter(recipe, accumulating=accumulating),
         "wire_bytes_per_gradient_element": wire_bytes_per_gradient_element(recipe),
-        "intra_node_size": ranks // nodes,
-        "nodes": nodes,
-        "between_nodes": recipe.between_nodes.name if nodes > 1 else None,
+        "intra_node_size": nodes.size,
+        "nodes": nodes.count,
+        "between_nodes": recipe.between_nodes.name if nodes.count > 1 else None,
     }

@@ -15,6 +15,7 @@ from ds_fp8.config.section import LEVELS, FP8Config
 from ds_fp8.estimate import memory, stock
 from ds_fp8.ops.formats import BF16, FP32, Format
 from ds_fp8.zero_fp8.placement.partition import ParameterSpec, partition, partition_whole
+from ds_fp8.zero_fp8.placement.ranks import Fleet
 from ds_fp8.zero_fp8.recipe import recipe_of
 
 WEIGHT = BF16.itemsize
@@ -115,14 +116,18 @@ def _refuse_many_shares(buckets: int, ranks: int) -> None:
 def _with_fp8(config: FP8Config, model: Model, run: Run) -> Held:
     refuse_absurd(model.parameters, len(model.trained), run)
     recipe = recipe_of(config, accumulating=run.accumulating, ranks=run.gpus)
+    fleet = Fleet("data", run.gpus)
     cut = partition_whole if recipe.by_tensor else partition
     if recipe.by_tensor:
         _refuse_many_shares(sum(model.trained) // run.bucket_elements, run.gpus)
     buckets = cut(
-        [ParameterSpec(index, numel, 0, BF16.name) for index, numel in enumerate(model.trained) if numel],
+        [
+            ParameterSpec(index, numel, 0, BF16.name, fleet)
+            for index, numel in enumerate(model.trained)
+            if numel
+        ],
         bucket_elements=run.bucket_elements,
         block_size=recipe.block_size,
-        world_size=run.gpus,
     )
     backward = memory.backward_bytes(recipe, WEIGHT, buckets, stage=run.stage, overlap=run.overlap)
     kept = memory.grad_bytes(WEIGHT, buckets) if run.stage == 1 else 0

@@ -20,9 +20,10 @@ from ds_fp8.config.section import FP8Config
 from ds_fp8.seam.backward import divisor
 from ds_fp8.seam.status import accumulating, banner, is_active, write_events
 from ds_fp8.zero_fp8.comm.agreement import check_agreement
-from ds_fp8.zero_fp8.handlers.stage12 import FP8ZeROOptimizer
+from ds_fp8.zero_fp8.handlers.stage12 import Stage12Optimizer
 from ds_fp8.zero_fp8.optimizer.fp8_adamw import FP8AdamW
-from ds_fp8.zero_fp8.recipe import Recipe, ZeroSettings, check_nodes, recipe_of, weight_dtypes
+from ds_fp8.zero_fp8.placement.ranks import check_nodes
+from ds_fp8.zero_fp8.recipe import Recipe, ZeroSettings, recipe_of, weight_dtypes
 
 logger = logging.getLogger("ds_fp8")
 
@@ -132,7 +133,7 @@ def configure_zero_optimizer(original: Method) -> Method:
         recipe = recipe_of(config, accumulating=accumulating(self), ranks=ranks)
         check_engine(self, recipe)
         self.basic_optimizer = replace_optimizer(optimizer)
-        self.optimizer = FP8ZeROOptimizer(
+        self.optimizer = Stage12Optimizer(
             self.basic_optimizer,
             self.param_names,
             recipe,
@@ -147,7 +148,7 @@ def configure_zero_optimizer(original: Method) -> Method:
             ),
         )
         self.optimizer.join(functools.partial(members, self), functools.partial(divisor, self), optimizer)
-        self.optimizer.health.listeners.append(functools.partial(write_events, self))
+        self.optimizer.parts.health.listeners.append(functools.partial(write_events, self))
         logger.info("%s", banner(self))
         if self._config.ds_fp8_idle_keys:
             logger.info("without effect with fp8: %s", "; ".join(self._config.ds_fp8_idle_keys))

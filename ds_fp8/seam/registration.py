@@ -29,7 +29,7 @@ from ds_fp8.compat import (
 )
 from ds_fp8.config import ds_config
 from ds_fp8.ops.op_builders import FP8CPUBuilder, FP8TritonBuilder
-from ds_fp8.seam import backward, builds, checkpointing, engine
+from ds_fp8.seam import backward, builds, engine, loading, saving
 
 logger = logging.getLogger("ds_fp8")
 
@@ -66,8 +66,8 @@ SEAM = (
     (DeepSpeedEngine, "_backward_prologue_per_tensor", backward.backward_prologue_per_tensor),
     (DeepSpeedEngine, "_backward_epilogue", backward.backward_epilogue),
     (DeepSpeedEngine, "zero_grad", backward.zero_grad),
-    (DeepSpeedEngine, "save_checkpoint", checkpointing.save_checkpoint),
-    (DeepSpeedEngine, "load_checkpoint", checkpointing.load_checkpoint),
+    (DeepSpeedEngine, "save_checkpoint", saving.save_checkpoint),
+    (DeepSpeedEngine, "load_checkpoint", loading.load_checkpoint),
     (OpBuilder, "jit_load", builds.jit_load),
 )
 

@@ -9,7 +9,7 @@ from deepspeed import comm as dist
 import ds_fp8
 from ds_fp8.config.refusals import refusal
 from ds_fp8.estimate import memory
-from ds_fp8.zero_fp8.handlers.stage12 import FP8ZeROOptimizer
+from ds_fp8.zero_fp8.handlers.common import FP8ZeROOptimizer
 from ds_fp8.zero_fp8.health import Health
 
 
@@ -41,8 +41,9 @@ def describe(engine: Any) -> dict[str, Any]:
     _require_active(engine)
     handler: FP8ZeROOptimizer = engine.optimizer
     recipe, several_micro_steps = handler.recipe, accumulating(engine)
-    ranks = handler.buckets[0].world_size
-    held = memory.rank_bytes(recipe, handler.buckets, accumulating=several_micro_steps)
+    ranks = handler.parts.buckets[0].world_size
+    buckets = handler.parts.buckets
+    held = memory.rank_bytes(recipe, buckets, accumulating=several_micro_steps)
     return {
         "version": ds_fp8.__version__,
         "opt_level": engine._config.ds_fp8.opt_level,
@@ -52,8 +53,8 @@ def describe(engine: Any) -> dict[str, Any]:
         "rank_bytes_min": min(held),
         "rank_bytes_max": max(held),
         "overlap_comm": handler.settings.overlap,
-        "bytes_in_flight": memory.in_flight_bytes(recipe, handler.buckets, overlap=handler.settings.overlap),
-        "kernels": handler.backend.name,
+        "bytes_in_flight": memory.in_flight_bytes(recipe, buckets, overlap=handler.settings.overlap),
+        "kernels": handler.parts.backend.name,
     }
 
 
@@ -72,7 +73,7 @@ def stats(engine: Any) -> dict[str, Any] | None:
         ValueError: the engine does not use FP8, or fp8.stats.interval is 0.
     """
     _require_active(engine)
-    health: Health = engine.optimizer.health
+    health: Health = engine.optimizer.parts.health
     if not health.interval:
         raise refusal("fp8.stats.interval", 0, "1 or more, the steps from one measurement to the next")
     return health.last

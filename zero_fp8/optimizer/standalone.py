@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ds_fp8.ops.adam import AdamScalars, AdamState, Segment
+from ds_fp8.ops.adam import AdamScalars, AdamState, Segment, Sweep
 from ds_fp8.ops.backend import Backend, choose
 from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.formats import BF16, FP32
@@ -141,7 +141,7 @@ class States:
         place = (device, segment.parameter, segment.first_element, rows)
         if place not in self._plans:
             self._plans[place] = backend.plan([segment], rows, size, device)
-        backend.adam_step(
+        sweep = Sweep(
             states,
             Blocks(gradient.view(-1, size), None, READ_IN_PLACE[gradient.dtype]),
             weights.view(-1, size),
@@ -150,3 +150,4 @@ class States:
             self._controls[device],
             rounding=self.recipe.rounding,
         )
+        backend.adam_step(sweep)
