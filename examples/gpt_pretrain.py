@@ -5,10 +5,8 @@
 
 The script knows nothing of FP8: the "fp8" section of the ds_config decides. What is compared are loss, time
 and memory, so the text is what every machine has: the standard library's sources, as bytes. These are the
-first 256 entries of a vocabulary of GPT-2's size, padded to 50,304, without which the parameter counts would
-not be those of the names; `tiny` has 256. Positions are learned, where Table 1 (https://arxiv.org/abs/2310.18313)
-has rotary ones. The host runs ahead of the device: losses and clock are read every --log_interval steps, and
-the time limit is looked at only there.
+first 256 entries of the vocabulary (`gpt.py`). The host runs ahead of the device: losses and clock are read
+every --log_interval steps, and the time limit is looked at only there.
 """
 
 import argparse
@@ -21,7 +19,7 @@ import statistics
 import sysconfig
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -31,79 +29,17 @@ import deepspeed
 import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
+from gpt import MODELS, GPTShape, build_model
 from meters import live_tensors, optimizer_bytes, storages
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, cuda, nn
-from torch.nn import functional as F
+from torch import Tensor, cuda
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.checkpoint import checkpoint
-from train_lm import Block, Corpus, Shape, leave_ranks, mean_over_ranks, validate
+from train_lm import Corpus, leave_ranks, mean_over_ranks, validate
 
 from ds_fp8.estimate import dry_run
 
 Inspect = Callable[[Any, Iterator[Tensor]], dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class GPTShape(Shape):
-    """`context` is the longest; `tied`: the head is the embedding, as in GPT-2 and GPT-3."""
-
-    context: int = 2048
-    vocabulary: int = 50304
-    tied: bool = True
-
-
-MODELS = {
-    "tiny": GPTShape(layers=2, width=64, heads=2, context=64, vocabulary=256),
-    "125M": GPTShape(layers=12, width=768, heads=12),
-    "350M": GPTShape(layers=24, width=1024, heads=16),
-    "1.3B": GPTShape(layers=24, width=2048, heads=16),
-    "7B": GPTShape(layers=32, width=4096, heads=32, tied=False),
-    "13B": GPTShape(layers=40, width=5120, heads=40, tied=False),
-}
-
-
-class GPT(nn.Module):
-    """Returns the mean cross entropy of the next token, in nats. `initialise` gives it its weights."""
-
-    def __init__(self, shape: GPTShape, *, checkpointing: bool = False) -> None:
-        super().__init__()
-        self.shape, self.checkpointing = shape, checkpointing
-        self.tokens = nn.Embedding(shape.vocabulary, shape.width)
-        self.positions = nn.Embedding(shape.context, shape.width)
-        self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
-        self.norm = nn.LayerNorm(shape.width)
-        self.head = None if shape.tied else nn.Linear(shape.width, shape.vocabulary, bias=False)
-
-    @torch.no_grad()
-    def initialise(self) -> None:
-        """Normal of 0.02, and of 0.02 / sqrt(2 layers) for what writes into the residual stream."""
-        residual = 0.02 / math.sqrt(2 * self.shape.layers)
-        for name, parameter in self.named_parameters():
-            if parameter.dim() == 2:
-                parameter.normal_(std=residual if name.endswith(("out.weight", "down.weight")) else 0.02)
-            else:
-                parameter.fill_(1.0 if name.endswith("weight") else 0.0)
-
-    def forward(self, text: Tensor) -> Tensor:  # [batch, context + 1] int64
-        inputs, targets = text[:, :-1], text[:, 1:]
-        x = self.tokens(inputs) + self.positions(torch.arange(inputs.shape[1], device=text.device))
-        for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False) if self.checkpointing else block(x)
-        head = self.tokens if self.head is None else self.head
-        logits = F.linear(self.norm(x), head.weight).float()
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-
-
-def build_model(shape: GPTShape, ds_config: dict[str, Any], device: torch.device, **options: bool) -> GPT:
-    """On the device and in the dtype that it trains in; the host never holds it."""
-    enabled = (key for key in ("bf16", "fp16") if ds_config.get(key, {}).get("enabled"))
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, None: torch.float32}[next(enabled, None)]
-    with torch.device("meta"):
-        model = GPT(shape, **options).to(dtype)
-    model.to_empty(device=device).initialise()
-    return model
 
 
 def read_sources() -> Tensor:
@@ -138,7 +74,7 @@ class Meter:
         self._since = time.perf_counter()
 
     def stop(self, steps: int) -> float:
-        """Milliseconds a step."""
+        """Milliseconds per step."""
         peaks = 0, 0
         if self._device:
             cuda.synchronize(self._device)
@@ -262,22 +198,30 @@ def run(
     validation = validate(engine, corpus.validation_batches(size, 20))
     state = mean_over_ranks(torch.tensor(float(optimizer_bytes(engine.module, before)), device=device))
     parameters = sum(parameter.numel() for parameter in engine.module.parameters())
-    found = inspect(engine, corpus.batches(size, arguments.seed)) if inspect else {}
+    inspected = inspect(engine, corpus.batches(size, arguments.seed)) if inspect else {}
     engine.destroy()
-    return trained | {
-        "model": arguments.model,
-        "ds_config": str(arguments.deepspeed_config),
-        "shape": asdict(shape),
+    return {
+        **trained,
+        **about(arguments, shape, device),
         "parameters": parameters,
         "final_loss": statistics.fmean(trained["losses"][-50:]),
         "validation_loss": validation,
         "tokens_per_step": tokens,
         "tokens_per_second": tokens / trained["milliseconds_per_step"] * 1000,
         "state_bytes_per_parameter": state * dist.get_world_size() / parameters,
+        **inspected,
+    }
+
+
+def about(arguments: argparse.Namespace, shape: GPTShape, device: torch.device) -> dict[str, Any]:
+    """What was run, and on what."""
+    return {
+        "model": arguments.model,
+        "ds_config": str(arguments.deepspeed_config),
+        "shape": asdict(shape),
         "world_size": dist.get_world_size(),
         "device": cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "versions": {"torch": torch.__version__, "deepspeed": deepspeed.__version__},
-        **found,
     }
 
 
@@ -310,7 +254,12 @@ def parse_arguments(given: list[str] | None = None) -> argparse.Namespace:
     add("--log_interval", type=int, default=10, help="steps between two looks at losses and clock")
     add("--time_limit", type=float, default=math.inf, metavar="SECONDS", help="stop, and save, when over")
     add("--save", type=Path, metavar="DIR", help="write a checkpoint to this folder at the end")
-    add("--save_interval", type=int, default=0, help="and every so many steps")
+    add(
+        "--save_interval",
+        type=int,
+        default=0,
+        help="steps from one checkpoint to the next; default: the last only",
+    )
     add("--resume", action="store_true", help="go on from the latest checkpoint in --save")
     add("--json", type=Path, metavar="OUT", help="write losses and figures to this file")
     add("--local_rank", type=int, help="given by the deepspeed launcher")

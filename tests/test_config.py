@@ -575,7 +575,7 @@ class TestRestOfTheConfig:
         assert idle == [
             "aio (nothing is offloaded)",
             "zero_optimization.reduce_scatter (gradients go to their owners by all-to-all)",
-            "zero_optimization.allgather_partitions (weights are gathered a bucket at a time)",
+            "zero_optimization.allgather_partitions (weights are gathered one bucket at a time)",
             "bf16.immediate_grad_update (a key of DeepSpeed's BF16 optimizer)",
         ]
 

@@ -11,7 +11,8 @@ from typing import Any
 import gpt_pretrain
 import pytest
 import torch
-from gpt_pretrain import GPT, MODELS, build_model, cosine, parse_arguments
+from gpt import GPT, MODELS, build_model
+from gpt_pretrain import cosine, parse_arguments
 from ranks import RankPools
 
 ROOT = Path(__file__).resolve().parent.parent

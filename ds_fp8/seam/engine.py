@@ -140,12 +140,7 @@ def configure_zero_optimizer(original: Method) -> Method:
             settings_of(config, self),
             self.seq_data_parallel_group,
             self.timers if self.wall_clock_breakdown() else NoopTimer(),
-            CreateLossScaler(
-                torch.float16 if self.fp16_enabled() else torch.float32,
-                static_loss_scale=self.loss_scale(),
-                dynamic_scaling=self.dynamic_loss_scale(),
-                dynamic_loss_args=self.dynamic_loss_scale_args(),
-            ),
+            loss_scaler_of(self),
         )
         self.optimizer.join(functools.partial(members, self), functools.partial(divisor, self), optimizer)
         self.optimizer.parts.health.listeners.append(functools.partial(write_events, self))
@@ -155,6 +150,16 @@ def configure_zero_optimizer(original: Method) -> Method:
         return self.optimizer
 
     return method
+
+
+def loss_scaler_of(engine: Any) -> Any:
+    """DeepSpeed's loss scaler for the engine's config."""
+    return CreateLossScaler(
+        torch.float16 if engine.fp16_enabled() else torch.float32,
+        static_loss_scale=engine.loss_scale(),
+        dynamic_scaling=engine.dynamic_loss_scale(),
+        dynamic_loss_args=engine.dynamic_loss_scale_args(),
+    )
 
 
 def members(engine: Any) -> Iterable[tuple[str, torch.nn.Parameter]]:
@@ -190,16 +195,24 @@ def check_engine(engine: Any, recipe: Recipe) -> None:
                 f"deepspeed.initialize: received {what}, allowed with fp8: data parallelism only"
             )
     check_nodes(recipe.intra_node_size, dist.get_world_size(engine.seq_data_parallel_group))
+    _refuse_accumulation_dtype(engine, recipe)
+    for module_name, module in engine.module.named_modules():
+        if isinstance(module, torch.nn.Embedding | torch.nn.EmbeddingBag) and module.sparse:
+            raise refusal(f"{module_name}.sparse", True, "false with fp8 enabled")
+    _refuse_weight_dtypes(engine.module, recipe)
+
+
+def _refuse_accumulation_dtype(engine: Any, recipe: Recipe) -> None:
     model_dtype, wanted = engine.get_data_types()
     ours = recipe.reduced.dtype if engine.zero_optimization_stage() == 2 else model_dtype
     if engine._config.grad_accum_dtype is not None and wanted is not ours:
         where = "in the reduced gradient under ZeRO 2, in the model's .grad under ZeRO 1"
         raise refusal("data_types.grad_accum_dtype", str(wanted), f"{ours} (micro-steps add up {where})")
-    for module_name, module in engine.module.named_modules():
-        if isinstance(module, torch.nn.Embedding | torch.nn.EmbeddingBag) and module.sparse:
-            raise refusal(f"{module_name}.sparse", True, "false with fp8 enabled")
+
+
+def _refuse_weight_dtypes(module: torch.nn.Module, recipe: Recipe) -> None:
     dtypes = weight_dtypes(recipe.master)
-    for name, parameter in engine.module.named_parameters():
+    for name, parameter in module.named_parameters():
         if parameter.requires_grad and parameter.dtype not in dtypes:
             beside = f" beside a master {recipe.master.name}" if recipe.master.split else ""
             allowed = ", ".join(map(str, dtypes)) + beside
