@@ -1,7 +1,8 @@
 """Run plain functions on real gloo ranks.
 
-Ranks are processes that stay alive between tests, one set a world size: starting one costs seconds.
-A rank that raises or hangs takes its set down, and the next test starts a fresh one.
+Ranks are processes that stay alive between tests, one set a world size. They are forked from a server that
+has imported what every rank needs, which takes seconds. A rank that raises or hangs takes its set down, and
+the next test starts a fresh one.
 """
 
 import os
@@ -15,6 +16,7 @@ from typing import Any
 import torch.multiprocessing as mp
 
 HANG = 300.0  # seconds after which a rank is taken to hang
+IMPORTED = ["deepspeed", "ds_fp8", "torch._dynamo", "torch._inductor.compile_fx"]  # and what they import
 
 
 def free_port() -> int:
@@ -63,7 +65,8 @@ class Ranks:
     """`world_size` processes in one process group."""
 
     def __init__(self, world_size: int) -> None:
-        context = mp.get_context("spawn")
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(IMPORTED)
         port = free_port()
         self._pipes: list[Connection] = []
         self._processes = []
