@@ -4,12 +4,13 @@ Formats come from the configuration's own tables, so that what is built tomorrow
 """
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import combinations, product
+from itertools import product
 from math import sqrt
 from typing import Any, get_args
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from kernel_support import (
@@ -118,23 +119,12 @@ class Case:
 CASES = st.builds(Case, **{name: st.sampled_from(values) for name, values in DIMENSIONS.items()})
 
 
-def pairwise(dimensions: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
-    """Few choices in which every value of a dimension meets every value of every other; greedy."""
-    names = list(dimensions)
-    left = {
-        frozenset([(a, x), (b, y)])
-        for a, b in combinations(names, 2)
-        for x, y in product(dimensions[a], dimensions[b])
-    }
-    draw, choices = random.Random(0), []
-    while left:
-        pair = dict(min(left, key=lambda pair: sorted(map(str, pair))))
-        trials = [{**{name: draw.choice(dimensions[name]) for name in names}, **pair} for _ in range(50)]
-        covered = [{frozenset(each) for each in combinations(trial.items(), 2)} & left for trial in trials]
-        best = max(range(len(trials)), key=lambda index: len(covered[index]))
-        left -= covered[best]
-        choices.append(trials[best])
-    return choices
+each_first_format = pytest.mark.parametrize("gradient", DIMENSIONS["gradient"])
+
+
+def products(gradient: str) -> Iterator[tuple[str, ...]]:
+    """Each format of the states beside one of the gradient."""
+    return product([gradient], *(DIMENSIONS[name] for name in FORMATS[1:]))
 
 
 def combinations_of(formats: Sequence[str]) -> Iterator[Case]:
