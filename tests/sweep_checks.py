@@ -265,12 +265,15 @@ def check_every_nasty_master(kernels: Kernels, fmt: Format, gradient: str) -> No
     assert_same(inner(twins.states[0]).codes, masters, "masters")
 
 
-def check_every_nasty_split_master(kernels: Kernels, master: str) -> None:
-    """Midpoints of the weights and of what is kept, in a step that moves no master, nearest or not."""
+def check_every_nasty_split_master(kernels: Kernels, master: str, every: int = 1) -> None:
+    """Midpoints of the weights and of what is kept, in a step that moves no master, nearest or not.
+
+    every: of so many values in a row one is taken.
+    """
     fmt = BY_NAME[master.split(",", maxsplit=1)[0]]
     kept = torch.arange(0, 1 << 24, 4093, dtype=torch.int32) << 7  # half a code of SPLIT8 is 1 << 7
     values = [*map(nasty_values, (BF16, FP32)), kept.view(torch.float32), torch.tensor(BAD)]
-    masters = torch.cat(values)
+    masters = torch.cat(values)[::every]
     masters = masters[: len(masters) // 256 * 256].view(-1, 256)
     zeros = torch.zeros_like(masters)
     case = Case("fp32", master, "fp32", "fp32", 256, "bfloat16", weight_decay=0.0)

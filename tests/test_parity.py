@@ -127,8 +127,13 @@ def runs(ranks: RankPools) -> Runs:
     return Runs(ranks)
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_losses_equal_stock_bf16(runs: Runs, recipe: str) -> None:
+@pytest.mark.parametrize("level", ["O1", "O2", "O2+"])
+def test_losses_equal_stock_bf16(runs: Runs, level: str) -> None:
+    assert_parity(runs(level, steps=QUICK), runs(None, steps=QUICK))
+
+
+@pytest.mark.parametrize("recipe", ["tensor", "tensor, FP8 sum"])
+def test_losses_of_fp8_lm_as_published_equal_stock_bf16(runs: Runs, recipe: str) -> None:
     assert_parity(runs(recipe, steps=QUICK), runs(None, steps=QUICK))
 
 

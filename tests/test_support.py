@@ -52,7 +52,7 @@ def cases() -> Iterator[Any]:
             yield pytest.param(name, stage, id=f"{name}-{stage}", marks=[pytest.mark.slow] if late else [])
 
 
-@pytest.mark.parametrize(("name", "stage"), cases())
+@pytest.mark.parametrize(("name", "stage"), [*cases()])
 def test_works(ranks: RankPools, name: str, stage: int) -> None:
     if Version(version("deepspeed")) < Version(FEATURES[name].since):
         pytest.skip(f"stock DeepSpeed cannot do it on a CPU before {FEATURES[name].since}")

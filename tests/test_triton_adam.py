@@ -73,10 +73,11 @@ def test_every_nasty_master_is_rounded_to_a_weight(fmt: Format) -> None:
         check_every_nasty_master(TRITON, fmt, "fp32")
 
 
+@pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("master", SPLIT)
-def test_every_nasty_master_is_split(master: str) -> None:
+def test_every_nasty_master_is_split(master: str, every: int) -> None:
     with conversion(hardware=False):
-        check_every_nasty_split_master(TRITON, master)
+        check_every_nasty_split_master(TRITON, master, every)
 
 
 @pytest.mark.parametrize("master", SPLIT)
