@@ -4,6 +4,7 @@ import os
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import cache
 from typing import Any
 from unittest.mock import patch
@@ -35,7 +36,7 @@ from ds_fp8.zero_fp8.states.shard import Shard
 
 EXAMPLE = Shape()
 WIDE = Shape(layers=1, width=256, heads=4, context=32)  # two blocks and more, so that errors average
-QUICK = 100  # steps
+QUICK = replace(EXAMPLE, layers=2, context=48)  # a third of its time; 100 steps tell the faults
 LOSS_BOUND = 0.01  # nats, mean of the last 50 losses and validation loss
 NORM_BOUND = 0.02
 GRADIENT_BOUND = 0.05
@@ -79,9 +80,11 @@ def _in_reference(function: str, replacement: Callable[..., Any]) -> Iterator[No
 # Losses
 
 
-def run_with_fault(config: dict[str, Any], seed: int, steps: int, planted: str | None) -> dict[str, Any]:
+def run_with_fault(
+    config: dict[str, Any], shape: Shape, seed: int, steps: int, planted: str | None
+) -> dict[str, Any]:
     with fault(planted):
-        return train_run(config, EXAMPLE, seed, steps)
+        return train_run(config, shape, seed, steps)
 
 
 def assert_parity(ours: dict[str, Any], stock: dict[str, Any]) -> None:
@@ -105,20 +108,25 @@ class Runs:
 
     def __init__(self, ranks: RankPools) -> None:
         self._run = cache(
-            lambda recipe, stage, seed, steps, planted: ranks.run(
+            lambda recipe, stage, *others: ranks.run(
                 2,
                 run_with_fault,
                 ds_config(RECIPES[recipe] if recipe else None, stage=stage, micro_batch=8),
-                seed,
-                steps,
-                planted,
+                *others,
             )[0]
         )
 
     def __call__(
-        self, recipe: str | None, *, stage: int = 2, seed: int = 0, steps: int, planted: str | None = None
+        self,
+        recipe: str | None,
+        *,
+        stage: int = 2,
+        shape: Shape = QUICK,
+        seed: int = 0,
+        steps: int = 100,
+        planted: str | None = None,
     ) -> dict[str, Any]:
-        run: dict[str, Any] = self._run(recipe, stage, seed, steps, planted)
+        run: dict[str, Any] = self._run(recipe, stage, shape, seed, steps, planted)
         return run
 
 
@@ -129,12 +137,12 @@ def runs(ranks: RankPools) -> Runs:
 
 @pytest.mark.parametrize("level", ["O1", "O2", "O2+"])
 def test_losses_equal_stock_bf16(runs: Runs, level: str) -> None:
-    assert_parity(runs(level, steps=QUICK), runs(None, steps=QUICK))
+    assert_parity(runs(level), runs(None))
 
 
 @pytest.mark.parametrize("recipe", ["tensor", "tensor, FP8 sum"])
 def test_losses_of_fp8_lm_as_published_equal_stock_bf16(runs: Runs, recipe: str) -> None:
-    assert_parity(runs(recipe, steps=QUICK), runs(None, steps=QUICK))
+    assert_parity(runs(recipe), runs(None))
 
 
 @pytest.mark.slow
@@ -142,15 +150,14 @@ def test_losses_of_fp8_lm_as_published_equal_stock_bf16(runs: Runs, recipe: str)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_losses_equal_stock_bf16_over_more_steps(runs: Runs, recipe: str, stage: int, seed: int) -> None:
     """Stages have the same bits."""
-    assert_parity(
-        runs(recipe, stage=stage, seed=seed, steps=300), runs(None, stage=stage, seed=seed, steps=300)
-    )
+    options: dict[str, Any] = {"stage": stage, "shape": EXAMPLE, "seed": seed, "steps": 300}
+    assert_parity(runs(recipe, **options), runs(None, **options))
 
 
 @pytest.mark.parametrize("planted", ["scale of m dropped", "v not squared"])
 def test_loss_check_notices(runs: Runs, planted: str) -> None:
     with pytest.raises(AssertionError):
-        assert_parity(runs("O2", steps=QUICK, planted=planted), runs(None, steps=QUICK))
+        assert_parity(runs("O2", planted=planted), runs(None))
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
