@@ -4,9 +4,9 @@
 
 What it shows: O2 (FP16 master, E4M3 exp_avg, FP16 exp_avg_sq, block 128) takes a BF16 gradient in and gives
 BF16 weights out in less time than an FP32 AdamW that does the same work, at the speed of memory, with 5 bytes
-of state a parameter and no temporary. First the kernels must equal the reference; every contestant's first
+of state per parameter and no temporary. First the kernels must equal the reference; every contestant's first
 step must be Adam's. In each round every contestant steps once, so that all meet the same machine; "time /
-ours" is the median of the ratios, round by round. --sizes adds our sweep's cost a parameter by size.
+ours" is the median of the ratios, round by round. --sizes adds our sweep's cost per parameter by size.
 
 ms: median. GB/s: what a step reads and writes at least, by the formats, without temporaries. State: all but
 gradient and BF16 weights. Extra MB: rise of the resident high-water mark in a step (VmHWM, reset by
@@ -137,10 +137,10 @@ def rows_of(entries: Sequence[Entry], times: Times, size: int) -> Iterator[dict[
             "name": name,
             "milliseconds": times.median(name),
             "time_by_ours": times.ratio(name, OURS),
-            "bytes_a_parameter": entry.contestant.moved / size,
-            "gigabytes_a_second": times.bandwidth(name),
+            "bytes_per_parameter": entry.contestant.moved / size,
+            "gigabytes_per_second": times.bandwidth(name),
             "of_triad": times.share_of_triad(name),
-            "state_bytes_a_parameter": entry.held / size,
+            "state_bytes_per_parameter": entry.held / size,
             "peak_extra_bytes": peak_extra_bytes(entry.contestant.run),
             "gradient": entry.gradient,
             "fp32_peer": entry.fp32_peer,
@@ -156,7 +156,7 @@ def compare(backend: Backend, size: int, rounds: int, *, quick: bool) -> dict[st
     fastest = next(row for row in rows if row["fp32_peer"])  # torch's own is always there
     return {
         "parameters": size,
-        "triad_gigabytes_a_second": times.bandwidth(TRIAD),
+        "triad_gigabytes_per_second": times.bandwidth(TRIAD),
         "triad_milliseconds": times.milliseconds[TRIAD],
         "rows": rows,
         "fastest_fp32_peer": {key: fastest[key] for key in ("name", "time_by_ours")},
@@ -176,7 +176,7 @@ def by_size(backend: Backend, sizes: Sequence[int], rounds: int) -> list[dict[st
         {
             "parameters": size,
             "milliseconds": times.median(f"{size}"),
-            "nanoseconds_a_parameter": times.median(f"{size}") / size * 1e6,
+            "nanoseconds_per_parameter": times.median(f"{size}") / size * 1e6,
             "of_triad": times.share_of_triad(f"{size}"),
             "rounds": times.milliseconds[f"{size}"],
         }
@@ -190,20 +190,20 @@ def print_result(result: dict[str, Any], machine: dict[str, Any]) -> None:
         title=title(f"one AdamW step, {result['parameters']:,} parameters", machine, result["others_cores"])
     )
     heads = "gradient", "ms", "time / ours", "B moved", "GB/s", "of triad", "state B", "extra MB", "rounds"
-    table.add_column("bf16 weights out; B: bytes a parameter")
+    table.add_column("bf16 weights out; B: bytes per parameter")
     for column in heads:
         table.add_column(column, justify="right")
-    table.add_row(TRIAD, "", "", "", "", f"{result['triad_gigabytes_a_second']:.1f}", "1.00", "", "", "")
+    table.add_row(TRIAD, "", "", "", "", f"{result['triad_gigabytes_per_second']:.1f}", "1.00", "", "", "")
     for row in result["rows"]:
         table.add_row(
             row["name"],
             row["gradient"],
             f"{row['milliseconds']:.1f}",
             f"{row['time_by_ours']:.2f}",
-            f"{row['bytes_a_parameter']:.2f}",
-            f"{row['gigabytes_a_second']:.1f}",
+            f"{row['bytes_per_parameter']:.2f}",
+            f"{row['gigabytes_per_second']:.1f}",
             f"{row['of_triad']:.2f}",
-            f"{row['state_bytes_a_parameter']:.2f}",
+            f"{row['state_bytes_per_parameter']:.2f}",
             f"{row['peak_extra_bytes'] / 1e6:.1f}",
             str(len(row["rounds"])),
         )
@@ -218,12 +218,12 @@ def print_result(result: dict[str, Any], machine: dict[str, Any]) -> None:
 
 def print_sizes(rows: Sequence[dict[str, Any]]) -> None:
     table = Table(title=f"{OURS} by size")
-    for column in ("parameters", "ms", "ns a parameter", "of triad"):
+    for column in ("parameters", "ms", "ns per parameter", "of triad"):
         table.add_column(column, justify="right")
     for row in rows:
         figures = (
             f"{row['milliseconds']:.2f}",
-            f"{row['nanoseconds_a_parameter']:.3f}",
+            f"{row['nanoseconds_per_parameter']:.3f}",
             f"{row['of_triad']:.2f}",
         )
         table.add_row(f"{row['parameters']:,}", *figures)

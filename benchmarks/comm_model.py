@@ -16,7 +16,7 @@ FP8 = 1 + 1 / 128  # with its scale
 
 @dataclass(frozen=True)
 class Cluster:
-    """Ranks in nodes; seconds and bytes a second of a rank's links, elements a second of its kernels."""
+    """Ranks in nodes; seconds and bytes per second of a rank's links, elements per second of its kernels."""
 
     ranks: int
     node_size: int = 8
@@ -78,7 +78,7 @@ class Exchange:
 def ring(cluster: Cluster, width: float, *, ways: int) -> Exchange:
     """ways: 2 for an all-reduce, 1 for a reduce-scatter or a reduce to owners."""
     sent = ways * width * (cluster.ranks - 1) / cluster.ranks
-    leaves = 1 / cluster.node if cluster.nodes > 1 else 0.0  # of a ring's links, one a node
+    leaves = 1 / cluster.node if cluster.nodes > 1 else 0.0  # of a ring's links, one per node
     waits = [ways * math.log2(cluster.node), ways * math.log2(cluster.nodes)]
     return Exchange((Hop(sent * (1 - leaves), sent * leaves, *waits),), quantized=False)
 

@@ -7,7 +7,7 @@ DeepSpeed, ZeRO 1 and 2. What is handed to every collective is added up, and tur
 it in a ring or in pairs. A run whose bytes differ from the formula's by more than padding ends the script.
 "reduce to owners" is stock with use_multi_rank_bucket_allreduce: false, FP32 with communication_data_type.
 
-By formula: bytes a parameter that a rank sends for gradients, and those of them that leave its node, up to
+By formula: bytes per parameter that a rank sends for gradients, and those of them that leave its node, up to
 1,024 ranks. Modelled: the time of a bucket's exchange, from latency and bandwidth of the two links of a rank
 (inside its node, out of it); `benchmarks/comm_model.py` says how.
 """
@@ -97,7 +97,7 @@ def ds_config(addition: dict[str, Any]) -> dict[str, Any]:
 
 
 def counted(ranks: int) -> list[dict[str, Any]]:
-    """A row a run: bytes that rank 0 sends in a step, by collective."""
+    """One row per run: bytes that rank 0 sends in a step, by collective."""
     rows = []
     made = runs(ranks)
     per_run = run_ranks(ranks, count, [addition for _, addition in made.values()])[0]
@@ -140,7 +140,7 @@ def winners(cluster: Cluster) -> list[dict[str, Any]]:
 
 def print_counted(console: Console, rows: list[dict[str, Any]]) -> None:
     table = Table(title=f"KB that a rank sends in a step, counted; {rows[0]['parameters']:,} parameters")
-    columns = ("", "ranks", *COLLECTIVES.values(), "sum", "bytes a parameter", "of gradients", "formula")
+    columns = ("", "ranks", *COLLECTIVES.values(), "sum", "bytes per parameter", "of gradients", "formula")
     for column in columns:
         table.add_column(column, justify="right" if column else "left")
     for row in rows:
@@ -205,7 +205,7 @@ def positive(text: str) -> float:
 def options() -> argparse.ArgumentParser:
     parser = parser_of(__doc__, rounds=False)
     default = Cluster(ranks=2)
-    parser.add_argument("--node-size", type=round_count, default=default.node_size, help="ranks a node")
+    parser.add_argument("--node-size", type=round_count, default=default.node_size, help="ranks per node")
     for link in ("intra", "inter"):
         microseconds = getattr(default, f"{link}_latency") * 1e6
         gigabytes = getattr(default, f"{link}_bandwidth") / 1e9
@@ -213,8 +213,10 @@ def options() -> argparse.ArgumentParser:
         parser.add_argument(f"--{link}-bandwidth", type=positive, default=gigabytes, metavar="GB/S")
     rate = {"quantize": default.quantize_rate, "sum": default.sum_rate}
     for kernel, value in rate.items():
-        told = "G elements a second; the default is one H200's"
-        parser.add_argument(f"--{kernel}-rate", type=positive, default=value / 1e9, metavar="G", help=told)
+        help_text = "G elements per second; the default is one H200's"
+        parser.add_argument(
+            f"--{kernel}-rate", type=positive, default=value / 1e9, metavar="G", help=help_text
+        )
     return parser
 
 

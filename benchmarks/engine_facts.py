@@ -34,7 +34,7 @@ STEP = "engine.step"
 def predicted_bytes(engine: Any) -> float:
     """What a rank keeps of states and reduced gradient, by `estimate.memory`; stock's by its formats."""
     if ds_fp8.is_active(engine):
-        recipe, buckets = engine.optimizer.recipe, engine.optimizer.buckets
+        recipe, buckets = engine.optimizer.recipe, engine.optimizer.parts.buckets
         return state_bytes(recipe, buckets) + gradient_bytes(recipe, buckets, accumulating=False)
     parameters: int = sum(each.numel() for each in engine.module.parameters())
     low = engine._config._param_dict["bf16"].get("bf16_optimizer_states", False)

@@ -20,7 +20,9 @@ from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 
 from ds_fp8.ops.backend import choose
-from ds_fp8.zero_fp8.comm.collectives import Transfer
+from ds_fp8.zero_fp8.comm.collectives import AllToAll
+from ds_fp8.zero_fp8.gradients.exchange import blocks_in
+from ds_fp8.zero_fp8.health import Counts
 from ds_fp8.zero_fp8.placement.messages import Message
 
 PARAMETERS = 32  # that the elements belong to
@@ -37,11 +39,11 @@ OTHERS = "all-to-all, without the own message"
 
 
 class Exchange:
-    """Gradients of so many elements, a multiple of GRAIN, on their way to their owners, again and again."""
+    """`elements` gradient elements, a multiple of GRAIN, on their way to their owners, again and again."""
 
     def __init__(self, elements: int, device: torch.device, *, buckets: int = 1, wire: str = "e4m3") -> None:
         size = elements // PARAMETERS
-        nowhere = torch.zeros(1, dtype=torch.bfloat16, device=device)  # nobody reads the weights
+        nowhere = torch.zeros(1, dtype=torch.bfloat16, device=device)  # the weights are not read
         parameters = [Parameter(nowhere.expand(size)) for _ in range(PARAMETERS)]
         fitting = elements // buckets
         self._way = Way(
@@ -54,27 +56,28 @@ class Exchange:
         self._gradients = gradients(elements, device).split(size)
 
     def run(self) -> None:
-        self._way.reducer.drop()
+        self._way.parts.reducer.drop()
         self._way.give(self._gradients)
-        self._way.reducer.finish()
+        self._way.parts.reducer.finish()
 
     def parts(self) -> dict[str, Callable[[], object]]:
         """PARTS of the exchange of a single bucket, each by itself."""
-        (bucket,), (shard,) = self._way.buckets, self._way.shards
+        parts, nodes = self._way.parts, self._way.nodes
+        (bucket,), (reduced,) = parts.buckets, parts.reduced
         message = Message(bucket.blocks_per_rank, bucket.block_size, self._way.recipe.wire)
 
         def pack() -> Tensor:
             self._way.give(self._gradients)
-            return self._way.reducer.pack(bucket).view(self._way.ranks, -1)
+            return parts.packer.pack(bucket, parts.reducer.take(bucket), Counts()).view(self._way.ranks, -1)
 
         messages = pack()
-        pieces = [message.blocks_of(each) for each in messages.clone()]
+        pieces = [blocks_in(each, message) for each in messages.clone()]
 
         def receive() -> None:
-            shard.forget()
-            shard.receive(pieces)
+            reduced.forget()
+            reduced.receive(pieces)
 
-        steps = (pack, lambda: Transfer(messages, self._way.nodes.inside).wait(), receive)
+        steps = (pack, lambda: AllToAll(messages, nodes.group).wait(), receive)
         return {**dict(zip(PARTS, steps, strict=True)), OTHERS: self._others(messages)}
 
     def _others(self, messages: Tensor) -> Callable[[], object]:
@@ -92,14 +95,14 @@ def reduce_scatter(source: Tensor, group: ProcessGroup | None = None) -> Callabl
 
 
 def all_reduce(source: Tensor) -> Callable[[], object]:
-    """To everybody, as stock DeepSpeed does it."""
+    """To every rank, as stock DeepSpeed does it."""
     return lambda: torch.distributed.all_reduce(source)
 
 
 def native_fp8(source: Tensor, spare: ProcessGroup) -> tuple[Callable[[], object] | None, str]:
     """A reduce-scatter of unscaled E4M3, which adds in FP8 inside the collective; or why there is none.
 
-    spare: a group that nobody else needs, in case it does not survive that.
+    spare: a group that is not needed elsewhere, in case it does not survive that.
     """
     run = reduce_scatter(source.to(torch.float8_e4m3fn), spare)
     try:
@@ -123,7 +126,7 @@ def clock_of(device: torch.device) -> Clock:
 
 
 def measure(elements: int, rounds: int, device: torch.device, spare: ProcessGroup) -> dict[str, Any]:
-    """Milliseconds and bytes of each way for a bucket of so many elements, a multiple of GRAIN.
+    """Milliseconds and bytes of each way for a bucket of `elements` elements, a multiple of GRAIN.
 
     Raises AssertionError where the exchange sends more than 0.51 of the bytes of BF16.
     """

@@ -65,7 +65,7 @@ def copy_bandwidth(clock: Clock, device: torch.device, size: int) -> float:
 
 
 def peers(size: int, device: torch.device, skipped: list[str]) -> Iterator[tuple[str, Any, int]]:
-    """FP32 AdamWs that also write BF16 weights; 30 bytes a parameter."""
+    """FP32 AdamWs that also write BF16 weights; 30 bytes per parameter."""
     parameter = torch.nn.Parameter(torch.randn(size, device=device))
     parameter.grad = torch.randn(size, device=device) * 1e-3
     weights = torch.zeros(size, dtype=torch.bfloat16, device=device)
@@ -123,7 +123,7 @@ def measure(size: int, repeat: int, device: torch.device) -> dict[str, Any]:
         "parameters": size,
         "kernels": backend.name,
         "verified": verified,
-        "copy_gigabytes_a_second": bandwidth / 1e9,
+        "copy_gigabytes_per_second": bandwidth / 1e9,
         "rows": [asdict(row) for row in rows],
         "skipped_peers": skipped,
     }
@@ -139,9 +139,9 @@ def print_result(result: dict[str, Any]) -> None:
     for line in result["verified"]:
         console.print(line)
     table = Table(title=f"{result['device']}, {result['parameters']:,} parameters")
-    for column in ("operation", "ms", "bytes a parameter", "of a copy's bandwidth"):
+    for column in ("operation", "ms", "bytes per parameter", "of a copy's bandwidth"):
         table.add_column(column, justify="left" if column == "operation" else "right")
-    table.add_row("device-to-device copy", "", "", f"{result['copy_gigabytes_a_second']:,.0f} GB/s")
+    table.add_row("device-to-device copy", "", "", f"{result['copy_gigabytes_per_second']:,.0f} GB/s")
     for row in result["rows"]:
         share = [f"{row['bytes_moved'] / result['parameters']:.2f}", f"{row['of_copy']:.3f}"]
         table.add_row(row["name"], f"{row['milliseconds']:.2f}", *(share if row["bytes_moved"] else ["", ""]))

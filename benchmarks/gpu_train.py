@@ -5,7 +5,7 @@
             --model 1.3B --micro_batch 4 --deepspeed_config benchmarks/gpu/$config.json
     done
 
-One configuration a process group. What --out has already is not run again, so that a loop goes on where it
+One configuration per process group. What --out has already is not run again, so that a loop goes on where it
 broke (another seed needs another --out); each run adds itself to --out and prints the table of all. Options
 other than these two are the example's. Runs are compared with stock BF16 (bf16.json, or bf16_torch.json with
 torch's fused AdamW) of the same model on as many ranks; batch and steps are to be the same.
@@ -38,7 +38,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
 
 CONSOLE = Console(width=160)
 COLUMNS = (
-    *("", "ranks", "ms a step", "/ stock", "peak GB", "GB held", "predicted", "B sent/param"),
+    *("", "ranks", "ms/step", "/ stock", "peak GB", "GB held", "predicted", "sent B/param"),
     *("steps", "loss, last 50", "from stock's", "validation"),
 )
 Run = dict[str, Any]
@@ -62,8 +62,9 @@ def identity(run: Run) -> tuple[Any, ...]:
 
 
 def load(out: Path) -> list[Run]:
+    """Runs of earlier calls; older files have "milliseconds_a_step" for "milliseconds_per_step"."""
     runs: list[Run] = json.loads(out.read_text())["runs"] if out.exists() else []
-    return runs
+    return [{key.replace("_a_", "_per_"): value for key, value in run.items()} for run in runs]
 
 
 def baseline_of(run: Run, runs: Sequence[Run]) -> Run | None:
@@ -81,7 +82,7 @@ def loss_apart(run: Run, stock: Run) -> float:
 
 
 def held_bytes(run: Run) -> float:
-    found: float = run["state_bytes_a_parameter"] * run["parameters"] / run["world_size"]
+    found: float = run["state_bytes_per_parameter"] * run["parameters"] / run["world_size"]
     return found
 
 
@@ -97,7 +98,7 @@ def claims_of(run: Run, stock: Run | None) -> list[Claim]:
         saved = stock["peak_bytes_allocated"] - run["peak_bytes_allocated"]
         text = name + "saved at the peak, off the prediction by"
         found.append(Claim.at_most(text, abs(saved / expected - 1), 0.02))
-    ratio = run["milliseconds_a_step"] / stock["milliseconds_a_step"]
+    ratio = run["milliseconds_per_step"] / stock["milliseconds_per_step"]
     found.append(Claim.at_most(name + "time of an iteration / stock's", ratio, 1.0))
     found.append(Claim.at_most(name + "loss, from stock's", abs(loss_apart(run, stock)), 0.01))
     ours, theirs = (sum(each["waits"].values()) for each in (run, stock))
@@ -106,29 +107,18 @@ def claims_of(run: Run, stock: Run | None) -> list[Claim]:
 
 def print_runs(runs: Sequence[Run]) -> None:
     table = Table(title=f"{runs[0]['device']}, torch {runs[0]['versions']['torch']}")
-    columns = (
-        "",
-        "ranks",
-        "ms a step",
-        "/ stock",
-        "peak GB",
-        "GB held",
-        "predicted",
-        "sent B/param",
-        "steps",
-    )
-    for column in (*columns, "loss, last 50", "from stock's", "validation"):
+    for column in COLUMNS:
         table.add_column(column, justify="right" if column else "left")
     for run in runs:
         stock = baseline_of(run, runs)
         compared = ("", "")
         if stock is not None:
-            ratio = run["milliseconds_a_step"] / stock["milliseconds_a_step"]
+            ratio = run["milliseconds_per_step"] / stock["milliseconds_per_step"]
             compared = (f"{ratio:.3f}", f"{loss_apart(run, stock):+.4f}")
         table.add_row(
             f"{run['model']} {run['config']}",
             str(run["world_size"]),
-            f"{run['milliseconds_a_step']:,.1f}",
+            f"{run['milliseconds_per_step']:,.1f}",
             compared[0],
             f"{run['peak_bytes_allocated'] / 1e9:.2f}",
             f"{held_bytes(run) / 1e9:.3f}",
@@ -141,8 +131,8 @@ def print_runs(runs: Sequence[Run]) -> None:
         )
     CONSOLE.print(table)
     for run in runs:
-        told = ", ".join(f"{count} {name}" for name, count in run["waits"].items()) or "none"
-        CONSOLE.print(f"waits in engine.step, {run['model']} {run['config']}: {told}")
+        waits = ", ".join(f"{count} {name}" for name, count in run["waits"].items()) or "none"
+        CONSOLE.print(f"waits in engine.step, {run['model']} {run['config']}: {waits}")
 
 
 def report(runs: Sequence[Run]) -> None:

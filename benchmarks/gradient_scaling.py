@@ -144,7 +144,7 @@ def sum_in_blocks(gradients: Tensor, exact: Tensor, *, keep: bool) -> Error:
         sent += int(gradient.count_nonzero())
         codes = to_float32(piece.codes, E4M3).view(-1)[: len(gradient)]
         lost += int((gradient.bool() & (codes == 0)).sum())
-        accumulate([piece], total, fresh=False)
+        accumulate([piece], total, overwrite=False)
     if keep:
         quantize(decode(total).view(-1), piece)
         total = piece

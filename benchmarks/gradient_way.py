@@ -1,4 +1,4 @@
-"""The way of gradients and weights as the handler builds it, without engine, model or optimizer."""
+"""The way of gradients and weights as `wiring` builds it, without engine, model or optimizer."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,15 +10,14 @@ from torch.nn import Parameter
 from ds_fp8.config.section import parse
 from ds_fp8.ops.backend import Backend
 from ds_fp8.zero_fp8.comm.groups import Nodes
-from ds_fp8.zero_fp8.gradients.packing import BlockWire
-from ds_fp8.zero_fp8.gradients.reducer import GradientReducer
-from ds_fp8.zero_fp8.placement.partition import ParameterSpec, partition
-from ds_fp8.zero_fp8.recipe import recipe_of
-from ds_fp8.zero_fp8.states.shard import Shard
+from ds_fp8.zero_fp8.placement.partition import ParameterSpec
+from ds_fp8.zero_fp8.placement.ranks import Fleet
+from ds_fp8.zero_fp8.recipe import ZeroSettings, recipe_of
+from ds_fp8.zero_fp8.wiring import build, cut
 
 
 class Way:
-    """Buckets, this rank's shards, and the reducer that brings every rank's gradients to them."""
+    """The parts of a run over all ranks of the world."""
 
     def __init__(
         self,
@@ -35,19 +34,25 @@ class Way:
         self.ranks, self.rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
         self.recipe = recipe_of(config, ranks=self.ranks)
         self.parameters = dict(enumerate(parameters))
-        self.buckets = partition(
-            [ParameterSpec(index, each.numel(), 0, each.dtype) for index, each in self.parameters.items()],
+        fleet = Fleet("data", self.ranks)
+        specs = [
+            ParameterSpec(index, each.numel(), 0, each.dtype, fleet)
+            for index, each in self.parameters.items()
+        ]
+        settings = ZeroSettings(
+            stage=1,  # reduced when `reducer.finish` says so
             bucket_elements=bucket_elements,
-            block_size=self.recipe.block_size,
-            world_size=self.ranks,
+            overlap=overlap,
+            gradient_clipping=0.0,
+            average=True,
+            max_consecutive_skips=1,
+            save_fp32_master=False,
+            stats_interval=0,
         )
-        device = parameters[0].device
-        self.shards = [Shard(each, self.rank, self.recipe, device, backend) for each in self.buckets]
         self.nodes = Nodes(torch.distributed.group.WORLD, self.recipe.intra_node_size)
-        wire = BlockWire(self.recipe, self.nodes, backend, self.parameters)
-        self.reducer = GradientReducer(
-            self.buckets, self.parameters, self.shards, wire, self.nodes, overlap=overlap
-        )
+        buckets = cut(specs, self.recipe, bucket_elements)
+        fleets = {fleet: self.nodes}
+        self.parts = build(buckets, self.parameters, self.recipe, settings, fleets, backend, param_groups=1)
 
     def give(self, gradients: Sequence[Tensor | None]) -> None:
         """What a backward leaves, by parameter."""

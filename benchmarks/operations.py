@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ds_fp8.config.section import ROUNDED
-from ds_fp8.ops.adam import AdamScalars, AdamState, Rounding, Segment
+from ds_fp8.ops.adam import AdamScalars, AdamState, Rounding, Segment, Sweep
 from ds_fp8.ops.backend import Backend
 from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.formats import E4M3, FP16, FP32, SPLIT16, UE4M4, Format
@@ -46,7 +46,7 @@ def accumulated(backend: Backend, size: int, device: torch.device) -> Iterator[O
             shard = zeros(fmt, blocks, device)
             yield (
                 f"decode and sum {ranks} ranks into {fmt.name}",
-                lambda pieces=pieces, shard=shard: backend.accumulate(pieces, shard, fresh=True),
+                lambda pieces=pieces, shard=shard: backend.accumulate(pieces, shard, overwrite=True),
                 codes.nbytes + shard.nbytes,
             )
 
@@ -70,7 +70,7 @@ def sweep(
     held = sum(each.nbytes for each in (state.master, state.exp_avg, state.exp_avg_sq))
 
     def run() -> None:
-        backend.adam_step(state, gradient, weights, plan, scalars(), control, rounding=rounding)
+        backend.adam_step(Sweep(state, gradient, weights, plan, scalars(), control, rounding))
 
     read = weights.nbytes if state.master.format.split else 0
     return run, 2 * held + gradient.nbytes + weights.nbytes + read, held

@@ -117,7 +117,7 @@ def train(shape: dict[str, int], bucket: int, micro_batch: int, rounds: int) -> 
         "times": {name: [each[name][0] for each in found[WARM_UP:]] for name in engines},
         "losses": {name: [each[name][1] for each in found] for name in engines},
         "parameters": sum(each.numel() for each in engines["plain"].module.parameters()),
-        "buckets": len(engines["plain"].optimizer.buckets),
+        "buckets": len(engines["plain"].optimizer.parts.buckets),
         "fp8": ds_fp8.describe(engines["overlap"]),
     }
 
@@ -139,7 +139,7 @@ def rows_of(per_rank: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def print_result(result: dict[str, Any], machine: dict[str, Any]) -> None:
     what = (
         f"{result['parameters']:,} parameters in {result['buckets']} buckets, {result['ranks']} ranks, "
-        f"{result['micro_batch']} x {result['shape']['context']} bytes a rank and iteration"
+        f"{result['micro_batch']} x {result['shape']['context']} bytes per rank and iteration"
     )
     table = Table(title=title(what, machine))
     table.add_column("ms, medians")

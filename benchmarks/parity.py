@@ -85,8 +85,8 @@ def draw(losses: dict[str, list[list[float]]], picture: Path) -> None:
                 steps, difference, style, color=line.get_color(), label=f"{name} less {STOCK}, same seeds"
             )
     seeds = len(losses[STOCK])
-    above.set(ylabel="training loss (nats a byte)", title=f"Byte-level GPT, 2 ranks, ZeRO 2, {seeds} seeds")
-    below.set(xlabel="step", ylabel="difference (nats a byte)")
+    above.set(ylabel="training loss (nats per byte)", title=f"Byte-level GPT, 2 ranks, ZeRO 2, {seeds} seeds")
+    below.set(xlabel="step", ylabel="difference (nats per byte)")
     above.legend(fontsize=8)
     below.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.18))
     for axes in (above, below):
@@ -104,7 +104,7 @@ def main() -> None:
     machine = facts()
     losses = train(arguments.steps, arguments.seeds)
     rows = summarise(losses)
-    table = Table(title=f"mean loss of the last {LAST} of {arguments.steps} steps, nats a byte")
+    table = Table(title=f"mean loss of the last {LAST} of {arguments.steps} steps, nats per byte")
     for column in ("", "loss", f"less {STOCK}, by seed"):
         table.add_column(column)
     for row in rows:

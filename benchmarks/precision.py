@@ -12,7 +12,7 @@ Runs are paired: for a seed all recipes begin with the same weights and see the 
 is the validation loss less FP32's, over the same 65,536 bytes that no run has trained on: the mean over the
 seeds and its standard error. The peak rate of 5e-4 was chosen by stock BF16 and O1 alone, which differ
 in the rounding of gradients only: there they end within 2e-4 nats of each other. At 2e-3 they part by up to
-0.014, and nothing could be told.
+0.014, and no difference could be seen.
 
 Every result is written as soon as it is there: a study that was killed goes on where it was. FP32's weights
 stay beside the file, as FILE_seedN.pt.
@@ -172,16 +172,16 @@ def judge(rows: list[dict[str, Any]]) -> list[Claim]:
     for name in (O2, PLUS, SPLIT):
         row = by["training", name]
         holds = abs(row["difference"]) + row.get("standard_error", 0.0) < CLOSE
-        claims.append(Claim(f"{name}: mean difference to FP32", told(row), f"within {CLOSE:.4f}", holds))
+        claims.append(Claim(f"{name}: mean difference to FP32", as_text(row), f"within {CLOSE:.4f}", holds))
     row = by["training", FP8_SQUARE]
     holds = row["difference"] - row.get("standard_error", 0.0) > 3 * CLOSE
-    claims.append(Claim(f"{FP8_SQUARE}: worse than FP32 by", told(row), f"above {3 * CLOSE:.4f}", holds))
+    claims.append(Claim(f"{FP8_SQUARE}: worse than FP32 by", as_text(row), f"above {3 * CLOSE:.4f}", holds))
     share = by["fine-tuning", FP8_MASTER]["kept"]
     claims.append(Claim.below(f"{FP8_MASTER}: of FP32's improvement at a rate of {FINE_RATE}", share, 0.5))
     return claims
 
 
-def told(row: dict[str, Any]) -> str:
+def as_text(row: dict[str, Any]) -> str:
     """A difference and its standard error."""
     error = f" +- {row['standard_error']:.4f}" if "standard_error" in row else ""
     return f"{row['difference']:.4f}{error}"
@@ -190,7 +190,7 @@ def told(row: dict[str, Any]) -> str:
 def print_rows(rows: list[dict[str, Any]], console: Console) -> None:
     """improved: the share of FP32's improvement by fine-tuning that a recipe reaches."""
     for stage in STAGES:
-        table = Table(title=f"{stage}: nats a byte, and the difference to FP32 over paired seeds")
+        table = Table(title=f"{stage}: nats per byte, and the difference to FP32 over paired seeds")
         columns = ["recipe", "validation", "difference", "standard error", "by seed", "in training"]
         columns += ["improved"] if stage == "fine-tuning" else []
         for column in columns:

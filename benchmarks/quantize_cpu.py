@@ -54,8 +54,8 @@ def rows_of(timed: Sequence[Contestant], times: Times, size: int) -> Iterator[di
         yield {
             "name": each.name,
             "milliseconds": times.median(each.name),
-            "bytes_an_element": each.moved / size,
-            "gigabytes_a_second": times.bandwidth(each.name),
+            "bytes_per_element": each.moved / size,
+            "gigabytes_per_second": times.bandwidth(each.name),
             "of_triad": times.share_of_triad(each.name),
             "reference_milliseconds": times.median(f"{each.name}, reference"),
             "reference_by_ours": times.ratio(f"{each.name}, reference", each.name),
@@ -68,7 +68,7 @@ def measure(backend: Backend, size: int, rounds: int) -> dict[str, Any]:
     times = interleave([triad(size), *timed, *of_reference(size)], rounds)
     return {
         "elements": size,
-        "triad_gigabytes_a_second": times.bandwidth(TRIAD),
+        "triad_gigabytes_per_second": times.bandwidth(TRIAD),
         "triad_milliseconds": times.milliseconds[TRIAD],
         "rows": list(rows_of(timed, times, size)),
         "others_cores": times.others,
@@ -77,16 +77,16 @@ def measure(backend: Backend, size: int, rounds: int) -> dict[str, Any]:
 
 def print_result(result: dict[str, Any], machine: dict[str, Any]) -> None:
     table = Table(title=title(f"{result['elements']:,} elements", machine, result["others_cores"]))
-    table.add_column("B: bytes an element of gradient")
+    table.add_column("B: bytes per element of gradient")
     for column in ("ms", "B moved", "GB/s", "of triad", "reference ms", "reference / ours"):
         table.add_column(column, justify="right")
-    table.add_row(TRIAD, "", "", f"{result['triad_gigabytes_a_second']:.1f}", "1.00", "", "")
+    table.add_row(TRIAD, "", "", f"{result['triad_gigabytes_per_second']:.1f}", "1.00", "", "")
     for row in result["rows"]:
         table.add_row(
             row["name"],
             f"{row['milliseconds']:.1f}",
-            f"{row['bytes_an_element']:.2f}",
-            f"{row['gigabytes_a_second']:.1f}",
+            f"{row['bytes_per_element']:.2f}",
+            f"{row['gigabytes_per_second']:.1f}",
             f"{row['of_triad']:.2f}",
             f"{row['reference_milliseconds']:.0f}",
             f"{row['reference_by_ours']:.0f}",

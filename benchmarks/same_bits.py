@@ -20,8 +20,8 @@ from torch.nn import Parameter
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ds_fp8.ops.backend import REFERENCE, Backend
-from ds_fp8.zero_fp8.comm.agreement import everybody
-from ds_fp8.zero_fp8.weights.views import Gathers, Weights
+from ds_fp8.zero_fp8.comm.agreement import gather_objects
+from ds_fp8.zero_fp8.weights.store import Gathers
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
 
@@ -78,7 +78,7 @@ def against_host(device: torch.device, backend: Backend) -> list[str]:
         here = arrivals(case, device, backend)
         there = arrivals(case, torch.device("cpu"), REFERENCE)
         differ = [name for name, bits in here.items() if not torch.equal(bits, there[name])]
-        found = [f"rank {rank}: {each[0]}" for rank, each in enumerate(everybody(differ, group)) if each]
+        found = [f"rank {rank}: {each[0]}" for rank, each in enumerate(gather_objects(differ, group)) if each]
         assert not found, f"{case}: {found[0]} differ from the reference over gloo"
         lines.append(f"{case}: {sum(map(len, here.values())):,} bytes of gradients and weights are the same")
     return lines
@@ -93,25 +93,24 @@ def arrivals(case: Case, device: torch.device, backend: Backend) -> dict[str, Te
     parameters = [Parameter(there(noise(size, index))) for index, size in enumerate(SIZES)]
     section = {"dtype": case.wire, "accum_dtype": case.shard, "intra_node_size": case.node_size}
     way = Way(parameters, backend, bucket_elements=BUCKET, overlap=case.overlap, gradients=section)
-    weights = [Weights(bucket, way.parameters, way.rank) for bucket in way.buckets]
     for micro_step in range(2):
         seed = 1000 * way.rank + 100 * micro_step
         gradients = [there(noise(size, seed + index) * 1e-3) for index, size in enumerate(SIZES)]
         unused = [UNUSED] if way.rank == way.ranks - 1 else []
         way.give([None if index in unused else each for index, each in enumerate(gradients)])
-        way.reducer.finish()
-    gathers = Gathers(way.nodes)
-    for number, each in enumerate(weights):
+        way.parts.reducer.finish()
+    gathers = Gathers()
+    for number, each in enumerate(way.parts.weights):
         each.own.copy_(noise(each.own.numel(), 10_000 + 100 * way.rank + number).view_as(each.own))
-        gathers.launch(each)
+        gathers.launch(each, way.nodes)
     gathers.wait()
     way.nodes.close()
     found = {}
-    for number, (shard, each) in enumerate(zip(way.shards, weights, strict=True)):
-        found[f"gradients of bucket {number}"] = raw(shard.gradient.codes)
-        found[f"weights of bucket {number}"] = raw(each.buffer)
-        if shard.gradient.scales is not None:
-            found[f"scales of bucket {number}"] = raw(shard.gradient.scales)
+    for number, (_, reduced, _, weights) in enumerate(way.parts.by_bucket()):
+        found[f"gradients of bucket {number}"] = raw(reduced.blocks.codes)
+        found[f"weights of bucket {number}"] = raw(weights.buffer)
+        if reduced.blocks.scales is not None:
+            found[f"scales of bucket {number}"] = raw(reduced.blocks.scales)
     return found
 
 
@@ -128,8 +127,8 @@ def raw(tensor: Tensor) -> Tensor:
 STOCK = "stock DeepSpeed BF16"
 NUMERICS: dict[str, dict[str, Any]] = {
     "O2": {},
-    "a scale a tensor": {"scaling": "tensor"},
-    "a scale a tensor, added in FP8": {"scaling": "tensor", "gradients": {"reduction": "fp8"}},
+    "one scale per tensor": {"scaling": "tensor"},
+    "one scale per tensor, added in FP8": {"scaling": "tensor", "gradients": {"reduction": "fp8"}},
 }
 
 
@@ -206,7 +205,7 @@ def train(setting: Setting, steps: int) -> dict[str, Any]:
     digest = hashlib.sha256()
     for parameter in engine.module.parameters():
         digest.update(raw(parameter).numpy().tobytes())
-    digests = everybody(digest.hexdigest(), group)
+    digests = gather_objects(digest.hexdigest(), group)
     engine.destroy()
     assert len({*digests}) == 1, f"{setting}: the ranks end with different weights"
     end = losses[-min(10, steps) :]

@@ -1,4 +1,4 @@
-"""AdamW whose states are rounded as if they had been stored with one scale a tensor, to nearest.
+"""AdamW whose states are rounded as if they had been stored with one scale per tensor, to nearest.
 
 FP8-LM (arXiv 2310.18313) keeps its states so, and shows in Table 6 which of them stand it; Transformer
 Engine's FusedAdam scales a tensor at a time, too. ds_fp8 offers neither, so both are simulated here: the

@@ -106,7 +106,7 @@ def iterate(engine: Any, batch: torch.Tensor) -> tuple[list[float], float]:
 
 
 def clocks() -> tuple[float, float, float]:
-    """Seconds of CPU time of everybody and of this process, and the wall's."""
+    """Seconds of CPU time of all processes and of this process, and the wall's."""
     return busy_seconds(), time.process_time(), time.perf_counter()
 
 
@@ -197,7 +197,7 @@ def print_result(result: dict[str, Any], machine: dict[str, Any]) -> None:
     job = result["job"]
     what = (
         f"{result['parameters']:,} parameters, {job['ranks']} ranks, {job['micro_batch']} x "
-        f"{job['shape']['context']} bytes a rank and iteration"
+        f"{job['shape']['context']} bytes per rank and iteration"
     )
     table = Table(title=title(what, machine, result["others_cores"]))
     table.add_column("ms, medians")

@@ -88,10 +88,10 @@ def event_clock(run: Callable[[], object]) -> float:
 
 
 def interleave(contestants: Sequence[Contestant], rounds: int, clock: Clock = host_clock) -> Times:
-    """Time everybody once a round.
+    """Time every contestant once per round.
 
     Each runs once more just before, untimed: libraries bring OpenMP runtimes of their own, whose threads go
-    on spinning for milliseconds after their work and would take a core from whoever comes next.
+    on spinning for milliseconds after their work and would take a core from the next contestant.
     """
     times = Times(contestants)
     before = busy_seconds(), time.process_time(), time.perf_counter()
@@ -111,13 +111,13 @@ def interleave(contestants: Sequence[Contestant], rounds: int, clock: Clock = ho
 
 
 def busy_seconds() -> float:
-    """CPU time that everybody on this machine has used, stolen time included."""
+    """CPU time that all processes of this machine have used, stolen time included."""
     user, nice, system, _, _, *rest = map(int, Path("/proc/stat").read_text().split("\n")[0].split()[1:9])
     return (user + nice + system + sum(rest)) / os.sysconf("SC_CLK_TCK")
 
 
 def triad(size: int) -> Contestant:
-    """c = a + s b in FP32, by torch with its threads; 12 bytes an element, as STREAM counts.
+    """c = a + s b in FP32, by torch with its threads; 12 bytes per element, as STREAM counts.
 
     The lines of c are read before they are written, which STREAM does not count. What updates its
     operands in place does not pay that, and so may come out above 1.
@@ -184,7 +184,7 @@ def parser_of(doc: str | None, *, rounds: bool = True) -> argparse.ArgumentParse
     """A parser with the options that every CPU benchmark has; the docstring is its help."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     if rounds:
-        parser.add_argument("--rounds", type=round_count, help="in which everybody is timed once")
+        parser.add_argument("--rounds", type=round_count, help="in which every contestant is timed once")
     parser.add_argument("--quick", action="store_true", help="tiny sizes and few rounds: to see that it runs")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write every number to this JSON file")
     return parser

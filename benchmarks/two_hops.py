@@ -44,7 +44,7 @@ def total(parts: list[Tensor]) -> Tensor:
 
 
 def drawn(ranks: int, correlation: float, size: int) -> list[Tensor]:
-    """A gradient a rank."""
+    """One gradient per rank."""
     generator = torch.Generator().manual_seed(ranks)
     shared = torch.randn(size, generator=generator) * math.sqrt(correlation)
     own = math.sqrt(1 - correlation)

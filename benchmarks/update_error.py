@@ -12,8 +12,8 @@ theirs alone; the levels, and O2's states with every master, stand as they are b
 rounding of the master in it. In the JSON also: the error of the worst seed, the largest single difference,
 and the drift of elements without a gradient, both in lr.
 
-Peers: torchao's and bitsandbytes' own optimizers; FP8-LM's and Transformer Engine's states, one scale a
-tensor, are simulated. B: bytes of exp_avg and exp_avg_sq a parameter, with scales and code tables.
+Peers: torchao's and bitsandbytes' own optimizers; FP8-LM's and Transformer Engine's states, one scale per
+tensor, are simulated. B: bytes of exp_avg and exp_avg_sq per parameter, with scales and code tables.
 """
 
 import statistics
@@ -32,7 +32,7 @@ from simulated import RoundedAdamW
 from timing import facts, parser_of, round_count, write
 from torch import Tensor
 
-from ds_fp8.config.section import LEVELS, Optimizer
+from ds_fp8.config.section import LEVELS, OptimizerSection
 from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.formats import BY_NAME, E4M3, FP16
 from ds_fp8.ops.masters import load_masters
@@ -54,7 +54,7 @@ class Recipe:
     make: Callable[..., Any]  # of the parameter and the hyperparameters as keywords
     kind: str = "peer"  # or "states", with FP32 masters, or "as built"
     clamp: bool | None = None  # None: a peer, which has none
-    size: float | None = None  # bytes of its two states a parameter, where they are simulated
+    size: float | None = None  # bytes of its two states per parameter, if they are simulated
     master: str = "fp32"
 
 
@@ -80,14 +80,14 @@ PEERS = [
     Recipe("torchao AdamWFp8", torchao_fp8),
     Recipe("torchao AdamW8bit", torchao_8bit),
     Recipe("bitsandbytes AdamW8bit", bitsandbytes_8bit),
-    simulated("FP8-LM: e4m3, fp16 a tensor (simulated)", 3.0, exp_avg=E4M3, exp_avg_sq=FP16),
-    simulated("TE: e4m3, e4m3 a tensor (simulated)", 2.0, exp_avg=E4M3, exp_avg_sq=E4M3),
+    simulated("FP8-LM: e4m3, fp16 per tensor (simulated)", 3.0, exp_avg=E4M3, exp_avg_sq=FP16),
+    simulated("TE: e4m3, e4m3 per tensor (simulated)", 2.0, exp_avg=E4M3, exp_avg_sq=E4M3),
 ]
 
 
 def formats_of(key: str) -> tuple[str, ...]:
     """The formats that a key of the section allows."""
-    return tuple(get_args(get_args(Optimizer.model_fields[key].annotation)[0]))
+    return tuple(get_args(get_args(OptimizerSection.model_fields[key].annotation)[0]))
 
 
 def pairs() -> Iterator[Recipe]:

@@ -6,7 +6,7 @@ from itertools import accumulate, pairwise, product
 import torch
 from torch import Tensor
 
-from ds_fp8.ops.adam import AdamScalars, AdamState, Rounding, Segment
+from ds_fp8.ops.adam import AdamScalars, AdamState, Rounding, Segment, Sweep
 from ds_fp8.ops.backend import REFERENCE, Backend
 from ds_fp8.ops.blocks import NOT_FINITE, Blocks
 from ds_fp8.ops.formats import (
@@ -145,19 +145,19 @@ def pieces_of(values: Tensor, ranks: int, fmt: Format) -> list[Blocks]:
 
 
 def accumulated(backend: Backend, device: torch.device) -> Iterator[None]:
-    for (name, values), wire, shard, ranks, fresh in product(
+    for (name, values), wire, shard, ranks, overwrite in product(
         inputs(device).items(), (E4M3, E5M2, BF16), (E4M3, FP32, BF16), (1, 2, 3, 8), (True, False)
     ):
-        what = f"accumulate {ranks} ranks of {name} {wire.name} into {shard.name}, fresh {fresh}"
+        what = f"accumulate {ranks} ranks of {name} {wire.name} into {shard.name}, overwrite {overwrite}"
         pieces = pieces_of(values, ranks, wire)
         found, expected = empty(shard, device), empty(shard, device)
-        if not fresh:
+        if not overwrite:
             REFERENCE.quantize(inputs(device)["normal"], expected)
             found = copy(expected)
-        figures = backend.accumulate(pieces, found, fresh=fresh)
-        expected_figures = REFERENCE.accumulate(pieces, expected, fresh=fresh)
+        parts = backend.accumulate(pieces, found, overwrite=overwrite)
+        expected_parts = REFERENCE.accumulate(pieces, expected, overwrite=overwrite)
         assert_equal(found, expected, what)
-        assert torch.equal(figures, expected_figures), f"{what}: figures"
+        assert torch.equal(parts, expected_parts), f"{what}: parts of the norm"
         yield
 
 
@@ -204,7 +204,7 @@ def edited(backend: Backend, device: torch.device) -> Iterator[None]:
             scalars = AdamScalars(1, 1e-3, 0.9, 0.95, 1e-8, 0.0, True, True, 1.165)
             control = torch.tensor([1.0, 1.0], device=device)
             rounding = Rounding(5, stochastic)
-            each.adam_step(state, gradient, weights, plan, scalars, control, rounding=rounding)
+            each.adam_step(Sweep(state, gradient, weights, plan, scalars, control, rounding))
             results.append((state.master, weights))
         (master, weights), (expected, expected_weights) = results
         what = f"adam_step beside edited weights, {fmt.name}, stochastic {stochastic}"
@@ -235,6 +235,6 @@ def take_steps(
         scalars = AdamScalars(step, 1e-3, 0.9, 0.95, 1e-8, 0.1, decoupled, True, 1.165)
         control = torch.tensor([0.3, go], device=device)
         counted = counts if step > 2 else None
-        backend.adam_step(state, gradient, weights, plan, scalars, control, rounding=rounding, counts=counted)
+        backend.adam_step(Sweep(state, gradient, weights, plan, scalars, control, rounding, counted))
     shown = {torch.bfloat16: BF16, torch.float32: FP32}[dtype]
     return [state.master, state.exp_avg, state.exp_avg_sq, Blocks(weights, None, shown)], counts

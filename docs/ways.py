@@ -34,13 +34,13 @@ def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float]) -> N
 
 def lane(axes: Axes, y: float, title: str, colour: str, stations: list[tuple[str, str]]) -> None:
     axes.text(0, y + HEIGHT + 0.12, title, fontsize=12, fontweight="bold", va="bottom")
-    for place, (name, told) in enumerate(stations):
+    for place, (name, text) in enumerate(stations):
         x = place * (WIDTH + GAP)
         axes.add_patch(plt.Rectangle((x, y), WIDTH, HEIGHT, facecolor=colour, edgecolor="#555555"))
         middle = x + WIDTH / 2
         bold = {"fontsize": 11, "fontweight": "bold"}
         axes.text(middle, y + HEIGHT - 0.1, name, **bold, ha="center", va="top")
-        axes.text(middle, y + HEIGHT / 2 - 0.14, told, fontsize=9.5, ha="center", va="center")
+        axes.text(middle, y + HEIGHT / 2 - 0.14, text, fontsize=9.5, ha="center", va="center")
         if place:
             arrow(axes, (x - GAP, y + HEIGHT / 2), (x, y + HEIGHT / 2))
 

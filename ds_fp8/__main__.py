@@ -22,7 +22,7 @@ COMMANDS = ("report", "estimate", "configs", "inspect", "export", "to-universal"
 HELP = f"""{USAGE}
 
 {__doc__}
-This wraps a training. What tells, estimates and converts is the command `ds_fp8`
+This wraps a training. Reports, estimates and conversions are commands of `ds_fp8`
 ({", ".join(COMMANDS)}): see `ds_fp8 --help`.
 """
 

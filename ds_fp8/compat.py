@@ -23,7 +23,7 @@ logger = logging.getLogger("ds_fp8")
 
 
 def check_version(installed: str) -> None:
-    """Refuse a DeepSpeed that the tests have not seen, or warn where the user insists."""
+    """Refuse a DeepSpeed that the tests have not seen, or warn if the user insists."""
     if Version(installed).base_version in SUPPORTED:
         return
     sentence = f"ds_fp8 is tested with deepspeed{SUPPORTED}, installed is {installed}"
@@ -116,12 +116,21 @@ SIGNATURES: dict[tuple[type, str], tuple[str, ...]] = {
         "save_latest",
         "exclude_frozen_parameters",
     ),
+    (DeepSpeedEngine, "_get_ckpt_name"): (
+        "self",
+        "checkpoints_path",
+        "tag",
+        "mp_placeholder",
+        "pp_placeholder",
+    ),
+    (DeepSpeedEngine, "_get_all_ckpt_names"): ("self", "checkpoints_path", "tag"),
+    (DeepSpeedEngine, "_get_zero_ckpt_name"): ("self", "checkpoints_path", "tag"),
     (DeepSpeedEngine, "load_checkpoint"): ("self", "load_dir", "tag", *LOAD_OPTIONS),
     (DeepSpeedEngine, "_load_checkpoint"): ("self", "load_dir", "tag", *LOAD_OPTIONS),
 }
 
 
-# What `zero_fp8.backwards` asks autograd: private names that torch's own checkpointing and hooks use.
+# What `gradients.backwards` asks autograd: private names that torch's own checkpointing and hooks use.
 AUTOGRAD: tuple[tuple[Any, str], ...] = (
     (torch._C, "_current_graph_task_id"),
     (torch._C, "_current_autograd_node"),
@@ -140,12 +149,12 @@ def check_autograd(names: tuple[tuple[Any, str], ...] = AUTOGRAD) -> None:
 
 
 def check_signatures(signatures: dict[tuple[type, str], tuple[str, ...]] = SIGNATURES) -> None:
-    """Raise RuntimeError, naming the method, where DeepSpeed's differ from what the seam expects."""
+    """Raise RuntimeError, naming the method, if DeepSpeed's differ from what the seam expects."""
     for (owner, name), expected in signatures.items():
         method: Any = getattr(owner, name, None)
-        found = tuple(inspect.signature(method).parameters) if method else None
-        if found != expected:
-            received = f"({', '.join(found)})" if found else "no such method"
+        names = tuple(inspect.signature(method).parameters) if method else None
+        if names != expected:
+            received = f"({', '.join(names)})" if names else "no such method"
             raise RuntimeError(
                 f"deepspeed {version('deepspeed')}: {owner.__name__}.{name}: expected "
                 f"({', '.join(expected)}), found {received}"

@@ -1,7 +1,7 @@
-"""FP8 under the Hugging Face Trainer: health where `report_to` says.
+"""FP8 under the Hugging Face Trainer: health goes to the loggers of `report_to`.
 
-Trainer and accelerate need nothing else of ours: they call `deepspeed.initialize` with the ds_config. This
-module is imported by who wants the callback, and nothing else here imports transformers.
+Trainer and accelerate need nothing else of ours: they call `deepspeed.initialize` with the ds_config. Import
+this module if you want the callback; nothing else in ds_fp8 imports transformers when it is loaded.
 """
 
 from collections.abc import Mapping
@@ -19,8 +19,13 @@ class FP8StatsCallback(TrainerCallback):
         trainer.add_callback(FP8StatsCallback(trainer))
 
     The keys are `fp8/gradient_underflow` and so on, with several param groups also
-    `fp8/group0/gradient_underflow`. A training that begins without FP8, or with fp8.stats.interval 0, gets a
-    ValueError that says why: an "fp8" section that nobody reads does not go unnoticed.
+    `fp8/group0/gradient_underflow`.
+
+    Args:
+        trainer: the Trainer that gets the callback.
+
+    Raises:
+        ValueError: at the start of a training without FP8, or with fp8.stats.interval 0; it says why.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -54,7 +59,7 @@ def _why_off(engine: Any) -> str:
     section = engine.config.get("fp8")
     if isinstance(section, Mapping) and section.get("enabled"):
         return (
-            'whose "fp8" section nobody has read: allowed is a script launched through ds_fp8 (--module '
+            'whose "fp8" section was not read: allowed is a script launched through ds_fp8 (--module '
             "ds_fp8), or ds_fp8.register() before train()"
         )
     return 'allowed: a ds_config with "fp8": {"enabled": true}'

@@ -26,11 +26,11 @@ class Parser(argparse.ArgumentParser):
     """Errors in one line, without the usage before them."""
 
     def error(self, message: str) -> NoReturn:
-        """Of what was typed; argparse repeats it whole."""
+        """Exit; words as long as argparse repeats them are cut."""
         self.refuse(re.sub(r"'[^']{200,}'|\S{200,}", lambda typed: cut(typed[0]), message))
 
     def refuse(self, message: str) -> NoReturn:
-        """In one line; a path is cut only where it cannot be one."""
+        """Exit with the message in one line; a path is cut only if it is too long to be one."""
         line = re.sub(r"\S{1000,}", lambda given: cut(given[0]), "; ".join(message.splitlines()))
         self.exit(2, f"{self.prog}: {printable(line)}\n")
 
@@ -60,10 +60,10 @@ def positive(text: str) -> int:
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
-    """The arguments that tell of a run what its ds_config does not."""
+    """The arguments for what a ds_config leaves open: GPUs and micro-steps."""
     parser.add_argument("--gpus", metavar="N", type=positive, default=1, help="world size; default: 1")
-    told = "a step; default: as the config, else 1"
-    parser.add_argument("--micro-steps", metavar="N", type=positive, help=told)
+    help_text = "per step; default: as the config, else 1"
+    parser.add_argument("--micro-steps", metavar="N", type=positive, help=help_text)
 
 
 def printable(text: str) -> str:
@@ -99,5 +99,5 @@ def show_table(headings: Sequence[str], rows: Iterable[Iterable[Any]]) -> None:
 
 
 def progress_bar() -> Progress:
-    """On stderr, and only where that is a terminal."""
+    """On stderr, and only if that is a terminal."""
     return Progress(console=Console(stderr=True), disable=not sys.stderr.isatty())

@@ -3,7 +3,7 @@
     python examples/compare.py configs/zero2_o2.json configs/zero2_bf16.json --out demo
 
 A config with an enabled "fp8" section is launched through `--module ds_fp8`, another one plainly.
-Writes OUT/NAME.json a run and OUT/loss.png.
+Writes OUT/NAME.json for each run and OUT/loss.png.
 """
 
 import argparse
@@ -60,9 +60,9 @@ def show(runs: dict[str, dict[str, Any]]) -> None:
     rows = {
         "loss, mean of the last 50 steps": ("final_loss", "{:.4f}", 1),
         "validation loss": ("validation_loss", "{:.4f}", 1),
-        "state bytes a parameter, all ranks": ("state_bytes_a_parameter", "{:.2f}", 1),
-        "KB a rank sends in a step": ("wire_bytes_a_step", "{:,.0f}", 1000),
-        "ms a step, median": ("milliseconds_a_step", "{:.0f}", 1),
+        "state bytes per parameter, all ranks": ("state_bytes_per_parameter", "{:.2f}", 1),
+        "KB sent per rank and step": ("wire_bytes_per_step", "{:,.0f}", 1000),
+        "ms per step, median": ("milliseconds_per_step", "{:.0f}", 1),
     }
     for title, (key, form, unit) in rows.items():
         table.add_row(title, *(form.format(run[key] / unit) for run in runs.values()))
@@ -73,7 +73,7 @@ def draw(runs: dict[str, dict[str, Any]], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 4.2), constrained_layout=True)
     for (name, each), style in zip(runs.items(), ("-", "--", ":", "-."), strict=False):
         axes.plot(range(1, len(each["losses"]) + 1), each["losses"], style, label=name, linewidth=1.3)
-    axes.set(xlabel="step", ylabel="training loss (nats a byte)", title="Byte-level GPT, 2 ranks")
+    axes.set(xlabel="step", ylabel="training loss (nats per byte)", title="Byte-level GPT, 2 ranks")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)

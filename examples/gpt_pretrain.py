@@ -152,7 +152,7 @@ class Meter:
         most = torch.tensor([max(each) for each in peaks], dtype=torch.float64, device=self._device)
         dist.all_reduce(most, op=dist.ReduceOp.MAX)
         return {
-            "milliseconds_a_step": statistics.median(milliseconds),
+            "milliseconds_per_step": statistics.median(milliseconds),
             "peak_bytes_allocated": most[0].item(),
             "peak_bytes_reserved": most[1].item(),
         }
@@ -271,9 +271,9 @@ def run(
         "parameters": parameters,
         "final_loss": statistics.fmean(trained["losses"][-50:]),
         "validation_loss": validation,
-        "tokens_a_step": tokens,
-        "tokens_a_second": tokens / trained["milliseconds_a_step"] * 1000,
-        "state_bytes_a_parameter": state * dist.get_world_size() / parameters,
+        "tokens_per_step": tokens,
+        "tokens_per_second": tokens / trained["milliseconds_per_step"] * 1000,
+        "state_bytes_per_parameter": state * dist.get_world_size() / parameters,
         "world_size": dist.get_world_size(),
         "device": cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "versions": {"torch": torch.__version__, "deepspeed": deepspeed.__version__},
@@ -329,9 +329,9 @@ def print_result(result: dict[str, Any]) -> None:
     rows = {
         "parameters": f"{result['parameters']:,}",
         "ranks": f"{result['world_size']}",
-        "ms/step": f"{result['milliseconds_a_step']:,.1f}",
-        "tokens/s": f"{result['tokens_a_second']:,.0f}",
-        "state B/param": f"{result['state_bytes_a_parameter']:.2f}",
+        "ms/step": f"{result['milliseconds_per_step']:,.1f}",
+        "tokens/s": f"{result['tokens_per_second']:,.0f}",
+        "state B/param": f"{result['state_bytes_per_parameter']:.2f}",
         "steps": f"{result['first_step']} to {last}",
         "loss, last 50": f"{result['final_loss']:.4f}",
         "validation": f"{result['validation_loss']:.4f}",

@@ -4,7 +4,7 @@
     deepspeed --num_gpus 2 examples/train_lm.py --deepspeed_config configs/zero2_bf16.json
 
 The script knows nothing of FP8: the "fp8" section of the ds_config decides. At the end rank 0 prints
-loss, state bytes a parameter, wire bytes a step and time a step, all measured from outside.
+loss, state bytes per parameter, wire bytes per step and time per step, all measured from outside.
 """
 
 import argparse
@@ -111,7 +111,7 @@ class Corpus:
         self._window = torch.arange(context + 1)
 
     def batches(self, size: int, seed: int) -> Iterator[Tensor]:
-        """Random windows for ever, [size, context + 1] int64."""
+        """Random windows without end, [size, context + 1] int64."""
         generator = torch.Generator().manual_seed(seed)
         while True:
             yield self._windows(self.train, size, generator)
@@ -177,8 +177,8 @@ def train(engine: Any, corpus: Corpus, steps: int, seed: int, *, quiet: bool) ->
         "losses": losses,
         "final_loss": statistics.fmean(losses[-50:]),
         "validation_loss": validation,
-        "milliseconds_a_step": statistics.median(milliseconds),
-        "wire_bytes_a_step": sum(traffic.sent.values()),
+        "milliseconds_per_step": statistics.median(milliseconds),
+        "wire_bytes_per_step": sum(traffic.sent.values()),
     }
 
 
@@ -204,7 +204,7 @@ def main() -> None:
         "world_size": deepspeed.comm.get_world_size(),
         "shape": asdict(shape),
         "parameters": parameters,
-        "state_bytes_a_parameter": state * deepspeed.comm.get_world_size() / parameters,
+        "state_bytes_per_parameter": state * deepspeed.comm.get_world_size() / parameters,
     }
     if deepspeed.comm.get_rank() == 0:
         print_result(result)
@@ -238,9 +238,9 @@ def print_result(result: dict[str, Any]) -> None:
     table.add_row(
         f"{result['final_loss']:.4f}",
         f"{result['validation_loss']:.4f}",
-        f"{result['state_bytes_a_parameter']:.2f}",
-        f"{result['wire_bytes_a_step'] / 1000:,.1f}",
-        f"{result['milliseconds_a_step']:.1f}",
+        f"{result['state_bytes_per_parameter']:.2f}",
+        f"{result['wire_bytes_per_step'] / 1000:,.1f}",
+        f"{result['milliseconds_per_step']:.1f}",
     )
     Console().print(table)
 

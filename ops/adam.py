@@ -1,25 +1,26 @@
-"""Adam on low-precision states: one sweep a step.
+"""Adam on low-precision states: one sweep per step.
 
 Gradient, master weight, exp_avg (m) and exp_avg_sq (v) and their scales are read once, computed in
 FP32, written once, and the model weight is written in the same sweep. Block scales make that
 possible: a block's new amax is known as soon as the block is computed. (FP8-LM, arXiv 2310.18313
-section 2.2, keeps one scale a tensor and so needs two sweeps.)
+section 2.2, keeps one scale per tensor and so needs two sweeps.)
 
 What keeps a small v from breaking the update (v flushed to zero while m survives is a division by
 eps): below FP32 the square root of v is stored, rounded stochastically and never from non-zero to
 zero; and m is clamped to what exact Adam obeys anyway, |m| <= C sqrt(v) (Cauchy-Schwarz over the
 same decaying sum, `next_clamp`).
 
-Adam does not notice the unit of the gradient, so the sweep takes it 2^24 times smaller: then the square
-of a gradient of 1e-20 is still a normal FP32 number. v saturates where FP32 ends.
+Adam does not notice the unit of the gradient, so the sweep computes in a unit 2^24 times smaller: then the
+square of a gradient of 1e-20 is still a normal FP32 number. v saturates at FP32's maximum.
 
 Masters and weights are stored together (`ops.masters`).
 """
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ from ds_fp8.ops.rounding import (
 )
 
 LOG_UNIT = 24
-UNIT = 2.0**LOG_UNIT  # of the gradient, inside the sweep
+UNIT = 2.0**LOG_UNIT  # factor of the gradient, m and sqrt(v) inside the sweep
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class AdamState:
     master: Blocks
     exp_avg: Blocks
     exp_avg_sq: Blocks
-    rooted: bool = True  # exp_avg_sq holds sqrt(v), except in FP32; else v in any format
+    stores_sqrt: bool = True  # exp_avg_sq holds sqrt(v), except in FP32; else v in any format
 
     def __getitem__(self, rows: slice) -> "AdamState":
         return replace(
@@ -58,16 +59,16 @@ class AdamState:
 
     def second_moment(self, factor: float = 1.0) -> Tensor:
         """v of a chunk times UNIT^2 and a factor, [rows, block size] float32."""
-        if self.rooted:
+        if self.stores_sqrt:
             return decode_second_moment(self.exp_avg_sq, factor)
         return decode(self.exp_avg_sq, UNIT**2 * factor)
 
     def set_second_moment(self, v: Tensor, root: Tensor, bits: Tensor | None = None, unit: int = 0) -> None:
-        """Round to what is stored: v, rounded to nearest, or as `encode_second_moment` does.
+        """Store v, rounded to nearest, or its root, as `encode_second_moment` does.
 
-        v is 4^unit and root 2^unit times what is stored.
+        v: 4^unit, root: 2^unit times what is stored.
         """
-        if self.rooted:
+        if self.stores_sqrt:
             encode_second_moment(v * 4.0**-unit, root * 2.0**-unit, self.exp_avg_sq, bits)
         else:
             encode(v, self.exp_avg_sq, 2 * unit)
@@ -84,7 +85,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class AdamScalars:
-    """What a sweep multiplies with; each is rounded to FP32 where it meets a tensor."""
+    """The numbers of a step; each is rounded to FP32 when it is multiplied with a tensor."""
 
     step: int  # counted from 1
     lr: float
@@ -102,20 +103,63 @@ class AdamScalars:
 
     @property
     def root_correction(self) -> float:
-        """What turns sqrt(v) into its bias-corrected value."""
+        """Bias correction of sqrt(v): 1 / sqrt(1 - beta2^step)."""
         return 1 / math.sqrt(1 - self.beta2**self.step) if self.bias_correction else 1.0
+
+    @property
+    def factors(self) -> dict[str, float]:
+        """The factors that kernels are given, by their names there."""
+        return {
+            "beta1": self.beta1,
+            "one_minus_beta1": 1 - self.beta1,
+            "beta2": self.beta2,
+            "one_minus_beta2": 1 - self.beta2,
+            "root_beta2": math.sqrt(self.beta2),
+            "step_size": self.step_size,
+            "root_correction": self.root_correction,
+            "decay": 1 - self.lr * self.weight_decay if self.decoupled else self.weight_decay,
+        }
 
 
 @dataclass(frozen=True)
 class Rounding:
-    """The seed of a run's random bits, and whether masters are rounded by them too."""
+    """The seed of a run's random bits, and whether masters too are rounded stochastically."""
 
     seed: int
     stochastic: bool = False
 
 
+@dataclass(frozen=True)
+class Sweep:
+    """One sweep over the rows of a shard: what it reads, what it writes, what it computes with.
+
+    Whether the step is taken, and what the gradient is multiplied with, is read where the tensors are, so
+    that a GPU does not wait for the host.
+    """
+
+    state: AdamState  # read and written
+    gradient: Blocks  # sum over ranks, of the same rows as the state
+    weights: Tensor  # [rows, block size] model dtype, written; read if the master is split
+    plan: Any  # what the backend's own `plan` made of the shard's segments
+    scalars: AdamScalars
+    control: Tensor  # [2] float32: 1 / world size, loss scale and clip factor in one; 1: step, 0: skip it
+    rounding: Rounding
+    counts: Tensor | None = None  # `ops.health.StateCounts`, float64, on the weights' device, added to
+
+    def __getitem__(self, rows: slice) -> "Sweep":
+        """The same for some of the rows; the plan stays that of all."""
+        return replace(self, state=self.state[rows], gradient=self.gradient[rows], weights=self.weights[rows])
+
+    def noise(self, parameter: int, first: int, like: Tensor) -> "Noise":
+        """Random bits for rows of a parameter, of which `first` is the first element's index."""
+        return partial(noise_of, self.rounding.seed, self.scalars.step, parameter, first, like)
+
+
+Noise = Callable[[int], Tensor]  # 24 random bits per element of a state's rows, int32; of MASTER, EXP_AVG_SQ
+
+
 def next_clamp(previous: float | None, betas: tuple[float, float]) -> float:
-    """C_t^2 from C_{t-1}^2, or its fixed point where `previous` is None; inf: no bound, ever after.
+    """C_t^2 from C_{t-1}^2, or its fixed point if `previous` is None; inf: no bound, now and from then on.
 
     C_t^2 = (beta1^2 / beta2) C_{t-1}^2 + (1 - beta1)^2 / (1 - beta2), by Cauchy-Schwarz on
     m_t = beta1 m + (1 - beta1) g and v_t = beta2 v + (1 - beta2) g^2; it needs beta1^2 < beta2.
@@ -123,46 +167,33 @@ def next_clamp(previous: float | None, betas: tuple[float, float]) -> float:
     beta1, beta2 = betas
     if beta1**2 >= beta2 or previous == math.inf:
         return math.inf
-    fresh = (1 - beta1) ** 2 / (1 - beta2)
+    new_term = (1 - beta1) ** 2 / (1 - beta2)
     ratio = beta1**2 / beta2
-    return fresh / (1 - ratio) if previous is None else ratio * previous + fresh
+    return new_term / (1 - ratio) if previous is None else ratio * previous + new_term
 
 
 def plan(
     segments: Sequence[Segment], blocks: int, block_size: int, device: torch.device
 ) -> tuple[Segment, ...]:
-    """What `adam_step` needs to know of a shard of so many blocks, made once; here the segments."""
+    """What `adam_step` looks up about a shard of `blocks` blocks, made once; here the segments."""
     return tuple(segments)
 
 
-def adam_step(
-    state: AdamState,
-    gradient: Blocks,  # sum over ranks, of the same rows as the state
-    weights: Tensor,  # [rows, block size] model dtype, written; read where the master is split
-    plan: Sequence[Segment],
-    scalars: AdamScalars,
-    control: Tensor,  # [2] float32
-    *,
-    rounding: Rounding,
-    counts: Tensor | None = None,
-) -> None:
+def adam_step(sweep: Sweep) -> None:
     """One sweep over the segments of a shard, in the order of its rows.
 
-    control: what the gradient is multiplied with (1 / world size, loss scale and clip factor in one),
-    and 1 where the step is taken, 0 where every byte stays as it is. Both are read where the tensor is,
-    so that a GPU does not wait for the host. Rows outside every segment hold zeros and keep them.
-    counts: `ops.health.StateCounts` as a float64 vector on the device of the weights, added to.
+    A step that `control` skips leaves every byte as it is. Rows outside every segment hold zeros and keep
+    them.
     """
-    if not control[1]:
+    if not sweep.control[1]:
         return
-    for segment in plan:
-        start, size = segment.blocks.start, gradient.block_size
+    for segment in sweep.plan:
+        start, size = segment.blocks.start, sweep.gradient.block_size
         for part in chunks(segment.blocks.stop - start, size):
-            rows = slice(start + part.start, start + part.stop)
-            g = decode(gradient[rows], control[0] * UNIT)
-            first = segment.first_element + part.start * size
-            noise = partial(noise_of, rounding.seed, scalars.step, segment.parameter, first, g)
-            _sweep(state[rows], g, weights[rows], scalars, noise, rounding.stochastic, counts)
+            rows = sweep[start + part.start : start + part.stop]
+            values = update(rows)
+            noise = rows.noise(segment.parameter, segment.first_element + part.start * size, values.p)
+            store(values, rows, noise)
 
 
 def noise_of(seed: int, step: int, parameter: int, first: int, like: Tensor, state: int) -> Tensor:
@@ -173,65 +204,52 @@ def noise_of(seed: int, step: int, parameter: int, first: int, like: Tensor, sta
 
 @dataclass(frozen=True)
 class Update:
-    """Values of rows after a step, float32; m and v in the unit of the gradient times UNIT."""
+    """Values of rows after a step, float32; m and root times UNIT, v times UNIT^2."""
 
     p: Tensor  # [rows, block size], as all
-    fresh: Tensor  # m before the clamp
+    m_unclamped: Tensor
     m: Tensor
     v: Tensor
     root: Tensor  # of v
 
-
-def _sweep(
-    state: AdamState,
-    g: Tensor,
-    weights: Tensor,
-    s: AdamScalars,
-    noise: Callable[[int], Tensor],
-    stochastic: bool,
-    counts: Tensor | None,
-) -> None:
-    """Rows of a segment."""
-    store(update(state, g, weights, s), state, weights, noise, stochastic, counts)
+    def as_one_row(self) -> "Update":
+        """All rows as one, [1, elements]."""
+        return Update(*(getattr(self, field.name).view(1, -1) for field in fields(self)))
 
 
-def update(state: AdamState, g: Tensor, weights: Tensor, s: AdamScalars) -> Update:
-    """The arithmetic of a step; g is times UNIT."""
+def update(rows: Sweep) -> Update:
+    """The arithmetic of a step."""
+    s, state = rows.scalars, rows.state
+    g = decode(rows.gradient, rows.control[0] * UNIT)
     if s.decoupled:
-        p = decode_masters(state.master, weights, 1 - s.lr * s.weight_decay)
+        p = decode_masters(state.master, rows.weights, 1 - s.lr * s.weight_decay)
     else:
-        p = decode_masters(state.master, weights)
+        p = decode_masters(state.master, rows.weights)
         g = g + p * (s.weight_decay * UNIT)
-    m = fresh = decode(state.exp_avg, s.beta1 * UNIT) + g * (1 - s.beta1)
+    m = m_unclamped = decode(state.exp_avg, s.beta1 * UNIT) + g * (1 - s.beta1)
     v = state.second_moment(s.beta2) + g * g * (1 - s.beta2)
     v = v.clamp(max=FP32.max)
     root = square_root(v)
     if s.clamp is not None:
-        m = torch.copysign(torch.minimum(fresh.abs(), root * s.clamp), fresh)
+        m = torch.copysign(torch.minimum(m_unclamped.abs(), root * s.clamp), m_unclamped)
     p = p - m / (root * s.root_correction + s.eps * UNIT) * s.step_size
-    return Update(p, fresh, m, v, root)
+    return Update(p, m_unclamped, m, v, root)
 
 
-def store(
-    values: Update,
-    state: AdamState,
-    weights: Tensor,
-    noise: Callable[[int], Tensor],
-    stochastic: bool,
-    counts: Tensor | None,
-) -> None:
+def store(values: Update, rows: Sweep, noise: Noise) -> None:
     """Round the values of a step into the states and the weights of their rows."""
-    encode_masters(values.p, state.master, weights, noise(MASTER) if stochastic else None)
+    state = rows.state
+    encode_masters(values.p, state.master, rows.weights, noise(MASTER) if rows.rounding.stochastic else None)
     encode(values.m, state.exp_avg, LOG_UNIT)
-    bits = noise(EXP_AVG_SQ) if state.rooted else None
+    bits = noise(EXP_AVG_SQ) if state.stores_sqrt else None
     state.set_second_moment(values.v, values.root, bits, LOG_UNIT)
-    if counts is not None:
-        counts += _count(values, state, bits)
+    if rows.counts is not None:
+        rows.counts.add_(_count(values, state, bits))
 
 
 def _count(values: Update, state: AdamState, bits: Tensor | None) -> Tensor:
-    """`StateCounts` of values and of the state that holds them; bits: as `set_second_moment` had them."""
-    clamped = (values.fresh.abs() > values.m.abs()).sum()
+    """`StateCounts` of values and of the state that holds them; bits: those given to `set_second_moment`."""
+    clamped = (values.m_unclamped.abs() > values.m.abs()).sum()
     underflows = (values.m.bool() & (to_float32(state.exp_avg.codes, state.exp_avg.format) == 0)).sum()
     lost, v = torch.zeros_like(clamped), state.exp_avg_sq
     if bits is not None and v.format is not FP32:
@@ -254,7 +272,7 @@ def square_root(v: Tensor) -> Tensor:
 def decode_second_moment(blocks: Blocks, factor: float = 1.0) -> Tensor:
     """v of a chunk times UNIT^2 and a factor, [rows, block size] float32.
 
-    A stored root takes the root of the factor, before it is squared: so nothing leaves FP32's range.
+    A stored root is multiplied with the root of the factor, then squared: so nothing leaves FP32's range.
     """
     if blocks.format is FP32:
         return decode(blocks, UNIT**2 * factor)
@@ -264,7 +282,7 @@ def decode_second_moment(blocks: Blocks, factor: float = 1.0) -> Tensor:
 def encode_second_moment(v: Tensor, root: Tensor, out: Blocks, bits: Tensor | None = None) -> None:
     """Store v in FP32, or sqrt(v), non-zero values never as zero.
 
-    bits: 24 random bits an element, int32, for stochastic rounding; None rounds to nearest.
+    bits: 24 random bits per element, int32, for stochastic rounding; None rounds to nearest.
     """
     if out.format is FP32:
         encode(v, out)

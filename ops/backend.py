@@ -1,9 +1,9 @@
-"""Which kernels run: the one place where that is decided.
+"""Chooses the kernels that run; no other module does.
 
 Every backend holds the same functions, whose contracts are those of `ops.blocks`, `ops.reduction` and
 `ops.adam`. The device decides: C++ on a CPU, Triton on a GPU; DS_FP8_BACKEND overrides it. A GPU without a
-usable kernel is refused: the reference on a GPU is right, but slower than no FP8 at all. On a CPU without a
-compiler the reference runs, and says so.
+usable kernel is refused: the reference gives the same bits there, but more slowly than no FP8 at all. On a
+CPU without a compiler the reference runs, and says so.
 """
 
 import importlib.util
@@ -28,17 +28,17 @@ class Backend:
 
     name: str
     quantize: Callable[..., None]
-    dequantize: Callable[[blocks.Blocks, Tensor], None]
+    dequantize: Callable[[blocks.Blocks, Tensor], None]  # no step calls it: for tests of decoding, benchmarks
     accumulate: Callable[..., Tensor]
     plan: Callable[..., Any]
-    adam_step: Callable[..., None]
+    adam_step: Callable[[adam.Sweep], None]
     quantize_together: Callable[..., None] | None = None  # `quantize_vectors` in fewer launches
-    instead: str | None = None  # why it runs although a faster one was wanted
+    instead: str | None = None  # why this backend runs although a faster one was wanted
 
     def quantize_vectors(
         self, vectors: Sequence[Tensor], outs: Sequence[blocks.Blocks], counts: Tensor | None = None
     ) -> None:
-        """`quantize` each vector into the blocks beside it; these have one format and block size."""
+        """`quantize` each vector into its blocks in `outs`, which have one format and block size."""
         if self.quantize_together is not None:
             self.quantize_together(vectors, outs, counts)
             return
@@ -47,24 +47,29 @@ class Backend:
 
 
 REFERENCE = Backend(
-    "reference", blocks.quantize, blocks.dequantize, reduction.accumulate, adam.plan, adam.adam_step
+    name="reference",
+    quantize=blocks.quantize,
+    dequantize=blocks.dequantize,
+    accumulate=reduction.accumulate,
+    plan=adam.plan,
+    adam_step=adam.adam_step,
 )
 
 TENSOR_REFERENCE = Backend(
-    "reference",
-    per_tensor.quantize,
-    blocks.dequantize,
-    per_tensor.accumulate,
-    adam.plan,
-    per_tensor.adam_step,
+    name="reference",
+    quantize=per_tensor.quantize,
+    dequantize=blocks.dequantize,
+    accumulate=per_tensor.accumulate,
+    plan=adam.plan,
+    adam_step=per_tensor.adam_step,
 )
 
 
 def choose(device: torch.device) -> Backend:
     """The backend for tensors on this device.
 
-    Raises ValueError where DS_FP8_BACKEND names one that does not exist or cannot run, RuntimeError where
-    the device is a GPU and Triton cannot be used on it.
+    Raises ValueError if DS_FP8_BACKEND names a backend that does not exist or cannot run, RuntimeError if the
+    device is a GPU and Triton cannot be used on it.
     """
     wanted = os.environ.get(VARIABLE)
     if wanted is not None and wanted not in (REFERENCE.name, *BUILT):
@@ -87,7 +92,7 @@ def choose(device: torch.device) -> Backend:
 
 
 def choose_for_tensors(device: torch.device) -> Backend:
-    """The backend for tensors of one scale each. Raises as `choose`."""
+    """The backend for tensors with one scale each. Raises as `choose` does."""
     chosen = choose(device)
     if chosen.name == REFERENCE.name:
         return replace(TENSOR_REFERENCE, instead=chosen.instead)
@@ -95,7 +100,7 @@ def choose_for_tensors(device: torch.device) -> Backend:
 
 
 def cpu_obstacle(device: torch.device) -> str | None:
-    """Why the C++ kernels cannot run on this device; None where they can. Builds them."""
+    """Why the C++ kernels cannot run on this device; None if they can. Builds them."""
     from ds_fp8.ops.cpu import kernels
 
     if device.type != "cpu":
@@ -112,26 +117,31 @@ def cpu_backend() -> Backend:
     from ds_fp8.ops.cpu import kernels
 
     return Backend(
-        "cpu", kernels.quantize, kernels.dequantize, kernels.accumulate, kernels.plan, kernels.adam_step
+        name="cpu",
+        quantize=kernels.quantize,
+        dequantize=kernels.dequantize,
+        accumulate=kernels.accumulate,
+        plan=kernels.plan,
+        adam_step=kernels.adam_step,
     )
 
 
 def cpu_tensor_backend() -> Backend:
-    """Those of the C++ kernels that write with one scale a tensor."""
+    """The C++ kernels that write one scale per tensor."""
     from ds_fp8.ops.cpu import kernels
 
     return Backend(
-        "cpu",
-        kernels.quantize_tensor,
-        kernels.dequantize,
-        kernels.accumulate_tensor,
-        kernels.plan,
-        kernels.step_tensors,
+        name="cpu",
+        quantize=kernels.quantize_tensor,
+        dequantize=kernels.dequantize,
+        accumulate=kernels.accumulate_tensor,
+        plan=kernels.plan,
+        adam_step=kernels.step_tensors,
     )
 
 
 def triton_obstacle(device: torch.device) -> str | None:
-    """Why the Triton kernels cannot run on this device; None where they can."""
+    """Why the Triton kernels cannot run on this device; None if they can."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -145,35 +155,35 @@ def triton_obstacle(device: torch.device) -> str | None:
 
 
 def triton_backend() -> Backend:
-    """The Triton kernels; Triton is imported here, and nowhere where it is not used."""
+    """The Triton kernels; Triton is imported only here, so that other backends do without."""
     from ds_fp8.ops.triton import adam as adam_triton
     from ds_fp8.ops.triton import blocks as blocks_triton
-    from ds_fp8.ops.triton import quantize_many as vectors_triton
+    from ds_fp8.ops.triton import quantize_many as quantize_many_triton
     from ds_fp8.ops.triton import reduction as reduction_triton
 
     return Backend(
-        "triton",
-        blocks_triton.quantize,
-        blocks_triton.dequantize,
-        reduction_triton.accumulate,
-        adam_triton.plan,
-        adam_triton.adam_step,
-        vectors_triton.quantize_vectors,
+        name="triton",
+        quantize=blocks_triton.quantize,
+        dequantize=blocks_triton.dequantize,
+        accumulate=reduction_triton.accumulate,
+        plan=adam_triton.plan,
+        adam_step=adam_triton.adam_step,
+        quantize_together=quantize_many_triton.quantize_vectors,
     )
 
 
 def triton_tensor_backend() -> Backend:
-    """Those of the Triton kernels that write with one scale a tensor."""
+    """The Triton kernels that write one scale per tensor."""
     from ds_fp8.ops.triton import blocks as blocks_triton
-    from ds_fp8.ops.triton import per_tensor as tensors_triton
+    from ds_fp8.ops.triton import per_tensor as per_tensor_triton
 
     return Backend(
-        "triton",
-        tensors_triton.quantize,
-        blocks_triton.dequantize,
-        tensors_triton.accumulate,
-        tensors_triton.plan,
-        tensors_triton.adam_step,
+        name="triton",
+        quantize=per_tensor_triton.quantize,
+        dequantize=blocks_triton.dequantize,
+        accumulate=per_tensor_triton.accumulate,
+        plan=per_tensor_triton.plan,
+        adam_step=per_tensor_triton.adam_step,
     )
 
 

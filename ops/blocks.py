@@ -1,13 +1,19 @@
 """Blocks of codes with power-of-two scales, and the nearest rounding into them.
 
-A block is a row of consecutive values. In a scaled format it has one E8M0 byte e (OCP MX v1.0
-section 5.4.1) and value = code * 2^(e - 127), with the smallest e in 1..254 that brings the
-block's largest magnitude under the format's maximum. It is read off the float's bits: a
-logarithm would round. A power of two makes scaling exact, so requantising an unchanged block
-keeps its values. A block of zeros has e = 1. A block that holds inf or NaN has e = 255, its codes
-mean nothing and no value that it decodes to is finite: non-finite values travel in band and nobody
-has to look for them. The last half code below 2^128 rounds up to 2^128 and so decodes to inf, as
-FP32 itself would overflow.
+    value = code * 2^(e - 127)
+
+block        consecutive values, a row. In a scaled format it has a byte e, E8M0 (OCP MX v1.0 section 5.4.1).
+e            the smallest in 1..254 with which the largest magnitude stays under the format's maximum. It is
+             read off the float's bits: a logarithm would round.
+exact        scaling by a power of two rounds nothing, so requantising an unchanged block keeps its values.
+zeros        e = 1 and zero codes.
+inf or NaN   e = 255; the codes are unspecified, and every value of the block decodes to inf or NaN. So
+             non-finite values travel in band, and no other pass has to look for them.
+overflow     values in the last half code below 2^128 round up to 2^128 and decode to inf, as FP32 overflows.
+
+An example, [1000, -3, 0.1] in E4M3, whose maximum is 448: 1000 / 2^1 = 500 is above it, 1000 / 2^2 = 250 is
+not, so e = 127 + 2. The values over 4, [250, -0.75, 0.025], are rounded to the codes [256, -0.75,
+0.025390625], which decode, times 4, to [1024, -3, 0.1015625].
 """
 
 from collections.abc import Iterator
@@ -25,10 +31,10 @@ NOT_FINITE = 255  # E8M0 code of a block that holds inf or NaN
 
 @dataclass(frozen=True)
 class Blocks:
-    """Values as codes of one format and, where the format is scaled, one scale a block."""
+    """Values as codes of one format and, if the format is scaled, one scale per block."""
 
     codes: Tensor  # [blocks, block size] format.dtype
-    scales: Tensor | None  # [blocks] uint8, E8M0, or float32, the scale itself; None where there is none
+    scales: Tensor | None  # [blocks] uint8 (E8M0) or float32 (the scale itself); None if not scaled
     format: Format
 
     @staticmethod
@@ -73,16 +79,16 @@ def chunks(blocks: int, block_size: int) -> Iterator[slice]:
 
 
 def padded(vector: Tensor, rows: int, block_size: int) -> Tensor:
-    """A vector as [rows, block size], zeros after its end."""
+    """A vector as [rows, block size], filled up with zeros."""
     whole = vector.new_zeros(rows, block_size)
     whole.view(-1)[: vector.numel()] = vector
     return whole
 
 
 def scale_exponents(values: Tensor, fmt: Format, unit: int = 0) -> Tensor:
-    """The E8M0 byte of each row of `values`, [rows, block size] float32 -> [rows] int32.
+    """The E8M0 byte of each row, [rows, block size] float32 -> [rows] int32.
 
-    The values are 2^unit times what is stored.
+    values: 2^unit times what is stored.
     """
     bits = values.abs().amax(dim=1).view(torch.int32)
     exponent, mantissa = bits >> 23, bits & 0x7FFFFF
@@ -102,15 +108,18 @@ def scale_values(scales: Tensor) -> Tensor:
 
 
 def scale_down(values: Tensor, e: Tensor, unit: int = 0) -> Tensor:
-    """Rows of `values` divided by their scale, exactly; rows that are not finite come to nothing."""
+    """Rows of `values` divided by 2^unit and their scale, exactly.
+
+    In a row with inf or NaN (e = 255), finite values become 0 and the others NaN.
+    """
     inverse = torch.where(e < NOT_FINITE, 254 - unit - e, 0).clamp(min=0)
     return values * power_of_two(inverse)[:, None]
 
 
 def fit(values: Tensor, out: Blocks, unit: int = 0) -> Tensor:
-    """Write the scales of a chunk of blocks, and bring its values onto the codes, still float32.
+    """Write the scales of a chunk of blocks; return its values over their scales, float32, not rounded yet.
 
-    values: [rows, block size] float32, 2^unit times what is stored; none then exceeds the format's maximum.
+    values: [rows, block size] float32, 2^unit times what is stored. No result exceeds the format's maximum.
     """
     if out.scales is None:
         return values * 2.0**-unit if unit else values
@@ -122,7 +131,7 @@ def fit(values: Tensor, out: Blocks, unit: int = 0) -> Tensor:
 def encode(values: Tensor, out: Blocks, unit: int = 0) -> None:
     """Round [rows, block size] float32 to nearest, ties to even, into as many blocks.
 
-    One chunk: the caller cuts. The values are 2^unit times what is stored. The format is one of torch's own.
+    One chunk: the caller cuts. values: 2^unit times what is stored. The format is one of torch's own.
     """
     assert out.codes.is_floating_point()
     out.codes.copy_(fit(values, out, unit))
@@ -133,7 +142,7 @@ def to_float32(codes: Tensor, fmt: Format) -> Tensor:
     assert not fmt.split
     if codes.is_floating_point():
         return codes.to(torch.float32)
-    # In the place of FP32's own bits; a power of two takes the exponents to FP32's, subnormals included.
+    # Shifted to their place in FP32, the bits are an FP32 number; the biases' distance corrects its exponent.
     bits = codes.to(torch.int32) << fmt.dropped_bits
     return bits.view(torch.float32) * 2.0 ** (FP32.bias - fmt.bias)
 
@@ -141,7 +150,7 @@ def to_float32(codes: Tensor, fmt: Format) -> Tensor:
 def decode(blocks: Blocks, factor: float | Tensor = 1.0) -> Tensor:
     """Values of a chunk of blocks times a factor, [rows, block size] float32.
 
-    The factor, a number or a 0-d float32 tensor, meets the scale first: a row's multiplications are one.
+    The factor, a number or a 0-d float32 tensor, meets the scale first: each value is multiplied once.
     """
     values = to_float32(blocks.codes, blocks.format)
     if blocks.scales is None:
@@ -150,11 +159,13 @@ def decode(blocks: Blocks, factor: float | Tensor = 1.0) -> Tensor:
 
 
 def quantize(values: Tensor, out: Blocks, counts: Tensor | None = None) -> None:
-    """Quantise a contiguous vector of at most len(out) * block size elements, zeros after it.
+    """Quantise a contiguous vector of at most len(out) * block size elements; the rest of `out` is zeros.
 
-    values: [n] float32, bfloat16 or float16, consecutive elements of one parameter from a block
-    boundary on; a short last block is filled with zeros. counts: `ops.health.GradientCounts` as a float64
-    vector on the device of the values, added to.
+    values: [n] float32, bfloat16 or float16, consecutive elements of one parameter from a block boundary on.
+    counts: `ops.health.GradientCounts` as a float64 vector on the device of the values, added to.
+
+    Per block: amax = max |value|; e = the smallest with amax / 2^(e - 127) <= format.max (`scale_exponents`);
+    code = round(value / 2^(e - 127)) (`scale_down`, then torch's cast).
     """
     block_size = out.block_size
     whole = values.numel() // block_size
@@ -177,7 +188,7 @@ def encode_and_count(values: Tensor, out: Blocks, counts: Tensor | None) -> None
 
 
 def dequantize(blocks: Blocks, out: Tensor) -> None:
-    """Write the values of `blocks` to the vector `out`, [n], dropping what lies past its end."""
+    """Decode `blocks` into the vector `out`, [n]; values past its end are dropped."""
     for part in chunks(len(blocks), blocks.block_size):
         first = part.start * blocks.block_size
         piece = out[first : part.stop * blocks.block_size]

@@ -1,9 +1,9 @@
-"""Sums of squares that do not depend on who adds, nor in which order: rows exactly, their sum in fixed point.
+"""Sums of squares that do not depend on the order of additions: rows exactly, their sum in fixed point.
 
     row        the squares of its codes in float64, each rounded to a multiple of 2^-43 times the power of
                four just below the largest: few enough bits that float64 adds 256 of them without rounding.
                Squares of E4M3 codes are multiples of 2^-18 below 2^17.7 and lose nothing: their sum is exact.
-    scale      a power of two, which is exact too; where it is not (`ops.ring`), one rounding a row.
+    scale      a power of two, which is exact too; another scale (`ops.fp8_sum`) rounds once per row.
     all rows   the row's bits as digits to base 2^24, each added up as an integer over rows, programs, threads
                and ranks; integers have no order. 2^39 rows fit.
 
@@ -31,7 +31,7 @@ SMALLEST = 1023 - 149  # exponent field, as a float64, of the smallest FP32 numb
 def sums_of_squares(rows: Tensor) -> Tensor:
     """The sum of each row's squares, [rows, at most 256] float32 -> [rows] float64.
 
-    NaN where a value is not finite. Adding a number of which the grid is the last place rounds to it.
+    NaN if a value is not finite. Adding a number of which the grid is the last place rounds to it.
     """
     largest = rows.abs().amax(dim=1)
     exponent = (largest.to(torch.float64).view(torch.int64) >> 52).clamp(min=SMALLEST) - 1023
@@ -62,7 +62,7 @@ def digits_of(values: Tensor) -> Tensor:
 
 
 def sum_of_digits(digits: Tensor) -> Tensor:
-    """What the digits add up to, 0-d float64, rounded: halves of halves, in this order everywhere."""
+    """The number that the digits are, 0-d float64, rounded: halves are added, in one order everywhere."""
     exponents = torch.arange(DIGITS, device=digits.device) * DIGIT_BITS + LOWEST
     values = digits.to(torch.float64) * (exponents + 1023 << 52).view(torch.float64)
     values = torch.nn.functional.pad(values, (0, 32 - DIGITS))

@@ -21,14 +21,14 @@ class Format:
     """A binary floating-point format.
 
     `reserved` says what infinities and NaN take from the top of the range: the whole last
-    exponent ("exponent", IEEE 754), the last code only ("code", OCP E4M3), or nothing.
+    exponent ("exponent", IEEE 754), the last code only ("code", OCP E4M3), or "nothing".
     """
 
     name: str
     exponent_bits: int
     mantissa_bits: int
     reserved: Literal["exponent", "code", "nothing"]
-    dtype: torch.dtype  # of a code; an integer where torch does not know the format
+    dtype: torch.dtype  # of a code; an integer type if torch does not know the format
     signed: bool = True
     split: bool = False  # the code is what lies below the bits of the BF16 weight (`ops.masters`)
 
@@ -65,12 +65,12 @@ class Format:
 
     @property
     def dropped_bits(self) -> int:
-        """Bits of FP32's mantissa that it does not keep."""
+        """Bits of FP32's mantissa that the format does not keep."""
         return FP32.mantissa_bits - self.mantissa_bits
 
     @property
     def itemsize(self) -> int:
-        """Bytes a code."""
+        """Bytes per code."""
         return self.dtype.itemsize
 
     @property
@@ -88,4 +88,4 @@ UE4M4 = Format("ue4m4", 4, 4, "nothing", torch.uint8, signed=False)
 SPLIT16 = Format("split16", 8, 23, "exponent", torch.int16, split=True)
 SPLIT8 = Format("split8", 8, 15, "exponent", torch.int8, split=True)
 
-BY_NAME = {each.name: each for each in (FP32, BF16, FP16, E4M3, E5M2, UE4M4, SPLIT16, SPLIT8)}
+BY_NAME = {fmt.name: fmt for fmt in (FP32, BF16, FP16, E4M3, E5M2, UE4M4, SPLIT16, SPLIT8)}

@@ -17,24 +17,24 @@ from ds_fp8.ops.health import count_gradient
 
 
 def largest(values: Tensor) -> Tensor:
-    """Largest magnitude of a tensor, 0-d float32; inf where one is not finite."""
+    """Largest magnitude of a tensor, 0-d float32; inf if one is not finite."""
     amax = values.abs().amax().to(torch.float32)
     return torch.where(amax.isnan(), torch.inf, amax)  # a maximum over ranks may pass over NaN
 
 
 def inverse_scales(amax: Tensor, mu: Tensor, fmt: Format) -> Tensor:
-    """What tensors are multiplied with, [n] float32, given their largest magnitudes and mu.
+    """The factors that bring tensors onto their codes, [n] float32, from their largest magnitudes and mu.
 
-    mu times the power of two that `ops.blocks` scales with; 0 where a magnitude is not finite.
+    mu times the power of two that `ops.blocks` scales with; 0 if the magnitude is not finite.
     """
     e = scale_exponents(amax[:, None], fmt)
     return mu * power_of_two(torch.where(amax.isfinite(), 254 - e, 0))
 
 
 def quantize(values: Tensor, inverse: Tensor, out: Blocks, counts: Tensor | None = None) -> None:
-    """Round a vector times `inverse`, 0-d float32, to nearest; what is out of range, to the largest code.
+    """Round a vector times `inverse`, 0-d float32, to nearest; values out of range, to the largest code.
 
-    out: codes without scales. counts: as `ops.blocks.quantize` has them.
+    out: codes without scales. counts: as in `ops.blocks.quantize`.
     """
     size = out.block_size
     for part in chunks(len(out), size):
@@ -47,7 +47,7 @@ def quantize(values: Tensor, inverse: Tensor, out: Blocks, counts: Tensor | None
 
 
 def ring_sum(pieces: Sequence[Blocks], out: Blocks) -> Tensor:
-    """Add codes of one scale, in the order given, into `out`; how many are at the largest code then."""
+    """Add codes of one scale, in the order given, into `out`; return how many are at the largest code."""
     fmt = out.format
     saturated = torch.zeros((), dtype=torch.float64, device=out.codes.device)
     for part in chunks(len(out), out.block_size):
@@ -60,5 +60,5 @@ def ring_sum(pieces: Sequence[Blocks], out: Blocks) -> Tensor:
 
 
 def saturate(values: Tensor, fmt: Format) -> Tensor:
-    """Codes next to float32 values, ties to even; of those out of range the largest."""
+    """float32 values rounded to codes, ties to even; values out of range, to the largest code."""
     return values.clamp(-fmt.max, fmt.max).to(fmt.dtype)

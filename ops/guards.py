@@ -1,6 +1,6 @@
-"""What must hold before the kernels take raw pointers: a tensor that is too small is memory of somebody else.
+"""Checks before kernels are given raw pointers: past the end of a tensor lies other memory.
 
-A few comparisons of integers an op, whatever its length. The reference needs none of it: torch checks.
+They are a few comparisons of integers per op, whatever its length. The reference needs none: torch checks.
 """
 
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ds_fp8.ops.adam import AdamState, Segment
+from ds_fp8.ops.adam import AdamState, Segment, Sweep
 from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.formats import UE4M4
 from ds_fp8.ops.health import GRADIENT_COUNTS, STATE_COUNTS
@@ -45,7 +45,7 @@ def check_accumulate(pieces: Sequence[Blocks], shard: Blocks) -> None:
     _blocks("shard", shard, device)
     _format("shard", shard, shard.format.dtype.is_floating_point)
     if not pieces:
-        raise _refusal("pieces", "none", "one of each rank")
+        raise _refusal("pieces", "none", "one per rank")
     for number, piece in enumerate(pieces):
         _blocks(f"pieces[{number}]", piece, device)
         _format(f"pieces[{number}]", piece, piece.format.dtype.is_floating_point)
@@ -54,64 +54,62 @@ def check_accumulate(pieces: Sequence[Blocks], shard: Blocks) -> None:
 
 
 def check_segments(segments: Sequence[Segment], blocks: int) -> None:
-    """Before a plan of a shard of so many blocks is made."""
-    for each in segments:
-        first, last = each.blocks.start, each.blocks.stop
+    """Before a plan of a shard of `blocks` blocks is made."""
+    for segment in segments:
+        first, last = segment.blocks.start, segment.blocks.stop
         if not 0 <= first <= last <= blocks:
             raise _refusal("segment", f"blocks {first} to {last}", f"0 to {blocks}")
 
 
 def check_distances(tensors: Sequence[Tensor]) -> None:
-    """Of pieces that a kernel finds at equal distances in one buffer."""
+    """Before a kernel looks for pieces at equal distances in one buffer."""
     first, second = tensors[0], tensors[min(1, len(tensors) - 1)]
     stride = second.storage_offset() - first.storage_offset()
-    for number, each in enumerate(tensors):
-        apart = each.storage_offset() - first.storage_offset()
+    for number, piece in enumerate(tensors):
+        apart = piece.storage_offset() - first.storage_offset()
         _same(f"pieces[{number}]", apart, number * stride, "elements from the first, at equal distances")
-        if each.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
+        if piece.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
             raise _refusal(f"pieces[{number}]", "a buffer of its own", "one buffer for all pieces")
 
 
-def check_step(
-    state: AdamState,
-    gradient: Blocks,
-    weights: Tensor,
-    rows: int,  # that the plan was made for
-    control: Tensor,
-    stochastic: bool,
-    counts: Tensor | None,
-) -> None:
-    """Before `ops.adam.adam_step`."""
-    device, shape = weights.device, gradient.codes.shape
+def check_step(sweep: Sweep, planned: int) -> None:
+    """Before `ops.adam.adam_step`. planned: rows that the plan was made for."""
+    gradient, device, shape = sweep.gradient, sweep.weights.device, sweep.gradient.codes.shape
     _blocks("gradient", gradient, device, E8M0_OR_FP32)
+    _format("gradient", gradient, gradient.format.dtype.is_floating_point)
+    _states(sweep.state, device, shape, sweep.rounding.stochastic)
+    _same("weights", sweep.weights.shape, shape, "the gradient's shape")
+    allowed = (torch.bfloat16,) if sweep.state.master.format.split else VALUES
+    _tensor("weights", sweep.weights, device, allowed)
+    _same("plan", planned, len(gradient), "the gradient's rows")
+    _tensor("control", sweep.control, device, (torch.float32,))
+    _same("control", sweep.control.numel(), 2, "elements")
+    _counts(sweep.counts, STATE_COUNTS, device)
+
+
+def _states(state: AdamState, device: torch.device, shape: torch.Size, stochastic: bool) -> None:
     for name in ("master", "exp_avg", "exp_avg_sq"):
         blocks: Blocks = getattr(state, name)
         _blocks(name, blocks, device)
         _same(name, blocks.codes.shape, shape, "the gradient's shape")
-    _format("gradient", gradient, gradient.format.dtype.is_floating_point)
     _format("master", state.master, state.master.format.name in (ROUNDED if stochastic else MASTERS))
     _format("exp_avg", state.exp_avg, state.exp_avg.format.dtype.is_floating_point)
-    unsigned = state.rooted and state.exp_avg_sq.format is UE4M4
+    unsigned = state.stores_sqrt and state.exp_avg_sq.format is UE4M4
     _format("exp_avg_sq", state.exp_avg_sq, state.exp_avg_sq.format.dtype.is_floating_point or unsigned)
-    _same("weights", weights.shape, shape, "the gradient's shape")
-    allowed = (torch.bfloat16,) if state.master.format.split else VALUES
-    _tensor("weights", weights, device, allowed)
-    _same("plan", rows, len(gradient), "the gradient's rows")
-    _tensor("control", control, device, (torch.float32,))
-    _same("control", control.numel(), 2, "elements")
-    _counts(counts, STATE_COUNTS, device)
 
 
-def _blocks(name: str, blocks: Blocks, device: torch.device, scales: Sequence[torch.dtype] = E8M0) -> None:
-    codes, held = blocks.codes, blocks.scales
+def _blocks(
+    name: str, blocks: Blocks, device: torch.device, scale_dtypes: Sequence[torch.dtype] = E8M0
+) -> None:
+    codes, scales = blocks.codes, blocks.scales
     _tensor(name, codes, device, (blocks.format.dtype,))
     if codes.dim() != 2 or codes.shape[1] not in BLOCK_SIZES:
         shape = f"[blocks, block size] of a block size among {BLOCK_SIZES}"
         raise _refusal(name, f"codes of shape {tuple(codes.shape)}", shape)
     if blocks.format.scaled:
-        if held is None or held.shape != codes.shape[:1]:
-            raise _refusal(name, f"{0 if held is None else held.numel()} scales", "one a block")
-        _tensor(name, held, device, scales)
+        if scales is None or scales.shape != codes.shape[:1]:
+            raise _refusal(name, f"{0 if scales is None else scales.numel()} scales", "one per block")
+        _tensor(name, scales, device, scale_dtypes)
 
 
 def _format(name: str, blocks: Blocks, fits: bool) -> None:

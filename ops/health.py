@@ -1,7 +1,7 @@
 """Health: what rounding does to a run, counted by the ops while the values are at hand.
 
-An op that is given a vector of counts adds to it; without one it does nothing more than its work. Counts are
-of single values, in float64, so that they add up over ops, shards and ranks.
+An op that is given a vector of counts adds to it; without one it counts nothing. Counts are numbers of single
+values, in float64, so that they add up over ops, shards and ranks.
 """
 
 from dataclasses import dataclass, fields
@@ -14,9 +14,12 @@ from ds_fp8.ops.formats import Format
 
 @dataclass(frozen=True)
 class GradientCounts:
-    """What `ops.blocks.quantize` adds to a vector, in this order; a block that is not finite is only that."""
+    """What `ops.blocks.quantize` adds to a vector, in this order.
 
-    underflows: float  # values that are not zero and whose code is
+    A block with inf or NaN counts in `not_finite` only.
+    """
+
+    underflows: float  # non-zero values whose code is zero
     saturated: float  # values at the largest code
     not_finite: float  # blocks that hold inf or NaN
     signal: float  # sum of the squares of the values
@@ -27,16 +30,18 @@ class GradientCounts:
 class StateCounts:
     """What `ops.adam.adam_step` adds to a vector, in this order."""
 
-    clamped: float  # exp_avg beyond what exact Adam obeys
-    underflows: float  # exp_avg that is not zero and whose code is
-    zeros: float  # exp_avg_sq that nearest rounding takes to zero; a root, unlike v itself, is kept from it
+    clamped: float  # exp_avg beyond exact Adam's bound
+    underflows: float  # non-zero exp_avg whose code is zero
+    # Non-zero exp_avg_sq whose rounding gives zero: of a root the stochastic draw, before it is kept from 0
+    # (`ops.rounding.round_up_from_zero`); of v itself, if that is stored, nearest rounding.
+    zeros: float
 
 
 GRADIENT_COUNTS, STATE_COUNTS = len(fields(GradientCounts)), len(fields(StateCounts))
 
 
 def count_gradient(values: Tensor, codes: Tensor, decoded: Tensor, fmt: Format) -> Tensor:
-    """`GradientCounts` of rows of values, their unscaled codes and what these decode to, all float32."""
+    """`GradientCounts` of rows; values, their codes without scale and the decoded values are float32."""
     finite = values.isfinite().all(dim=1, keepdim=True)
     x = torch.where(finite, values, 0.0).to(torch.float64)
     error = torch.where(finite, x - decoded.to(torch.float64), 0.0)
@@ -47,4 +52,4 @@ def count_gradient(values: Tensor, codes: Tensor, decoded: Tensor, fmt: Format) 
         x.square().sum(),
         error.square().sum(),
     )
-    return torch.stack([each.to(torch.float64) for each in counts])
+    return torch.stack([count.to(torch.float64) for count in counts])

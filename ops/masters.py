@@ -1,17 +1,16 @@
 """Master weights: what is stored of them, and the model weights that are written with them.
 
-A weight is the rounded value of its master *as stored*, so that weights are a function of the state. BF16
-weights are rounded by adding half a code to the bits and cutting, ties away from zero: the bits that the
-cut dropped then tell the master from its weight, and nothing else need be stored (SPLIT16). The weight is
-the upper half of the master plus the top bit of the lower, so a decoder adds the lower half to it as a
-signed number. SPLIT8 rounds the master to 24 bits first and keeps the top 8 of the lower half. Whoever edits
-a BF16 weight edits a split master with it.
-
-A weight of zero, of either sign, has nothing below it that a negative lower half could be taken from: the
-borrow would reach the sign. No encoder writes that pair, but whoever sets a weight to zero in place makes it,
-and every decoder takes the lower half as 0 there. Every other finite weight, and a zero beside a lower half
-that is not negative, decodes to a finite number. A weight of inf may be a finite master, the last half code
-below 2^128; NaN stays NaN.
+weight    the rounded value of its master *as stored*, so that weights are a function of the state. BF16
+          weights are rounded by adding half a code to the bits and cutting, ties away from zero.
+SPLIT16   only the bits that the cut dropped are stored: with the weight they give the FP32 master. The weight
+          is the upper half of the master plus the top bit of the lower, so a decoder adds the lower half to
+          the weight as a signed number. Editing a BF16 weight edits its split master.
+SPLIT8    the master is rounded to 24 bits first; the top 8 bits of the lower half are stored.
+zero      a negative lower half cannot be taken from a weight of zero, of either sign: the borrow would reach
+          the sign. No encoder writes that pair, but setting a weight to zero in place makes it, and every
+          decoder then takes the lower half as 0.
+finite    every other finite weight, and a zero beside a lower half that is not negative, decodes to a finite
+          number. A weight of inf may be a finite master, in the last half code below 2^128; NaN stays NaN.
 """
 
 import torch
@@ -26,7 +25,7 @@ HALF_CODE = 0x8000  # of BF16, in bits of FP32
 def decode_masters(master: Blocks, weights: Tensor, factor: float = 1.0) -> Tensor:
     """Masters of a chunk times a factor, [rows, block size] float32.
 
-    weights: [rows, block size], the model's weights of the same rows, which split masters need.
+    weights: [rows, block size], the model's weights of the same rows; only split masters need them.
     """
     if not master.format.split:
         return decode(master, factor)
@@ -39,7 +38,7 @@ def decode_masters(master: Blocks, weights: Tensor, factor: float = 1.0) -> Tens
 def encode_masters(values: Tensor, master: Blocks, weights: Tensor, bits: Tensor | None = None) -> None:
     """Round float32 rows into the masters, and the weights from what is stored.
 
-    bits: 24 random bits an element, int32, for stochastic rounding; None rounds to nearest.
+    bits: 24 random bits per element, int32, for stochastic rounding; None rounds to nearest.
     """
     if master.format.split:
         _encode_split(values, master, weights, bits)
@@ -52,7 +51,7 @@ def encode_masters(values: Tensor, master: Blocks, weights: Tensor, bits: Tensor
 
 
 def store_masters(values: Tensor, master: Blocks, weights: Tensor) -> None:
-    """`encode_masters` of a vector of any length; what is left of the last block is zeros."""
+    """`encode_masters` of a vector of any length; the last block is filled up with zeros."""
     size = master.block_size
     for part in chunks(len(master), size):
         piece = values[part.start * size : part.stop * size]
@@ -60,7 +59,7 @@ def store_masters(values: Tensor, master: Blocks, weights: Tensor) -> None:
 
 
 def load_masters(master: Blocks, weights: Tensor, out: Tensor) -> None:
-    """`decode_masters` into a float32 vector, dropping what lies past its end."""
+    """`decode_masters` into a float32 vector; values past its end are dropped."""
     size = master.block_size
     for part in chunks(len(master), size):
         piece = out[part.start * size : part.stop * size]
@@ -78,7 +77,7 @@ def _encode_split(values: Tensor, master: Blocks, weights: Tensor, bits: Tensor 
 
 
 def write_weights(master: Tensor, weights: Tensor) -> None:
-    """Round FP32 masters to the model's dtype, to BF16 as the head of this page says."""
+    """Round FP32 masters to the model's dtype; to BF16 with ties away from zero, NaN kept."""
     if weights.dtype is not torch.bfloat16:
         weights.copy_(master)
         return

@@ -14,7 +14,7 @@ from ds_fp8.ops.cpu import build
 
 
 class FP8OpBuilder(OpBuilder):
-    """What both have in common."""
+    """What both builders share."""
 
     NAME: str
     _obstacle: Callable[[], str | None]
@@ -27,14 +27,14 @@ class FP8OpBuilder(OpBuilder):
         return f"ds_fp8.ops.{self.NAME}"
 
     def is_compatible(self, verbose: bool = False) -> bool:
-        """Whether the kernels run on this machine; what is in the way is `error_log`."""
+        """Whether the kernels run on this machine; `error_log` then says why not."""
         self.error_log = type(self)._obstacle()
         if verbose and self.error_log:
             self.warning(self.error_log)
         return self.error_log is None
 
     def load(self, verbose: bool = True) -> Backend:
-        """The backend. Raises RuntimeError, saying why, where it cannot run."""
+        """The backend. Raises RuntimeError, saying why, if it cannot run."""
         if not self.is_compatible(verbose=False):
             raise RuntimeError(f"{self.NAME}: {self.error_log}")
         return type(self)._backend()
@@ -49,10 +49,10 @@ class FP8CPUBuilder(FP8OpBuilder):
     _backend = staticmethod(cpu_backend)
 
     def sources(self) -> list[str]:
-        return [str(each) for each in sorted(build.SOURCES.glob("*.cpp"))]
+        return [str(path) for path in sorted(build.SOURCES.glob("*.cpp"))]
 
     def load(self, verbose: bool = True) -> Backend:
-        """The backend, built if it has not been. Raises RuntimeError, saying why, where it cannot be."""
+        """The backend, built if need be. Raises RuntimeError, saying why, if it cannot be built."""
         obstacle = cpu_obstacle(torch.device("cpu"))
         if obstacle:
             raise RuntimeError(f"{self.NAME}: {obstacle}")

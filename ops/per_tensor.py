@@ -1,27 +1,27 @@
-"""One scale a tensor: `ops.blocks`, `ops.reduction` and `ops.adam` where a block is a whole tensor.
+"""One scale per tensor: `ops.blocks`, `ops.reduction` and `ops.adam` with a whole tensor as the block.
 
 That is FP8-LM as published (arXiv 2310.18313 section 2.2): the largest value of a tensor decides the scale of
 all of it, and the second moment itself is stored, rounded to nearest. In memory a tensor is rows of the block
-size like any other, each with a copy of the tensor's scale: whoever only reads need not know, and the copies
-are less than a hundredth of the bytes. Writing needs the largest value before the first code: two sweeps in
-the kernels, one in this reference, whose temporaries are as long as the tensor.
+size as elsewhere, each with a copy of the tensor's scale: code that only reads needs no second version, and
+the copies are less than a hundredth of the bytes. Writing needs the largest value before the first code: two
+sweeps in the kernels, one in this reference, whose temporaries are as long as the tensor.
 
-Every function takes the rows of one tensor, but for `adam_step`, whose plan names a shard's.
+Every function takes the rows of one tensor, except `adam_step`: its plan names the tensors of a shard.
 """
 
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ds_fp8.ops.adam import UNIT, AdamScalars, AdamState, Rounding, Segment, Update, noise_of, store, update
+from ds_fp8.ops.adam import Sweep, store, update
 from ds_fp8.ops.blocks import Blocks, decode, encode, encode_and_count, padded
-from ds_fp8.ops.reduction import figures
+from ds_fp8.ops.reduction import norm_parts
 
 
 class OneBlock:
-    """Rows as a single block, for the time of a `with`; then its scale is every row's."""
+    """Rows as a single block inside a `with`; at its end the block's scale is copied to every row."""
 
     def __init__(self, rows: Blocks) -> None:
         scales = None if rows.scales is None else rows.scales.new_ones(1)
@@ -41,13 +41,13 @@ def quantize(values: Tensor, out: Blocks, counts: Tensor | None = None) -> None:
         encode_and_count(padded(values.to(torch.float32), 1, one.block_size), one, counts)
 
 
-def accumulate(pieces: Sequence[Blocks], shard: Blocks, *, fresh: bool) -> Tensor:
+def accumulate(pieces: Sequence[Blocks], shard: Blocks, *, overwrite: bool) -> Tensor:
     """`ops.reduction.accumulate` of a tensor's rows."""
     total = decode(pieces[0])
     for piece in pieces[1:]:
         total = total + decode(piece)
-    store_rows(total if fresh else decode(shard) + total, shard)
-    return figures(shard)
+    store_rows(total if overwrite else decode(shard) + total, shard)
+    return norm_parts(shard)
 
 
 def store_rows(values: Tensor, out: Blocks) -> None:
@@ -56,30 +56,22 @@ def store_rows(values: Tensor, out: Blocks) -> None:
         encode(values.view(1, -1), one)
 
 
-def adam_step(
-    state: AdamState,
-    gradient: Blocks,
-    weights: Tensor,
-    plan: Sequence[Segment],
-    scalars: AdamScalars,
-    control: Tensor,
-    *,
-    rounding: Rounding,
-    counts: Tensor | None = None,
-) -> None:
+def adam_step(sweep: Sweep) -> None:
     """`ops.adam.adam_step`; each segment is a tensor."""
-    if not control[1]:
+    if not sweep.control[1]:
         return
-    for segment in plan:
-        rows = segment.blocks
-        g = decode(gradient[rows], control[0] * UNIT)
-        found = update(state[rows], g, weights[rows], scalars)
-        values = Update(*(each.view(1, -1) for each in (found.p, found.fresh, found.m, found.v, found.root)))
-        noise = partial(noise_of, rounding.seed, scalars.step, segment.parameter, 0, values.p)
-        with (
-            OneBlock(state.master[rows]) as master,
-            OneBlock(state.exp_avg[rows]) as exp_avg,
-            OneBlock(state.exp_avg_sq[rows]) as exp_avg_sq,
-        ):
-            whole = AdamState(master, exp_avg, exp_avg_sq, state.rooted)
-            store(values, whole, weights[rows].view(1, -1), noise, rounding.stochastic, counts)
+    for segment in sweep.plan:
+        _step_tensor(sweep[segment.blocks], segment.parameter)
+
+
+def _step_tensor(rows: Sweep, parameter: int) -> None:
+    """The rows of one tensor."""
+    values, state = update(rows).as_one_row(), rows.state
+    with (
+        OneBlock(state.master) as master,
+        OneBlock(state.exp_avg) as exp_avg,
+        OneBlock(state.exp_avg_sq) as exp_avg_sq,
+    ):
+        whole = replace(state, master=master, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
+        one = replace(rows, state=whole, weights=rows.weights.view(1, -1))
+        store(values, one, rows.noise(parameter, 0, values.p))

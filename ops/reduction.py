@@ -1,4 +1,4 @@
-"""The sum of the ranks' gradients and the figures a step needs of it.
+"""The sum of the ranks' gradients, and what a step needs of it: parts of its norm, which add up over ranks.
 
 Each rank rounds its own gradient once; the owner decodes and adds in FP32, in rank order, so that
 the result does not depend on who arrives first. An FP8 sum inside the collective would round
@@ -13,29 +13,29 @@ from torch import Tensor
 from ds_fp8.ops.blocks import Blocks, chunks, decode, encode, scale_values
 from ds_fp8.ops.exact import DIGITS, digits_of, sum_of_digits, sums_of_squares
 
-FIGURES = DIGITS + 1
+NORM_PARTS = DIGITS + 1  # length of the vector that `norm_parts` returns
 
 
-def accumulate(pieces: Sequence[Blocks], shard: Blocks, *, fresh: bool) -> Tensor:
-    """Add the ranks' pieces, in the order given, and add their sum to the shard; returns its figures.
+def accumulate(pieces: Sequence[Blocks], shard: Blocks, *, overwrite: bool) -> Tensor:
+    """Add the ranks' pieces, in the order given, and add their sum to the shard; return its `norm_parts`.
 
-    pieces: one a rank, each of the shard's length and block size, at equal distances in one buffer;
-    fresh: the shard's old content is not read. The sum is FP32 and is rounded once, into the shard's
-    format. Returns what `figures` does of the shard.
+    pieces: one per rank, each of the shard's length and block size, at equal distances in one buffer.
+    overwrite: the shard's old content is not read. The sum is FP32 and is rounded once, into the shard's
+    format.
     """
     for part in chunks(len(shard), shard.block_size):
         total = decode(pieces[0][part])
         for piece in pieces[1:]:
             total = total + decode(piece[part])
-        encode(total if fresh else decode(shard[part]) + total, shard[part])
-    return figures(shard)
+        encode(total if overwrite else decode(shard[part]) + total, shard[part])
+    return norm_parts(shard)
 
 
-def figures(shard: Blocks) -> Tensor:
-    """[FIGURES] int64: the sum of squares of the finite blocks as stored, and the count of the others.
+def norm_parts(shard: Blocks) -> Tensor:
+    """[NORM_PARTS] int64: the sum of squares of the finite blocks as stored, and the number of other blocks.
 
-    The sum is digits, as `ops.exact` has them: figures of shards and of ranks add up to those of all blocks,
-    whoever holds which and on whichever backend. `norm_square` rounds it.
+    The sum is given by its digits (`ops.exact`): parts of shards and of ranks add up to those of all blocks,
+    whichever rank holds a block and whichever backend added it. `norm_square` rounds the sum.
     """
     squares = torch.empty(len(shard), dtype=torch.float64, device=shard.codes.device)
     for part in chunks(len(shard), shard.block_size):
@@ -43,19 +43,19 @@ def figures(shard: Blocks) -> Tensor:
         if shard.scales is not None:
             sums *= scale_values(shard.scales[part]).to(torch.float64).square()
         squares[part] = sums
-    return figures_of_blocks(squares)
+    return norm_parts_of_blocks(squares)
 
 
-def figures_of_blocks(squares: Tensor) -> Tensor:
-    """`figures`, given each block's sum of squares, [blocks] float64; not finite: of a block that is not."""
+def norm_parts_of_blocks(squares: Tensor) -> Tensor:
+    """`norm_parts` from each block's sum of squares, [blocks] float64, not finite if the block is not."""
     finite = squares.isfinite()
     digits = digits_of(torch.where(finite, squares, 0.0))
     return torch.cat([digits, (~finite).sum()[None]])
 
 
-def norm_square(figures: Tensor) -> Tensor:
-    """The sum of squares in figures, 0-d float64, the same bits on every device."""
-    return sum_of_digits(figures[:DIGITS])
+def norm_square(parts: Tensor) -> Tensor:
+    """The sum of squares from `norm_parts`, 0-d float64, the same bits on every device."""
+    return sum_of_digits(parts[:DIGITS])
 
 
 def first_non_finite_block(shard: Blocks) -> int | None:

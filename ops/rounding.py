@@ -1,8 +1,8 @@
 """Stochastic rounding from a counter-based generator.
 
-Nearest rounding stands still where a value moves by less than half a code a step, as a second
+Nearest rounding stands still where a value moves by less than half a code per step, as a second
 moment does at (1 - beta2) = .001 to .05; rounding up with the probability of the remainder
-follows it in the mean. The bits come from a hash of (seed, step, parameter, element), never from
+follows the value in the mean. The bits come from a hash of (seed, step, parameter, element), never from
 a generator with a state: they are the same in every kernel, at every world size, after a resume.
 
 A draw has more bits than any format drops, so that the mean is the value: with 16 of them E4M3 drifts by
@@ -37,8 +37,8 @@ def mix(x: int) -> int:
 def stream(seed: int, step: int, state: int) -> int:
     """The 32-bit word of one state's random bits at one step; seed is taken modulo 2^64."""
     word = START
-    for each in (seed & MASK, seed >> 32 & MASK, step & MASK, state):
-        word = mix(word ^ each)
+    for part in (seed & MASK, seed >> 32 & MASK, step & MASK, state):
+        word = mix(word ^ part)
     return word
 
 
@@ -60,8 +60,8 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
 def random_bits(key: int, first: int, count: int, device: torch.device) -> Tensor:
     """24 random bits for the elements first .. first + count - 1 of a parameter, [count] int32.
 
-    The element index counts modulo 2^32. It is spread over the word first, or distant elements would
-    follow each other, and mixed but for the last step, which the upper half does not need.
+    The element index counts modulo 2^32. It is spread over the word before it is mixed, or the bits of
+    distant elements would be alike. The mixer's last step is left out: the upper bits do not need it.
     """
     index = torch.arange(first, first + count, dtype=torch.int64, device=device).to(torch.int32)
     x = index * signed(SPREAD) + signed(key)
@@ -73,7 +73,7 @@ def random_bits(key: int, first: int, count: int, device: torch.device) -> Tenso
 def round_stochastically(magnitudes: Tensor, bits: Tensor, fmt: Format) -> Tensor:
     """Codes, int32, of non-negative values rounded to one of the two next to them.
 
-    magnitudes: float32, at most fmt.max where the format is scaled; bits: int32 of the same shape, 24 random
+    magnitudes: float32, at most fmt.max if the format is scaled; bits: int32 of the same shape, 24 random
     bits. A value between two codes goes to the upper one with the probability of its distance from the lower.
 
     Where the format's exponents are brought onto FP32's own, its codes are the upper bits of the float,

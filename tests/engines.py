@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from train_lm import ByteGPT, Corpus, Shape, read_corpus, train_step, validate
 
 from ds_fp8.zero_fp8.checkpoint import writer
-from ds_fp8.zero_fp8.handlers.stage12 import FP8ZeROOptimizer
+from ds_fp8.zero_fp8.handlers.common import FP8ZeROOptimizer
 
 SMALL = Shape(layers=2, width=32, heads=2, context=32)
 
@@ -92,7 +92,7 @@ def packed(handler: FP8ZeROOptimizer) -> dict[str, Any]:
     """This rank's pieces as `checkpoint.pack` gives them, detached from the shards."""
     return {
         name: {key: each.clone() if isinstance(each, Tensor) else each for key, each in entry.items()}
-        for name, entry in writer.pack(handler.shards, handler.parameter_names).items()
+        for name, entry in writer.pack(handler.parts.shards, handler.parameter_names).items()
     }
 
 

@@ -167,7 +167,7 @@ def snapshot(engine: Any) -> dict[str, Any]:
         optimizer.clamp_squares,
         [{key: each for key, each in group.items() if key != "params"} for group in optimizer.param_groups],
         engine.lr_scheduler and engine.lr_scheduler.state_dict(),
-        engine.optimizer.wire.state(engine.optimizer.parameter_names),
+        engine.optimizer.parts.gradient_scales.state(engine.optimizer.parameter_names),
         vars(engine.optimizer.loss_scaler),
     )
     return {"bits": bits, "counters": repr(counters)}
@@ -236,13 +236,15 @@ def load_as_trained(root: str, kind: str, bf16: bool) -> list[str]:
         engine.destroy()
     engine = make(FP8, 5, bf16=bf16, steps=1)
     assert not attempt(engine, folder)
-    found = [
-        f"{key} of shard {index}"
-        for index, shard in enumerate(engine.optimizer.shards)
-        for key in ("master", "exp_avg", "exp_avg_sq")
-        for each in vars(getattr(shard.state, key)).values()
-        if isinstance(each, Tensor) and (each.requires_grad or each.grad_fn is not None)
-    ]
+    found = []
+    for index, shard in enumerate(engine.optimizer.parts.shards):
+        with shard.lend() as state:
+            found += [
+                f"{key} of shard {index}"
+                for key in ("master", "exp_avg", "exp_avg_sq")
+                for each in vars(getattr(state, key)).values()
+                if isinstance(each, Tensor) and (each.requires_grad or each.grad_fn is not None)
+            ]
     train(engine)  # in place, which a graph forbids
     engine.destroy()
     return found

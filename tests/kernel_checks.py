@@ -255,40 +255,40 @@ def check_accumulate(
     wire: Format,
     fmt: Format,
     *,
-    fresh: bool,
+    overwrite: bool,
     gap: int = 0,
 ) -> Tensor:
-    """Both sums of the ranks' values and what the shard holds; returns the kernels' figures."""
+    """Both sums of the ranks' values and what the shard holds; returns the kernels' parts of the norm."""
     buffer = messages(values, wire, gap)
     before = buffer.clone()
     outer = guarded(old, fmt)
     twin, received = to(outer, kernels.device), buffer.to(kernels.device, copy=True)
-    expected = reduction.accumulate(pieces_of(buffer, wire, *old.shape), inner(outer), fresh=fresh)
+    expected = reduction.accumulate(pieces_of(buffer, wire, *old.shape), inner(outer), overwrite=overwrite)
     pieces = pieces_of(received, wire, *old.shape)
-    found = kernels.ops.accumulate(pieces, inner(twin), fresh=fresh).cpu()
+    found = kernels.ops.accumulate(pieces, inner(twin), overwrite=overwrite).cpu()
     assert torch.equal(received.cpu(), before), "the messages were written to"
-    what = f"{len(values)} x {wire.name} into {'fresh' if fresh else 'old'} {fmt.name}"
+    what = f"{len(values)} x {wire.name} into {'overwritten' if overwrite else 'old'} {fmt.name}"
     assert_same_blocks(twin, outer, what, alike=not_finite if wire.scaled else torch.isnan)
     assert found[-1] == expected[-1], f"{what}: {found[-1]} non-finite blocks, expected {expected[-1]}"
     assert torch.equal(found, expected), f"{what}: {norm_square(found)}, expected {norm_square(expected)}"
     return found
 
 
-def check_every_kind(kernels: Kernels, wire: Format, fmt: Format, *, fresh: bool) -> Tensor:
-    """Every kind of row alone and met with every other, from two ranks; returns the kernels' figures."""
+def check_every_kind(kernels: Kernels, wire: Format, fmt: Format, *, overwrite: bool) -> Tensor:
+    """Every kind of row alone and met with every other, from two ranks; returns the kernels' norm parts."""
     kinds = [*ROW_KINDS, *(kind for kind in FINITE_KINDS for _ in FINITE_KINDS), "normal"]
     others = [*ROW_KINDS, *FINITE_KINDS * len(FINITE_KINDS), "normal"]
     values = [rows_of(kinds, 32, seed=1), rows_of(others, 32, seed=2)]
-    figures = check_accumulate(kernels, values, rows_of(others, 32, seed=3), wire, fmt, fresh=fresh)
-    assert norm_square(figures) > 0
-    assert figures[-1] > 0
-    return figures
+    parts = check_accumulate(kernels, values, rows_of(others, 32, seed=3), wire, fmt, overwrite=overwrite)
+    assert norm_square(parts) > 0
+    assert parts[-1] > 0
+    return parts
 
 
 def check_half_a_code_below_overflow(kernels: Kernels) -> None:
     """BF16 that rounds up to inf is inf, whatever is added to it: nothing scales it."""
     values = [torch.full((4, 64), each) for each in (-1e37, FLOAT32_MAX, -FLOAT32_MAX / 2)]
-    assert check_accumulate(kernels, values, torch.zeros(4, 64), BF16, FP32, fresh=True)[-1] == 4
+    assert check_accumulate(kernels, values, torch.zeros(4, 64), BF16, FP32, overwrite=True)[-1] == 4
 
 
 @dataclass(frozen=True)
@@ -302,7 +302,7 @@ class Sum:
     kinds: list[str]
     ranks: int
     turn: int
-    fresh: bool
+    overwrite: bool
     gap: int
     seed: int
 
@@ -318,7 +318,7 @@ def sums(wires: tuple[Format, ...]) -> st.SearchStrategy[Sum]:
         rows=st.integers(0, 40),
         ranks=st.integers(1, 9),
         turn=st.integers(0, 5),
-        fresh=st.booleans(),
+        overwrite=st.booleans(),
         gap=st.integers(0, 70),
         **SHAPES,
     )
@@ -327,7 +327,7 @@ def sums(wires: tuple[Format, ...]) -> st.SearchStrategy[Sum]:
 def check_sum(kernels: Kernels, each: Sum) -> Tensor:
     pieces = [each.values(rank) for rank in range(each.ranks)]
     old = each.values(each.ranks)
-    return check_accumulate(kernels, pieces, old, each.wire, each.fmt, fresh=each.fresh, gap=each.gap)
+    return check_accumulate(kernels, pieces, old, each.wire, each.fmt, overwrite=each.overwrite, gap=each.gap)
 
 
 def check_counts(kernels: Kernels, fmt: Format, dtype: torch.dtype) -> None:

@@ -16,7 +16,7 @@ from engines import build, ds_config
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ds_fp8.zero_fp8.comm.agreement import everybody
+from ds_fp8.zero_fp8.comm.agreement import gather_objects
 
 WIRE = 0.02  # of the gradient's norm
 Program = list[tuple[str, int]]
@@ -280,7 +280,7 @@ def run(program: Program, stage: int, micro_steps: int, overlap: bool, folder: s
         found = ""
         for place, (name, number) in enumerate(program):
             complaint = _do(name, number, ours, reference, folder)
-            complaints = everybody(complaint, dist.get_world_group())
+            complaints = gather_objects(complaint, dist.get_world_group())
             found = next((f"{place} {name}: {each}" for each in complaints if each), "")
             if found:
                 break
@@ -315,7 +315,7 @@ def _do(name: str, number: int, ours: Side, reference: Side, folder: str) -> str
 
 def _has_gradient(reference: Side) -> bool:
     mine = any(each.grad is not None for each in reference.module.parameters())
-    return any(everybody(mine, dist.get_world_group()))
+    return any(gather_objects(mine, dist.get_world_group()))
 
 
 def _averages(reference: Side) -> dict[str, Tensor]:

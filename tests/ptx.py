@@ -31,14 +31,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ds_fp8.config.section import LEVELS, FP8Config
-from ds_fp8.ops.adam import AdamScalars, AdamState, Segment, next_clamp
+from ds_fp8.ops.adam import AdamScalars, AdamState, Segment, Sweep, next_clamp
 from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.formats import E4M3, FP32, Format
 from ds_fp8.ops.triton import adam as adam_triton
 from ds_fp8.ops.triton import blocks as blocks_triton
-from ds_fp8.ops.triton import quantize_many as vectors_triton
+from ds_fp8.ops.triton import quantize_many as quantize_many_triton
 from ds_fp8.ops.triton import reduction as reduction_triton
 from ds_fp8.ops.triton import tiles as tiles_triton
+from ds_fp8.zero_fp8.gradients.exchange import blocks_in
 from ds_fp8.zero_fp8.placement.messages import Message
 from ds_fp8.zero_fp8.recipe import recipe_of
 
@@ -101,18 +102,22 @@ def gradients(blocks: int = BLOCKS) -> list[tuple[Tensor, Blocks]]:
     return [(vector(torch.bfloat16, blocks), blocks_of(E4M3, blocks)) for _ in range(3)]
 
 
-def accumulate(ranks: int, shard: Format, fresh: bool) -> Launch:
+def accumulate(ranks: int, shard: Format, overwrite: bool) -> Launch:
     message = Message(BLOCKS_FAR, BLOCK, E4M3)
-    pieces = [message.blocks_of(each) for each in message.buffer(ranks, META)]
+    pieces = [
+        blocks_in(each, message)
+        for each in torch.empty(ranks, message.nbytes, dtype=torch.uint8, device=META)
+    ]
     operands = (pieces, blocks_of(shard, BLOCKS_FAR), torch.empty(1, dtype=torch.int32, device=META))
-    code = partial(reduction_triton.launch_sum, *operands, "blocks", fresh=fresh)
+    code = partial(reduction_triton.launch_sum, *operands, "blocks", overwrite=overwrite)
     return Launch(reduction_triton, "accumulate_kernel", code)
 
 
-def figures() -> Launch:
+def norm_parts() -> Launch:
     """Its rounds depend on floats, so that it is compiled but not walked through."""
     squares = torch.empty(BLOCKS, dtype=torch.float64, device=META)
-    return Launch(reduction_triton, "figures_kernel", partial(reduction_triton.figures_of_blocks, squares))
+    code = partial(reduction_triton.norm_parts_of_blocks, squares)
+    return Launch(reduction_triton, "norm_parts_kernel", code)
 
 
 def sweep(opt_level: str) -> Launch:
@@ -123,8 +128,9 @@ def sweep(opt_level: str) -> Launch:
     plan = adam_triton.plan(segments, BLOCKS, BLOCK, META)
     state = AdamState(*map(blocks_of, (recipe.master, recipe.exp_avg, recipe.exp_avg_sq)))
     weights = torch.empty(BLOCKS, BLOCK, dtype=torch.bfloat16, device=META)
-    operands = (state, blocks_of(E4M3), weights, plan, scalars, torch.empty(2, device=META))
-    code = partial(adam_triton.adam_step, *operands, rounding=recipe.rounding)
+    control = torch.empty(2, device=META)
+    step = Sweep(state, blocks_of(E4M3), weights, plan, scalars, control, recipe.rounding)
+    code = partial(adam_triton.adam_step, step)
     return Launch(adam_triton, "adam_kernel", code)
 
 
@@ -132,19 +138,23 @@ def tensor_sweep(which: str) -> Launch:
     recipe = recipe_of(FP8Config.model_validate({"enabled": True, "scaling": "tensor"}))
     scalars = AdamScalars(7, 1e-3, *BETAS, 1e-8, 0.1, decoupled=True, bias_correction=True, clamp=None)
     plan = adam_triton.plan([Segment(slice(0, BLOCKS), 0, 0)], BLOCKS, BLOCK, META)
-    state = AdamState(*map(blocks_of, (recipe.master, recipe.exp_avg, recipe.exp_avg_sq)), rooted=False)
+    state = AdamState(*map(blocks_of, (recipe.master, recipe.exp_avg, recipe.exp_avg_sq)), stores_sqrt=False)
     weights = torch.empty(BLOCKS, BLOCK, dtype=torch.bfloat16, device=META)
     amax = torch.empty(3, BLOCKS, dtype=torch.int32, device=META)
-    operands = (state, blocks_of(E4M3), weights, plan, scalars, torch.empty(2, device=META))
-    code = partial(adam_triton.launch_sweep, *operands, recipe.rounding, None, sweep=which, amax=amax)
+    control = torch.empty(2, device=META)
+    step = Sweep(state, blocks_of(E4M3), weights, plan, scalars, control, recipe.rounding)
+    code = partial(adam_triton.launch_sweep, step, which, amax)
     return Launch(adam_triton, "adam_kernel", code)
 
 
 def tensor_sum(which: str) -> Launch:
     message = Message(BLOCKS_FAR, BLOCK, E4M3)
-    pieces = [message.blocks_of(each) for each in message.buffer(2, META)]
+    pieces = [
+        blocks_in(each, message) for each in torch.empty(2, message.nbytes, dtype=torch.uint8, device=META)
+    ]
     amax = torch.empty(BLOCKS, dtype=torch.int32, device=META)
-    code = partial(reduction_triton.launch_sum, pieces, blocks_of(E4M3, BLOCKS_FAR), amax, which, fresh=True)
+    operands = (pieces, blocks_of(E4M3, BLOCKS_FAR), amax, which)
+    code = partial(reduction_triton.launch_sum, *operands, overwrite=True)
     return Launch(reduction_triton, "accumulate_kernel", code)
 
 
@@ -165,15 +175,15 @@ def launches() -> dict[str, Launch]:
     """What test_ptx.DESIGN names."""
     quantize = partial(blocks_triton.quantize, vector(torch.bfloat16), blocks_of(E4M3))
     dequantize = partial(blocks_triton.dequantize, blocks_of(E4M3), vector(torch.float32))
-    together = partial(vectors_triton.quantize_vectors, *zip(*gradients(), strict=True))
+    together = partial(quantize_many_triton.quantize_vectors, *zip(*gradients(), strict=True))
     found = {
         "quantize": Launch(blocks_triton, "quantize_kernel", quantize),
-        "quantize vectors": Launch(vectors_triton, "quantize_vectors_kernel", together),
+        "quantize vectors": Launch(quantize_many_triton, "quantize_vectors_kernel", together),
         "dequantize": Launch(blocks_triton, "dequantize_kernel", dequantize),
     }
     for ranks in (2, 8):
         for shard in (E4M3, FP32):
-            found[f"accumulate {ranks} into a fresh {shard.name}"] = accumulate(ranks, shard, True)
+            found[f"accumulate {ranks} into an overwritten {shard.name}"] = accumulate(ranks, shard, True)
             found[f"accumulate {ranks} into an old {shard.name}"] = accumulate(ranks, shard, False)
     return found | {f"sweep {level}": sweep(level) for level in LEVELS} | of_tensors()
 
@@ -225,7 +235,7 @@ def walked(ptx: str, launch: Launch, *, last: bool) -> dict[str, Any]:
         parameters |= {name: value for name, value in changed.items() if name in parameters}
     one = int(np.float32(1).view(np.int32))  # the step is taken
     memory = {("control", 4): one, ("tile_segments", 4 * (PROGRAM + 1)): int(last)}
-    places = itertools.chain(*vectors_triton.places_of(gradients(blocks)))
+    places = itertools.chain(*quantize_many_triton.places_of(gradients(blocks)))
     memory |= {("places", 8 * number): value for number, value in enumerate(places)}
     program = Program(ptx, PROGRAM, parameters, memory).run()
     return {
@@ -256,7 +266,7 @@ def main(out: str, architecture: int) -> None:
         "left": LEFT,
         "missing": MISSING,
         "kernels": {name: report(launch, architecture) for name, launch in launches().items()},
-        "figures": resources(compiled(figures(), architecture).asm["cubin"]),
+        "norm_parts": resources(compiled(norm_parts(), architecture).asm["cubin"]),
     }
     Path(out).write_text(json.dumps(found))
 

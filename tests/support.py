@@ -374,7 +374,7 @@ PROVED_ELSEWHERE = {
     "hooks on gradients registered after deepspeed.initialize": (
         "test_backwards.py::test_line_3_hooks_that_come_later_see_the_gradient_and_count"
     ),
-    "several forwards and backwards a step, torch.autograd.grad between, loss.backward()": (
+    "several forwards and backwards per step, torch.autograd.grad between, loss.backward()": (
         "test_backwards.py::test_line_4_gradients_add_up_whatever_backward_they_come_from"
     ),
     "a warning for gradients that no optimizer takes, and for parameters that left the model": (
@@ -446,7 +446,7 @@ PROVED_ELSEWHERE = {
         "test_tensor_scaling.py::test_3_to_2_to_1_to_3_ranks"
     ),
     "fp8.gradients.autoscale: mu in checkpoints": "test_fp8_sum.py::test_mu_is_saved_and_restored_exactly",
-    "ranks that disagree are told so": "test_agreement.py::test_disagreement_is_told",
+    "ranks that disagree get an error that says so": "test_agreement.py::test_disagreement_is_told",
 }
 
 # Keys of a ds_config, and the message that refuses them.

@@ -5,7 +5,7 @@ Formats come from the configuration's own tables, so that what is built tomorrow
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from math import sqrt
 from typing import Any, get_args
@@ -34,9 +34,9 @@ from kernel_support import (
 )
 from torch import Tensor
 
-from ds_fp8.config.section import BUILT, ROUNDED, FP8Config, Gradients, Optimizer
+from ds_fp8.config.section import BUILT, ROUNDED, FP8Config, GradientsSection, OptimizerSection
 from ds_fp8.ops import adam
-from ds_fp8.ops.adam import AdamScalars, AdamState, Rounding, Segment, next_clamp
+from ds_fp8.ops.adam import AdamScalars, AdamState, Rounding, Segment, Sweep, next_clamp
 from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.formats import BF16, BY_NAME, FP32, Format
 from ds_fp8.ops.health import STATE_COUNTS
@@ -55,13 +55,17 @@ def literals(annotation: Any) -> Iterator[Any]:
 
 def built(key: str) -> list[str]:
     """The formats of an optimizer state that this version takes."""
-    values = literals(Optimizer.model_fields[key].annotation)
+    values = literals(OptimizerSection.model_fields[key].annotation)
     return [value for value in values if value in BUILT.get(f"optimizer.{key}", (value,))]
 
 
 DIMENSIONS: dict[str, Sequence[Any]] = {
     "gradient": sorted(
-        {x for key in ("dtype", "accum_dtype") for x in literals(Gradients.model_fields[key].annotation)}
+        {
+            x
+            for key in ("dtype", "accum_dtype")
+            for x in literals(GradientsSection.model_fields[key].annotation)
+        }
     ),
     "master": [*built("master_dtype"), *(f"{name}, stochastic" for name in ROUNDED)],
     "exp_avg": built("exp_avg_dtype"),
@@ -168,23 +172,35 @@ class Twins:
         return outer
 
     def step(self, step: int, gradient: Tensor, control: Tensor, seed: int = 5) -> None:
-        case, kernels, scalars = self.case, self.kernels, self.case.scalars(step)
+        case, kernels = self.case, self.kernels
         blocks = inner(guarded(torch.cat([gradient, self.padding]), BY_NAME[case.gradient]))
         plan = adam.plan(self.segments, self.rows, case.block_size, CPU)
         state = AdamState(*map(inner, self.states))
-        rounding, counts = Rounding(seed, case.stochastic), torch.zeros(STATE_COUNTS, dtype=torch.float64)
-        how: dict[str, Any] = {"rounding": rounding, "counts": counts if case.counted else None}
-        adam.adam_step(state, blocks, self.weights[GUARD:-GUARD], plan, scalars, control, **how)
-        if case.counted:
-            how["counts"] = torch.zeros_like(counts, device=kernels.device)
-        plan = kernels.ops.plan(self.segments, self.rows, case.block_size, kernels.device)
-        twin = AdamState(*map(inner, self.twin_states))
-        received, weights = to(blocks, kernels.device), self.twin_weights[GUARD:-GUARD]
-        control = control.to(kernels.device)
-        kernels.ops.adam_step(twin, received, weights, plan, scalars, control, **how)
+        counts = torch.zeros(STATE_COUNTS, dtype=torch.float64) if case.counted else None
+        sweep = Sweep(
+            state=state,
+            gradient=blocks,
+            weights=self.weights[GUARD:-GUARD],
+            plan=plan,
+            scalars=case.scalars(step),
+            control=control,
+            rounding=Rounding(seed, case.stochastic),
+            counts=counts,
+        )
+        adam.adam_step(sweep)
+        twin = replace(
+            sweep,
+            state=AdamState(*map(inner, self.twin_states)),
+            gradient=to(blocks, kernels.device),
+            weights=self.twin_weights[GUARD:-GUARD],
+            plan=kernels.ops.plan(self.segments, self.rows, case.block_size, kernels.device),
+            control=control.to(kernels.device),
+            counts=None if counts is None else torch.zeros_like(counts, device=kernels.device),
+        )
+        kernels.ops.adam_step(twin)
         self.check(f"{case}, step {step}")
-        if case.counted:
-            found, expected = how["counts"].tolist(), counts.tolist()
+        if counts is not None and twin.counts is not None:
+            found, expected = twin.counts.tolist(), counts.tolist()
             assert found == expected, f"{case}, step {step}: counts {found}, expected {expected}"
 
     def check(self, what: str) -> None:
@@ -210,7 +226,7 @@ TAKEN = torch.tensor([0.3, 1.0])
 
 
 @dataclass(frozen=True)
-class Sweep:
+class Steps:
     """Steps over rows of every kind, after which come rows of padding; kinds meet in turn."""
 
     lengths: Sequence[int]
@@ -234,17 +250,17 @@ class Sweep:
         return rows_of(kinds, case.block_size, self.seed + 10 * step)
 
 
-def check_sweep(kernels: Kernels, case: Case, sweep: Sweep) -> None:
+def check_sweep(kernels: Kernels, case: Case, sweep: Steps) -> None:
     segments = segments_of(sweep.lengths, case.block_size)
     twins = Twins(kernels, case, segments, sweep.initial(case), sweep.padding)
     for step in range(1, sweep.steps + 1):
         twins.step(step, sweep.gradient(case, step), TAKEN, sweep.seed)
 
 
-def sweeps(moments: Sequence[str]) -> st.SearchStrategy[Sweep]:
+def sweeps(moments: Sequence[str]) -> st.SearchStrategy[Steps]:
     """No segment at all, many in a tile, over several tiles; padding of more than a tile."""
     return st.builds(
-        Sweep,
+        Steps,
         lengths=st.lists(st.one_of(st.just(1), st.integers(1, 20)), max_size=12),
         turn=st.integers(0, 5),
         padding=st.integers(0, 20),
@@ -321,7 +337,7 @@ def check_a_skipped_step(kernels: Kernels, case: Case) -> None:
     for go in (0.0, 1.0):
         control = torch.tensor([0.3, go], device=kernels.device)
         state = AdamState(*map(inner, outer))
-        kernels.ops.adam_step(state, gradient, weights, plan, case.scalars(1), control, rounding=Rounding(0))
+        kernels.ops.adam_step(Sweep(state, gradient, weights, plan, case.scalars(1), control, Rounding(0)))
         same = [torch.equal(raw(each), was) for each, was in zip(tensors, before, strict=True)]
         assert same == [not go] * len(tensors)
 

@@ -8,11 +8,12 @@ import torch
 from kernel_support import CPU, Kernels, assert_same, assert_same_blocks, dirty, inner, to
 from torch import Tensor
 
-from ds_fp8.ops.adam import AdamScalars, AdamState, Rounding, Segment
+from ds_fp8.ops.adam import AdamScalars, AdamState, Rounding, Segment, Sweep
 from ds_fp8.ops.backend import TENSOR_REFERENCE
 from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.formats import BY_NAME, E4M3, Format
 from ds_fp8.ops.health import GRADIENT_COUNTS, STATE_COUNTS
+from ds_fp8.zero_fp8.gradients.exchange import blocks_in
 from ds_fp8.zero_fp8.placement.messages import Message
 from ds_fp8.zero_fp8.recipe import weight_dtypes
 
@@ -47,18 +48,18 @@ def check_quantize(kernels: Kernels, fmt: Format, numel: int, seed: int) -> None
             torch.testing.assert_close(ours.cpu(), counts, rtol=1e-12, atol=0)
 
 
-def check_accumulate(kernels: Kernels, fmt: Format, numel: int, *, fresh: bool) -> None:
+def check_accumulate(kernels: Kernels, fmt: Format, numel: int, *, overwrite: bool) -> None:
     message = Message(-(-numel // 128), 128, E4M3)
-    buffer = message.buffer(3, CPU)
+    buffer = torch.empty(3, message.nbytes, dtype=torch.uint8)
     for seed, each in enumerate(buffer):
-        message.blocks_of(each).copy_(quantized(numel, E4M3, 128, seed))
+        blocks_in(each, message).copy_(quantized(numel, E4M3, 128, seed))
     expected = quantized(numel, fmt, 128, 9)
     found, arrived = to(expected, kernels.device), buffer.to(kernels.device, copy=True)
-    pieces = [message.blocks_of(each) for each in buffer]
-    figures = TENSOR_REFERENCE.accumulate(pieces, expected, fresh=fresh)
-    ours = kernels.ops.accumulate([message.blocks_of(each) for each in arrived], found, fresh=fresh)
+    pieces = [blocks_in(each, message) for each in buffer]
+    parts = TENSOR_REFERENCE.accumulate(pieces, expected, overwrite=overwrite)
+    ours = kernels.ops.accumulate([blocks_in(each, message) for each in arrived], found, overwrite=overwrite)
     assert_same_blocks(found, expected, f"sum of {numel}")
-    assert torch.equal(ours.cpu(), figures), f"sum of {numel}: figures"
+    assert torch.equal(ours.cpu(), parts), f"sum of {numel}: parts of the norm"
 
 
 def segments_of(rows: list[int]) -> list[Segment]:
@@ -85,12 +86,12 @@ def gradient_of(name: str, rows: list[int], size: int, seed: int) -> Blocks:
 def on(state: AdamState, device: torch.device) -> AdamState:
     held = (to(each, device) for each in (state.master, state.exp_avg, state.exp_avg_sq))
     master, exp_avg, exp_avg_sq = held
-    return AdamState(master, exp_avg, exp_avg_sq, rooted=False)
+    return AdamState(master, exp_avg, exp_avg_sq, stores_sqrt=False)
 
 
 def fresh_state(formats: list[Format], rows: int, size: int) -> AdamState:
     master, exp_avg, exp_avg_sq = (Blocks.zeros(rows, size, fmt, CPU) for fmt in formats)
-    return AdamState(master, exp_avg, exp_avg_sq, rooted=False)
+    return AdamState(master, exp_avg, exp_avg_sq, stores_sqrt=False)
 
 
 def check_steps(
@@ -114,19 +115,18 @@ def check_steps(
     for step in range(1, steps + 1):
         scalars = AdamScalars(step, 1e-2, 0.9, 0.95, 1e-8, 0.1, decoupled, draw.random() < 0.5, None)
         held = gradient_of(gradient, rows, size, seed + 100 * step)
-        TENSOR_REFERENCE.adam_step(
-            state, held, weights, plans[0], scalars, control, rounding=rounding, counts=counts
-        )
-        kernels.ops.adam_step(
-            ours,
-            to(held, kernels.device),
-            written,
-            plans[1],
-            scalars,
-            control.to(kernels.device),
-            rounding=rounding,
+        sweep = Sweep(state, held, weights, plans[0], scalars, control, rounding, counts)
+        twin = replace(
+            sweep,
+            state=ours,
+            gradient=to(held, kernels.device),
+            weights=written,
+            plan=plans[1],
+            control=control.to(kernels.device),
             counts=counted,
         )
+        TENSOR_REFERENCE.adam_step(sweep)
+        kernels.ops.adam_step(twin)
         what = f"{', '.join(formats)}, step {step}"
         assert_same(written, weights, f"{what}: weight")
         for key in ("master", "exp_avg", "exp_avg_sq"):
@@ -145,7 +145,7 @@ def check_a_skipped_step(kernels: Kernels) -> None:
     plan = kernels.ops.plan(segments_of([4]), 4, 128, kernels.device)
     gradient = to(quantized(512, E4M3, 128, 3), kernels.device)
     control = torch.tensor([1.0, 0.0], device=kernels.device)
-    kernels.ops.adam_step(state, gradient, weights, plan, scalars, control, rounding=Rounding(0))
+    kernels.ops.adam_step(Sweep(state, gradient, weights, plan, scalars, control, Rounding(0)))
     for mine, theirs in zip(
         (state.master, state.exp_avg, state.exp_avg_sq), (master, exp_avg, exp_avg_sq), strict=True
     ):

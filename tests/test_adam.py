@@ -21,6 +21,7 @@ from ds_fp8.ops.adam import (
     AdamState,
     Rounding,
     Segment,
+    Sweep,
     adam_step,
     decode_second_moment,
     encode_second_moment,
@@ -132,9 +133,9 @@ class Trial:
         block_size = self.weights.shape[1]
         if isinstance(gradient, Tensor):
             gradient = blocks_of(gradient, FP32, block_size)
-        sweep = plan(self.segments, len(gradient), block_size, CPU)
+        segments = plan(self.segments, len(gradient), block_size, CPU)
         control = torch.tensor([factor, taken], dtype=torch.float32)
-        adam_step(self.state, gradient, self.weights, sweep, scalars, control, rounding=Rounding(seed))
+        adam_step(Sweep(self.state, gradient, self.weights, segments, scalars, control, Rounding(seed)))
 
     @property
     def master(self) -> Tensor:

@@ -134,7 +134,7 @@ def test_a_loaded_state_is_a_copy() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fp8", "bytes_a_parameter"),
+    ("fp8", "bytes_per_parameter"),
     [
         ({}, 5 + 3 / 128),
         ({"opt_level": "O1"}, 12),
@@ -142,13 +142,13 @@ def test_a_loaded_state_is_a_copy() -> None:
         ({"block_size": 64}, 5 + 3 / 64),
     ],
 )
-def test_states_take_what_the_design_says(fp8: dict[str, Any], bytes_a_parameter: float) -> None:
+def test_states_take_what_the_design_says(fp8: dict[str, Any], bytes_per_parameter: float) -> None:
     parameter = nn.Parameter(torch.randn(256, 64, dtype=torch.bfloat16))
     optimizer = FP8AdamW([parameter], fp8=fp8)
     parameter.grad = torch.randn_like(parameter)
     optimizer.step()
     held = sum(each.nbytes for each in optimizer.state[parameter].values() if isinstance(each, Tensor))
-    assert held == bytes_a_parameter * parameter.numel()
+    assert held == bytes_per_parameter * parameter.numel()
 
 
 def test_shapes_that_fit_no_block() -> None:

@@ -104,14 +104,14 @@ def test_only_edited_blocks_are_rounded_anew(fp8: dict[str, Any], dtype: torch.d
     """Of a block with an edit the other masters keep their values, too."""
     weight, optimizer = stepped(fp8, dtype)
     weight.grad = None
-    states = optimizer._alone
-    before = states._view(optimizer.state[weight], "master").codes.clone()
+    states = optimizer._standalone
+    before = states.entries.master_of(optimizer.state[weight]).codes.clone()
     scales = copy.deepcopy(optimizer.state[weight].get("master_scales"))
     with torch.no_grad():
         weight.view(-1)[130] = 0.5
         weight.view(-1)[400] = -0.0
     states.follow(optimizer.state[weight], weight)
-    master = states._view(optimizer.state[weight], "master")
+    master = states.entries.master_of(optimizer.state[weight])
     after = master.codes
     changed = (before.view(torch.uint8) != after.view(torch.uint8)).view(-1, before.itemsize).any(1).nonzero()
     assert changed.view(-1).tolist() == [130, 400]
@@ -130,10 +130,10 @@ def test_weights_that_say_nothing_new_leave_every_byte(fp8: dict[str, Any], dtyp
     before = state_bytes(optimizer, weight)
     for edit in (load, assign):
         edit(weight, weight.detach().clone())
-        optimizer._alone.follow(optimizer.state[weight], weight)
+        optimizer._standalone.follow(optimizer.state[weight], weight)
         assert state_bytes(optimizer, weight) == before
     other_weight, other = copy.deepcopy((weight, optimizer))
-    other._alone.follow(other.state[other_weight], other_weight)
+    other._standalone.follow(other.state[other_weight], other_weight)
     assert state_bytes(other, other_weight) == before
 
 
@@ -183,7 +183,7 @@ def test_weights_spoiled_by_a_gradient_can_be_mended() -> None:
     run(weight, optimizer, 1)
     assert weight.isnan().all()
     load(weight, torch.ones(SHAPE))
-    optimizer._alone.follow(optimizer.state[weight], weight)
+    optimizer._standalone.follow(optimizer.state[weight], weight)
     assert optimizer.state[weight]["master_scales"].ne(255).all()
 
 

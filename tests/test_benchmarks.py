@@ -14,7 +14,7 @@ import pytest
 import torch
 from kernel_support import needs_compiler
 
-from ds_fp8.ops.adam import Rounding
+from ds_fp8.ops.adam import Rounding, Sweep
 from ds_fp8.ops.backend import REFERENCE, Backend
 from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.cpu import build
@@ -36,11 +36,12 @@ def broken(which: str) -> Backend:
         REFERENCE.quantize(values, out, counts)
         out.codes.view(torch.uint8)[3, 4] ^= 1
 
-    def accumulate(pieces: list[Blocks], shard: Blocks, *, fresh: bool) -> torch.Tensor:
-        return REFERENCE.accumulate(pieces, shard, fresh=fresh) + 1
+    def accumulate(pieces: list[Blocks], shard: Blocks, *, overwrite: bool) -> torch.Tensor:
+        return REFERENCE.accumulate(pieces, shard, overwrite=overwrite) + 1
 
-    def adam_step(*operands: object, rounding: Rounding, **others: object) -> None:
-        REFERENCE.adam_step(*operands, rounding=Rounding(rounding.seed + 1), **others)
+    def adam_step(sweep: Sweep) -> None:
+        other = Rounding(sweep.rounding.seed + 1)
+        REFERENCE.adam_step(dataclasses.replace(sweep, rounding=other))
 
     def quantize_together(vectors: list[torch.Tensor], outs: list[Blocks], _: object) -> None:
         REFERENCE.quantize_vectors([vectors[0], *vectors[:-1]], outs)
@@ -123,10 +124,10 @@ def test_adam_cpu(tmp_path: Path) -> None:
     assert peers <= {*rows, *result["not_run"]}, "a peer was silently left out"
     assert all(f"{name}: {reason}"[:60] in printed for name, reason in result["not_run"].items())
     ours = rows["ds_fp8 O2"]
-    assert ours["bytes_a_parameter"] == 14 + 6 / 128
-    assert ours["state_bytes_a_parameter"] == 5 + 3 / 128
+    assert ours["bytes_per_parameter"] == 14 + 6 / 128
+    assert ours["state_bytes_per_parameter"] == 5 + 3 / 128
     assert ours["peak_extra_bytes"] < 2 << 20
-    assert rows["torch AdamW fused, fp32"]["bytes_a_parameter"] == 34
+    assert rows["torch AdamW fused, fp32"]["bytes_per_parameter"] == 34
     assert all(row["milliseconds"] > 0 and len(row["rounds"]) == 2 for row in rows.values())
     assert result["fastest_fp32_peer"]["name"] == "torch AdamW fused, fp32"
     assert [row["parameters"] for row in result["by_size"]] == [62 * 1024, 125 * 1024]
@@ -137,8 +138,8 @@ def test_quantize_cpu(tmp_path: Path) -> None:
     result, printed = quick("quantize_cpu.py", tmp_path / "quantize.json")
     rows = {row["name"]: row for row in result["rows"]}
     assert len(rows) == 6
-    assert rows["quantize bf16 to e4m3"]["bytes_an_element"] == 3 + 1 / 128
-    assert rows["decode and sum 8 ranks into fp32"]["bytes_an_element"] == 1 + 1 / 128 + 4 / 8
+    assert rows["quantize bf16 to e4m3"]["bytes_per_element"] == 3 + 1 / 128
+    assert rows["decode and sum 8 ranks into fp32"]["bytes_per_element"] == 1 + 1 / 128 + 4 / 8
     assert all(row["milliseconds"] > 0 and row["reference_milliseconds"] > 0 for row in rows.values())
     assert all(name in printed for name in rows)
 

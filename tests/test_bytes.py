@@ -14,11 +14,13 @@ from train_lm import ByteGPT, Shape
 from ds_fp8.config.section import parse
 from ds_fp8.estimate import memory
 from ds_fp8.ops.backend import REFERENCE
-from ds_fp8.ops.reduction import FIGURES
-from ds_fp8.zero_fp8.handlers.stage12 import FP8ZeROOptimizer
+from ds_fp8.ops.reduction import NORM_PARTS
+from ds_fp8.zero_fp8.handlers.common import FP8ZeROOptimizer
+from ds_fp8.zero_fp8.health import Counts
 from ds_fp8.zero_fp8.placement.partition import ParameterSpec, partition
+from ds_fp8.zero_fp8.placement.ranks import Fleet
 from ds_fp8.zero_fp8.recipe import recipe_of
-from ds_fp8.zero_fp8.states.shard import Shard
+from ds_fp8.zero_fp8.wiring import room, shard_of
 
 DIVISIBLE = Shape(layers=1, width=128, heads=4, context=49)  # 2112 blocks: 16 n on each of 2 or 4 ranks
 
@@ -64,8 +66,8 @@ def count_states(sizes: tuple[int, ...], level: str, micro_steps: int, steps: in
         counts.append(optimizer_bytes(engine.module, before) if step in (0, steps - 1) else 0)
     handler: FP8ZeROOptimizer = engine.optimizer
     accumulating = micro_steps > 1
-    states = memory.state_bytes(handler.recipe, handler.buckets)
-    gradient = memory.gradient_bytes(handler.recipe, handler.buckets, accumulating=accumulating)
+    states = memory.state_bytes(handler.recipe, handler.parts.buckets)
+    gradient = memory.gradient_bytes(handler.recipe, handler.parts.buckets, accumulating=accumulating)
     result = {
         "first": counts[0],
         "last": counts[-1],
@@ -73,7 +75,7 @@ def count_states(sizes: tuple[int, ...], level: str, micro_steps: int, steps: in
         "states": states,
         "gradient": gradient,
         "weights": sum(storages(engine.module.parameters()).values()),
-        "expected_weights": memory.weight_bytes(2, handler.buckets),
+        "expected_weights": memory.weight_bytes(2, handler.parts.buckets),
     }
     engine.destroy()
     return result
@@ -109,8 +111,9 @@ def count_traffic(config: dict[str, Any], shape: Shape) -> dict[str, Any]:
     }
     if isinstance(engine.optimizer, FP8ZeROOptimizer):
         handler = engine.optimizer
-        result["exchange"] = sum(memory.exchange_bytes(handler.recipe, each) for each in handler.buckets)
-        result["buckets"] = len(handler.buckets)
+        hops = (memory.hop_bytes(handler.recipe, bucket) for bucket in handler.parts.buckets)
+        result["exchange"] = sum(map(sum, hops))
+        result["buckets"] = len(handler.parts.buckets)
     engine.destroy()
     return result
 
@@ -123,7 +126,7 @@ def test_wire_bytes(ranks: RankPools, world_size: int, stage: int) -> None:
     parameters = ours["parameters"]
     assert ours["handed"]["alltoall_base_"] == ours["exchange"] == parameters * 129 // 128
     assert ours["handed"]["_allgather_base_"] == parameters * 2 // world_size
-    agreement = 4 + (FIGURES + 4) * 8  # the loss mean that the example prints, then the figures of the step
+    agreement = 4 + (NORM_PARTS + 4) * 8  # the loss mean that the example prints, then the step's verdict
     assert ours["handed"]["allreduce_"] == agreement
     # stock DeepSpeed all-reduces the whole BF16 gradient, which a rank sends almost twice
     assert stock["handed"]["allreduce_"] > parameters * 2
@@ -138,7 +141,7 @@ def largest_message(bucket: int) -> dict[str, Any]:
     train_losses(engine, source, 1)
     parameters = [each.numel() for each in engine.module.parameters()]
     result = {
-        "buckets": [sum(slot.numel for slot in each.slots) for each in engine.optimizer.buckets],
+        "buckets": [sum(slot.numel for slot in each.slots) for each in engine.optimizer.parts.buckets],
         "parameters": parameters,
     }
     engine.destroy()
@@ -173,17 +176,22 @@ UNSCALED = ("fp32", "bf16", "split16", "split8")
 
 def test_every_recipe_allocates_its_bytes() -> None:
     """Codes, and a byte a block where the format has a scale: allocated as the arithmetic says."""
-    specs = [ParameterSpec(index, numel, 0, "bf16") for index, numel in enumerate((1000, 1, 4096))]
+    specs = [
+        ParameterSpec(index, numel, 0, "bf16", Fleet("data", 2))
+        for index, numel in enumerate((1000, 1, 4096))
+    ]
     for *formats, block_size in EVERY_STATE:
         keys = ("master_dtype", "exp_avg_dtype", "exp_avg_sq_dtype")
         section = {"block_size": block_size, "optimizer": dict(zip(keys, formats, strict=True))}
         config = parse({"fp8": {"enabled": True, **section}})
         assert config is not None
         recipe = recipe_of(config)
-        buckets = partition(specs, bucket_elements=10**6, block_size=block_size, world_size=2)
+        buckets = partition(specs, bucket_elements=10**6, block_size=block_size)
         blocks = buckets[0].blocks_per_rank
         by_hand = sum(blocks * (block_size * BITS[each] // 8 + (each not in UNSCALED)) for each in formats)
-        shard = Shard(buckets[0], 0, recipe, torch.device("cpu"), REFERENCE)
+        shard = shard_of(buckets[0], 0, recipe, torch.device("cpu"), REFERENCE, Counts())
         assert memory.state_bytes(recipe, buckets) == by_hand
-        assert shard.nbytes == by_hand + memory.gradient_bytes(recipe, buckets, accumulating=False)
-        assert memory.state_bytes_a_parameter(recipe) == by_hand / (blocks * block_size)
+        assert shard.nbytes == by_hand
+        reduced = room(buckets[0], 0, recipe.shard, torch.device("cpu"))
+        assert reduced.nbytes == memory.gradient_bytes(recipe, buckets, accumulating=False)
+        assert memory.state_bytes_per_parameter(recipe) == by_hand / (blocks * block_size)

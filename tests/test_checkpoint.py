@@ -79,10 +79,11 @@ def save_masters(folder: str, fp32_master: bool, level: str = "O2") -> dict[str,
     train_losses(engine, batches(engine), 3)
     engine.save_checkpoint(folder)
     handler, masters = engine.optimizer, {}
-    for shard, weights in zip(handler.shards, handler.weights, strict=True):
+    for shard, weights in zip(handler.parts.shards, handler.parts.weights, strict=True):
         for piece in shard.pieces:
             values = torch.empty(piece.numel)
-            load_masters(shard.state.master[piece.rows], weights.own[piece.rows], values)
+            with shard.lend(piece.rows) as state:
+                load_masters(state.master, weights.own[piece.rows], values)
             masters[f"{handler.parameter_names[piece.slot.parameter]}/{piece.first_element}"] = values
     engine.destroy()
     return masters

@@ -8,6 +8,7 @@ import pytest
 import torch
 from deepspeed import comm as dist
 from engines import SMALL, assert_same_bits, batches, build, ds_config, state_bits, train_losses, weight_bits
+from foreign_files import MODEL, STATES
 from ranks import RankPools
 from torch import nn
 from train_lm import ByteGPT
@@ -67,7 +68,7 @@ def tags_and_latest(folder: str) -> None:
     for tag in (None, "kept", 7, "global_step2"):
         path, _ = make(seed=1).load_checkpoint(folder, tag=tag)
         name = "7" if tag is None else str(tag)
-        assert path == os.path.join(folder, name, manifest.MODEL_FILE)
+        assert path == os.path.join(folder, name, MODEL)
     fresh.load_checkpoint(folder)
     assert_loaded(fresh, engine)
     with pytest.raises(ValueError, match="no such folder"):
@@ -114,7 +115,7 @@ def after_the_file_is_gone(folder: str) -> None:
     _, state = engine.load_checkpoint(folder)
     dist.barrier()
     if dist.get_rank() == 0:
-        os.truncate(Path(folder, "global_step0", manifest.MODEL_FILE), 0)  # what is mapped there is no more
+        os.truncate(Path(folder, "global_step0", MODEL), 0)  # what is mapped there is no more
     dist.barrier()
     found = (state["a"], state["b"][0]["c"][0] - 1, state["object"].kept)
     assert all(torch.equal(each, kept) for each in found)
@@ -259,10 +260,10 @@ def on_nodes(folder: str) -> list[str]:
         fresh = make(seed=1, **storage)
         fresh.load_checkpoint(own)
         assert_loaded(fresh, engine)
-        damaged = Path(own, "global_step2", manifest.MODEL_FILE)
+        damaged = Path(own, "global_step2", MODEL)
         if dist.get_rank() == 1:
             damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
-        with pytest.raises(ValueError, match=r"rank 1: .*its SHA-256 is not that"):
+        with pytest.raises(ValueError, match=r"rank 1: .*SHA-256 does not match"):
             make(seed=1, **storage).load_checkpoint(own)
     finally:
         os.environ["LOCAL_RANK"] = str(dist.get_rank())
@@ -271,6 +272,5 @@ def on_nodes(folder: str) -> list[str]:
 
 def test_use_node_local_storage(ranks: RankPools, tmp_path: Path) -> None:
     for rank, files in enumerate(ranks.run(2, on_nodes, str(tmp_path))):
-        own = f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
-        assert files == sorted([own, manifest.NAME, manifest.MODEL_FILE])
+        assert files == sorted([STATES.format(rank), manifest.NAME, MODEL])
         assert (tmp_path / f"node{rank}" / "latest").read_text() == "global_step2"

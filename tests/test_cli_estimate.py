@@ -57,7 +57,7 @@ def by_method(model: dict[str, Any]) -> dict[str, dict[str, int]]:
 
 class TestParams:
     def test_bytes_by_hand(self, capsys: pytest.CaptureFixture[str]) -> None:
-        """8 ranks, a size that leaves no padding; bytes a parameter as in README's table."""
+        """8 ranks, a size that leaves no padding; bytes per parameter as in README's table."""
         found = estimated(capsys, "--params", "409600000", "--gpus", "8")
         (model,) = found["models"]
         assert model["parameters"] == 409_600_000
@@ -110,7 +110,7 @@ class TestParams:
         caption, name, heading, *rows = output(
             capsys, "estimate", "--params", "7G", "--gpus", "8"
         ).splitlines()
-        assert caption == "What a GPU holds, without activations: ZeRO 2, 8 GPUs, 1 micro-step a step"
+        assert caption == "What a GPU holds, without activations: ZeRO 2, 8 GPUs, 1 micro-step per step"
         assert "7.00 G parameters" in name
         assert heading.split() == ["weights", "states", "gradients", "buffers", "per", "GPU"]
         assert [row.split("  ")[0].strip() for row in rows] == [each.name for each in METHODS]
@@ -282,7 +282,7 @@ class TestEstimators:
         assert live(model, num_gpus_per_node=4, num_nodes=2) is None
         told = capsys.readouterr().out
         assert f"under ZeRO {stage}" in told
-        assert "2 nodes, 4 GPUs a node" in told
+        assert "2 nodes, 4 GPUs per node" in told
         assert "of them frozen" in told
         main(["estimate", "--params", "7G", "--gpus", "8", "--stage", str(stage)])
         rows = capsys.readouterr().out.splitlines()[1:]

@@ -105,12 +105,12 @@ class TestMachine:
         monkeypatch.delenv("DS_ACCELERATOR")
         result = piped("report", "--json", "--config", written(tmp_path, ds_config({})), COLUMNS="20")
         assert result.returncode == 0
-        assert json.loads(result.stdout)["config"]["plan"]["opt_level"] == "O2"
+        assert json.loads(result.stdout)["config"]["run"]["opt_level"] == "O2"
 
 
 def described(config: dict[str, Any]) -> dict[str, Any]:
     engine = build(config, nn.Linear(8, 8))
-    nodes = engine.optimizer.nodes
+    (nodes,) = (each.layout for each in engine.optimizer.parts.fleets.values())
     facts = {**ds_fp8.describe(engine), "nodes": nodes.count, "intra_node_size": nodes.size}
     engine.destroy()
     return facts
@@ -137,8 +137,8 @@ class TestConfig:
         assert found["refused"] is None
         facts = ranks.run(gpus, described, CONFIGS[name])[0]
         for key in facts.keys() - OF_AN_ENGINE:
-            assert found["plan"][key] == facts[key], key
-        assert found["plan"]["weights"] == "bf16"
+            assert found["run"][key] == facts[key], key
+        assert found["run"]["weights"] == "bf16"
 
     @pytest.mark.parametrize("name", shipped())
     def test_shipped_ones_are_accepted(
@@ -146,7 +146,7 @@ class TestConfig:
     ) -> None:
         found = judged(capsys, "--config", written(tmp_path, shipped()[name]))
         assert found["refused"] is None
-        assert (found["plan"] is None) == name.endswith("bf16")
+        assert (found["run"] is None) == name.endswith("bf16")
 
     @pytest.mark.parametrize(
         ("changes", "words"),
@@ -208,7 +208,7 @@ class TestConfig:
         capsys: pytest.CaptureFixture[str],
     ) -> None:
         path = written(tmp_path, ds_config(fp8, bucket=bucket))
-        advice = judged(capsys, "--config", path, "--gpus", str(gpus))["plan"]["advice"]
+        advice = judged(capsys, "--config", path, "--gpus", str(gpus))["run"]["advice"]
         assert ["reduce_bucket_size to 16,000,000" in each for each in advice] == [True] * told
 
     def test_brackets_are_text(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -224,7 +224,7 @@ class TestConfig:
             "bf16": {"enabled": "auto"},
             "prescale_gradients": True,
         }
-        plan = judged(capsys, "--config", written(tmp_path, config), "--micro-steps", "4")["plan"]
+        plan = judged(capsys, "--config", written(tmp_path, config), "--micro-steps", "4")["run"]
         filled_in = [
             "gradient_accumulation_steps",
             "gradient_clipping",
@@ -252,7 +252,7 @@ class TestConfig:
         config = ds_config({})
         del config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]
         found = judged(capsys, "--config", written(tmp_path, config | batches), "--gpus", "4")
-        assert found["plan"]["micro_steps"] == micro_steps
+        assert found["run"]["micro_steps"] == micro_steps
 
     def test_off(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         told = output(capsys, "report", "--config", written(tmp_path, ds_config()))

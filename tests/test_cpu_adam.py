@@ -18,7 +18,7 @@ from sweep_checks import (
     MOMENTS,
     TAKEN,
     Case,
-    Sweep,
+    Steps,
     Twins,
     check_a_bad_master,
     check_a_denormal_exp_avg,
@@ -56,7 +56,7 @@ each_state = pytest.mark.parametrize("states", PRESETS, ids="-".join)
 @pytest.mark.parametrize("case", PAIRS, ids=str)
 def test_every_pair(case: Case, isa: str) -> None:
     with running(isa):
-        check_sweep(CPP, case, Sweep(LENGTHS, turn=1, padding=2, seed=0, steps=3))
+        check_sweep(CPP, case, Steps(LENGTHS, turn=1, padding=2, seed=0, steps=3))
 
 
 @pytest.mark.slow
@@ -66,7 +66,7 @@ def test_every_combination(gradient: str, isa: str) -> None:
     with running(isa):
         for formats in products(gradient):
             for case in combinations_of(formats):
-                check_sweep(CPP, case, Sweep((5, 1, 1, 9), turn=1, padding=1, seed=1, steps=2))
+                check_sweep(CPP, case, Steps((5, 1, 1, 9), turn=1, padding=1, seed=1, steps=2))
 
 
 @each_isa
@@ -78,7 +78,7 @@ def test_presets(states: tuple[str, str, str], gradient: str, weights: str, isa:
     with running(isa):
         for block_size in DIMENSIONS["block_size"]:
             case = Case(gradient, *states, block_size, weights)
-            check_sweep(CPP, case, Sweep(range(1, 18), turn=1, padding=0, seed=2))
+            check_sweep(CPP, case, Steps(range(1, 18), turn=1, padding=0, seed=2))
 
 
 @each_isa
@@ -106,7 +106,7 @@ def test_rows_of_every_kind(states: tuple[str, str, str], weights: str, clamped:
 
 @settings(deadline=None, derandomize=True, max_examples=60)
 @given(case=CASES, sweep=sweeps(MOMENTS))
-def test_any_segments(case: Case, sweep: Sweep) -> None:
+def test_any_segments(case: Case, sweep: Steps) -> None:
     for isa in ISAS:
         with running(isa):
             check_sweep(CPP, case, sweep)
@@ -120,7 +120,7 @@ def test_threads_share_the_rows(lengths: tuple[int, ...], threads: int, isa: str
     with running(isa, threads):
         for states, weights in product(PRESETS, WEIGHTS):
             case = Case("e4m3", *states, 32, weights)
-            check_sweep(CPP, case, Sweep(lengths, turn=1, padding=1, seed=3, steps=2))
+            check_sweep(CPP, case, Steps(lengths, turn=1, padding=1, seed=3, steps=2))
 
 
 @each_isa
@@ -131,7 +131,7 @@ def test_rows_outside_segments_are_kept(
     states: tuple[str, str, str], weights: str, threads: int, isa: str
 ) -> None:
     """Before the first, between two, after the last; whatever they hold."""
-    case, sweep = Case("bf16", *states, 64, weights), Sweep([40], turn=1, padding=0, seed=4)
+    case, sweep = Case("bf16", *states, 64, weights), Steps([40], turn=1, padding=0, seed=4)
     rows = [slice(2, 5), slice(5, 6), slice(9, 20), slice(31, 32)]
     segments = [Segment(each, parameter, 64 * parameter) for parameter, each in enumerate(rows)]
     with running(isa, threads):

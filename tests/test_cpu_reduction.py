@@ -1,4 +1,4 @@
-"""`accumulate` in C++ equals the reference bit for bit, its figures included, on every instruction set."""
+"""`accumulate` in C++ equals the reference bit for bit, norm parts included, on every instruction set."""
 
 from collections.abc import Callable
 
@@ -32,21 +32,23 @@ def on_every_instruction_set(check: Callable[[], object], threads: int = 1) -> N
             check()
 
 
-@pytest.mark.parametrize("fresh", [True, False])
+@pytest.mark.parametrize("overwrite", [True, False])
 @each_shard
 @each_wire
-def test_every_pair_of_formats(wire: Format, fmt: Format, fresh: bool) -> None:
-    on_every_instruction_set(lambda: check_every_kind(CPP, wire, fmt, fresh=fresh))
+def test_every_pair_of_formats(wire: Format, fmt: Format, overwrite: bool) -> None:
+    on_every_instruction_set(lambda: check_every_kind(CPP, wire, fmt, overwrite=overwrite))
 
 
-@pytest.mark.parametrize("fresh", [True, False])
+@pytest.mark.parametrize("overwrite", [True, False])
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
 @pytest.mark.parametrize("ranks", range(1, 5))
 @each_wire
-def test_ranks_are_added_in_order(wire: Format, ranks: int, block_size: int, fresh: bool) -> None:
+def test_ranks_are_added_in_order(wire: Format, ranks: int, block_size: int, overwrite: bool) -> None:
     """Into FP32, where every order shows; over several batches and a part of one."""
     values = [rows_of(["normal"] * 19, block_size, seed=rank) for rank in range(ranks + 1)]
-    on_every_instruction_set(lambda: check_accumulate(CPP, values[:-1], values[-1], wire, FP32, fresh=fresh))
+    on_every_instruction_set(
+        lambda: check_accumulate(CPP, values[:-1], values[-1], wire, FP32, overwrite=overwrite)
+    )
 
 
 @each_isa
@@ -62,7 +64,7 @@ def test_threads_share_the_rows(fmt: Format, rows: int, threads: int) -> None:
     """Also where there are fewer rows than threads."""
     values = [rows_of(cycled(ROW_KINDS, rows, rank), 64, seed=rank) for rank in range(3)]
     on_every_instruction_set(
-        lambda: check_accumulate(CPP, values[:2], values[2], E4M3, fmt, fresh=False), threads
+        lambda: check_accumulate(CPP, values[:2], values[2], E4M3, fmt, overwrite=False), threads
     )
 
 
@@ -72,8 +74,8 @@ def test_small_blocks_count_beside_a_large_one(isa: str) -> None:
     values = torch.ones(5000, 32)
     values[0] = 2.0**12
     with running(isa):
-        figures = check_accumulate(CPP, [values], values, E4M3, E4M3, fresh=True)
-    assert norm_square(figures) == 32 * 2**24 + 32 * 4999
+        parts = check_accumulate(CPP, [values], values, E4M3, E4M3, overwrite=True)
+    assert norm_square(parts) == 32 * 2**24 + 32 * 4999
 
 
 @settings(deadline=None, derandomize=True, max_examples=100)

@@ -26,11 +26,11 @@ def test_quantize(isa: str, fmt: Format, threads: int) -> None:
 
 @each_isa
 @each_format
-@pytest.mark.parametrize("fresh", [True, False])
-def test_accumulate(isa: str, fmt: Format, fresh: bool) -> None:
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_accumulate(isa: str, fmt: Format, overwrite: bool) -> None:
     with running(isa, 2):
         for numel in SIZES:
-            check_accumulate(OURS, fmt, numel, fresh=fresh)
+            check_accumulate(OURS, fmt, numel, overwrite=overwrite)
 
 
 @each_isa

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 from crashing import finish, lines, run_and_kill
+from foreign_files import MODEL, STATES
 
 from ds_fp8.zero_fp8.checkpoint import manifest, tags
-from ds_fp8.zero_fp8.checkpoint.manifest import Manifest, Recipe
+from ds_fp8.zero_fp8.checkpoint.manifest import Manifest, Place, Recipe
 
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree")
 
@@ -65,7 +66,7 @@ def assert_whole(folder: Path) -> Manifest:
 def write_tag(folder: Path, tag: str, step: int) -> None:
     """What a save does in the file system."""
     saving = tags.settle(folder, tag, latest=True)
-    for name in (manifest.MODEL_FILE, "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"):
+    for name in (MODEL, STATES.format(0)):
         (saving / name).write_text(f"{name} at {step}" * 1000)
     facts = Manifest(
         format_version=manifest.FORMAT_VERSION,
@@ -80,9 +81,9 @@ def write_tag(folder: Path, tag: str, step: int) -> None:
         loss_scaler={},
         scheduler=False,
         fp32_master=False,
-        parameters={},
-        module={},
-        frozen=None,
+        places=[
+            Place(model_file=MODEL, optimizer_files=[STATES.format(0)], parameters={}, module={}, frozen=None)
+        ],
         files=manifest.seal(saving, manifest.files_of(saving)),
     )
     tags.publish(folder, tag, facts, latest=True)

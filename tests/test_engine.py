@@ -16,7 +16,7 @@ from train_lm import ByteGPT
 
 import ds_fp8
 from ds_fp8.estimate import memory
-from ds_fp8.zero_fp8.handlers.stage12 import FP8ZeROOptimizer
+from ds_fp8.zero_fp8.handlers.common import FP8ZeROOptimizer
 
 HYPER = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
@@ -163,13 +163,13 @@ def test_banner_and_description(ranks: RankPools) -> None:
     lines, active, facts = ranks.run(2, banner, ds_config({"opt_level": "O2"}))[0]
     assert active
     assert facts["exp_avg"] == facts["gradients"] == "e4m3"
-    assert facts["state_bytes_a_parameter"] == 5 + 3 / 128
-    assert facts["gradient_bytes_a_parameter"] == facts["wire_bytes_a_gradient_element"] == 1 + 1 / 128
+    assert facts["state_bytes_per_parameter"] == 5 + 3 / 128
+    assert facts["gradient_bytes_per_parameter"] == facts["wire_bytes_per_gradient_element"] == 1 + 1 / 128
     assert sum(": ON" in line for line in lines) == 1
-    assert "6.03 bytes a parameter" in " ".join(lines)
+    assert "6.03 bytes per parameter" in " ".join(lines)
 
     lines, active, facts = ranks.run(2, banner, ds_config({"opt_level": "O2"}, micro_steps=2))[0]
-    assert "9.02 bytes a parameter" in " ".join(lines)
+    assert "9.02 bytes per parameter" in " ".join(lines)
 
     lines, active, facts = ranks.run(2, banner, ds_config())[0]
     assert not active
@@ -195,7 +195,7 @@ def micro_steps_beyond_the_config(accum_dtype: str | None) -> tuple[str, list[st
         engine.set_gradient_accumulation_boundary(boundary)
         engine.backward(engine(next(source)))
         engine.step()
-    formats = {shard.gradient.format.name for shard in engine.optimizer.shards}
+    formats = {reduced.blocks.format.name for reduced in engine.optimizer.parts.reduced}
     engine.destroy()
     logger.removeHandler(lines)
     return "/".join(formats), [line for line in lines.lines if "second micro-step" in line]
@@ -374,7 +374,8 @@ def logged_traffic() -> dict[str, Any]:
     train_losses(engine, batches(engine), 1)
     sizes = dict(deepspeed.comm.comm.comms_logger.comms_dict)
     deepspeed.comm.comm.comms_logger.enabled = False
-    expected = sum(memory.exchange_bytes(engine.optimizer.recipe, each) for each in engine.optimizer.buckets)
+    handler = engine.optimizer
+    expected = sum(sum(memory.hop_bytes(handler.recipe, each)) for each in handler.parts.buckets)
     engine.destroy()
     return {"exchanged": list(sizes["all_to_all_single"]), "expected": expected}
 

@@ -25,8 +25,8 @@ from ds_fp8.estimate.methods import (
     model_of_module,
     with_fp8,
 )
-from ds_fp8.zero_fp8.gradients.exchange import Transfer
-from ds_fp8.zero_fp8.gradients.packing import BlockWire
+from ds_fp8.zero_fp8.gradients.exchange import AllToAll
+from ds_fp8.zero_fp8.gradients.packing import ScaledPacker
 from ds_fp8.zero_fp8.placement.partition import Bucket
 
 BUCKET = 20_000
@@ -110,12 +110,11 @@ def fp8_bytes(name: str, fp8: dict[str, Any], stage: int, micro_steps: int) -> d
     config = ds_config(fp8, stage=stage, micro_steps=micro_steps, bucket=BUCKET)
     engine = build(config, MODELS[name]())
     run_steps(engine, 2)
-    shards = engine.optimizer.shards
-    states = [shard.state for shard in shards]
+    parts = engine.optimizer.parts
     found = {
         "weights": nbytes(engine.module.parameters()),
-        "states": sum(each.master.nbytes + each.exp_avg.nbytes + each.exp_avg_sq.nbytes for each in states),
-        "reduced": sum(shard.gradient.nbytes for shard in shards),
+        "states": sum(shard.nbytes for shard in parts.shards),
+        "reduced": sum(reduced.nbytes for reduced in parts.reduced),
     }
     micro_step(engine)
     found["waiting"] = nbytes(each.grad for each in engine.module.parameters() if each.grad is not None)
@@ -234,9 +233,9 @@ def peak_of_backward(name: str, fp8: dict[str, Any], stage: int, overlap: bool) 
     """
     config = ds_config(fp8, stage=stage, micro_steps=2, bucket=BUCKET, zero={"overlap_comm": overlap})
     engine = build(config, MODELS[name]())
-    transfers: weakref.WeakSet[Transfer] = weakref.WeakSet()
+    transfers: weakref.WeakSet[AllToAll] = weakref.WeakSet()
     seen, last = [], {}
-    pack, launch = BlockWire.pack, Transfer.__init__
+    pack, launch = ScaledPacker.pack, AllToAll.__init__
 
     def grads(indices: Iterable[int]) -> int:
         found = (engine.optimizer.parameters[index].grad for index in indices)
@@ -261,8 +260,8 @@ def peak_of_backward(name: str, fp8: dict[str, Any], stage: int, overlap: bool) 
         seen.append(packed + travelling() + (grads(engine.optimizer.parameters) if stage == 1 else 0))
 
     with (
-        patch.object(BlockWire, "pack", watched_pack),
-        patch.object(Transfer, "__init__", watched_launch),
+        patch.object(ScaledPacker, "pack", watched_pack),
+        patch.object(AllToAll, "__init__", watched_launch),
     ):
         run_steps(engine, 1)
     engine.destroy()

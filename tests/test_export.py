@@ -211,7 +211,7 @@ class TestCommandLine:
         told = json.loads(capsys.readouterr().out)
         assert told["verified"]
         assert told["steps"] == 3
-        assert told["parameters"]["tokens.weight"]["shape"] == [256, 32]
+        assert told["places"][0]["parameters"]["tokens.weight"]["shape"] == [256, 32]
 
     def test_damage_is_told(
         self, ranks: RankPools, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -222,7 +222,7 @@ class TestCommandLine:
         for command in (["inspect"], ["export", str(tmp_path / "x")], ["to-universal", str(tmp_path / "x")]):
             with pytest.raises(SystemExit):
                 main([command[0], str(tmp_path), *command[1:]])
-            assert f"{file}: its SHA-256 is not that" in capsys.readouterr().err
+            assert f"{file}: SHA-256 does not match" in capsys.readouterr().err
         main(["inspect", str(tmp_path), "--no-verify"])
         assert not (tmp_path / "x").exists()
 

@@ -22,7 +22,7 @@ from ds_fp8.ops import fp8_sum
 from ds_fp8.ops.blocks import Blocks, decode
 from ds_fp8.ops.formats import E4M3, E5M2, Format
 from ds_fp8.zero_fp8.gradients import autoscale
-from ds_fp8.zero_fp8.states.shard import RingShard
+from ds_fp8.zero_fp8.gradients.fp8_sum import FP8Sum
 
 CPU = torch.device("cpu")
 SIZE = 200_000  # 1e-5 of them are two
@@ -134,7 +134,7 @@ def in_order(fp8: dict[str, Any]) -> tuple[list[Tensor], list[int]]:
     found = reduced(engine, *gradients)
     owners = {
         piece.slot.parameter: rank
-        for bucket in engine.optimizer.buckets
+        for bucket in engine.optimizer.parts.buckets
         for rank in range(bucket.world_size)
         for piece in bucket.pieces(rank)
     }
@@ -277,7 +277,7 @@ def train_and_save(folder: str, steps: int) -> dict[str, float]:
 
 def state_of(engine: Any) -> dict[str, float]:
     handler = engine.optimizer
-    mu: dict[str, float] = handler.wire.state(handler.parameter_names)
+    mu: dict[str, float] = handler.parts.gradient_scales.state(handler.parameter_names)
     engine.destroy()
     return mu
 
@@ -335,14 +335,14 @@ def traffic() -> dict[str, Any]:
         engine.backward(engine(train))
         engine.step()
     handler = engine.optimizer
-    expected = sum(memory.exchange_bytes(handler.recipe, each) for each in handler.buckets)
+    expected = sum(sum(memory.hop_bytes(handler.recipe, each)) for each in handler.parts.buckets)
     found = {
         "sent": counted.handed["alltoall_base_"],
         "expected": expected,
-        "elements": sum(each.blocks * each.block_size for each in handler.buckets),
-        "buckets": len(handler.buckets),
+        "elements": sum(each.blocks * each.block_size for each in handler.parts.buckets),
+        "buckets": len(handler.parts.buckets),
         "allocated": handler.nbytes,
-        "told": memory.rank_bytes(handler.recipe, handler.buckets, accumulating=False)[dist.get_rank()],
+        "told": memory.rank_bytes(handler.recipe, handler.parts.buckets, accumulating=False)[dist.get_rank()],
     }
     engine.destroy()
     return found
@@ -377,12 +377,12 @@ def test_overlap_changes_no_bit(ranks: RankPools) -> None:
 def test_the_first_sum_is_kept_as_it_is(ranks: RankPools) -> None:
     """Not rounded again: its codes are the shard's."""
     for kind, fmt in ranks.run(2, shard_kind):
-        assert (kind, fmt) == (RingShard.__name__, "torch.float32")
+        assert (kind, fmt) == (FP8Sum.__name__, "torch.float32")
 
 
 def shard_kind() -> tuple[str, str]:
     engine = engine_of(section(), 10)
-    shard = engine.optimizer.shards[0]
-    found = type(shard).__name__, str(shard.gradient.scales.dtype)
+    reduced = engine.optimizer.parts.reduced[0]
+    found = type(reduced._sum).__name__, str(reduced.blocks.scales.dtype)
     engine.destroy()
     return found

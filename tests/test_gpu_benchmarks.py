@@ -27,8 +27,8 @@ import same_bits  # noqa: E402
 CPU = torch.device("cpu")
 
 
-def without_the_last_rank(pieces: Sequence[Blocks], shard: Blocks, *, fresh: bool) -> torch.Tensor:
-    return REFERENCE.accumulate(pieces[:-1], shard, fresh=fresh)
+def without_the_last_rank(pieces: Sequence[Blocks], shard: Blocks, *, overwrite: bool) -> torch.Tensor:
+    return REFERENCE.accumulate(pieces[:-1], shard, overwrite=overwrite)
 
 
 def objection(check: Callable[[], object]) -> str:
@@ -145,8 +145,8 @@ def test_names_of_waits() -> None:
 
 def run_of(config: str, **figures: Any) -> gpu_train.Run:
     ours = {"config": config, "model": "1.3B", "world_size": 2, "parameters": 100, "losses": [3.0] * 80}
-    ours |= {"predicted_bytes": 300.0, "state_bytes_a_parameter": 6.0, "peak_bytes_allocated": 1000.0}
-    return {**ours, "milliseconds_a_step": 90.0, "waits": {"cudaEventSynchronize": 1}, **figures}
+    ours |= {"predicted_bytes": 300.0, "state_bytes_per_parameter": 6.0, "peak_bytes_allocated": 1000.0}
+    return {**ours, "milliseconds_per_step": 90.0, "waits": {"cudaEventSynchronize": 1}, **figures}
 
 
 def verdicts(run: gpu_train.Run, stock: gpu_train.Run) -> list[bool]:
@@ -154,14 +154,14 @@ def verdicts(run: gpu_train.Run, stock: gpu_train.Run) -> list[bool]:
 
 
 def test_claims_of_a_training() -> None:
-    stock = run_of("bf16", predicted_bytes=600.0, peak_bytes_allocated=1300.0, milliseconds_a_step=90.0)
+    stock = run_of("bf16", predicted_bytes=600.0, peak_bytes_allocated=1300.0, milliseconds_per_step=90.0)
     ours = run_of("o2")
     assert verdicts(ours, stock) == [True] * 5
     for number, wrong in enumerate(
         (
-            {"state_bytes_a_parameter": 6.2},
+            {"state_bytes_per_parameter": 6.2},
             {"peak_bytes_allocated": 1007.0},
-            {"milliseconds_a_step": 90.5},
+            {"milliseconds_per_step": 90.5},
             {"losses": [3.0] * 29 + [3.011] * 50},
             {"waits": {"cudaStreamSynchronize": 1, "Memcpy DtoH (Device -> Pinned)": 1}},
         )
@@ -174,6 +174,14 @@ def test_a_run_is_compared_with_its_own_model_and_ranks() -> None:
     others = [run_of("bf16", model="125M"), run_of("bf16", world_size=4)]
     assert gpu_train.baseline_of(ours, [*others, torch_adam, ours, stock]) is stock
     assert gpu_train.baseline_of(ours, [*others, ours]) is None
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "benchmarks" / "gpu").glob("train_*.json")), ids=lambda path: path.stem
+)
+def test_runs_of_earlier_versions_can_be_read(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gpu_train.report(gpu_train.load(path))
+    assert "waits in engine.step" in capsys.readouterr().out
 
 
 def torchrun(script: str, *options: str) -> str:
@@ -219,7 +227,7 @@ def test_gpu_train(tmp_path: Path) -> None:
     assert "step 6/6" not in printed, "the second o2 is not run again"
     stock, ours = json.loads(out.read_text())["runs"]
     assert (stock["fp8"], ours["fp8"]["opt_level"]) == (None, "O2")
-    held = [run["state_bytes_a_parameter"] * run["parameters"] / 2 for run in (stock, ours)]
+    held = [run["state_bytes_per_parameter"] * run["parameters"] / 2 for run in (stock, ours)]
     assert held == pytest.approx([stock["predicted_bytes"], ours["predicted_bytes"]], rel=0.01)
     sent = [sum(run["sent"].values()) / run["parameters"] for run in (stock, ours)]
     assert sent == pytest.approx([3.0, 1.504], rel=0.02)

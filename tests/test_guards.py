@@ -11,7 +11,7 @@ from kernel_support import CPU, Kernels
 from torch import Tensor
 from triton_support import TRITON
 
-from ds_fp8.ops.adam import AdamScalars, AdamState, Rounding, Segment
+from ds_fp8.ops.adam import AdamScalars, AdamState, Rounding, Segment, Sweep
 from ds_fp8.ops.backend import cpu_tensor_backend, triton_tensor_backend
 from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.formats import E4M3, FP16, FP32, SPLIT16, UE4M4, Format
@@ -54,8 +54,7 @@ class Step:
         plan = kernels.ops.plan([Segment(slice(0, self.rows), 0, 0)], self.rows, BLOCK, CPU)
         scalars = AdamScalars(1, 1e-2, 0.9, 0.95, 1e-8, 0.1, True, True, None)
         operands = (state, self.gradient, self.weights, plan, scalars, self.control)
-        rounding = Rounding(0, self.stochastic)
-        kernels.ops.adam_step(*operands, rounding=rounding, counts=self.counts)
+        kernels.ops.adam_step(Sweep(*operands, Rounding(0, self.stochastic), self.counts))
 
 
 def step() -> Step:
@@ -147,7 +146,7 @@ def test_sums_refuse_what_does_not_fit(kernels: Kernels) -> None:
         ([piece], blocks(SPLIT16)),
     ):
         with pytest.raises(ValueError, match=r": received .*, allowed: "):
-            kernels.ops.accumulate(pieces, shard, fresh=True)
+            kernels.ops.accumulate(pieces, shard, overwrite=True)
 
 
 @pytest.mark.parametrize(
@@ -159,4 +158,4 @@ def test_pieces_at_unequal_distances_are_refused(kernels: Kernels) -> None:
     at = [buffer[first * ROWS : (first + 1) * ROWS] for first in (0, 1, 3)]
     for pieces in (at, [blocks(E4M3), blocks(E4M3)]):
         with pytest.raises(ValueError, match=r"pieces\[\d\]: received .*, allowed: .*(distances|one buffer)"):
-            kernels.ops.accumulate(pieces, blocks(FP32), fresh=True)
+            kernels.ops.accumulate(pieces, blocks(FP32), overwrite=True)

@@ -151,14 +151,14 @@ def asked_to_count(fp8: dict[str, Any]) -> list[tuple[int, int]]:
     handler, calls = engine.optimizer, [0, 0]
 
     def watch(name: str) -> Any:
-        op = getattr(handler.backend, name)
+        op = getattr(handler.parts.backend, name)
 
-        def watched(*arguments: Any, **options: Any) -> Any:
-            counts = options.get("counts") if name == "adam_step" else arguments[2]
+        def watched(*arguments: Any) -> Any:
+            counts = arguments[0].counts if name == "adam_step" else arguments[2]
             calls[0], calls[1] = calls[0] + 1, calls[1] + (counts is not None)
-            return op(*arguments, **options)
+            return op(*arguments)
 
-        object.__setattr__(handler.backend, name, watched)
+        object.__setattr__(handler.parts.backend, name, watched)
         return op
 
     originals = {name: watch(name) for name in ("quantize", "adam_step")}
@@ -168,7 +168,7 @@ def asked_to_count(fp8: dict[str, Any]) -> list[tuple[int, int]]:
         train_losses(engine, source, 1)
         found.append((calls[0], calls[1]))
     for name, op in originals.items():
-        object.__setattr__(handler.backend, name, op)
+        object.__setattr__(handler.parts.backend, name, op)
     engine.destroy()
     return found
 

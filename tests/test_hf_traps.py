@@ -154,7 +154,7 @@ def train_with_the_callback(folder: str, fp8: dict[str, Any] | None, trap: str) 
 @pytest.mark.parametrize(
     ("fp8", "trap", "message"),
     [
-        (MEASURED, "not registered", 'whose "fp8" section nobody has read'),
+        (MEASURED, "not registered", 'whose "fp8" section was not read'),
         (MEASURED, "ACCELERATE_USE_CPU", "of a DistributedDataParallel and not of a DeepSpeed engine"),
         (None, "no section", 'allowed: a ds_config with "fp8": {"enabled": true}'),
         (FP8, "no interval", "fp8.stats.interval: received 0, allowed: 1 or more"),

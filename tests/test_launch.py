@@ -47,14 +47,14 @@ def test_module_turns_fp8_on(tmp_path: Path, launcher: Callable[..., list[str]])
     figures, printed = launch(launcher(option, "ds_fp8"), tmp_path, "zero2_o2.json")
     assert "ON, O2, ZeRO 2, 2 ranks" in printed
     assert figures["world_size"] == 2
-    assert float(str(figures["state_bytes_a_parameter"])) < 7
+    assert float(str(figures["state_bytes_per_parameter"])) < 7
 
 
 @pytest.mark.slow
 def test_without_the_module_deepspeed_is_stock(tmp_path: Path) -> None:
     figures, printed = launch(deepspeed(), tmp_path, "zero2_bf16.json")
     assert "ds_fp8 0" not in printed
-    assert float(str(figures["state_bytes_a_parameter"])) > 12
+    assert float(str(figures["state_bytes_per_parameter"])) > 12
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ds_fp8.ops.adam import AdamScalars, AdamState, Rounding, Segment, next_clamp
+from ds_fp8.ops.adam import AdamScalars, AdamState, Rounding, Segment, Sweep, next_clamp
 from ds_fp8.ops.backend import choose
 from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.formats import BF16, E4M3, E5M2, FP16, FP32, UE4M4, Format
@@ -40,15 +40,10 @@ class Run:
         self.counts = torch.zeros(STATE_COUNTS, dtype=torch.float64)
 
     def step(self, gradient: Tensor, scalars: AdamScalars, control: Tensor, *, count: bool = False) -> None:
+        held = Blocks(gradient.view(-1, BLOCK), None, FP32)
+        counts = self.counts if count else None
         self.backend.adam_step(
-            self.state,
-            Blocks(gradient.view(-1, BLOCK), None, FP32),
-            self.weights,
-            self.plan,
-            scalars,
-            control,
-            rounding=Rounding(seed=1),
-            counts=self.counts if count else None,
+            Sweep(self.state, held, self.weights, self.plan, scalars, control, Rounding(seed=1), counts)
         )
 
     def settle(self, gradient: Tensor, first: int, steps: int, beta2: float) -> int:

@@ -16,9 +16,10 @@ from train_lm import Corpus, read_corpus
 
 from ds_fp8.compat import CreateLossScaler, NoopTimer
 from ds_fp8.config.section import FP8Config
-from ds_fp8.zero_fp8.checkpoint.manifest import FORMAT_VERSION, File, Manifest, parse, render
-from ds_fp8.zero_fp8.checkpoint.reader import Native
-from ds_fp8.zero_fp8.handlers.stage12 import FP8ZeROOptimizer
+from ds_fp8.zero_fp8.checkpoint import writer
+from ds_fp8.zero_fp8.checkpoint.manifest import FORMAT_VERSION, File, Manifest, Place, parse, render
+from ds_fp8.zero_fp8.checkpoint.reader import Checkpoint
+from ds_fp8.zero_fp8.handlers.common import FP8ZeROOptimizer
 from ds_fp8.zero_fp8.optimizer.fp8_adamw import FP8AdamW
 from ds_fp8.zero_fp8.recipe import ZeroSettings, recipe_of
 
@@ -127,23 +128,30 @@ def test_training(ranks: RankPools, static: float | None, level: str, stage: int
         assert max(scaled["scales"][lowest:]) > min(scaled["scales"]), "it never grows again"
 
 
-def saved(handler: FP8ZeROOptimizer, folder: Path) -> Native:
+def saved(handler: FP8ZeROOptimizer, folder: Path) -> Checkpoint:
     """A checkpoint as an engine writes it, without the engine."""
     name = f"zero_pp_rank_{dist.get_rank()}_mp_rank_00_optim_states.pt"
     torch.save({"optimizer_state_dict": handler.state_dict()}, folder / name)
     names = [name.replace(f"rank_{dist.get_rank()}_", f"rank_{rank}_", 1) for rank in range(2)]
-    facts = Manifest(
+    parameters = handler.saved.described_parameters()
+    place = Place(model_file="", optimizer_files=names, parameters=parameters, module={}, frozen=None)
+    written = Manifest(
         format_version=FORMAT_VERSION,
         ds_fp8_version="",
         deepspeed_version="",
+        zero_stage=2,
+        world_size=2,
         global_steps=0,
+        recipe=writer.describe_recipe(handler.recipe),
+        steps=handler.optimizer.steps,
+        clamp_squares=writer.describe_clamp(handler.optimizer),
+        loss_scaler=writer.describe_loss_scaler(handler.loss_scaler),
         scheduler=False,
-        module={},
-        frozen=None,
+        fp32_master=True,
+        places=[place],
         files={each: File(size=0, sha256="") for each in names},
-        **handler.manifest_facts(),
     )
-    return Native(folder, parse(render(facts), folder))
+    return Checkpoint(folder, parse(render(written), folder))
 
 
 def save_and_resume(folder: str) -> None:

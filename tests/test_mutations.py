@@ -1,5 +1,7 @@
 """A damaged or foreign checkpoint is refused by name, and the engine is as it was."""
 
+import hashlib
+import json
 import os
 import pickle
 import random
@@ -21,17 +23,16 @@ from engines import (
     train_losses,
     weight_bits,
 )
+from foreign_files import MODEL, STATES
 from ranks import RankPools
 from train_lm import Shape
 
 from ds_fp8.zero_fp8.checkpoint import manifest
-from ds_fp8.zero_fp8.checkpoint.manifest import Manifest
 
 WARMUP = {"type": "WarmupLR", "params": {"warmup_max_lr": 1e-3, "warmup_num_steps": 10}}
 CONFIG = ds_config({}, bucket=10_000, scheduler=WARMUP)
 OTHER_MODEL = Shape(layers=1, width=32, heads=2, context=32)
-OPTIMIZER = "bf16_zero_pp_rank_{}_mp_rank_00_optim_states.pt"
-FILES = [manifest.MODEL_FILE, OPTIMIZER.format(0), OPTIMIZER.format(1), manifest.NAME]
+FILES = [MODEL, STATES.format(0), STATES.format(1), manifest.NAME]
 
 Mutation = Callable[[Path, random.Random], str]  # changes a tag's folder, returns the name it must be told by
 
@@ -84,9 +85,9 @@ def borrow(tag: Path, rng: random.Random) -> str:
 
 def poison(tag: Path, rng: random.Random) -> str:
     """A model file of the same size that leaves a mark when it is unpickled."""
-    path = tag / manifest.MODEL_FILE
+    path = tag / MODEL
     path.write_bytes(pickle.dumps(Mark(str(tag.parent / "unpickled"))).ljust(path.stat().st_size, b"."))
-    return manifest.MODEL_FILE
+    return MODEL
 
 
 class Mark:
@@ -115,19 +116,32 @@ def another_model(tag: Path, rng: random.Random) -> str:
 
 def reseal(tag: Path, change: Callable[[dict[str, Any]], None]) -> None:
     """A manifest that is whole and says something else; checksums follow the files."""
-    facts = manifest.read(tag)
-    assert facts is not None
-    told = facts.model_dump()
+    path = tag / manifest.NAME
+    told = json.loads(path.read_text())
+    del told["sha256"]
     change(told)
     told["files"] = {
         name: each.model_dump() for name, each in manifest.seal(tag, sorted(told["files"])).items()
     }
-    (tag / manifest.NAME).write_text(manifest.render(Manifest.model_validate(told)))
+    path.write_text(sealed(told))
+
+
+def sealed(told: dict[str, Any]) -> str:
+    """The text of a manifest that says this, whether it makes sense or not."""
+    body = json.dumps(told, indent=1)
+    return f'{body[:-2]},\n "sha256": "{hashlib.sha256(body.encode()).hexdigest()}"\n}}\n'
+
+
+def any_parameter(told: dict[str, Any], rng: random.Random) -> dict[str, Any]:
+    """What a manifest says of one of the parameters."""
+    parameters = told["places"][0]["parameters"]
+    parameter: dict[str, Any] = parameters[rng.choice(sorted(parameters))]
+    return parameter
 
 
 def shape_in_manifest(tag: Path, rng: random.Random) -> str:
     def change(told: dict[str, Any]) -> None:
-        parameter = told["parameters"][rng.choice(sorted(told["parameters"]))]
+        parameter = any_parameter(told, rng)
         parameter["shape"][0] += rng.choice([-1, 1, 128])
 
     reseal(tag, change)
@@ -136,17 +150,50 @@ def shape_in_manifest(tag: Path, rng: random.Random) -> str:
 
 def block_in_manifest(tag: Path, rng: random.Random) -> str:
     def change(told: dict[str, Any]) -> None:
-        parameter = told["parameters"][rng.choice(sorted(told["parameters"]))]
-        rank, first, end = parameter["blocks"][-1]
-        parameter["blocks"][-1] = (rank, first, end - 1)
+        parameter = any_parameter(told, rng)
+        file, first, end = parameter["blocks"][-1]
+        parameter["blocks"][-1] = (file, first, end - 1)
 
     reseal(tag, change)
     return "tag/"
 
 
+def files_of_a_place(tag: Path, rng: random.Random) -> str:
+    """The ranks' files are named for each other's blocks."""
+    reseal(tag, lambda told: told["places"][0]["optimizer_files"].reverse())
+    return "states.pt"
+
+
+def model_file_of_a_place(tag: Path, rng: random.Random) -> str:
+    name = STATES.format(rng.randrange(2))
+    reseal(tag, lambda told: told["places"][0].update(model_file=name))
+    return name
+
+
+def file_that_a_place_lacks(tag: Path, rng: random.Random) -> str:
+    """Blocks are in a third file of two."""
+    reseal(tag, lambda told: any_parameter(told, rng)["blocks"][-1].__setitem__(0, rng.choice([2, -1])))
+    return manifest.NAME
+
+
+def file_that_is_not_listed(tag: Path, rng: random.Random) -> str:
+    reseal(tag, lambda told: told["places"][0]["optimizer_files"].__setitem__(rng.randrange(2), "lost.pt"))
+    return "lost.pt"
+
+
+def two_places(tag: Path, rng: random.Random) -> str:
+    reseal(tag, lambda told: told["places"].append(told["places"][0]))
+    return manifest.NAME
+
+
+def version_3(tag: Path, rng: random.Random) -> str:
+    reseal(tag, lambda told: told.update(format_version=3))
+    return manifest.NAME
+
+
 def shape_in_file(tag: Path, rng: random.Random) -> str:
     """A state with a row less, in a file whose checksum is right."""
-    name = OPTIMIZER.format(rng.randrange(2))
+    name = STATES.format(rng.randrange(2))
     file = torch.load(tag / name, weights_only=True)
     parameters = file["optimizer_state_dict"]["base_optimizer_state"]["fp8"]["parameters"]
     entry = parameters[rng.choice(sorted(parameters))]
@@ -159,7 +206,7 @@ def shape_in_file(tag: Path, rng: random.Random) -> str:
 
 def not_ours(tag: Path, rng: random.Random) -> str:
     """An optimizer file that would have to be unpickled, with the right checksum."""
-    name = OPTIMIZER.format(rng.randrange(2))
+    name = STATES.format(rng.randrange(2))
     torch.save({"optimizer_state_dict": Mark(str(tag.parent / "unpickled"))}, tag / name)
     reseal(tag, lambda told: None)
     return name
@@ -187,6 +234,12 @@ MUTATIONS: list[Mutation] = [
     another_model,
     shape_in_manifest,
     block_in_manifest,
+    files_of_a_place,
+    model_file_of_a_place,
+    file_that_a_place_lacks,
+    file_that_is_not_listed,
+    two_places,
+    version_3,
     shape_in_file,
     not_ours,
     param_groups,

@@ -49,8 +49,8 @@ def shared(values: Tensor, ranks: int, backend: Backend, fmt: Format) -> list[An
     shards = []
     for first, last in pairwise(cuts):
         shard = Blocks.zeros(last - first, BLOCK, fmt, CPU)
-        figures = backend.accumulate([wire[first:last]], shard, fresh=True)
-        shards.append(SimpleNamespace(figures=figures))
+        parts = backend.accumulate([wire[first:last]], shard, overwrite=True)
+        shards.append(SimpleNamespace(norm_parts=parts))
     return shards
 
 
@@ -58,7 +58,7 @@ def verdict(shards: list[Any], clip: float) -> tuple[float, list[int]]:
     """The norm, and the bits of the control word."""
     group: Any = None
     found = Verdict(
-        shards, taken=1, late=0, objections=[], edited=0, gradient_scale=SCALE, clip=clip, group=group
+        shards, received=1, late=0, objections=[], edited=0, gradient_scale=SCALE, clip=clip, group=group
     )
     return found.read().norm, found.control.view(torch.int32).tolist()
 

@@ -281,7 +281,7 @@ def bytes_in_flight(config: dict[str, Any], size: int) -> dict[str, int]:
         with InFlight("_allgather_base_", engine.module.parameters()) as gathered:
             engine.step()
     handler = engine.optimizer
-    buckets = handler.buckets
+    buckets = handler.parts.buckets
     expected = memory.in_flight_bytes(handler.recipe, buckets, overlap=handler.settings.overlap)
     elements = [sum(slot.numel for slot in bucket.slots) for bucket in buckets]
     engine.destroy()
@@ -299,7 +299,7 @@ SIZE = 128 * 16 * 16  # 16 blocks and more on each of 2 or 4 ranks, so that no m
 
 
 @pytest.mark.parametrize(
-    ("world_size", "gradients", "zero", "bytes_an_element"),
+    ("world_size", "gradients", "zero", "bytes_per_element"),
     [
         (1, {}, OVERLAP, 4 * 129 / 128),
         (2, {}, {}, 2 * 129 / 128),
@@ -315,12 +315,12 @@ def test_bytes_in_flight(
     world_size: int,
     gradients: dict[str, Any],
     zero: dict[str, Any],
-    bytes_an_element: float,
+    bytes_per_element: float,
 ) -> None:
     config = ds_config({"gradients": gradients}, zero=zero, bucket=1)
     for found in ranks.run(world_size, bytes_in_flight, config, SIZE):
         assert found["buckets"] == 8
-        assert found["peak"] == found["expected"] == bytes_an_element * found["largest"]
+        assert found["peak"] == found["expected"] == bytes_per_element * found["largest"]
         assert found["peak"] <= 4.04 * found["largest"]
         nodes_of = gradients.get("intra_node_size")
         of_weights = 2 * found["largest"] // nodes_of if nodes_of else 0
@@ -340,8 +340,8 @@ def gpt_bytes_in_flight(config: dict[str, Any]) -> dict[str, int]:
     with InFlight() as counted:
         engine.backward(loss)
     handler = engine.optimizer
-    expected = memory.in_flight_bytes(handler.recipe, handler.buckets, overlap=True)
-    largest = max(bucket.slots[-1].first_block + bucket.slots[-1].blocks for bucket in handler.buckets)
+    expected = memory.in_flight_bytes(handler.recipe, handler.parts.buckets, overlap=True)
+    largest = max(bucket.slots[-1].first_block + bucket.slots[-1].blocks for bucket in handler.parts.buckets)
     engine.step()
     engine.destroy()
     return {"peak": counted.peak, "expected": expected, "largest": largest * 128}

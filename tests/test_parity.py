@@ -31,8 +31,8 @@ from train_lm import ByteGPT, Shape
 from ds_fp8.ops import adam
 from ds_fp8.ops.backend import REFERENCE, VARIABLE
 from ds_fp8.ops.blocks import Blocks, decode
-from ds_fp8.zero_fp8.handlers.stage12 import FP8ZeROOptimizer
-from ds_fp8.zero_fp8.states.shard import Shard
+from ds_fp8.zero_fp8.gradients.reduced import ReducedGradient
+from ds_fp8.zero_fp8.handlers.common import FP8ZeROOptimizer
 
 EXAMPLE = Shape()
 WIDE = Shape(layers=1, width=256, heads=4, context=32)  # two blocks and more, so that errors average
@@ -45,17 +45,18 @@ GRADIENT_BOUND = 0.05
 # Faults, planted to see that the checks below notice them.
 
 
-def _without_scale_of_m(*arguments: Any) -> None:
-    _sweep(*arguments)
-    arguments[0].exp_avg.scales.fill_(127)
+def _without_scale_of_m(values: adam.Update, rows: adam.Sweep, noise: adam.Noise) -> None:
+    _store(values, rows, noise)
+    assert rows.state.exp_avg.scales is not None
+    rows.state.exp_avg.scales.fill_(127)
 
 
-_sweep = adam._sweep
-_receive = Shard.receive
+_store = adam.store
+_receive = ReducedGradient.receive
 
 
-def _without_last_rank(shard: Shard, pieces: list[Blocks]) -> None:
-    _receive(shard, pieces[:-1])
+def _without_last_rank(reduced: ReducedGradient, pieces: list[Blocks]) -> None:
+    _receive(reduced, pieces[:-1])
 
 
 def fault(name: str | None) -> AbstractContextManager[Any]:
@@ -63,8 +64,8 @@ def fault(name: str | None) -> AbstractContextManager[Any]:
         None: nullcontext(),
         "no 1/accumulation": nullcontext(),  # planted in the loss: the division is DeepSpeed's
         "no 1/N": patch.object(FP8ZeROOptimizer, "_gradient_scale", lambda _: 1.0),
-        "one rank dropped": patch.object(Shard, "receive", _without_last_rank),
-        "scale of m dropped": _in_reference("_sweep", _without_scale_of_m),
+        "one rank dropped": patch.object(ReducedGradient, "receive", _without_last_rank),
+        "scale of m dropped": _in_reference("store", _without_scale_of_m),
         "v not squared": _in_reference("decode_second_moment", decode),
     }
     return faults[name]
@@ -231,10 +232,10 @@ def backward(
 def gradient_errors(handler: FP8ZeROOptimizer, exact: dict[str, Tensor]) -> dict[str, float]:
     """|reduced - exact| / |exact| of each parameter, over all ranks' pieces."""
     squares = {name: torch.zeros((), dtype=torch.float64) for name in exact}
-    for shard in handler.shards:
+    for _, reduced, shard, _ in handler.parts.by_bucket():
         for piece in shard.pieces:
             name = handler.parameter_names[piece.slot.parameter]
-            values = decode(shard.gradient[piece.rows]).view(-1)[: piece.numel]
+            values = decode(reduced.blocks[piece.rows]).view(-1)[: piece.numel]
             mean = values * handler._gradient_scale()
             squares[name] += (mean - exact[name].view(-1)[piece.elements]).double().square().sum()
     for total in squares.values():

@@ -1,7 +1,7 @@
 """The partition: who owns which elements, for any parameters, block size and world size."""
 
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import NamedTuple
@@ -11,8 +11,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ds_fp8.zero_fp8.placement.partition import Bucket, ParameterSpec, partition
+from ds_fp8.zero_fp8.placement.ranks import Fleet
 
 WORLD_SIZES = range(1, 10)
+
+
+ALONE = Fleet("data", 1)
+
+
+def in_fleet(parameters: Iterable[ParameterSpec], ranks: int) -> tuple[ParameterSpec, ...]:
+    """The same parameters, held by so many ranks."""
+    return tuple(replace(each, fleet=Fleet("data", ranks)) for each in parameters)
 
 
 class Case(NamedTuple):
@@ -23,10 +32,9 @@ class Case(NamedTuple):
 
     def buckets(self, world_size: int | None = None) -> tuple[Bucket, ...]:
         return partition(
-            self.parameters,
+            in_fleet(self.parameters, world_size or self.world_size),
             bucket_elements=self.bucket_elements,
             block_size=self.block_size,
-            world_size=world_size or self.world_size,
         )
 
 
@@ -40,7 +48,7 @@ def cases(draw: st.DrawFn) -> Case:
     index, parameters = -1, []
     for numel, group, dtype, gap in draw(st.lists(kinds, min_size=1, max_size=25)):
         index += gap
-        parameters.append(ParameterSpec(index, numel, group, dtype))
+        parameters.append(ParameterSpec(index, numel, group, dtype, ALONE))
     return Case(
         tuple(draw(st.permutations(parameters))),
         draw(st.one_of(st.integers(1, 300), st.integers(300, 10_000), st.just(500_000_000))),
@@ -53,8 +61,9 @@ each_case = given(cases())
 partition_settings = settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.too_slow])
 
 
-def specs(*sizes: int, group: int = 0, dtype: Hashable = "bf16") -> tuple[ParameterSpec, ...]:
-    return tuple(ParameterSpec(index, numel, group, dtype) for index, numel in enumerate(sizes))
+def specs(*sizes: int, ranks: int = 1) -> tuple[ParameterSpec, ...]:
+    fleet = Fleet("data", ranks)
+    return tuple(ParameterSpec(index, numel, 0, "bf16", fleet) for index, numel in enumerate(sizes))
 
 
 def layout(buckets: Sequence[Bucket]) -> list[list[int]]:
@@ -123,7 +132,7 @@ def test_ranks_own_equal_runs_with_less_than_a_block_a_rank_of_padding(case: Cas
         used = sum(-(-slot.numel // case.block_size) for slot in bucket.slots)
         room = bucket.blocks_per_rank * case.world_size
         assert 0 <= room - used < case.world_size
-        assert bucket.elements_per_rank == bucket.blocks_per_rank * case.block_size
+        assert bucket.block_size == case.block_size
         owned = [sum(piece.blocks for piece in bucket.pieces(rank)) for rank in range(case.world_size)]
         full, rest = divmod(used, bucket.blocks_per_rank)
         padding = [0] * (case.world_size - full - (rest > 0))
@@ -191,7 +200,7 @@ def test_blocks_do_not_depend_on_the_world_size(case: Case) -> None:
     for world_size in WORLD_SIZES:
         buckets = case.buckets(world_size)
         assert owned_blocks(buckets) == expected, f"world size {world_size}"
-        assert [replace(bucket, world_size=1) for bucket in buckets] == list(alone)
+        assert [bucket.slots for bucket in buckets] == [bucket.slots for bucket in alone]
 
 
 @partition_settings
@@ -202,30 +211,30 @@ def test_the_order_in_which_parameters_are_given_does_not_matter(case: Case) -> 
 
 
 def test_buckets_fill_in_reverse_order() -> None:
-    buckets = partition(specs(10, 20, 30, 40), bucket_elements=70, block_size=32, world_size=2)
+    buckets = partition(specs(10, 20, 30, 40, ranks=2), bucket_elements=70, block_size=32)
     assert layout(buckets) == [[3, 2], [1, 0]]
     assert [slot.first_block for slot in buckets[0].slots] == [0, 2]
 
 
 def test_a_parameter_larger_than_a_bucket_is_alone() -> None:
-    buckets = partition(specs(10, 1000, 20), bucket_elements=100, block_size=32, world_size=2)
+    buckets = partition(specs(10, 1000, 20, ranks=2), bucket_elements=100, block_size=32)
     assert layout(buckets) == [[2], [1], [0]]
 
 
 def test_a_bucket_may_be_filled_to_the_last_element() -> None:
-    assert layout(partition(specs(50, 50), bucket_elements=100, block_size=32, world_size=1)) == [[1, 0]]
-    assert layout(partition(specs(51, 50), bucket_elements=100, block_size=32, world_size=1)) == [[1], [0]]
+    assert layout(partition(specs(50, 50, ranks=1), bucket_elements=100, block_size=32)) == [[1, 0]]
+    assert layout(partition(specs(51, 50, ranks=1), bucket_elements=100, block_size=32)) == [[1], [0]]
 
 
 def test_open_buckets_follow_the_full_ones_in_the_order_of_opening() -> None:
     parameters = (
-        ParameterSpec(0, 60, 0, "bf16"),
-        ParameterSpec(1, 10, 1, "bf16"),
-        ParameterSpec(2, 60, 0, "bf16"),
-        ParameterSpec(3, 10, 0, "fp32"),
-        ParameterSpec(4, 10, 1, "bf16"),
+        ParameterSpec(0, 60, 0, "bf16", ALONE),
+        ParameterSpec(1, 10, 1, "bf16", ALONE),
+        ParameterSpec(2, 60, 0, "bf16", ALONE),
+        ParameterSpec(3, 10, 0, "fp32", ALONE),
+        ParameterSpec(4, 10, 1, "bf16", ALONE),
     )
-    buckets = partition(parameters, bucket_elements=100, block_size=32, world_size=1)
+    buckets = partition(parameters, bucket_elements=100, block_size=32)
     assert layout(buckets) == [[2], [4, 1], [3], [0]]
     assert [bucket.group for bucket in buckets] == [0, 1, 0, 0]
 
@@ -233,7 +242,7 @@ def test_open_buckets_follow_the_full_ones_in_the_order_of_opening() -> None:
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_more_ranks_than_blocks(world_size: int) -> None:
     """A scalar's only block belongs to rank 0; the others own padding."""
-    (bucket,) = partition(specs(1), bucket_elements=100, block_size=128, world_size=world_size)
+    (bucket,) = partition(specs(1, ranks=world_size), bucket_elements=100, block_size=128)
     assert bucket.blocks_per_rank == 1
     pieces = [list(bucket.pieces(rank)) for rank in range(world_size)]
     assert [len(each) for each in pieces] == [1] + [0] * (world_size - 1)
@@ -242,7 +251,7 @@ def test_more_ranks_than_blocks(world_size: int) -> None:
 
 def test_a_cut_parameter() -> None:
     """300 and 100 elements in blocks of 64, 7 blocks over 3 ranks: 3 + 3 + 1 and 2 of padding."""
-    (bucket,) = partition(specs(100, 300), bucket_elements=1000, block_size=64, world_size=3)
+    (bucket,) = partition(specs(100, 300, ranks=3), bucket_elements=1000, block_size=64)
     pieces = [[(p.slot.parameter, p.rows, p.elements) for p in bucket.pieces(rank)] for rank in range(3)]
     assert pieces == [
         [(1, slice(0, 3), slice(0, 192))],

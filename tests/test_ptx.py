@@ -47,13 +47,13 @@ DESIGN = {
     "quantize": Design(2, 1 + SCALE, e4m3=1, vector=2),
     "quantize vectors": Design(2, 1 + SCALE, e4m3=1, vector=2),
     "dequantize": Design(1 + SCALE, 4, vector=4),
-    "accumulate 2 into a fresh e4m3": Design(2 * (1 + SCALE), 1 + SCALE, fused=1, e4m3=1),
+    "accumulate 2 into an overwritten e4m3": Design(2 * (1 + SCALE), 1 + SCALE, fused=1, e4m3=1),
     "accumulate 2 into an old e4m3": Design(3 * (1 + SCALE), 1 + SCALE, fused=1, e4m3=1),
-    "accumulate 2 into a fresh fp32": Design(2 * (1 + SCALE), 4, fused=1),
+    "accumulate 2 into an overwritten fp32": Design(2 * (1 + SCALE), 4, fused=1),
     "accumulate 2 into an old fp32": Design(2 * (1 + SCALE) + 4, 4, fused=1),
-    "accumulate 8 into a fresh e4m3": Design(8 * (1 + SCALE), 1 + SCALE, fused=7, e4m3=1),
+    "accumulate 8 into an overwritten e4m3": Design(8 * (1 + SCALE), 1 + SCALE, fused=7, e4m3=1),
     "accumulate 8 into an old e4m3": Design(9 * (1 + SCALE), 1 + SCALE, fused=7, e4m3=1),
-    "accumulate 8 into a fresh fp32": Design(8 * (1 + SCALE), 4, fused=7),
+    "accumulate 8 into an overwritten fp32": Design(8 * (1 + SCALE), 4, fused=7),
     "accumulate 8 into an old fp32": Design(8 * (1 + SCALE) + 4, 4, fused=7),
     # gradient, master, m and v are read; master, m, v and the weight are written
     "sweep O1": Design(1 + SCALE + 4 + 4 + 4, 4 + 4 + 4 + 2, fused=SQUARE_ROOT_AND_QUOTIENT),
@@ -139,7 +139,7 @@ class Kernel:
 class Kernels:
     triton: tuple[int, ...]
     by_name: dict[str, Kernel]
-    figures: dict[str, int]  # resources of the kernel that adds sums of squares
+    norm_parts: dict[str, int]  # resources of the kernel that adds sums of squares
 
 
 def obstacle() -> str | None:
@@ -185,7 +185,7 @@ def kernels(architecture: int, tmp_path_factory: pytest.TempPathFactory) -> Kern
     made = functools.partial(kernel_of, left=figures["left"], missing=figures["missing"])
     version = tuple(int(each) for each in figures["triton"].split(".")[:2])
     return Kernels(
-        version, {name: made(each) for name, each in figures["kernels"].items()}, figures["figures"]
+        version, {name: made(each) for name, each in figures["kernels"].items()}, figures["norm_parts"]
     )
 
 
@@ -193,7 +193,7 @@ each_name = pytest.mark.parametrize("name", DESIGN)
 
 
 def traffic(kernels: Kernels) -> str:
-    """Bytes an element, as in the docstring of `test_bytes_an_element`."""
+    """Bytes an element, as in the docstring of `test_bytes_per_element`."""
     lines = [f"{'':40} {'loads':>9} {'design':>9} {'stores':>9} {'design':>9}"]
     for name, kernel in kernels.by_name.items():
         design = DESIGN[name]
@@ -205,14 +205,14 @@ def traffic(kernels: Kernels) -> str:
 
 
 @each_name
-def test_bytes_an_element(kernels: Kernels, name: str) -> None:
+def test_bytes_per_element(kernels: Kernels, name: str) -> None:
     """Each byte of a tile is moved once, and there are no more of them than the design counts.
 
                                        loads    stores
     quantize                        2.000000  1.007812
     dequantize                      1.007812  4.000000
-    accumulate 2 into a fresh e4m3  2.015625  1.007812
-    accumulate 8 into a fresh e4m3  8.062500  1.007812
+    accumulate 2 into an overwritten e4m3  2.015625  1.007812
+    accumulate 8 into an overwritten e4m3  8.062500  1.007812
     sweep O1                       13.007812 14.000000
     sweep O2                        6.031250  7.023438
     """
@@ -305,7 +305,7 @@ def test_registers_are_enough(kernels: Kernels, name: str) -> None:
     assert resources["REG"] < 128
 
 
-def test_figures_take_few_registers(kernels: Kernels) -> None:
-    resources = kernels.figures
+def test_norm_parts_take_few_registers(kernels: Kernels) -> None:
+    resources = kernels.norm_parts
     assert (resources["STACK"], resources["LOCAL"]) == (0, 0), f"spills: {resources}"
     assert resources["REG"] < 128

@@ -1,4 +1,4 @@
-"""The sum of the ranks' gradients: order, formats, and the figures that a step asks of it."""
+"""The sum of the ranks' gradients: order, formats, and the parts of its norm."""
 
 from collections.abc import Sequence
 from fractions import Fraction
@@ -12,7 +12,7 @@ from ds_fp8.ops import blocks as blocks_module
 from ds_fp8.ops.blocks import NOT_FINITE, Blocks, decode, dequantize, quantize
 from ds_fp8.ops.exact import DIGIT_BITS, DIGITS, LOWEST, digits_of, sum_of_digits, sums_of_squares
 from ds_fp8.ops.formats import BF16, BY_NAME, E4M3, E5M2, FP16, FP32, Format
-from ds_fp8.ops.reduction import accumulate, figures, first_non_finite_block, norm_square
+from ds_fp8.ops.reduction import accumulate, first_non_finite_block, norm_parts, norm_square
 
 CPU = torch.device("cpu")
 ALL = tuple(fmt for fmt in BY_NAME.values() if fmt.dtype.is_floating_point)
@@ -71,23 +71,23 @@ def exact_squares(shard: Blocks) -> float:
     return codes.square().sum().item()
 
 
-def exact_sum(figures: Tensor) -> Fraction:
+def exact_sum(parts: Tensor) -> Fraction:
     """What the digits add up to, without rounding."""
     return sum(
         (
             each * Fraction(2) ** (LOWEST + DIGIT_BITS * place)
-            for place, each in enumerate(figures.tolist()[:DIGITS])
+            for place, each in enumerate(parts.tolist()[:DIGITS])
         ),
         Fraction(),
     )
 
 
-def assert_figures(actual: Tensor, shard: Blocks) -> None:
+def assert_norm_parts(actual: Tensor, shard: Blocks) -> None:
     """Those of a shard of finite values as it is stored now."""
     assert actual.dtype is torch.int64
     assert abs(norm_square(actual).item() / exact_squares(shard) - 1) < 1e-12
     assert actual[-1] == 0
-    assert torch.equal(actual, figures(shard))
+    assert torch.equal(actual, norm_parts(shard))
 
 
 def sum_in_order(pieces: Sequence[Tensor]) -> Tensor:
@@ -106,7 +106,7 @@ def test_adds_in_rank_order_in_fp32(wire: Format, shard_format: Format, world_si
     values = [values_of(piece) for piece in pieces]
     expected = sum_in_order(values)
     shard = stale(50, 32, shard_format)
-    assert_figures(accumulate(pieces, shard, fresh=True), shard)
+    assert_norm_parts(accumulate(pieces, shard, overwrite=True), shard)
     assert_same_bits(shard, blocks_of(expected, shard_format))
     if world_size > 2:
         assert not torch.equal(expected, sum_in_order(values[::-1])), "the order does not show in this trial"
@@ -119,7 +119,7 @@ def test_adds_the_sum_to_what_the_shard_holds(wire: Format, shard_format: Format
     held = values_of(shard)
     for micro_step in range(3):
         pieces = [blocks_of(gradient(50, 64, seed=10 * micro_step + rank), wire) for rank in range(3)]
-        assert_figures(accumulate(pieces, shard, fresh=False), shard)
+        assert_norm_parts(accumulate(pieces, shard, overwrite=False), shard)
         total = sum_in_order([held, sum_in_order([values_of(piece) for piece in pieces])])
         assert_same_bits(shard, blocks_of(total, shard_format))
         held = values_of(shard)
@@ -129,7 +129,7 @@ def test_adds_the_sum_to_what_the_shard_holds(wire: Format, shard_format: Format
 def test_pieces_are_left_as_they_are(shard_format: Format) -> None:
     pieces = [blocks_of(gradient(9, 32, seed=rank), E4M3) for rank in range(2)]
     before = [(piece.codes.view(torch.uint8).clone(), piece.scales) for piece in pieces]
-    accumulate(pieces, stale(9, 32, shard_format), fresh=True)
+    accumulate(pieces, stale(9, 32, shard_format), overwrite=True)
     for piece, (codes, scales) in zip(pieces, before, strict=True):
         assert torch.equal(piece.codes.view(torch.uint8), codes)
         assert piece.scales is scales
@@ -140,12 +140,12 @@ def test_one_rank_that_is_not_finite_spoils_that_block(shard_format: Format) -> 
     good, bad = gradient(5, 32, seed=1), gradient(5, 32, seed=2)
     bad[3, 7] = torch.inf
     shard = stale(5, 32, shard_format)
-    returned = accumulate([blocks_of(good, E4M3), blocks_of(bad, E4M3)], shard, fresh=True)
+    returned = accumulate([blocks_of(good, E4M3), blocks_of(bad, E4M3)], shard, overwrite=True)
     rows = values_of(shard).isfinite()
     assert rows.all(dim=1).tolist() == [True, True, True, False, True]
     assert not rows[3].any()
     assert returned[-1] == 1
-    assert torch.equal(returned[:-1], (figures(shard[:3]) + figures(shard[4:]))[:-1])
+    assert torch.equal(returned[:-1], (norm_parts(shard[:3]) + norm_parts(shard[4:]))[:-1])
 
 
 @each_shard
@@ -155,8 +155,8 @@ def test_the_sum_does_not_depend_on_the_chunk(shard_format: Format, monkeypatch:
     for chunk in (1, 1000, 1 << 20):
         monkeypatch.setattr(blocks_module, "CHUNK", chunk)
         shard = stale(70, 128, shard_format)
-        first = accumulate(pieces, shard, fresh=True)
-        second = accumulate(pieces[:2], shard, fresh=False)
+        first = accumulate(pieces, shard, overwrite=True)
+        second = accumulate(pieces[:2], shard, overwrite=False)
         results.append((shard, torch.stack([first, second])))
     for shard, returned in results[1:]:
         assert_same_bits(shard, results[0][0])
@@ -167,7 +167,7 @@ def test_the_sum_does_not_depend_on_the_chunk(shard_format: Format, monkeypatch:
 @pytest.mark.parametrize("block_size", [32, 64, 128, 256])
 def test_sum_of_squares(fmt: Format, block_size: int) -> None:
     shard = blocks_of(gradient(300, block_size, seed=3), fmt)
-    assert_figures(figures(shard), shard)
+    assert_norm_parts(norm_parts(shard), shard)
 
 
 def test_a_small_block_counts_beside_a_large_one() -> None:
@@ -175,7 +175,7 @@ def test_a_small_block_counts_beside_a_large_one() -> None:
     values = torch.zeros(8193, 32)
     values[:, 5] = 1
     values[17, 5] = 2.0**30
-    assert exact_sum(figures(blocks_of(values, FP32))) == 2**60 + 8192
+    assert exact_sum(norm_parts(blocks_of(values, FP32))) == 2**60 + 8192
 
 
 @each_scaled_format
@@ -186,8 +186,8 @@ def test_squares_beyond_the_range_of_fp32_are_counted(fmt: Format, size: float) 
     in_fp32 = values.square().sum()
     assert in_fp32 < 1e-35 or in_fp32 == torch.inf
     shard = blocks_of(values, fmt)
-    assert_figures(figures(shard), shard)
-    returned = accumulate([shard, shard], stale(50, 64, fmt), fresh=True)
+    assert_norm_parts(norm_parts(shard), shard)
+    returned = accumulate([shard, shard], stale(50, 64, fmt), overwrite=True)
     assert abs(norm_square(returned).item() / exact_squares(shard) / 4 - 1) < 1e-12
 
 
@@ -195,21 +195,21 @@ def test_squares_beyond_the_range_of_fp32_are_counted(fmt: Format, size: float) 
 def test_a_scale_enters_by_its_exact_square(fmt: Format) -> None:
     """From the lowest scale to the highest: the same codes give the same digits."""
     codes = blocks_of(torch.randn(1, 32, generator=torch.Generator().manual_seed(5)), fmt).codes
-    at_one = exact_sum(figures(Blocks(codes, torch.tensor([127], dtype=torch.uint8), fmt)))
+    at_one = exact_sum(norm_parts(Blocks(codes, torch.tensor([127], dtype=torch.uint8), fmt)))
     for e in range(1, 255):
-        found = figures(Blocks(codes, torch.tensor([e], dtype=torch.uint8), fmt))
+        found = norm_parts(Blocks(codes, torch.tensor([e], dtype=torch.uint8), fmt))
         assert exact_sum(found) == at_one * Fraction(4) ** (e - 127)
         assert found[-1] == 0
 
 
 @each_format
 def test_shares_of_a_shard_add_up(fmt: Format, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However the blocks are cut, among ranks or chunks, the figures are the same."""
+    """However the blocks are cut, among ranks or chunks, the parts of the norm are the same."""
     shard = blocks_of(gradient(97, 32, seed=5), fmt)
-    whole = figures(shard)
+    whole = norm_parts(shard)
     for chunk, cuts in ((1, (0, 97)), (1 << 20, (0, 13, 14, 60, 97)), (1000, (0, 48, 97))):
         monkeypatch.setattr(blocks_module, "CHUNK", chunk)
-        parts = [figures(shard[a:b]) for a, b in pairwise(cuts)]
+        parts = [norm_parts(shard[a:b]) for a, b in pairwise(cuts)]
         assert torch.equal(torch.stack(parts).sum(dim=0), whole)
 
 
@@ -227,7 +227,7 @@ def test_blocks_that_are_not_finite_are_counted(
         rest[row] = 0
         shard = blocks_of(values, fmt)
         assert first_non_finite_block(shard) == row
-        assert figures(shard).tolist() == [*figures(blocks_of(rest, fmt))[:-1].tolist(), count]
+        assert norm_parts(shard).tolist() == [*norm_parts(blocks_of(rest, fmt))[:-1].tolist(), count]
         assert_same_bits(shard, blocks_of(values, fmt))
 
 
@@ -236,9 +236,9 @@ def test_no_code_of_a_block_that_is_not_finite_is_summed(fmt: Format) -> None:
     """Its codes mean nothing: numbers, infinities and NaN count once a block and add nothing."""
     every = torch.arange(1 << 8 * fmt.itemsize).to(CODE_DTYPE[fmt.itemsize]).view(fmt.dtype).view(-1, 32)
     blocks = Blocks(every, torch.full((len(every),), NOT_FINITE, dtype=torch.uint8), fmt)
-    assert figures(blocks).tolist() == [*[0] * DIGITS, len(every)]
+    assert norm_parts(blocks).tolist() == [*[0] * DIGITS, len(every)]
     assert all(first_non_finite_block(blocks[row : row + 1]) == 0 for row in range(min(len(every), 64)))
-    returned = accumulate([blocks], Blocks.zeros(len(every), 32, fmt, CPU), fresh=False)
+    returned = accumulate([blocks], Blocks.zeros(len(every), 32, fmt, CPU), overwrite=False)
     assert returned.tolist() == [*[0] * DIGITS, len(every)]
 
 
@@ -246,7 +246,7 @@ def test_no_code_of_a_block_that_is_not_finite_is_summed(fmt: Format) -> None:
 def test_squares_beyond_the_range_of_fp32_are_counted_without_a_scale(fmt: Format) -> None:
     values = torch.ones(4, 32)
     values[2] = 2.0**100
-    found = figures(blocks_of(values, fmt))
+    found = norm_parts(blocks_of(values, fmt))
     assert exact_sum(found) == 32 * 2**200 + 3 * 32
     assert found[-1] == 0
 
@@ -254,9 +254,9 @@ def test_squares_beyond_the_range_of_fp32_are_counted_without_a_scale(fmt: Forma
 @each_format
 def test_an_empty_gradient_is_zero(fmt: Format) -> None:
     shard = Blocks.zeros(3, 128, fmt, CPU)
-    assert not figures(shard).any()
+    assert not norm_parts(shard).any()
     assert first_non_finite_block(shard) is None
-    assert not accumulate([shard, shard], shard, fresh=False).any()
+    assert not accumulate([shard, shard], shard, overwrite=False).any()
     assert not decode(shard).any()
 
 
@@ -270,14 +270,14 @@ def test_the_squares_of_e4m3_are_added_exactly(block_size: int) -> None:
     codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).to(torch.float32).nan_to_num(1.0)
     values = torch.cat([codes.view(-1, block_size), gradient(50, block_size, seed=1)])
     shard = blocks_of(values, E4M3)
-    assert exact_sum(figures(shard)) == exact_squares_of(shard)
+    assert exact_sum(norm_parts(shard)) == exact_squares_of(shard)
 
 
 @pytest.mark.parametrize("fmt", [FP32, BF16, E5M2, FP16], ids=lambda fmt: fmt.name)
 def test_squares_of_other_formats_lose_less_than_float64_would_between_blocks(fmt: Format) -> None:
     shard = blocks_of(gradient(50, 256, seed=2) * gradient(50, 256, seed=3), fmt)
     exact = exact_squares_of(shard)
-    assert abs(exact_sum(figures(shard)) / exact - 1) < 2.0**-40
+    assert abs(exact_sum(norm_parts(shard)) / exact - 1) < 2.0**-40
 
 
 @each_format
@@ -286,7 +286,7 @@ def test_the_order_within_a_block_is_free(fmt: Format) -> None:
     for seed in range(5):
         order = torch.randperm(256, generator=torch.Generator().manual_seed(seed))
         turned = Blocks(shard.codes[:, order], shard.scales, fmt)
-        assert torch.equal(figures(turned), figures(shard))
+        assert torch.equal(norm_parts(turned), norm_parts(shard))
 
 
 def test_sums_of_squares_at_the_ends_of_fp32() -> None:

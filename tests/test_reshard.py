@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import foreign_files as files
 import torch
 from engines import (
     assert_same_bits,
@@ -122,7 +123,7 @@ def test_a_rank_opens_only_what_it_needs(ranks: RankPools, tmp_path: Path) -> No
     """Of one bucket in four files, half a rank each needs two, and one more where blocks do not divide."""
     ranks.run(4, train_and_save, str(tmp_path), config({}, bucket=10**6))
     opened = ranks.run(2, files_opened, str(tmp_path))
-    names = [f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(4)]
+    names = [files.STATES.format(rank) for rank in range(4)]
     assert opened[0] == names[:2]
     assert opened[1] == names[1:]
 
@@ -132,11 +133,14 @@ def test_the_manifest_says_where_every_block_lies(ranks: RankPools, tmp_path: Pa
     written = manifest.read(tmp_path / "start")
     assert written is not None
     assert written.world_size == 3
-    for name, parameter in written.parameters.items():
+    place = written.place
+    assert place.optimizer_files == [files.STATES.format(rank) for rank in range(3)]
+    assert set(written.files) == {place.model_file, *place.optimizer_files}
+    for name, parameter in place.parameters.items():
         blocks = -(-torch.Size(parameter.shape).numel() // 128)
         ends = [0, *(end for _, _, end in parameter.blocks)]
         assert [first for _, first, _ in parameter.blocks] == ends[:-1]
         assert ends[-1] == blocks
-        for rank, first, end in parameter.blocks:
-            entry: dict[str, Tensor] = saved[rank]["packed"][name]
+        for file, first, end in parameter.blocks:
+            entry: dict[str, Tensor] = saved[file]["packed"][name]  # a rank's file
             assert entry["blocks"] == [first, end]

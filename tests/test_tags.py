@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 from engines import ds_config
-from foreign_files import Small, attempt, build, on_first
+from foreign_files import MODEL, Small, attempt, build, on_first
 from ranks import RankPools
 from test_crash import write_tag
 
 from ds_fp8.cli import main
-from ds_fp8.zero_fp8.checkpoint import manifest, tags
+from ds_fp8.zero_fp8.checkpoint import files, manifest, tags
 
 REFUSED = (
     *("latest", "latest_universal", "latest.new", "ds_fp8_manifest.json", "zero_to_fp32.py"),
@@ -52,7 +52,7 @@ def test_other_names_do_not_touch_each_other(tmp_path: Path, tag: str) -> None:
 @pytest.mark.parametrize("name", ["x.saving", "x.replaced"])
 def test_a_tag_of_stock_deepspeed_stays_where_a_save_would_pass(tmp_path: Path, name: str) -> None:
     (tmp_path / name).mkdir()
-    (tmp_path / name / manifest.MODEL_FILE).write_text("whole")
+    (tmp_path / name / MODEL).write_text("whole")
     before = tree(tmp_path)
     with pytest.raises(ValueError, match=rf"{name}: not what a save of x has left"):
         write_tag(tmp_path, "x", 1)
@@ -164,7 +164,10 @@ def test_a_latest_that_names_no_tag_is_told_by_the_commands(
 def test_the_commands_write_no_folder_that_stands_in_the_way(
     tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(ValueError, match=r"allowed: (any name but|a name)"), tags.fresh(tmp_path / name):
+    with (
+        pytest.raises(ValueError, match=r"allowed: (any name but|a name)"),
+        files.new_folder(tmp_path / name),
+    ):
         pass
     assert not any(tmp_path.iterdir())
 

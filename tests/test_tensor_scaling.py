@@ -26,20 +26,27 @@ from test_world_size import Dictated
 from torch import Tensor
 
 import ds_fp8
+from ds_fp8.config.section import FP8Config
 from ds_fp8.estimate import memory
 from ds_fp8.ops import blocks, per_tensor
-from ds_fp8.ops.adam import UNIT, AdamScalars, AdamState, Rounding, Segment
+from ds_fp8.ops.adam import UNIT, AdamScalars, AdamState, Rounding, Segment, Sweep
 from ds_fp8.ops.backend import VARIABLE, choose, choose_for_tensors
 from ds_fp8.ops.blocks import Blocks, decode
 from ds_fp8.ops.formats import BY_NAME, E4M3, FP16, FP32, Format
 from ds_fp8.ops.reduction import norm_square
 from ds_fp8.zero_fp8.optimizer.fp8_adamw import FP8AdamW
-from ds_fp8.zero_fp8.wiring import choose_for_ring
+from ds_fp8.zero_fp8.recipe import recipe_of
+from ds_fp8.zero_fp8.wiring import backend_for
 
 CPU = torch.device("cpu")
 TENSOR: dict[str, Any] = {"scaling": "tensor"}
 BETAS = (0.9, 0.95)
 SCALARS = AdamScalars(1, 1e-2, *BETAS, 1e-8, 0.1, decoupled=True, bias_correction=True, clamp=None)
+
+
+RING = recipe_of(
+    FP8Config.model_validate({"enabled": True, "scaling": "tensor", "gradients": {"reduction": "fp8"}})
+)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -77,16 +84,16 @@ def test_a_sum_has_one_scale() -> None:
         pieces.append(piece)
     exact = decode(pieces[0]) + decode(pieces[1]) + decode(pieces[2])
     shard, expected = Blocks.zeros(4, 128, E4M3, CPU), Blocks.zeros(1, 512, E4M3, CPU)
-    figures = per_tensor.accumulate(pieces, shard, fresh=True)
+    parts = per_tensor.accumulate(pieces, shard, overwrite=True)
     blocks.quantize(exact.view(-1), expected)
     assert torch.equal(decode(shard).view(1, -1), decode(expected))
-    assert norm_square(figures) == decode(shard).double().square().sum()
-    assert figures[-1] == 0
+    assert norm_square(parts) == decode(shard).double().square().sum()
+    assert parts[-1] == 0
 
 
 def states(rows: int, exp_avg_sq: Format) -> AdamState:
     held = (Blocks.zeros(rows, 128, fmt, CPU) for fmt in (FP16, E4M3, exp_avg_sq))
-    return AdamState(*held, rooted=False)  # type: ignore[arg-type]
+    return AdamState(*held, stores_sqrt=False)  # type: ignore[arg-type]
 
 
 def sweep(state: AdamState, g: Tensor, sizes: list[int]) -> Tensor:
@@ -96,7 +103,7 @@ def sweep(state: AdamState, g: Tensor, sizes: list[int]) -> Tensor:
     plan = [Segment(each, number, 0) for number, each in enumerate(rows)]
     held = Blocks(g.view(-1, 128), None, FP32)
     weights = torch.zeros_like(held.codes)
-    per_tensor.adam_step(state, held, weights, plan, SCALARS, torch.ones(2), rounding=Rounding(0))
+    per_tensor.adam_step(Sweep(state, held, weights, plan, SCALARS, torch.ones(2), Rounding(0)))
     return weights
 
 
@@ -150,7 +157,7 @@ def train(fp8: dict[str, Any], stage: int, steps: int) -> dict[str, Any]:
         "packed": packed(engine.optimizer),
         "weights": weight_bits(engine),
         "rank_bytes": memory.rank_bytes(
-            engine.optimizer.recipe, engine.optimizer.buckets, accumulating=False
+            engine.optimizer.recipe, engine.optimizer.parts.buckets, accumulating=False
         ),
         "allocated": engine.optimizer.nbytes,
         "told": {key: ds_fp8.describe(engine)[key] for key in ("rank_bytes_min", "rank_bytes_max")},
@@ -296,7 +303,7 @@ def test_refused_without_deepspeed() -> None:
 def test_every_backend_has_its_kernels(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """The writing ops are those of whole tensors; with a sum in FP8 what has no kernel is told."""
     monkeypatch.setenv(VARIABLE, name)
-    chosen, blockwise, ring = choose_for_tensors(CPU), choose(CPU), choose_for_ring(CPU)
+    chosen, blockwise, ring = choose_for_tensors(CPU), choose(CPU), backend_for(RING, CPU)
     assert chosen.name == blockwise.name == ring.name == name
     assert chosen.instead is None
     assert "fp8.gradients.reduction fp8" in str(ring.instead)

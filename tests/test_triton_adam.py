@@ -17,7 +17,7 @@ from sweep_checks import (
     LENGTHS,
     MOMENTS,
     Case,
-    Sweep,
+    Steps,
     check_a_bad_master,
     check_a_denormal_exp_avg,
     check_a_skipped_step,
@@ -46,7 +46,7 @@ PAIRS = pairwise({**DIMENSIONS, "hardware": CONVERSIONS})
 def test_every_pair(choice: dict[str, Any]) -> None:
     case = Case(**{name: choice[name] for name in DIMENSIONS})
     with conversion(choice["hardware"]):
-        check_sweep(TRITON, case, Sweep(LENGTHS, turn=1, padding=2, seed=0, steps=3, moments=KINDS))
+        check_sweep(TRITON, case, Steps(LENGTHS, turn=1, padding=2, seed=0, steps=3, moments=KINDS))
 
 
 @pytest.mark.slow
@@ -57,12 +57,12 @@ def test_every_combination(gradient: str) -> None:
     for formats in products(gradient):
         case, hardware = draw.choice([*combinations_of(formats)]), draw.choice(CONVERSIONS)
         with conversion(hardware):
-            check_sweep(TRITON, case, Sweep((2, 1, 1, 3), turn=1, padding=1, seed=1, steps=2, moments=KINDS))
+            check_sweep(TRITON, case, Steps((2, 1, 1, 3), turn=1, padding=1, seed=1, steps=2, moments=KINDS))
 
 
 @settings(deadline=None, derandomize=True, max_examples=50)
 @given(case=CASES, sweep=sweeps(KINDS), hardware=st.sampled_from(CONVERSIONS))
-def test_any_segments(case: Case, sweep: Sweep, hardware: bool) -> None:
+def test_any_segments(case: Case, sweep: Steps, hardware: bool) -> None:
     with conversion(hardware):
         check_sweep(TRITON, case, sweep)
 

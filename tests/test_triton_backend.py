@@ -9,7 +9,7 @@ from kernel_support import needs_compiler
 from ds_fp8.ops.backend import BUILT, REFERENCE, VARIABLE, choose, cpu_backend, triton_backend
 from ds_fp8.ops.triton import adam as adam_triton
 from ds_fp8.ops.triton import blocks as blocks_triton
-from ds_fp8.ops.triton import quantize_many as vectors_triton
+from ds_fp8.ops.triton import quantize_many as quantize_many_triton
 from ds_fp8.ops.triton import reduction as reduction_triton
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -51,7 +51,7 @@ def test_the_kernels_are_those_of_the_modules() -> None:
     assert backend.accumulate is reduction_triton.accumulate
     assert backend.plan is adam_triton.plan
     assert backend.adam_step is adam_triton.adam_step
-    assert backend.quantize_together is vectors_triton.quantize_vectors
+    assert backend.quantize_together is quantize_many_triton.quantize_vectors
 
 
 @pytest.mark.parametrize("device", [CPU, CUDA])

@@ -45,7 +45,7 @@ from triton_support import CONVERSIONS, DEVICE, TRITON, conversion, each_convers
 from ds_fp8.ops.blocks import to_float32
 from ds_fp8.ops.formats import E4M3, Format
 from ds_fp8.ops.rounding import RANDOM_BITS, round_up_from_zero
-from ds_fp8.ops.triton import quantize_many as vectors_triton
+from ds_fp8.ops.triton import quantize_many as quantize_many_triton
 from ds_fp8.ops.triton import rounding as rounding_triton
 from ds_fp8.ops.triton import tiles as tiles_triton
 from ds_fp8.ops.triton.tiles import INTERPRETED
@@ -83,7 +83,8 @@ def round_up_kernel(values, bits, codes, count, FORMAT: tl.constexpr):  # type: 
 def launch(kernel: Any, source: Tensor, *others: Tensor, **constants: object) -> None:
     tensors = [each.to(DEVICE) for each in (source, *others)]
     programs = -(-source.numel() // TILE.value)
-    tiles_triton.launch(kernel, programs, 4, *tensors, source.numel(), **constants)
+    operands = dict(zip(kernel.arg_names, [*tensors, source.numel()], strict=False))
+    tiles_triton.launch(kernel, programs, 4, **operands, **constants)
     others[-1].copy_(tensors[-1])
 
 
@@ -177,7 +178,7 @@ def test_a_launch_takes_64_vectors(monkeypatch: pytest.MonkeyPatch, count: int) 
         launches.append(arguments)
         tiles_triton.launch(*arguments, **constants)
 
-    monkeypatch.setattr(vectors_triton, "launch", counting)
+    monkeypatch.setattr(quantize_many_triton, "launch", counting)
     generator = torch.Generator().manual_seed(count)
     sizes = torch.randint(1, 150 * 32, (count,), generator=generator).tolist()
     vectors = [torch.randn(size, generator=generator).to(torch.bfloat16) for size in sizes]

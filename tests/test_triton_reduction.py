@@ -1,4 +1,4 @@
-"""`accumulate` as a Triton kernel equals the reference bit for bit, its figures included."""
+"""`accumulate` as a Triton kernel equals the reference bit for bit, norm parts included."""
 
 from collections.abc import Iterator
 
@@ -34,13 +34,13 @@ def few_tiles() -> Iterator[None]:
 
 @pytest.mark.usefixtures("few_tiles")
 @pytest.mark.parametrize("hardware", CONVERSIONS)
-@pytest.mark.parametrize("fresh", [True, False])
+@pytest.mark.parametrize("overwrite", [True, False])
 @each_shard
 @pytest.mark.parametrize("wire", WIRES, ids=lambda fmt: fmt.name)
-def test_every_pair_of_formats(wire: Format, fmt: Format, fresh: bool, hardware: bool) -> None:
+def test_every_pair_of_formats(wire: Format, fmt: Format, overwrite: bool, hardware: bool) -> None:
     """On more rows than a program has."""
     with conversion(hardware):
-        check_every_kind(TRITON, wire, fmt, fresh=fresh)
+        check_every_kind(TRITON, wire, fmt, overwrite=overwrite)
 
 
 @pytest.mark.parametrize("ranks", range(1, 10))
@@ -50,7 +50,7 @@ def test_ranks_are_added_in_order(ranks: int) -> None:
     values = [rows_of(["normal"] * rows, 256, seed=rank) for rank in range(ranks)]
     old = rows_of(["normal"] * rows, 256, seed=99)
     with conversion(hardware=False):
-        check_accumulate(TRITON, values, old, E4M3, FP32, fresh=False)
+        check_accumulate(TRITON, values, old, E4M3, FP32, overwrite=False)
 
 
 def test_half_a_code_below_overflow_without_a_scale() -> None:

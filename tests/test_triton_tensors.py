@@ -26,9 +26,9 @@ def test_quantize(fmt: Format, hardware: bool) -> None:
 @each_conversion(*FORMATS)
 def test_accumulate(fmt: Format, hardware: bool) -> None:
     with conversion(hardware):
-        for fresh in (True, False):
+        for overwrite in (True, False):
             for numel in SIZES:
-                check_accumulate(OURS, fmt, numel, fresh=fresh)
+                check_accumulate(OURS, fmt, numel, overwrite=overwrite)
 
 
 @pytest.mark.parametrize(

@@ -104,8 +104,8 @@ def reduced(gradients: dict[str, Any], kind: str, size: int) -> Tensor:
     config = ds_config({"gradients": {"accum_dtype": "fp32", **gradients}})
     engine = build(config, Given(size))
     engine.backward(engine(given_gradient(kind, dist.get_rank(), size)))
-    (shard,) = engine.optimizer.shards
-    part = decode(shard.gradient).view(-1)
+    (reduced,) = engine.optimizer.parts.reduced
+    part = decode(reduced.blocks).view(-1)
     engine.step()
     engine.destroy()
     return part
@@ -166,7 +166,7 @@ def crossed(node: int, size: int, gradients: dict[str, Any]) -> dict[str, Any]:
     with Traffic(node_size=node) as traffic:
         train_losses(engine, source, 1)
     handler = engine.optimizer
-    expected = sum(memory.exchange_bytes(handler.recipe, bucket) for bucket in handler.buckets)
+    expected = sum(sum(memory.hop_bytes(handler.recipe, bucket)) for bucket in handler.parts.buckets)
     assert traffic.handed["alltoall_base_"] == expected
     engine.destroy()
     return dict(traffic.crossed)

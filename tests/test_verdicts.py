@@ -196,4 +196,4 @@ def test_a_section_that_is_no_object_is_told_to_the_callback() -> None:
     engine.config = {"fp8": True}
     assert "allowed: a ds_config with" in _why_off(engine)
     engine.config = {"fp8": {"enabled": True}}
-    assert "nobody has read" in _why_off(engine)
+    assert "was not read" in _why_off(engine)

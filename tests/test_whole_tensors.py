@@ -3,11 +3,11 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_partition import Case, each_case, owned_blocks, partition_settings, specs
+from test_partition import Case, each_case, in_fleet, owned_blocks, partition_settings, specs
 
 from ds_fp8.config.section import FP8Config
 from ds_fp8.estimate.memory import rank_bytes
-from ds_fp8.zero_fp8.placement.partition import ParameterSpec, WholeBucket, assign, partition, partition_whole
+from ds_fp8.zero_fp8.placement.partition import Bucket, assign, partition, partition_whole
 from ds_fp8.zero_fp8.recipe import recipe_of
 
 GRANULE = 128
@@ -36,16 +36,15 @@ MODELS = {
 }
 
 
-def whole(case: Case) -> tuple[WholeBucket, ...]:
+def whole(case: Case) -> tuple[Bucket, ...]:
     return partition_whole(
-        case.parameters,
+        in_fleet(case.parameters, case.world_size),
         bucket_elements=case.bucket_elements,
         block_size=case.block_size,
-        world_size=case.world_size,
     )
 
 
-def loads(buckets: tuple[WholeBucket, ...]) -> list[int]:
+def loads(buckets: tuple[Bucket, ...]) -> list[int]:
     """Blocks of each rank over all buckets."""
     return [sum(each.blocks_of(rank) for each in buckets) for rank in range(buckets[0].world_size)]
 
@@ -76,7 +75,7 @@ def test_ranks_own_side_by_side_what_their_tensors_need(case: Case) -> None:
             assert bucket.blocks_of(rank) == first, "a rank holds padding"
             end = rows.stop
         assert bucket.blocks == end
-        assert bucket.blocks_per_rank == max(bucket.shares)
+        assert bucket.blocks_per_rank == max(map(bucket.blocks_of, range(case.world_size)))
 
 
 @partition_settings
@@ -108,7 +107,7 @@ def test_algorithm_1_by_hand() -> None:
 
 def test_owners_are_found_over_all_buckets() -> None:
     """Four equal buckets of one tensor each on two ranks: bucket by bucket, all would go to rank 0."""
-    buckets = partition_whole(specs(640, 640, 640, 640), bucket_elements=640, block_size=64, world_size=2)
+    buckets = partition_whole(specs(640, 640, 640, 640, ranks=2), bucket_elements=640, block_size=64)
     assert loads(buckets) == [20, 20]
 
 
@@ -117,8 +116,8 @@ def test_owners_are_found_over_all_buckets() -> None:
 def test_fullest_rank_of_real_models(model: str, ranks: int) -> None:
     """At most 4/3 of the larger of mean and largest tensor."""
     sizes = MODELS[model]
-    parameters = [ParameterSpec(index, numel, 0, "bf16") for index, numel in enumerate(sizes)]
-    options = {"bucket_elements": 500_000_000, "block_size": GRANULE, "world_size": ranks}
+    parameters = specs(*sizes, ranks=ranks)
+    options = {"bucket_elements": 500_000_000, "block_size": GRANULE}
     fullest = max(loads(partition_whole(parameters, **options))) * GRANULE
     bound = max(sum(sizes) / ranks, *sizes)
     assert fullest <= 4 / 3 * bound, f"{fullest / bound:.3f}"
@@ -136,8 +135,8 @@ TOLD = {  # docs/paper.md: GiB of a rank in blocks, of the emptiest and of the f
 
 @pytest.mark.parametrize(("model", "ranks"), TOLD, ids=str)
 def test_memory_of_real_models(model: str, ranks: int) -> None:
-    parameters = [ParameterSpec(index, numel, 0, "bf16") for index, numel in enumerate(MODELS[model])]
-    options = {"bucket_elements": 500_000_000, "block_size": GRANULE, "world_size": ranks}
+    parameters = specs(*MODELS[model], ranks=ranks)
+    options = {"bucket_elements": 500_000_000, "block_size": GRANULE}
     found: list[float] = []
     for scaling, split in (("block", partition), ("tensor", partition_whole)):
         recipe = recipe_of(FP8Config.model_validate({"enabled": True, "scaling": scaling}))

@@ -1,5 +1,6 @@
 """Given the same reduced gradient, codes, scales, masters and weights are the same bits at any N."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,10 +14,12 @@ from ds_fp8.ops.backend import REFERENCE
 from ds_fp8.ops.blocks import quantize
 from ds_fp8.ops.formats import BY_NAME, E4M3
 from ds_fp8.zero_fp8.checkpoint import writer
+from ds_fp8.zero_fp8.health import Counts
 from ds_fp8.zero_fp8.optimizer.fp8_adamw import FP8AdamW
 from ds_fp8.zero_fp8.placement.partition import Bucket, ParameterSpec, partition
+from ds_fp8.zero_fp8.placement.ranks import Fleet
 from ds_fp8.zero_fp8.recipe import Recipe
-from ds_fp8.zero_fp8.states.shard import Shard
+from ds_fp8.zero_fp8.wiring import room, shard_of
 
 SIZES = (1, 7, 129, 1000, 333, 128, 2047)  # nothing divides, blocks of 128 among 4 ranks
 STEPS = 20
@@ -109,24 +112,28 @@ RECIPE = Recipe(
 
 def inject(world_size: int) -> dict[str, Tensor]:
     """The same training without collectives: each rank's shard is given its reduced gradient."""
-    specs = [ParameterSpec(index, size, 0, "bf16") for index, size in enumerate(SIZES)]
-    buckets = partition(specs, bucket_elements=2500, block_size=128, world_size=world_size)
+    specs = [
+        ParameterSpec(index, size, 0, "bf16", Fleet("data", world_size)) for index, size in enumerate(SIZES)
+    ]
+    buckets = partition(specs, bucket_elements=2500, block_size=128)
     names = {index: f"weights.{index}" for index in range(len(SIZES))}
     start = [each.detach().bfloat16() for each in Dictated().weights]
     pieces = []
     for rank in range(world_size):
-        shards = [Shard(bucket, rank, RECIPE, torch.device("cpu"), REFERENCE) for bucket in buckets]
-        weights = [_own_weights(bucket, rank, start) for bucket in buckets]
-        for shard, rows in zip(shards, weights, strict=True):
-            shard.take_masters(rows)
+        cpu = torch.device("cpu")
+        shards = [shard_of(bucket, rank, RECIPE, cpu, REFERENCE, Counts()) for bucket in buckets]
+        reduced = [room(bucket, rank, RECIPE.shard, cpu) for bucket in buckets]
+        weights = [SimpleNamespace(own=_own_weights(bucket, rank, start)) for bucket in buckets]
+        for shard, each in zip(shards, weights, strict=True):
+            shard.take_masters(each.own)
         optimizer = FP8AdamW([torch.zeros(1)], weight_decay=0.1, betas=(0.9, 0.95))
         for step in range(STEPS):
             scalars = optimizer.scalars(clamp=True)[0]
-            for shard, rows in zip(shards, weights, strict=True):
+            for shard, blocks, each in zip(shards, reduced, weights, strict=True):
                 for piece in shard.pieces:
                     whole = gradient(step, piece.slot.parameter)
-                    quantize(whole[piece.elements], shard.gradient[piece.rows])
-                shard.sweep(rows, scalars, torch.tensor([0.5, 1.0]))
+                    quantize(whole[piece.elements], blocks[piece.rows])
+                shard.sweep(blocks, each, scalars, torch.tensor([0.5, 1.0]))
             optimizer.advance(clamp=True)
         pieces.append(writer.pack(shards, names))
     return whole_states(pieces)

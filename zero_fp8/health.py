@@ -32,12 +32,12 @@ class Counts:
         self._elements = [0, 0]  # of gradients that were quantised, and of states that were swept
 
     def of_gradient(self, numel: int) -> Tensor | None:
-        """Where quantising so many elements adds its counts; None on a step that is not measured."""
+        """Count `numel` quantised elements; the kernel's counter vector, None on an unmeasured step."""
         self._elements[0] += numel
         return self._gradient if self.measuring else None
 
     def of_state(self, numel: int) -> Tensor | None:
-        """Likewise for a sweep."""
+        """Count `numel` swept elements; the kernel's counter vector, None on an unmeasured step."""
         self._elements[1] += numel
         return self._state if self.measuring else None
 
@@ -63,10 +63,10 @@ class Counts:
 class Health:
     """The counts of all param groups, and what they come to."""
 
-    def __init__(self, interval: int, groups: int, device: torch.device, *, rooted: bool) -> None:
-        """interval: steps from one that is measured to the next; 0 = none is. rooted: as `AdamState` says."""
+    def __init__(self, interval: int, groups: int, device: torch.device, *, stores_sqrt: bool) -> None:
+        """interval: steps from one that is measured to the next; 0: none is. stores_sqrt: as `AdamState`."""
         self.interval = interval
-        self._zeros = "exp_avg_sq_rescued" if rooted else "exp_avg_sq_underflow"
+        self._zeros = "exp_avg_sq_rescued" if stores_sqrt else "exp_avg_sq_underflow"
         self.groups = [Counts(device if interval else None) for _ in range(groups)]
         self.last: dict[str, Any] | None = None  # of the last measured step
         self.listeners: list[Listener] = []
@@ -82,28 +82,28 @@ class Health:
             each.forget_sweep()
 
     def collect(
-        self, step: int, *, taken: bool, group: ProcessGroup, more: Callable[[], dict[str, float]]
+        self, step: int, *, stepped: bool, group: ProcessGroup, more: Callable[[], dict[str, float]]
     ) -> None:
         """Add up a step over the ranks, if it was measured, and tell the listeners.
 
-        taken: whether it changed the states. more: figures of a step that was taken.
+        stepped: whether it changed the states. more: what else there is to say of a step that was taken.
         """
         if not self.groups[0].measuring:
             return
         rows = torch.stack([each.row for each in self.groups])
         sum_over_ranks(rows, group)
-        figures = rows.tolist()
-        total = [sum(column) for column in zip(*figures, strict=True)]
+        groups = rows.tolist()
+        total = [sum(column) for column in zip(*groups, strict=True)]
         self.last = {
             "step": step,
-            "taken": taken,
-            "total": self._shares(total, taken=taken) | (more() if taken else {}),
-            "groups": [self._shares(each, taken=taken) for each in figures],
+            "taken": stepped,
+            "total": self._shares(total, stepped=stepped) | (more() if stepped else {}),
+            "groups": [self._shares(each, stepped=stepped) for each in groups],
         }
         for listener in self.listeners:
             listener(self.last)
 
-    def _shares(self, row: Sequence[float], *, taken: bool) -> dict[str, float]:
+    def _shares(self, row: Sequence[float], *, stepped: bool) -> dict[str, float]:
         """Shares of all elements, decibels, and a count of blocks; of the states where a step was taken."""
         gradient = GradientCounts(*row[:GRADIENT_COUNTS])
         state = StateCounts(*row[GRADIENT_COUNTS : GRADIENT_COUNTS + STATE_COUNTS])
@@ -114,7 +114,7 @@ class Health:
             "gradient_non_finite_blocks": gradient.not_finite,
             "gradient_snr_db": _decibels(gradient.signal, gradient.noise),
         }
-        if taken:
+        if stepped:
             shares |= {
                 "exp_avg_clamped": state.clamped / swept,
                 "exp_avg_underflow": state.underflows / swept,

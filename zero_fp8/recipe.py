@@ -4,7 +4,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ds_fp8.config.refusals import refusal
 from ds_fp8.config.section import FP8Config
 from ds_fp8.ops.adam import Rounding
 from ds_fp8.ops.formats import BF16, BY_NAME, FP32, Format
@@ -24,9 +23,9 @@ class Recipe:
     exp_avg_sq: Format
     clamp: bool
     seed: int
-    by_tensor: bool = False  # a scale a tensor and whole tensors a rank, else a scale a block
+    by_tensor: bool = False  # one scale per tensor and whole tensors on a rank, else one scale per block
     autoscale: str | None = None  # of gradients that are added in FP8; None: they are added in FP32
-    intra_node_size: int = 1  # ranks a node of the two-hop exchange; 1 = one hop
+    intra_node_size: int = 1  # ranks per node of the two-hop exchange; 1 = one hop
     inter_node: Format | None = None  # gradients between nodes; None = as wire
 
     def two_hops(self, ranks: int) -> bool:
@@ -108,11 +107,3 @@ def weight_dtypes(master: Format) -> tuple[torch.dtype, ...]:
     if master.split:
         return (torch.bfloat16,)
     return (torch.bfloat16, torch.float32, torch.float16)
-
-
-def check_nodes(size: int, ranks: int) -> None:
-    """Refuse nodes that the ranks do not fill."""
-    if ranks % size:
-        divisors = ", ".join(str(each) for each in range(1, ranks + 1) if ranks % each == 0)
-        allowed = f"divisors of the world size {ranks}: {divisors}"
-        raise refusal("fp8.gradients.intra_node_size", size, allowed)

@@ -1,4 +1,4 @@
-"""What one all-reduce tells every rank about a step: norm, clip factor, take it or not.
+"""The verdict on a step, the same on every rank from one all-reduce: norm, clip factor, take it or not.
 
 The sweep reads the answer where it is computed, on the device. The host reads it when everything
 that the step launches has been launched, so a GPU never waits for the host.
@@ -12,15 +12,16 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ds_fp8.config.refusals import naming
-from ds_fp8.ops.reduction import FIGURES, first_non_finite_block, norm_square
+from ds_fp8.ops.reduction import NORM_PARTS, first_non_finite_block, norm_square
 from ds_fp8.zero_fp8.comm.collectives import max_over_ranks, sum_over_ranks
-from ds_fp8.zero_fp8.states.shard import Shard
+from ds_fp8.zero_fp8.gradients.reduced import ReducedGradient
+from ds_fp8.zero_fp8.placement.partition import Piece
 
 LARGEST = 2.0**40  # norm that a step takes, after clipping; beyond it sqrt(v) saturates
 
 
 class Verdict:
-    """The figures of a step over all ranks, and what follows from them.
+    """The norm and the counts of a step over all ranks, and what follows from them.
 
     control: [2] float32 on the device, as `ops.adam.adam_step` takes it. The same bits on every rank and
     backend, however many ranks share the gradient: what they add are integers (`ops.exact`).
@@ -28,9 +29,9 @@ class Verdict:
 
     def __init__(
         self,
-        shards: Sequence[Shard],
+        reduced: Sequence[ReducedGradient],
         *,
-        taken: int,  # gradients that this rank put into the shards
+        received: int,  # gradients of this rank that are in what was reduced
         late: int,  # gradients of this rank that have not travelled yet; the step waits for them
         objections: Sequence[str | None],  # of this rank; the step is not taken
         edited: int,  # parameters of this rank whose values are not their masters'
@@ -38,32 +39,38 @@ class Verdict:
         clip: float,  # largest norm of the mean; 0 = any
         group: ProcessGroup,
     ) -> None:
-        reduced = [shard.figures for shard in shards if shard.figures is not None]
-        counts = [taken, late, sum(each is not None for each in objections), edited]
-        told = torch.zeros(FIGURES + len(counts), dtype=torch.int64, device=reduced[0].device)
-        told[:FIGURES] = torch.stack(reduced).sum(dim=0)
-        for place, count in enumerate(counts, start=FIGURES):
-            told[place].fill_(count)
-        sum_over_ranks(told, group)
-        non_finite, all_taken, waiting = told[FIGURES - 1], told[FIGURES], told[FIGURES + 1 : FIGURES + 3]
-        norm = norm_square(told[:FIGURES]).sqrt() * gradient_scale
+        counts = [received, late, sum(each is not None for each in objections), edited]
+        sums = _summed([each.norm_parts for each in reduced if each.norm_parts is not None], counts, group)
+        agreed = sums[NORM_PARTS:]
+        non_finite, all_received, against = sums[NORM_PARTS - 1], agreed[0], agreed[1:3]
+        norm = norm_square(sums[:NORM_PARTS]).sqrt() * gradient_scale
         factor = clip_factor(norm, clip)
-        go = (norm * factor <= LARGEST) & (non_finite == 0) & (all_taken > 0) & (waiting == 0).all()
+        go = (norm * factor <= LARGEST) & (non_finite == 0) & (all_received > 0) & (against == 0).all()
         self.control = torch.stack([factor * gradient_scale, go]).to(torch.float32)
         self._largest = math.inf if clip > 0 else LARGEST
-        self._figures = torch.cat([norm[None], told[FIGURES - 1 :]]).to("cpu", non_blocking=True)
+        self._copy = torch.cat([norm[None], sums[NORM_PARTS - 1 :]]).to("cpu", non_blocking=True)
         self._arrived = None
-        if told.is_cuda:
+        if sums.is_cuda:
             self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._arrived.record()
 
     def read(self) -> "Verdict":
-        """Wait for the figures; before this only `control` is known."""
+        """Wait for the norm and the counts; before this only `control` is known."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        norm, non_finite, self.taken, self.late, self.objections, self.edited = self._figures.tolist()
+        norm, non_finite, self.received, self.late, self.objections, self.edited = self._copy.tolist()
         self.norm = norm if non_finite == 0 and norm <= self._largest else math.inf
         return self
+
+
+def _summed(norm_parts: Sequence[Tensor], counts: Sequence[int], group: ProcessGroup) -> Tensor:
+    """The norm's parts of all buckets and then the counts, [NORM_PARTS + counts] int64, over all ranks."""
+    sums = torch.zeros(NORM_PARTS + len(counts), dtype=torch.int64, device=norm_parts[0].device)
+    sums[:NORM_PARTS] = torch.stack(list(norm_parts)).sum(dim=0)
+    for place, count in enumerate(counts, start=NORM_PARTS):
+        sums[place].fill_(count)
+    sum_over_ranks(sums, group)
+    return sums
 
 
 def clip_factor(norm: Tensor, limit: float) -> Tensor:
@@ -74,16 +81,18 @@ def clip_factor(norm: Tensor, limit: float) -> Tensor:
     return torch.where(norm + 1e-6 <= limit, 1.0, factor)
 
 
-def non_finite_parameters(shards: Sequence[Shard], names: Mapping[int, str], group: ProcessGroup) -> str:
+def non_finite_parameters(
+    reduced: Sequence[tuple[ReducedGradient, Sequence[Piece]]], names: Mapping[int, str], group: ProcessGroup
+) -> str:
     """Names of the first parameters, in the model's order, whose gradient on any rank is not finite."""
     order = {index: place for place, index in enumerate(names)}
-    found = torch.zeros(len(order), dtype=torch.uint8, device=shards[0].gradient.codes.device)
-    for shard in shards:
-        for piece in shard.pieces:
-            if first_non_finite_block(shard.gradient[piece.rows]) is not None:
-                found[order[piece.slot.parameter]] = 1
-    max_over_ranks(found, group)
-    bad = [name for name, flag in zip(names.values(), found.tolist(), strict=True) if flag]
+    flags = torch.zeros(len(order), dtype=torch.uint8, device=reduced[0][0].blocks.codes.device)
+    for gradient, pieces in reduced:
+        for piece in pieces:
+            if first_non_finite_block(gradient.blocks[piece.rows]) is not None:
+                flags[order[piece.slot.parameter]] = 1
+    max_over_ranks(flags, group)
+    bad = [name for name, flag in zip(names.values(), flags.tolist(), strict=True) if flag]
     if not bad:
         return "no single parameter (their norm is beyond 2^40)"
     return naming(bad)

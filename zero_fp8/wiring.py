@@ -1,41 +1,195 @@
-"""What depends on who has a scale: a block, or a tensor as in FP8-LM, with or without a sum in FP8."""
+"""Builds the parts of a run from plain values, without DeepSpeed's engine: the only place that chooses them.
 
-from collections.abc import Callable
+The axes of a run are fields that are composed here:
+
+- who has a scale and how gradients add up: a block; a tensor, as in FP8-LM; a tensor, with a sum in FP8;
+- when gradients travel: as buckets fill (ZeRO 2) or at the accumulation boundary (ZeRO 1);
+- kernels: those of the device.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch.nn import Parameter
 
+from ds_fp8.ops.adam import AdamState
 from ds_fp8.ops.backend import Backend, choose, choose_for_tensors
-from ds_fp8.zero_fp8.gradients.packing import BlockWire, RingWire, TensorWire
-from ds_fp8.zero_fp8.placement.partition import Bucket, partition, partition_whole
-from ds_fp8.zero_fp8.recipe import Recipe
-from ds_fp8.zero_fp8.states.shard import RingShard, Shard, TensorShard
+from ds_fp8.ops.blocks import Blocks
+from ds_fp8.ops.formats import Format
+from ds_fp8.zero_fp8.comm.groups import Nodes
+from ds_fp8.zero_fp8.gradients.autoscale import Autoscale, FixedScales, GradientScales
+from ds_fp8.zero_fp8.gradients.exchange import launch_even, launch_uneven
+from ds_fp8.zero_fp8.gradients.fp8_sum import FP8Packer, FP8Sum
+from ds_fp8.zero_fp8.gradients.packing import Packer, ScaledPacker
+from ds_fp8.zero_fp8.gradients.reduced import BlockSum, ReducedGradient, Sum, TensorSum
+from ds_fp8.zero_fp8.gradients.reducer import GradientReducer
+from ds_fp8.zero_fp8.health import Counts, Health
+from ds_fp8.zero_fp8.placement.partition import Bucket, ParameterSpec, Piece, partition, partition_whole
+from ds_fp8.zero_fp8.placement.ranks import Fleet
+from ds_fp8.zero_fp8.recipe import Recipe, ZeroSettings
+from ds_fp8.zero_fp8.states.shard import Shard
+from ds_fp8.zero_fp8.weights.store import Weights
+from ds_fp8.zero_fp8.weights.views import FlatWeights
+
+GradientParts = tuple[Packer, GradientScales, list[ReducedGradient]]
 
 
 @dataclass(frozen=True)
-class Layout:
-    """The parts of a run that go together."""
+class Parts:
+    """The parts of a run. Of each bucket there is one of `weights`, `reduced` and `shards`."""
 
-    partition: Callable[..., tuple[Bucket, ...]]
-    choose: Callable[[torch.device], Backend]
-    shard: type[Shard]
-    wire: type[BlockWire]
+    buckets: Sequence[Bucket]
+    fleets: Mapping[Fleet, Nodes]
+    weights: Sequence[Weights]
+    reduced: list[ReducedGradient]
+    shards: list[Shard]
+    packer: Packer
+    reducer: GradientReducer
+    gradient_scales: GradientScales
+    health: Health
+    backend: Backend
+    listens: bool  # gradients travel while backward runs
+    divisor: int  # of the sum of the ranks' gradients
+
+    def close(self) -> None:
+        """Give up states, reduced gradients and process groups."""
+        self.shards.clear()
+        self.reduced.clear()
+        for nodes in self.fleets.values():
+            nodes.close()
+
+    def nodes_of(self, bucket: Bucket) -> Nodes:
+        return self.fleets[bucket.fleet]
+
+    def by_bucket(self) -> Iterator[tuple[Bucket, ReducedGradient, Shard, Weights]]:
+        """What there is of each bucket."""
+        return zip(self.buckets, self.reduced, self.shards, self.weights, strict=True)
 
 
-def choose_for_ring(device: torch.device) -> Backend:
-    """Kernels for all but the FP8 sum. Raises as `choose`."""
-    backend = choose_for_tensors(device)
-    lacking = "those of fp8.gradients.reduction fp8, which quantise and add, are not built"
-    return replace(backend, instead=backend.instead or lacking)
+def cut(specs: Sequence[ParameterSpec], recipe: Recipe, bucket_elements: int) -> tuple[Bucket, ...]:
+    """The buckets of a run, and who owns which of their blocks."""
+    by_tensor = recipe.by_tensor
+    return (partition_whole if by_tensor else partition)(
+        specs, bucket_elements=bucket_elements, block_size=recipe.block_size
+    )
 
 
-BLOCK = Layout(partition, choose, Shard, BlockWire)
-TENSOR = Layout(partition_whole, choose_for_tensors, TensorShard, TensorWire)
-RING = Layout(partition_whole, choose_for_ring, RingShard, RingWire)
-
-
-def layout_of(recipe: Recipe) -> Layout:
-    """The layout of a run."""
+def backend_for(recipe: Recipe, device: torch.device) -> Backend:
+    """The kernels of a run. Raises as `ops.backend.choose`."""
     if recipe.autoscale is not None:
-        return RING
-    return TENSOR if recipe.by_tensor else BLOCK
+        backend = choose_for_tensors(device)
+        lacking = "those of fp8.gradients.reduction fp8, which quantise and add, are not built"
+        return replace(backend, instead=backend.instead or lacking)
+    return choose_for_tensors(device) if recipe.by_tensor else choose(device)
+
+
+def build(
+    buckets: Sequence[Bucket],
+    parameters: Mapping[int, Parameter],
+    recipe: Recipe,
+    settings: ZeroSettings,
+    fleets: Mapping[Fleet, Nodes],
+    backend: Backend,
+    param_groups: int,
+) -> Parts:
+    """Take over the parameters, by global index: they become views of buffers. Masters are still to be taken.
+
+    param_groups: how many the optimizer has.
+    """
+    device = next(iter(parameters.values())).device
+    run = _Run(recipe, parameters, fleets, backend, device)
+    health = Health(settings.stats_interval, param_groups, device, stores_sqrt=not recipe.by_tensor)
+    counts = [health.groups[bucket.group] for bucket in buckets]
+    weights = [FlatWeights(bucket, parameters, run.rank_in(bucket)) for bucket in buckets]
+    shards = [
+        shard_of(bucket, run.rank_in(bucket), recipe, device, backend, each)
+        for bucket, each in zip(buckets, counts, strict=True)
+    ]
+    packer, scales, reduced = run.gradient_parts(buckets)
+    overlap = settings.overlap
+    return Parts(
+        buckets=buckets,
+        fleets=fleets,
+        weights=weights,
+        reduced=reduced,
+        shards=shards,
+        packer=packer,
+        reducer=GradientReducer(buckets, parameters, reduced, packer, fleets, health.groups, overlap=overlap),
+        gradient_scales=scales,
+        health=health,
+        backend=backend,
+        listens=settings.stage == 2,
+        divisor=buckets[0].fleet.size if settings.average else 1,
+    )
+
+
+def room(bucket: Bucket, rank: int, fmt: Format, device: torch.device) -> Blocks:
+    """Zeros, for what a rank owns of a bucket."""
+    return Blocks.zeros(bucket.blocks_of(rank), bucket.block_size, fmt, device)
+
+
+def shard_of(
+    bucket: Bucket, rank: int, recipe: Recipe, device: torch.device, backend: Backend, counts: Counts
+) -> Shard:
+    """A rank's states of a bucket, zeros. counts: of the bucket's param group."""
+    master, exp_avg, exp_avg_sq = (
+        room(bucket, rank, fmt, device) for fmt in (recipe.master, recipe.exp_avg, recipe.exp_avg_sq)
+    )
+    state = AdamState(master, exp_avg, exp_avg_sq, stores_sqrt=not recipe.by_tensor)
+    return Shard(tuple(bucket.pieces(rank)), state, recipe.rounding, backend, counts)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What the parts of all buckets have in common."""
+
+    recipe: Recipe
+    parameters: Mapping[int, Parameter]
+    fleets: Mapping[Fleet, Nodes]
+    backend: Backend
+    device: torch.device
+
+    def rank_in(self, bucket: Bucket) -> int:
+        return self.fleets[bucket.fleet].rank
+
+    def pieces(self, bucket: Bucket) -> list[Piece]:
+        """What this rank owns of a bucket."""
+        return list(bucket.pieces(self.rank_in(bucket)))
+
+    def gradient_parts(
+        self, buckets: Sequence[Bucket]
+    ) -> tuple[Packer, GradientScales, list[ReducedGradient]]:
+        """How gradients are packed, scaled and added up."""
+        recipe, backend = self.recipe, self.backend
+        if recipe.autoscale is not None:
+            return self._fp8_sum(buckets, recipe.autoscale)
+        launch = launch_uneven if recipe.by_tensor else launch_even(recipe.between_nodes, backend)
+        packer = ScaledPacker(recipe.wire, self.fleets, self.device, backend, launch)
+        totals: list[Sum] = [
+            TensorSum(backend, self.pieces(bucket)) if recipe.by_tensor else BlockSum(backend)
+            for bucket in buckets
+        ]
+        rooms = [room(bucket, self.rank_in(bucket), recipe.shard, self.device) for bucket in buckets]
+        return packer, FixedScales(), self._reduced(rooms, totals)
+
+    def _fp8_sum(self, buckets: Sequence[Bucket], policy: str) -> GradientParts:
+        """The paper's: sums in FP8, whose scales are FP32."""
+        sizes = {index: parameter.numel() for index, parameter in self.parameters.items()}
+        fleet, nodes = next(iter(self.fleets.items()))
+        totals = [FP8Sum(self.pieces(bucket), self.device) for bucket in buckets]
+        scales = Autoscale(policy, sizes, totals, nodes.group, fleet.mean_factor(), self.device)
+        packer = FP8Packer(self.recipe.wire, self.fleets, self.device, scales)
+        rooms = [room(bucket, self.rank_in(bucket), self.recipe.shard, self.device) for bucket in buckets]
+        wide = [
+            room if room.scales is None else replace(room, scales=room.scales.to(torch.float32))
+            for room in rooms
+        ]
+        return packer, scales, self._reduced(wide, totals)
+
+    def _reduced(self, rooms: Sequence[Blocks], totals: Sequence[Sum]) -> list[ReducedGradient]:
+        promotes = self.recipe.promote
+        return [
+            ReducedGradient(room, total, self.backend, promotes=promotes)
+            for room, total in zip(rooms, totals, strict=True)
+        ]

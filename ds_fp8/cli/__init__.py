@@ -1,7 +1,7 @@
 """The `ds_fp8` command.
 
     ds_fp8 report                           versions, devices, kernels, and what a ds_config would do
-    ds_fp8 estimate --params 7G --gpus 8    bytes a GPU, beside stock DeepSpeed
+    ds_fp8 estimate --params 7G --gpus 8    bytes per GPU, beside stock DeepSpeed
     ds_fp8 configs                          the ds_configs that come with the package
     ds_fp8 configs zero2_o2 > ds_config.json
     ds_fp8 inspect CHECKPOINT               what a checkpoint holds, and whether it is whole
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         parsed.run(parsed)
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever reads has seen enough
+    except BrokenPipeError:  # the reader of the pipe has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
 

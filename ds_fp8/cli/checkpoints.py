@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ds_fp8.output import add_command, progress_bar, show_json, show_table
-from ds_fp8.zero_fp8.checkpoint import manifest, tags
-from ds_fp8.zero_fp8.checkpoint.manifest import Manifest
+from ds_fp8.zero_fp8.checkpoint import tags
+from ds_fp8.zero_fp8.checkpoint.manifest import NAME, Manifest, read, verify
 
 if TYPE_CHECKING:
-    from ds_fp8.zero_fp8.checkpoint.reader import Native
+    from ds_fp8.zero_fp8.checkpoint.reader import Checkpoint
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -29,14 +29,16 @@ def add_to(commands: Any) -> None:
     exporting.add_argument("out", metavar="OUT", type=Path, help="a new folder")
     exporting.add_argument("--format", choices=("safetensors", "torch"), default="safetensors")
     exporting.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32")
-    exporting.add_argument("--max-shard-size", metavar="SIZE", type=size, default="5GB", help="default: 5GB")
+    exporting.add_argument(
+        "--max-shard-size", metavar="SIZE", type=byte_count, default="5GB", help="default: 5GB"
+    )
     converting = _add(commands, "to-universal", to_universal, "write a universal checkpoint of DeepSpeed")
     converting.add_argument("out", metavar="OUT", type=Path, help="a new folder, beside `latest_universal`")
-    for each in (exporting, converting):
-        each.add_argument(
+    for command in (exporting, converting):
+        command.add_argument(
             "--unpickle",
             action="store_true",
-            help="let DeepSpeed's model file hold objects of a client: only where you trust who wrote it",
+            help="let DeepSpeed's model file hold objects of a client: only if you trust its author",
         )
 
 
@@ -46,11 +48,11 @@ def _add(commands: Any, name: str, run: Callable[[argparse.Namespace], None], te
         "checkpoint", metavar="CHECKPOINT", type=Path, help="the folder given to save_checkpoint, or a tag's"
     )
     parser.add_argument("--tag", help="instead of the one that `latest` names")
-    parser.add_argument("--json", action="store_true", help="tell the result as JSON")
+    parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
 
-def size(text: str) -> int:
+def byte_count(text: str) -> int:
     """Bytes: "5GB", "500MiB", "1000000"."""
     match = re.fullmatch(r"(\d+)\s*([KMGT]?i?B?)", text, re.IGNORECASE)
     unit = match and UNITS.get(match[2].upper())
@@ -60,101 +62,108 @@ def size(text: str) -> int:
 
 
 def find(path: Path, tag: str | None) -> tuple[Path, Manifest]:
-    """The folder of a tag and its manifest. Raises ValueError where there is none of ours."""
+    """The folder of a tag and its manifest. Raises ValueError if there is none of ours."""
     if not path.is_dir():
         raise ValueError(f"{path}: no such folder")
     folder = path
-    if tag is not None or not (path / manifest.NAME).exists():
-        found = tags.find(path, tag)
-        if found is None:
+    if tag is not None or not (path / NAME).exists():
+        name = tags.find(path, tag)
+        if name is None:
             raise ValueError(
-                f"{path}: neither {manifest.NAME} nor {tags.LATEST}, expected one of them: the folder "
+                f"{path}: neither {NAME} nor {tags.LATEST}, expected one of them: the folder "
                 f"{tags.contents(path)}"
             )
-        folder = path / found
-    facts = manifest.read(folder)
-    if facts is None:
+        folder = path / name
+    manifest = read(folder)
+    if manifest is None:
         raise ValueError(
-            f"{folder / manifest.NAME}: missing: not a checkpoint of ds_fp8, or never finished: the folder "
+            f"{folder / NAME}: missing: not a checkpoint of ds_fp8, or never finished: the folder "
             f"{tags.contents(folder)}"
         )
-    return folder, facts
+    return folder, manifest
 
 
 def inspect(arguments: argparse.Namespace) -> None:
-    folder, facts = find(arguments.checkpoint, arguments.tag)
-    if not arguments.no_verify:
-        manifest.verify(folder, facts, facts.files)
+    folder, manifest = find(arguments.checkpoint, arguments.tag)
+    verified = not arguments.no_verify
+    if verified:
+        verify(folder, manifest, manifest.files)
     if arguments.json:
-        show_json({"folder": str(folder), "verified": not arguments.no_verify, **facts.model_dump()})
+        show_json({"folder": str(folder), "verified": verified, **manifest.model_dump()})
         return
-    ranks = "1 rank" if facts.world_size == 1 else f"{facts.world_size} ranks"
-    parameters = sum(math.prod(each.shape) for each in facts.parameters.values())
-    rows = {
+    show_table(("checkpoint", ""), overview(folder, manifest, verified=verified).items())
+    sizes = {name: f"{file.size:,}" for name, file in manifest.files.items()}
+    show_table(("file", "bytes"), sizes.items())
+
+
+def overview(folder: Path, manifest: Manifest, *, verified: bool) -> dict[str, Any]:
+    """What `inspect` shows of a checkpoint as a whole."""
+    ranks = "1 rank" if manifest.world_size == 1 else f"{manifest.world_size} ranks"
+    parameters = manifest.place.parameters
+    numel = sum(math.prod(parameter.shape) for parameter in parameters.values())
+    return {
         "folder": folder,
-        "files": "not verified" if arguments.no_verify else "whole: every size and checksum is right",
-        "step": f"{facts.steps} of the optimizer, {facts.global_steps} of the engine",
-        "saved by": f"{ranks}, ZeRO {facts.zero_stage}",
-        "with": f"ds_fp8 {facts.ds_fp8_version}, deepspeed {facts.deepspeed_version}",
-        **{key: value for key, value in facts.recipe.model_dump().items()},
-        "parameters": f"{parameters:,} trained, in {len(facts.parameters)} tensors",
-        "view of zero_to_fp32.py": "yes" if facts.fp32_master else "no: use ds_fp8 export",
+        "files": "whole: every size and checksum is right" if verified else "not verified",
+        "step": f"{manifest.steps} of the optimizer, {manifest.global_steps} of the engine",
+        "saved by": f"{ranks}, ZeRO {manifest.zero_stage}",
+        "with": f"ds_fp8 {manifest.ds_fp8_version}, deepspeed {manifest.deepspeed_version}",
+        **manifest.recipe.model_dump(),
+        "parameters": f"{numel:,} trained, in {len(parameters)} tensors",
+        "view of zero_to_fp32.py": "yes" if manifest.fp32_master else "no: use ds_fp8 export",
     }
-    show_table(("checkpoint", ""), rows.items())
-    show_table(("file", "bytes"), ((name, f"{each.size:,}") for name, each in facts.files.items()))
 
 
 def export(arguments: argparse.Namespace) -> None:
-    from ds_fp8.zero_fp8.checkpoint.export import DTYPES, entries
+    from ds_fp8.zero_fp8.checkpoint.export import DTYPES, model_tensors
     from ds_fp8.zero_fp8.checkpoint.export import export as write
 
-    native = open_verified(arguments)
-    total = sum(each.numel for each in entries(native, DTYPES[arguments.dtype]))
+    checkpoint = open_verified(arguments)
+    total = sum(tensor.numel for tensor in model_tensors(checkpoint, DTYPES[arguments.dtype]))
     with advancing("exporting", total) as advance:
         files = write(
-            native,
+            checkpoint,
             arguments.out,
             dtype=arguments.dtype,
             kind=arguments.format,
             limit=arguments.max_shard_size,
             advance=advance,
         )
-    told([{"file": str(path), "bytes": path.stat().st_size} for path in files], arguments)
+    show_rows([{"file": str(path), "bytes": path.stat().st_size} for path in files], arguments)
 
 
 def to_universal(arguments: argparse.Namespace) -> None:
     from ds_fp8.zero_fp8.checkpoint.universal import write
 
-    native = open_verified(arguments)
-    total = sum(math.prod(each.shape) for each in native.facts.parameters.values())
+    checkpoint = open_verified(arguments)
+    total = sum(math.prod(parameter.shape) for parameter in checkpoint.parameters.values())
     with advancing("converting", total) as advance:
-        write(native, arguments.out, advance)
+        write(checkpoint, arguments.out, advance)
     files = [path for path in sorted(arguments.out.rglob("*")) if path.is_file()]
     written = sum(path.stat().st_size for path in files)
-    told([{"folder": str(arguments.out), "files": len(files), "bytes": written}], arguments)
+    show_rows([{"folder": str(arguments.out), "files": len(files), "bytes": written}], arguments)
 
 
-def open_verified(arguments: argparse.Namespace) -> "Native":
+def open_verified(arguments: argparse.Namespace) -> "Checkpoint":
     """The checkpoint, once its files are known to be whole."""
-    from ds_fp8.zero_fp8.checkpoint.reader import Native
+    from ds_fp8.zero_fp8.checkpoint.reader import Checkpoint
 
-    folder, facts = find(arguments.checkpoint, arguments.tag)
-    with advancing("verifying", len(facts.files)) as advance:
-        for name in facts.files:
-            manifest.verify(folder, facts, [name])
+    folder, manifest = find(arguments.checkpoint, arguments.tag)
+    with advancing("verifying", len(manifest.files)) as advance:
+        for name in manifest.files:
+            verify(folder, manifest, [name])
             advance(1)
-    return Native(folder, facts, unpickle=arguments.unpickle)
+    return Checkpoint(folder, manifest, unpickle=arguments.unpickle)
 
 
 @contextmanager
 def advancing(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar; what it yields is told how much more is done."""
+    """A progress bar; what it yields is called with how much more is done."""
     with progress_bar() as bar:
         task = bar.add_task(what, total=total)
         yield lambda done: bar.advance(task, done)
 
 
-def told(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
+def show_rows(rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
     if arguments.json:
         show_json(rows)
     else:

@@ -20,17 +20,19 @@ MOST_GIGABYTES = 1000  # of a GPU
 
 
 def add_to(commands: Any) -> None:
-    parser = add_command(commands, "estimate", estimate, "bytes a GPU, beside stock DeepSpeed BF16")
+    parser = add_command(commands, "estimate", estimate, "bytes per GPU, beside stock DeepSpeed BF16")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--params", metavar="N", type=count, help="a model of so many parameters: 350M, 7G")
+    what.add_argument("--params", metavar="N", type=count, help="parameters of a model: 350M, 7G")
     what.add_argument("--model", metavar="CONFIG", help="a Hugging Face config.json or cached name")
     what.add_argument("--paper", action="store_true", help="the models of Table 1 of FP8-LM")
-    what.add_argument("--memory", metavar="GB", type=gigabytes, help="the largest model that fits such GPUs")
+    what.add_argument(
+        "--memory", metavar="GB", type=gigabytes, help="find the largest model for GPUs of this memory"
+    )
     add_run(parser)
     parser.add_argument("--stage", type=int, choices=(1, 2), help="of ZeRO; default: 2")
     parser.add_argument("--opt-level", choices=tuple(LEVELS), help="default: all of them")
-    parser.add_argument("--config", metavar="DS_CONFIG", help="as this file has it")
-    parser.add_argument("--json", action="store_true", help="tell the result as JSON")
+    parser.add_argument("--config", metavar="DS_CONFIG", help="take stage, level and formats from this file")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def count(text: str) -> int:
@@ -77,15 +79,15 @@ def _run(arguments: argparse.Namespace) -> "tuple[Run, list[Method]]":
         if getattr(arguments, option) is not None:
             raise ValueError(f"--{option.replace('_', '-')}: not allowed with --config, which decides it")
     config = dry_run.read(arguments.config)
-    plan = dry_run.plan(config, gpus=arguments.gpus, micro_steps=arguments.micro_steps)
-    if isinstance(plan, str):
+    tried = dry_run.run_dry(config, gpus=arguments.gpus, micro_steps=arguments.micro_steps)
+    if isinstance(tried, str):
         raise ValueError(
             f'{cut(arguments.config)}: received no enabled "fp8" section that trains, allowed: one'
         )
-    if plan.weights is None:
+    if tried.model_dtype is None:
         raise refusal("bf16.enabled", False, "true, or fp16.enabled: the estimate is of 16-bit weights")
     name = cut(os.path.basename(arguments.config))
-    return plan.run, [methods.with_fp8(f"ds_fp8, {name}", plan.fp8)]
+    return tried.run, [methods.with_fp8(f"ds_fp8, {name}", tried.fp8)]
 
 
 def _models(arguments: argparse.Namespace, run: "Run") -> "list[Model]":
@@ -104,17 +106,17 @@ def _show_models(arguments: argparse.Namespace, methods: "list[Method]", run: "R
     if arguments.json:
         show_json({**asdict(run), "models": [_as_json(model, methods, run) for model in models]})
         return
-    show_line(f"What a GPU holds, without activations: {_told(run)}")
+    show_line(f"What a GPU holds, without activations: {_words(run)}")
     if arguments.paper:
         totals = (
             (
                 model.name,
                 in_units(model.parameters),
-                *(in_units(each.held(model, run).total, "B") for each in methods),
+                *(in_units(method.held(model, run).total, "B") for method in methods),
             )
             for model in models
         )
-        show_table(("model", "size", *(each.name for each in methods)), totals)
+        show_table(("model", "size", *(method.name for method in methods)), totals)
     else:
         from ds_fp8.estimate.deepspeed_names import show
 
@@ -122,31 +124,31 @@ def _show_models(arguments: argparse.Namespace, methods: "list[Method]", run: "R
 
 
 def _as_json(model: "Model", methods: "list[Method]", run: "Run") -> dict[str, Any]:
-    held = [(each.name, each.held(model, run)) for each in methods]
+    held = {method.name: method.held(model, run) for method in methods}
     return {
         "name": model.name,
         "parameters": model.parameters,
         "frozen": model.frozen,
         "counted": model.counted or None,
-        "bytes": [{"method": name, **asdict(each), "total": each.total} for name, each in held],
+        "bytes": [{"method": name, **asdict(parts), "total": parts.total} for name, parts in held.items()],
     }
 
 
 def _show_largest(arguments: argparse.Namespace, methods: "list[Method]", run: "Run") -> None:
     from ds_fp8.estimate.methods import largest
 
-    sizes = {each.name: largest(each, run, arguments.memory) for each in methods}
+    parameters = {method.name: largest(method, run, arguments.memory) for method in methods}
     if arguments.json:
-        found = [{"method": name, "parameters": size} for name, size in sizes.items()]
-        show_json({**asdict(run), "memory": arguments.memory, "largest": found})
+        rows = [{"method": name, "parameters": count} for name, count in parameters.items()]
+        show_json({**asdict(run), "memory": arguments.memory, "largest": rows})
         return
     show_line(
-        f"The largest model on GPUs of {in_units(arguments.memory, 'B')}, without activations: {_told(run)}"
+        f"The largest model on GPUs of {in_units(arguments.memory, 'B')}, without activations: {_words(run)}"
     )
-    show_table(("", "parameters"), ((name, in_units(size)) for name, size in sizes.items()))
+    show_table(("", "parameters"), ((name, in_units(count)) for name, count in parameters.items()))
 
 
-def _told(run: "Run") -> str:
+def _words(run: "Run") -> str:
     gpus = "1 GPU" if run.gpus == 1 else f"{run.gpus} GPUs"
     steps = "1 micro-step" if run.micro_steps == 1 else f"{run.micro_steps} micro-steps"
-    return f"ZeRO {run.stage}, {gpus}, {steps} a step"
+    return f"ZeRO {run.stage}, {gpus}, {steps} per step"

@@ -13,21 +13,25 @@ from ds_fp8.config.refusals import cut
 from ds_fp8.output import add_command, add_run, in_units, show_json, show_line, show_table
 
 if TYPE_CHECKING:
-    from ds_fp8.estimate.dry_run import Plan
+    from ds_fp8.estimate.dry_run import DryRun
 
+RATES = ("state_bytes_per_parameter", "gradient_bytes_per_parameter", "wire_bytes_per_gradient_element")
+LISTS = ("without_effect", "filled_in_by_hugging_face", "advice")
 PACKAGES = ("torch", "deepspeed", "triton", "transformers", "accelerate")
 
 
 def add_to(commands: Any) -> None:
     parser = add_command(commands, "report", report, "versions, devices, kernels, what a ds_config does")
-    parser.add_argument("--config", metavar="DS_CONFIG", help="tell what this file (or base64) would do")
+    parser.add_argument(
+        "--config", metavar="DS_CONFIG", help="a ds_config, as a file or base64: what it would do"
+    )
     add_run(parser)
-    parser.add_argument("--json", action="store_true", help="tell it as JSON")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def report(arguments: argparse.Namespace) -> None:
-    """Exit status 1 where the config is refused."""
-    found: dict[str, Any] = {
+    """Print the report. Exit status 1 if the config is refused."""
+    contents: dict[str, Any] = {
         "versions": versions(),
         "cannot_register": cannot_register(),
         "devices": devices(),
@@ -35,12 +39,12 @@ def report(arguments: argparse.Namespace) -> None:
         "DS_FP8_BACKEND": os.environ.get("DS_FP8_BACKEND"),
     }
     if arguments.config is not None:
-        found["config"] = judged(arguments, found["cannot_register"])
+        contents["config"] = judged(arguments, contents["cannot_register"])
     if arguments.json:
-        show_json(found)
+        show_json(contents)
     else:
-        _show(found)
-    if found.get("config", {}).get("refused") is not None:
+        _show(contents)
+    if contents.get("config", {}).get("refused") is not None:
         raise SystemExit(1)
 
 
@@ -58,7 +62,7 @@ def versions() -> dict[str, str | None]:
 
 
 def cannot_register() -> str | None:
-    """Why ds_fp8 cannot be registered with the installed DeepSpeed; None where it can."""
+    """Why ds_fp8 cannot be registered with the installed DeepSpeed; None if it can."""
     try:
         with redirect_stdout(io.StringIO()):  # DeepSpeed's log
             from ds_fp8.compat import check_signatures
@@ -74,15 +78,15 @@ def devices() -> list[dict[str, Any]]:
 
     if not torch.cuda.is_available():
         return [{"name": f"CPU, {platform.machine()}, {os.cpu_count()} threads"}]
-    each = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    gpus = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     return [
         {"name": gpu.name, "compute_capability": f"{gpu.major}.{gpu.minor}", "bytes": gpu.total_memory}
-        for gpu in each
+        for gpu in gpus
     ]
 
 
 def kernels() -> dict[str, str | None]:
-    """Why a backend cannot run on this machine; None where it can. Nothing is built."""
+    """Why a backend cannot run on this machine; None if it can. Nothing is built."""
     import torch
 
     from ds_fp8.ops import backend
@@ -94,70 +98,68 @@ def kernels() -> dict[str, str | None]:
 
 def judged(arguments: argparse.Namespace, obstacle: str | None) -> dict[str, Any]:
     """Whether the config is accepted, and what it would do; obstacle: why nothing can be registered."""
-    found = {"file": arguments.config, "refused": obstacle, "plan": None, "off": None}
+    verdict = {"file": arguments.config, "refused": obstacle, "run": None, "off": None}
     if obstacle is not None:
-        return found
+        return verdict
     from ds_fp8.estimate import dry_run
 
     config = dry_run.read(arguments.config)
     try:
-        plan = dry_run.plan(config, gpus=arguments.gpus, micro_steps=arguments.micro_steps)
+        tried = dry_run.run_dry(config, gpus=arguments.gpus, micro_steps=arguments.micro_steps)
     except ValueError as error:
-        return {**found, "refused": str(error)}
-    if isinstance(plan, str):
-        return {**found, "off": plan}
-    return {**found, "plan": facts_of(plan)}
+        return {**verdict, "refused": str(error)}
+    if isinstance(tried, str):
+        return {**verdict, "off": tried}
+    return {**verdict, "run": described(tried)}
 
 
-def facts_of(plan: "Plan") -> dict[str, Any]:
-    """As `ds_fp8.describe` tells of an engine."""
+def described(tried: "DryRun") -> dict[str, Any]:
+    """What `ds_fp8.describe` would say of an engine with this config."""
     from ds_fp8.estimate import dry_run, memory
 
     return {
-        "opt_level": plan.fp8.opt_level,
-        "zero_stage": plan.run.stage,
-        "world_size": plan.run.gpus,
-        "micro_steps": plan.run.micro_steps,
-        "weights": plan.weights,
-        **memory.facts(plan.recipe, ranks=plan.run.gpus, several=plan.run.accumulating),
-        "overlap_comm": plan.run.overlap,
-        "without_effect": plan.idle,
-        "filled_in_by_hugging_face": plan.filled_in,
-        "refused_without_hugging_face": plan.refused_alone,
-        "advice": dry_run.advice(plan),
+        "opt_level": tried.fp8.opt_level,
+        "zero_stage": tried.run.stage,
+        "world_size": tried.run.gpus,
+        "micro_steps": tried.run.micro_steps,
+        "weights": tried.model_dtype,
+        **memory.summary(tried.recipe, ranks=tried.run.gpus, accumulating=tried.run.accumulating),
+        "overlap_comm": tried.run.overlap,
+        "without_effect": tried.idle,
+        "filled_in_by_hugging_face": tried.filled_in,
+        "refused_without_hugging_face": tried.refused_alone,
+        "advice": dry_run.advice(tried),
     }
 
 
-def _show(found: dict[str, Any]) -> None:
-    versions = {name: version or "not installed" for name, version in found["versions"].items()}
-    show_table(("version", ""), {**versions, "register()": found["cannot_register"] or "works"}.items())
+def _show(contents: dict[str, Any]) -> None:
+    versions = {name: version or "not installed" for name, version in contents["versions"].items()}
+    show_table(("version", ""), {**versions, "register()": contents["cannot_register"] or "works"}.items())
     show_line()
-    show_table(("device", "capability", "memory"), map(_device_row, found["devices"]))
+    show_table(("device", "capability", "memory"), map(_device_row, contents["devices"]))
     show_line()
-    kernels = {name: why or "can run" for name, why in found["kernels"].items()}
-    show_table(("kernels", ""), {**kernels, "DS_FP8_BACKEND": found["DS_FP8_BACKEND"]}.items())
-    if "config" in found:
+    kernels = {name: why or "can run" for name, why in contents["kernels"].items()}
+    show_table(("kernels", ""), {**kernels, "DS_FP8_BACKEND": contents["DS_FP8_BACKEND"]}.items())
+    if "config" in contents:
         show_line()
-        show_table(("config", cut(found["config"]["file"])), _config_rows(found["config"]).items())
+        show_table(("config", cut(contents["config"]["file"])), _config_rows(contents["config"]).items())
 
 
 def _device_row(device: dict[str, Any]) -> tuple[str | None, ...]:
-    size = device.get("bytes")
-    return device["name"], device.get("compute_capability"), None if size is None else in_units(size, "B")
+    memory = device.get("bytes")
+    return device["name"], device.get("compute_capability"), None if memory is None else in_units(memory, "B")
 
 
 def _config_rows(config: dict[str, Any]) -> dict[str, Any]:
-    plan = config["plan"]
+    run = config["run"]
     if config["refused"] is not None:
         return {"refused": config["refused"]}
-    if plan is None:
+    if run is None:
         return {"accepted": config["off"]}
-    lists = ("without_effect", "filled_in_by_hugging_face", "advice")
-    shown = {key: value for key, value in plan.items() if key not in lists}
-    told = {key.replace("_", " "): "; ".join(plan[key]) for key in lists if plan[key]}
-    shown["weights"] = plan["weights"] or "as the model"
-    for key in ("state_bytes_a_parameter", "gradient_bytes_a_parameter", "wire_bytes_a_gradient_element"):
-        shown[key] = f"{plan[key]:.4f}"
-    alone = shown.pop("refused_without_hugging_face")
+    alone = run["refused_without_hugging_face"]
     accepted = "yes" if alone is None else f"by the Trainer and accelerate only; DeepSpeed alone: {alone}"
-    return {"accepted": accepted, **{key.replace("_", " "): value for key, value in shown.items()}, **told}
+    rows = {**run, "weights": run["weights"] or "as the model", **{key: f"{run[key]:.4f}" for key in RATES}}
+    lists = {key: "; ".join(rows.pop(key)) for key in LISTS}
+    del rows["refused_without_hugging_face"]
+    rows |= {key: text for key, text in lists.items() if text}
+    return {"accepted": accepted, **{key.replace("_", " "): value for key, value in rows.items()}}

@@ -1,6 +1,6 @@
 """What becomes of the rest of a ds_config when FP8 is on.
 
-The tables are in `rules`. A key that they lack is refused too: better an error than a setting that
+The tables are in `rules`. A key that they lack is refused, too: an error is better than a setting that
 silently does something else.
 """
 
@@ -17,7 +17,7 @@ from ds_fp8.config.section import parse
 
 STAGES = (1, 2)
 OPTIMIZER_TYPES = ("Adam", "AdamW", "FP8AdamW")
-NULLABLE = ("bf16", "fp16")  # sections that DeepSpeed takes as absent where they are null
+NULLABLE = ("bf16", "fp16")  # sections that DeepSpeed takes as absent if they are null
 COMMENTS = ("comment", "comments")
 BATCHES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
@@ -106,7 +106,7 @@ def _check_count(name: str, value: Any) -> None:
 
 
 def _check_optimizer(section: Mapping[str, Any]) -> None:
-    allowed = [each.lower() for each in OPTIMIZER_TYPES]
+    allowed = [name.lower() for name in OPTIMIZER_TYPES]
     kind = section.get("type")
     if kind is not None and str(kind).lower() not in allowed:
         raise refusal("optimizer.type", kind, f"{', '.join(OPTIMIZER_TYPES)} with fp8 enabled")
@@ -124,6 +124,8 @@ def initialize_params(original: Callable[..., Any]) -> Callable[..., Any]:
         original(self, param_dict)
         self.ds_fp8, self.ds_fp8_idle_keys = config, idle
         if config is not None and config.enabled and str(self.optimizer_name).lower() == "fp8adamw":
-            self.optimizer_name = "adam"  # the engine knows it not; Adam is decoupled unless told otherwise
+            self.optimizer_name = (
+                "adam"  # DeepSpeed does not know FP8AdamW; "adam" means AdamW unless adam_w_mode is false
+            )
 
     return method

@@ -1,7 +1,7 @@
 """What a refusal says: the key, the value received, what is allowed.
 
-Whoever reads it may have given megabytes: a value is cut after 200 characters, and of many mistakes the first
-ten are named. What is allowed is told from the model's own fields, so that a new key needs no words.
+A value may have megabytes: it is cut after 200 characters, and of many mistakes the first ten are named. What
+is allowed comes from the model's own fields, so that a new key needs no text of its own.
 """
 
 import difflib
@@ -34,10 +34,10 @@ def show(value: Any) -> str:
 
 def as_json(value: Any) -> str:
     """A value as it stands in JSON, whole; of another kind, as Python shows it."""
-    for told in (partial(json.dumps, default=repr), repr):
+    for text_of in (partial(json.dumps, default=repr), repr):
         try:
-            return str(told(value))
-        except Exception:  # a circle, a depth or a number beyond Python's, a repr of somebody's
+            return str(text_of(value))
+        except Exception:  # a circle, a depth or a number beyond Python's, a repr that raises
             continue
     return f"a {type(value).__name__}"
 
@@ -60,16 +60,16 @@ def where_they_differ(mine: str, other: str) -> tuple[str, str]:
 
 
 def validate(model: type[M], section: Any, path: str, words: Mapping[str, str] | None = None) -> M:
-    """A section as its model. Raises ValueError with a line for each thing that is wrong.
+    """A section as its model. Raises ValueError with one line per mistake.
 
-    words: what is allowed, by key, where this version takes less than the model.
+    words: what is allowed, by key, if this version accepts less than the model.
     """
     try:
         return model.model_validate(section)
     except ValidationError as error:
-        told = [_explain(model, each, path, words or {}) for each in error.errors(include_url=False)]
-    more = [f"{path}: {len(told) - MOST:,} mistakes more"] if len(told) > MOST else []
-    raise ValueError("\n".join(told[:MOST] + more))
+        mistakes = [_explain(model, each, path, words or {}) for each in error.errors(include_url=False)]
+    more = [f"{path}: {len(mistakes) - MOST:,} mistakes more"] if len(mistakes) > MOST else []
+    raise ValueError("\n".join(mistakes[:MOST] + more))
 
 
 def allowed_of(annotation: Any, limits: tuple[Any, ...] = ()) -> str:
@@ -90,7 +90,7 @@ def allowed_of(annotation: Any, limits: tuple[Any, ...] = ()) -> str:
 
 def _limit(limit: Any) -> str:
     words = {"ge": "{} or more", "gt": "more than {}", "lt": "less than {}"}
-    return next(words[each].format(getattr(limit, each)) for each in words if hasattr(limit, each))
+    return next(text.format(getattr(limit, name)) for name, text in words.items() if hasattr(limit, name))
 
 
 def _explain(model: type[BaseModel], error: Any, section: str, words: Mapping[str, str]) -> str:

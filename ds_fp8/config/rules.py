@@ -14,19 +14,19 @@ from ds_fp8.config.refusals import show
 
 @dataclass(frozen=True)
 class Honoured:
-    """Does what DeepSpeed's documentation says."""
+    """A key that does what DeepSpeed's documentation says."""
 
 
 @dataclass(frozen=True)
 class NoEffect:
-    """Accepted; asks for something that FP8 has no use for."""
+    """A key that is accepted and logged; FP8 has no use for what it asks."""
 
     why: str
 
 
 @dataclass(frozen=True)
 class Refused:
-    """Accepted only with a value that asks for nothing."""
+    """A key that is accepted only with a value that asks for nothing."""
 
     why: str
     harmless: tuple[Any, ...] = ()  # besides a section that says "enabled": false
@@ -138,8 +138,8 @@ ZERO: dict[str, Rule] = {
     "contiguous_gradients": NoEffect("gradients are packed into the message that travels"),
     "reduce_scatter": NoEffect("gradients go to their owners by all-to-all"),
     "use_multi_rank_bucket_allreduce": NoEffect("gradients go to their owners by all-to-all"),
-    "allgather_partitions": NoEffect("weights are gathered a bucket at a time"),
-    "allgather_bucket_size": NoEffect("weights are gathered a bucket at a time"),
+    "allgather_partitions": NoEffect("weights are gathered one bucket at a time"),
+    "allgather_bucket_size": NoEffect("weights are gathered one bucket at a time"),
     "compute_grad_norm": NoEffect("the norm decides whether a step is skipped and is always computed"),
     "load_from_fp32_weights": NoEffect("masters are restored as they were saved"),
     "ignore_unused_parameters": NoEffect("unused parameters count as zero gradients"),

@@ -18,28 +18,28 @@ from ds_fp8.config.refusals import LEFT_OUT, refusal, show, validate
 SECTION = "fp8"
 
 
-class _Section(BaseModel):
+class _Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
-class Gradients(_Section):
+class GradientsSection(_Strict):
     """How gradients travel and are kept."""
 
     dtype: Literal["e4m3", "e5m2", "bf16"] = "e4m3"
-    """Between ranks, and of the reduced gradient where `accum_dtype` does not say otherwise."""
+    """Between ranks, and of the reduced gradient unless `accum_dtype` is set."""
     reduction: Literal["fp32", "fp8"] = "fp32"
     """How the ranks' gradients are added; fp8: the paper's sum of codes, with `scaling` tensor."""
     autoscale: Literal["dynamic", "pre", "post"] | None = None
     """What keeps a sum in FP8 from overflow and underflow; left out: dynamic."""
     accum_dtype: Literal["fp32", "bf16", "e4m3"] | None = None
-    """The reduced gradient; left out: as `dtype` with one micro-step a step, else fp32."""
+    """The reduced gradient; left out: as `dtype` with one micro-step per step, else fp32."""
     intra_node_size: int | None = Field(default=None, ge=1)
     """Consecutive ranks that make a node of the two-hop exchange; left out, 1, the world size: one hop."""
     inter_node_dtype: Literal["e4m3", "bf16"] | None = None
     """Between nodes; left out: as `dtype`."""
 
 
-class Optimizer(_Section):
+class OptimizerSection(_Strict):
     """Formats of the Adam states."""
 
     master_dtype: Literal["fp32", "fp16", "bf16", "split16", "split8"] | None = None
@@ -50,16 +50,22 @@ class Optimizer(_Section):
     seed: int = Field(default=0, ge=0)
 
 
-class Weights(_Section):
+class WeightsSection(_Strict):
+    """Formats of the weights on every rank."""
+
     dtype: Literal["e4m3"] | None = None
 
 
-class Checkpoint(_Section):
+class CheckpointSection(_Strict):
+    """What checkpoints hold and which are loaded."""
+
     fp32_master: bool = True
     allow_conversion: bool = False
 
 
-class Stats(_Section):
+class StatsSection(_Strict):
+    """How often health is measured."""
+
     interval: int = Field(default=0, ge=0)
 
 
@@ -80,18 +86,22 @@ LEVELS = {
 ROUNDED = ("fp16", "bf16", "split8")  # masters that can be rounded stochastically
 
 
-class FP8Config(_Section):
-    """The whole section."""
+class FP8Config(_Strict):
+    """The "fp8" section of a ds_config, checked and frozen.
+
+    `FP8Config.model_validate({...})` raises pydantic's ValidationError, a ValueError, for an unknown key or a
+    wrong value. A key left out takes the value that its level and the run imply. docs/options.md has a table.
+    """
 
     enabled: bool = False
     opt_level: Literal["O1", "O2", "O2+", "O3"] = "O2"
     scaling: Literal["block", "tensor"] = "block"
     block_size: Literal[32, 64, 128, 256] = 128
-    gradients: Gradients = Gradients()
-    optimizer: Optimizer = Optimizer()
-    weights: Weights = Weights()
-    checkpoint: Checkpoint = Checkpoint()
-    stats: Stats = Stats()
+    gradients: GradientsSection = GradientsSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    weights: WeightsSection = WeightsSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    stats: StatsSection = StatsSection()
     max_consecutive_skips: int = Field(default=50, ge=1)
 
     @field_validator("block_size", mode="before")
@@ -104,7 +114,7 @@ class FP8Config(_Section):
 
     @property
     def states(self) -> Level:
-        """Formats of the states: the level's, where the section names none."""
+        """Formats of the states: the level's, unless the section names others."""
         level, given = LEVELS[self.opt_level], self.optimizer
         return Level(
             given.master_dtype or level.master,
@@ -114,9 +124,9 @@ class FP8Config(_Section):
 
     @property
     def stochastic(self) -> bool:
-        """Whether masters are rounded stochastically: where bits are lost, unless told otherwise.
+        """Whether masters are rounded stochastically: if bits are lost, unless `rounding` is nearest.
 
-        With a scale a tensor they are not, as published, unless told to.
+        With one scale per tensor they are rounded to nearest, as published, unless `rounding` is stochastic.
         """
         left_out = "stochastic" if self.scaling == "block" else "nearest"
         return self.states.master in ROUNDED and (self.optimizer.rounding or left_out) == "stochastic"
@@ -130,7 +140,7 @@ BUILT: dict[str, tuple[Any, ...]] = {
 
 
 def parse(ds_config: Mapping[str, Any]) -> FP8Config | None:
-    """The section of a ds_config, or None where there is none. Raises ValueError."""
+    """The section of a ds_config, or None if there is none. Raises ValueError."""
     _refuse_lookalikes(ds_config)
     if SECTION not in ds_config:
         return None
@@ -174,14 +184,14 @@ def _refuse_idle_rounding(config: FP8Config) -> None:
         )
 
 
-def _refuse_without_nodes(gradients: Gradients) -> None:
+def _refuse_without_nodes(gradients: GradientsSection) -> None:
     if gradients.inter_node_dtype is not None and gradients.intra_node_size is None:
         allowed = "the key left out, or fp8.gradients.intra_node_size beside it"
         raise refusal(f"{SECTION}.gradients.inter_node_dtype", gradients.inter_node_dtype, allowed)
 
 
 def _refuse_with_tensors(config: FP8Config) -> None:
-    """What a scale a tensor, as published, does not have."""
+    """What is not available with one scale per tensor, as published."""
     nodes, optimizer = config.gradients.intra_node_size, config.optimizer
     beside = f'with {SECTION}.scaling "tensor"'
     if nodes not in (None, 1):
@@ -195,7 +205,7 @@ def _refuse_with_tensors(config: FP8Config) -> None:
 
 
 def _refuse_fp8_sum(config: FP8Config) -> None:
-    """Keys that want each other."""
+    """`reduction` fp8 requires `scaling` tensor and an FP8 dtype; `autoscale` requires `reduction` fp8."""
     gradients, path = config.gradients, f"{SECTION}.gradients"
     if gradients.reduction == "fp32":
         if gradients.autoscale is not None:
@@ -209,5 +219,5 @@ def _refuse_fp8_sum(config: FP8Config) -> None:
 
 
 def _built(path: str) -> str:
-    """The values of a key that this version takes."""
+    """The values of a key that this version accepts."""
     return ", ".join(LEFT_OUT if each is None else show(each) for each in BUILT[path])

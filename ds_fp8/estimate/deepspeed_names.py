@@ -33,7 +33,7 @@ def estimate_zero1_model_states_mem_needs_all_live(
 def estimate_zero1_model_states_mem_needs_all_cold(
     total_params: int, num_gpus_per_node: int = 1, num_nodes: int = 1
 ) -> None:
-    """Print what ZeRO 1 takes of each GPU for a model of so many parameters."""
+    """Print what ZeRO 1 takes of each GPU for a model of `total_params` parameters."""
     _show(partial(_cold, total_params), 1, num_gpus_per_node, num_nodes)
 
 
@@ -47,21 +47,21 @@ def estimate_zero2_model_states_mem_needs_all_live(
 def estimate_zero2_model_states_mem_needs_all_cold(
     total_params: int, num_gpus_per_node: int = 1, num_nodes: int = 1
 ) -> None:
-    """Print what ZeRO 2 takes of each GPU for a model of so many parameters."""
+    """Print what ZeRO 2 takes of each GPU for a model of `total_params` parameters."""
     _show(partial(_cold, total_params), 2, num_gpus_per_node, num_nodes)
 
 
 def show(model: Model, run: Run, methods: Sequence[Method]) -> None:
-    """A row a method: bytes of each kind, then their sum."""
+    """One row per method: bytes of each kind, then their sum."""
     frozen = f", {in_units(model.frozen)} of them frozen" if model.frozen else ""
     counted = f" ({model.counted})" if model.counted else ""
     show_line(f"{model.name}: {in_units(model.parameters)} parameters{frozen}{counted}")
-    held = [(each.name, each.held(model, run)) for each in methods]
+    held = {method.name: method.held(model, run) for method in methods}
     show_table(
         ("", "weights", "states", "gradients", "buffers", "per GPU"),
         (
-            (name, *(in_units(each, "B") for each in (*asdict(found).values(), found.total)))
-            for name, found in held
+            (name, *(in_units(count, "B") for count in (*asdict(parts).values(), parts.total)))
+            for name, parts in held.items()
         ),
     )
 
@@ -77,7 +77,7 @@ def _show(model_for: Callable[[Run], Model], stage: int, num_gpus_per_node: int,
     run = Run(num_gpus_per_node * num_nodes, stage)
     nodes, gpus = ("node", "nodes")[num_nodes > 1], ("GPU", "GPUs")[num_gpus_per_node > 1]
     show_line(f"What a GPU holds under ZeRO {stage}, without activations:")
-    show_line(f"{num_nodes} {nodes}, {num_gpus_per_node} {gpus} a node")
+    show_line(f"{num_nodes} {nodes}, {num_gpus_per_node} {gpus} per node")
     show(model_for(run), run, (STOCK, STOCK_BF16_STATES, *levels().values()))
 
 

@@ -1,7 +1,7 @@
-"""What a ds_config asks for, told without an engine, with the verdict that a run would have.
+"""A dry run of a ds_config: what it asks for and whether it is accepted, without an engine.
 
 DeepSpeed's own functions read the file and judge it, with the "fp8" section registered for that alone: a
-second reader of ours would accept what a run refuses (repeated keys) and refuse what it takes (comments).
+parser of ours would accept what a run refuses (repeated keys) and refuse what a run accepts (comments).
 """
 
 import io
@@ -19,7 +19,8 @@ from ds_fp8.config.ds_config import BATCHES, initialize_params, may_be_frozen
 from ds_fp8.config.refusals import cut, refusal, show
 from ds_fp8.config.section import SECTION, FP8Config
 from ds_fp8.estimate.methods import Run
-from ds_fp8.zero_fp8.recipe import Recipe, check_nodes, recipe_of
+from ds_fp8.zero_fp8.placement.ranks import check_nodes
+from ds_fp8.zero_fp8.recipe import Recipe, recipe_of
 
 FASTER_FROM = 16_000_000  # elements of a bucket, on one node with NVLink; docs/communication.md
 MOST_WORDS = 500  # characters of DeepSpeed's own words; they repeat what was given
@@ -29,20 +30,20 @@ IDLE = 'FP8 is idle: ZeRO 0 and no "optimizer"; an engine that trains is refused
 
 
 @dataclass(frozen=True)
-class Plan:
-    """An accepted ds_config with FP8 enabled, for so many GPUs."""
+class DryRun:
+    """An accepted ds_config with FP8 enabled."""
 
     fp8: FP8Config
     run: Run
     recipe: Recipe
-    weights: str | None  # bf16, fp16; None: as the model has them
+    model_dtype: str | None  # bf16, fp16; None: as the model has it
     idle: tuple[str, ...]  # keys without effect
     filled_in: tuple[str, ...]  # keys that are "auto"
-    refused_alone: str | None  # by DeepSpeed, where Hugging Face fills in no "auto"
+    refused_alone: str | None  # the refusal if Hugging Face does not fill in the "auto" keys
 
 
 def read(source: str) -> Mapping[str, Any]:
-    """A ds_config, from a file or base64, as DeepSpeed reads it. Raises ValueError where DeepSpeed cannot."""
+    """A ds_config, from a file or base64, as DeepSpeed reads it. Raises ValueError if DeepSpeed cannot."""
     try:
         loaded = load_ds_config(source)
     except Exception as error:  # from a folder to a depth beyond Python's
@@ -53,8 +54,8 @@ def read(source: str) -> Mapping[str, Any]:
     return loaded
 
 
-def plan(config: Mapping[str, Any], *, gpus: int, micro_steps: int | None = None) -> Plan | str:
-    """What ds_fp8 would do; where it would do nothing, why. Raises ValueError with the refusal.
+def run_dry(config: Mapping[str, Any], *, gpus: int, micro_steps: int | None = None) -> DryRun | str:
+    """What ds_fp8 would do; if it would do nothing, the reason. Raises ValueError with the refusal.
 
     micro_steps: instead of the config's. Keys that are "auto" count as left out, but in the section they are
     refused. What only the model or a client's optimizer shows is not looked at.
@@ -68,22 +69,32 @@ def plan(config: Mapping[str, Any], *, gpus: int, micro_steps: int | None = None
         return OFF
     if may_be_frozen(known):
         return IDLE
-    run = Run(
+    run = _run_of(judged, gpus, micro_steps)
+    recipe = recipe_of(fp8, accumulating=run.accumulating, ranks=gpus)
+    check_nodes(recipe.intra_node_size, gpus)
+    return DryRun(
+        fp8,
+        run,
+        recipe,
+        model_dtype=_model_dtype(filled_in, judged, recipe),
+        idle=tuple(judged.ds_fp8_idle_keys),
+        filled_in=tuple(filled_in),
+        refused_alone=_refused(config, gpus) if filled_in else None,
+    )
+
+
+def _run_of(judged: Any, gpus: int, micro_steps: int | None) -> Run:
+    return Run(
         gpus=gpus,
         stage=int(judged.zero_config.stage),
         micro_steps=micro_steps or int(judged.gradient_accumulation_steps),
         bucket_elements=int(judged.zero_config.reduce_bucket_size),
         overlap=bool(judged.zero_config.overlap_comm),
     )
-    recipe = recipe_of(fp8, accumulating=run.accumulating, ranks=gpus)
-    check_nodes(recipe.intra_node_size, gpus)
-    weights, idle = _weights(filled_in, judged, recipe), tuple(judged.ds_fp8_idle_keys)
-    alone = _refused(config, gpus) if filled_in else None
-    return Plan(fp8, run, recipe, weights, idle, tuple(filled_in), alone)
 
 
 def judge(config: Mapping[str, Any], gpus: int) -> Any:
-    """The DeepSpeedConfig of a run on so many GPUs. Raises ValueError with our objection or DeepSpeed's."""
+    """The DeepSpeedConfig of a run on `gpus` GPUs. Raises ValueError with our objection or DeepSpeed's."""
 
     class Judged(DeepSpeedConfig):  # type: ignore[misc]  # DeepSpeed has no types
         def _initialize_params(self, param_dict: dict[str, Any]) -> None:
@@ -118,25 +129,28 @@ def _quiet() -> Iterator[None]:
 
 
 def _objection(error: Exception) -> str:
-    """In our form where it is one of ours, else in DeepSpeed's words."""
+    """The text of an error: our own refusals as they are, others in DeepSpeed's words."""
     if isinstance(error, ValidationError):
-        told = [(".".join(map(str, each["loc"])), each) for each in error.errors(include_url=False)]
-        places = [f"{key}: received {show(each['input'])}: {each['msg']}" for key, each in told]
-        return f"DeepSpeed refuses it: {error.title}: {'; '.join(places)}"
+        mistakes = [
+            f"{'.'.join(map(str, mistake['loc']))}: received {show(mistake['input'])}: {mistake['msg']}"
+            for mistake in error.errors(include_url=False)
+        ]
+        return f"DeepSpeed refuses it: {error.title}: {'; '.join(mistakes)}"
     if type(error) is ValueError and ", allowed: " in str(error):
         return str(error)
     words = " ".join(str(error).split())
     return f"DeepSpeed refuses it: {type(error).__name__}: {words[:MOST_WORDS]}"
 
 
-def advice(plan: Plan) -> list[str]:
+def advice(dry_run: DryRun) -> list[str]:
     """What would make the exchange faster, as measured."""
-    alone, size = plan.run.gpus == 1, plan.run.bucket_elements
-    if alone or not plan.recipe.wire.scaled or plan.recipe.two_hops(plan.run.gpus) or size >= FASTER_FROM:
+    run, recipe = dry_run.run, dry_run.recipe
+    one_hop = run.gpus > 1 and not recipe.two_hops(run.gpus)
+    if not one_hop or not recipe.wire.scaled or run.bucket_elements >= FASTER_FROM:
         return []
     return [
-        f"with buckets of {size:,} elements stock DeepSpeed's BF16 all-reduce may be faster where all GPUs "
-        f"share NVLink: set reduce_bucket_size to {FASTER_FROM:,} or more"
+        f"with buckets of {run.bucket_elements:,} elements stock DeepSpeed's BF16 all-reduce may be faster "
+        f"if all GPUs share NVLink: set reduce_bucket_size to {FASTER_FROM:,} or more"
     ]
 
 
@@ -155,7 +169,7 @@ def without_auto(config: Mapping[str, Any], prefix: str = "") -> tuple[dict[str,
     return known, filled_in
 
 
-def _weights(filled_in: Collection[str], judged: Any, recipe: Recipe) -> str | None:
+def _model_dtype(filled_in: Collection[str], judged: Any, recipe: Recipe) -> str | None:
     """The dtype that DeepSpeed gives the model; of two that are "auto" the first."""
     bf16 = judged.bfloat16_config.enabled or {"bf16.enabled", "bfloat16.enabled"} & {*filled_in}
     fp16 = judged.float16_config.enabled or "fp16.enabled" in filled_in

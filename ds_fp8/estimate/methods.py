@@ -1,7 +1,8 @@
 """What a GPU holds of a model's weights, states and gradients, with FP8 and with stock DeepSpeed BF16.
 
-Nothing is allocated: `memory` has the arithmetic, whose results the tests compare with engines. Weights are
-BF16 and in one param group. Activations, and what libraries and allocator keep for themselves, are not in it.
+Nothing is allocated: `memory` and `stock` have the arithmetic, whose results the tests compare with engines.
+Weights are BF16 and in one param group. Activations are not included, nor what libraries and the allocator
+keep for themselves.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,9 +12,10 @@ from typing import Any
 
 from ds_fp8.config.refusals import refusal
 from ds_fp8.config.section import LEVELS, FP8Config
-from ds_fp8.estimate import memory
+from ds_fp8.estimate import memory, stock
 from ds_fp8.ops.formats import BF16, FP32, Format
 from ds_fp8.zero_fp8.placement.partition import ParameterSpec, partition, partition_whole
+from ds_fp8.zero_fp8.placement.ranks import Fleet
 from ds_fp8.zero_fp8.recipe import recipe_of
 
 WEIGHT = BF16.itemsize
@@ -21,8 +23,8 @@ WEIGHT = BF16.itemsize
 MOST_PARAMETERS = 10**13
 MOST_GPUS = 2**14
 MOST_TENSORS = 100_000
-MOST_SHARES = 4_000_000  # buckets times GPUs, with a scale a tensor
-BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's reduce_bucket_size, where the config has none
+MOST_SHARES = 4_000_000  # buckets times GPUs, with one scale per tensor
+BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's reduce_bucket_size, if the config has none
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Model:
     name: str
     trained: tuple[int, ...]
     frozen: int = 0
-    counted: str = ""  # the class whose parameters these are, and why where it was not named
+    counted: str = ""  # the class whose parameters these are, and why if the config names none
 
     def __post_init__(self) -> None:
         if not any(self.trained):
@@ -45,7 +47,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Run:
-    """What of a run decides its bytes."""
+    """The part of a run that decides its bytes."""
 
     gpus: int = 1
     stage: int = 2
@@ -75,7 +77,7 @@ class Held:
 
 @dataclass(frozen=True)
 class Method:
-    """A way to train, and what it holds."""
+    """A way to train, and the bytes that it holds."""
 
     name: str
     held: Callable[[Model, Run], Held]
@@ -95,13 +97,13 @@ def levels() -> dict[str, Method]:
 
 
 def refuse_absurd(parameters: int, tensors: int, run: Run) -> None:
-    """Refuse what would take minutes, and what nobody has. Raises ValueError."""
+    """Refuse sizes that no run has: estimating them would take minutes. Raises ValueError."""
     if parameters > MOST_PARAMETERS:
         raise refusal("parameters", parameters, f"1 to {MOST_PARAMETERS:,}")
     if run.gpus > MOST_GPUS:
         raise refusal("GPUs", run.gpus, f"1 to {MOST_GPUS:,} in an estimate")
     if tensors > MOST_TENSORS:
-        allowed = f"1 to {MOST_TENSORS:,}; a larger reduce_bucket_size makes fewer where shapes are unknown"
+        allowed = f"1 to {MOST_TENSORS:,}; a larger reduce_bucket_size makes fewer if shapes are unknown"
         raise refusal("tensors", tensors, allowed)
 
 
@@ -114,14 +116,18 @@ def _refuse_many_shares(buckets: int, ranks: int) -> None:
 def _with_fp8(config: FP8Config, model: Model, run: Run) -> Held:
     refuse_absurd(model.parameters, len(model.trained), run)
     recipe = recipe_of(config, accumulating=run.accumulating, ranks=run.gpus)
+    fleet = Fleet("data", run.gpus)
     cut = partition_whole if recipe.by_tensor else partition
     if recipe.by_tensor:
         _refuse_many_shares(sum(model.trained) // run.bucket_elements, run.gpus)
     buckets = cut(
-        [ParameterSpec(index, numel, 0, BF16.name) for index, numel in enumerate(model.trained) if numel],
+        [
+            ParameterSpec(index, numel, 0, BF16.name, fleet)
+            for index, numel in enumerate(model.trained)
+            if numel
+        ],
         bucket_elements=run.bucket_elements,
         block_size=recipe.block_size,
-        world_size=run.gpus,
     )
     backward = memory.backward_bytes(recipe, WEIGHT, buckets, stage=run.stage, overlap=run.overlap)
     kept = memory.grad_bytes(WEIGHT, buckets) if run.stage == 1 else 0
@@ -140,12 +146,12 @@ def _stock(state: Format, model: Model, run: Run) -> Held:
     """state: of master weights, states and the step's gradient."""
     refuse_absurd(model.parameters, len(model.trained), run)
     sizes = [numel for numel in model.trained if numel]
-    part = memory.stock_part(sizes, run.gpus)
+    part = stock.part_of_rank(sizes, run.gpus)
     bucket = run.bucket_elements * (2 if run.overlap else 1)
-    # The step makes a flat copy, and another where the master is wider.
+    # The step makes a flat copy, and another if the master is wider.
     step = part * (1 + (state.itemsize // WEIGHT if state.itemsize > WEIGHT else 0))
     moments = []
-    for reaching, padding in memory.stock_gradients(sizes, run.gpus):
+    for reaching, padding in stock.gradients_of_ranks(sizes, run.gpus):
         reduced = reaching + padding
         moments += [(reduced, step)]  # ZeRO 1 has let go of every `.grad` by then
         if run.stage == 1:
@@ -169,7 +175,7 @@ STOCK_BF16_STATES = Method("DeepSpeed BF16 states", partial(_stock, BF16))
 def model_of_size(parameters: int, run: Run) -> Model:
     """A model of which only the size is known: each rank owns whole parameters, and none exceeds a bucket."""
     refuse_absurd(parameters, parameters // run.bucket_elements, run)
-    part = memory.stock_part([parameters], run.gpus)
+    part = stock.part_of_rank([parameters], run.gpus)
 
     def pieces() -> Iterator[int]:
         for first in range(0, parameters, part):
@@ -180,7 +186,7 @@ def model_of_size(parameters: int, run: Run) -> Model:
 
 
 def model_of_module(module: Any) -> Model:
-    """A `torch.nn.Module`, on whatever device; a parameter that is shared counts once."""
+    """A `torch.nn.Module`, on any device; a parameter that is shared counts once."""
     parameters = list(module.parameters())
     return Model(
         type(module).__name__,
@@ -212,7 +218,7 @@ def _gpt(layers: int, width: int, vocabulary: int = 50304, *, tied: bool = False
 
 
 def largest(method: Method, run: Run, memory_bytes: int) -> int:
-    """Parameters of the largest model that fits the memory of each GPU, to a millionth; 0 where none does."""
+    """Parameters of the largest model that fits the memory of each GPU, to a millionth; 0 if none does."""
     low, high = 0, memory_bytes // WEIGHT  # the weights alone fill it
     while high - low > low // 1_000_000:
         middle = (low + high + 1) // 2

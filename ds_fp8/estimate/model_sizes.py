@@ -1,7 +1,8 @@
 """A Hugging Face model's sizes from its config: it is made on the meta device, where nothing is allocated.
 
-Which class is counted is said: a config that names none leaves open whether there is a head. What makes the
-model large is looked at before, and its tensors are counted as they are made, so that a slip ends in seconds.
+The result names the class that was counted: a config that names none leaves open whether there is a head.
+Sizes that no model has are refused before, and tensors are counted as they are made, so that a slip ends in
+seconds.
 """
 
 import importlib.util
@@ -26,7 +27,7 @@ MOST_OF_A_SIZE = 10**9
 def pretrained(name: str) -> Model:
     """A config.json, a folder that holds one, or a name on the hub whose config is in the local cache.
 
-    Raises ValueError where there is none, or of no model that transformers knows, and without transformers.
+    Raises ValueError if there is none, if transformers does not know the model, and without transformers.
     """
     if importlib.util.find_spec("transformers") is None:
         raise ValueError("--model: needs the package transformers: pip install ds-fp8[hf]")
@@ -64,13 +65,13 @@ def model_class(transformers: Any, config: Any) -> tuple[Any, str]:
     """The class that the config names; else the language model of its type, else the bare one, and why."""
     named = config.architectures
     architecture = named[0] if isinstance(named, list) and named else named
-    found = getattr(transformers, architecture, None) if isinstance(architecture, str) else None
-    if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
-        return found, ""
+    kind = getattr(transformers, architecture, None) if isinstance(architecture, str) else None
+    if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):
+        return kind, ""
     mappings = [transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.MODEL_MAPPING]
     if config.is_encoder_decoder:
         mappings[0] = transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
-    kinds = [each for each in (mapping.get(type(config), None) for mapping in mappings) if each is not None]
+    kinds = [kind for kind in (mapping.get(type(config), None) for mapping in mappings) if kind is not None]
     if not kinds:
         raise ValueError(f"transformers has no model of type {show(config.model_type)}")
     kind = kinds[0][0] if isinstance(kinds[0], tuple) else kinds[0]

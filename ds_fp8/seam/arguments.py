@@ -1,4 +1,4 @@
-"""The arguments of save_checkpoint and load_checkpoint: checked, and the same on every rank.
+"""The arguments of save_checkpoint and load_checkpoint, and who shares a folder: the same on every rank.
 
 A rank that objects alone, or goes another way than the others, would leave them waiting, or part a
 checkpoint in two. So all of this is asked before anything is written or loaded.
@@ -8,15 +8,17 @@ import hashlib
 import os
 import uuid
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
 from typing import Any
 
-from ds_fp8.zero_fp8.checkpoint import manifest
-from ds_fp8.zero_fp8.checkpoint.manifest import Manifest
-from ds_fp8.zero_fp8.comm.agreement import agreed, check_agreement, everybody
+from deepspeed import comm as dist
+
+from ds_fp8.zero_fp8.checkpoint.manifest import Manifest, render, share
+from ds_fp8.zero_fp8.comm.agreement import agreed, check_agreement, gather_objects
 
 RESERVED = (  # what DeepSpeed keeps in its model file; it writes client_state over it
     *("module", "buffer_names", "optimizer", "param_shapes", "frozen_param_shapes", "shared_params"),
@@ -38,6 +40,13 @@ def is_first(engine: Any) -> bool:
 def first_of(engine: Any) -> int:
     """The first rank of those that share this rank's folder."""
     return int(engine.global_rank - engine.local_rank) if engine.use_node_local_storage() else 0
+
+
+def checksum_share(engine: Any, names: Iterable[str], optimizer_files: Sequence[str]) -> list[str]:
+    """The files whose checksums this rank computes."""
+    group = engine.optimizer.dp_process_group
+    rank, world_size = dist.get_rank(group), dist.get_world_size(group)
+    return share(names, optimizer_files, rank, world_size, first=is_first(engine))
 
 
 # Of one rank
@@ -62,11 +71,11 @@ def check_client_state(client_state: Any) -> None:
         raise ValueError(
             f"save_checkpoint: received client_state of type {type(client_state).__name__}, allowed: a dict"
         )
-    taken = [key for key in client_state or () if key in RESERVED]
-    if taken:
+    reserved = [key for key in client_state or () if key in RESERVED]
+    if reserved:
         raise ValueError(
-            f"save_checkpoint: received client_state with {', '.join(taken)}, allowed: any keys but those of "
-            f"DeepSpeed ({', '.join(RESERVED)})"
+            f"save_checkpoint: received client_state with {', '.join(reserved)}, allowed: any keys but "
+            f"those of DeepSpeed ({', '.join(RESERVED)})"
         )
 
 
@@ -75,7 +84,7 @@ def check_client_state(client_state: Any) -> None:
 
 def agree_on(engine: Any, call: str, options: Mapping[str, Any]) -> None:
     """Raises the same ValueError on every rank if an option differs."""
-    facts = [f"{key} {each!r}" for key, each in options.items()]
+    facts = [f"{key} {value!r}" for key, value in options.items()]
     check_agreement(f"the arguments of {call}", facts, engine.device, engine.optimizer.dp_process_group)
 
 
@@ -86,39 +95,42 @@ def check_same_folder(engine: Any, folder: Path) -> None:
     look for it. Raises the same ValueError on every rank.
     """
     group, first = engine.optimizer.dp_process_group, first_of(engine)
-    token = f".ds_fp8_{uuid.uuid4().hex}"
     path = agreed(folder.resolve, group, folder)
     above = agreed(lambda: _existing(path), group, folder)
-
-    def put() -> None:
-        if is_first(engine):
-            (above / token).touch()
-
-    def look() -> None:
-        below, there, said = places[first]
-        parts = len(below)
-        same = path.parts[len(path.parts) - parts :] == below
-        if not same or not _sees(Path(*path.parts[: len(path.parts) - parts]), there):
-            raise ValueError(
-                f"save_checkpoint: received save_dir {folder}, which is not the folder {said} of rank "
-                f"{first}; {ONE_FOLDER}"
-            )
-
+    mark = above / f".ds_fp8_{uuid.uuid4().hex}"
     try:
-        agreed(put, group, folder)
-        places = dict(
-            everybody((engine.global_rank, (path.relative_to(above).parts, token, str(folder))), group)
-        )
-        agreed(look, group, folder)
+        agreed(lambda: mark.touch() if is_first(engine) else None, group, folder)
+        below = path.relative_to(above).parts
+        marks = dict(gather_objects((engine.global_rank, _Mark(below, mark.name, str(folder))), group))
+        agreed(lambda: _look_for(marks[first], folder, path, first), group, folder)
     finally:
         if is_first(engine):
             with suppress(OSError):
-                (above / token).unlink(missing_ok=True)
+                mark.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class _Mark:
+    """A file above the folder to save into, and how a rank calls that folder."""
+
+    below: tuple[str, ...]  # from the file's folder to the one to save into
+    name: str
+    folder: str
+
+
+def _look_for(mark: _Mark, folder: Path, path: Path, first: int) -> None:
+    """Raises ValueError where the mark of rank `first` is not seen from this rank's folder."""
+    parts = path.parts[: len(path.parts) - len(mark.below)]
+    if path.parts[len(parts) :] != mark.below or not _sees(Path(*parts), mark.name):
+        raise ValueError(
+            f"save_checkpoint: received save_dir {folder}, which is not the folder {mark.folder} of rank "
+            f"{first}; {ONE_FOLDER}"
+        )
 
 
 def _existing(path: Path) -> Path:
     """The nearest folder at or above a path."""
-    return next(each for each in (path, *path.parents) if each.is_dir())
+    return next(above for above in (path, *path.parents) if above.is_dir())
 
 
 def _sees(folder: Path, name: str) -> bool:
@@ -126,38 +138,44 @@ def _sees(folder: Path, name: str) -> bool:
     return (folder / name).exists() or (folder.is_dir() and name in os.listdir(folder))
 
 
-def check_same_checkpoint(engine: Any, folder: Path, facts: Manifest | None) -> None:
+@dataclass(frozen=True)
+class _Found:
+    """What a rank has found to load."""
+
+    rank: int
+    node: int  # its first rank
+    folder: str
+    common: str  # what nodes have in common
+    files: str  # a digest of the checkpoint's files
+
+
+def check_same_checkpoint(engine: Any, folder: Path, manifest: Manifest | None) -> None:
     """Ranks that load one tag load one checkpoint. Raises the same ValueError on every rank.
 
-    facts: its manifest, if it has one. On storage of a node, nodes have other files of the same checkpoint.
+    manifest: None if it has none. On storage of a node, nodes have other files of the same checkpoint.
     """
     group, node = engine.optimizer.dp_process_group, first_of(engine)
-    own = agreed(lambda: _of_all(facts), group), agreed(lambda: _of_files(folder, facts), group, folder)
-    told = everybody((engine.global_rank, node, str(folder), *own), group)
-    lead = told[0]
-    for rank, other_node, theirs, common, files in told:
-        peer = next(each for each in told if each[0] == other_node)
-        if common != lead[3]:
-            peer = lead
-        elif files == peer[4]:
+    common = agreed(lambda: "" if manifest is None else manifest.model_dump_json(exclude={"files"}), group)
+    files = agreed(lambda: _digest(folder, manifest), group, folder)
+    by_rank = gather_objects(_Found(engine.global_rank, node, str(folder), common, files), group)
+    for found in by_rank:
+        expected = next(other for other in by_rank if other.node == found.node)
+        if found.common != by_rank[0].common:
+            expected = by_rank[0]
+        elif found.files == expected.files:
             continue
         raise ValueError(
-            f"load_checkpoint: ranks would load different checkpoints: rank {peer[0]} that in {peer[2]}, "
-            f"rank {rank} that in {theirs}; {ONE_FOLDER}"
+            f"load_checkpoint: ranks would load different checkpoints: rank {expected.rank} that in "
+            f"{expected.folder}, rank {found.rank} that in {found.folder}; {ONE_FOLDER}"
         )
 
 
-def _of_all(facts: Manifest | None) -> str:
-    """What all nodes have in common."""
-    return "" if facts is None else facts.model_dump_json(exclude={"files"})
-
-
-def _of_files(folder: Path, facts: Manifest | None) -> str:
+def _digest(folder: Path, manifest: Manifest | None) -> str:
     """A digest of a checkpoint's files, without reading them."""
-    if facts is not None:
-        return hashlib.sha256(manifest.render(facts).encode()).hexdigest()
+    if manifest is not None:
+        return hashlib.sha256(render(manifest).encode()).hexdigest()
     digest = hashlib.sha256()
-    for path in sorted(each for each in folder.rglob("*") if each.is_file()):
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         digest.update(f"{path.relative_to(folder)}\0{path.stat().st_size}\0{_sums(path)}\n".encode())
     return digest.hexdigest()
 
@@ -166,6 +184,6 @@ def _sums(path: Path) -> list[int]:
     """The checksums that torch.save leaves of every part of a file; none in files of an old torch."""
     try:
         with zipfile.ZipFile(path) as file:
-            return [each.CRC for each in file.infolist()]
+            return [part.CRC for part in file.infolist()]
     except (OSError, zipfile.BadZipFile):
         return []

@@ -1,6 +1,6 @@
 """The seam around a backward: DeepSpeed's engine counts them, and here it counts as PyTorch does.
 
-`zero_fp8.backwards` says what counts. DeepSpeed's own engine takes every gradient that reaches an output of
+`gradients.backwards` says what counts. DeepSpeed's own engine takes every gradient that reaches an output of
 a forward for a backward, a call of `torch.autograd.grad` among them, divides it there, and begins anew with
 each forward of a loss that needs several.
 """
@@ -19,7 +19,7 @@ Method = Callable[..., Any]
 
 
 def backward(original: Method) -> Method:
-    """DeepSpeedEngine.backward: while one runs, of whichever engine, the loss has been divided.
+    """DeepSpeedEngine.backward: while one runs, of any engine, the loss has been divided.
 
     DeepSpeed before 0.19.8 divides at the outputs of the forward here, too.
     """
@@ -37,7 +37,7 @@ def backward(original: Method) -> Method:
 
 
 def backward_prologue(original: Method) -> Method:
-    """DeepSpeedEngine._backward_prologue, called by an output of each forward: once a backward."""
+    """DeepSpeedEngine._backward_prologue, called by an output of each forward: once per backward."""
 
     @functools.wraps(original)
     def method(self: Any) -> None:
@@ -91,7 +91,7 @@ def zero_grad(original: Method) -> Method:
 def divisor(engine: Any) -> float:
     """What a gradient of a backward that is not the engine's is divided by.
 
-    Raises RuntimeError where its loss lacks the loss scale.
+    Raises RuntimeError if its loss lacks the loss scale.
     """
     if engine.optimizer.needs_scaler() and not engine._manual_backward_expected:
         raise RuntimeError(

@@ -1,4 +1,4 @@
-"""What DeepSpeed compiles on its first use is told: minutes without a word look like a hang.
+"""Log what DeepSpeed compiles on its first use: minutes without a word look like a hang.
 
 DeepSpeed builds an op when it is first loaded, on a CPU already in `init_distributed`, and all ranks wait for
 the one that builds. What an earlier run has left is loaded without a word, unless that takes so long that it
@@ -23,7 +23,7 @@ logger = logging.getLogger("ds_fp8")
 
 Method = Callable[..., Any]
 AT_ONCE, ANEW = 0.5, 20.0  # seconds after which an op is being built: a new one, and one that was there
-PATIENCE = 60.0  # seconds of waiting for a lock after which it may be nobody's
+PATIENCE = 60.0  # seconds of waiting for a lock after which its process may be dead
 
 
 def jit_load(original: Method) -> Method:
@@ -31,17 +31,17 @@ def jit_load(original: Method) -> Method:
 
     @functools.wraps(original)
     def method(self: Any, *arguments: Any, **named: Any) -> Any:
-        start, told = time.monotonic(), Event()
+        start, logged = time.monotonic(), Event()
         what = f"DeepSpeed's {self.name}"
 
-        def tell() -> None:
-            told.set()
+        def log_build() -> None:
+            logged.set()
             logger.info("building %s, once on this machine; this may take minutes", what)
 
         name_lock = functools.partial(_name_lock, self.name, time.time())
-        with _after(ANEW if _is_there(self.name) else AT_ONCE, tell), _after(PATIENCE, name_lock):
+        with _after(ANEW if _is_there(self.name) else AT_ONCE, log_build), _after(PATIENCE, name_lock):
             module = original(self, *arguments, **named)
-        if told.is_set():
+        if logged.is_set():
             logger.info("built %s in %.0f s", what, time.monotonic() - start)
         return module
 
@@ -49,7 +49,7 @@ def jit_load(original: Method) -> Method:
 
 
 def _name_lock(name: str, since: float) -> None:
-    """Name the lock of a build that has begun before this one and that nobody seems to give back."""
+    """Name the lock of a build that has begun before this one and that seems to have been left behind."""
     for folder in _folders(name):
         lock = folder / "lock"
         if lock.exists() and lock.stat().st_mtime < since and os.environ.get("LOCAL_RANK", "0") == "0":
@@ -72,9 +72,9 @@ def _is_there(name: str) -> bool:
 
 
 @contextmanager
-def _after(seconds: float, tell: Callable[[], None]) -> Iterator[None]:
-    """Tell what is going on, once and only if it goes on for so long."""
-    timer = Timer(seconds, tell)
+def _after(seconds: float, act: Callable[[], None]) -> Iterator[None]:
+    """Call `act` once if the body takes longer than `seconds`."""
+    timer = Timer(seconds, act)
     timer.daemon = True
     timer.start()
     try:

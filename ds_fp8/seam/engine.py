@@ -20,9 +20,10 @@ from ds_fp8.config.section import FP8Config
 from ds_fp8.seam.backward import divisor
 from ds_fp8.seam.status import accumulating, banner, is_active, write_events
 from ds_fp8.zero_fp8.comm.agreement import check_agreement
-from ds_fp8.zero_fp8.handlers.stage12 import FP8ZeROOptimizer
+from ds_fp8.zero_fp8.handlers.stage12 import Stage12Optimizer
 from ds_fp8.zero_fp8.optimizer.fp8_adamw import FP8AdamW
-from ds_fp8.zero_fp8.recipe import Recipe, ZeroSettings, check_nodes, recipe_of, weight_dtypes
+from ds_fp8.zero_fp8.placement.ranks import check_nodes
+from ds_fp8.zero_fp8.recipe import Recipe, ZeroSettings, recipe_of, weight_dtypes
 
 logger = logging.getLogger("ds_fp8")
 
@@ -40,7 +41,7 @@ AGREED_KEYS = (
 
 
 def _fp8(engine: Any) -> FP8Config | None:
-    """The engine's section, where it is enabled."""
+    """The engine's section, if it is enabled."""
     config: FP8Config | None = getattr(engine._config, "ds_fp8", None)
     return config if config is not None and config.enabled else None
 
@@ -54,15 +55,15 @@ def configure_distributed_model(original: Method) -> Method:
             logger.info(
                 "ds_fp8 %s: IDLE, this engine's config has ZeRO 0 and no optimizer", ds_fp8.__version__
             )
-        facts = _facts(self, model) if _fp8(self) is not None else ["fp8 off"]
-        check_agreement("config or model", facts, torch.device(self.device), dist.get_world_group())
+        lines = _config_and_model(self, model) if _fp8(self) is not None else ["fp8 off"]
+        check_agreement("config or model", lines, torch.device(self.device), dist.get_world_group())
         original(self, model)
 
     return method
 
 
-def _facts(engine: Any, model: torch.nn.Module) -> list[str]:
-    """What all ranks must have alike, a line each."""
+def _config_and_model(engine: Any, model: torch.nn.Module) -> list[str]:
+    """What must be the same on all ranks, one line per key and parameter."""
     section = engine._config._param_dict
     config = [f'ds_config "{key}": {as_json(section[key])}' for key in AGREED_KEYS if key in section]
     trained = [
@@ -91,7 +92,7 @@ def configure_basic_optimizer(original: Method) -> Method:
             return original(self, model_parameters)
         params = ds_config.optimizer_params(self.optimizer_params() or {})
         decoupled = self.optimizer_name() == "adamw" or params.adam_w_mode
-        # DeepSpeed's fused Adam decays nothing unless told to; torch's AdamW decays .01.
+        # The default of DeepSpeed's fused Adam is no decay; that of torch's AdamW is .01.
         default_decay = 0.01 if params.torch_adam and decoupled else 0.0
         return FP8AdamW(
             model_parameters,
@@ -132,7 +133,7 @@ def configure_zero_optimizer(original: Method) -> Method:
         recipe = recipe_of(config, accumulating=accumulating(self), ranks=ranks)
         check_engine(self, recipe)
         self.basic_optimizer = replace_optimizer(optimizer)
-        self.optimizer = FP8ZeROOptimizer(
+        self.optimizer = Stage12Optimizer(
             self.basic_optimizer,
             self.param_names,
             recipe,
@@ -147,7 +148,7 @@ def configure_zero_optimizer(original: Method) -> Method:
             ),
         )
         self.optimizer.join(functools.partial(members, self), functools.partial(divisor, self), optimizer)
-        self.optimizer.health.listeners.append(functools.partial(write_events, self))
+        self.optimizer.parts.health.listeners.append(functools.partial(write_events, self))
         logger.info("%s", banner(self))
         if self._config.ds_fp8_idle_keys:
             logger.info("without effect with fp8: %s", "; ".join(self._config.ds_fp8_idle_keys))
@@ -163,7 +164,7 @@ def members(engine: Any) -> Iterable[tuple[str, torch.nn.Parameter]]:
 
 
 def settings_of(config: FP8Config, engine: Any) -> ZeroSettings:
-    """What the handler obeys of the engine's config."""
+    """The part of the engine's config that the handler obeys."""
     return ZeroSettings(
         stage=int(engine.zero_optimization_stage()),
         bucket_elements=int(engine.zero_reduce_bucket_size()),

@@ -11,60 +11,60 @@ from typing import Any
 from torch import Tensor
 
 from ds_fp8.seam import model_file
-from ds_fp8.seam.model_file import Wanted, frozen
-from ds_fp8.zero_fp8.checkpoint import convert, manifest, stock
+from ds_fp8.seam.model_file import ModelFile, Wanted, frozen
+from ds_fp8.zero_fp8.checkpoint import convert, stock
+from ds_fp8.zero_fp8.checkpoint.contracts import Restorable, check_names
 from ds_fp8.zero_fp8.checkpoint.convert import Converted
-from ds_fp8.zero_fp8.checkpoint.foreign import Universal, check_names
-from ds_fp8.zero_fp8.checkpoint.manifest import Manifest
-from ds_fp8.zero_fp8.checkpoint.reader import Native, is_extra_state
-from ds_fp8.zero_fp8.checkpoint.reading import Entry
-from ds_fp8.zero_fp8.checkpoint.writer import Restorable, recipe_facts
-from ds_fp8.zero_fp8.handlers.stage12 import FP8ZeROOptimizer
+from ds_fp8.zero_fp8.checkpoint.files import Entry
+from ds_fp8.zero_fp8.checkpoint.manifest import NAME, Manifest, describe_difference
+from ds_fp8.zero_fp8.checkpoint.reader import Checkpoint, is_extra_state
+from ds_fp8.zero_fp8.checkpoint.universal import Universal
+from ds_fp8.zero_fp8.checkpoint.writer import describe_recipe
+from ds_fp8.zero_fp8.handlers.common import FP8ZeROOptimizer
 
 ALLOW = "fp8.checkpoint.allow_conversion: true converts them, through FP32"
 
 
 @dataclass(frozen=True)
-class Fitting:
+class Checked:
     """A checkpoint that has been checked: DeepSpeed's model file, and the states if they are wanted."""
 
-    model: Entry
+    model: ModelFile
     states: Restorable | None
     conversion: str = ""  # what is rounded on the way, for the log
 
 
-def check(engine: Any, folder: Path, facts: Manifest, wanted: Wanted) -> Fitting:
+def check(engine: Any, folder: Path, manifest: Manifest, wanted: Wanted) -> Checked:
     """A checkpoint of ours, whose files have been verified. Raises ValueError if it does not fit."""
-    path = folder / manifest.NAME
-    _check_module(engine, path, facts, wanted)
-    model = model_file.read(engine, folder)
+    _check_module(engine, folder / NAME, manifest, wanted)
+    model = model_file.read(engine, folder, manifest)
     model_file.check(engine, model, wanted)
-    return _check_ours(engine, folder, facts, model) if wanted.states else Fitting(model, None)
+    return _check_ours(engine, folder, manifest, model) if wanted.states else Checked(model, None)
 
 
-def _check_ours(engine: Any, folder: Path, facts: Manifest, model: Entry) -> Fitting:
-    path = folder / manifest.NAME
-    _check_parameters(engine, path, facts)
+def _check_ours(engine: Any, folder: Path, manifest: Manifest, model: ModelFile) -> Checked:
+    path = folder / NAME
+    _check_parameters(engine, path, manifest)
     handler: FP8ZeROOptimizer = engine.optimizer
-    native, recipe = Native(folder, facts, unpickle=True), recipe_facts(handler.recipe)
-    native.check(handler.shards, handler.parameter_names)
-    if facts.recipe == recipe:
-        return Fitting(model, native)
+    checkpoint, recipe = Checkpoint(folder, manifest, unpickle=True), describe_recipe(handler.recipe)
+    checkpoint.check(handler.parts.shards, handler.parameter_names)
+    if manifest.recipe == recipe:
+        return Checked(model, checkpoint)
     if not _may_convert(engine):
-        differences = ", ".join(manifest.describe_difference(facts.recipe, recipe))
+        differences = ", ".join(describe_difference(manifest.recipe, recipe))
         raise ValueError(f"{path}: of another recipe than this run ({differences}): {ALLOW}")
-    return Fitting(model, Converted(native), convert.describe(facts.recipe, recipe))
+    return Checked(model, Converted(checkpoint), convert.describe(manifest.recipe, recipe))
 
 
-def check_stock(engine: Any, folder: Path, wanted: Wanted) -> Fitting:
+def check_stock(engine: Any, folder: Path, wanted: Wanted) -> Checked:
     """A checkpoint that has no manifest."""
     files = stock.optimizer_files(folder)
-    if files and stock.is_native(next(iter(files.values()))):
-        raise ValueError(f"{folder / manifest.NAME}: missing: the checkpoint was never finished, or lost it")
+    if files and stock.holds_our_states(next(iter(files.values()))):
+        raise ValueError(f"{folder / NAME}: missing: the checkpoint was never finished, or lost it")
     model = model_file.read(engine, folder)
     states = _check_stock(engine, folder) if wanted.states else None
     model_file.check(engine, model, wanted)
-    return Fitting(model, states, _from_fp32(engine) if states is not None else "")
+    return Checked(model, states, _from_fp32(engine) if states is not None else "")
 
 
 def _check_stock(engine: Any, folder: Path) -> Restorable:
@@ -73,12 +73,12 @@ def _check_stock(engine: Any, folder: Path) -> Restorable:
             f'{folder}: optimizer states that were not written with "fp8" enabled: {ALLOW}; or load only the '
             "weights (load_optimizer_states=False)"
         )
-    found = stock.Stock(folder)
-    found.check(engine.optimizer.manifest_facts()["parameters"])
-    return Converted(found)
+    source = stock.Stock(folder)
+    source.check(engine.optimizer.saved.described_parameters())
+    return Converted(source)
 
 
-def check_universal(engine: Any, folder: Path, wanted: Wanted) -> Fitting:
+def check_universal(engine: Any, folder: Path, wanted: Wanted) -> Checked:
     """A universal checkpoint: the config has asked for it, so its states may be rounded."""
     if not wanted.states:
         raise ValueError(
@@ -86,25 +86,25 @@ def check_universal(engine: Any, folder: Path, wanted: Wanted) -> Fitting:
             "checkpoint.load_universal: neither"
         )
     universal = Universal(folder)
-    universal.check(engine.optimizer.manifest_facts()["parameters"])
+    universal.check(engine.optimizer.saved.described_parameters())
     unknown = sorted(universal.trained - engine.module.state_dict().keys())
     if unknown:
         raise ValueError(f"{universal.folder}: of another model: with {unknown[:3]} (of {len(unknown)})")
     model = model_file.read(engine, folder)
     model_file.check(engine, model, wanted)
     _check_others(engine, universal, model, wanted)
-    return Fitting(model, Converted(universal), _from_fp32(engine))
+    return Checked(model, Converted(universal), _from_fp32(engine))
 
 
 def _from_fp32(engine: Any) -> str:
-    return convert.describe(None, recipe_facts(engine.optimizer.recipe))
+    return convert.describe(None, describe_recipe(engine.optimizer.recipe))
 
 
-def _check_others(engine: Any, universal: Universal, model: Entry, wanted: Wanted) -> None:
+def _check_others(engine: Any, universal: Universal, model: ModelFile, wanted: Wanted) -> None:
     """Whatever a universal checkpoint holds of a buffer or a frozen parameter is of its shape and kind."""
     saved, names = _saved(model), _untrained(engine)
     missing = sorted(names.keys() - saved.value.keys())
-    if missing and wanted.module_strict and _is_whole(model):
+    if missing and wanted.module_strict and model.is_whole:
         raise ValueError(
             f"{model.path}: of another model: without {missing[:3]} (of {len(missing)}); "
             "load_module_strict=False takes what both have"
@@ -118,68 +118,62 @@ def _check_others(engine: Any, universal: Universal, model: Entry, wanted: Wante
                 raise other.refusal(f"shape {list(ours.shape)}")
 
 
-def others_of(engine: Any, universal: Universal, model: Entry) -> dict[str, Any]:
+def others_of(engine: Any, universal: Universal, model: ModelFile) -> dict[str, Any]:
     """Buffers, frozen parameters and extra state, as far as a universal checkpoint has them.
 
     From DeepSpeed's model file, where they are what they were; the converter's own files are all FP32.
     """
     saved = _saved(model)
-    found = {}
+    state = {}
     for name in _untrained(engine):
         other = universal.other(name) if name not in saved and not is_extra_state(name) else None
         if name in saved:
-            found[name] = saved.value[name]
+            state[name] = saved.value[name]
         elif other is not None:
-            found[name] = other.value
-    return found
+            state[name] = other.value
+    return state
 
 
-def _saved(model: Entry) -> Entry:
-    return model.at("module") if _is_whole(model) else Entry(model.path, {})
-
-
-def _is_whole(model: Entry) -> bool:
-    """Whether the module of a model file is all of it, and not a rank's of model parallelism."""
-    return len(model_file.files(model.path.parent)) == 1
+def _saved(model: ModelFile) -> Entry:
+    return model.at("module") if model.is_whole else Entry(model.path, {})
 
 
 def _untrained(engine: Any) -> dict[str, Any]:
     """What the module's state_dict holds beside trained parameters."""
     trained = set(engine.optimizer.parameters.values())
     parameters = engine.module.named_parameters(remove_duplicate=False)
-    known = {name for name, each in parameters if each in trained}
-    return {name: each for name, each in engine.module.state_dict().items() if name not in known}
+    known = {name for name, parameter in parameters if parameter in trained}
+    return {name: value for name, value in engine.module.state_dict().items() if name not in known}
 
 
 def _may_convert(engine: Any) -> bool:
     return bool(engine._config.ds_fp8.checkpoint.allow_conversion)
 
 
-def _check_module(engine: Any, path: Path, facts: Manifest, wanted: Wanted) -> None:
+def _check_module(engine: Any, path: Path, manifest: Manifest, wanted: Wanted) -> None:
     """What DeepSpeed loads itself must fit: it does not look before it writes."""
-    if wanted.scheduler and engine.lr_scheduler is not None and not facts.scheduler:
+    place = manifest.place
+    if wanted.scheduler and engine.lr_scheduler is not None and not manifest.scheduler:
         raise ValueError(
             f"{path}: no scheduler was saved, and this run has one: load_lr_scheduler_states=False keeps it"
         )
-    missing_frozen = sorted(frozen(engine) - set(facts.frozen)) if facts.frozen is not None else []
+    missing_frozen = sorted(frozen(engine) - set(place.frozen)) if place.frozen is not None else []
     if missing_frozen:
         raise ValueError(f"{path}: {missing_frozen[:3]}: frozen in this run, trained in the checkpoint")
     if not wanted.custom:
-        saved = {**facts.module, **{name: each.shape for name, each in facts.parameters.items()}}
-        model_file.check_module(engine, path, saved, strict=wanted.module_strict)
+        trained = {name: parameter.shape for name, parameter in place.parameters.items()}
+        model_file.check_module(engine, path, {**place.module, **trained}, strict=wanted.module_strict)
 
 
-def _check_parameters(engine: Any, path: Path, facts: Manifest) -> None:
+def _check_parameters(engine: Any, path: Path, manifest: Manifest) -> None:
     """The trained parameters must be the same, in the same param groups."""
-    ours = engine.optimizer.manifest_facts()["parameters"]
-    check_names(path, facts.parameters, ours)
-    for name, mine in ours.items():
+    saved, ours = manifest.place.parameters, engine.optimizer.saved.described_parameters()
+    check_names(path, saved, ours)
+    for name, parameter in ours.items():
         for key in ("shape", "group"):
-            received, expected = getattr(facts.parameters[name], key), getattr(mine, key)
+            received, expected = getattr(saved[name], key), getattr(parameter, key)
             if received != expected:
                 raise ValueError(f"{path}: {key} of {name}: received {received}, expected {expected}")
-    if len(facts.clamp_squares) != len(engine.optimizer.param_groups):
-        raise ValueError(
-            f"{path}: received {len(facts.clamp_squares)} param groups, expected "
-            f"{len(engine.optimizer.param_groups)}"
-        )
+    received, expected = len(manifest.clamp_squares), len(engine.optimizer.param_groups)
+    if received != expected:
+        raise ValueError(f"{path}: received {received} param groups, expected {expected}")

@@ -6,6 +6,7 @@ given: it does not read the file again.
 """
 
 import copy
+import glob
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -14,9 +15,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ds_fp8.zero_fp8.checkpoint import manifest, tags
+from ds_fp8.zero_fp8.checkpoint import tags
+from ds_fp8.zero_fp8.checkpoint.files import Entry, in_memory, load_pickled
+from ds_fp8.zero_fp8.checkpoint.manifest import Manifest
 from ds_fp8.zero_fp8.checkpoint.reader import is_extra_state
-from ds_fp8.zero_fp8.checkpoint.reading import Entry, in_memory, load_pickled
 
 KEEPS_SCHEDULER = "load_lr_scheduler_states=False keeps this run's"
 
@@ -31,23 +33,51 @@ class Wanted:
     counters: bool
     custom: bool  # the caller loads the module
 
-
-def read(engine: Any, folder: Path) -> Entry:
-    """The model file of a tag. Raises ValueError if there is none, or several where one is expected."""
-    found = [path.name for path in files(folder)]
-    if manifest.MODEL_FILE not in found:
-        raise ValueError(f"{folder / manifest.MODEL_FILE}: missing: the folder {tags.contents(folder)}")
-    if len(found) > 1 and not engine.load_universal_checkpoint():
-        raise ValueError(f"{folder}: received {', '.join(found)}, expected {manifest.MODEL_FILE} alone")
-    return Entry(folder / manifest.MODEL_FILE, load_pickled(folder / manifest.MODEL_FILE))
-
-
-def files(folder: Path) -> list[Path]:
-    """One per rank of model parallelism."""
-    return sorted(folder.glob("mp_rank_*_model_states.pt"))
+    @staticmethod
+    def by(options: Mapping[str, Any]) -> "Wanted":
+        """What the options of load_checkpoint want."""
+        everything = not options["load_module_only"]
+        return Wanted(
+            module_strict=options["load_module_strict"],
+            states=options["load_optimizer_states"] and everything,
+            scheduler=options["load_lr_scheduler_states"] and everything,
+            counters=everything,
+            custom=bool(options["custom_load_fn"]),  # as DeepSpeed asks
+        )
 
 
-def check(engine: Any, file: Entry, wanted: Wanted) -> None:
+@dataclass(frozen=True)
+class ModelFile(Entry):
+    """DeepSpeed's model file of this rank, open, and those of all ranks of model parallelism."""
+
+    paths: tuple[Path, ...] = ()
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether its module is all of the model, and not a rank's of model parallelism."""
+        return len(self.paths) == 1
+
+
+def read(engine: Any, folder: Path, manifest: Manifest | None = None) -> ModelFile:
+    """The model file of a tag, as its manifest names it; if it has none, as DeepSpeed would.
+
+    Raises ValueError if there is none, or several where one is expected.
+    """
+    if manifest is not None:
+        path = folder / manifest.place.model_file
+        return ModelFile(path, load_pickled(path), paths=(path,))
+    path = Path(engine._get_ckpt_name(folder.parent, folder.name))
+    pattern = glob.escape(str(folder.parent)), glob.escape(folder.name)
+    paths = tuple(sorted(map(Path, engine._get_all_ckpt_names(*pattern))))
+    if path not in paths:
+        raise ValueError(f"{path}: missing: the folder {tags.contents(folder)}")
+    if len(paths) > 1 and not engine.load_universal_checkpoint():
+        names = ", ".join(other.name for other in paths)
+        raise ValueError(f"{folder}: received {names}, expected {path.name} alone")
+    return ModelFile(path, load_pickled(path), paths=paths)
+
+
+def check(engine: Any, file: ModelFile, wanted: Wanted) -> None:
     """Refuse, by a ValueError, a model file that this engine cannot load to the end."""
     universal = engine.load_universal_checkpoint()
     module = file.at("module")
@@ -82,14 +112,13 @@ def check_module(engine: Any, path: Path, saved: Mapping[str, list[int] | None],
 
 def shapes(state: Mapping[str, Any]) -> dict[str, list[int] | None]:
     """Of the tensors of a state_dict; None for all else."""
-    return {key: list(each.shape) if isinstance(each, Tensor) else None for key, each in state.items()}
+    return {key: list(value.shape) if isinstance(value, Tensor) else None for key, value in state.items()}
 
 
 def _members(module: nn.Module) -> set[str]:
     """Names of parameters and buffers: whatever else is in a state_dict has its own type and length."""
-    parameters, buffers = (
-        each(remove_duplicate=False) for each in (module.named_parameters, module.named_buffers)
-    )
+    parameters = module.named_parameters(remove_duplicate=False)
+    buffers = module.named_buffers(remove_duplicate=False)
     return {name for name, _ in [*parameters, *buffers]}
 
 
@@ -130,19 +159,16 @@ def frozen(engine: Any) -> set[str]:
     return {name for name, _ in engine.module.named_parameters()} - trained
 
 
-def _check_counters(file: Entry, wanted: Wanted) -> None:
+def _check_counters(file: ModelFile, wanted: Wanted) -> None:
     file.at("dp_world_size").count()
     if wanted.counters:
-        for key in (
-            "global_steps",
-            "skipped_steps",
-            *(["global_samples"] if "global_samples" in file else []),
-        ):
+        samples = ["global_samples"] if "global_samples" in file else []
+        for key in ("global_steps", "skipped_steps", *samples):
             if not isinstance(file.at(key).value, int):
                 raise file.at(key).refusal("a whole number")
             file.at(key).count()
     if wanted.counters or "mp_world_size" in file:
-        expected = len(files(file.path.parent))
+        expected = len(file.paths)
         if file.at("mp_world_size").count() != expected:
             raise file.at("mp_world_size").refusal(f"{expected}, as many as model files")
 
@@ -197,27 +223,28 @@ def _try_scheduler(scheduler: Any, groups: list[dict[str, Any]], saved: Entry) -
 
 def _try_extra_states(module: nn.Module, saved: Entry) -> None:
     """Whether modules take their extra state, by giving it; then they have their own again."""
-    for name, each in module.named_modules():
+    for name, part in module.named_modules():
         key = f"{name}._extra_state" if name else "_extra_state"
-        if type(each).set_extra_state is nn.Module.set_extra_state or key not in saved:
+        if type(part).set_extra_state is nn.Module.set_extra_state or key not in saved:
             continue
-        before = copy.deepcopy(each.get_extra_state())
+        before = copy.deepcopy(part.get_extra_state())
         try:
-            each.set_extra_state(copy.deepcopy(saved.value[key]))
+            part.set_extra_state(copy.deepcopy(saved.value[key]))
         except Exception as error:
-            expected = f"what {type(each).__name__}.set_extra_state takes ({type(error).__name__}: {error})"
+            expected = f"what {type(part).__name__}.set_extra_state takes ({type(error).__name__}: {error})"
             raise saved.at(key).refusal(expected) from error
         finally:
             with suppress(Exception):  # a module that has seen nothing may not take back what it gave
-                each.set_extra_state(before)
+                part.set_extra_state(before)
 
 
 @contextmanager
-def given_to(engine: Any, file: Entry) -> Iterator[None]:
+def given_to(engine: Any, file: ModelFile) -> Iterator[None]:
     """DeepSpeed's reading: of this file, that is open already; nor does it gather weights, which we do."""
     original, handler = engine.checkpoint_engine, engine.optimizer
+    names = [str(path) for path in file.paths]
     engine.checkpoint_engine = _Opened(file)
-    engine._get_all_ckpt_names = lambda *_: list(map(str, files(file.path.parent)))
+    engine._get_all_ckpt_names = lambda *_: names
     handler.refresh_fp32_params = lambda: None
     try:
         yield
@@ -235,6 +262,6 @@ class _Opened:
     def load(self, path: str, map_location: Any = None) -> dict[str, Any]:
         """Only weights stay mapped, which are copied into parameters; the rest may be kept."""
         module = self._file.value["module"]
-        rest = {key: each for key, each in self._file.value.items() if key != "module"}
-        extra = {name: each for name, each in module.items() if is_extra_state(str(name))}
+        rest = {key: value for key, value in self._file.value.items() if key != "module"}
+        extra = {name: value for name, value in module.items() if is_extra_state(str(name))}
         return {**in_memory(rest), "module": {**module, **in_memory(extra)}}

@@ -29,7 +29,7 @@ from ds_fp8.compat import (
 )
 from ds_fp8.config import ds_config
 from ds_fp8.ops.op_builders import FP8CPUBuilder, FP8TritonBuilder
-from ds_fp8.seam import backward, builds, checkpointing, engine
+from ds_fp8.seam import backward, builds, engine, loading, saving
 
 logger = logging.getLogger("ds_fp8")
 
@@ -66,8 +66,8 @@ SEAM = (
     (DeepSpeedEngine, "_backward_prologue_per_tensor", backward.backward_prologue_per_tensor),
     (DeepSpeedEngine, "_backward_epilogue", backward.backward_epilogue),
     (DeepSpeedEngine, "zero_grad", backward.zero_grad),
-    (DeepSpeedEngine, "save_checkpoint", checkpointing.save_checkpoint),
-    (DeepSpeedEngine, "load_checkpoint", checkpointing.load_checkpoint),
+    (DeepSpeedEngine, "save_checkpoint", saving.save_checkpoint),
+    (DeepSpeedEngine, "load_checkpoint", loading.load_checkpoint),
     (OpBuilder, "jit_load", builds.jit_load),
 )
 
@@ -77,10 +77,14 @@ _patches: list[Patch] = []
 
 
 def register() -> None:
-    """Make DeepSpeed read the "fp8" section of its config. Calling it again changes nothing.
+    """Make DeepSpeed read the "fp8" section of its config.
 
-    Raises RuntimeError where the installed DeepSpeed is not one that ds_fp8 knows. Warns where an
-    engine exists already: it was built without the section.
+    Call it before `deepspeed.initialize`; an engine that exists already ignores its section, and a warning
+    says so. Calling it again changes nothing.
+
+    Raises:
+        RuntimeError: the installed DeepSpeed is not one that ds_fp8 is tested with, or its methods or torch's
+            autograd differ from what ds_fp8 relies on.
     """
     if _patches:
         return
@@ -101,7 +105,7 @@ def register() -> None:
 
 
 def unregister() -> None:
-    """Put DeepSpeed's own methods back."""
+    """Put DeepSpeed's own methods back. Engines that exist go on as they are; nothing is raised."""
     while _patches:
         _patches.pop().undo()
     for builder in BUILDERS.values():

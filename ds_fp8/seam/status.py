@@ -1,4 +1,4 @@
-"""What FP8 does in an engine, told to programs, to the log and to DeepSpeed's monitors."""
+"""What FP8 does in an engine, for programs, for the log and for DeepSpeed's monitors."""
 
 import math
 from collections.abc import Mapping
@@ -9,51 +9,73 @@ from deepspeed import comm as dist
 import ds_fp8
 from ds_fp8.config.refusals import refusal
 from ds_fp8.estimate import memory
-from ds_fp8.zero_fp8.handlers.stage12 import FP8ZeROOptimizer
+from ds_fp8.zero_fp8.handlers.common import FP8ZeROOptimizer
 from ds_fp8.zero_fp8.health import Health
 
 
 def is_active(engine: Any) -> bool:
-    """Whether this DeepSpeed engine trains with FP8 states and communication."""
+    """Whether a DeepSpeed engine trains with FP8 states and communication.
+
+    Args:
+        engine: what `deepspeed.initialize` returned; any other object gives False.
+
+    Returns:
+        True if the engine's optimizer is the one of ds_fp8.
+    """
     return isinstance(getattr(engine, "optimizer", None), FP8ZeROOptimizer)
 
 
 def describe(engine: Any) -> dict[str, Any]:
-    """What FP8 does in this engine: formats, bytes a parameter, wire bytes, kernels.
+    """What FP8 does in an engine.
 
-    Raises ValueError for an engine without FP8.
+    Args:
+        engine: what `deepspeed.initialize` returned.
+
+    Returns:
+        Plain values by name: level, ZeRO stage and world size, the formats, `state_bytes_per_parameter` and
+        `gradient_bytes_per_parameter` over all ranks, `wire_bytes_per_gradient_element`, hops, kernels.
+
+    Raises:
+        ValueError: the engine does not use FP8.
     """
     _require_active(engine)
     handler: FP8ZeROOptimizer = engine.optimizer
-    recipe, several = handler.recipe, accumulating(engine)
-    ranks = handler.buckets[0].world_size
-    held = memory.rank_bytes(recipe, handler.buckets, accumulating=several)
+    recipe, several_micro_steps = handler.recipe, accumulating(engine)
+    ranks = handler.parts.buckets[0].world_size
+    buckets = handler.parts.buckets
+    held = memory.rank_bytes(recipe, buckets, accumulating=several_micro_steps)
     return {
         "version": ds_fp8.__version__,
         "opt_level": engine._config.ds_fp8.opt_level,
         "zero_stage": handler.settings.stage,
         "world_size": ranks,
-        **memory.facts(recipe, ranks=ranks, several=several),
+        **memory.summary(recipe, ranks=ranks, accumulating=several_micro_steps),
         "rank_bytes_min": min(held),
         "rank_bytes_max": max(held),
         "overlap_comm": handler.settings.overlap,
-        "bytes_in_flight": memory.in_flight_bytes(recipe, handler.buckets, overlap=handler.settings.overlap),
-        "kernels": handler.backend.name,
+        "bytes_in_flight": memory.in_flight_bytes(recipe, buckets, overlap=handler.settings.overlap),
+        "kernels": handler.parts.backend.name,
     }
 
 
 def stats(engine: Any) -> dict[str, Any] | None:
-    """Health of the last measured step, over all ranks; None before the first.
+    """Health of the last measured step, over all ranks.
 
-    "total" and, for each param group, "groups" hold shares of all elements (gradient_underflow,
-    gradient_saturated, exp_avg_clamped, exp_avg_underflow, exp_avg_sq_rescued), the count
-    gradient_non_finite_blocks and gradient_snr_db. Raises ValueError for an engine without FP8 and where
-    fp8.stats.interval is 0.
+    Args:
+        engine: what `deepspeed.initialize` returned.
+
+    Returns:
+        None before the first measured step. Then "step", and "total" and, for each param group, "groups" with
+        shares of all elements (gradient_underflow, gradient_saturated, exp_avg_clamped, exp_avg_underflow,
+        exp_avg_sq_rescued), the count gradient_non_finite_blocks, and gradient_snr_db.
+
+    Raises:
+        ValueError: the engine does not use FP8, or fp8.stats.interval is 0.
     """
     _require_active(engine)
-    health: Health = engine.optimizer.health
+    health: Health = engine.optimizer.parts.health
     if not health.interval:
-        raise refusal("fp8.stats.interval", 0, "1 or more, to measure every so many steps")
+        raise refusal("fp8.stats.interval", 0, "1 or more, the steps from one measurement to the next")
     return health.last
 
 
@@ -68,14 +90,14 @@ def write_events(engine: Any, measured: Mapping[str, Any]) -> None:
 
 
 def by_name(measured: Mapping[str, Any]) -> dict[str, float]:
-    """The finite figures of a measured step: in total and, where there are several param groups, of each."""
-    places = {"": measured["total"]}
+    """The finite values of a measured step: in total and, if there are several param groups, of each."""
+    prefixed = {"": measured["total"]}
     if len(measured["groups"]) > 1:
-        places |= {f"group{index}/": each for index, each in enumerate(measured["groups"])}
+        prefixed |= {f"group{index}/": shares for index, shares in enumerate(measured["groups"])}
     return {
-        place + name: value
-        for place, figures in places.items()
-        for name, value in figures.items()
+        prefix + name: value
+        for prefix, shares in prefixed.items()
+        for name, value in shares.items()
         if math.isfinite(value)
     }
 
@@ -90,24 +112,39 @@ def _require_active(engine: Any) -> None:
 
 def banner(engine: Any) -> str:
     """One line of what `describe` says, for the log."""
-    facts = describe(engine)
-    rounding = ", rounded stochastically" if facts["rounding"] == "stochastic" else ""
-    total = facts["state_bytes_a_parameter"] + facts["gradient_bytes_a_parameter"]
-    scaled = f"block {facts['block_size']}" if facts["scaling"] == "block" else "a scale a tensor"
-    how = f", added in fp8 with {facts['autoscale']} scaling" if facts["autoscale"] else ""
-    ranks = "1 rank" if facts["world_size"] == 1 else f"{facts['world_size']} ranks"
-    least, most = (facts[f"rank_bytes_{end}"] / 2**20 for end in ("min", "max"))
-    hops = f"two hops, {facts['nodes']} nodes of {facts['intra_node_size']}, {facts['between_nodes']} between"
+    about = describe(engine)
+    ranks = "1 rank" if about["world_size"] == 1 else f"{about['world_size']} ranks"
+    overlapped = "overlapped" if about["overlap_comm"] else "not overlapped"
     return (
-        f"ds_fp8 {facts['version']}: ON, {facts['opt_level']}, ZeRO {facts['zero_stage']}, "
-        f"{ranks} | gradients {facts['gradients']}{how}, "
-        f"reduced {facts['reduced_gradient']}, master {facts['master']}{rounding}, "
-        f"exp_avg {facts['exp_avg']}, exp_avg_sq {facts['exp_avg_sq']}, {scaled} | "
-        f"{total:.2f} bytes a parameter over the ranks, {least:.2f} to {most:.2f} MiB a rank, "
-        f"{facts['wire_bytes_a_gradient_element']:.4f} wire bytes a gradient element, "
-        f"{hops if facts['nodes'] > 1 else 'one hop'}, {'' if facts['overlap_comm'] else 'not '}overlapped | "
-        f"kernels: {facts['kernels']}"
+        f"ds_fp8 {about['version']}: ON, {about['opt_level']}, ZeRO {about['zero_stage']}, {ranks} | "
+        f"{_formats(about)} | {_bytes(about)}, {_hops(about)}, {overlapped} | kernels: {about['kernels']}"
     )
+
+
+def _formats(about: Mapping[str, Any]) -> str:
+    how = f", added in fp8 with {about['autoscale']} scaling" if about["autoscale"] else ""
+    rounding = ", rounded stochastically" if about["rounding"] == "stochastic" else ""
+    scales = f"block {about['block_size']}" if about["scaling"] == "block" else "one scale per tensor"
+    return (
+        f"gradients {about['gradients']}{how}, reduced {about['reduced_gradient']}, "
+        f"master {about['master']}{rounding}, exp_avg {about['exp_avg']}, exp_avg_sq {about['exp_avg_sq']}, "
+        f"{scales}"
+    )
+
+
+def _bytes(about: Mapping[str, Any]) -> str:
+    total = about["state_bytes_per_parameter"] + about["gradient_bytes_per_parameter"]
+    least, most = (about[f"rank_bytes_{end}"] / 2**20 for end in ("min", "max"))
+    return (
+        f"{total:.2f} bytes per parameter over all ranks, {least:.2f} to {most:.2f} MiB per rank, "
+        f"{about['wire_bytes_per_gradient_element']:.4f} wire bytes per gradient element"
+    )
+
+
+def _hops(about: Mapping[str, Any]) -> str:
+    if about["nodes"] == 1:
+        return "one hop"
+    return f"two hops, {about['nodes']} nodes of {about['intra_node_size']}, {about['between_nodes']} between"
 
 
 def accumulating(engine: Any) -> bool:

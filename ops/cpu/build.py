@@ -11,7 +11,7 @@ its result. The operating system frees the lock of a process that was killed.
 A library that is cut short or whose bits have changed (a full disk, a power failure, a copied cache) would
 kill the process that loads it. So a digest lies beside it, and each is on the disk before it has its name;
 they are compared before every load, and what does not agree is built anew, under the lock. The new library is
-another file under the same name: whoever has loaded the old one keeps it.
+another file under the same name: a process that has loaded the old one keeps it.
 """
 
 import ctypes
@@ -59,12 +59,12 @@ def instruction_sets() -> dict[str, str]:
 def compiler() -> str | None:
     """The command of the C++ compiler: CXX, with its arguments if it has any, or the first on the PATH.
 
-    Raises BuildError where CXX names a program that does not exist: another one was not asked for.
+    Raises BuildError if CXX names a program that does not exist: another one was not asked for.
     """
     wanted = os.environ.get("CXX")
     if not wanted:
-        found = (shutil.which(each) for each in COMPILERS)
-        return next((shlex.quote(each) for each in found if each), None)
+        paths = (shutil.which(name) for name in COMPILERS)
+        return next((shlex.quote(path) for path in paths if path), None)
     if program := shutil.which(wanted):
         return shlex.quote(program)
     try:
@@ -80,7 +80,7 @@ def compiler() -> str | None:
 
 
 def obstacle() -> str | None:
-    """Why the library cannot be had; None where it can. Does not build: a report should not take seconds."""
+    """Why the library cannot be had; None if it can. Does not build: a report should not take seconds."""
     if is_whole(library_path()):
         return None
     try:
@@ -93,7 +93,7 @@ def obstacle() -> str | None:
 def library() -> Path:
     """The shared library, built if it is not there yet or is damaged.
 
-    Raises BuildError where there is no compiler, the build fails, or another process holds the lock for
+    Raises BuildError if there is no compiler, the build fails, or another process holds the lock for
     longer than PATIENCE.
     """
     target = library_path()
@@ -105,11 +105,11 @@ def library() -> Path:
 
 
 def _needed_compiler() -> str:
-    found = compiler()
-    if found is None:
+    cxx = compiler()
+    if cxx is None:
         damaged = library_path().exists()
         raise BuildError(f"{library_path()} is damaged, and {NO_COMPILER}" if damaged else NO_COMPILER)
-    return found
+    return cxx
 
 
 def library_path() -> Path:
@@ -122,12 +122,12 @@ def library_path() -> Path:
 
 
 def _link_flags() -> str:
-    """Nothing where the process, through torch, has an OpenMP runtime already: two would fight over cores."""
+    """Empty if the process has an OpenMP runtime already, torch's: two would fight over cores."""
     return "" if hasattr(ctypes.CDLL(None), "GOMP_parallel") else "-fopenmp"
 
 
 def _locked(target: Path, build: Callable[[], None]) -> None:
-    """Build, or wait for whoever does."""
+    """Build, or wait for the process that does."""
     lock = target.with_suffix(".lock")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -175,10 +175,10 @@ def _compile(cxx: str, target: Path) -> None:
     """Compile every instruction set and link; the library appears whole or not at all."""
     for left in target.parent.glob("*.o"):  # of a build that was cut off, which ninja may take for whole
         left.unlink()
-    fresh = target.with_suffix(".new.so")
+    temporary = target.with_suffix(".new.so")
     script = target.with_name("build.ninja")
     with script.open("w") as file:
-        _write_script(Writer(file), cxx, fresh.name)  # type: ignore[arg-type]  # says str, takes a file
+        _write_script(Writer(file), cxx, temporary.name)  # type: ignore[arg-type]  # says str, takes a file
     tool = shutil.which("ninja") or str(Path(ninja.BIN_DIR) / "ninja")
     done = subprocess.run(
         [tool, "-C", str(target.parent)], capture_output=True, text=True, errors="replace", check=False
@@ -188,18 +188,18 @@ def _compile(cxx: str, target: Path) -> None:
         log.write_text(done.stdout + done.stderr)
         reason = next((line for line in done.stdout.splitlines() if "error" in line), done.stdout[-300:])
         raise BuildError(f"the build failed: {reason.strip()} (all of it in {log})")
-    _keep(digest_of(fresh).encode(), digest_path(target))
-    _sync(fresh)
-    fresh.replace(target)
+    _keep(digest_of(temporary).encode(), digest_path(target))
+    _sync(temporary)
+    temporary.replace(target)
     _sync(target.parent)
 
 
 def _keep(content: bytes, path: Path) -> None:
     """Write a file whole: it is on the disk before it has its name."""
-    fresh = path.with_suffix(".new")
-    fresh.write_bytes(content)
-    _sync(fresh)
-    fresh.replace(path)
+    temporary = path.with_suffix(".new")
+    temporary.write_bytes(content)
+    _sync(temporary)
+    temporary.replace(path)
 
 
 def _sync(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The four ops on a CPU: `ops.blocks`, `ops.reduction` and `ops.adam` in C++ (`csrc/`), bit for bit.
+"""The ops on a CPU: `ops.blocks`, `ops.reduction` and `ops.adam` in C++ (`csrc/`), bit for bit.
 
 Tensors go in as pointers, through ctypes, which lets other threads of Python run meanwhile. The processor
 chooses the instruction set; DS_FP8_CPU_ISA overrides it.
@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from ds_fp8.ops import guards
-from ds_fp8.ops.adam import UNIT, AdamScalars, AdamState, Rounding, Segment
+from ds_fp8.ops.adam import UNIT, AdamScalars, Segment, Sweep
 from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.cpu import build
 from ds_fp8.ops.formats import BY_NAME
-from ds_fp8.ops.reduction import FIGURES
+from ds_fp8.ops.reduction import NORM_PARTS
 from ds_fp8.ops.rounding import EXP_AVG_SQ, MASTER, stream
 
 VARIABLE = "DS_FP8_CPU_ISA"
@@ -81,7 +81,7 @@ class CSweep(Structure):
         ("master_stream", c_uint32),
         ("block_size", c_int32),
         ("stochastic", c_int32),
-        ("rooted", c_int32),
+        ("stores_sqrt", c_int32),
         ("scalars", CScalars),
         ("factors", c_float * 4),  # for the kernel's own use
     ]
@@ -92,9 +92,9 @@ class Kernels:
 
     def __init__(self, library: ctypes.CDLL, isa: str) -> None:
         def function(name: str, *arguments: Any) -> Any:
-            found = getattr(library, f"{name}_{isa}")
-            found.argtypes, found.restype = arguments, None
-            return found
+            compiled = getattr(library, f"{name}_{isa}")
+            compiled.argtypes, compiled.restype = arguments, None
+            return compiled
 
         blocks, values = POINTER(CBlocks), POINTER(CValues)
         self.isa = isa
@@ -123,9 +123,9 @@ def _library() -> ctypes.CDLL:
 
 @functools.cache
 def kernels(isa: str | None) -> Kernels:
-    """The kernels of an instruction set; of the processor's best where None.
+    """The kernels of an instruction set; of the processor's best if None.
 
-    Raises `ops.build.BuildError` where they cannot be built, ValueError for a set that is not compiled or
+    Raises `ops.cpu.build.BuildError` if they cannot be built, ValueError for a set that is not compiled or
     that the processor lacks.
     """
     library = _library()
@@ -153,7 +153,7 @@ def _values(values: Tensor) -> CValues:
 
 @contextmanager
 def _counted(counts: Tensor | None) -> Iterator[int | None]:
-    """The address of zeros, as many as there are counts a thread, which are then added to them."""
+    """The address of zeros, one row of counts per thread; at the end they are added to the counts."""
     if counts is None:
         yield None
         return
@@ -168,7 +168,7 @@ def quantize(values: Tensor, out: Blocks, counts: Tensor | None = None) -> None:
 
 
 def quantize_tensor(values: Tensor, out: Blocks, counts: Tensor | None = None) -> None:
-    """`ops.tensors.quantize`."""
+    """`ops.per_tensor.quantize`."""
     _quantize(load().quantize_tensor, values, out, counts)
 
 
@@ -194,23 +194,23 @@ def dequantize(blocks: Blocks, out: Tensor) -> None:
     load().dequantize(byref(_blocks(blocks)), byref(_values(out)), count, blocks.block_size, threads)
 
 
-def accumulate(pieces: Sequence[Blocks], shard: Blocks, *, fresh: bool) -> Tensor:
+def accumulate(pieces: Sequence[Blocks], shard: Blocks, *, overwrite: bool) -> Tensor:
     """`ops.reduction.accumulate`."""
-    return _accumulate(load().accumulate, pieces, shard, fresh)
+    return _accumulate(load().accumulate, pieces, shard, overwrite)
 
 
-def accumulate_tensor(pieces: Sequence[Blocks], shard: Blocks, *, fresh: bool) -> Tensor:
-    """`ops.tensors.accumulate`."""
-    return _accumulate(load().accumulate_tensor, pieces, shard, fresh)
+def accumulate_tensor(pieces: Sequence[Blocks], shard: Blocks, *, overwrite: bool) -> Tensor:
+    """`ops.per_tensor.accumulate`."""
+    return _accumulate(load().accumulate_tensor, pieces, shard, overwrite)
 
 
-def _accumulate(kernel: Any, pieces: Sequence[Blocks], shard: Blocks, fresh: bool) -> Tensor:
+def _accumulate(kernel: Any, pieces: Sequence[Blocks], shard: Blocks, overwrite: bool) -> Tensor:
     guards.check_accumulate(pieces, shard)
     threads = torch.get_num_threads()
-    parts = torch.zeros(threads, FIGURES, dtype=torch.int64)
+    parts = torch.zeros(threads, NORM_PARTS, dtype=torch.int64)
     array = (CBlocks * len(pieces))(*map(_blocks, pieces))
     rows, size = len(shard), shard.block_size
-    kernel(array, len(pieces), byref(_blocks(shard)), fresh, rows, size, threads, parts.data_ptr())
+    kernel(array, len(pieces), byref(_blocks(shard)), overwrite, rows, size, threads, parts.data_ptr())
     return parts.sum(dim=0)
 
 
@@ -221,83 +221,48 @@ def plan(segments: Sequence[Segment], blocks: int, block_size: int, device: torc
     return Plan((CSegment * len(rows))(*rows), blocks)
 
 
-def adam_step(
-    state: AdamState,
-    gradient: Blocks,
-    weights: Tensor,
-    plan: Plan,
-    scalars: AdamScalars,
-    control: Tensor,
-    *,
-    rounding: Rounding,
-    counts: Tensor | None = None,
-) -> None:
+def adam_step(sweep: Sweep) -> None:
     """`ops.adam.adam_step`."""
-    guards.check_step(state, gradient, weights, plan.blocks, control, rounding.stochastic, counts)
-    _step(load().adam_step, _sweep(state, gradient, weights, plan, scalars, control, rounding), counts)
+    _step(load().adam_step, sweep)
 
 
-def step_tensors(
-    state: AdamState,
-    gradient: Blocks,
-    weights: Tensor,
-    plan: Plan,
-    scalars: AdamScalars,
-    control: Tensor,
-    *,
-    rounding: Rounding,
-    counts: Tensor | None = None,
-) -> None:
-    """`ops.tensors.adam_step`."""
-    guards.check_step(state, gradient, weights, plan.blocks, control, rounding.stochastic, counts)
-    _step(load().step_tensors, _sweep(state, gradient, weights, plan, scalars, control, rounding), counts)
+def step_tensors(sweep: Sweep) -> None:
+    """`ops.per_tensor.adam_step`."""
+    _step(load().step_tensors, sweep)
 
 
-def _step(kernel: Any, sweep: CSweep, counts: Tensor | None) -> None:
-    with _counted(counts) as address:
-        sweep.counts = address
-        kernel(byref(sweep), torch.get_num_threads())
+def _step(kernel: Any, sweep: Sweep) -> None:
+    guards.check_step(sweep, sweep.plan.blocks)
+    with _counted(sweep.counts) as address:
+        kernel(byref(_sweep(sweep, address)), torch.get_num_threads())
 
 
-def _sweep(
-    state: AdamState,
-    gradient: Blocks,
-    weights: Tensor,
-    plan: Plan,
-    scalars: AdamScalars,
-    control: Tensor,
-    rounding: Rounding,
-) -> CSweep:
-    s = scalars
+def _sweep(sweep: Sweep, counts: int | None) -> CSweep:
+    """counts: their address."""
+    state, plan, seed = sweep.state, sweep.plan, sweep.rounding.seed
     return CSweep(
-        gradient=_blocks(gradient),
+        gradient=_blocks(sweep.gradient),
         master=_blocks(state.master),
         exp_avg=_blocks(state.exp_avg),
         exp_avg_sq=_blocks(state.exp_avg_sq),
-        gradient_scales=_fine_scales(gradient),
-        weights=_values(weights),
+        gradient_scales=_fine_scales(sweep.gradient),
+        weights=_values(sweep.weights),
         segments=ctypes.addressof(plan.segments),
         segment_count=len(plan.segments),
-        control=control.data_ptr(),
-        exp_avg_sq_stream=stream(rounding.seed, s.step, EXP_AVG_SQ),
-        master_stream=stream(rounding.seed, s.step, MASTER),
-        block_size=gradient.block_size,
-        stochastic=rounding.stochastic,
-        rooted=state.rooted,
-        scalars=CScalars(
-            beta1=s.beta1,
-            one_minus_beta1=1 - s.beta1,
-            beta2=s.beta2,
-            one_minus_beta2=1 - s.beta2,
-            root_beta2=math.sqrt(s.beta2),
-            step_size=s.step_size,
-            root_correction=s.root_correction,
-            eps=s.eps * UNIT,
-            decay=1 - s.lr * s.weight_decay if s.decoupled else s.weight_decay,
-            clamp=math.inf if s.clamp is None else s.clamp,
-            decoupled=s.decoupled,
-        ),
+        counts=counts,
+        control=sweep.control.data_ptr(),
+        exp_avg_sq_stream=stream(seed, sweep.scalars.step, EXP_AVG_SQ),
+        master_stream=stream(seed, sweep.scalars.step, MASTER),
+        block_size=sweep.gradient.block_size,
+        stochastic=sweep.rounding.stochastic,
+        stores_sqrt=state.stores_sqrt,
+        scalars=_scalars(sweep.scalars),
     )
+
+
+def _scalars(s: AdamScalars) -> CScalars:
+    clamp = math.inf if s.clamp is None else s.clamp
+    return CScalars(**s.factors, eps=s.eps * UNIT, clamp=clamp, decoupled=s.decoupled)
 
 
 def _fine_scales(blocks: Blocks) -> int | None:

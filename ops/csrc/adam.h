@@ -32,14 +32,14 @@ struct Sweep {
     Values weights;
     const Segment* segments;
     int64_t segment_count;
-    StateCounts* counts;   // one a thread, or null
-    const float* control;  // what the gradient is multiplied with; 0 where the step is skipped
+    StateCounts* counts;   // one per thread, or null
+    const float* control;  // what the gradient is multiplied with; 0 if the step is skipped
     uint32_t v_stream, p_stream;
-    int32_t n, stochastic, rooted;
+    int32_t n, stochastic, stores_sqrt;
     Scalars scalars;
     Factors by;  // filled in here
 
-    bool root() const { return rooted && v.f().encode_up; }  // whether v holds one
+    bool root() const { return stores_sqrt && v.f().encode_up; }  // whether v holds its root
 };
 
 struct Batch {
@@ -70,12 +70,12 @@ void adam(G g_in, P p_in, M m_in, V v_in, Batch& out, int rows, int n, const Sca
             f32 m = m_in.at(i, m_scale) + g * s.one_minus_beta1;
             if (ROOT) v = v * v;
             v = at_most(v + g * g * s.one_minus_beta2, f32{} + 3.4028234663852886e38f);
-            f32 root = square_root(v), size = at_most(absolute(m), root * s.clamp);
-            if constexpr (COUNT) clamped += (u32)(absolute(m) > size) & 1;
-            m = float_of(pick(SIGN, bits_of(m), bits_of(size)));
+            f32 root = square_root(v), magnitude = at_most(absolute(m), root * s.clamp);
+            if constexpr (COUNT) clamped += (u32)(absolute(m) > magnitude) & 1;
+            m = float_of(pick(SIGN, bits_of(m), bits_of(magnitude)));
             p = p - m / (root * s.root_correction + s.eps) * s.step_size;
             p_amax = larger(p_amax, bits_of(absolute(p)));
-            m_amax = larger(m_amax, bits_of(size));
+            m_amax = larger(m_amax, bits_of(magnitude));
             root_amax = larger(root_amax, bits_of(root));
             store(out.p + i, p);
             store(out.m + i, m);
@@ -113,7 +113,7 @@ void count(const Sweep& sweep, const Batch& batch, int64_t row, int rows, Draws 
     const Format& v = sweep.v.f();
     counts.clamped += batch.clamped;
     counts.underflows += double(zeros(sweep.m, row, rows, sweep.n, batch.m));
-    if (!sweep.rooted)
+    if (!sweep.stores_sqrt)
         counts.zeros += double(zeros(sweep.v, row, rows, sweep.n, batch.v));
     else if (v.rescued)
         counts.zeros += double(v.rescued(batch.g, draws.v(), batch.root_amax, UNIT, rows, sweep.n));
@@ -255,11 +255,6 @@ Work work_of(const Sweep& sweep) {
     if (sweep.gradient.is<BF16>()) return with_gradient<BF16>(sweep);
     if (sweep.gradient.is<E4M3>()) return with_gradient<E4M3>(sweep);
     return sweep_by_pointer<false>;
-}
-
-uint32_t key_of(uint32_t stream, int64_t parameter) {
-    uint32_t word = mix_but_for_the_end(stream ^ uint32_t(parameter));
-    return word ^ word >> 15;
 }
 
 Draws draws_of(const Sweep& sweep, const Segment& segment) {

@@ -1,8 +1,49 @@
 // Blocks and values in memory, and the conversions between them; ops/blocks.py.
 #pragma once
-#include "formats.h"
+#include "rounding.h"
 
 namespace ISA {
+
+// A format as a table of functions: formats meet by pointer, and no product of formats is ever compiled.
+using Encode = void (*)(const float* x, Random random, const uint32_t* amax, int unit, void* codes,
+                        uint8_t* scales, int rows, int n);
+
+struct Format {
+    void (*decode)(const void* codes, const uint8_t* scales, float factor, float* out, int rows, int n);
+    void (*add)(const void* codes, const uint8_t* scales, float factor, float* out, int rows, int n);
+    void (*encode)(const float* x, const uint32_t* amax, int unit, void* codes, uint8_t* scales, int rows,
+                   int n);
+    void (*encode_and_square)(const float* x, const uint32_t* amax, void* codes, uint8_t* scales,
+                              double* squares, int rows, int n);
+    Encode encode_up, encode_either_way;
+    // How many values encode_up would round to zero if it did.
+    int64_t (*rescued)(const float* x, Random random, const uint32_t* amax, int unit, int rows, int n);
+    float max;
+    int itemsize;
+};
+
+// What a format is not used for is null.
+template <typename F>
+constexpr Format by_pointer() {
+    Format all = {};
+    all.decode = decode<F, false>;
+    all.add = decode<F, true>;
+    all.itemsize = itemsize<F>;
+    all.max = largest_value<F>();
+    if constexpr (signs<F>) all.encode = encode<F>, all.encode_and_square = encode_and_square<F>;
+    if constexpr (dropped<F> != 0) all.encode_up = encode_noisily<F, put_up<F>>, all.rescued = rescued<F>;
+    if constexpr (dropped<F> != 0 && itemsize<F> == 2)
+        all.encode_either_way = encode_noisily<F, put_either_way<F>>;
+    return all;
+}
+constexpr Format beside_weights(int itemsize) {  // split masters; masters.h
+    Format all = {};
+    all.itemsize = itemsize;
+    return all;
+}
+// By number.
+constexpr Format FORMATS[] = {by_pointer<FP32>(), by_pointer<BF16>(),  by_pointer<FP16>(), by_pointer<E4M3>(),
+                              by_pointer<E5M2>(), by_pointer<UE4M4>(), beside_weights(2),  beside_weights(1)};
 
 struct Blocks {  // as ops.blocks.Blocks: codes [blocks, n], scales [blocks] or null
     char* codes;
@@ -114,7 +155,7 @@ void read_rows(const Values& values, int64_t count, int64_t row, int rows, int n
     read(from, values.dtype, x, rows * n);
 }
 
-// counts: one a thread, or null.
+// counts: one per thread, or null.
 void quantize(const Values& values, int64_t count, const Blocks& out, int64_t blocks, int n, int threads,
               GradientCounts* counts) {
     in_parallel_batches(blocks, n, threads, [&](int64_t row, int rows, int part) {

@@ -1,7 +1,7 @@
-// The four ops of a backend on a CPU, behind the contracts of ops/blocks.py, ops/reduction.py and
-// ops/adam.py, and those of them that write with one scale a tensor, ops/per_tensor.py: same codes, same scales.
-// A batch of blocks is decoded into FP32 in L1 by its format, computed, and encoded by its format; nothing
-// longer is ever in between. Compiled once an instruction set, which ISA names, and without fused
+// The ops of a backend on a CPU, behind the contracts of ops/blocks.py, ops/reduction.py and
+// ops/adam.py, and those of them that write with one scale per tensor, ops/per_tensor.py: same codes, same
+// scales. A batch of blocks is decoded into FP32 in L1 by its format, computed, and encoded by its format;
+// nothing longer is ever in between. Compiled once per instruction set, which ISA names, and without fused
 // multiply-add: the order of roundings is part of the contract.
 #include "tensors.h"
 
@@ -17,9 +17,9 @@ EXPORT NAMED(dequantize, ISA)(const ISA::Blocks* blocks, const ISA::Values* out,
                               int threads) {
     ISA::dequantize(*blocks, *out, count, n, threads);
 }
-EXPORT NAMED(accumulate, ISA)(const ISA::Blocks* pieces, int ranks, const ISA::Blocks* shard, int fresh,
-                              int64_t blocks, int n, int threads, ISA::Figures* figures) {
-    ISA::accumulate(pieces, ranks, *shard, fresh, blocks, n, threads, figures);
+EXPORT NAMED(accumulate, ISA)(const ISA::Blocks* pieces, int ranks, const ISA::Blocks* shard, int overwrite,
+                              int64_t blocks, int n, int threads, ISA::NormParts* parts) {
+    ISA::accumulate(pieces, ranks, *shard, overwrite, blocks, n, threads, parts);
 }
 EXPORT NAMED(adam_step, ISA)(ISA::Sweep* sweep, int threads) { ISA::adam_step(*sweep, threads); }
 EXPORT NAMED(quantize_tensor, ISA)(const ISA::Values* values, int64_t count, const ISA::Blocks* out,
@@ -27,7 +27,8 @@ EXPORT NAMED(quantize_tensor, ISA)(const ISA::Values* values, int64_t count, con
     ISA::quantize_tensor(*values, count, *out, blocks, n, threads, counts);
 }
 EXPORT NAMED(accumulate_tensor, ISA)(const ISA::Blocks* pieces, int ranks, const ISA::Blocks* shard,
-                                     int fresh, int64_t blocks, int n, int threads, ISA::Figures* figures) {
-    ISA::accumulate_tensor(pieces, ranks, *shard, fresh, blocks, n, threads, figures);
+                                     int overwrite, int64_t blocks, int n, int threads,
+                                     ISA::NormParts* parts) {
+    ISA::accumulate_tensor(pieces, ranks, *shard, overwrite, blocks, n, threads, parts);
 }
 EXPORT NAMED(step_tensors, ISA)(ISA::Sweep* sweep, int threads) { ISA::step_tensors(*sweep, threads); }

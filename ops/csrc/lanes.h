@@ -1,5 +1,5 @@
 // Vectors of LANES 32-bit values: the compiler's own vector types, with operators, and the few
-// instructions that operators do not reach. Included once an instruction set, whose name is ISA.
+// instructions that operators do not reach. Included once per instruction set, whose name is ISA.
 #pragma once
 #include <stdint.h>
 #include <string.h>

@@ -4,7 +4,7 @@
 
 namespace ISA {
 
-struct Figures {  // the digits of ops/exact.py, and blocks that are not finite
+struct NormParts {  // the digits of ops/exact.py, and blocks that are not finite
     static constexpr int DIGIT_BITS = 24, DIGITS = 27, POSITION = 1023 + 52 - 13 * DIGIT_BITS;
     int64_t digits[DIGITS], not_finite;
 
@@ -23,31 +23,31 @@ struct Figures {  // the digits of ops/exact.py, and blocks that are not finite
 };
 
 // The sum of the ranks' pieces of a batch, and of what the shard holds.
-void add_up(const Blocks* pieces, int ranks, const Blocks& shard, bool fresh, int64_t row, int rows, int n,
-            float* total) {
+void add_up(const Blocks* pieces, int ranks, const Blocks& shard, bool overwrite, int64_t row, int rows,
+            int n, float* total) {
     pieces[0].decode(row, rows, n, 1.0f, total);
     for (int rank = 1; rank < ranks; ++rank) pieces[rank].add(row, rows, n, total);
-    if (!fresh) shard.add(row, rows, n, total);
+    if (!overwrite) shard.add(row, rows, n, total);
 }
 
-void encode_and_figure(const float* total, const uint32_t* amax, const Blocks& shard, int64_t row, int rows,
-                       int n, Figures& figures) {
+void encode_and_measure(const float* total, const uint32_t* amax, const Blocks& shard, int64_t row, int rows,
+                        int n, NormParts& parts) {
     double squares[MAX_ROWS];
     shard.f().encode_and_square(total, amax, shard.at(row, n), shard.scale(row), squares, rows, n);
     for (int i = 0; i < rows; ++i) {
         const double scale = shard.scales ? power_of_two(shard.scales[row + i]) : 1.0f;
-        figures.add(squares[i] * scale * scale);  // 0 * inf is NaN
+        parts.add(squares[i] * scale * scale);  // 0 * inf is NaN
     }
 }
 
-void accumulate(const Blocks* pieces, int ranks, const Blocks& shard, bool fresh, int64_t blocks, int n,
-                int threads, Figures* figures) {
+void accumulate(const Blocks* pieces, int ranks, const Blocks& shard, bool overwrite, int64_t blocks, int n,
+                int threads, NormParts* parts) {
     in_parallel_batches(blocks, n, threads, [&](int64_t row, int rows, int part) {
         alignas(64) float total[BATCH];
         uint32_t amax[MAX_ROWS];
-        add_up(pieces, ranks, shard, fresh, row, rows, n, total);
+        add_up(pieces, ranks, shard, overwrite, row, rows, n, total);
         for (int i = 0; i < rows; ++i) amax[i] = amax_of(total + i * n, n);
-        encode_and_figure(total, amax, shard, row, rows, n, figures[part]);
+        encode_and_measure(total, amax, shard, row, rows, n, parts[part]);
     });
 }
 

@@ -1,5 +1,5 @@
-// One scale a tensor; ops/per_tensor.py. A first sweep finds the largest values, a second computes again and
-// encodes.
+// One scale per tensor; ops/per_tensor.py. A first sweep finds the largest values, a second computes again
+// and encodes.
 #pragma once
 #include <algorithm>
 #include <vector>
@@ -45,17 +45,17 @@ void quantize_tensor(const Values& values, int64_t count, const Blocks& out, int
     });
 }
 
-void accumulate_tensor(const Blocks* pieces, int ranks, const Blocks& shard, bool fresh, int64_t blocks,
-                       int n, int threads, Figures* figures) {
+void accumulate_tensor(const Blocks* pieces, int ranks, const Blocks& shard, bool overwrite, int64_t blocks,
+                       int n, int threads, NormParts* parts) {
     const SameAmax amax(largest_in(blocks, n, threads, [&](int64_t row, int rows) {
         alignas(64) float total[BATCH];
-        add_up(pieces, ranks, shard, fresh, row, rows, n, total);
+        add_up(pieces, ranks, shard, overwrite, row, rows, n, total);
         return amax_of(total, rows * n);
     }));
     in_parallel_batches(blocks, n, threads, [&](int64_t row, int rows, int part) {
         alignas(64) float total[BATCH];
-        add_up(pieces, ranks, shard, fresh, row, rows, n, total);
-        encode_and_figure(total, amax.rows, shard, row, rows, n, figures[part]);
+        add_up(pieces, ranks, shard, overwrite, row, rows, n, total);
+        encode_and_measure(total, amax.rows, shard, row, rows, n, parts[part]);
     });
 }
 

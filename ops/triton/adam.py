@@ -1,4 +1,4 @@
-"""The Adam sweep on a GPU: `ops.adam.adam_step` as one Triton launch a shard.
+"""The Adam sweep on a GPU: `ops.adam.adam_step` as one Triton launch per shard.
 
 Formats are compile-time constants, hyperparameters are not. Which parameter a row belongs to, and so
 the key of its random bits, is looked up in a table: the first segment of each tile, and from there over
@@ -6,7 +6,6 @@ the few that begin inside the tile. Whether the step is taken, and what the grad
 is read from device memory: nothing waits for the host.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,15 +15,22 @@ import triton.language as tl
 from torch import Tensor
 
 from ds_fp8.ops import health
-from ds_fp8.ops.adam import AdamScalars, AdamState, Rounding, Segment
-from ds_fp8.ops.blocks import Blocks
+from ds_fp8.ops.adam import Segment, Sweep
 from ds_fp8.ops.guards import check_segments, check_step
 from ds_fp8.ops.rounding import EXP_AVG_SQ, MASTER, signed, stream
 from ds_fp8.ops.triton.masters import load_masters, store_masters
-from ds_fp8.ops.triton.moments import UNIT, count_rescued, count_zeros, second_moment, store_second_moment
+from ds_fp8.ops.triton.moments import (
+    UNIT,
+    count_rescued,
+    count_state,
+    count_zeros,
+    second_moment,
+    store_second_moment,
+)
 from ds_fp8.ops.triton.roots import divide, minimum, square_root
-from ds_fp8.ops.triton.rounding import key_of, random_bits
+from ds_fp8.ops.triton.rounding import key_of, random_bits, row_places
 from ds_fp8.ops.triton.tiles import (
+    deciding_magnitudes,
     decode,
     hardware_fp8,
     launch,
@@ -44,42 +50,9 @@ WARPS = 2
 STATE_COUNTS = tl.constexpr(health.STATE_COUNTS)
 
 
-@triton.jit
-def row_places(first, rows, table, tile_segments, tile, segments, BLOCK: tl.constexpr):
-    """Each row's parameter, int32, and the elements of it that the row holds, uint32."""
-    starts, first_blocks, parameters = table, table + segments, table + 2 * segments
-    segment = tl.load(tile_segments + tile)
-    row = rows + first.to(tl.int32)
-    block = row - tl.load(starts + segment) + tl.load(first_blocks + segment)
-    parameter = tl.full(rows.shape, tl.load(parameters + segment), tl.int32)
-    for other in range(segment + 1, tl.load(tile_segments + tile + 1) + 1):
-        start = tl.load(starts + other)
-        block = tl.where(row >= start, row - start + tl.load(first_blocks + other), block)
-        parameter = tl.where(row >= start, tl.load(parameters + other), parameter)
-    return parameter, (block.to(tl.uint32) * BLOCK)[:, None] + tl.arange(0, BLOCK)[None, :].to(tl.uint32)
-
-
-@triton.jit
-def count_state(place, clamped, m, stored_m, M: tl.constexpr, HARDWARE: tl.constexpr):
-    """The first two of `ops.health.StateCounts` of a tile, stored as the program's."""
-    underflows = (m != 0.0) & (decode(stored_m, M, HARDWARE) == 0.0)
-    tl.store(place, tl.sum(clamped.to(tl.float64)))
-    tl.store(place + 1, tl.sum(underflows.to(tl.float64)))
-
-
-@triton.jit
-def size_of(size, amax, rows, inside, SWEEP: tl.constexpr):
-    """Magnitudes that decide a row's scale: its own, which are measured, or its tensor's largest."""
-    if SWEEP == "measure":
-        tl.store(amax + rows, tl.max(size, axis=1), mask=inside)
-    if SWEEP == "write":
-        size = tl.load(amax + rows, mask=inside, other=0)[:, None]
-    return size
-
-
 @triton.jit(do_not_specialize=["v_stream", "p_stream", "segments"])
 def adam_kernel(
-    control,  # [2] float32: what the gradient is multiplied with; 0 where the step is skipped
+    control,  # [2] float32: what the gradient is multiplied with; 0 if the step is skipped
     gradient_codes,
     gradient_scales,
     master_codes,
@@ -91,7 +64,7 @@ def adam_kernel(
     weights,
     table,  # [3, segments] int32: row with which a segment begins, its block of the parameter, the parameter
     tile_segments,  # [tiles + 1] int32: the segment with which a tile begins
-    partial,  # [programs, 3] float64: counts, where COUNT
+    partial,  # [programs, 3] float64: counts, if COUNT
     amax,  # [3, blocks] int32: of a row's p, m and v: measure: written; write: of the row's tensor
     segments,
     v_stream,  # words of the step's random bits
@@ -125,6 +98,8 @@ def adam_kernel(
     tile = tl.program_id(0)
     first, rows, offset, inside = tile_rows(blocks, tile, BLOCK, ROWS)
     start = first * BLOCK
+
+    # Load: gradient, moments and masters, as FP32.
     g = load_codes(gradient_codes + start, offset, inside, GRADIENT, HARDWARE)
     m = load_codes(m_codes + start, offset, inside, M, HARDWARE)
     v = load_codes(v_codes + start, offset, inside, V, HARDWARE)
@@ -135,55 +110,107 @@ def adam_kernel(
     unit = two_to_the(UNIT)
     g = g * (g_scale * (tl.load(control) * unit))[:, None]
     masters, p_scales, w = master_codes + start, master_scales + first, weights + start
-    if DECOUPLED:
-        p = load_masters(masters, p_scales, w, rows, offset, inside, decay, MASTER, HARDWARE)
-    else:
-        p = load_masters(masters, p_scales, w, rows, offset, inside, 1.0, MASTER, HARDWARE)
+    p = load_masters(
+        masters,
+        p_scales,
+        weights=w,
+        rows=rows,
+        offset=offset,
+        inside=inside,
+        factor=decay if DECOUPLED else 1.0,
+        FORMAT=MASTER,
+        HARDWARE=HARDWARE,
+    )
+
+    # Update: m, v and p after the step.
+    if not DECOUPLED:
         g = g + p * (decay * unit)
     m = m * (m_scale * (beta1 * unit))[:, None] + g * one_minus_beta1
     v = second_moment(v, v_scale, unit * unit * beta2, unit * root_beta2, V, SWEEP)
     v = minimum(v + g * g * one_minus_beta2, 3.4028234663852886e38)
     root = square_root(v)
-    fresh = m
+    m_unclamped = m
     if CLAMPED:
         bounded = minimum(tl.abs(m), root * clamp).to(tl.int32, bitcast=True)
         m = (bounded | (m.to(tl.int32, bitcast=True) & -0x80000000)).to(tl.float32, bitcast=True)
-        m_size = bounded
+        m_magnitudes = bounded
     else:
-        m_size = magnitude(m)
+        m_magnitudes = magnitude(m)
     p = p - divide(m, root * root_correction + eps * unit) * step_size
+
+    # Scales: magnitudes that decide them, of a row or of its tensor.
     amax += first
-    p_size = size_of(magnitude(p), amax, rows, inside, SWEEP)
-    m_size = size_of(m_size, amax + blocks, rows, inside, SWEEP)
-    v_size = size_of(magnitude(v), amax + 2 * blocks, rows, inside, SWEEP)
+    p_magnitudes = deciding_magnitudes(magnitude(p), amax, rows, inside, SWEEP)
+    m_magnitudes = deciding_magnitudes(m_magnitudes, amax + blocks, rows, inside, SWEEP)
+    v_magnitudes = deciding_magnitudes(magnitude(v), amax + 2 * blocks, rows, inside, SWEEP)
     if SWEEP == "measure":
         return
 
+    # Store: m, v, then the master with its weight.
     stored, _ = store_blocks(
-        m, m_size, m_codes + start, m_scales + first, rows, offset, inside, M, HARDWARE, UNIT
+        m,
+        m_magnitudes,
+        codes=m_codes + start,
+        scales=m_scales + first,
+        rows=rows,
+        offset=offset,
+        inside=inside,
+        FORMAT=M,
+        HARDWARE=HARDWARE,
+        UNIT=UNIT,
     )
     place = partial + tile * STATE_COUNTS
     if COUNT:
-        count_state(place, tl.abs(fresh) > tl.abs(m), m, stored, M, HARDWARE)
+        count_state(place, tl.abs(m_unclamped) > tl.abs(m), m, stored, M, HARDWARE)
     if V == "fp32" or SWEEP == "write":
         stored, _ = store_blocks(
-            v, v_size, v_codes + start, v_scales + first, rows, offset, inside, V, HARDWARE, 2 * UNIT
+            v,
+            v_magnitudes,
+            codes=v_codes + start,
+            scales=v_scales + first,
+            rows=rows,
+            offset=offset,
+            inside=inside,
+            FORMAT=V,
+            HARDWARE=HARDWARE,
+            UNIT=2 * UNIT,
         )
         if COUNT and SWEEP == "write":
             count_zeros(place, v, decode(stored, V, HARDWARE))
     else:
         parameter, element = row_places(first, rows, table, tile_segments, tile, segments, BLOCK)
         random = random_bits(key_of(v_stream, parameter)[:, None], element)
-        codes, scales = v_codes + start, v_scales + first
-        on_codes = store_second_moment(root, random, codes, scales, rows, offset, inside, V)
+        on_codes = store_second_moment(
+            root,
+            random,
+            codes=v_codes + start,
+            scales=v_scales + first,
+            rows=rows,
+            offset=offset,
+            inside=inside,
+            FORMAT=V,
+        )
         if COUNT:
             count_rescued(place, root, on_codes, random, V)
 
-    random = offset  # of masters that are rounded to nearest: not looked at
+    random = offset  # not read: of masters that are rounded to nearest
     if STOCHASTIC:
         parameter, element = row_places(first, rows, table, tile_segments, tile, segments, BLOCK)
         random = random_bits(key_of(p_stream, parameter)[:, None], element)
-    store_masters(p, p_size, random, masters, p_scales, w, rows, offset, inside, MASTER, STOCHASTIC, HARDWARE)
+    store_masters(
+        p,
+        p_magnitudes,
+        random,
+        codes=masters,
+        scales=p_scales,
+        weights=w,
+        rows=rows,
+        offset=offset,
+        inside=inside,
+        FORMAT=MASTER,
+        STOCHASTIC=STOCHASTIC,
+        HARDWARE=HARDWARE,
+    )
 
 
 @dataclass(frozen=True)
@@ -196,9 +223,9 @@ class Plan:
 
 
 def plan(segments: Sequence[Segment], blocks: int, block_size: int, device: torch.device) -> Plan:
-    """`ops.adam.plan`: the segments of a shard of so many blocks, as the kernel looks them up."""
+    """`ops.adam.plan`: the segments of a shard, as the kernel looks them up."""
     check_segments(segments, blocks)
-    columns = [(each.blocks.start, each.first_element // block_size, each.parameter) for each in segments]
+    columns = [(s.blocks.start, s.first_element // block_size, s.parameter) for s in segments]
     table = torch.tensor(columns or [(0, 0, 0)], dtype=torch.int32).t().contiguous()
     rows, programs = tile_of(blocks, block_size, WARPS)
     first_rows = torch.arange(programs + 1, dtype=torch.int32) * rows
@@ -206,95 +233,55 @@ def plan(segments: Sequence[Segment], blocks: int, block_size: int, device: torc
     return Plan(table.to(device), tile_segments.to(device), blocks)
 
 
-def adam_step(
-    state: AdamState,
-    gradient: Blocks,
-    weights: Tensor,
-    plan: Plan,
-    scalars: AdamScalars,
-    control: Tensor,
-    *,
-    rounding: Rounding,
-    counts: Tensor | None = None,
-) -> None:
+def adam_step(sweep: Sweep) -> None:
     """`ops.adam.adam_step` in one launch."""
-    if len(gradient):
-        launch_sweep(
-            state,
-            gradient,
-            weights,
-            plan,
-            scalars,
-            control,
-            rounding,
-            counts,
-            sweep="blocks",
-            amax=plan.table,
-        )
+    if len(sweep.gradient):
+        launch_sweep(sweep, "blocks", sweep.plan.table)
 
 
-def launch_sweep(
-    state: AdamState,
-    gradient: Blocks,
-    weights: Tensor,
-    plan: Plan,
-    scalars: AdamScalars,
-    control: Tensor,
-    rounding: Rounding,
-    counts: Tensor | None,
-    *,
-    sweep: str,
-    amax: Tensor,
-) -> None:
-    """sweep and amax: as `adam_kernel` has them."""
-    check_step(state, gradient, weights, plan.blocks, control, rounding.stochastic, counts)
+def launch_sweep(sweep: Sweep, which: str, amax: Tensor) -> None:
+    """which: SWEEP of `adam_kernel`; amax: as the kernel has it."""
+    check_step(sweep, sweep.plan.blocks)
+    s, state, gradient, plan = sweep.scalars, sweep.state, sweep.gradient, sweep.plan
     rows, programs = tile_of(len(gradient), gradient.block_size, WARPS)
-    partial = partials(counts, programs, plan.table)
-    s = scalars
+    partial = partials(sweep.counts, programs, plan.table)
     launch(
         adam_kernel,
         programs,
         WARPS,
-        control,
-        raw(gradient.codes),
-        scales_of(gradient),
-        raw(state.master.codes),
-        scales_of(state.master),
-        raw(state.exp_avg.codes),
-        scales_of(state.exp_avg),
-        raw(state.exp_avg_sq.codes),
-        scales_of(state.exp_avg_sq),
-        weights,
-        plan.table,
-        plan.tile_segments,
-        partial,
-        amax,
-        plan.table.shape[1],
-        signed(stream(rounding.seed, s.step, EXP_AVG_SQ)),
-        signed(stream(rounding.seed, s.step, MASTER)),
-        len(gradient),
-        s.beta1,
-        1 - s.beta1,
-        s.beta2,
-        1 - s.beta2,
-        math.sqrt(s.beta2),
-        s.step_size,
-        s.root_correction,
-        s.eps,
-        1 - s.lr * s.weight_decay if s.decoupled else s.weight_decay,
-        s.clamp or 0.0,
-        SWEEP=sweep,
+        control=sweep.control,
+        gradient_codes=raw(gradient.codes),
+        gradient_scales=scales_of(gradient),
+        master_codes=raw(state.master.codes),
+        master_scales=scales_of(state.master),
+        m_codes=raw(state.exp_avg.codes),
+        m_scales=scales_of(state.exp_avg),
+        v_codes=raw(state.exp_avg_sq.codes),
+        v_scales=scales_of(state.exp_avg_sq),
+        weights=sweep.weights,
+        table=plan.table,
+        tile_segments=plan.tile_segments,
+        partial=partial,
+        amax=amax,
+        segments=plan.table.shape[1],
+        v_stream=signed(stream(sweep.rounding.seed, s.step, EXP_AVG_SQ)),
+        p_stream=signed(stream(sweep.rounding.seed, s.step, MASTER)),
+        blocks=len(gradient),
+        **s.factors,
+        eps=s.eps,
+        clamp=s.clamp or 0.0,
+        SWEEP=which,
         DECOUPLED=s.decoupled,
         CLAMPED=s.clamp is not None,
-        STOCHASTIC=rounding.stochastic,
-        COUNT=counts is not None,
+        STOCHASTIC=sweep.rounding.stochastic,
+        COUNT=sweep.counts is not None,
         GRADIENT=gradient.format.name,
         MASTER=state.master.format.name,
         M=state.exp_avg.format.name,
         V=state.exp_avg_sq.format.name,
-        HARDWARE=hardware_fp8(weights.device),
+        HARDWARE=hardware_fp8(sweep.weights.device),
         BLOCK=gradient.block_size,
         ROWS=rows,
     )
-    if counts is not None:
-        counts += partial.sum(dim=0)
+    if sweep.counts is not None:
+        sweep.counts.add_(partial.sum(dim=0))

@@ -35,7 +35,7 @@ GRADIENT_COUNTS = tl.constexpr(health.GRADIENT_COUNTS)
 def load_values(values, numel, rows, offset, BLOCK: tl.constexpr, ROWS: tl.constexpr):
     """A tile of a vector of which `numel` elements are left, zeros after them, as float32.
 
-    Whole rows are read in wide words; only a tile with a short last row asks element by element.
+    Whole rows are read in wide words; only a tile with a short last row is read element by element.
     """
     whole = rows < numel // BLOCK
     x = load_as_float(values, offset, whole[:, None])
@@ -88,10 +88,21 @@ def quantize_tile(
     first, rows, offset, inside = tile_rows(blocks, tile, BLOCK, ROWS)
     x = load_values(values + first * BLOCK, numel - first * BLOCK, rows, offset, BLOCK, ROWS)
     codes, scales = codes + first * BLOCK, scales + first
-    size = magnitude(x)
+    magnitudes = magnitude(x)
     if TENSOR:
-        size = tl.load(amax + tl.zeros((ROWS, 1), tl.int32))
-    stored, e = store_blocks(x, size, codes, scales, rows, offset, inside, FORMAT, HARDWARE, 0)
+        magnitudes = tl.load(amax + tl.zeros((ROWS, 1), tl.int32))
+    stored, e = store_blocks(
+        x,
+        magnitudes,
+        codes=codes,
+        scales=scales,
+        rows=rows,
+        offset=offset,
+        inside=inside,
+        FORMAT=FORMAT,
+        HARDWARE=HARDWARE,
+        UNIT=0,
+    )
     if COUNT:
         count_gradient(x, stored, e, partial, FORMAT, HARDWARE)
 
@@ -100,9 +111,9 @@ def quantize_tile(
 def quantize_kernel(
     values,  # [numel] float32, bfloat16 or float16
     codes,  # [blocks, BLOCK]
-    scales,  # [blocks] uint8, not touched where the format has none
-    partial,  # [programs, 5] float64: counts, where COUNT
-    amax,  # of the tensor, int32, where TENSOR
+    scales,  # [blocks] uint8, not touched if the format has none
+    partial,  # [programs, 5] float64: counts, if COUNT
+    amax,  # of the tensor, int32, if TENSOR
     numel,
     blocks,
     TENSOR: tl.constexpr,
@@ -112,22 +123,21 @@ def quantize_kernel(
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    tile = tl.program_id(0)
     quantize_tile(
-        values,
-        codes,
-        scales,
-        partial,
-        amax,
-        numel,
-        blocks,
-        tile,
-        TENSOR,
-        COUNT,
-        FORMAT,
-        HARDWARE,
-        BLOCK,
-        ROWS,
+        values=values,
+        codes=codes,
+        scales=scales,
+        partial=partial,
+        amax=amax,
+        numel=numel,
+        blocks=blocks,
+        tile=tl.program_id(0),
+        TENSOR=TENSOR,
+        COUNT=COUNT,
+        FORMAT=FORMAT,
+        HARDWARE=HARDWARE,
+        BLOCK=BLOCK,
+        ROWS=ROWS,
     )
 
 
@@ -175,36 +185,49 @@ def quantize(values: Tensor, out: Blocks, counts: Tensor | None = None) -> None:
     """`ops.blocks.quantize` in one launch."""
     check_quantize(values, out, counts)
     if len(out):
-        found = launch_quantize(values, out, None, count=counts)
+        by_program = launch_quantize(values, out, amax=None, counts=counts)
         if counts is not None:
-            counts += found.sum(dim=0)
+            counts += by_program.sum(dim=0)
 
 
 def largest_magnitude(values: Tensor, blocks: int, block_size: int) -> Tensor:
-    """The largest magnitude of a vector that fills so many blocks, as bits, 0-d int32."""
+    """The largest magnitude of a vector that fills `blocks` blocks, as bits, 0-d int32."""
     rows, programs = tile_of(blocks, block_size, WARPS)
     amax = torch.zeros(programs, dtype=torch.int32, device=values.device)
-    launch(largest_kernel, programs, WARPS, values, amax, values.numel(), blocks, BLOCK=block_size, ROWS=rows)
+    launch(
+        largest_kernel,
+        programs,
+        WARPS,
+        values=values,
+        amax=amax,
+        numel=values.numel(),
+        blocks=blocks,
+        BLOCK=block_size,
+        ROWS=rows,
+    )
     return amax.max()
 
 
-def launch_quantize(values: Tensor, out: Blocks, amax: Tensor | None, count: Tensor | None) -> Tensor:
-    """Counts of each program, where there are any. amax: of a tensor whose rows have one scale, as bits."""
+def launch_quantize(values: Tensor, out: Blocks, amax: Tensor | None, counts: Tensor | None) -> Tensor:
+    """Quantise, and return each program's counts if `counts` is given.
+
+    amax: the largest magnitude of a tensor whose rows share one scale, as bits.
+    """
     rows, programs = tile_of(len(out), out.block_size, WARPS)
-    partial = partials(count, programs, values)
+    partial = partials(counts, programs, values)
     launch(
         quantize_kernel,
         programs,
         WARPS,
-        values,
-        raw(out.codes),
-        scales_of(out),
-        partial,
-        raw(out.codes) if amax is None else amax,
-        values.numel(),
-        len(out),
+        values=values,
+        codes=raw(out.codes),
+        scales=scales_of(out),
+        partial=partial,
+        amax=raw(out.codes) if amax is None else amax,
+        numel=values.numel(),
+        blocks=len(out),
         TENSOR=amax is not None,
-        COUNT=count is not None,
+        COUNT=counts is not None,
         FORMAT=out.format.name,
         HARDWARE=hardware_fp8(values.device),
         BLOCK=out.block_size,
@@ -223,11 +246,11 @@ def dequantize(blocks: Blocks, out: Tensor) -> None:
         dequantize_kernel,
         programs,
         WARPS,
-        raw(blocks.codes),
-        scales_of(blocks),
-        out,
-        out.numel(),
-        len(blocks),
+        codes=raw(blocks.codes),
+        scales=scales_of(blocks),
+        values=out,
+        numel=out.numel(),
+        blocks=len(blocks),
         FORMAT=blocks.format.name,
         HARDWARE=hardware_fp8(out.device),
         BLOCK=blocks.block_size,

@@ -54,7 +54,7 @@ def load_masters(
 @triton.jit
 def store_masters(
     p,
-    size,
+    magnitudes,
     random,
     codes,
     scales,
@@ -68,29 +68,49 @@ def store_masters(
 ):
     """Round a tile into masters, and the weights from what is stored.
 
-    size: magnitudes; the largest of a row decides its scale. random: 24 random bits an element on top of an
-    uint32, used where STOCHASTIC.
+    magnitudes: the largest of a row decides its scale. random: 24 random bits per element, the upper ones of
+    a uint32, used if STOCHASTIC.
     """
     if is_split(FORMAT):
-        store_split(p, random, codes, weights, offset, inside, FORMAT, STOCHASTIC)
+        store_split(
+            p,
+            random,
+            codes=codes,
+            weights=weights,
+            offset=offset,
+            inside=inside,
+            FORMAT=FORMAT,
+            STOCHASTIC=STOCHASTIC,
+        )
     else:
         if STOCHASTIC:
             e = tl.full(rows.shape, 127, tl.int32)
             if is_scaled(FORMAT):
-                e = scale_exponent(size, FORMAT, 0)
+                e = scale_exponent(magnitudes, FORMAT, 0)
                 tl.store(scales + rows, e.to(tl.uint8), mask=inside)
                 p = p * inverse_scale(e, 0)[:, None] * two_to_the(exponent_shift(FORMAT))
             stored = as_half(round_either_way(p, random, FORMAT), FORMAT)
             tl.store(codes + offset, stored, mask=inside[:, None])
         else:
-            stored, e = store_blocks(p, size, codes, scales, rows, offset, inside, FORMAT, HARDWARE, 0)
+            stored, e = store_blocks(
+                p,
+                magnitudes,
+                codes=codes,
+                scales=scales,
+                rows=rows,
+                offset=offset,
+                inside=inside,
+                FORMAT=FORMAT,
+                HARDWARE=HARDWARE,
+                UNIT=0,
+            )
         p = times(decode(stored, FORMAT, HARDWARE), power_of_two(e), FORMAT)
         store_weights(p, e, weights, offset, inside, FORMAT)
 
 
 @triton.jit
 def store_split(p, random, codes, weights, offset, inside, FORMAT: tl.constexpr, STOCHASTIC: tl.constexpr):
-    """The upper half of what is kept of a master as the BF16 weight, the rest as its code."""
+    """Round a master to the bits that are kept: the upper half is the BF16 weight, the rest is the code."""
     DROPPED: tl.constexpr = dropped_bits(FORMAT)
     bits = tl.where(p != p, 0x7FC00000, p.to(tl.int32, bitcast=True))
     if DROPPED > 0:

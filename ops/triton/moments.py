@@ -1,4 +1,7 @@
-"""Second moments on a GPU: read from codes of v or of its root, stored with stochastic rounding."""
+"""Second moments on a GPU: read from codes of v or of its root, stored with stochastic rounding.
+
+The counts of both moments are here too: `ops.health.StateCounts`, three per program.
+"""
 
 import triton
 import triton.language as tl
@@ -11,14 +14,14 @@ from ds_fp8.ops.triton.rounding import (
     round_up_from_zero,
     with_noise,
 )
-from ds_fp8.ops.triton.tiles import inverse_scale, is_scaled, scale_exponent, two_to_the
+from ds_fp8.ops.triton.tiles import decode, inverse_scale, is_scaled, scale_exponent, two_to_the
 
 UNIT = tl.constexpr(adam.LOG_UNIT)
 
 
 @triton.jit
 def second_moment(v, scale, factor, root_factor, V: tl.constexpr, SWEEP: tl.constexpr):
-    """v times a factor, from codes of v or of its root."""
+    """v times a factor, from unscaled codes of v or of its root; root_factor: the factor's square root."""
     if V == "fp32":
         return v * factor
     elif SWEEP != "blocks":
@@ -30,9 +33,9 @@ def second_moment(v, scale, factor, root_factor, V: tl.constexpr, SWEEP: tl.cons
 
 @triton.jit
 def store_second_moment(root, random, codes, scales, rows, offset, inside, FORMAT: tl.constexpr):
-    """Store sqrt(v), given times UNIT, rounded stochastically, non-zero values never to zero.
+    """Store sqrt(v), given times 2^UNIT, rounded stochastically, non-zero values never to zero.
 
-    Returns it on the scale of the codes, brought onto FP32's exponents.
+    Returns the root on the scale of the codes, brought onto FP32's exponents.
     """
     floor = root.to(tl.int32, bitcast=True)
     if is_scaled(FORMAT):
@@ -49,8 +52,19 @@ def store_second_moment(root, random, codes, scales, rows, offset, inside, FORMA
 
 
 @triton.jit
+def count_state(place, clamped, m, stored_m, M: tl.constexpr, HARDWARE: tl.constexpr):
+    """Store `StateCounts.clamped` and `.underflows` of a tile, at the program's place."""
+    underflows = (m != 0.0) & (decode(stored_m, M, HARDWARE) == 0.0)
+    tl.store(place, tl.sum(clamped.to(tl.float64)))
+    tl.store(place + 1, tl.sum(underflows.to(tl.float64)))
+
+
+@triton.jit
 def count_rescued(place, root, on_codes, random, FORMAT: tl.constexpr):
-    """The third: roots, what `store_second_moment` returned of them, and their random bits."""
+    """Store `StateCounts.zeros`: non-zero roots that stochastic rounding alone would have taken to zero.
+
+    on_codes: what `store_second_moment` returned; random: the bits that it was given.
+    """
     noisy = with_noise(on_codes.to(tl.int32, bitcast=True), random, FORMAT)
     rescued = (root != 0.0) & ((noisy >> dropped_bits(FORMAT)) == 0)
     tl.store(place + 2, tl.sum(rescued.to(tl.float64)))
@@ -58,5 +72,5 @@ def count_rescued(place, root, on_codes, random, FORMAT: tl.constexpr):
 
 @triton.jit
 def count_zeros(place, v, stored):
-    """The third, of v itself and what it is without its scale."""
+    """Store `StateCounts.zeros` if v itself is stored: non-zero values whose code, unscaled, is zero."""
     tl.store(place + 2, tl.sum(((v != 0.0) & (stored == 0.0)).to(tl.float64)))

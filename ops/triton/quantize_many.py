@@ -1,8 +1,8 @@
 """Many vectors quantised in one launch: a bucket's gradients, each into its place in a message.
 
 A launch costs a GPU microseconds in which it could read megabytes, and a bucket has dozens of parameters. So
-a table says where each of them lies, as its distance from the first: the pointers that a kernel is given
-have a type and an alignment, one read from memory has neither.
+a table says where each vector lies, as its distance from the first: the pointers that a kernel is given have
+a type and an alignment, a pointer read from memory has neither.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ WORD = 16  # bytes that a thread moves at once
 
 @triton.jit
 def vector_of(ends, program):
-    """The vector that a program works at, where vector v is done by the programs before ends[v]."""
+    """The vector that a program quantises; the programs before ends[v] do the vectors up to v."""
     vector = 0
     for halved in tl.static_range(1, LOG_VECTORS + 1):
         half = VECTORS >> halved
@@ -37,10 +37,10 @@ def quantize_vectors_kernel(
     values,  # of the first vector, float32, bfloat16 or float16
     codes,  # of its blocks, which are written
     scales,
-    partial,  # [programs, 5] float64: counts, where COUNT
-    places,  # [7, VECTORS] int64: as `places_of` has them
-    APART: tl.constexpr,  # elements that vectors lie apart, or a divisor
-    CODES_APART: tl.constexpr,  # likewise for codes
+    partial,  # [programs, 5] float64: counts, if COUNT
+    places,  # [7, VECTORS] int64: as `places_of` makes them
+    APART: tl.constexpr,  # a divisor of the vectors' distances, in elements
+    CODES_APART: tl.constexpr,  # a divisor of the codes' distances
     COUNT: tl.constexpr,
     FORMAT: tl.constexpr,
     HARDWARE: tl.constexpr,
@@ -55,25 +55,25 @@ def quantize_vectors_kernel(
     codes += tl.multiple_of(tl.load(place + 5 * VECTORS), CODES_APART)
     scales += tl.load(place + 6 * VECTORS)
     quantize_tile(
-        values,
-        codes,
-        scales,
-        partial,
-        scales,
-        numel,
-        blocks,
-        tile,
-        False,
-        COUNT,
-        FORMAT,
-        HARDWARE,
-        BLOCK,
-        ROWS,
+        values=values,
+        codes=codes,
+        scales=scales,
+        partial=partial,
+        amax=scales,  # not read: these are no tensors with one scale
+        numel=numel,
+        blocks=blocks,
+        tile=tile,
+        TENSOR=False,
+        COUNT=COUNT,
+        FORMAT=FORMAT,
+        HARDWARE=HARDWARE,
+        BLOCK=BLOCK,
+        ROWS=ROWS,
     )
 
 
 def quantize_vectors(vectors: Sequence[Tensor], outs: Sequence[Blocks], counts: Tensor | None = None) -> None:
-    """`ops.backend.Backend.quantize_vectors`, in one launch for VECTORS of them."""
+    """`ops.backend.Backend.quantize_vectors`, in one launch per VECTORS vectors."""
     for vector, out in zip(vectors, outs, strict=True):
         check_quantize(vector, out, counts)
     pairs = [pair for pair in zip(vectors, outs, strict=True) if len(pair[1])]
@@ -94,11 +94,11 @@ def launch_vectors(pairs: Sequence[tuple[Tensor, Blocks]], counts: Tensor | None
         quantize_vectors_kernel,
         programs,
         WARPS,
-        values,
-        raw(out.codes),
-        scales_of(out),
-        partial,
-        on_device(places, values.device),
+        values=values,
+        codes=raw(out.codes),
+        scales=scales_of(out),
+        partial=partial,
+        places=on_device(places, values.device),
         APART=divisor([vector for vector, _ in pairs]),
         CODES_APART=divisor([blocks.codes for _, blocks in pairs]),
         COUNT=counts is not None,
@@ -112,10 +112,10 @@ def launch_vectors(pairs: Sequence[tuple[Tensor, Blocks]], counts: Tensor | None
 
 
 def places_of(pairs: Sequence[tuple[Tensor, Blocks]]) -> list[tuple[int, ...]]:
-    """A column for each of VECTORS: where its programs end and begin, its elements and blocks, distances.
+    """A column for each of VECTORS: where its programs end and begin, elements, blocks, three distances.
 
-    They are those of its elements, codes and scales from the first vector's, in elements. The last column is
-    repeated.
+    The distances are from the first vector's elements, codes and scales, in elements. The last vector's
+    column fills the table up.
     """
     values, out = pairs[0]
     columns, end = [], 0
@@ -137,13 +137,13 @@ def distance(tensor: Tensor, first: Tensor) -> int:
 
 
 def divisor(tensors: Sequence[Tensor]) -> int:
-    """Of the distances: a word's elements where all begin with a word, else 1."""
-    whole = all(each.data_ptr() % WORD == 0 for each in tensors)
+    """A divisor of the tensors' distances: a word's elements if all begin at a word, else 1."""
+    whole = all(tensor.data_ptr() % WORD == 0 for tensor in tensors)
     return WORD // tensors[0].element_size() if whole else 1
 
 
 def on_device(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """As int64; nothing waits for the copy."""
+    """A table as int64 on the device; the host does not wait for the copy."""
     table = torch.tensor(rows, dtype=torch.int64)
     if device.type == "cuda":
         table = table.pin_memory()

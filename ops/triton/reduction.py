@@ -1,8 +1,8 @@
 """The sum of the ranks' gradients on a GPU: `ops.reduction.accumulate` as two Triton launches.
 
 A program decodes its rows of every rank's message in rank order, adds them to its rows of the shard and
-leaves each row's sum of squares as stored, in float64. A second, small launch turns these into the digits of
-`ops.exact`; they are added on the device, and nothing waits for the host.
+writes the sum of squares of each row as stored, in float64. A second, small launch turns these into the
+digits of `ops.exact`; they are added on the device, and nothing waits for the host.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from torch import Tensor
 from ds_fp8.ops import exact
 from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.guards import check_accumulate, check_distances
-from ds_fp8.ops.reduction import FIGURES
+from ds_fp8.ops.reduction import NORM_PARTS
 from ds_fp8.ops.triton.tiles import (
     decode,
     hardware_fp8,
@@ -33,8 +33,8 @@ from ds_fp8.ops.triton.tiles import (
 )
 
 WARPS = 1
-TILES = 4  # tiles a program
-FIGURE_ROWS, FIGURE_WARPS = 512, 4
+TILES = 4  # tiles per program
+PARTS_ROWS, PARTS_WARPS = 512, 4
 DIGITS, DIGIT_BITS = tl.constexpr(exact.DIGITS), tl.constexpr(exact.DIGIT_BITS)
 HIDDEN, MASK = tl.constexpr(exact.HIDDEN), tl.constexpr(exact.MASK)
 POSITION = tl.constexpr(exact.POSITION)
@@ -64,7 +64,7 @@ def sums_of_squares(x, FORMAT: tl.constexpr):
 
 @triton.jit
 def squares_of(stored, e, FORMAT: tl.constexpr, HARDWARE: tl.constexpr):
-    """Each row's sum of squares as stored, float64; NaN where a value is not finite."""
+    """Each row's sum of squares as stored, float64; NaN if a value is not finite."""
     squares = sums_of_squares(decode(stored, FORMAT, HARDWARE), FORMAT)
     if is_scaled(FORMAT):
         squares = tl.where(e == 255, float("nan"), squares * square_of_scale(e))
@@ -84,7 +84,7 @@ def accumulate_kernel(
     blocks,
     SWEEP: tl.constexpr,  # blocks; of a tensor measure, then write
     RANKS: tl.constexpr,
-    FRESH: tl.constexpr,
+    OVERWRITE: tl.constexpr,
     WIRE: tl.constexpr,
     FORMAT: tl.constexpr,
     HARDWARE: tl.constexpr,
@@ -107,26 +107,26 @@ def accumulate_kernel(
             x = load_codes(piece, offset, inside, WIRE, HARDWARE)
             # A code times its scale is exact, so that one rounding is as good as two.
             total = tl.fma(x, load_scales(piece_scales, rows, inside, WIRE)[:, None], total)
-        if not FRESH:
+        if not OVERWRITE:
             old = load_codes(shard_codes + first * BLOCK, offset, inside, FORMAT, HARDWARE)
             total = times(old, load_scales(shard_scales + first, rows, inside, FORMAT), FORMAT) + total
         if SWEEP == "measure":
             top = tl.maximum(top, tl.max(magnitude(total), axis=1))
         else:
-            size = magnitude(total)
+            magnitudes = magnitude(total)
             if SWEEP == "write":
-                size = tl.load(amax + tl.zeros((ROWS, 1), tl.int32))
+                magnitudes = tl.load(amax + tl.zeros((ROWS, 1), tl.int32))
             stored, e = store_blocks(
                 total,
-                size,
-                shard_codes + first * BLOCK,
-                shard_scales + first,
-                rows,
-                offset,
-                inside,
-                FORMAT,
-                HARDWARE,
-                0,
+                magnitudes,
+                codes=shard_codes + first * BLOCK,
+                scales=shard_scales + first,
+                rows=rows,
+                offset=offset,
+                inside=inside,
+                FORMAT=FORMAT,
+                HARDWARE=HARDWARE,
+                UNIT=0,
             )
             tl.store(squares + first + rows, squares_of(stored, e, FORMAT, HARDWARE), mask=inside)
     if SWEEP == "measure":
@@ -134,13 +134,13 @@ def accumulate_kernel(
 
 
 @triton.jit
-def figures_kernel(
+def norm_parts_kernel(
     squares,  # [blocks] float64
     partial,  # [programs, DIGITS + 1] int64, zeros: digits of their sum, and blocks that are not finite
     blocks,
     ROWS: tl.constexpr,
 ):
-    """`ops.reduction.figures_of_blocks`, a program's share: of the digits those that its rows reach."""
+    """A program's share of `ops.reduction.norm_parts_of_blocks`; it writes the digits that its rows reach."""
     program = tl.program_id(0)
     rows = program.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     value = tl.load(squares + rows, mask=rows < blocks, other=0.0)
@@ -161,32 +161,42 @@ def figures_kernel(
     tl.store(place + DIGITS, tl.sum(bad.to(tl.int64)))
 
 
-def accumulate(pieces: Sequence[Blocks], shard: Blocks, *, fresh: bool) -> Tensor:
+def accumulate(pieces: Sequence[Blocks], shard: Blocks, *, overwrite: bool) -> Tensor:
     """`ops.reduction.accumulate`; the pieces lie at equal distances in one buffer."""
     check_accumulate(pieces, shard)
     if not len(shard):
-        return torch.zeros(FIGURES, dtype=torch.int64, device=shard.codes.device)
-    return figures_of_blocks(launch_sum(pieces, shard, raw(shard.codes), "blocks", fresh=fresh))
+        return torch.zeros(NORM_PARTS, dtype=torch.int64, device=shard.codes.device)
+    return norm_parts_of_blocks(launch_sum(pieces, shard, raw(shard.codes), "blocks", overwrite=overwrite))
 
 
-def figures_of_blocks(squares: Tensor) -> Tensor:
-    """`ops.reduction.figures_of_blocks`."""
-    programs = -(-len(squares) // FIGURE_ROWS)
-    partial = torch.zeros(programs, FIGURES, dtype=torch.int64, device=squares.device)
-    launch(figures_kernel, programs, FIGURE_WARPS, squares, partial, len(squares), ROWS=FIGURE_ROWS)
+def norm_parts_of_blocks(squares: Tensor) -> Tensor:
+    """`ops.reduction.norm_parts_of_blocks`."""
+    programs = -(-len(squares) // PARTS_ROWS)
+    partial = torch.zeros(programs, NORM_PARTS, dtype=torch.int64, device=squares.device)
+    launch(
+        norm_parts_kernel,
+        programs,
+        PARTS_WARPS,
+        squares=squares,
+        partial=partial,
+        blocks=len(squares),
+        ROWS=PARTS_ROWS,
+    )
     return partial.sum(dim=0)
 
 
 def largest_sums(shard: Blocks) -> Tensor:
-    """Where `launch_sum` measures into."""
+    """Zeros, one per program, into which `launch_sum` writes the largest magnitudes that it measures."""
     _, programs = tile_of(len(shard), shard.block_size, WARPS, TILES)
     return torch.zeros(programs, dtype=torch.int32, device=shard.codes.device)
 
 
-def launch_sum(pieces: Sequence[Blocks], shard: Blocks, amax: Tensor, sweep: str, *, fresh: bool) -> Tensor:
-    """Each block's sum of squares, if `sweep` writes; amax and sweep: as `accumulate_kernel` has them."""
-    check_distances([raw(each.codes) for each in pieces])
-    check_distances([scales_of(each) for each in pieces])
+def launch_sum(
+    pieces: Sequence[Blocks], shard: Blocks, amax: Tensor, sweep: str, *, overwrite: bool
+) -> Tensor:
+    """Each block's sum of squares, if `sweep` writes; amax, sweep: amax and SWEEP of `accumulate_kernel`."""
+    check_distances([raw(piece.codes) for piece in pieces])
+    check_distances([scales_of(piece) for piece in pieces])
     first, second = pieces[0], pieces[min(1, len(pieces) - 1)]
     rows, programs = tile_of(len(shard), shard.block_size, WARPS, TILES)
     squares = torch.empty(len(shard), dtype=torch.float64, device=shard.codes.device)
@@ -194,18 +204,18 @@ def launch_sum(pieces: Sequence[Blocks], shard: Blocks, amax: Tensor, sweep: str
         accumulate_kernel,
         programs,
         WARPS,
-        raw(first.codes),
-        scales_of(first),
-        second.codes.storage_offset() - first.codes.storage_offset(),
-        scales_of(second).storage_offset() - scales_of(first).storage_offset(),
-        raw(shard.codes),
-        scales_of(shard),
-        squares,
-        amax,
-        len(shard),
+        codes=raw(first.codes),
+        scales=scales_of(first),
+        stride=second.codes.storage_offset() - first.codes.storage_offset(),
+        scale_stride=scales_of(second).storage_offset() - scales_of(first).storage_offset(),
+        shard_codes=raw(shard.codes),
+        shard_scales=scales_of(shard),
+        squares=squares,
+        amax=amax,
+        blocks=len(shard),
         SWEEP=sweep,
         RANKS=len(pieces),
-        FRESH=fresh,
+        OVERWRITE=overwrite,
         WIRE=first.format.name,
         FORMAT=shard.format.name,
         HARDWARE=hardware_fp8(shard.codes.device),

@@ -10,16 +10,16 @@ INTERPRETED = tl.constexpr(tiles_triton.INTERPRETED)
 
 @triton.jit
 def minimum(a, b):
-    """NaN where either is."""
+    """The smaller of a and b; NaN if either is."""
     return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def square_root(v):
-    """Correctly rounded for 0 and from 2^-102 on; v is finite.
+    """The root of v, correctly rounded for 0 and from 2^-102 on; v is finite.
 
-    What `sqrt.rn` does for normal numbers, without its branch for the others: approximate, then correct
-    by the exact remainder.
+    As `sqrt.rn` does for normal numbers, without its branch for the others: approximate, then correct by the
+    exact remainder.
     """
     if INTERPRETED:
         return tl.sqrt_rn(v)
@@ -32,7 +32,7 @@ def square_root(v):
 
 @triton.jit
 def divide(a, b):
-    """Correctly rounded where |a| is 0 or from 2^-102 on and b positive and normal, by the same means."""
+    """a / b, correctly rounded if |a| is 0 or from 2^-102 on and b positive and normal."""
     if INTERPRETED:
         return tl.div_rn(a, b)
     y = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [b], tl.float32, True, 1)

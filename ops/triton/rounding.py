@@ -30,6 +30,24 @@ def mix(x):
 
 
 @triton.jit
+def row_places(first, rows, table, tile_segments, tile, segments, BLOCK: tl.constexpr):
+    """Each row's parameter, int32, and the elements of it that the row holds, uint32.
+
+    table, tile_segments, segments: as `adam_kernel` has them.
+    """
+    starts, first_blocks, parameters = table, table + segments, table + 2 * segments
+    segment = tl.load(tile_segments + tile)
+    row = rows + first.to(tl.int32)
+    block = row - tl.load(starts + segment) + tl.load(first_blocks + segment)
+    parameter = tl.full(rows.shape, tl.load(parameters + segment), tl.int32)
+    for other in range(segment + 1, tl.load(tile_segments + tile + 1) + 1):
+        start = tl.load(starts + other)
+        block = tl.where(row >= start, row - start + tl.load(first_blocks + other), block)
+        parameter = tl.where(row >= start, tl.load(parameters + other), parameter)
+    return parameter, (block.to(tl.uint32) * BLOCK)[:, None] + tl.arange(0, BLOCK)[None, :].to(tl.uint32)
+
+
+@triton.jit
 def key_of(stream, parameter):
     """`ops.rounding.key`, uint32."""
     x = mix(stream.to(tl.uint32) ^ parameter.to(tl.uint32))
@@ -38,13 +56,13 @@ def key_of(stream, parameter):
 
 @triton.jit
 def random_bits(key, element):
-    """24 random bits of an element, on top of an uint32."""
+    """24 random bits of an element, the upper ones of a uint32."""
     return mix(element * SPREAD + key)
 
 
 @triton.jit
 def with_noise(bits, random, FORMAT: tl.constexpr):
-    """The bits of positive values, int32, and noise below the code bits: what `ops.rounding` cuts.
+    """The bits of positive values, int32, plus noise below the code bits, which a shift then cuts off.
 
     random: uint32, of which as many of the upper bits are used as the format drops.
     """
@@ -57,7 +75,7 @@ def with_noise(bits, random, FORMAT: tl.constexpr):
 def round_up_from_zero(values, random, floor, FORMAT: tl.constexpr):
     """`ops.rounding.round_up_from_zero`.
 
-    floor: at least 1 << 23 as int32 where the result must not be zero, 0 elsewhere.
+    floor: at least 1 << 23 as int32 if the result must not be zero, else 0.
     """
     DROPPED: tl.constexpr = dropped_bits(FORMAT)
     noisy = with_noise(values.to(tl.int32, bitcast=True), random, FORMAT)

@@ -1,10 +1,10 @@
-"""Tiles of blocks on a GPU: what every Triton kernel is made of, and launched with.
+"""Tiles of blocks on a GPU: the device functions that all Triton kernels share, and how they are launched.
 
 A tile is [ROWS, BLOCK]: a block is a row, so its amax is a reduction in registers. Formats are compile-time
 constants. From sm_89 on the hardware converts FP8; before, integer arithmetic does, to the same bits.
 
-Kernels are bound by instructions as much as by memory, hence: a scale meets a row's other factors before
-it meets the row, and a tile's address is one 64-bit base and 32-bit offsets.
+Kernels are bound by instructions as much as by memory. So a scale is multiplied with a row's other factors
+before the row is, and a tile's address is one 64-bit base and 32-bit offsets.
 """
 
 import os
@@ -23,17 +23,20 @@ from ds_fp8.ops.formats import BY_NAME
 # so rounds twice.
 FIRST_WITH_FP8 = (8, 9) if Version(triton.__version__) >= Version("3.9") else (9, 0)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-PER_WARP = 512  # elements of a tile: 16 a thread, one 16-byte access of an 8-bit format
+PER_WARP = 512  # elements of a tile: 16 per thread, one 16-byte access of an 8-bit format
 
 
-def launch(kernel: Any, programs: int, warps: int, *arguments: object, **constants: object) -> None:
-    """Launch without fused multiply-adds, which round once where the reference rounds twice."""
+def launch(kernel: Any, programs: int, warps: int, /, **arguments: object) -> None:
+    """Launch without fused multiply-adds, which round once where the reference rounds twice.
+
+    arguments: every parameter of the kernel by its name, so that none can take another's place.
+    """
     options = {} if INTERPRETED else {"num_warps": warps, "enable_fp_fusion": False}
-    kernel[(programs,)](*arguments, **constants, **options)
+    kernel[(programs,)](**arguments, **options)
 
 
 def tile_of(blocks: int, block_size: int, warps: int, tiles: int = 1) -> tuple[int, int]:
-    """Rows of a tile for so many warps, and programs for so many tiles each."""
+    """Rows of a tile that `warps` work at, and the number of programs if each does `tiles` tiles."""
     rows = PER_WARP * warps // block_size
     return rows, -(-blocks // (rows * tiles))
 
@@ -49,12 +52,12 @@ def raw(codes: Tensor) -> Tensor:
 
 
 def scales_of(blocks: Blocks) -> Tensor:
-    """The scales, or something with an address where there are none."""
+    """The scales, or the codes if there are none: a kernel's pointer needs an address."""
     return raw(blocks.codes) if blocks.scales is None else blocks.scales
 
 
 def partials(counts: Tensor | None, programs: int, otherwise: Tensor) -> Tensor:
-    """Zeros for each program's counts; `otherwise`, which has an address, where nothing is counted."""
+    """Zeros for each program's counts, or `otherwise` if nothing is counted: a pointer needs an address."""
     if counts is None:
         return otherwise
     return torch.zeros(programs, counts.numel(), dtype=torch.float64, device=counts.device)
@@ -159,6 +162,20 @@ def magnitude(values):
 
 
 @triton.jit
+def deciding_magnitudes(magnitudes, amax, rows, inside, SWEEP: tl.constexpr):
+    """Magnitudes that decide a row's scale.
+
+    SWEEP: blocks: the row's own; measure: these, and the largest is stored in amax; write: its tensor's, from
+    amax.
+    """
+    if SWEEP == "measure":
+        tl.store(amax + rows, tl.max(magnitudes, axis=1), mask=inside)
+    if SWEEP == "write":
+        magnitudes = tl.load(amax + rows, mask=inside, other=0)[:, None]
+    return magnitudes
+
+
+@triton.jit
 def scale_exponent(magnitudes, FORMAT: tl.constexpr, UNIT: tl.constexpr):
     """The E8M0 byte of each row, [ROWS] int32; the values are 2^UNIT times what is stored."""
     amax = tl.max(magnitudes, axis=1)
@@ -169,7 +186,7 @@ def scale_exponent(magnitudes, FORMAT: tl.constexpr, UNIT: tl.constexpr):
 
 @triton.jit
 def inverse_scale(e, UNIT: tl.constexpr):
-    """What turns a row of values into codes; 0 for a row that is not finite."""
+    """The factor that brings a row of values onto its codes; 0 for a row that is not finite."""
     return (tl.maximum(tl.where(e == 255, 0, 254 - UNIT - e), 0) << 23).to(tl.float32, bitcast=True)
 
 
@@ -181,7 +198,7 @@ def load_codes(codes, offset, inside, FORMAT: tl.constexpr, HARDWARE: tl.constex
 
 @triton.jit
 def load_scales(scales, rows, inside, FORMAT: tl.constexpr):
-    """What a row's codes are multiplied with, [ROWS] float32; scales may be that already."""
+    """The factor of each row's codes, [ROWS] float32, from E8M0 scales or from float32 ones."""
     if is_scaled(FORMAT) and scales.dtype.element_ty == tl.float32:
         return tl.load(scales + rows, mask=inside, other=1.0)
     if is_scaled(FORMAT):
@@ -191,7 +208,7 @@ def load_scales(scales, rows, inside, FORMAT: tl.constexpr):
 
 @triton.jit
 def times(values, factor, FORMAT: tl.constexpr):
-    """A tile times its rows' scales, where the format has any."""
+    """A tile times its rows' scales, if the format has any."""
     if is_scaled(FORMAT):
         return values * factor[:, None]
     return values
@@ -225,7 +242,7 @@ def store_blocks(
 
 @triton.jit
 def tile_rows(blocks, tile, BLOCK: tl.constexpr, ROWS: tl.constexpr):
-    """First row of a tile (64 bits), its rows, offsets of its elements, and which rows there are."""
+    """First row of a tile (64 bits), its rows, its elements' offsets, which rows are inside the blocks."""
     first = tile.to(tl.int64) * ROWS
     rows = tl.arange(0, ROWS)
     offset = rows[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]

@@ -1,46 +1,20 @@
-"""States of other formats, and other people's, brought into shards through FP32.
+"""States of other formats, and of other programs, brought into shards through FP32.
 
 Rounded to nearest, where they are rounded at all; `exp_avg_sq` never from non-zero to zero.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
-import torch
 from torch import Tensor
 
-from ds_fp8.ops.adam import AdamState, square_root
+from ds_fp8.ops.adam import AdamState
 from ds_fp8.ops.blocks import chunks, encode, padded
 from ds_fp8.ops.formats import BY_NAME, FP32, SPLIT16, Format
 from ds_fp8.ops.masters import encode_masters
 from ds_fp8.zero_fp8.checkpoint import manifest
-from ds_fp8.zero_fp8.checkpoint.writer import STATES, Names, Progress
+from ds_fp8.zero_fp8.checkpoint.contracts import STATES, Names, Progress, Source, Values
 from ds_fp8.zero_fp8.states.shard import Shard
-
-
-@dataclass(frozen=True)
-class Values:
-    """States of consecutive elements of a parameter, [n] float32 each."""
-
-    master: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-    root: Tensor  # of exp_avg_sq; its square may be below what FP32 holds
-
-    @staticmethod
-    def of(master: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> "Values":
-        wide = exp_avg_sq.to(torch.float32)
-        return Values(master.to(torch.float32), exp_avg.to(torch.float32), wide, square_root(wide))
-
-
-class Source(Protocol):
-    """A checkpoint by parameter, in FP32."""
-
-    @property
-    def progress(self) -> Progress: ...
-
-    def values(self, name: str, elements: slice) -> Values: ...
 
 
 @dataclass(frozen=True)
@@ -56,14 +30,15 @@ class Converted:
     def restore(self, shards: Sequence[Shard], weights: Sequence[Tensor], names: Names) -> None:
         """Round the values into states, and masters into the weights' rows that the shards own."""
         for shard, own in zip(shards, weights, strict=True):
-            size = shard.recipe.block_size
+            size = shard.block_size
             for piece in shard.pieces:
                 for part in chunks(piece.blocks, size):
                     first = piece.first_element + part.start * size
                     stop = min(first + (part.stop - part.start) * size, piece.elements.stop)
                     values = self.source.values(names[piece.slot.parameter], slice(first, stop))
                     rows = slice(piece.first_block + part.start, piece.first_block + part.stop)
-                    _write(values, shard.state[rows], own[rows])
+                    with shard.lend(rows) as state:
+                        _write(values, state, own[rows])
 
 
 def _write(values: Values, state: AdamState, weights: Tensor) -> None:

@@ -16,9 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ds_fp8.ops.masters import write_weights
-from ds_fp8.zero_fp8.checkpoint import writing
-from ds_fp8.zero_fp8.checkpoint.reader import Native, is_extra_state, others, whole
-from ds_fp8.zero_fp8.checkpoint.tags import fresh
+from ds_fp8.zero_fp8.checkpoint.files import new_folder, save
+from ds_fp8.zero_fp8.checkpoint.reader import Checkpoint, is_extra_state, others, whole
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -38,19 +37,19 @@ class FileKind:
 def _save_safetensors(tensors: dict[str, Tensor], path: Path) -> None:
     """Without shared memory: a tied parameter is written under each of its names."""
     try:
-        save_file({name: each.clone() for name, each in tensors.items()}, path, metadata={"format": "pt"})
+        save_file({name: tensor.clone() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
     except SafetensorError as error:
         raise ValueError(f"{path}: not written: {error}") from error
 
 
 KINDS = {
     "safetensors": FileKind("model", ".safetensors", _save_safetensors),
-    "torch": FileKind("pytorch_model", ".bin", writing.save),
+    "torch": FileKind("pytorch_model", ".bin", save),
 }
 
 
 @dataclass(frozen=True)
-class Entry:
+class ModelTensor:
     """A tensor of the model."""
 
     name: str
@@ -63,82 +62,83 @@ class Entry:
         return self.numel * self.dtype.itemsize
 
 
-def entries(native: Native, dtype: torch.dtype) -> list[Entry]:
+def model_tensors(checkpoint: Checkpoint, dtype: torch.dtype) -> list[ModelTensor]:
     """Every tensor of the model, in the model's order."""
-    file, rest = native.model_file, others(native)
+    file, rest = checkpoint.model_file, others(checkpoint)
     tied, buffers = file.get("shared_params") or {}, file.get("buffer_names") or ()
-    found = []
-    for name in native.module:
+    tensors = []
+    for name in checkpoint.module:
         owner = tied.get(name, name)
-        if owner in native.facts.parameters:
-            numel = torch.Size(native.facts.parameters[owner].shape).numel()
-            found.append(Entry(name, numel, dtype, owner))
+        if owner in checkpoint.parameters:
+            numel = torch.Size(checkpoint.parameters[owner].shape).numel()
+            tensors.append(ModelTensor(name, numel, dtype, owner))
         elif name in rest:
             tensor = rest[name]
             rounded = tensor.is_floating_point() and name not in buffers and not is_extra_state(name)
-            found.append(Entry(name, tensor.numel(), dtype if rounded else tensor.dtype, None))
-    return found
+            tensors.append(ModelTensor(name, tensor.numel(), dtype if rounded else tensor.dtype, None))
+    return tensors
 
 
-def split(found: Sequence[Entry], limit: int) -> list[list[Entry]]:
-    """Files of at most `limit` bytes; a larger tensor has a file alone."""
-    files: list[list[Entry]] = [[]]
-    for entry in found:
-        if files[-1] and sum(each.nbytes for each in files[-1]) + entry.nbytes > limit:
+def split(tensors: Sequence[ModelTensor], limit: int) -> list[list[ModelTensor]]:
+    """Files of at most `limit` bytes; a larger tensor has a file of its own."""
+    files: list[list[ModelTensor]] = [[]]
+    for tensor in tensors:
+        if files[-1] and sum(member.nbytes for member in files[-1]) + tensor.nbytes > limit:
             files.append([])
-        files[-1].append(entry)
+        files[-1].append(tensor)
     return files
 
 
 def export(
-    native: Native, out: Path, *, dtype: str, kind: str, limit: int, advance: Callable[[int], None]
+    checkpoint: Checkpoint, out: Path, *, dtype: str, kind: str, limit: int, advance: Callable[[int], None]
 ) -> list[Path]:
-    """Write the folder `out`; the files. limit: bytes a file; advance: told the elements that are done.
+    """Write the model into the new folder `out` and return the file paths.
 
-    Raises ValueError where `out` exists, and for a value that the dtype does not hold.
+    limit: maximum bytes per file. advance: called with the number of elements written. Raises ValueError if
+    `out` exists, and for a value that the dtype does not hold.
     """
-    form, files = KINDS[kind], split(entries(native, DTYPES[dtype]), limit)
-    names = [form.name(number, len(files)) for number in range(len(files))]
-    with fresh(out) as folder:
+    file_kind, files = KINDS[kind], split(model_tensors(checkpoint, DTYPES[dtype]), limit)
+    names = [file_kind.name(number, len(files)) for number in range(len(files))]
+    with new_folder(out) as temporary:
         for name, members in zip(names, files, strict=True):
-            form.save(dict(_tensors(native, members, advance)), folder / name)
+            file_kind.save(dict(_values(checkpoint, members, advance)), temporary / name)
         if len(files) > 1:
-            names.append(f"{form.stem}{form.ending}.index.json")
-            (folder / names[-1]).write_text(json.dumps(_index(files, names), indent=2) + "\n")
+            names.append(f"{file_kind.stem}{file_kind.ending}.index.json")
+            (temporary / names[-1]).write_text(json.dumps(_index(files, names), indent=2) + "\n")
     return [out / name for name in names]
 
 
-def _tensors(
-    native: Native, members: Sequence[Entry], advance: Callable[[int], None]
+def _values(
+    checkpoint: Checkpoint, members: Sequence[ModelTensor], advance: Callable[[int], None]
 ) -> Iterator[tuple[str, Tensor]]:
     made: dict[str, Tensor] = {}  # tied parameters are one tensor
-    for entry in members:
-        if entry.master is None:
-            yield entry.name, _rounded(native.module[entry.name], entry)
+    for member in members:
+        if member.master is None:
+            yield member.name, _rounded(checkpoint.module[member.name], member)
         else:
-            if entry.master not in made:
-                shape = native.facts.parameters[entry.master].shape
-                made[entry.master] = _rounded(whole(native, entry.master)[0].view(shape), entry)
-            yield entry.name, made[entry.master]
-        advance(entry.numel)
+            if member.master not in made:
+                shape = checkpoint.parameters[member.master].shape
+                made[member.master] = _rounded(whole(checkpoint, member.master)[0].view(shape), member)
+            yield member.name, made[member.master]
+        advance(member.numel)
 
 
-def _rounded(tensor: Tensor, entry: Entry) -> Tensor:
-    """In the entry's dtype, to BF16 as the model's weights are. Raises ValueError where a value overflows."""
-    if tensor.dtype == entry.dtype:
+def _rounded(tensor: Tensor, exported: ModelTensor) -> Tensor:
+    """In the dtype to export, to BF16 as the model's weights are. Raises ValueError if a value overflows."""
+    if tensor.dtype == exported.dtype:
         return tensor
     values = tensor.to(torch.float32)
-    out = torch.empty(values.shape, dtype=entry.dtype)
+    out = torch.empty(values.shape, dtype=exported.dtype)
     write_weights(values, out)
     if not torch.equal(values.isfinite(), out.isfinite()):
         raise ValueError(
-            f"{entry.name}: received a value of {values.abs().max().item():.4g}, allowed as {entry.dtype}: "
-            f"at most {torch.finfo(entry.dtype).max:.4g}"
+            f"{exported.name}: received a value of {values.abs().max().item():.4g}, allowed as "
+            f"{exported.dtype}: at most {torch.finfo(exported.dtype).max:.4g}"
         )
     return out
 
 
-def _index(files: Sequence[Sequence[Entry]], names: Sequence[str]) -> Mapping[str, Any]:
-    members = {entry.name: name for name, entries in zip(names, files, strict=False) for entry in entries}
-    total = sum(entry.nbytes for each in files for entry in each)
-    return {"metadata": {"total_size": total}, "weight_map": members}
+def _index(files: Sequence[Sequence[ModelTensor]], names: Sequence[str]) -> Mapping[str, Any]:
+    homes = {member.name: name for name, members in zip(names, files, strict=False) for member in members}
+    total = sum(member.nbytes for members in files for member in members)
+    return {"metadata": {"total_size": total}, "weight_map": homes}

@@ -1,9 +1,14 @@
 """What a checkpoint says of itself: one JSON file, written when every other file of the tag is there.
 
-It holds the formats, where each parameter's blocks lie, the counters that a resumed run goes on from, and
-size and SHA-256 of every file of the tag, DeepSpeed's too; its last key is a checksum of itself. So a tag
-without a manifest was never finished, and a file that was damaged, cut, lost or swapped is found before it is
-opened. Checksums catch accidents, not attackers: whoever can change a file can change its checksum.
+It holds the formats, which file holds which blocks of each parameter, the counters that a resumed run goes
+on from, and size and SHA-256 of every file of the tag, DeepSpeed's too; its last key is a checksum of
+itself. So a tag without a manifest was never finished, and a file that was damaged, cut, lost or swapped is
+found before it is opened. Checksums catch accidents, not attackers: whoever can change a file can change its
+checksum.
+
+**Places.** A place is the set of files of one model-parallel rank; today there is one. Files are called as
+DeepSpeed called them when it wrote them, and nobody makes a name from a rank or reads a rank from a name.
+Version 1 named ranks instead of files; `parse` turns it into the same object.
 """
 
 import hashlib
@@ -12,16 +17,17 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
+
+from ds_fp8.zero_fp8.placement.ranks import turn_of
 
 NAME = "ds_fp8_manifest.json"
-FORMAT_VERSION: Literal[1] = 1
+FORMAT_VERSION: Literal[2] = 2
 BUFFER = 1 << 20  # bytes read at a time
 SEAL = re.compile(r',\n "sha256": "([0-9a-f]{64})"\n}\n\Z')
-OPTIMIZER_FILE = re.compile(r"zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt\Z")
-MODEL_FILE = "mp_rank_00_model_states.pt"
 
 
 class _Part(BaseModel):
@@ -45,18 +51,39 @@ class Recipe(_Part):
 
 
 class Parameter(_Part):
-    """A trained parameter, and who saved which of its blocks."""
+    """A trained parameter, and which file holds which of its blocks."""
 
     shape: list[int]
     dtype: str
     group: int  # param group of the optimizer
-    blocks: list[tuple[int, int, int]]  # rank, first block, the one after its last
+    blocks: list[tuple[int, int, int]]  # index of an optimizer file, first block, the one after its last
+
+
+class Place(_Part):
+    """The files of one model-parallel rank, and what they hold."""
+
+    model_file: str
+    optimizer_files: list[str]  # in the order of the ranks that wrote them
+    parameters: dict[str, Parameter]
+    module: dict[str, list[int] | None]  # shapes of the model file's other tensors; null: no tensor
+    frozen: list[str] | None  # parameters that DeepSpeed saved as frozen
+
+    @model_validator(mode="after")
+    def _check_blocks(self) -> "Place":
+        count = len(self.optimizer_files)
+        for name, parameter in self.parameters.items():
+            for index, _, _ in parameter.blocks:
+                if not 0 <= index < count:
+                    details = {"name": name, "index": index, "count": count}
+                    text = "blocks of {name}: received optimizer file {index}, expected one of {count}"
+                    raise PydanticCustomError("unlisted_file", text, details)
+        return self
 
 
 class Manifest(_Part):
     """A whole tag. Further keys are read over."""
 
-    format_version: Literal[1]
+    format_version: Literal[2]
     ds_fp8_version: str
     deepspeed_version: str
     zero_stage: int
@@ -64,21 +91,48 @@ class Manifest(_Part):
     global_steps: int
     recipe: Recipe
     steps: int
-    clamp_squares: list[float | Literal["off"] | None]  # a param group; null: at its fixed point
+    clamp_squares: list[float | Literal["off"] | None]  # one per param group; null: at its fixed point
     loss_scaler: dict[str, int | float]
     autoscale: dict[str, float] = {}  # mu of each parameter, where gradients are added in FP8
     scheduler: bool  # whether the model file holds a scheduler's state
     fp32_master: bool  # whether the optimizer files hold the view of zero_to_fp32.py
-    parameters: dict[str, Parameter]
-    module: dict[str, list[int] | None]  # shapes of the model file's other tensors; null: no tensor
-    frozen: list[str] | None  # parameters that DeepSpeed saved as frozen
-    files: dict[str, File]
+    places: Annotated[list[Place], Field(min_length=1, max_length=1)]
+    files: dict[str, File]  # on storage of a node, those of the node
 
     @property
-    def optimizer_files(self) -> dict[int, str]:
-        """Names of the optimizer files by the rank that wrote them."""
-        found = {name: OPTIMIZER_FILE.search(name) for name in self.files}
-        return {int(match[1]): name for name, match in found.items() if match}
+    def place(self) -> Place:
+        """The only place."""
+        return self.places[0]
+
+
+class Version1(_Part):
+    """A manifest of version 1: blocks name the rank that wrote them, as DeepSpeed's file names do."""
+
+    model_config = ConfigDict(extra="allow")
+
+    world_size: int
+    parameters: dict[str, Parameter]  # their blocks: rank, first block, the one after its last
+    module: dict[str, list[int] | None]
+    frozen: list[str] | None
+    files: dict[str, File]
+
+    def converted(self) -> Manifest:
+        place = Place(
+            model_file="mp_rank_00_model_states.pt",
+            optimizer_files=self._optimizer_files(),
+            parameters=self.parameters,
+            module=self.module,
+            frozen=self.frozen,
+        )
+        unchanged = self.model_dump(exclude={"parameters", "module", "frozen"})
+        return Manifest.model_validate({**unchanged, "format_version": FORMAT_VERSION, "places": [place]})
+
+    def _optimizer_files(self) -> list[str]:
+        """Those of all ranks; `files` lists only the node's, on storage of a node."""
+        ending = "zero_pp_rank_{}_mp_rank_00_optim_states.pt"
+        pattern = re.compile(ending.format(r"\d+") + r"\Z")
+        prefix = next((pattern.sub("", name) for name in self.files if pattern.search(name)), "")
+        return [prefix + ending.format(rank) for rank in range(self.world_size)]
 
 
 def render(manifest: Manifest) -> str:
@@ -88,19 +142,21 @@ def render(manifest: Manifest) -> str:
 
 
 def parse(text: str, path: Path) -> Manifest:
-    """Raises ValueError for a text that `render` did not write."""
+    """Raises ValueError for a text that `render` did not write, in this version or the first."""
     seal = SEAL.search(text)
     if seal is None or _digest(text[: seal.start()] + "\n}") != seal[1]:
         raise ValueError(f"{path}: its checksum is not that of its text: damaged or cut short")
     version = re.search(r'"format_version": *(\d+)', text)
-    if version is None or int(version[1]) != FORMAT_VERSION:
-        received = version and version[1]
-        raise ValueError(f"{path}: format_version: received {received}, allowed: {FORMAT_VERSION}")
+    received = version and int(version[1])
     try:
-        return Manifest.model_validate_json(text)
+        if received == 1:
+            return Version1.model_validate_json(text).converted()
+        if received == FORMAT_VERSION:
+            return Manifest.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
         raise ValueError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    raise ValueError(f"{path}: format_version: received {received}, allowed: 1, {FORMAT_VERSION}")
 
 
 def read(folder: Path) -> Manifest | None:
@@ -116,16 +172,16 @@ def read(folder: Path) -> Manifest | None:
 
 def files_of(folder: Path) -> list[str]:
     """Names of the files that a manifest is to list: all but its own beginning."""
-    return sorted(each.name for each in folder.iterdir() if not each.name.startswith(NAME))
+    return sorted(path.name for path in folder.iterdir() if not path.name.startswith(NAME))
 
 
 def listed(folder: Path) -> set[str]:
     """Names of the files of a tag, as far as its manifest can be read; its own among them."""
     try:
-        facts = read(folder)
+        manifest = read(folder)
     except ValueError:
-        facts = None
-    return {NAME, *(facts.files if facts is not None else ())}
+        manifest = None
+    return {NAME, *(manifest.files if manifest is not None else ())}
 
 
 @contextmanager
@@ -140,7 +196,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def seal(folder: Path, names: Iterable[str]) -> dict[str, File]:
-    """Bring files to the disk, and what a manifest says of them."""
+    """Bring files to the disk, and return what a manifest says of them."""
     sealed = {}
     for name in names:
         with naming(folder / name), open(folder / name, "rb") as file:
@@ -160,20 +216,21 @@ def verify(folder: Path, manifest: Manifest, names: Iterable[str]) -> None:
         if path.stat().st_size != expected.size:
             raise ValueError(f"{path}: has {path.stat().st_size} bytes, {expected.size} were written")
         if _digest_of(path) != expected.sha256:
-            raise ValueError(f"{path}: its SHA-256 is not that in {NAME}: damaged, or of another checkpoint")
+            raise ValueError(
+                f"{path}: SHA-256 does not match {NAME}; the file is damaged or belongs to another checkpoint"
+            )
 
 
-def share(names: Iterable[str], rank: int, world_size: int, *, first: bool) -> Sequence[str]:
-    """The files whose checksums a rank computes: those that it wrote, as far as that is known.
+def share(
+    names: Iterable[str], optimizer_files: Sequence[str], rank: int, world_size: int, *, first: bool
+) -> list[str]:
+    """The files whose checksums a rank computes: of as many ranks as there are files, each its own.
 
-    first: whether it is the first rank of those that share a folder; it takes the others'.
+    optimizer_files: of the place, in the order of their ranks. first: whether the rank is the first of those
+    that share a folder, which takes all other files.
     """
-    owners = {name: OPTIMIZER_FILE.search(name) for name in sorted(names)}
-    return [
-        name
-        for name, match in owners.items()
-        if (int(match[1]) % world_size == rank if match is not None else first)
-    ]
+    owners = {name: turn_of(index, world_size) for index, name in enumerate(optimizer_files)}
+    return [name for name in sorted(names) if (owners[name] == rank if name in owners else first)]
 
 
 def _digest(text: str) -> str:
@@ -190,5 +247,5 @@ def _digest_of(path: Path) -> str:
 
 def describe_difference(saved: Recipe, wanted: Recipe) -> list[str]:
     """What differs between two recipes, "key saved -> wanted" each."""
-    theirs, ours = saved.model_dump(), wanted.model_dump()
-    return [f"{key} {theirs[key]} -> {ours[key]}" for key in ours if theirs[key] != ours[key]]
+    before, after = saved.model_dump(), wanted.model_dump()
+    return [f"{key} {before[key]} -> {after[key]}" for key in after if before[key] != after[key]]

@@ -1,9 +1,12 @@
 """Reading the optimizer files of stock DeepSpeed's ZeRO 1 and 2.
 
 A rank's file holds one vector of each state per param group, and where the parameters' fragments lie in it.
-All of that is checked when the files are opened, so that reading a slice cannot fail half-way.
+All of that is checked when the files are opened, so that reading a slice cannot fail half-way. Of classes the
+files name DeepSpeed's loss scalers and a few records only, so they too are read without unpickling anything
+else. Here, and for tags of version 1, names of files are DeepSpeed's own: no manifest lists them.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,35 +15,63 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_fp8.compat import fragment_address
-from ds_fp8.zero_fp8.checkpoint.convert import Values
-from ds_fp8.zero_fp8.checkpoint.foreign import (
+from ds_fp8.compat import STATE_CLASSES, DynamicLossScaler, LossScaler, fragment_address
+from ds_fp8.zero_fp8.checkpoint.contracts import (
+    LOSS_SCALER_STATE,
+    Progress,
+    Values,
     check_groups,
-    check_loss_scaler,
+    check_hyperparameters,
     check_names,
-    foreign_progress,
-    load_stock,
 )
-from ds_fp8.zero_fp8.checkpoint.manifest import OPTIMIZER_FILE, Parameter
-from ds_fp8.zero_fp8.checkpoint.reading import Entry
-from ds_fp8.zero_fp8.checkpoint.writer import Progress, check_hyperparameters
+from ds_fp8.zero_fp8.checkpoint.files import Entry, in_memory, load_plain
+from ds_fp8.zero_fp8.checkpoint.manifest import Parameter
+
+OPTIMIZER_FILE = re.compile(r"zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt\Z")
+HYPERPARAMETERS = ("lr", "initial_lr", "betas", "eps", "weight_decay", "bias_correction")
 
 
 def optimizer_files(folder: Path) -> dict[int, Path]:
     """DeepSpeed's optimizer files by rank. Raises ValueError for two of one rank."""
-    found: dict[int, Path] = {}
+    paths: dict[int, Path] = {}
     for path in sorted(folder.iterdir()):
         match = OPTIMIZER_FILE.search(path.name)
-        if match and found.setdefault(int(match[1]), path) != path:
-            other = found[int(match[1])].name
+        if match and paths.setdefault(int(match[1]), path) != path:
+            other = paths[int(match[1])].name
             raise ValueError(f"{path}: received {other} as well, expected one file of rank {match[1]}")
-    return dict(sorted(found.items()))
+    return dict(sorted(paths.items()))
 
 
-def is_native(path: Path) -> bool:
-    """Whether an optimizer file is ours."""
+def load_stock(path: Path) -> dict[str, Any]:
+    """A file of DeepSpeed's optimizer."""
+    return load_plain(path, STATE_CLASSES)
+
+
+def holds_our_states(path: Path) -> bool:
+    """Whether an optimizer file was written with FP8."""
     file = Entry(path, load_stock(path)).at("optimizer_state_dict")
     return "base_optimizer_state" in file and "fp8" in file.at("base_optimizer_state").of(dict, list)
+
+
+def check_loss_scaler(scaler: Entry) -> None:
+    """Refuse, by a ValueError, what is no loss scaler of DeepSpeed's."""
+    state = vars(scaler.of(DynamicLossScaler, LossScaler))
+    for key in LOSS_SCALER_STATE:
+        if key in state:
+            Entry(scaler.path, state[key], f"{scaler.where}.{key}").number()
+
+
+def stock_progress(step: int, scaler: Any, groups: Sequence[Mapping[str, Any]]) -> Progress:
+    """scaler: DeepSpeed's, None if there was none; the run keeps its own then."""
+    state = vars(scaler) if scaler is not None else {}
+    return Progress(
+        steps=step,
+        clamp_squares=None,
+        loss_scaler=in_memory({key: state[key] for key in LOSS_SCALER_STATE if key in state}),
+        param_groups=[
+            in_memory({key: group[key] for key in HYPERPARAMETERS if key in group}) for group in groups
+        ],
+    )
 
 
 @dataclass(frozen=True)
@@ -81,20 +112,20 @@ class Stock:
                     known.append(Fragment(rank, group, address.start, elements))
         return fragments
 
-    def check(self, ours: Mapping[str, Parameter]) -> None:
-        """Refuse, by a ValueError, states of other parameters."""
+    def check(self, parameters: Mapping[str, Parameter]) -> None:
+        """Refuse, by a ValueError, states of other parameters than those of the run."""
         path = self._folder
         if len({step for _, step in self._steps}) != 1:
-            told = ", ".join(sorted({f"{step} in {each.name}" for each, step in self._steps}))
-            raise ValueError(f"{path}: steps: received {told}, expected the same everywhere")
-        check_names(path, self.fragments, ours)
-        check_groups(path, self._groups, ours)
-        for name, parameter in ours.items():
-            received = self.fragments[name][-1].elements.stop, self.fragments[name][0].group
+            received = ", ".join(sorted({f"{step} in {file.name}" for file, step in self._steps}))
+            raise ValueError(f"{path}: steps: received {received}, expected the same everywhere")
+        check_names(path, self.fragments, parameters)
+        check_groups(path, self._groups, parameters)
+        for name, parameter in parameters.items():
+            saved = self.fragments[name][-1].elements.stop, self.fragments[name][0].group
             expected = torch.Size(parameter.shape).numel(), parameter.group
-            if received != expected:
+            if saved != expected:
                 raise ValueError(
-                    f"{path}: elements and param group of {name}: received {received}, expected {expected}"
+                    f"{path}: elements and param group of {name}: received {saved}, expected {expected}"
                 )
 
     @property
@@ -105,7 +136,7 @@ class Stock:
     @property
     def progress(self) -> Progress:
         _, step = next(iter(self._steps))
-        return foreign_progress(step, self._files[0].get("loss_scaler"), self._groups)
+        return stock_progress(step, self._files[0].get("loss_scaler"), self._groups)
 
     def values(self, name: str, elements: slice) -> Values:
         """States of some elements of a parameter."""
@@ -115,12 +146,15 @@ class Stock:
         self, name: str, elements: slice, vector: Callable[[dict[str, Any], int], Tensor]
     ) -> list[Tensor]:
         parts = []
-        for each in self.fragments[name]:
-            low, high = max(elements.start, each.elements.start), min(elements.stop, each.elements.stop)
+        for fragment in self.fragments[name]:
+            held = fragment.elements
+            low, high = max(elements.start, held.start), min(elements.stop, held.stop)
             if low < high:
-                first = each.start + low - each.elements.start
-                found = vector(self._files[each.rank], each.group).detach()  # masters are saved as trained
-                parts.append(found[first : first + high - low])
+                first = fragment.start + low - held.start
+                whole = vector(
+                    self._files[fragment.rank], fragment.group
+                ).detach()  # masters are saved as trained
+                parts.append(whole[first : first + high - low])
         return parts
 
 
@@ -146,7 +180,7 @@ def _check_count(file: Entry, ranks: list[int]) -> None:
     """A file that knows of as many files as there are."""
     count = file.at("partition_count")
     several = isinstance(count.value, list | tuple) and len(count.value) > 0
-    expected = max(each.count() for each in count.each()) if several else count.count()
+    expected = max(entry.count() for entry in count.each()) if several else count.count()
     if ranks != list(range(expected)):
         raise ValueError(
             f"{file.path}: received optimizer files of ranks {ranks}, expected those of all {expected} ranks"
@@ -164,7 +198,7 @@ def _check_vectors(file: Entry) -> list[int]:
     )
     if "loss_scaler" in file:
         check_loss_scaler(file.at("loss_scaler"))
-    paddings = [each.count() for each in file.at("group_paddings").each(count)]
+    paddings = [entry.count() for entry in file.at("group_paddings").each(count)]
     steps = []
     for index, (group, mapping, master) in enumerate(zip(groups.each(), mappings, masters, strict=True)):
         check_hyperparameters(group)
@@ -177,9 +211,10 @@ def _check_vectors(file: Entry) -> list[int]:
 
 def _end(address: Entry) -> int:
     """Where a fragment ends in its vectors."""
-    found = address.of(fragment_address)
+    record = address.of(fragment_address)
     start, numel = (
-        Entry(address.path, getattr(found, key, None), f"{address.where}.{key}") for key in ("start", "numel")
+        Entry(address.path, getattr(record, key, None), f"{address.where}.{key}")
+        for key in ("start", "numel")
     )
     return start.count() + numel.count()
 

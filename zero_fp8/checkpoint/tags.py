@@ -13,8 +13,7 @@ successor.
 
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 from ds_fp8.zero_fp8.checkpoint import manifest
@@ -28,12 +27,12 @@ LATEST = "latest"
 LATEST_UNIVERSAL = "latest_universal"
 POINTERS = (LATEST, LATEST_UNIVERSAL)
 # Names beside the tags that have another meaning, DeepSpeed's scripts among them.
-TAKEN = (
-    *(each + end for each in (*POINTERS, manifest.NAME) for end in ("", NEW)),
+RESERVED = (
+    *(name + end for name in (*POINTERS, manifest.NAME) for end in ("", NEW)),
     "zero_to_fp32.py",
     "zero_to_torch.py",
 )
-STATES = ("_model_states.pt", "_optim_states.pt")  # how the names of a tag's files end
+ENDINGS = ("_model_states.pt", "_optim_states.pt")  # how the names of a tag's files end
 LONGEST = 255  # bytes of a name in a file system
 SHOWN = 5  # names in a message
 
@@ -47,8 +46,8 @@ def objection(name: str) -> str | None:
         return "the name of a folder in the save folder, not a path"
     if name != name.strip() or not name.isprintable():
         return "a name without spaces at its ends, line breaks and control characters"
-    if name in TAKEN:
-        return f"any name but {', '.join(TAKEN)}"
+    if name in RESERVED:
+        return f"any name but {', '.join(RESERVED)}"
     if name.endswith((SAVING, REPLACED)):
         return f"a name that does not end in {SAVING} or {REPLACED}, where tags are on their way"
     if len(name.encode()) + len(REPLACED) > LONGEST:
@@ -58,7 +57,7 @@ def objection(name: str) -> str | None:
 
 def contents(folder: Path) -> str:
     """What is in a folder, for a message."""
-    names = sorted(each.name for each in folder.iterdir())
+    names = sorted(path.name for path in folder.iterdir())
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return f"holds {', '.join(names[:SHOWN])}{more}" if names else "is empty"
 
@@ -73,29 +72,39 @@ def settle(folder: Path, tag: str, *, latest: bool) -> Path:
     """
     if allowed := objection(tag):
         raise ValueError(f"tag: received {tag[:200]!r}, allowed: {allowed}")
-    saving, target, replaced = _places(folder, tag)
+    saving, target, replaced = _folders(folder, tag)
+    _check_target(target)
+    _check_leftovers(folder, tag)
     if latest and (folder / LATEST).is_dir():
         raise ValueError(f"{folder / LATEST}: a folder, expected a file with the name of a tag, or none")
-    if target.is_symlink():
-        raise ValueError(f"{target}: a link, expected a folder or nothing under the name of a tag")
-    if target.exists() and not target.is_dir():
-        raise ValueError(f"{target}: a file, expected a folder or nothing under the name of a tag")
-    for leftover, ours in ((saving, _is_saving(saving)), (replaced, _is_replaced(replaced))):
-        if os.path.lexists(leftover) and (not ours or leftover.name == _pointed(folder)):
-            raise ValueError(
-                f"{leftover}: not what a save of {tag} has left: move it away, or save under another tag"
-            )
     folder.mkdir(parents=True, exist_ok=True)
     if not target.exists():
         _finish(saving, target, replaced)
     _drop(replaced, target)
-    return _begin(saving)
+    return begin(saving)
 
 
-def publish(folder: Path, tag: str, facts: Manifest, *, latest: bool) -> None:
+def _check_target(target: Path) -> None:
+    if target.is_symlink():
+        raise ValueError(f"{target}: a link, expected a folder or nothing under the name of a tag")
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"{target}: a file, expected a folder or nothing under the name of a tag")
+
+
+def _check_leftovers(folder: Path, tag: str) -> None:
+    """Refuse, by a ValueError, a folder on the way of a save that no save of the tag has left."""
+    saving, _, replaced = _folders(folder, tag)
+    for leftover, ours in ((saving, is_saving(saving)), (replaced, _is_replaced(replaced))):
+        if os.path.lexists(leftover) and (not ours or leftover.name == _pointed(folder)):
+            raise ValueError(
+                f"{leftover}: not what a save of {tag} has left: move it away, or save under another tag"
+            )
+
+
+def publish(folder: Path, tag: str, written: Manifest, *, latest: bool) -> None:
     """Finish the tag that was written to its saving folder."""
-    saving, target, replaced = _places(folder, tag)
-    write(saving / manifest.NAME, manifest.render(facts))
+    saving, target, replaced = _folders(folder, tag)
+    write(saving / manifest.NAME, manifest.render(written))
     moved = target.exists()
     if moved:
         replaced.mkdir(exist_ok=True)
@@ -116,7 +125,7 @@ def publish(folder: Path, tag: str, facts: Manifest, *, latest: bool) -> None:
 
 def give_up(folder: Path, tag: str) -> None:
     """After a save that failed: clear what it has written, as far as that can be done."""
-    saving, target, replaced = _places(folder, tag)
+    saving, target, replaced = _folders(folder, tag)
     if target.exists() or not (saving / manifest.NAME).exists():
         _clear(saving)
     with suppress(OSError):
@@ -134,24 +143,24 @@ def _finish(saving: Path, target: Path, replaced: Path) -> None:
             return
 
 
-def _places(folder: Path, tag: str) -> tuple[Path, Path, Path]:
+def _folders(folder: Path, tag: str) -> tuple[Path, Path, Path]:
     return folder / (tag + SAVING), folder / tag, folder / (tag + REPLACED)
 
 
-def _begin(saving: Path) -> Path:
+def begin(saving: Path) -> Path:
     """An empty folder that is known as ours by the beginning of a manifest."""
     _clear(saving)
     saving.mkdir(parents=True)
-    _beginning(saving).touch()
+    beginning(saving).touch()
     return saving
 
 
 def _clear(saving: Path) -> None:
     """Remove such a folder; what it is known by goes last."""
-    others = [each for each in _members(saving) if not each.name.startswith(manifest.NAME)]
-    for each in others:
+    others = [path for path in _members(saving) if not path.name.startswith(manifest.NAME)]
+    for path in others:
         with suppress(OSError):
-            each.unlink()
+            path.unlink()
     shutil.rmtree(saving, ignore_errors=True)
 
 
@@ -159,20 +168,20 @@ def _members(folder: Path) -> list[Path]:
     return list(folder.iterdir()) if folder.is_dir() else []
 
 
-def _beginning(saving: Path) -> Path:
+def beginning(saving: Path) -> Path:
     """What becomes the manifest."""
     return saving / (manifest.NAME + NEW)
 
 
-def _is_saving(saving: Path) -> bool:
-    """Whether a folder was made by `_begin`, or only just."""
+def is_saving(saving: Path) -> bool:
+    """Whether a folder was made by `begin`, or only just."""
     return saving.is_dir() and (
-        _beginning(saving).exists() or (saving / manifest.NAME).exists() or not any(saving.iterdir())
+        beginning(saving).exists() or (saving / manifest.NAME).exists() or not any(saving.iterdir())
     )
 
 
 def _is_replaced(replaced: Path) -> bool:
-    return replaced.is_dir() and {each.name for each in replaced.iterdir()} <= {OLD}
+    return replaced.is_dir() and {path.name for path in replaced.iterdir()} <= {OLD}
 
 
 def _drop(replaced: Path, target: Path) -> None:
@@ -180,12 +189,12 @@ def _drop(replaced: Path, target: Path) -> None:
     old = replaced / OLD
     if old.is_dir() and not old.is_symlink():
         listed = manifest.listed(old)
-        # By their names, where no manifest tells the files of the tag.
-        endings = (manifest.NAME + NEW, *(STATES if listed == {manifest.NAME} else ()))
-        for each in old.iterdir():
-            theirs = each.name not in listed and not each.name.endswith(endings)
-            if theirs and not os.path.lexists(target / each.name):
-                os.rename(each, target / each.name)
+        # By their names, if no manifest lists the files of the tag.
+        endings = (manifest.NAME + NEW, *(ENDINGS if listed == {manifest.NAME} else ()))
+        for path in old.iterdir():
+            theirs = path.name not in listed and not path.name.endswith(endings)
+            if theirs and not os.path.lexists(target / path.name):
+                os.rename(path, target / path.name)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
@@ -242,39 +251,16 @@ def _kind(path: Path) -> str:
 def _tags_in(folder: Path) -> str:
     if not folder.is_dir():
         return f"nor is there {folder}"
-    found = sorted(each.name for each in folder.iterdir() if each.is_dir() and _looks_whole(each))
-    more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
-    return f"there are {', '.join(found[:SHOWN])}{more}" if found else f"{folder} {contents(folder)}"
+    names = sorted(path.name for path in folder.iterdir() if path.is_dir() and _looks_whole(path))
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return f"there are {', '.join(names[:SHOWN])}{more}" if names else f"{folder} {contents(folder)}"
 
 
 def _looks_whole(folder: Path) -> bool:
-    return any(each.name == manifest.NAME or each.name.endswith(STATES) for each in folder.iterdir())
+    return any(path.name == manifest.NAME or path.name.endswith(ENDINGS) for path in folder.iterdir())
 
 
 # Files
-
-
-@contextmanager
-def fresh(folder: Path) -> Iterator[Path]:
-    """A folder to write into, which takes the name of `folder` when all is written, or vanishes.
-
-    Raises ValueError if `folder` exists, or cannot be told apart from what else may lie beside it.
-    """
-    if allowed := objection(folder.name):
-        raise ValueError(f"{folder}: allowed: {allowed}")
-    if os.path.lexists(folder):
-        raise ValueError(f"{folder}: exists, allowed: the name of a new folder")
-    saving = folder.with_name(folder.name + SAVING)
-    if os.path.lexists(saving) and not _is_saving(saving):
-        raise ValueError(f"{saving}: not what writing {folder.name} has left: move it away")
-    _begin(saving)
-    try:
-        yield saving
-        _beginning(saving).unlink()
-        os.rename(saving, folder)
-    except BaseException:
-        shutil.rmtree(saving, ignore_errors=True)
-        raise
 
 
 def point(latest: Path, tag: str) -> None:

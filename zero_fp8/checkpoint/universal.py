@@ -1,57 +1,179 @@
-"""Writing a checkpoint of ours as one of DeepSpeed's universal ones.
+"""Universal checkpoints: reading DeepSpeed's and ours, and writing a checkpoint of ours as one.
 
-`zero/<parameter>/{fp32,exp_avg,exp_avg_sq,step}.pt` hold whole FP32 tensors, `zero/optimizer_state.pt` the
-hyperparameters, and DeepSpeed's model file lies beside them. Stock DeepSpeed loads it at any world size, and
-so do we; what only we need is under a key of its own that stock DeepSpeed passes over.
+`zero/<parameter>/{fp32,exp_avg,exp_avg_sq,step}.pt` hold whole FP32 tensors, which are mapped and read one
+slice at a time, `zero/optimizer_state.pt` the hyperparameters, and DeepSpeed's model file lies beside them.
+Stock DeepSpeed loads what we write at any world size, and so do we; what only we need is under a key of its
+own that stock DeepSpeed passes over.
 """
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
+from torch import Tensor
 
-from ds_fp8.zero_fp8.checkpoint import manifest, tags, writing
-from ds_fp8.zero_fp8.checkpoint.foreign import OURS, STATE_FILES
-from ds_fp8.zero_fp8.checkpoint.reader import Native, is_extra_state, others, whole
-from ds_fp8.zero_fp8.checkpoint.tags import fresh
+from ds_fp8.zero_fp8.checkpoint import tags
+from ds_fp8.zero_fp8.checkpoint.contracts import (
+    Progress,
+    Values,
+    check_groups,
+    check_hyperparameters,
+    check_names,
+)
+from ds_fp8.zero_fp8.checkpoint.files import Entry, in_memory, load_any, load_plain, new_folder, save, show
+from ds_fp8.zero_fp8.checkpoint.manifest import Parameter
+from ds_fp8.zero_fp8.checkpoint.reader import Checkpoint, is_extra_state, others, whole
+from ds_fp8.zero_fp8.checkpoint.stock import check_loss_scaler, load_stock, stock_progress
+
+STATE_FILES = ("fp32", "exp_avg", "exp_avg_sq")
+OURS = "ds_fp8"  # key of a universal checkpoint's optimizer_state.pt: counters of ours
 
 
-def write(native: Native, out: Path, advance: Callable[[int], None]) -> None:
-    """Write the folder `out` and, beside it, `latest_universal`; advance: told the elements that are done.
+# Reading
 
-    Raises ValueError if `out` exists, or `latest_universal` is no file.
+
+class Counters(BaseModel):
+    """What only we need of a universal checkpoint, beside what stock DeepSpeed reads."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    steps: NonNegativeInt
+    clamp_squares: list[float | None]
+    loss_scaler: dict[str, int | float]
+    autoscale: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = {}
+
+
+class Universal:
+    """A universal checkpoint, DeepSpeed's or ours."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises ValueError if the folder holds none."""
+        self.folder = folder / "zero"
+        path = self.folder / "optimizer_state.pt"
+        self._common = Entry(path, load_stock(path))
+        self._opened: tuple[str, list[Tensor]] = ("", [])
+
+    def check(self, parameters: Mapping[str, Parameter]) -> None:
+        """Refuse, by a ValueError, states of other parameters than those of the run."""
+        groups = self._common.at("param_groups")
+        check_groups(groups.path, groups.of(list), parameters)
+        for group in groups.each():
+            check_hyperparameters(group)
+        for name, parameter in parameters.items():
+            for key, tensor in zip(STATE_FILES, self._tensors(name), strict=True):
+                if list(tensor.shape) != parameter.shape:
+                    raise ValueError(
+                        f"{self._path(name, key)}: received shape {list(tensor.shape)}, "
+                        f"expected {parameter.shape}"
+                    )
+        self.progress = self._find_progress(parameters)
+
+    def _find_progress(self, parameters: Mapping[str, Parameter]) -> Progress:
+        groups = self._common.at("param_groups").value
+        if OURS in self._common:
+            return self._own_progress(groups, parameters)
+        steps = {self._step(name): name for name in parameters}
+        if len(steps) != 1:
+            received = ", ".join(f"{step} of {name}" for step, name in steps.items())
+            raise ValueError(f"{self.folder}: steps: received {received}, expected the same everywhere")
+        scaler = self._common.at("loss_scaler") if "loss_scaler" in self._common else None
+        if scaler is not None:
+            check_loss_scaler(scaler)
+        return stock_progress(next(iter(steps)), scaler and scaler.value, groups)
+
+    def _own_progress(self, groups: list[dict[str, Any]], parameters: Mapping[str, Parameter]) -> Progress:
+        """What `universal.write` put beside what stock DeepSpeed reads."""
+        place = self._common.at(OURS)
+        try:
+            counters = Counters.model_validate(place.value)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, (OURS, *first["loc"])))
+            refused = f"{where}: received {show(first['input'])}: {first['msg']}"
+            raise ValueError(f"{place.path}: {refused}") from None
+        list(place.at("clamp_squares").each(len(groups)))
+        if counters.autoscale:
+            check_names(place.path, counters.autoscale, parameters)
+        return Progress(param_groups=in_memory(groups), **counters.model_dump())
+
+    def _step(self, name: str) -> int:
+        path = self._path(name, "step")
+        return Entry(path, load_any(path), "step").count()
+
+    def values(self, name: str, elements: slice) -> Values:
+        """States of some elements of a parameter."""
+        return Values.of(*(tensor.view(-1)[elements] for tensor in self._tensors(name)))
+
+    @property
+    def trained(self) -> set[str]:
+        """Names of the parameters that have states."""
+        return {path.parent.name for path in self.folder.glob("*/exp_avg.pt")}
+
+    def other(self, name: str) -> Entry | None:
+        """A buffer or frozen parameter in FP32, if the converter has put it there."""
+        path = self._path(name, "fp32")
+        return Entry(path, _param(path), "param") if path.exists() else None
+
+    def _tensors(self, name: str) -> list[Tensor]:
+        if self._opened[0] != name:
+            self._opened = (name, [_param(self._path(name, key)) for key in STATE_FILES])
+        return self._opened[1]
+
+    def _path(self, name: str, key: str) -> Path:
+        return self.folder / name / f"{key}.pt"
+
+
+def _param(path: Path) -> Tensor:
+    return Entry(path, load_plain(path)).at("param").floats().contiguous()
+
+
+# Writing
+
+
+def write(checkpoint: Checkpoint, out: Path, advance: Callable[[int], None]) -> None:
+    """Write the folder `out` and, beside it, `latest_universal`.
+
+    advance: called with the number of elements written. Raises ValueError if `out` exists, or
+    `latest_universal` is no file.
     """
-    if (out.parent / tags.LATEST_UNIVERSAL).is_dir():
-        raise ValueError(f"{out.parent / tags.LATEST_UNIVERSAL}: a folder, expected a file or nothing")
-    with fresh(out) as folder:
-        zero = folder / "zero"
-        # torch's optimizers want a tensor and DeepSpeed's kernels a number: this one passes for both.
-        step = torch.tensor(float(native.facts.steps))
-        for name, parameter in native.facts.parameters.items():
-            states = whole(native, name)
-            (zero / name).mkdir(parents=True)
-            for key, tensor in zip(STATE_FILES, states, strict=True):
-                writing.save({"param": tensor.view(parameter.shape)}, zero / name / f"{key}.pt")
-            writing.save(step, zero / name / "step.pt")
-            advance(states[0].numel())
-        for name, tensor in others(native).items():
+    latest = out.parent / tags.LATEST_UNIVERSAL
+    if latest.is_dir():
+        raise ValueError(f"{latest}: a folder, expected a file or nothing")
+    with new_folder(out) as temporary:
+        zero = temporary / "zero"
+        zero.mkdir()
+        for name in checkpoint.parameters:
+            advance(_write_states(checkpoint, name, zero / name))
+        for name, tensor in others(checkpoint).items():
             if not is_extra_state(name):  # its bytes are in the model file
                 (zero / name).mkdir()
-                writing.save({"param": tensor.float()}, zero / name / "fp32.pt")
-        writing.save(_common(native), zero / "optimizer_state.pt")
-        shutil.copyfile(native.folder / manifest.MODEL_FILE, folder / manifest.MODEL_FILE)
-    tags.point(out.parent / tags.LATEST_UNIVERSAL, out.name)
+                save({"param": tensor.float()}, zero / name / "fp32.pt")
+        save(_common(checkpoint), zero / "optimizer_state.pt")
+        shutil.copyfile(checkpoint.model_path, temporary / checkpoint.model_path.name)
+    tags.point(latest, out.name)
 
 
-def _common(native: Native) -> dict[str, Any]:
+def _write_states(checkpoint: Checkpoint, name: str, folder: Path) -> int:
+    """Write a trained parameter's states; the number of its elements."""
+    states = whole(checkpoint, name)
+    folder.mkdir()
+    for key, tensor in zip(STATE_FILES, states, strict=True):
+        save({"param": tensor.view(checkpoint.parameters[name].shape)}, folder / f"{key}.pt")
+    # torch's optimizers want a tensor and DeepSpeed's kernels a number: this one passes for both.
+    save(torch.tensor(float(checkpoint.manifest.steps)), folder / "step.pt")
+    return states[0].numel()
+
+
+def _common(checkpoint: Checkpoint) -> dict[str, Any]:
     """No loss scaler for stock DeepSpeed: it would take ours with its settings, in place of its config's."""
-    progress = native.progress
+    progress, manifest = checkpoint.progress, checkpoint.manifest
     return {
-        "zero_stage": native.facts.zero_stage,
-        "partition_count": native.facts.world_size,
-        "ds_version": native.facts.deepspeed_version,
+        "zero_stage": manifest.zero_stage,
+        "partition_count": manifest.world_size,
+        "ds_version": manifest.deepspeed_version,
         "param_groups": progress.param_groups,
         OURS: {
             "steps": progress.steps,

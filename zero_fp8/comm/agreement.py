@@ -1,4 +1,4 @@
-"""Ranks that disagree about config or model are told so, before they wait for each other for ever."""
+"""Raise the same error on every rank if config or model differ, instead of deadlocking in a collective."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -19,20 +19,20 @@ def check_agreement(subject: str, facts: Sequence[str], device: torch.device, gr
     digest = hashlib.sha256("\n".join(facts).encode()).digest()
     own = torch.frombuffer(bytearray(digest), dtype=torch.uint8).to(device)
     ranks = dist.get_world_size(group)
-    found = torch.empty(ranks, len(digest), dtype=torch.uint8, device=device)
-    dist.all_gather_into_tensor(found.view(-1), own, group=group)
-    if bool((found == found[0]).all()):
+    digests = torch.empty(ranks, len(digest), dtype=torch.uint8, device=device)
+    dist.all_gather_into_tensor(digests.view(-1), own, group=group)
+    if bool((digests == digests[0]).all()):
         return
-    told = everybody(list(facts), group)
-    for rank, theirs in enumerate(told):
-        if theirs != told[0]:
-            first, other = where_they_differ(*first_difference(told[0], theirs))
+    expected, *others = gather_objects(list(facts), group)
+    for rank, theirs in enumerate(others, start=1):
+        if theirs != expected:
+            first, other = where_they_differ(*first_difference(expected, theirs))
             raise ValueError(f"ranks disagree about {subject}: rank 0 has {first}, rank {rank} has {other}")
 
 
 def first_objection(objection: str | None, group: ProcessGroup) -> str | None:
     """The objection of the first rank that has one, on every rank."""
-    objections = everybody(objection, group)
+    objections = gather_objects(objection, group)
     return next((f"rank {rank}: {each}" for rank, each in enumerate(objections) if each), None)
 
 
@@ -40,10 +40,10 @@ T = TypeVar("T")
 
 
 def agreed(act: Callable[[], T], group: ProcessGroup, about: object = "") -> T:
-    """What `act` returns on this rank, once it has succeeded on every rank.
+    """Return what `act` returns on this rank, once it has succeeded on every rank.
 
-    Raises the same ValueError on all of them if it raises any exception on any of them; on the rank that
-    raised, the exception is its cause. about: the file or folder that the message names in any case.
+    Raises the same ValueError on every rank if `act` raises any exception on any rank; on that rank the
+    exception is the error's cause. about: the file or folder that the message names in any case.
     """
     result, failure = None, None
     try:
@@ -57,16 +57,16 @@ def agreed(act: Callable[[], T], group: ProcessGroup, about: object = "") -> T:
 
 
 def explain(error: Exception, about: object = "") -> str:
-    """An exception in words: its own if they are written for users, else after the name of its type."""
+    """The text of an exception, after the name of its type unless the text is written for users."""
     text = str(error) if isinstance(error, ValueError | OSError) else ""
     text = text or f"{type(error).__name__}: {error}"
     return text if str(about) in text else f"{about}: {text}"
 
 
-def everybody(value: T, group: ProcessGroup) -> list[T]:
+def gather_objects(value: T, group: ProcessGroup) -> list[T]:
     """The ranks' values, in rank order."""
     # Not DeepSpeed's, which ends the process where its comms logger is on.
-    values: list[T] = [value] * dist.get_world_size(group)
+    values: list[T] = [value for _ in range(dist.get_world_size(group))]
     torch.distributed.all_gather_object(values, value, group=group)
     return values
 

@@ -1,4 +1,4 @@
-"""The collectives: FP8 gradients to their owners, weights to everybody, four figures to all.
+"""The collectives: FP8 gradients to their owners, weights to all ranks, sums and maxima of small vectors.
 
 Gradients go by all-to-alls of bytes, codes and scales of a destination side by side in one message. Not by
 a reduce-scatter: that would add inside the collective, in FP8 and without scales. Float8 tensors are
@@ -19,35 +19,47 @@ from torch.distributed import ProcessGroup
 from ds_fp8.zero_fp8.comm.groups import Nodes
 
 
-class Transfer:
-    """An all-to-all that has been launched, and its buffers."""
+class AllToAll:
+    """An all-to-all that has been launched, and its buffers. A `with` that ends waits for it."""
 
-    def __init__(self, messages: Tensor, group: ProcessGroup) -> None:
-        """Row r of `messages` goes to rank r."""
-        self._sent, self._received = messages, torch.empty_like(messages)
-        self._work = dist.all_to_all_single(self._received, messages, group=group, async_op=True)
+    def __init__(self, messages: Tensor, group: ProcessGroup, sizes: Sequence[int] | None = None) -> None:
+        """Launch it.
+
+        messages: [ranks, bytes], row r for rank r; with sizes, flat: what goes to rank r has sizes[r] bytes.
+        """
+        self._sent = messages
+        if sizes is None:
+            self._received = torch.empty_like(messages)
+            self._work = dist.all_to_all_single(self._received, messages, group=group, async_op=True)
+        else:
+            own = sizes[dist.get_rank(group)]
+            self._received = messages.new_empty(len(sizes), own)
+            self._work = dist.all_to_all_single(
+                self._received.view(-1),
+                messages,
+                [own for _ in sizes],
+                list(sizes),
+                group=group,
+                async_op=True,
+            )
 
     def wait(self) -> Tensor:
         """Row r came from rank r. Once: the buffers are given up."""
-        self._work.wait()
+        work, self._work = self._work, None
+        work.wait()
         received = self._received
-        del self._work, self._sent, self._received
+        del self._sent, self._received
         return received
 
+    def __enter__(self) -> "AllToAll":
+        return self
 
-class UnevenTransfer(Transfer):
-    """An all-to-all of messages of different lengths."""
-
-    def __init__(self, messages: Tensor, sizes: Sequence[int], rank: int, group: ProcessGroup) -> None:
-        """messages: flat, the one for rank r of sizes[r] bytes; rank: this one."""
-        ranks, own = len(sizes), sizes[rank]
-        self._sent, self._received = messages, messages.new_empty(ranks, own)
-        self._work = dist.all_to_all_single(
-            self._received.view(-1), messages, [own] * ranks, list(sizes), group=group, async_op=True
-        )
+    def __exit__(self, *_: object) -> None:
+        if self._work is not None:
+            self.wait()
 
 
-class Gather:
+class AllGather:
     """A flat buffer that is being filled with the even part of it that each rank has written.
 
     1. Ranks with the same place in their nodes gather their slices: each slice reaches a node once. They
@@ -58,14 +70,14 @@ class Gather:
 
     def __init__(self, buffer: Tensor, nodes: Nodes) -> None:
         self._nodes = nodes
-        self._slices = buffer.view(nodes.count, nodes.size, -1)
+        self._slices = buffer.view(nodes.layout.count, nodes.layout.size, -1)
         self._works: list[Any] = []
         self._column: Tensor | None = None  # the slices of this place, while they travel between nodes
         if nodes.across is None:
-            self._spread()
+            self._gather_in_nodes()
         else:
             own = self._slices[nodes.node, nodes.place]
-            self._column = own.new_empty(nodes.count, own.numel())
+            self._column = own.new_empty(nodes.layout.count, own.numel())
             self._works = [_gather(self._column, own, nodes.across)]
 
     def advance(self) -> None:
@@ -74,14 +86,14 @@ class Gather:
             self._wait()
             self._slices[:, self._nodes.place] = self._column
             self._column = None
-            self._spread()
+            self._gather_in_nodes()
 
     def land(self) -> None:
         """The buffer is filled."""
         self.advance()
         self._wait()
 
-    def _spread(self) -> None:
+    def _gather_in_nodes(self) -> None:
         place, inside = self._nodes.place, self._nodes.inside
         self._works = [_gather(run, run[place], inside) for run in self._slices]
 
@@ -90,8 +102,8 @@ class Gather:
             self._works.pop(0).wait()
 
 
-class Spread:
-    """A flat buffer whose uneven parts their owners send to everybody: gloo has no uneven gather."""
+class Broadcasts:
+    """A flat buffer whose uneven parts their owners broadcast: gloo has no uneven gather."""
 
     def __init__(self, parts: Sequence[Tensor], group: ProcessGroup) -> None:
         """parts: of the buffer, one for each rank."""
@@ -114,11 +126,11 @@ def _gather(whole: Tensor, own: Tensor, group: ProcessGroup) -> Any:
     return dist.all_gather_into_tensor(whole.view(-1), own, group=group, async_op=True)
 
 
-def sum_over_ranks(figures: Tensor, group: ProcessGroup) -> None:
+def sum_over_ranks(tensor: Tensor, group: ProcessGroup) -> None:
     """Add a tensor over the ranks, in place."""
-    dist.all_reduce(figures, op=dist.ReduceOp.SUM, group=group)
+    dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=group)
 
 
-def max_over_ranks(figures: Tensor, group: ProcessGroup) -> None:
-    """Largest of each figure over the ranks, in place."""
-    dist.all_reduce(figures, op=dist.ReduceOp.MAX, group=group)
+def max_over_ranks(tensor: Tensor, group: ProcessGroup) -> None:
+    """Largest of each element over the ranks, in place."""
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group)

@@ -3,110 +3,118 @@
 Between nodes a byte costs several times what it costs inside one. With two hops the ranks of a node add up
 first what they send to another node, and one message crosses where as many crossed as the node has ranks.
 The price is a second rounding.
+
+An exchange is a generator that yields where backward goes on: once when its first hop has been launched, once
+when its last one has. What it returns is to be added, in this order.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
-from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from ds_fp8.ops.backend import Backend
 from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.formats import Format
-from ds_fp8.zero_fp8.comm.collectives import Transfer, UnevenTransfer
+from ds_fp8.zero_fp8.comm.collectives import AllToAll
 from ds_fp8.zero_fp8.comm.groups import Nodes
 from ds_fp8.zero_fp8.placement.messages import Message
 
-
-class Exchange(Protocol):
-    """A bucket's messages, launched."""
-
-    def advance(self) -> None:
-        """Start what follows on what is under way."""
-
-    def land(self) -> Sequence[Blocks]:
-        """Wait for the last hop: what there is to add, in this order."""
-
-    def abandon(self) -> None:
-        """Wait for what has been launched, and launch nothing more."""
+Hops = Generator[None, None, Sequence[Blocks]]
 
 
-class UnevenExchange:
-    """Messages as long as the tensors of their owners; one hop."""
-
-    def __init__(self, buffer: Tensor, messages: Sequence[Message], nodes: Nodes) -> None:
-        """buffer: uint8, the messages for all ranks side by side."""
-        self._own = messages[nodes.place]  # as every rank sends it to this one
-        self._transfer = UnevenTransfer(
-            buffer, [each.nbytes for each in messages], nodes.place, nodes.everybody
-        )
-
-    def advance(self) -> None:
-        pass
-
-    def land(self) -> Sequence[Blocks]:
-        return [self._own.blocks_of(each) for each in self._transfer.wait()]
-
-    def abandon(self) -> None:
-        self._transfer.wait()
+def blocks_in(buffer: Tensor, message: Message) -> Blocks:
+    """A message, [nbytes] uint8, seen as blocks."""
+    codes = buffer[: message.code_bytes].view(message.format.dtype).view(message.blocks, message.block_size)
+    scales = buffer[message.code_bytes :][: message.blocks] if message.scaled else None
+    return Blocks(codes, scales, message.format)
 
 
-class RingExchange(UnevenExchange):
-    """Codes that all ranks have scaled alike; they land in the order in which a ring of ranks adds them."""
-
-    def __init__(self, buffer: Tensor, messages: Sequence[Message], nodes: Nodes, scales: Tensor) -> None:
-        """scales: of the rows that this rank owns, [blocks] float32."""
-        super().__init__(buffer, messages, nodes)
-        self._first, self._scales = nodes.place + 1, scales
-
-    def land(self) -> Sequence[Blocks]:
-        """From the rank after this one on; this rank's own come last."""
-        pieces = [Blocks(each.codes, self._scales, each.format) for each in super().land()]
-        return [*pieces[self._first :], *pieces[: self._first]]
+def one_hop(transfer: AllToAll, message: Message) -> Hops:
+    """Every rank receives what is for it from every rank, in rank order. message: of what it owns."""
+    with transfer:
+        yield
+        yield
+        return [blocks_in(each, message) for each in transfer.wait()]
 
 
-class EvenExchange:
-    """Messages of one length, in one hop or two.
+def two_hops(first: AllToAll, message: Message, between: Format, nodes: Nodes, backend: Backend) -> Hops:
+    """Messages of one length, by way of the node.
 
     1. Inside the node: the rank at place p receives what is for the owners at place p of all nodes.
-    2. It adds the messages for one owner in FP32, in rank order, and rounds the sum for the second hop.
+    2. It adds the messages for one owner in FP32, in rank order, and rounds the sum to `between`.
     3. Between nodes: the ranks at place p send each other the sums.
     4. The owner adds what has arrived, in rank order.
-    With one node 2 and 3 fall away, and 4 adds the ranks' own messages.
     """
+    assert nodes.across is not None
+    second = replace(message, format=between)
+    with first:
+        yield
+        sums = _sums(first.wait(), message, second, backend)
+    with AllToAll(sums, nodes.across) as last:
+        del sums
+        yield
+        return [blocks_in(each, second) for each in last.wait().flatten(0, 1)]
 
-    def __init__(
-        self, messages: Tensor, message: Message, between_nodes: Format, nodes: Nodes, backend: Backend
-    ) -> None:
-        """messages: [ranks, nbytes] uint8, one for each of `nodes.owners`."""
-        self._message = message
-        self._second_hop = (replace(message, format=between_nodes), nodes.across) if nodes.across else None
-        self._nodes = nodes
-        self._backend = backend
-        self._transfer = Transfer(messages.view(nodes.size, nodes.count, -1), nodes.inside)
+
+def _sums(received: Tensor, message: Message, second: Message, backend: Backend) -> Tensor:
+    """The node's sum for the owner in each node, [nodes, 1, bytes] uint8; received: [ranks, nodes, bytes]."""
+    sums = torch.empty(received.shape[1], second.nbytes, dtype=torch.uint8, device=received.device)
+    for node, total in enumerate(sums):
+        pieces = [blocks_in(each, message) for each in received[:, node]]
+        backend.accumulate(pieces, blocks_in(total, second), overwrite=True)
+    return sums[:, None]
+
+
+class Exchange:
+    """Hops under way."""
+
+    def __init__(self, hops: Hops) -> None:
+        """The first hop has been launched."""
+        self._hops = hops
+        self._first_only = True
+        next(hops)
 
     def advance(self) -> None:
-        """Start the second hop, where the first is still under way."""
-        if self._second_hop is not None:
-            (second, across), self._second_hop = self._second_hop, None
-            self._transfer = Transfer(self._add(second), across)
-            self._message = second
+        """Launch the second hop, if there is one and it has not been launched."""
+        if self._first_only:
+            self._first_only = False
+            next(self._hops)
 
     def land(self) -> Sequence[Blocks]:
         """Wait for the last hop: what there is to add, in this order."""
         self.advance()
-        return [self._message.blocks_of(each) for each in self._transfer.wait().flatten(0, 1)]
+        try:
+            next(self._hops)
+        except StopIteration as arrived:
+            return arrived.value  # type: ignore[no-any-return]
+        raise AssertionError("an exchange has two hops at most")
 
     def abandon(self) -> None:
         """Wait for what has been launched, and launch nothing more."""
-        self._transfer.wait()
+        self._hops.close()
 
-    def _add(self, second: Message) -> Tensor:
-        """The node's sum for the owner in each node, [nodes, 1, nbytes] uint8."""
-        received = self._transfer.wait()
-        sums = second.buffer(self._nodes.count, received.device)
-        for node in range(self._nodes.count):
-            pieces = [self._message.blocks_of(each) for each in received[:, node]]
-            self._backend.accumulate(pieces, second.blocks_of(sums[node]), fresh=True)
-        return sums[:, None]
+
+Launch = Callable[
+    [Tensor, Sequence[Message], Nodes], Exchange
+]  # messages lie in the buffer, in owners' order
+
+
+def launch_uneven(buffer: Tensor, messages: Sequence[Message], nodes: Nodes) -> Exchange:
+    """Messages as long as what their owners have, in one hop."""
+    transfer = AllToAll(buffer, nodes.group, [each.nbytes for each in messages])
+    return Exchange(one_hop(transfer, messages[nodes.rank]))
+
+
+def launch_even(between: Format, backend: Backend) -> Launch:
+    """Messages of one length, in two hops if there are several nodes. between: format of the second hop."""
+
+    def launch(buffer: Tensor, messages: Sequence[Message], nodes: Nodes) -> Exchange:
+        layout, message = nodes.layout, messages[0]
+        if nodes.across is None:
+            return Exchange(one_hop(AllToAll(buffer.view(layout.size, -1), nodes.group), message))
+        first = AllToAll(buffer.view(layout.size, layout.count, -1), nodes.inside)
+        return Exchange(two_hops(first, message, between, nodes, backend))
+
+    return launch

@@ -1,4 +1,4 @@
-"""A gradient's way: hook -> bucket -> exchange -> shard.
+"""A gradient's way: hook -> bucket -> exchange -> reduced gradient.
 
 Autograd calls a hook when it has accumulated a parameter's gradient and the user's own hooks have seen it.
 The gradient stays in `.grad` until every parameter of its bucket has one; then the bucket is quantised,
@@ -6,7 +6,7 @@ The gradient stays in `.grad` until every parameter of its bucket has one; then 
 fill in; what backward did not fill goes at the epilogue, with zeros for parameters that this rank did not
 use, so ranks that used different parameters neither wait for each other nor mix.
 
-What the shards hold is the sum over all rounds since the last step or `drop`, as `.grad` is in PyTorch.
+What the owners hold is the sum over all rounds since the last step or `drop`, as `.grad` is in PyTorch.
 
 With overlap a bucket that has been launched lands when the one after the next is about to be launched, or at
 the epilogue: two are under way at most, backward goes on meanwhile, and what lands is added in bucket order.
@@ -15,13 +15,14 @@ Without it, it lands at once.
 A gradient may arrive outside a round: after its bucket has left (weights tied under reentrant
 checkpointing), or in a backward that exchanges nothing (towards some tensors, `inputs=`). It
 waits and goes with the next round, or before the step in an extra round for which the ranks agree
-on the buckets. That a rank has one is a figure of the step's all-reduce: nobody asks after every backward,
-and a step that finds one is repeated.
+on the buckets. That a rank has such late gradients is part of the step's all-reduce, so no collective asks
+after every backward, and a step that finds one is repeated (`complete`).
 """
 
 import logging
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,10 +32,12 @@ from torch.nn import Parameter
 from ds_fp8.zero_fp8.comm.collectives import max_over_ranks
 from ds_fp8.zero_fp8.comm.groups import Nodes
 from ds_fp8.zero_fp8.gradients.exchange import Exchange
-from ds_fp8.zero_fp8.gradients.packing import BlockWire
+from ds_fp8.zero_fp8.gradients.packing import Gradients, Packer
+from ds_fp8.zero_fp8.gradients.reduced import ReducedGradient
 from ds_fp8.zero_fp8.guards import flaw_of
+from ds_fp8.zero_fp8.health import Counts
 from ds_fp8.zero_fp8.placement.partition import Bucket, Slot
-from ds_fp8.zero_fp8.states.shard import Shard
+from ds_fp8.zero_fp8.placement.ranks import Fleet
 
 logger = logging.getLogger("ds_fp8")
 
@@ -57,28 +60,42 @@ class LastHook:
         self._handle.remove()
 
 
+class Attempt(Protocol):
+    """A step that has been tried."""
+
+    @property
+    def late(self) -> int:
+        """Late gradients of all ranks; if there are some, the step was not taken."""
+
+
+A = TypeVar("A", bound=Attempt)
+
+
 class GradientReducer:
-    """Brings every rank's gradients to the shards that own them."""
+    """Brings every rank's gradients to the ranks that own them."""
 
     def __init__(
         self,
         buckets: Sequence[Bucket],
         parameters: Mapping[int, Parameter],
-        shards: Sequence[Shard],
-        wire: BlockWire,
-        nodes: Nodes,
+        reduced: Sequence[ReducedGradient],
+        packer: Packer,
+        fleets: Mapping[Fleet, Nodes],
+        counts: Sequence[Counts],
         *,
         overlap: bool,
     ) -> None:
+        """reduced: of each bucket; counts: of each param group."""
         self._buckets = buckets
         self._parameters = parameters
         self._kinds = {index: (each.dtype, each.device) for index, each in parameters.items()}
-        self._shards = shards
-        self._wire = wire
-        self._nodes = nodes
+        self._reduced = reduced
+        self._packer = packer
+        self._fleets = fleets
+        self._counts = counts
         self._overlap = overlap
         self._under_way: deque[tuple[int, Exchange]] = deque()  # and their buckets, oldest first
-        self.expects_late = False  # a step has found late gradients; the next will have them too
+        self._expects_late = False  # a step has found late gradients; the next will have them too
         self._listens = False
         self._hooks: dict[int, LastHook] = {}  # by parameter
         self._held: dict[int, Tensor] = {}  # gradients that came outside a round, by parameter
@@ -114,12 +131,14 @@ class GradientReducer:
         """Forget everything that has been reduced or is on its way."""
         while self._under_way:
             self._under_way.popleft()[1].abandon()
-        for shard in self._shards:
-            shard.forget()
+        for reduced in self._reduced:
+            reduced.forget()
+        for counts in self._counts:
+            counts.forget()
         self._held.clear()
         self.backwards = 0  # that have come to their end since then
         self.unfit: tuple[int, str] | None = None  # parameter whose gradient was refused since then, and why
-        self.taken = 0  # gradients of this rank since then
+        self.received = 0  # gradients of this rank since then
         self.rounds = 0  # backwards that have been reduced since then
         self._start_round()
 
@@ -147,12 +166,23 @@ class GradientReducer:
                 if gradient is not None:
                     self._held[index] = gradient
 
-    def complete(self) -> None:
+    def bring(self) -> None:
         """Bring what still lies in `.grad`; on every rank or none."""
         if self.rounds:
-            self.send_late()
+            self._send_late()
         else:
             self.finish()
+
+    def complete(self, attempt: Callable[[], A]) -> A:
+        """Try a step; once more, with the late gradients, if it finds that a rank has some."""
+        if self._expects_late or not self.rounds:
+            self.bring()
+        tried = attempt()
+        if tried.late:
+            self._expects_late = True
+            self._send_late()
+            tried = attempt()
+        return tried
 
     @property
     def pending(self) -> bool:
@@ -164,7 +194,7 @@ class GradientReducer:
         """Gradients of this rank that came outside a round."""
         return sum(map(self._waits, self._parameters))
 
-    def send_late(self) -> None:
+    def _send_late(self) -> None:
         """The extra round for late gradients; on every rank or none."""
         for index in self._late_buckets():
             self._launch(index)
@@ -189,35 +219,30 @@ class GradientReducer:
         for _, earlier in self._under_way:
             earlier.advance()
         bucket = self._buckets[index]
-        exchange = self._wire.send(bucket, self._take_gradients(bucket), self._shards[index].counts)
+        exchange = self._packer.send(bucket, self.take(bucket), self._counts[bucket.group])
         self._under_way.append((index, exchange))
         if not self._overlap:
             self._land()
 
     def _land(self, *, leave: int = 0) -> None:
-        """Bring buckets to their shards, oldest first, until `leave` are under way."""
+        """Bring buckets to their owners, oldest first, until `leave` are under way."""
         while len(self._under_way) > leave:
             index, exchange = self._under_way.popleft()
-            shard, pieces = self._shards[index], exchange.land()
-            if shard.must_promote():
-                self._log_promotion()
-                shard.promote()
-            shard.receive(pieces)
+            reduced, arrived = self._reduced[index], exchange.land()
+            if reduced.must_promote:
+                self._log_promotion(reduced)
+                reduced.promote()
+            reduced.receive(arrived)
 
-    def pack(self, bucket: Bucket) -> Tensor:
-        """The bucket's messages, as they would be sent, flat uint8; drops the gradients."""
-        return self._wire.pack(bucket, self._take_gradients(bucket), self._shards[bucket.index].counts)
-
-    def _take_gradients(self, bucket: Bucket) -> dict[int, Tensor | None]:
+    def take(self, bucket: Bucket) -> Gradients:
         """The bucket's gradients as vectors, taken off their parameters."""
-        taken: dict[int, Tensor | None] = {}
+        vectors: Gradients = {}
         for slot in bucket.slots:
             gradient = self._take(slot.parameter)
-            self.taken += gradient is not None
-            if gradient is not None and not self._fits(gradient, slot):
-                gradient = None
-            taken[slot.parameter] = None if gradient is None else gradient.reshape(-1)
-        return taken
+            self.received += gradient is not None
+            fits = gradient is not None and self._fits(gradient, slot)
+            vectors[slot.parameter] = gradient.reshape(-1) if gradient is not None and fits else None
+        return vectors
 
     def _waits(self, index: int) -> bool:
         return index in self._held or self._parameters[index].grad is not None
@@ -242,20 +267,22 @@ class GradientReducer:
         return fits
 
     def _late_buckets(self) -> list[int]:
-        """Buckets that on any rank hold a gradient although they have travelled."""
+        """Buckets that on any rank of their fleet hold a gradient although they have travelled."""
         device = self._parameters[self._buckets[0].slots[0].parameter].device
         late = torch.zeros(len(self._buckets), dtype=torch.uint8, device=device)
         for bucket in self._buckets:
             if any(self._waits(slot.parameter) for slot in bucket.slots):
                 late[bucket.index] = 1
-        max_over_ranks(late, self._nodes.everybody)
+        for nodes in self._fleets.values():
+            max_over_ranks(late, nodes.group)
         return [int(index) for index in late.nonzero()]
 
-    def _log_promotion(self) -> None:
-        if not self._promotion_logged and torch.distributed.get_rank(self._nodes.everybody) == 0:
+    def _log_promotion(self, reduced: ReducedGradient) -> None:
+        first = next(iter(self._fleets.values()))
+        if not self._promotion_logged and first.rank == 0:
             logger.info(
                 "fp8.gradients.accum_dtype was left out and a second micro-step arrived: "
                 "the reduced gradient turns from %s to fp32",
-                self._shards[0].recipe.shard.name,
+                reduced.blocks.format.name,
             )
         self._promotion_logged = True

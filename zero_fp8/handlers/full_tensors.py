@@ -5,8 +5,9 @@ their `safe_set_*` twins call: methods bound to the parameters. Reading is colle
 the same value on every rank and communicates nothing.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,12 +19,21 @@ from ds_fp8.ops.adam import UNIT, AdamState, square_root
 from ds_fp8.ops.blocks import Blocks, chunks, decode, padded, quantize
 from ds_fp8.ops.masters import decode_masters, store_masters
 from ds_fp8.zero_fp8.comm.collectives import sum_over_ranks
+from ds_fp8.zero_fp8.gradients.reduced import ReducedGradient
 from ds_fp8.zero_fp8.placement.partition import Piece
 from ds_fp8.zero_fp8.states.shard import Shard
-from ds_fp8.zero_fp8.weights.views import Weights
+from ds_fp8.zero_fp8.wiring import Parts
 
 BOUND = ("_hp_mapping", "get_full_hp_param", "set_full_hp_param", "get_full_hp_grad", "set_full_hp_grad")
 STATES = ("exp_avg", "exp_avg_sq")
+
+
+class Owned(NamedTuple):
+    """What this rank has of a bucket."""
+
+    reduced: ReducedGradient
+    shard: Shard
+    weights: Tensor  # the rows that it owns
 
 
 class FullTensors:
@@ -37,17 +47,16 @@ class FullTensors:
 
     def __init__(
         self,
-        shards: Sequence[Shard],
-        weights: Sequence[Weights],
+        parts: Parts,
         group: ProcessGroup,
         gradient_scale: Callable[[], float],
+        *,
         on_foreign_state: Callable[[], None],
         on_reading_gradients: Callable[[], None],
         on_access: Callable[[], None],
         on_other_owner: Callable[[], None],
     ) -> None:
-        self._shards = shards
-        self._weights = weights
+        self._parts = parts
         self._group = group
         self._gradient_scale = gradient_scale
         self._on_foreign_state = on_foreign_state
@@ -81,12 +90,13 @@ class FullTensors:
         _check_key(optim_state_key)
         self._on_access()
 
-        def read(shard: Shard, weights: Tensor, rows: slice) -> Tensor:
-            if optim_state_key == "exp_avg_sq":
-                return shard.state[rows].second_moment(UNIT**-2)
-            if optim_state_key == "exp_avg":
-                return decode(shard.state.exp_avg[rows])
-            return decode_masters(shard.state.master[rows], weights[rows])
+        def read(owned: Owned, rows: slice) -> Tensor:
+            with owned.shard.lend(rows) as state:
+                if optim_state_key == "exp_avg_sq":
+                    return state.second_moment(UNIT**-2)
+                if optim_state_key == "exp_avg":
+                    return decode(state.exp_avg)
+                return decode_masters(state.master, owned.weights[rows])
 
         return self._gather(index, parameter, read)
 
@@ -94,7 +104,7 @@ class FullTensors:
         """Mean gradient in FP32, without loss scale. Raises ValueError outside backward .. step."""
         self._on_reading_gradients()
         scale = self._gradient_scale()
-        return self._gather(index, parameter, lambda shard, _, rows: decode(shard.gradient[rows]) * scale)
+        return self._gather(index, parameter, lambda owned, rows: decode(owned.reduced.blocks[rows]) * scale)
 
     def set_state(
         self, index: int, parameter: Parameter, value: Tensor, optim_state_key: str | None = None
@@ -103,14 +113,15 @@ class FullTensors:
         _check_key(optim_state_key)
         self._on_access()
         flat = _flat(value, parameter)
-        for shard, weights, piece in self._pieces(index):
+        for owned, piece in self._pieces(index):
             part = flat[piece.elements]
-            if optim_state_key is None:
-                store_masters(part, shard.state.master[piece.rows], weights[piece.rows])
-            elif optim_state_key == "exp_avg":
-                quantize(part, shard.state.exp_avg[piece.rows])
-            else:
-                _quantize_second_moment(part, shard.state[piece.rows])
+            with owned.shard.lend(piece.rows) as state:
+                if optim_state_key is None:
+                    store_masters(part, state.master, owned.weights[piece.rows])
+                elif optim_state_key == "exp_avg":
+                    quantize(part, state.exp_avg)
+                else:
+                    _quantize_second_moment(part, state)
         if optim_state_key is None:
             self._write_weight(flat, parameter)
         else:
@@ -120,36 +131,33 @@ class FullTensors:
         """Round a mean gradient into the reduced gradient. Raises ValueError outside backward .. step."""
         self._on_reading_gradients()
         flat = _flat(value, parameter) / self._gradient_scale()
-        for shard, _, piece in self._pieces(index):
-            shard.set_gradient(flat[piece.elements], piece.rows)
+        for owned, piece in self._pieces(index):
+            owned.reduced.set(flat[piece.elements], piece.rows)
 
     def _write_weight(self, flat: Tensor, parameter: Parameter) -> None:
         """The whole weight, on every rank, as its owners' masters would give it."""
-        recipe = self._shards[0].recipe
-        size = recipe.block_size
+        fmt, size = self._parts.shards[0].master_format, self._parts.shards[0].block_size
         weight = parameter.data.view(-1)
         for part in chunks(-(-flat.numel() // size), size):
             values = flat[part.start * size : part.stop * size]
-            master = Blocks.zeros(part.stop - part.start, size, recipe.master, flat.device)
+            master = Blocks.zeros(part.stop - part.start, size, fmt, flat.device)
             rounded = torch.empty(len(master), size, dtype=weight.dtype, device=weight.device)
             store_masters(values, master, rounded)
             weight[part.start * size :][: values.numel()] = rounded.view(-1)[: values.numel()]
 
-    def _gather(
-        self, index: int, parameter: Parameter, read: Callable[[Shard, Tensor, slice], Tensor]
-    ) -> Tensor:
+    def _gather(self, index: int, parameter: Parameter, read: Callable[[Owned, slice], Tensor]) -> Tensor:
         whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
-        for shard, weights, piece in self._pieces(index):
-            whole[piece.elements] = read(shard, weights, piece.rows).view(-1)[: piece.numel]
+        for owned, piece in self._pieces(index):
+            whole[piece.elements] = read(owned, piece.rows).view(-1)[: piece.numel]
         sum_over_ranks(whole, self._group)
         return whole.view(parameter.shape)
 
-    def _pieces(self, index: int) -> Iterator[tuple[Shard, Tensor, Piece]]:
-        """Each of this rank's pieces of a parameter, in its shard and the shard's rows of the weights."""
-        for shard, weights in zip(self._shards, self._weights, strict=True):
+    def _pieces(self, index: int) -> Iterator[tuple[Owned, Piece]]:
+        """Each of this rank's pieces of a parameter, and what holds it."""
+        for _, reduced, shard, weights in self._parts.by_bucket():
             for piece in shard.pieces:
                 if piece.slot.parameter == index:
-                    yield shard, weights.own, piece
+                    yield Owned(reduced, shard, weights.own), piece
 
 
 def _owner(parameter: Parameter) -> FullTensors | None:

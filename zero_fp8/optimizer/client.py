@@ -8,7 +8,8 @@ What an optimizer of the client's cannot do any more is refused by name instead 
 from collections.abc import Callable
 from typing import Any
 
-from ds_fp8.zero_fp8.optimizer.fp8_adamw import FP8AdamW, check_group
+from ds_fp8.zero_fp8.optimizer.fp8_adamw import FP8AdamW
+from ds_fp8.zero_fp8.optimizer.hyperparameters import check_group
 
 METHODS = ("step", "zero_grad", "add_param_group")
 
@@ -25,7 +26,7 @@ class Client:
                 setattr(optimizer, name, method)
 
     def follow(self) -> None:
-        """Before a step: take over the client's hyperparameters. Raises ValueError for others than before."""
+        """Before a step: take over the client's hyperparameters. Raises ValueError for added groups."""
         theirs = self._given.param_groups
         if len(theirs) != self._groups:
             raise ValueError(
@@ -34,7 +35,7 @@ class Client:
             )
         for group, values in zip(self._ours.param_groups, theirs, strict=True):
             if values is not group:
-                group.update({key: each for key, each in values.items() if key != "params"})
+                group.update({key: value for key, value in values.items() if key != "params"})
             check_group(group)
 
     def let_go(self) -> None:

@@ -21,7 +21,7 @@ from ds_fp8.ops.masters import write_weights
 
 
 class Mark(NamedTuple):
-    """How a step has left a parameter; equal as long as nobody was seen to write to it."""
+    """How a step has left a parameter; equal as long as no write to it was seen."""
 
     version: int  # autograd's count of writes in place
     address: int

@@ -1,10 +1,9 @@
 """FP8AdamW: the hyperparameters of a run in DeepSpeed, and an optimizer of its own without it.
 
 It is a real `torch.optim.Optimizer`, so that learning-rate schedulers accept it. Under ZeRO it holds no
-state: the states live in shards, whose blocks follow the partition and not the parameters, and it
-shares the `param_groups` dicts of the optimizer that it replaces; with copies a scheduler would go on
-writing to dicts that nobody reads. Alone, `step` sweeps each parameter with the same kernels
-(`alone.py`).
+state: the states live in shards, whose blocks follow the partition and not the parameters. It shares the
+`param_groups` dicts of the optimizer that it replaces; a scheduler would go on writing to the old dicts if
+these were copies. Without DeepSpeed, `step` sweeps each parameter with the same kernels (`standalone.py`).
 """
 
 import copy
@@ -16,28 +15,46 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_fp8.config.refusals import refusal, show
+from ds_fp8.config.refusals import refusal
 from ds_fp8.config.section import SECTION, FP8Config, parse
 from ds_fp8.ops.adam import AdamScalars, next_clamp
 from ds_fp8.zero_fp8.guards import ALLOWED, kind_of
-from ds_fp8.zero_fp8.optimizer.standalone import Member, States, check_apart, members_of
+from ds_fp8.zero_fp8.optimizer.hyperparameters import (
+    HYPERPARAMETERS,
+    betas_of,
+    check_betas,
+    check_group,
+    scalars_of,
+)
+from ds_fp8.zero_fp8.optimizer.members import Member, check_apart, members_of
+from ds_fp8.zero_fp8.optimizer.standalone import States
 from ds_fp8.zero_fp8.recipe import recipe_of
 
 logger = logging.getLogger("ds_fp8")
 
-HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "bias_correction", "adam_w_mode")
-LEAST_LR = -1e-12  # a scheduler's last learning rate may lie a little below 0, as torch's may
-ZERO_IN_FP32 = 2.0**-150  # the largest number that FP32 rounds to 0
-UNSUPPORTED_FLAGS = ("amsgrad", "maximize", "differentiable")
-
 
 class FP8AdamW(torch.optim.Optimizer):
-    """Adam or AdamW over FP8 states.
+    """Adam or AdamW over FP8 states, in one of two roles.
 
-    lr, betas, eps, weight_decay, bias_correction: as in DeepSpeed's FusedAdam. adam_w_mode: decoupled
-    weight decay (AdamW) where true, L2 (Adam) where false. fp8: for use without DeepSpeed, formats of the
-    states as in the "fp8" section of a ds_config (opt_level, block_size, optimizer); O2 where left out.
-    Raises ValueError for a value out of range and for amsgrad, maximize and differentiable.
+    With DeepSpeed (`deepspeed.initialize(optimizer=...)`, or made from the "optimizer" section) it only holds
+    the
+    hyperparameters: the states live in the shards of ZeRO and `engine.step()` steps them. Without DeepSpeed
+    it is an optimizer like torch's AdamW, with its states in 8 and 16 bits.
+
+    Args:
+        params: parameters, param groups or named parameters, as for any torch optimizer.
+        lr: learning rate, default 1e-3.
+        betas: decay rates of exp_avg and exp_avg_sq, default (0.9, 0.999).
+        eps: added to sqrt(exp_avg_sq), default 1e-8; more than 0 in FP32.
+        weight_decay: default 0.01.
+        bias_correction: correct exp_avg and exp_avg_sq for their start at 0, default True.
+        adam_w_mode: decoupled weight decay (AdamW), default True; False: L2 (Adam).
+        fp8: without DeepSpeed only: formats of the states as in the "fp8" section of a ds_config
+        (`opt_level`,
+            `block_size`, `optimizer`), default O2.
+
+    Raises:
+        ValueError: a value is out of range, or amsgrad, maximize or differentiable is set.
     """
 
     def __init__(
@@ -62,7 +79,7 @@ class FP8AdamW(torch.optim.Optimizer):
         }
         self.steps = 0
         self.clamp_squares: list[float | None] = []
-        self._alone = _states(fp8)
+        self._standalone = _states(fp8)
         self.fp8 = None if fp8 is None else copy.deepcopy(dict(fp8))
         super().__init__(params, defaults)
 
@@ -77,7 +94,7 @@ class FP8AdamW(torch.optim.Optimizer):
 
     def _check_new_group(self, group: dict[str, Any]) -> None:
         check_group(group)
-        if group.get(SECTION, self._alone.identity) != self._alone.identity:
+        if group.get(SECTION, self._standalone.entries.identity) != self._standalone.entries.identity:
             raise refusal(
                 f"optimizer.params.{SECTION}", group[SECTION], "none; formats are of all param groups"
             )
@@ -95,47 +112,64 @@ class FP8AdamW(torch.optim.Optimizer):
         The states of a parameter are made at its first step, its master from its weight. Masters follow
         weights that were edited since (`edits.py`). A gradient that is not finite spoils the states, as in
         torch: clip and check before.
-        Raises ValueError, which names what is at fault, before anything is changed: for a parameter or
-        gradient that the kernels cannot take, for a parameter that its state was not made for, for two that
-        share memory, and for hyperparameters that the constructor would refuse.
+
+        Args:
+            closure: computes the loss again, as for any torch optimizer.
+
+        Returns:
+            What the closure returned, else None.
+
+        Raises:
+            ValueError: before anything is changed, with the name of what is at fault: a parameter or gradient
+            that
+                the kernels cannot take, a parameter that its state was not made for, two that share memory,
+                or hyperparameters that the constructor would refuse.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        members = [each for each in members_of(self.param_groups) if each.parameter.grad is not None]
+        self._check_step(members)
+        only_states = self._asks_for_states(members)
+        self._sign_groups()
+        for each in members:
+            if not self.state[each.parameter]:
+                self.state[each.parameter] = self._standalone.entries.make(each.parameter)
+        if not only_states:
+            self._step_all(members)
+        return loss
+
+    def _check_step(self, members: list[Member]) -> None:
+        """members: those with a gradient."""
         for group in self.param_groups:
             check_group(group)
-        members = [each for each in members_of(self.param_groups) if each.parameter.grad is not None]
         for each in members:
-            self._alone.check(f"FP8AdamW, {each.name}", self.state.get(each.parameter, {}), each.parameter)
+            entry = self.state.get(each.parameter, {})
+            self._standalone.check(f"FP8AdamW, {each.name}", entry, each.parameter)
         check_apart(
             each
             for each in members_of(self.param_groups)
             if each.parameter.grad is not None or self.state.get(each.parameter)
         )
-        only_states = self._asks_for_states(members)
-        self._sign_groups()
-        for each in members:
-            if not self.state[each.parameter]:
-                self.state[each.parameter] = self._alone.make(each.parameter)
-        if not only_states:
-            self._step_all(members)
-        return loss
 
     def _step_all(self, members: list[Member]) -> None:
         for each in members:
-            self._alone.follow(self.state[each.parameter], each.parameter)
+            self._standalone.follow(self.state[each.parameter], each.parameter)
         for each in members:
             self._step_one(each)
         for each in members:
-            self._alone.remember(self.state[each.parameter], each.parameter)
+            self._standalone.remember(self.state[each.parameter], each.parameter)
 
     def _step_one(self, member: Member) -> None:
         state = self.state[member.parameter]
-        scalars, square = _scalars(
-            member.group, state["step"] + 1, state["clamp_square"] or None, clamp=self._alone.recipe.clamped
+        scalars, square = scalars_of(
+            member.group,
+            state["step"] + 1,
+            state["clamp_square"] or None,
+            clamp=self._standalone.recipe.clamped,
         )
-        self._alone.sweep(state, member.parameter, member.number, scalars)
+        self._standalone.sweep(state, member.parameter, member.number, scalars)
         state.update(step=scalars.step, clamp_square=square)
 
     def _asks_for_states(self, members: list[Member]) -> bool:
@@ -158,18 +192,22 @@ class FP8AdamW(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what `state_dict` gave, byte for byte.
 
-        Raises ValueError, before anything is changed, if formats, shapes or hyperparameters do not fit.
+        Args:
+            state_dict: of an FP8AdamW with the same param groups, formats and seed.
+
+        Raises:
+            ValueError: before anything is changed, if formats, shapes or hyperparameters do not fit.
         """
         # torch casts states to the dtype of their parameter: not ours. So torch sees none of them; a
         # user's own hooks, which come before the last one and after the first, see them all.
-        taken: dict[Tensor, dict[str, Any]] = {}
+        copies: dict[Tensor, dict[str, Any]] = {}
 
         def take(_: torch.optim.Optimizer, given: dict[str, Any]) -> dict[str, Any]:
-            taken.update(self._taken_over(given))
+            copies.update(self._copies_of(given))
             return {**given, "state": {}}
 
         def put(_: torch.optim.Optimizer) -> None:
-            self.state.update(taken)
+            self.state.update(copies)
 
         with (
             self.register_load_state_dict_pre_hook(take),
@@ -177,7 +215,7 @@ class FP8AdamW(torch.optim.Optimizer):
         ):
             super().load_state_dict(state_dict)
 
-    def _taken_over(self, given: dict[str, Any]) -> dict[Tensor, dict[str, Any]]:
+    def _copies_of(self, given: dict[str, Any]) -> dict[Tensor, dict[str, Any]]:
         """Copies of the states of a state_dict that fits, by parameter."""
         groups = given.get("param_groups", [])
         received = [len(group.get("params", ())) for group in groups]
@@ -187,27 +225,29 @@ class FP8AdamW(torch.optim.Optimizer):
                 f"state_dict: received param groups of {received} parameters, expected {expected}"
             )
         for group in groups:
-            self._alone.check_identity(group.get(SECTION))
+            self._standalone.entries.check_identity(group.get(SECTION))
             missing = sorted(set(HYPERPARAMETERS) - group.keys())
             if missing:
                 raise ValueError(f"state_dict: received a param group without {', '.join(missing)}")
-            _check_betas(group)  # the rest may be set again before the next step, which checks it
-        saved_ids = [each for group in groups for each in group["params"]]
+            check_betas(group)  # the rest may be set again before the next step, which checks it
+        saved_ids = [number for group in groups for number in group["params"]]
         members = dict(zip(saved_ids, members_of(self.param_groups), strict=True))
-        taken = {}
+        copies = {}
         for key, saved in given.get("state", {}).items():
             if key not in members:
                 raise ValueError(
                     f"state_dict: received parameter {key}, allowed: {saved_ids[0]} to {saved_ids[-1]}"
                 )
             parameter = members[key].parameter
-            taken[parameter] = self._alone.taken_over(f"state_dict of {members[key].name}", saved, parameter)
-        return taken
+            copies[parameter] = self._standalone.entries.copy_of(
+                f"state_dict of {members[key].name}", saved, parameter
+            )
+        return copies
 
     def _sign_groups(self) -> None:
         """Say in each group what the states are: torch.distributed.checkpoint keeps nothing beside groups."""
         for group in self.param_groups:
-            group[SECTION] = self._alone.identity
+            group[SECTION] = self._standalone.entries.identity
 
     # Copies
 
@@ -218,27 +258,27 @@ class FP8AdamW(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if "_alone" not in self.__dict__:
-            self._alone = _states(self.fp8)
+        if "_standalone" not in self.__dict__:
+            self._standalone = _states(self.fp8)
 
     # Under ZeRO
 
     def scalars(self, *, clamp: bool) -> list[AdamScalars]:
-        """What the next step multiplies with, one set a param group; `advance` counts the step."""
+        """What the next step multiplies with, one set per param group; `advance` counts the step."""
         pairs = zip(self.param_groups, self.clamp_squares, strict=True)
-        return [_scalars(group, self.steps + 1, square, clamp=clamp)[0] for group, square in pairs]
+        return [scalars_of(group, self.steps + 1, square, clamp=clamp)[0] for group, square in pairs]
 
     def advance(self, *, clamp: bool) -> None:
         """Count a step."""
         self.steps += 1
         self._opt_called = True  # what a scheduler asks before it steps
         squares = [
-            next_clamp(square, _betas(group))
+            next_clamp(square, betas_of(group))
             for square, group in zip(self.clamp_squares, self.param_groups, strict=True)
         ]
         for index, (before, after) in enumerate(zip(self.clamp_squares, squares, strict=True)):
             if clamp and after == math.inf != before:
-                betas = _betas(self.param_groups[index])
+                betas = betas_of(self.param_groups[index])
                 logger.info("clamp off for param group %d: beta1^2 >= beta2 at betas %s", index, betas)
         self.clamp_squares = list(squares)
 
@@ -256,47 +296,3 @@ def _states(fp8: Mapping[str, Any] | None) -> States:
     if config.scaling != "block":
         raise refusal(f"{SECTION}.scaling", config.scaling, '"block" for an FP8AdamW without DeepSpeed')
     return States(recipe_of(config))
-
-
-def _betas(group: dict[str, Any]) -> tuple[float, float]:
-    return float(group["betas"][0]), float(group["betas"][1])
-
-
-def _scalars(
-    group: dict[str, Any], step: int, clamp_square: float | None, *, clamp: bool
-) -> tuple[AdamScalars, float]:
-    """What a step multiplies with, and the square of its clamp; clamp_square: the last step's."""
-    beta1, beta2 = _betas(group)
-    square = next_clamp(clamp_square, (beta1, beta2))
-    scalars = AdamScalars(
-        step=step,
-        lr=float(group["lr"]),
-        beta1=beta1,
-        beta2=beta2,
-        eps=float(group["eps"]),
-        weight_decay=float(group["weight_decay"]),
-        decoupled=group["adam_w_mode"],
-        bias_correction=group["bias_correction"],
-        clamp=math.sqrt(square) if clamp and math.isfinite(square) else None,
-    )
-    return scalars, square
-
-
-def check_group(group: dict[str, Any]) -> None:
-    """Refuse hyperparameters that the sweep cannot compute with, by name."""
-    for flag in UNSUPPORTED_FLAGS:
-        if group.get(flag):
-            raise ValueError(f"optimizer.params.{flag}: received True, allowed: false")
-    for name, least in (("lr", LEAST_LR), ("weight_decay", 0.0)):
-        value = float(group[name])
-        if not value >= least:
-            raise ValueError(f"optimizer.params.{name}: received {value}, allowed: 0 or more")
-    if not float(group["eps"]) > ZERO_IN_FP32:
-        raise ValueError(f"optimizer.params.eps: received {group['eps']}, allowed: more than 0 in FP32")
-    _check_betas(group)
-
-
-def _check_betas(group: dict[str, Any]) -> None:
-    betas = group["betas"]
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"optimizer.params.betas: received {show(betas)}, allowed: two numbers in [0, 1)")

@@ -1,23 +1,24 @@
-"""What one rank sends to one owner, in bytes."""
+"""What one rank sends to one owner of a bucket, in bytes. Integers only.
+
+Codes of the owner's blocks lie first, then their scales, then padding, so that the next message can be read
+in wide words.
+"""
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.formats import Format
 
-ALIGNMENT = 16  # bytes; a message is padded to it, so that the next one can be read in wide words
+ALIGNMENT = 16  # bytes; a message is padded to it
 
 
 @dataclass(frozen=True)
 class Message:
-    """The bytes one rank sends to one owner: the codes of its blocks, then their scales."""
+    """The blocks that one rank sends to one owner."""
 
     blocks: int
     block_size: int
     format: Format
+    with_scales: bool = True  # if the format has them; codes travel alone if their scales are known
 
     @property
     def code_bytes(self) -> int:
@@ -26,26 +27,8 @@ class Message:
     @property
     def scaled(self) -> bool:
         """Whether scales follow the codes."""
-        return self.format.scaled
+        return self.with_scales and self.format.scaled
 
     @property
     def nbytes(self) -> int:
         return -(-(self.code_bytes + self.blocks * self.scaled) // ALIGNMENT) * ALIGNMENT
-
-    def buffer(self, messages: int, device: torch.device) -> Tensor:
-        """Room for as many messages, [messages, nbytes] uint8, not initialised."""
-        return torch.empty(messages, self.nbytes, dtype=torch.uint8, device=device)
-
-    def blocks_of(self, message: Tensor) -> Blocks:
-        """A message, [nbytes] uint8, seen as blocks."""
-        codes = message[: self.code_bytes].view(self.format.dtype).view(self.blocks, self.block_size)
-        scales = message[self.code_bytes :][: self.blocks] if self.scaled else None
-        return Blocks(codes, scales, self.format)
-
-
-class CodeMessage(Message):
-    """Codes alone: their scales are known."""
-
-    @property
-    def scaled(self) -> bool:
-        return False

@@ -6,10 +6,11 @@ from typing import Any
 from torch.nn import Parameter
 
 from ds_fp8.zero_fp8.placement.partition import ParameterSpec
+from ds_fp8.zero_fp8.placement.ranks import Fleet
 
 
 def trained_parameters(
-    param_groups: Sequence[Mapping[str, Any]], names: Mapping[Parameter, str]
+    param_groups: Sequence[Mapping[str, Any]], names: Mapping[Parameter, str], fleet: Fleet
 ) -> tuple[dict[int, Parameter], list[ParameterSpec]]:
     """The parameters of the groups that require a gradient and are not empty, by global index."""
     indices = {parameter: index for index, parameter in enumerate(names)}
@@ -26,7 +27,7 @@ def trained_parameters(
                 )
             index = indices[parameter]
             parameters[index] = parameter
-            specs.append(ParameterSpec(index, parameter.numel(), number, parameter.dtype))
+            specs.append(ParameterSpec(index, parameter.numel(), number, parameter.dtype, fleet))
     check_memory(parameters, names)
     if not specs:
         raise ValueError("optimizer: received no parameter that trains, allowed: at least one")

@@ -1,21 +1,24 @@
 """Where parameters lie: parameters -> buckets -> blocks -> ranks. Integers only.
 
-Parameters fill buckets in reverse order, as backward produces their gradients. A bucket holds
-parameters of one param group and dtype, each starting on a block boundary; its last blocks may
-be padding, so that every rank owns the same number of consecutive blocks and every collective of
-the bucket is even. A block lies inside one parameter and is counted from the parameter's own
-first element: what a block holds does not depend on the world size, only who owns it does.
+Parameters fill buckets in reverse order, as backward produces their gradients. A bucket holds parameters of
+one param group, dtype and fleet, each starting on a block boundary; its last blocks may be padding, so that
+every rank owns the same number of consecutive blocks and every collective of the bucket is even. A block lies
+inside one parameter and is counted from the parameter's own first element: what a block holds does not depend
+on the world size, only who owns it does.
 
 Where a scale belongs to a whole tensor, whole tensors go to ranks instead, by FP8-LM's Algorithm 1: over all
 buckets, largest first, to the rank that has least (arXiv 2310.18313 section 2.3). A rank's run of a bucket is
 then as long as its tensors, and a block is the granule that tensors are padded to.
 
-Nobody multiplies block counts by hand: `Bucket.segments` yields a rank's pieces of parameters.
+Iterate over `Bucket.pieces(rank)`; no other module does arithmetic on block counts.
 """
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heapreplace
+from itertools import accumulate
+
+from ds_fp8.zero_fp8.placement.ranks import Fleet
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,7 @@ class ParameterSpec:
     numel: int
     group: int  # param group of the optimizer
     dtype: Hashable
+    fleet: Fleet  # the ranks that hold a copy
 
 
 @dataclass(frozen=True)
@@ -59,38 +63,32 @@ class Piece:
 
 @dataclass(frozen=True)
 class Bucket:
-    """Parameters whose gradients travel together."""
+    """Parameters whose gradients travel together, and which of their blocks each rank owns."""
 
     index: int
     group: int  # param group of the optimizer
+    fleet: Fleet  # the ranks that own it
     slots: tuple[Slot, ...]
     block_size: int
-    world_size: int
+    bounds: Sequence[int]  # [ranks + 1] the block with which each rank's run begins, and the end
+    blocks_per_rank: int  # blocks owned by the most loaded rank
 
     @property
-    def blocks_per_rank(self) -> int:
-        """Of the fullest rank."""
-        last = self.slots[-1]
-        return -(-(last.first_block + last.blocks) // self.world_size)
-
-    @property
-    def elements_per_rank(self) -> int:
-        """Of the fullest rank, with padding."""
-        return self.blocks_per_rank * self.block_size
-
-    def rows_of(self, rank: int) -> slice:
-        """The blocks of the bucket that `rank` owns."""
-        return slice(rank * self.blocks_per_rank, (rank + 1) * self.blocks_per_rank)
-
-    def blocks_of(self, rank: int) -> int:
-        """How many these are."""
-        rows = self.rows_of(rank)
-        return int(rows.stop - rows.start)
+    def world_size(self) -> int:
+        return self.fleet.size
 
     @property
     def blocks(self) -> int:
         """All blocks of the bucket, with padding."""
-        return int(self.rows_of(self.world_size - 1).stop)
+        return self.bounds[-1]
+
+    def rows_of(self, rank: int) -> slice:
+        """The blocks of the bucket that `rank` owns."""
+        return slice(self.bounds[rank], self.bounds[rank + 1])
+
+    def blocks_of(self, rank: int) -> int:
+        """Number of blocks that `rank` owns."""
+        return self.bounds[rank + 1] - self.bounds[rank]
 
     def pieces(self, rank: int) -> Iterator[Piece]:
         """What `rank` owns of each parameter, in the order of the shard."""
@@ -103,54 +101,54 @@ class Bucket:
                 numel = min(slot.numel - start, (high - low) * self.block_size)
                 yield Piece(slot, low - rows.start, high - low, start, numel)
 
+    def from_all(self, nbytes: int) -> int:
+        """Bytes of a message of `nbytes` from every rank."""
+        return self.world_size * nbytes
+
     def offset(self, slot: Slot) -> int:
         """Element of the bucket's flat weight buffer with which the parameter begins."""
         return slot.first_block * self.block_size
 
 
-@dataclass(frozen=True)
-class WholeBucket(Bucket):
-    """A bucket of which ranks own whole parameters; a rank's lie side by side."""
-
-    shares: tuple[int, ...]  # blocks of each rank; 0 where it owns none of these parameters
-
-    @property
-    def blocks_per_rank(self) -> int:
-        return max(self.shares)
-
-    def rows_of(self, rank: int) -> slice:
-        first = sum(self.shares[:rank])
-        return slice(first, first + self.shares[rank])
-
-    def blocks_of(self, rank: int) -> int:
-        return self.shares[rank]
-
-
 def partition(
-    parameters: Sequence[ParameterSpec], *, bucket_elements: int, block_size: int, world_size: int
+    parameters: Sequence[ParameterSpec], *, bucket_elements: int, block_size: int
 ) -> tuple[Bucket, ...]:
     """Buckets that are cut between blocks, as evenly as blocks allow."""
-    return tuple(
-        Bucket(index, members[0].group, _slots(members, block_size), block_size, world_size)
-        for index, members in enumerate(_fill(parameters, bucket_elements))
-    )
+    buckets = []
+    for index, members in enumerate(_fill(parameters, bucket_elements)):
+        fleet, slots = members[0].fleet, _slots(members, block_size)
+        even = -(-(slots[-1].first_block + slots[-1].blocks) // fleet.size)
+        bounds = range(0, even * fleet.size + 1, even)
+        buckets.append(Bucket(index, members[0].group, fleet, slots, block_size, bounds, even))
+    return tuple(buckets)
 
 
 def partition_whole(
-    parameters: Sequence[ParameterSpec], *, bucket_elements: int, block_size: int, world_size: int
-) -> tuple[WholeBucket, ...]:
+    parameters: Sequence[ParameterSpec], *, bucket_elements: int, block_size: int
+) -> tuple[Bucket, ...]:
     """Buckets that are cut between parameters, whose owners Algorithm 1 finds."""
     blocks = {each.index: -(-each.numel // block_size) for each in parameters}
-    owners = dict(zip(blocks, assign(list(blocks.values()), world_size), strict=True))
+    owners = _owners(parameters, blocks)
     buckets = []
-    for number, members in enumerate(_fill(parameters, bucket_elements)):
+    for index, members in enumerate(_fill(parameters, bucket_elements)):
+        fleet = members[0].fleet
         members.sort(key=lambda each: owners[each.index])
-        shares = [0] * world_size
+        shares = [0] * fleet.size
         for each in members:
             shares[owners[each.index]] += blocks[each.index]
-        slots = _slots(members, block_size)
-        buckets.append(WholeBucket(number, members[0].group, slots, block_size, world_size, tuple(shares)))
+        group, slots, bounds = members[0].group, _slots(members, block_size), (0, *accumulate(shares))
+        buckets.append(Bucket(index, group, fleet, slots, block_size, bounds, max(shares)))
     return tuple(buckets)
+
+
+def _owners(parameters: Sequence[ParameterSpec], blocks: Mapping[int, int]) -> dict[int, int]:
+    """The rank of each parameter, by Algorithm 1 within each fleet."""
+    owners: dict[int, int] = {}
+    for fleet in {each.fleet for each in parameters}:
+        indices = [each.index for each in parameters if each.fleet == fleet]
+        ranks = assign([blocks[index] for index in indices], fleet.size)
+        owners |= dict(zip(indices, ranks, strict=True))
+    return owners
 
 
 def assign(sizes: Sequence[int], ranks: int) -> list[int]:
@@ -169,10 +167,10 @@ def _fill(parameters: Sequence[ParameterSpec], bucket_elements: int) -> list[lis
     the order in which they were opened. `parameters` have at least one element each.
     """
     full: list[list[ParameterSpec]] = []
-    filling: dict[tuple[int, Hashable], list[ParameterSpec]] = {}
-    elements: dict[tuple[int, Hashable], int] = {}
+    filling: dict[Hashable, list[ParameterSpec]] = {}
+    elements: dict[Hashable, int] = {}
     for parameter in sorted(parameters, key=lambda each: each.index, reverse=True):
-        kind = (parameter.group, parameter.dtype)
+        kind = (parameter.group, parameter.dtype, parameter.fleet)
         if kind in filling and elements[kind] + parameter.numel > bucket_elements:
             full.append(filling.pop(kind))
         elements[kind] = parameter.numel + (elements[kind] if kind in filling else 0)

@@ -17,11 +17,12 @@ from torch.nn import Parameter
 from ds_fp8.config.refusals import naming
 from ds_fp8.ops.blocks import chunks, decode
 from ds_fp8.ops.masters import write_weights
-from ds_fp8.zero_fp8.comm.agreement import everybody
+from ds_fp8.zero_fp8.comm.agreement import gather_objects
 from ds_fp8.zero_fp8.guards import ALLOWED, flaw_of
 from ds_fp8.zero_fp8.placement.partition import Piece
 from ds_fp8.zero_fp8.states.shard import Shard
-from ds_fp8.zero_fp8.weights.views import Home, Weights
+from ds_fp8.zero_fp8.weights.home import Home
+from ds_fp8.zero_fp8.weights.store import Weights
 
 logger = logging.getLogger("ds_fp8")
 
@@ -45,7 +46,7 @@ class Binding:
         self._homes = {home.address: home for each in weights for home in each.homes}
         self._given_up = False
         self._edited: dict[str, None] = {}  # names of parameters whose owned values left their masters
-        self._said = False
+        self._logged = False
 
     def restore(self) -> str | None:
         """Bring parameters back. An objection, and nothing is done, if one does not fit any more."""
@@ -110,14 +111,14 @@ class Binding:
             raise ValueError(objection)
 
     @property
-    def unsaid(self) -> int:
-        """How many parameters there are to speak of."""
-        return 0 if self._said else len(self._edited)
+    def unlogged(self) -> int:
+        """How many parameters have edits that the log has not named."""
+        return 0 if self._logged else len(self._edited)
 
-    def say(self, group: ProcessGroup) -> None:
-        """Log them, once; on every rank or none."""
-        names = sorted({name for told in everybody(list(self._edited), group) for name in told})
-        self._said = True
+    def log_edits(self, group: ProcessGroup) -> None:
+        """Name them in the log, once; on every rank or none."""
+        names = sorted({name for told in gather_objects(list(self._edited), group) for name in told})
+        self._logged = True
         if torch.distributed.get_rank(group) == 0:
             logger.warning(
                 "weights replaced through .data by other values than their masters have: %s; masters do not "
@@ -134,12 +135,14 @@ class Binding:
 
 def _differs(shard: Shard, weights: Weights, piece: Piece) -> bool:
     """Whether owned weights are other than their rounded masters; split masters have no other weight."""
-    master, own = shard.state.master[piece.rows], weights.own[piece.rows]
-    if master.format.split:
-        return False
-    for part in chunks(len(master), master.block_size):
-        rounded = torch.empty_like(own[part])
-        write_weights(decode(master[part]), rounded)
-        if not torch.equal(rounded, own[part]):
-            return True
+    own = weights.own[piece.rows]
+    with shard.lend(piece.rows) as state:
+        master = state.master
+        if master.format.split:
+            return False
+        for part in chunks(len(master), master.block_size):
+            rounded = torch.empty_like(own[part])
+            write_weights(decode(master[part]), rounded)
+            if not torch.equal(rounded, own[part]):
+                return True
     return False

@@ -1,13 +1,9 @@
-"""The model's weights, a flat buffer a bucket, whose views are the parameters.
+"""Weights under ZeRO 1 and 2: a flat buffer per bucket, in the model's dtype, whose views are the parameters.
 
-The sweep writes a rank's own rows, the gather brings the others', while the next bucket is swept. Nobody
-else writes weights: what the parameters are made of (views of their own dtype today) is known here only.
-A user's `parameter.data = ...` takes a parameter out of its buffer; `binding.py` brings it back.
+A user's `parameter.data = ...` takes a parameter out of its buffer; `binding` brings it back.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -15,43 +11,13 @@ from torch.nn import Parameter
 
 from ds_fp8.ops.blocks import Blocks, chunks, decode
 from ds_fp8.ops.masters import write_weights
-from ds_fp8.zero_fp8.comm.collectives import Gather, Spread
+from ds_fp8.zero_fp8.comm.collectives import AllGather, Broadcasts
 from ds_fp8.zero_fp8.comm.groups import Nodes
 from ds_fp8.zero_fp8.placement.partition import Bucket
+from ds_fp8.zero_fp8.weights.home import Home
 
 
-@dataclass(frozen=True)
-class Home:
-    """A parameter's place in a buffer."""
-
-    parameter: int  # global index
-    view: Tensor  # of the parameter's shape
-
-    @cached_property
-    def address(self) -> int:
-        return self.view.data_ptr()
-
-    def was_left_by(self, parameter: Parameter) -> bool:
-        """Whether the parameter's values lie elsewhere, or otherwise."""
-        return (
-            parameter.data_ptr() != self.address or not parameter.is_contiguous() or bool(parameter.is_neg())
-        )
-
-    def has_room_for(self, values: Tensor) -> bool:
-        """Whether values are of this shape, dtype and device."""
-        view = self.view
-        return values.dtype is view.dtype and values.shape == view.shape and values.device == view.device
-
-    def take_in(self, parameter: Parameter) -> None:
-        """Copy a parameter's values into the view, and make it the parameter's memory."""
-        self.view.copy_(parameter.detach().contiguous())
-        parameter.data = self.view
-
-    def __str__(self) -> str:
-        return f"{list(self.view.shape)} of {self.view.dtype} on {self.view.device}"
-
-
-class Weights:
+class FlatWeights:
     """The flat weight buffer of one bucket."""
 
     def __init__(self, bucket: Bucket, parameters: Mapping[int, Parameter], rank: int) -> None:
@@ -91,11 +57,11 @@ class Weights:
         """The rows that this rank writes, [blocks, block size]."""
         return self._parts[self._rank]
 
-    def gather(self, nodes: Nodes) -> Gather | Spread:
+    def gather(self, nodes: Nodes) -> AllGather | Broadcasts:
         """Launch what brings every rank's rows to all."""
         if len({len(part) for part in self._parts}) == 1:
-            return Gather(self.buffer, nodes)
-        return Spread(self._parts, nodes.everybody)
+            return AllGather(self.buffer, nodes)
+        return Broadcasts(self._parts, nodes.group)
 
     def write(self, masters: Blocks) -> None:
         """Round masters, the owned rows, into the weights; of split ones they are the upper half already."""
@@ -103,22 +69,3 @@ class Weights:
             return
         for part in chunks(len(masters), masters.block_size):
             write_weights(decode(masters[part]), self.own[part])
-
-
-class Gathers:
-    """Weights on their way to every rank: each bucket's are launched when its rows have been written."""
-
-    def __init__(self, nodes: Nodes) -> None:
-        self._nodes = nodes
-        self._under_way: list[Gather | Spread] = []
-
-    def launch(self, weights: Weights) -> None:
-        """Send a bucket's rows off; the bucket before it moves on."""
-        for earlier in self._under_way[-1:]:
-            earlier.advance()
-        self._under_way.append(weights.gather(self._nodes))
-
-    def wait(self) -> None:
-        """Bring everybody's rows to the parameters."""
-        while self._under_way:
-            self._under_way.pop(0).land()

@@ -1,15 +1,20 @@
-"""Reading what others wrote: a wrong file, key, type or length is a ValueError that names it.
+"""Files of torch.save, read and written so that a failure names the file and the reason.
 
-torch.load fails in as many ways as there are broken files, and a file that loads may hold anything. So a
-file comes through `load_plain` or `load_pickled`, and what is in it through `Entry`, which says where a
-value lies and refuses what it should not be.
+**Reading.** torch.load fails in as many ways as there are broken files, and a file that loads may hold
+anything. So a file comes through `load_plain` or `load_pickled`, and what is in it through `Entry`, which
+says where a value lies and refuses what it should not be: a wrong file, key, type or length is a ValueError.
+
+**Writing.** `save` writes one file; `new_folder` is a folder that appears as a whole or not at all.
 """
 
 import copy
 import math
+import os
 import pickle
+import shutil
 import zipfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ds_fp8.zero_fp8.checkpoint import tags
+from ds_fp8.zero_fp8.checkpoint.manifest import naming
+
 NOT_PLAIN = "holds more than tensors and plain values, and is not unpickled"
 SHOWN = 80  # characters of a value in a message
+
+
+# Reading
 
 
 def load_plain(path: Path, classes: Sequence[type] = ()) -> dict[str, Any]:
@@ -33,8 +44,8 @@ def load_pickled(path: Path) -> dict[str, Any]:
 
 
 def _dict(path: Path, loaded: Any) -> dict[str, Any]:
-    found: dict[str, Any] = Entry(path, loaded).of(dict)
-    return found
+    content: dict[str, Any] = Entry(path, loaded).of(dict)
+    return content
 
 
 def load_any(path: Path, *, weights_only: bool = True) -> Any:
@@ -75,7 +86,7 @@ class Entry:
     def of(self, *kinds: type) -> Any:
         """The value, which is of one of these types; a bool is no number."""
         if not isinstance(self.value, kinds) or (isinstance(self.value, bool) and bool not in kinds):
-            raise self.refusal(" or ".join(each.__name__ for each in kinds))
+            raise self.refusal(" or ".join(kind.__name__ for kind in kinds))
         return self.value
 
     def at(self, key: Any) -> "Entry":
@@ -92,10 +103,10 @@ class Entry:
 
     def each(self, count: int | None = None) -> Iterator["Entry"]:
         """The entries of a list, which has `count` of them."""
-        found = len(self.of(list, tuple))
-        if count is not None and found != count:
-            raise ValueError(f"{self.path}: {self.where}: received {found} entries, expected {count}")
-        return (self.at(index) for index in range(found))
+        length = len(self.of(list, tuple))
+        if count is not None and length != count:
+            raise ValueError(f"{self.path}: {self.where}: received {length} entries, expected {count}")
+        return (self.at(index) for index in range(length))
 
     def number(self) -> float:
         """A finite number, or a tensor of one."""
@@ -128,3 +139,53 @@ def show(value: Any) -> str:
         text = repr(value)
         return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
     return f"a {type(value).__name__}"
+
+
+# Writing
+
+
+def save(state: Any, path: str | Path) -> None:
+    """Raises OSError as the file system gives it, else ValueError, each with the file's name.
+
+    Through a file of Python's: torch's own writer knows neither the file nor the reason.
+    """
+    try:
+        with naming(Path(path)), open(path, "wb") as file:
+            torch.save(state, file)
+    except Exception as error:
+        cause = _os_error(error)
+        if cause is None:
+            raise ValueError(f"{path}: not written: {type(error).__name__}: {error}") from error
+        if cause.filename is None:
+            cause.filename = str(path)
+        raise cause from None
+
+
+def _os_error(error: BaseException | None) -> OSError | None:
+    """What the file system said; torch's writer, closing the file, covers it with an error of its own."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder to write into; it is renamed to `folder` if all goes well, else removed.
+
+    Raises ValueError if `folder` exists, or cannot be told apart from what else may lie beside it.
+    """
+    if allowed := tags.objection(folder.name):
+        raise ValueError(f"{folder}: allowed: {allowed}")
+    if os.path.lexists(folder):
+        raise ValueError(f"{folder}: exists, allowed: the name of a new folder")
+    temporary = folder.with_name(folder.name + tags.SAVING)
+    if os.path.lexists(temporary) and not tags.is_saving(temporary):
+        raise ValueError(f"{temporary}: not what writing {folder.name} has left: move it away")
+    tags.begin(temporary)
+    try:
+        yield temporary
+        tags.beginning(temporary).unlink()
+        os.rename(temporary, folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise

@@ -1,0 +1,109 @@
+"""load_checkpoint of an engine with FP8.
+
+DeepSpeed reads its own files; nothing of the engine is touched before every rank has found the checkpoint
+whole and fitting.
+"""
+
+import functools
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ds_fp8.seam import model_file
+from ds_fp8.seam.arguments import agree_on, check_place, check_same_checkpoint, checksum_share
+from ds_fp8.seam.load_checks import Checked, check, check_stock, check_universal, others_of
+from ds_fp8.seam.model_file import Wanted
+from ds_fp8.seam.status import is_active
+from ds_fp8.zero_fp8.checkpoint import manifest, tags
+from ds_fp8.zero_fp8.checkpoint.universal import Universal
+from ds_fp8.zero_fp8.comm.agreement import agreed, check_agreement
+from ds_fp8.zero_fp8.handlers.common import FP8ZeROOptimizer
+
+logger = logging.getLogger("ds_fp8")
+
+Method = Callable[..., Any]
+
+
+def load_checkpoint(original: Method) -> Method:
+    """DeepSpeedEngine.load_checkpoint: everything is checked, on every rank, before anything is touched."""
+
+    @functools.wraps(original)
+    def method(
+        self: Any,
+        load_dir: Any,
+        tag: Any = None,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+        custom_load_fn: Any = None,
+    ) -> Any:
+        options = {
+            "load_module_strict": load_module_strict,
+            "load_optimizer_states": load_optimizer_states,
+            "load_lr_scheduler_states": load_lr_scheduler_states,
+            "load_module_only": load_module_only,
+            "custom_load_fn": custom_load_fn,
+        }
+        name = _find(self, load_dir, tag, options) if is_active(self) else None
+        if name is None:
+            return original(self, load_dir, tag, **options)
+        return _load(self, Path(load_dir), name, options)
+
+    return method
+
+
+def _find(engine: Any, load_dir: Any, tag: Any, options: Mapping[str, Any]) -> str | None:
+    """The folder of the tag, the same on every rank; None where there is no `latest`."""
+    group = engine.optimizer.dp_process_group
+    agreed(lambda: check_place("load_checkpoint", "load_dir", load_dir, tag), group)
+    agree_on(engine, "load_checkpoint", {key: bool(value) for key, value in options.items()})
+    folder, latest = Path(load_dir), tags.LATEST
+    if engine.load_universal_checkpoint():
+        latest = tags.LATEST_UNIVERSAL
+    name = agreed(lambda: tags.find(folder, None if tag is None else str(tag), latest), group, folder)
+    check_agreement("the checkpoint", [str(name)], engine.device, group)
+    return name
+
+
+def _load(engine: Any, load_dir: Path, name: str, options: Mapping[str, Any]) -> Any:
+    """Load a tag; what DeepSpeed's load_checkpoint returns."""
+    handler: FP8ZeROOptimizer = engine.optimizer
+    group, folder = handler.dp_process_group, load_dir / name
+    with agreed(handler.ready_for_files, group):
+        checked = _check(engine, folder, Wanted.by(options))
+        if checked.conversion:
+            logger.info("%s", checked.conversion)
+        loaded = agreed(lambda: _load_model(engine, folder, checked, options), group, folder)
+    if checked.states is None:
+        handler._restore_from_bit16_weights()
+    else:
+        handler.restore(checked.states)
+    return loaded
+
+
+def _load_model(engine: Any, folder: Path, checked: Checked, options: Mapping[str, Any]) -> Any:
+    """DeepSpeed's part: all but the states."""
+    with model_file.given_to(engine, checked.model):
+        loaded = engine._load_checkpoint(str(folder.parent), folder.name, **options)
+    if engine.load_universal_checkpoint():
+        others = others_of(engine, Universal(folder), checked.model)
+        engine.module.load_state_dict(others, strict=False)
+    return loaded
+
+
+def _check(engine: Any, folder: Path, wanted: Wanted) -> Checked:
+    """A checkpoint that has been checked on every rank."""
+    group = engine.optimizer.dp_process_group
+    universal = engine.load_universal_checkpoint()
+    saved = agreed(lambda: None if universal else manifest.read(folder), group, folder)
+    check_same_checkpoint(engine, folder, saved)
+    if universal:
+        return agreed(lambda: check_universal(engine, folder, wanted), group, folder)
+    if saved is None:
+        return agreed(lambda: check_stock(engine, folder, wanted), group, folder)
+    names = {saved.place.model_file, *(saved.files if wanted.states else ())}
+    shared = checksum_share(engine, names, saved.place.optimizer_files)
+    agreed(lambda: manifest.verify(folder, saved, shared), group, folder)
+    return agreed(lambda: check(engine, folder, saved, wanted), group, folder)

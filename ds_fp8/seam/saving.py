@@ -1,0 +1,225 @@
+"""save_checkpoint of an engine with FP8.
+
+DeepSpeed writes its own files; around that, a tag appears as a whole or not at all
+(`zero_fp8.checkpoint.tags`). DeepSpeed is asked which file is whose; later the manifest says it.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import ds_fp8
+from ds_fp8.seam.arguments import (
+    agree_on,
+    check_client_state,
+    check_place,
+    check_same_folder,
+    checksum_share,
+    first_of,
+    is_first,
+)
+from ds_fp8.seam.model_file import frozen, shapes
+from ds_fp8.seam.status import is_active
+from ds_fp8.zero_fp8.checkpoint import files, manifest, tags, writer
+from ds_fp8.zero_fp8.checkpoint.manifest import File, Manifest, Place
+from ds_fp8.zero_fp8.comm.agreement import agreed, gather_objects
+from ds_fp8.zero_fp8.handlers.common import FP8ZeROOptimizer
+
+Method = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class _Save:
+    """The arguments of save_checkpoint, once they have been checked."""
+
+    folder: Path
+    tag: str
+    latest: bool
+    exclude_frozen: bool
+
+    @property
+    def saving(self) -> Path:
+        """Where the tag is written."""
+        return self.folder / (self.tag + tags.SAVING)
+
+
+def save_checkpoint(original: Method) -> Method:
+    """DeepSpeedEngine.save_checkpoint: the tag, its manifest and `latest` appear when all is written."""
+
+    @functools.wraps(original)
+    def method(
+        self: Any,
+        save_dir: Any,
+        tag: Any = None,
+        client_state: Mapping[str, Any] | None = None,
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
+    ) -> Any:
+        if not is_active(self):
+            rest = (client_state or {}, save_latest, exclude_frozen_parameters)
+            return original(self, save_dir, tag, *rest)
+        agreed(lambda: _check_save(save_dir, tag, client_state), self.optimizer.dp_process_group)
+        name = f"global_step{self.global_steps}" if tag is None else str(tag)
+        save = _Save(Path(save_dir), name, save_latest, exclude_frozen_parameters)
+        _prepare(self, save)
+        _write(self, save, original, client_state or {})
+        return True
+
+    return method
+
+
+def _check_save(save_dir: Any, tag: Any, client_state: Any) -> None:
+    check_place("save_checkpoint", "save_dir", save_dir, tag)
+    check_client_state(client_state)
+
+
+def _prepare(engine: Any, save: _Save) -> None:
+    """An empty folder to write into, once all ranks mean the same tag in the same folder."""
+    flags = {"save_latest": bool(save.latest), "exclude_frozen_parameters": bool(save.exclude_frozen)}
+    agree_on(engine, "save_checkpoint", {"tag": save.tag, **flags})
+    check_same_folder(engine, save.folder)
+
+    def settle() -> None:
+        if is_first(engine):
+            tags.settle(save.folder, save.tag, latest=save.latest)
+
+    agreed(settle, engine.optimizer.dp_process_group, save.folder)
+
+
+def _write(engine: Any, save: _Save, original: Method, client_state: Mapping[str, Any]) -> None:
+    """Let DeepSpeed write the tag, and publish it; what a save that failed has written is removed."""
+    handler: FP8ZeROOptimizer = engine.optimizer
+    group = handler.dp_process_group
+    try:
+        with agreed(handler.ready_for_files, group), _to_the_end(engine) as failures:
+            original(engine, str(save.folder), save.saving.name, client_state, False, save.exclude_frozen)
+            agreed(failures.raise_first, group, save.saving)
+            _publish(engine, save)
+    except ValueError:
+        if is_first(engine):
+            tags.give_up(save.folder, save.tag)
+        raise
+
+
+def _publish(engine: Any, save: _Save) -> None:
+    """Give a written tag its manifest and its name."""
+    group = engine.optimizer.dp_process_group
+    # DeepSpeed calls a rank's files as it likes.
+    optimizer_file = Path(engine._get_zero_ckpt_name(save.folder, save.saving.name)).name
+    optimizer_files = gather_objects(optimizer_file, group)
+    sealed = _seal(engine, save.saving, optimizer_files)
+
+    def publish() -> None:
+        if is_first(engine):
+            written = _manifest(engine, save, optimizer_files, sealed)
+            tags.publish(save.folder, save.tag, written, latest=save.latest)
+
+    agreed(publish, group, save.folder / save.tag)
+
+
+class _Failures:
+    """What a rank could not do of a save, while it went on for the others' sake."""
+
+    def __init__(self) -> None:
+        self._first: Exception | None = None
+
+    def kept(self, act: Method) -> Method:
+        """`act`, whose error is kept until it is raised."""
+
+        @functools.wraps(act)
+        def method(*arguments: Any, **options: Any) -> Any:
+            if self._first is None:
+                try:
+                    return act(*arguments, **options)
+                except Exception as error:
+                    self._first = error
+            return None
+
+        return method
+
+    def raise_first(self) -> None:
+        if self._first is not None:
+            raise self._first
+
+
+# What may fail on one rank between DeepSpeed's barriers: it saves the module, then the states.
+STEPS = ("_save_checkpoint", "_save_zero_checkpoint")
+
+
+@contextmanager
+def _to_the_end(engine: Any) -> Iterator[_Failures]:
+    """DeepSpeed's saving, in which a rank that fails still comes to the last barrier."""
+    failures, original = _Failures(), engine.checkpoint_engine
+    engine.checkpoint_engine = _Writer(original)
+    for name in STEPS:
+        setattr(engine, name, failures.kept(getattr(engine, name)))
+    try:
+        yield failures
+    finally:
+        engine.checkpoint_engine = original
+        for name in STEPS:
+            delattr(engine, name)
+
+
+class _Writer:
+    """DeepSpeed's checkpoint engine, which writes through `files.save`."""
+
+    def __init__(self, original: Any) -> None:
+        self._original = original
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._original, name)
+
+    def save(self, state_dict: Any, path: str) -> None:
+        files.save(state_dict, path)
+
+
+def _seal(engine: Any, folder: Path, optimizer_files: Sequence[str]) -> dict[str, File]:
+    """Size and checksum of every file in a folder, from the ranks that share it."""
+    group = engine.optimizer.dp_process_group
+
+    def seal() -> dict[str, File]:
+        return manifest.seal(folder, checksum_share(engine, manifest.files_of(folder), optimizer_files))
+
+    node = first_of(engine)
+    by_rank = gather_objects((node, agreed(seal, group, folder)), group)
+    here = {name: file for other, sealed in by_rank if other == node for name, file in sealed.items()}
+    return dict(sorted(here.items()))
+
+
+def _manifest(engine: Any, save: _Save, optimizer_files: list[str], sealed: dict[str, File]) -> Manifest:
+    handler: FP8ZeROOptimizer = engine.optimizer
+    return Manifest(
+        format_version=manifest.FORMAT_VERSION,
+        ds_fp8_version=ds_fp8.__version__,
+        deepspeed_version=version("deepspeed"),
+        zero_stage=handler.settings.stage,
+        world_size=len(optimizer_files),
+        global_steps=engine.global_steps,
+        recipe=writer.describe_recipe(handler.recipe),
+        steps=handler.optimizer.steps,
+        clamp_squares=writer.describe_clamp(handler.optimizer),
+        loss_scaler=writer.describe_loss_scaler(handler.loss_scaler),
+        autoscale=handler.parts.gradient_scales.state(handler.parameter_names),
+        scheduler=engine.lr_scheduler is not None,
+        fp32_master=handler.settings.save_fp32_master,
+        places=[_place(engine, save, optimizer_files)],
+        files=sealed,
+    )
+
+
+def _place(engine: Any, save: _Save, optimizer_files: list[str]) -> Place:
+    parameters = engine.optimizer.saved.described_parameters()
+    saved = shapes(engine.module_state_dict(exclude_frozen_parameters=save.exclude_frozen))
+    keeps_frozen = engine.zero_optimization_stage() == 2 and not save.exclude_frozen
+    return Place(
+        model_file=Path(engine._get_ckpt_name(save.folder, save.saving.name)).name,
+        optimizer_files=optimizer_files,
+        parameters=parameters,
+        module={key: shape for key, shape in saved.items() if key not in parameters},
+        frozen=sorted(frozen(engine)) if keeps_frozen else None,
+    )

@@ -1,0 +1,97 @@
+// Stochastic rounding: one more encoder per format; ops/rounding.py.
+#pragma once
+#include "formats.h"
+
+namespace ISA {
+
+// The upper RANDOM_BITS of 32 hashed bits are the random ones.
+constexpr int RANDOM_BITS = 24;  // more than any format drops
+constexpr uint32_t SPREAD = 0x9E3779B9;
+template <typename T>
+inline T mix_but_for_the_end(T x) {
+    x = (x ^ x >> 16) * 0x21F0AAADu;
+    return (x ^ x >> 15) * 0xD35A2D97u;
+}
+
+uint32_t key_of(uint32_t stream, int64_t parameter) {
+    uint32_t word = mix_but_for_the_end(stream ^ uint32_t(parameter));
+    return word ^ word >> 15;
+}
+
+struct Random {  // of elements one after the other
+    u32 index;
+
+    Random(uint32_t key, uint32_t element) {
+        for (int i = 0; i < LANES; ++i) index[i] = (element + uint32_t(i)) * SPREAD + key;
+    }
+    u32 next() {
+        const u32 bits = mix_but_for_the_end(index) >> (32 - RANDOM_BITS);
+        index += LANES * SPREAD;
+        return bits;
+    }
+};
+
+// Codes of |value|, which `onto_codes` is on the scale of FP32's exponents: the bits below the code are cut,
+// after noise as wide as they are has been added.
+template <typename F>
+inline u32 round_stochastically(f32 value, f32 onto_codes, u32 random) {
+    constexpr int drop = dropped<F>;
+    u32 bits = bits_of(onto_codes) & MAGNITUDE;
+    if constexpr (!scaled<F>) bits = value == value ? bits : u32{} + 0x7FC00000;
+    return (bits + (random >> (RANDOM_BITS - drop))) >> drop;
+}
+
+template <typename F>
+inline void store_codes(char* to, u32 a, u32 b) {
+    if constexpr (itemsize<F> == 1)
+        store_low_bytes(to, a, b);
+    else
+        store_low_halves(to, a, b);
+}
+
+// Stores codes of values that are not negative, rounded stochastically, never from non-zero to zero.
+template <typename F>
+inline void put_up(char* to, Pair x, float inverse, Random& random) {
+    const Pair codes = x * inverse * power_of_two(bias<F>);
+    const u32 a = larger(round_stochastically<F>(x.a, codes.a, random.next()), u32{} + 1);
+    const u32 b = larger(round_stochastically<F>(x.b, codes.b, random.next()), u32{} + 1);
+    store_codes<F>(to, x.a == f32{} ? u32{} : a, x.b == f32{} ? u32{} : b);
+}
+
+// Stores codes of values of either sign, rounded stochastically.
+template <typename F>
+inline void put_either_way(char* to, Pair x, float inverse, Random& random) {
+    const Pair codes = x * inverse * power_of_two(bias<F>);
+    const u32 a = round_stochastically<F>(x.a, codes.a, random.next());
+    const u32 b = round_stochastically<F>(x.b, codes.b, random.next());
+    store_codes<F>(to, pick(0x8000, bits_of(x.a) >> 16, a), pick(0x8000, bits_of(x.b) >> 16, b));
+}
+
+using Put = void (*)(char* to, Pair x, float inverse, Random& random);
+
+template <typename F, Put PUT>
+void encode_noisily(const float* x, Random random, const uint32_t* amax, int unit, void* codes,
+                    uint8_t* scales, int rows, int n) {
+    char* to = static_cast<char*>(codes);
+    for (int row = 0, i = 0; row < rows; ++row) {
+        const float inverse = scale_down<F>(amax[row], unit, scales + row);
+        for (; i < (row + 1) * n; i += 2 * LANES) PUT(to + i * itemsize<F>, load_two(x + i), inverse, random);
+    }
+}
+
+template <typename F>
+int64_t rescued(const float* x, Random random, const uint32_t* amax, int unit, int rows, int n) {
+    u32 count = {};
+    uint8_t scale;
+    for (int row = 0, i = 0; row < rows; ++row) {
+        const float inverse = scale_down<F>(amax[row], unit, &scale);
+        for (; i < (row + 1) * n; i += LANES) {
+            const f32 value = load<f32>(x + i) * inverse;
+            const u32 code = round_stochastically<F>(value, value * power_of_two(bias<F>), random.next());
+            count += (u32)((code == 0) & (value != f32{})) & 1;
+        }
+    }
+    return total(count);
+}
+
+}  // namespace ISA

@@ -1,0 +1,100 @@
+"""The reduced gradient: one rank's blocks of a bucket, added up over ranks and rounds since the last step."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ds_fp8.ops.backend import Backend
+from ds_fp8.ops.blocks import Blocks, chunks, decode, encode
+from ds_fp8.ops.formats import FP32
+from ds_fp8.ops.reduction import NORM_PARTS, norm_parts
+from ds_fp8.zero_fp8.placement.partition import Piece
+
+
+class Sum(Protocol):
+    """How what arrives adds up."""
+
+    def add(self, arrived: Sequence[Blocks], gradient: Blocks, *, overwrite: bool) -> Tensor:
+        """Add one exchange's pieces, in the order given, to the gradient, or in its place.
+
+        Returns the norm's parts of the result, as `ops.reduction.norm_parts` gives them.
+        """
+
+    def forget(self) -> None:
+        """What has been added was dropped."""
+
+
+class BlockSum:
+    """In FP32, one scale per block."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+
+    def add(self, arrived: Sequence[Blocks], gradient: Blocks, *, overwrite: bool) -> Tensor:
+        return self._backend.accumulate(arrived, gradient, overwrite=overwrite)
+
+    def forget(self) -> None:
+        pass
+
+
+class TensorSum:
+    """In FP32, one scale per tensor: one tensor at a time."""
+
+    def __init__(self, backend: Backend, pieces: Sequence[Piece]) -> None:
+        self._backend, self._pieces = backend, pieces
+
+    def add(self, arrived: Sequence[Blocks], gradient: Blocks, *, overwrite: bool) -> Tensor:
+        parts = torch.zeros(NORM_PARTS, dtype=torch.int64, device=gradient.codes.device)
+        for piece in self._pieces:
+            tensors = [each[piece.rows] for each in arrived]
+            parts += self._backend.accumulate(tensors, gradient[piece.rows], overwrite=overwrite)
+        return parts
+
+    def forget(self) -> None:
+        pass
+
+
+class ReducedGradient:
+    """What the owners add up, until a step takes it or it is dropped."""
+
+    def __init__(self, blocks: Blocks, total: Sum, backend: Backend, *, promotes: bool) -> None:
+        """blocks: room for it. promotes: it turns FP32 before a second arrival would be rounded to 8 bits."""
+        self.blocks = blocks
+        self._sum = total
+        self._backend = backend
+        self._promotes = promotes
+        self.forget()
+
+    @property
+    def nbytes(self) -> int:
+        return self.blocks.nbytes
+
+    def forget(self) -> None:
+        """Let the next arrival replace what has been reduced."""
+        self._arrivals = 0  # exchanges since the last step
+        self._sum.forget()
+        self.norm_parts: Tensor | None = None  # `ops.reduction.norm_parts`; None: nothing arrived
+
+    @property
+    def must_promote(self) -> bool:
+        """Whether the next arrival would be lost in an 8-bit sum that the config did not ask for."""
+        return self._promotes and self._arrivals > 0 and self.blocks.format is not FP32
+
+    def promote(self) -> None:
+        """Turn FP32, keeping the values."""
+        wide = Blocks.zeros(len(self.blocks), self.blocks.block_size, FP32, self.blocks.codes.device)
+        for part in chunks(len(wide), wide.block_size):
+            encode(decode(self.blocks[part]), wide[part])
+        self.blocks = wide
+
+    def receive(self, arrived: Sequence[Blocks]) -> None:
+        """Add one exchange's pieces, in the order given."""
+        self.norm_parts = self._sum.add(arrived, self.blocks, overwrite=self._arrivals == 0)
+        self._arrivals += 1
+
+    def set(self, values: Tensor, rows: slice) -> None:
+        """Round a vector into rows."""
+        self._backend.quantize(values, self.blocks[rows])
+        self.norm_parts = norm_parts(self.blocks)

@@ -1,0 +1,298 @@
+"""FP8ZeROOptimizer: what DeepSpeed's engine talks to, whatever the ZeRO stage.
+
+The parts do the work (`wiring`): the reducer brings gradients to their owners, `step` sweeps the shards and
+gathers the weights. Here the engine's names are answered.
+A fresh subclass of DeepSpeed's `ZeROOptimizer` base, not of its 3,000-line stage 1/2 handler, ten of whose
+methods changed signature within three releases.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from deepspeed import comm as dist
+from torch.distributed import ProcessGroup
+from torch.nn import Parameter
+
+from ds_fp8.compat import ZeROOptimizer
+from ds_fp8.zero_fp8.checkpoint.contracts import Restorable
+from ds_fp8.zero_fp8.comm.agreement import first_objection
+from ds_fp8.zero_fp8.gradients.backwards import ArrivalHooks, covers_whole_graph, in_backward
+from ds_fp8.zero_fp8.handlers.full_tensors import FullTensors
+from ds_fp8.zero_fp8.handlers.roster import Members, Roster
+from ds_fp8.zero_fp8.handlers.saved_states import SavedStates
+from ds_fp8.zero_fp8.handlers.take_over import take_over
+from ds_fp8.zero_fp8.optimizer.client import Client
+from ds_fp8.zero_fp8.optimizer.fp8_adamw import FP8AdamW
+from ds_fp8.zero_fp8.recipe import Recipe, ZeroSettings
+from ds_fp8.zero_fp8.step import Stepper
+from ds_fp8.zero_fp8.verdict import Verdict
+from ds_fp8.zero_fp8.weights.binding import Binding
+
+logger = logging.getLogger("ds_fp8")
+
+
+class FP8ZeROOptimizer(ZeROOptimizer):
+    """ZeRO over FP8 gradients, FP8 communication and low-precision Adam states."""
+
+    custom_loss_scaler = False
+    external_loss_scale = None
+    torch_autocast_gradscaler = None
+
+    def __init__(
+        self,
+        optimizer: FP8AdamW,
+        names: Mapping[Parameter, str],
+        recipe: Recipe,
+        settings: ZeroSettings,
+        group: ProcessGroup,
+        timers: Any,
+        loss_scaler: Any,
+    ) -> None:
+        """Take over the parameters: masters are made from them, and they become views of buffers.
+
+        names: every parameter of the model, in the model's order, with its name; the order numbers
+        the parameters and so must be the same on every rank. timers, loss_scaler: DeepSpeed's.
+        Raises ValueError if the ranks' parameters or settings differ, RuntimeError on a GPU without a
+        usable kernel.
+        """
+        super().__init__()
+        self.loss_scaler = loss_scaler
+        self.optimizer = optimizer
+        self.recipe = recipe
+        self.settings = settings
+        self.dp_process_group = group
+        self.overflow = False
+        self._global_grad_norm: float | None = None
+        self.roster: Roster | None = None
+        self.arrivals: ArrivalHooks | None = None
+        self.client: Client | None = None
+
+        self.parameters, self.parts = take_over(names, optimizer.param_groups, recipe, settings, group)
+        self.parameter_names = {index: names[each] for index, each in self.parameters.items()}
+        self.gradients = self.parts.reducer
+        self.stepper = Stepper(self.parts, self.parameters, optimizer, recipe, settings, group, timers)
+        named = (self.parameters, self.parameter_names)
+        self.saved = SavedStates(self.parts, *named, settings, optimizer, loss_scaler)
+        self.binding = Binding(self.parts.weights, self.parts.shards, *named, on_return=self._listen)
+        self.saved.masters_from_weights()
+        self._listen()
+        self.full_tensors = FullTensors(
+            self.parts,
+            group,
+            self._gradient_scale,
+            on_foreign_state=self._states_were_set,
+            on_reading_gradients=self._bring_gradients,
+            on_access=self.binding.require,
+            on_other_owner=self._give_up,
+        )
+        self.full_tensors.bind(self.parameters)
+
+    def _listen(self) -> None:
+        """Let gradients travel while backward runs, if they do in this run; again after a cast."""
+        if self.parts.listens:
+            self.gradients.listen()
+
+    def join(self, members: Members, divisor: Callable[[], float], client: Any) -> None:
+        """Take part in an engine: members of its model, divisor of other backwards, the optimizer given."""
+        self.roster = Roster(members, self.parameters, self.parameter_names)
+        self.arrivals = ArrivalHooks(self.parameters, divisor)
+        self.client = Client(client, self.optimizer, self.zero_grad)
+
+    def _give_up(self) -> None:
+        """Another engine trains these parameters from now on."""
+        logger.warning("parameters of an FP8 engine were given to another engine: the first trains no more")
+        self.binding.give_up()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        self.gradients.remove_hooks()
+        if self.arrivals:
+            self.arrivals.remove()
+        if self.client:
+            self.client.let_go()
+
+    def destroy(self) -> None:
+        """Let go of the parameters, which keep their weights, and free the states."""
+        self._let_go()
+        self.full_tensors.unbind(self.parameters)
+        self.parts.close()
+
+    # Backward
+
+    def clear_backward_seen_flag(self) -> None:
+        """At every forward, if it is not part of a backward: drop what one has left that raised half-way."""
+        if self.in_backward and not in_backward():
+            logger.warning(
+                "the last backward did not come to its end; all gradients since the last step are dropped"
+            )
+            self.zero_grad()
+
+    @property
+    def in_backward(self) -> bool:
+        """Whether a backward has begun and has not come to its end."""
+        return self.gradients.active
+
+    def opens_backward(self) -> bool:
+        """Whether a gradient that has reached an output of the model begins a backward."""
+        return not self.in_backward and (not in_backward() or covers_whole_graph())
+
+    def enter_backward(self) -> None:
+        """A backward begins; one that has raised half-way has left its count."""
+        self._backward_active_depth = 0
+        super().clear_backward_seen_flag()
+        super().enter_backward()
+        self.gradients.begin()
+
+    def exit_backward(self) -> None:
+        super().exit_backward()
+        self.gradients.end()
+
+    def needs_scaler(self) -> bool:
+        """Whether a loss must be scaled before its backward; also by a scale that is fixed."""
+        return super().needs_scaler() or self.loss_scale != 1
+
+    # Step
+
+    def step(self, closure: Any = None) -> None:
+        """One Adam step on every shard, or none: then every byte of state stays as it was.
+
+        Raises RuntimeError without a gradient, after a backward that raised half-way, and after
+        `max_consecutive_skips` skips in a row; ValueError, on every rank, if a weight or a gradient of any
+        rank has another shape or dtype now.
+        """
+        self.binding.check_owned()
+        if self.client:
+            self.client.follow()
+        try:
+            self._refuse_half_a_backward()
+            objection = self.binding.restore()
+            verdict = self.gradients.complete(lambda: self._attempt(objection))
+            if verdict.objections:
+                objection = objection or self._objection_to_gradients()
+                raise ValueError(first_objection(objection, self.dp_process_group))
+            self._settle(verdict)
+            if verdict.edited:
+                self.binding.log_edits(self.dp_process_group)
+        finally:
+            self.gradients.drop()
+
+    def _refuse_half_a_backward(self) -> None:
+        if self.in_backward:
+            self.zero_grad()
+            raise RuntimeError(
+                "step() after a backward that did not come to its end: all gradients since the last step "
+                "are dropped; call engine.backward(loss) before engine.step()"
+            )
+
+    def _attempt(self, objection: str | None) -> Verdict:
+        objections = [objection, self._objection_to_gradients()]
+        return self.stepper.attempt(objections, self.binding.unlogged, self._gradient_scale())
+
+    def _objection_to_gradients(self) -> str | None:
+        if self.gradients.unfit is None:
+            return None
+        index, why = self.gradients.unfit
+        return f"gradient of {self.parameter_names[index]}: {why}"
+
+    def _settle(self, verdict: Verdict) -> None:
+        """Count the step, or the skip, as the device has decided."""
+        if not verdict.received:
+            causes = self.roster.causes() if self.roster else "no engine"
+            raise RuntimeError(
+                "step() without a gradient: no parameter that the optimizer trains received one on any rank: "
+                f"call engine.backward(loss) before engine.step(). {causes}"
+            )
+        self._global_grad_norm = verdict.norm
+        self.overflow = not math.isfinite(verdict.norm)
+        if self.dynamic_loss_scale:
+            self.loss_scaler.update_scale(self.overflow)
+        self.stepper.settle(stepped=not self.overflow)
+        if self.overflow:
+            self.stepper.report_skip(self.parameter_names)
+        elif self.roster and dist.get_rank(self.dp_process_group) == 0:
+            self.roster.warn(all_had_gradients=self.gradients.received >= len(self.parameters))
+
+    def _gradient_scale(self) -> float:
+        """From the sum over ranks of scaled gradients, as stored, to what a step takes."""
+        return 1.0 / (self.parts.divisor * self.loss_scale)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients of trained parameters, reduced ones too."""
+        for parameter in self.parameters.values():
+            parameter.grad = None
+        self.gradients.drop()
+
+    def _bring_gradients(self) -> None:
+        """Before whole gradients are read or set. Raises ValueError if there are none."""
+        self.clear_backward_seen_flag()
+        if not self.gradients.pending:
+            raise ValueError("gradients are there only between engine.backward() and engine.step()")
+        self.gradients.bring()
+
+    # What DeepSpeed, schedulers and Hugging Face read
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.optimizer.param_groups
+
+    def add_param_group(self, param_group: Mapping[str, Any]) -> None:
+        """Refused, by a ValueError: shards are made once."""
+        self.optimizer.add_param_group(dict(param_group))
+
+    @property
+    def state(self) -> Mapping[Any, Any]:
+        return self.optimizer.state
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        return self.optimizer.defaults
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of this rank's states and reduced gradient."""
+        return sum(reduced.nbytes + shard.nbytes for _, reduced, shard, _ in self.parts.by_bucket())
+
+    @property
+    def loss_scale(self) -> float:
+        return float(self.loss_scaler.loss_scale)
+
+    cur_scale = loss_scale
+
+    @property
+    def dynamic_loss_scale(self) -> bool:
+        return bool(self.loss_scaler.dynamic)
+
+    # Masters, weights and checkpoints
+
+    def ready_for_files(self) -> AbstractContextManager[None]:
+        """While DeepSpeed saves or loads: parameters are in their buffers and require what they did at first.
+
+        Raises ValueError if a parameter has another shape or dtype now.
+        """
+        self.binding.require()
+        return self.roster.as_initialized() if self.roster else nullcontext()
+
+    def _states_were_set(self) -> None:
+        self.optimizer.drop_clamp("optimizer states were set from outside")
+
+    def refresh_fp32_params(self) -> None:
+        """Masters from the weights as they are, and no gradients, as after loading weights."""
+        self.zero_grad()
+        self.binding.require()
+        self.saved.masters_from_weights()
+
+    _restore_from_bit16_weights = refresh_fp32_params
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's shard: raw states for us, FP32 masters for DeepSpeed's zero_to_fp32.py."""
+        return self.saved.state_dict()
+
+    def restore(self, source: Restorable) -> None:
+        """Take over a checkpoint that has been checked; the weights follow the masters."""
+        self.binding.require()
+        self.saved.restore(source)
+        self.zero_grad()
+        self.saved.weights_from_masters()

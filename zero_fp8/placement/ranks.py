@@ -1,0 +1,58 @@
+"""Which ranks hold the same copy of a parameter, and how they lie in nodes. Integers only."""
+
+from dataclasses import dataclass
+
+from ds_fp8.config.refusals import refusal
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """The ranks that hold the same copy of a parameter and share its states."""
+
+    name: str
+    size: int  # ranks
+
+    def mean_factor(self) -> float:
+        """From a sum over the ranks to their mean."""
+        return 1.0 / self.size
+
+
+def turn_of(index: int, ranks: int) -> int:
+    """The rank that does the work of an index if ranks take turns."""
+    return index % ranks
+
+
+@dataclass(frozen=True)
+class NodeLayout:
+    """A fleet's ranks as nodes of consecutive ranks: rank `node * size + place` has `place` in its node."""
+
+    size: int  # ranks per node
+    count: int  # nodes
+
+    @staticmethod
+    def of(ranks: int, node_size: int) -> "NodeLayout":
+        """Nodes of `node_size` ranks, which divides `ranks`.
+
+        With nodes of one rank, or one node, there is nothing to gain from a second hop: then all ranks count
+        as one node.
+        """
+        assert ranks % node_size == 0
+        size = ranks if node_size == 1 else node_size
+        return NodeLayout(size, ranks // size)
+
+    @property
+    def owners(self) -> list[int]:
+        """All ranks by place, then by node: the order in which messages lie when they leave."""
+        return [node * self.size + place for place in range(self.size) for node in range(self.count)]
+
+    def where(self, rank: int) -> tuple[int, int]:
+        """A rank's node, and its place in it."""
+        return divmod(rank, self.size)
+
+
+def check_nodes(size: int, ranks: int) -> None:
+    """Refuse, by a ValueError, nodes that the ranks do not fill."""
+    if ranks % size:
+        divisors = ", ".join(str(each) for each in range(1, ranks + 1) if ranks % each == 0)
+        allowed = f"divisors of the world size {ranks}: {divisors}"
+        raise refusal("fp8.gradients.intra_node_size", size, allowed)
