@@ -20,7 +20,7 @@ from ds_fp8.ops.backend import REFERENCE, VARIABLE, choose
 from ds_fp8.ops.cpu import build, kernels
 
 CPU = torch.device("cpu")
-BUILD = "from ds_fp8.ops import build; print(build.library())"
+BUILD = "from ds_fp8.ops.cpu import build; print(build.library())"
 
 
 @pytest.fixture
@@ -78,6 +78,7 @@ def test_what_a_killed_build_left_is_in_nobodys_way(counting_compiler: Path, cac
     """Killed with its compilers, while it holds the lock."""
     killed = start()
     while not counting_compiler.exists():
+        assert killed.poll() is None
         time.sleep(0.01)
     time.sleep(0.3)
     os.killpg(killed.pid, signal.SIGKILL)
@@ -195,7 +196,7 @@ DAMAGES = (cut_short, flip_a_bit, empty, lose_the_digest, spoil_the_digest)
 @needs_compiler
 def test_a_damaged_library_is_built_anew(instant_compiler: Path) -> None:
     """Whatever happened to it; a process that would load it is not killed."""
-    load = "from ds_fp8.ops import cpu, build; cpu.load(); print(build.library_path())"
+    load = "from ds_fp8.ops.cpu import build, kernels; kernels.load(); print(build.library_path())"
     library = build.library()
     assert build.is_whole(library)
     for damage in DAMAGES:
