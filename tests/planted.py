@@ -124,7 +124,7 @@ FAULTS = (
     Fault(
         "gradients without a taker are passed over",
         "zero_fp8/handlers/roster.py",
-        "                if fresh:\n",
+        "                if unnamed:\n",
         "                if False:\n",
         f"{BACKWARDS} line_5_gradients",
     ),

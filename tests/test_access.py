@@ -75,7 +75,7 @@ def write_and_read(level: str) -> None:
             read = safe_get_full_optimizer_state(parameter, key)
             assert ((read - wanted).norm() / wanted.norm()).item() < exact, (name, key)
     before = {name: each.detach().clone() for name, each in engine.module.named_parameters()}
-    engine.optimizer._weights_from_masters()
+    engine.optimizer.saved.weights_from_masters()
     for name, each in engine.module.named_parameters():
         assert torch.equal(each, before[name]), f"{name} is not what its masters say"
     assert engine.optimizer.optimizer.clamp_squares == [float("inf")]

@@ -192,6 +192,6 @@ def test_every_recipe_allocates_its_bytes() -> None:
         shard = shard_of(buckets[0], 0, recipe, torch.device("cpu"), REFERENCE, Counts())
         assert memory.state_bytes(recipe, buckets) == by_hand
         assert shard.nbytes == by_hand
-        reduced = room(buckets[0], 0, recipe.shard, torch.device("cpu"))
+        reduced = room(buckets[0], 0, recipe.reduced, torch.device("cpu"))
         assert reduced.nbytes == memory.gradient_bytes(recipe, buckets, accumulating=False)
         assert memory.state_bytes_per_parameter(recipe) == by_hand / (blocks * block_size)

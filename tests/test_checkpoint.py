@@ -176,7 +176,7 @@ def load_weights_only(folder: str) -> bool:
         torch.allclose(parameter.float(), saved["module"][name].float(), rtol=1e-2, atol=1e-6)
         for name, parameter in engine.module.named_parameters()
     )
-    engine.optimizer._weights_from_masters()
+    engine.optimizer.saved.weights_from_masters()
     assert_same_bits(weight_bits(engine), loaded)
     engine.destroy()
     return close

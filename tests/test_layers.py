@@ -35,7 +35,7 @@ ROOMS = (
     ("ds_fp8.zero_fp8", "health"),
     ("ds_fp8.zero_fp8.comm", "collectives | agreement groups"),
     ("ds_fp8.zero_fp8.placement", "parameters | messages partition | ranks"),
-    ("ds_fp8.zero_fp8", "guards recipe"),
+    ("ds_fp8.zero_fp8", "plain_tensors recipe"),
     ("ds_fp8.ops", "op_builders | backend"),
     (
         "ds_fp8.ops.triton",

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +19,7 @@ from ds_fp8.zero_fp8.checkpoint import contracts, manifest, writer
 from ds_fp8.zero_fp8.checkpoint.convert import Converted
 from ds_fp8.zero_fp8.checkpoint.reader import Checkpoint
 from ds_fp8.zero_fp8.placement.partition import Bucket, ParameterSpec, partition
+from ds_fp8.zero_fp8.placement.ranks import Fleet
 
 TAG = Path(__file__).with_name("tags_v1") / "O2"
 BUCKET = 2000  # of the run that saved the tag, on two ranks
@@ -30,12 +30,12 @@ class Elsewhere:
 
     def __init__(self, bucket: Bucket, rank: int, formats: tuple[str, str, str]) -> None:
         self.pieces = tuple(bucket.pieces(rank))
-        self.recipe = SimpleNamespace(block_size=bucket.block_size)
+        self.block_size = bucket.block_size
         rows = bucket.blocks_of(rank)
         blocks = (
             Blocks.zeros(rows, bucket.block_size, BY_NAME[name], torch.device("cpu")) for name in formats
         )
-        self._home = AdamState(*blocks, rooted=True)
+        self._home = AdamState(*blocks)
 
     @contextmanager
     def lend(self, rows: slice) -> Iterator[AdamState]:
@@ -59,8 +59,9 @@ def opened() -> Checkpoint:
 
 def shards_of(checkpoint: Checkpoint, rank: int, world_size: int, formats: tuple[str, str, str]) -> list[Any]:
     numels = [torch.Size(parameter.shape).numel() for parameter in checkpoint.parameters.values()]
-    specs = [ParameterSpec(index, numel, 0, "bf16") for index, numel in enumerate(numels)]
-    buckets = partition(specs, bucket_elements=BUCKET, block_size=128, world_size=world_size)
+    fleet = Fleet("data", world_size)
+    specs = [ParameterSpec(index, numel, 0, "bf16", fleet) for index, numel in enumerate(numels)]
+    buckets = partition(specs, bucket_elements=BUCKET, block_size=128)
     return [Elsewhere(bucket, rank, formats) for bucket in buckets]
 
 

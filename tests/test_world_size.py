@@ -10,6 +10,7 @@ from grids import some_of
 from ranks import RankPools
 from torch import Tensor, nn
 
+from ds_fp8.ops.adam import Rounding
 from ds_fp8.ops.backend import REFERENCE
 from ds_fp8.ops.blocks import quantize
 from ds_fp8.ops.formats import BY_NAME, E4M3
@@ -99,14 +100,13 @@ def test_states_do_not_depend_on_the_bucket_size(ranks: RankPools) -> None:
 RECIPE = Recipe(
     block_size=128,
     wire=E4M3,
-    shard=E4M3,
+    reduced=E4M3,
     promote=True,
     master=BY_NAME["fp16"],
-    stochastic=True,
+    rounding=Rounding(3, stochastic=True),
     exp_avg=E4M3,
     exp_avg_sq=BY_NAME["fp16"],
     clamp=True,
-    seed=3,
 )
 
 
@@ -122,7 +122,7 @@ def inject(world_size: int) -> dict[str, Tensor]:
     for rank in range(world_size):
         cpu = torch.device("cpu")
         shards = [shard_of(bucket, rank, RECIPE, cpu, REFERENCE, Counts()) for bucket in buckets]
-        reduced = [room(bucket, rank, RECIPE.shard, cpu) for bucket in buckets]
+        reduced = [room(bucket, rank, RECIPE.reduced, cpu) for bucket in buckets]
         weights = [SimpleNamespace(own=_own_weights(bucket, rank, start)) for bucket in buckets]
         for shard, each in zip(shards, weights, strict=True):
             shard.take_masters(each.own)

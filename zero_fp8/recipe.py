@@ -15,14 +15,13 @@ class Recipe:
 
     block_size: int
     wire: Format  # gradients between ranks
-    shard: Format  # the reduced gradient
+    reduced: Format  # the reduced gradient
     promote: bool  # a second micro-step turns the reduced gradient FP32
     master: Format
-    stochastic: bool  # masters are rounded stochastically
+    rounding: Rounding  # of the masters
     exp_avg: Format
     exp_avg_sq: Format
     clamp: bool
-    seed: int
     by_tensor: bool = False  # one scale per tensor and whole tensors on a rank, else one scale per block
     autoscale: str | None = None  # of gradients that are added in FP8; None: they are added in FP32
     intra_node_size: int = 1  # ranks per node of the two-hop exchange; 1 = one hop
@@ -46,11 +45,6 @@ class Recipe:
     def between_nodes(self) -> Format:
         """Of gradients on their second hop."""
         return self.inter_node or self.wire
-
-    @property
-    def rounding(self) -> Rounding:
-        """Of the sweep."""
-        return Rounding(self.seed, self.stochastic)
 
     @property
     def clamped(self) -> bool:
@@ -82,23 +76,22 @@ def recipe_of(config: FP8Config, *, accumulating: bool = False, ranks: int = 1) 
     recipe = Recipe(
         block_size=config.block_size,
         wire=BY_NAME[gradients.dtype],
-        shard=BY_NAME[gradients.accum_dtype or gradients.dtype],
+        reduced=BY_NAME[gradients.accum_dtype or gradients.dtype],
         promote=gradients.accum_dtype is None,
         master=BY_NAME[states.master],
-        stochastic=config.stochastic,
+        rounding=Rounding(config.optimizer.seed, config.stochastic),
         exp_avg=BY_NAME[states.exp_avg],
         exp_avg_sq=BY_NAME[states.exp_avg_sq],
         clamp=config.optimizer.clamp and config.scaling == "block",
-        seed=config.optimizer.seed,
         by_tensor=config.scaling == "tensor",
         autoscale=(gradients.autoscale or "dynamic") if gradients.reduction == "fp8" else None,
         intra_node_size=gradients.intra_node_size or 1,
         inter_node=BY_NAME[gradients.inter_node_dtype] if gradients.inter_node_dtype else None,
     )
     if recipe.promote and accumulating:
-        return replace(recipe, shard=FP32)
+        return replace(recipe, reduced=FP32)
     if recipe.promote and recipe.two_hops(ranks) and recipe.wire.scaled and recipe.between_nodes.scaled:
-        return replace(recipe, shard=BF16)
+        return replace(recipe, reduced=BF16)
     return recipe
 
 

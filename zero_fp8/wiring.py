@@ -170,7 +170,7 @@ class _Run:
             TensorSum(backend, self.pieces(bucket)) if recipe.by_tensor else BlockSum(backend)
             for bucket in buckets
         ]
-        rooms = [room(bucket, self.rank_in(bucket), recipe.shard, self.device) for bucket in buckets]
+        rooms = [room(bucket, self.rank_in(bucket), recipe.reduced, self.device) for bucket in buckets]
         return packer, FixedScales(), self._reduced(rooms, totals)
 
     def _fp8_sum(self, buckets: Sequence[Bucket], policy: str) -> GradientParts:
@@ -180,7 +180,7 @@ class _Run:
         totals = [FP8Sum(self.pieces(bucket), self.device) for bucket in buckets]
         scales = Autoscale(policy, sizes, totals, nodes.group, fleet.mean_factor(), self.device)
         packer = FP8Packer(self.recipe.wire, self.fleets, self.device, scales)
-        rooms = [room(bucket, self.rank_in(bucket), self.recipe.shard, self.device) for bucket in buckets]
+        rooms = [room(bucket, self.rank_in(bucket), self.recipe.reduced, self.device) for bucket in buckets]
         wide = [
             room if room.scales is None else replace(room, scales=room.scales.to(torch.float32))
             for room in rooms

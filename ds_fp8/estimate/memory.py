@@ -42,7 +42,7 @@ def _state_formats(recipe: Recipe) -> tuple[Format, ...]:
 
 
 def _reduced_format(recipe: Recipe, *, accumulating: bool) -> Format:
-    return FP32 if accumulating and recipe.promote else recipe.shard
+    return FP32 if accumulating and recipe.promote else recipe.reduced
 
 
 def block_bytes(blocks: int, block_size: int, fmt: Format, scale_bytes: int = 1) -> int:
@@ -162,7 +162,7 @@ def summary(recipe: Recipe, *, ranks: int, accumulating: bool) -> dict[str, Any]
         "gradients": recipe.wire.name,
         "reduced_gradient": _reduced_format(recipe, accumulating=accumulating).name,
         "master": recipe.master.name,
-        "rounding": "stochastic" if recipe.stochastic else "nearest",
+        "rounding": "stochastic" if recipe.rounding.stochastic else "nearest",
         "exp_avg": recipe.exp_avg.name,
         "exp_avg_sq": recipe.exp_avg_sq.name,
         "autoscale": recipe.autoscale,

@@ -191,7 +191,7 @@ def check_engine(engine: Any, recipe: Recipe) -> None:
             )
     check_nodes(recipe.intra_node_size, dist.get_world_size(engine.seq_data_parallel_group))
     model_dtype, wanted = engine.get_data_types()
-    ours = recipe.shard.dtype if engine.zero_optimization_stage() == 2 else model_dtype
+    ours = recipe.reduced.dtype if engine.zero_optimization_stage() == 2 else model_dtype
     if engine._config.grad_accum_dtype is not None and wanted is not ours:
         where = "in the reduced gradient under ZeRO 2, in the model's .grad under ZeRO 1"
         raise refusal("data_types.grad_accum_dtype", str(wanted), f"{ours} (micro-steps add up {where})")

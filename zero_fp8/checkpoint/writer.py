@@ -101,7 +101,7 @@ def describe_recipe(recipe: Recipe) -> manifest.Recipe:
         master=recipe.master.name,
         exp_avg=recipe.exp_avg.name,
         exp_avg_sq=recipe.exp_avg_sq.name,
-        seed=recipe.seed,
+        seed=recipe.rounding.seed,
         scaling="tensor" if recipe.by_tensor else "block",
     )
 

@@ -34,10 +34,10 @@ from ds_fp8.zero_fp8.comm.groups import Nodes
 from ds_fp8.zero_fp8.gradients.exchange import Exchange
 from ds_fp8.zero_fp8.gradients.packing import Gradients, Packer
 from ds_fp8.zero_fp8.gradients.reduced import ReducedGradient
-from ds_fp8.zero_fp8.guards import flaw_of
 from ds_fp8.zero_fp8.health import Counts
 from ds_fp8.zero_fp8.placement.partition import Bucket, Slot
 from ds_fp8.zero_fp8.placement.ranks import Fleet
+from ds_fp8.zero_fp8.plain_tensors import flaw_of
 
 logger = logging.getLogger("ds_fp8")
 

@@ -40,10 +40,10 @@ class Roster:
         thorough = not all_had_gradients or self._steps % THOROUGH == 0
         if thorough or any(parameter.grad is not None for _, parameter in self._others):
             for finding, found in self._findings():
-                fresh = [name for name in found if (finding, name) not in self._said]
-                self._said.update((finding, name) for name in fresh)
-                if fresh:
-                    logger.warning("%s: %s", finding, naming(fresh))
+                unnamed = [name for name in found if (finding, name) not in self._said]
+                self._said.update((finding, name) for name in unnamed)
+                if unnamed:
+                    logger.warning("%s: %s", finding, naming(unnamed))
 
     @contextmanager
     def as_initialized(self) -> Iterator[None]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ds_fp8.config.refusals import cut
 from ds_fp8.ops.adam import AdamState
 from ds_fp8.ops.blocks import Blocks
-from ds_fp8.zero_fp8.guards import flaw_of
+from ds_fp8.zero_fp8.plain_tensors import flaw_of
 from ds_fp8.zero_fp8.recipe import Recipe
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # an entry holds the place here of its weight's
@@ -35,7 +35,7 @@ class Entries:
     def identity(self) -> dict[str, Any]:
         """What two runs must have in common for one to go on with the other's entries."""
         names = {key: fmt.name for key, fmt in self._formats.items()}
-        return {**names, "block_size": self._recipe.block_size, "seed": self._recipe.seed}
+        return {**names, "block_size": self._recipe.block_size, "seed": self._recipe.rounding.seed}
 
     def make(self, parameter: Tensor) -> dict[str, Any]:
         """The entry of a parameter before its first step: zeros, and a master that the first sweep fills."""

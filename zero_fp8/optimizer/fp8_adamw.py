@@ -18,7 +18,6 @@ from torch import Tensor
 from ds_fp8.config.refusals import refusal
 from ds_fp8.config.section import SECTION, FP8Config, parse
 from ds_fp8.ops.adam import AdamScalars, next_clamp
-from ds_fp8.zero_fp8.guards import ALLOWED, kind_of
 from ds_fp8.zero_fp8.optimizer.hyperparameters import (
     HYPERPARAMETERS,
     betas_of,
@@ -28,6 +27,7 @@ from ds_fp8.zero_fp8.optimizer.hyperparameters import (
 )
 from ds_fp8.zero_fp8.optimizer.members import Member, check_apart, members_of
 from ds_fp8.zero_fp8.optimizer.standalone import States
+from ds_fp8.zero_fp8.plain_tensors import ALLOWED, kind_of
 from ds_fp8.zero_fp8.recipe import recipe_of
 
 logger = logging.getLogger("ds_fp8")

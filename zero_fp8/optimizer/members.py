@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ds_fp8.zero_fp8.guards import flaw_of
+from ds_fp8.zero_fp8.plain_tensors import flaw_of
 
 
 class Member(NamedTuple):

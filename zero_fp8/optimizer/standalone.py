@@ -20,9 +20,9 @@ from ds_fp8.ops.adam import AdamScalars, AdamState, Segment, Sweep
 from ds_fp8.ops.backend import Backend, choose
 from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.formats import BF16, FP32
-from ds_fp8.zero_fp8.guards import check_gradient, check_weight
 from ds_fp8.zero_fp8.optimizer.edits import Mark, brings_in_non_finite, follow, mark_of
 from ds_fp8.zero_fp8.optimizer.entries import DTYPES, Entries
+from ds_fp8.zero_fp8.plain_tensors import check_gradient, check_weight
 from ds_fp8.zero_fp8.recipe import Recipe, weight_dtypes
 
 logger = logging.getLogger("ds_fp8")

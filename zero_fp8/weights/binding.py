@@ -18,8 +18,8 @@ from ds_fp8.config.refusals import naming
 from ds_fp8.ops.blocks import chunks, decode
 from ds_fp8.ops.masters import write_weights
 from ds_fp8.zero_fp8.comm.agreement import gather_objects
-from ds_fp8.zero_fp8.guards import ALLOWED, flaw_of
 from ds_fp8.zero_fp8.placement.partition import Piece
+from ds_fp8.zero_fp8.plain_tensors import ALLOWED, flaw_of
 from ds_fp8.zero_fp8.states.shard import Shard
 from ds_fp8.zero_fp8.weights.home import Home
 from ds_fp8.zero_fp8.weights.store import Weights
