@@ -22,11 +22,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)
 	$(BIN)/python examples/compare.py configs/zero2_o2.json configs/zero2_bf16.json --out demo
 
-# The suite without the long grids.
+# The suite, with every pair of values of its grids.
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not slow"
 
-# The long grids that `make test` leaves out.
+# What `make test` leaves out: the other cells of grids, long trainings, launchers, benchmarks.
 test-all: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
 

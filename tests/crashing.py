@@ -1,13 +1,8 @@
-"""A run that may be killed at any moment: it goes on from `latest` and writes down what it sees.
+"""A run that may be killed at any moment: it goes on from `latest` and writes down what it sees."""
 
-The ranks are forked from a server that has imported everything, so that starting a run costs little.
-"""
-
-import multiprocessing
 import os
 import random
 import signal
-import sys
 import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -15,13 +10,12 @@ from pathlib import Path
 import deepspeed
 import torch
 from engines import batches, build_gpt, ds_config, train_losses
-from ranks import free_port, rank_environment
+from ranks import FORKED, free_port, rank_environment, start_server
 
 import ds_fp8
 
 WARMUP = {"type": "WarmupLR", "params": {"warmup_max_lr": 1e-3, "warmup_num_steps": 10}}
 WORLD_SIZE = 2
-CONTEXT = multiprocessing.get_context("forkserver")
 
 
 def trace_file(folder: Path) -> Path:
@@ -59,19 +53,12 @@ def run(rank: int, port: int, folder: Path, level: str, steps: int) -> None:
     time.sleep(0.1)
 
 
-def preload() -> None:
-    """Before the first rank is started."""
-    CONTEXT.set_forkserver_preload(["crashing"])
-    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # the server does not look where we do
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # memory that is freed goes back at once
-
-
 def start(folder: Path, level: str, steps: int) -> list[BaseProcess]:
-    preload()
+    start_server()
     port = free_port()
     ranks: list[BaseProcess] = []
     for rank in range(WORLD_SIZE):
-        ranks.append(CONTEXT.Process(target=run, args=(rank, port, folder, level, steps), daemon=True))
+        ranks.append(FORKED.Process(target=run, args=(rank, port, folder, level, steps), daemon=True))
         ranks[-1].start()
     return ranks
 

@@ -1,7 +1,7 @@
 """Faults that were planted once, and the test that sees each: `python tests/planted.py [WORDS OF A NAME]`.
 
-Each is a line of the package that is replaced in a copy of the checkout, where its test must then fail. A
-change to the tests keeps them seen.
+Each is a line of the package that is replaced in a copy of the checkout, where its test must then fail, as
+part of `make test`. A change to the tests keeps them seen.
 """
 
 import os
@@ -337,7 +337,8 @@ def plant(fault: Fault, copy: Path) -> bool:
     right = path.read_text()
     path.write_text(right.replace(fault.right, fault.wrong))
     chosen = ["-k", " and ".join(words)] if words else []
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"tests/{file}", *chosen]
+    options = ["-q", "-x", "-p", "no:cacheprovider", "-m", "not slow"]
+    command = [sys.executable, "-m", "pytest", *options, f"tests/{file}", *chosen]
     try:
         environment = {**os.environ, "PYTHONPATH": str(copy)}
         done = subprocess.run(

@@ -1,7 +1,8 @@
 """Run plain functions on real gloo ranks.
 
-Ranks are processes that stay alive between tests, one set a world size: starting one costs seconds.
-A rank that raises or hangs takes its set down, and the next test starts a fresh one.
+Ranks are processes that stay alive between tests, one set a world size. They are forked from a server that
+has imported what every rank needs, which takes seconds. A rank that raises or hangs takes its set down, and
+the next test starts a fresh one.
 """
 
 import os
@@ -9,18 +10,29 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from typing import Any
+from unittest.mock import patch
 
 import torch.multiprocessing as mp
 
 HANG = 300.0  # seconds after which a rank is taken to hang
+FORKED = mp.get_context("forkserver")
+IMPORTED = ["engines", "torch._inductor.compile_fx"]  # by the server: with them come deepspeed and ds_fp8
 
 
 def free_port() -> int:
     with socket.socket() as each:
         each.bind(("127.0.0.1", 0))
         return int(each.getsockname()[1])
+
+
+def start_server() -> None:
+    """Before the first process of FORKED is started."""
+    FORKED.set_forkserver_preload(IMPORTED)
+    with patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):  # the server does not look where we do
+        forkserver.ensure_running()
 
 
 def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
@@ -63,13 +75,13 @@ class Ranks:
     """`world_size` processes in one process group."""
 
     def __init__(self, world_size: int) -> None:
-        context = mp.get_context("spawn")
+        start_server()
         port = free_port()
         self._pipes: list[Connection] = []
         self._processes = []
         for rank in range(world_size):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, world_size, port, theirs), daemon=True)
+            ours, theirs = FORKED.Pipe()
+            process = FORKED.Process(target=_serve, args=(rank, world_size, port, theirs), daemon=True)
             process.start()
             theirs.close()
             self._pipes.append(ours)

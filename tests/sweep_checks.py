@@ -4,12 +4,13 @@ Formats come from the configuration's own tables, so that what is built tomorrow
 """
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations, product
+from itertools import product
 from math import sqrt
 from typing import Any, get_args
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from kernel_support import (
@@ -122,23 +123,12 @@ class Case:
 CASES = st.builds(Case, **{name: st.sampled_from(values) for name, values in DIMENSIONS.items()})
 
 
-def pairwise(dimensions: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
-    """Few choices in which every value of a dimension meets every value of every other; greedy."""
-    names = list(dimensions)
-    left = {
-        frozenset([(a, x), (b, y)])
-        for a, b in combinations(names, 2)
-        for x, y in product(dimensions[a], dimensions[b])
-    }
-    draw, choices = random.Random(0), []
-    while left:
-        pair = dict(min(left, key=lambda pair: sorted(map(str, pair))))
-        trials = [{**{name: draw.choice(dimensions[name]) for name in names}, **pair} for _ in range(50)]
-        covered = [{frozenset(each) for each in combinations(trial.items(), 2)} & left for trial in trials]
-        best = max(range(len(trials)), key=lambda index: len(covered[index]))
-        left -= covered[best]
-        choices.append(trials[best])
-    return choices
+each_first_format = pytest.mark.parametrize("gradient", DIMENSIONS["gradient"])
+
+
+def products(gradient: str) -> Iterator[tuple[str, ...]]:
+    """Each format of the states beside one of the gradient."""
+    return product([gradient], *(DIMENSIONS[name] for name in FORMATS[1:]))
 
 
 def combinations_of(formats: Sequence[str]) -> Iterator[Case]:
@@ -291,12 +281,15 @@ def check_every_nasty_master(kernels: Kernels, fmt: Format, gradient: str) -> No
     assert_same(inner(twins.states[0]).codes, masters, "masters")
 
 
-def check_every_nasty_split_master(kernels: Kernels, master: str) -> None:
-    """Midpoints of the weights and of what is kept, in a step that moves no master, nearest or not."""
+def check_every_nasty_split_master(kernels: Kernels, master: str, every: int = 1) -> None:
+    """Midpoints of the weights and of what is kept, in a step that moves no master, nearest or not.
+
+    every: of so many values in a row one is taken.
+    """
     fmt = BY_NAME[master.split(",", maxsplit=1)[0]]
     kept = torch.arange(0, 1 << 24, 4093, dtype=torch.int32) << 7  # half a code of SPLIT8 is 1 << 7
     values = [*map(nasty_values, (BF16, FP32)), kept.view(torch.float32), torch.tensor(BAD)]
-    masters = torch.cat(values)
+    masters = torch.cat(values)[::every]
     masters = masters[: len(masters) // 256 * 256].view(-1, 256)
     zeros = torch.zeros_like(masters)
     case = Case("fp32", master, "fp32", "fp32", 256, "bfloat16", weight_decay=0.0)

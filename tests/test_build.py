@@ -78,6 +78,7 @@ def test_what_a_killed_build_left_is_in_nobodys_way(counting_compiler: Path, cac
     """Killed with its compilers, while it holds the lock."""
     killed = start()
     while not counting_compiler.exists():
+        assert killed.poll() is None
         time.sleep(0.01)
     time.sleep(0.3)
     os.killpg(killed.pid, signal.SIGKILL)
@@ -119,14 +120,6 @@ def test_without_a_compiler_the_reference_runs(cache: Path, monkeypatch: pytest.
         choose(CPU)
 
 
-@needs_compiler
-def test_what_was_built_needs_no_compiler(counting_compiler: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    built = build.library()
-    without_compiler(monkeypatch, counting_compiler.parent)
-    assert build.library() == built
-    assert choose(CPU).name == "cpu"
-
-
 def test_a_build_that_fails_says_why(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiler = cache / "broken"
     compiler.write_text("#!/bin/sh\necho 'error: no such thing as C++17'\nexit 1\n")
@@ -165,6 +158,14 @@ def instant_compiler(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     wrapper.chmod(0o755)
     monkeypatch.setenv("CXX", str(wrapper))
     return log
+
+
+@needs_compiler
+def test_what_was_built_needs_no_compiler(instant_compiler: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = build.library()
+    without_compiler(monkeypatch, instant_compiler.parent)
+    assert build.library() == built
+    assert choose(CPU).name == "cpu"
 
 
 def cut_short(library: Path) -> None:

@@ -53,24 +53,24 @@ SHAPES: dict[str, tuple[tuple[int, ...], int, dict[str, int]]] = {
 }
 
 
-def count_states(sizes: tuple[int, ...], level: str, micro_steps: int) -> dict[str, Any]:
+def count_states(sizes: tuple[int, ...], level: str, micro_steps: int, steps: int) -> dict[str, Any]:
     before = storages(live_tensors())
     engine = build(ds_config({"opt_level": level}, micro_steps=micro_steps), Bag(*sizes))
     factor = torch.ones((), dtype=torch.bfloat16)
     before |= storages([factor])
     counts = []
-    for _ in range(50):
+    for step in range(steps):
         for _ in range(micro_steps):
             engine.backward(engine(factor))
             engine.step()
-        counts.append(optimizer_bytes(engine.module, before) if len(counts) in (0, 49) else 0)
+        counts.append(optimizer_bytes(engine.module, before) if step in (0, steps - 1) else 0)
     handler: FP8ZeROOptimizer = engine.optimizer
     accumulating = micro_steps > 1
     states = memory.state_bytes(handler.recipe, handler.parts.buckets)
     gradient = memory.gradient_bytes(handler.recipe, handler.parts.buckets, accumulating=accumulating)
     result = {
         "first": counts[0],
-        "last": counts[49],
+        "last": counts[-1],
         "allocated": handler.nbytes,
         "states": states,
         "gradient": gradient,
@@ -86,7 +86,8 @@ def count_states(sizes: tuple[int, ...], level: str, micro_steps: int) -> dict[s
 @pytest.mark.parametrize("shape", SHAPES)
 def test_state_bytes(ranks: RankPools, shape: str, level: str, micro_steps: int) -> None:
     sizes, world_size, expected = SHAPES[shape]
-    per_rank = ranks.run(world_size, count_states, sizes, level, micro_steps)
+    steps = 50 if (shape, level) == ("even", "O2") else 5
+    per_rank = ranks.run(world_size, count_states, sizes, level, micro_steps, steps)
     gradient = expected["accumulated" if micro_steps > 1 else "gradient"]
     assert sum(found["states"] for found in per_rank) == expected[level]
     assert sum(found["gradient"] for found in per_rank) == gradient

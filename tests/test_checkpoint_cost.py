@@ -1,5 +1,6 @@
 """Bytes on disk and memory while loading."""
 
+import ctypes
 import os
 import re
 from multiprocessing.connection import Connection
@@ -9,9 +10,8 @@ from typing import Any
 import deepspeed
 import pytest
 import torch
-from crashing import CONTEXT, preload
 from engines import batches, build_gpt, ds_config, train_losses
-from ranks import RankPools, free_port, rank_environment
+from ranks import FORKED, RankPools, free_port, rank_environment, start_server
 from train_lm import ByteGPT, Shape
 
 import ds_fp8
@@ -19,6 +19,7 @@ import ds_fp8
 MILLION = Shape(layers=2, width=192, heads=2, context=32)  # 1.0 M parameters
 LARGE = Shape(layers=4, width=512, heads=2, context=32)  # 12.9 M
 BUCKET = 4_000_000
+M_MMAP_THRESHOLD = -3  # of malloc.h
 
 
 def save(folder: str, fp8: dict[str, Any] | None, shape: Shape) -> None:
@@ -49,6 +50,7 @@ def test_bytes_of_the_optimizer_files(
 
 def load(pipe: Connection, folder: str, port: int, level: str) -> None:
     """Everything that a run has is there and touched; then load when told to."""
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 65536)  # memory that is freed goes back at once
     os.environ.update(rank_environment(0, 1, port))
     torch.set_num_threads(1)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -73,9 +75,9 @@ def anonymous_bytes(process: int | None) -> int:
 @pytest.mark.parametrize("level", ["O2", "O2+"])
 def test_loading_takes_a_bucket_beside_the_state(ranks: RankPools, tmp_path: Path, level: str) -> None:
     ranks.run(1, save, str(tmp_path), {"opt_level": level}, LARGE)
-    preload()
-    ours, theirs = CONTEXT.Pipe()
-    process = CONTEXT.Process(target=load, args=(theirs, str(tmp_path), free_port(), level), daemon=True)
+    start_server()
+    ours, theirs = FORKED.Pipe()
+    process = FORKED.Process(target=load, args=(theirs, str(tmp_path), free_port(), level), daemon=True)
     process.start()
     assert ours.recv() == "ready"
     before = peak = anonymous_bytes(process.pid)

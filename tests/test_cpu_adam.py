@@ -8,12 +8,12 @@ from itertools import combinations, product
 import pytest
 import torch
 from cpu_support import CPP, ISAS, each_isa, running
+from grids import pairwise
 from hypothesis import given, settings
 from kernel_support import BAD, ROW_KINDS, cycled, each_decoded_format, in_rows, nasty_values, rows_of
 from sweep_checks import (
     CASES,
     DIMENSIONS,
-    FORMATS,
     LENGTHS,
     MOMENTS,
     TAKEN,
@@ -29,7 +29,8 @@ from sweep_checks import (
     check_nan_stays_nan,
     check_sweep,
     combinations_of,
-    pairwise,
+    each_first_format,
+    products,
     segments_of,
     sweeps,
 )
@@ -59,11 +60,13 @@ def test_every_pair(case: Case, isa: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("formats", list(product(*(DIMENSIONS[name] for name in FORMATS))), ids="-".join)
-def test_every_combination(formats: tuple[str, ...]) -> None:
-    for case, isa in product(combinations_of(formats), ISAS):
-        with running(isa):
-            check_sweep(CPP, case, Steps((5, 1, 1, 9), turn=1, padding=1, seed=1, steps=2))
+@each_isa
+@each_first_format
+def test_every_combination(gradient: str, isa: str) -> None:
+    with running(isa):
+        for formats in products(gradient):
+            for case in combinations_of(formats):
+                check_sweep(CPP, case, Steps((5, 1, 1, 9), turn=1, padding=1, seed=1, steps=2))
 
 
 @each_isa

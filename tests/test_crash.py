@@ -21,7 +21,7 @@ CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree")
 @pytest.mark.parametrize(
     ("level", "kills"),
     [
-        ("O2", 3),
+        ("O2", 2),
         pytest.param("O2", 20, marks=pytest.mark.slow),
         pytest.param("O2+", 20, marks=pytest.mark.slow),
     ],

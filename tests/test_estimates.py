@@ -8,6 +8,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from engines import build, ds_config
+from grids import grid
 from meters import live_tensors, optimizer_bytes, storages
 from ranks import RankPools
 from torch import Tensor, nn
@@ -212,12 +213,13 @@ def stock_bytes(name: str, stage: int, micro_steps: int, bucket: int, bf16_state
     return Held(weights, states, gradients, buffers)
 
 
-@pytest.mark.parametrize(("bucket", "bf16_states"), [(BUCKET, False), (10 * BUCKET, False), (BUCKET, True)])
-@pytest.mark.parametrize(("stage", "micro_steps"), [(1, 2), (2, 1), (2, 2)])
-@pytest.mark.parametrize("name", MODELS)
-def test_stock(
-    ranks: RankPools, name: str, stage: int, micro_steps: int, bucket: int, bf16_states: bool
-) -> None:
+@grid(
+    name=[*MODELS],
+    when=[(1, 2), (2, 1), (2, 2)],  # stage, micro-steps
+    how=[(BUCKET, False), (10 * BUCKET, False), (BUCKET, True)],  # bucket, states in BF16
+)
+def test_stock(ranks: RankPools, name: str, when: tuple[int, int], how: tuple[int, bool]) -> None:
+    (stage, micro_steps), (bucket, bf16_states) = when, how
     method = STOCK_BF16_STATES if bf16_states else STOCK
     held = method.held(model_of_module(MODELS[name]()), Run(2, stage, micro_steps, bucket))
     found = ranks.run(2, stock_bytes, name, stage, micro_steps, bucket, bf16_states)

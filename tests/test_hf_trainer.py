@@ -32,7 +32,7 @@ slow = pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "seed"),
     [
-        (GPT2, 0),
+        pytest.param(GPT2, 0, marks=slow),
         pytest.param(GPT2, 1, marks=slow),
         pytest.param(LLAMA, 0, marks=slow),
         pytest.param(LLAMA, 1, marks=slow),

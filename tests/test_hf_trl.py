@@ -100,7 +100,7 @@ def train(
 
 
 CASES = [
-    pytest.param(sft, GPT2, 1e-3, {}, id="sft"),
+    pytest.param(sft, GPT2, 1e-3, {}, id="sft", marks=slow),
     pytest.param(dpo, GPT2, 1e-3, {}, id="dpo"),
     pytest.param(sft, LLAMA, 2e-3, {"stage": 1, "optimizer": True}, id="sft-optimizer", marks=slow),
     pytest.param(dpo, LLAMA, 1e-3, {"stage": 1, "optimizer": True}, id="dpo-optimizer", marks=slow),

@@ -10,6 +10,7 @@ import pytest
 import torch
 from deepspeed import comm as dist
 from engines import SMALL, assert_same_bits, batches, build, build_gpt, ds_config, train_losses, weight_bits
+from grids import grid
 from meters import storages
 from ranks import RankPools
 from torch import Tensor, nn
@@ -50,9 +51,7 @@ def assert_same_runs(runs: list[tuple[list[float], Bits]], others: list[tuple[li
         assert_same_bits(bits, other_bits)
 
 
-@pytest.mark.parametrize("bucket", [2000, 20_000, 10**9])
-@pytest.mark.parametrize(("stage", "micro_steps"), [(1, 1), (1, 2), (2, 1), (2, 2)])
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@grid(world_size=[1, 2, 3], stage=[1, 2], micro_steps=[1, 2], bucket=[2000, 20_000, 10**9])
 def test_overlap_changes_no_bit(
     ranks: RankPools, world_size: int, stage: int, micro_steps: int, bucket: int
 ) -> None:

@@ -32,6 +32,7 @@ def quick(script: str, out: Path) -> tuple[dict[str, Any], str]:
     return json.loads(out.read_text()), done.stdout
 
 
+@pytest.mark.slow
 def test_update_error(tmp_path: Path) -> None:
     result, printed = quick("update_error.py", tmp_path / "update_error.json")
     errors = {
@@ -117,6 +118,7 @@ def test_seeds_that_contradict_each_other_prove_nothing(square: list[float], clo
     assert master["kept"] == pytest.approx(0.6)
 
 
+@pytest.mark.slow
 def test_precision(tmp_path: Path) -> None:
     result, printed = quick("precision.py", tmp_path / "precision.json")
     rows = {(row["stage"], row["recipe"]): row for row in result["rows"]}

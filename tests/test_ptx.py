@@ -139,10 +139,7 @@ class Kernel:
 class Kernels:
     triton: tuple[int, ...]
     by_name: dict[str, Kernel]
-    norm_parts: list[dict[str, int]]  # resources of the kernel that adds sums of squares
-
-    def __getitem__(self, case: tuple[str, int]) -> Kernel:
-        return self.by_name["{}, sm_{}".format(*case)]
+    norm_parts: dict[str, int]  # resources of the kernel that adds sums of squares
 
 
 def obstacle() -> str | None:
@@ -164,14 +161,24 @@ def kernel_of(figures: dict[str, Any], left: int, missing: int) -> Kernel:
     return Kernel(**(figures | walks), left=left, missing=missing)
 
 
+@pytest.fixture(
+    scope="module",
+    params=[90, *(pytest.param(each, marks=pytest.mark.slow) for each in (80, 89))],
+    ids="sm_{}".format,
+)
+def architecture(request: pytest.FixtureRequest) -> int:
+    return int(request.param)
+
+
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
+def kernels(architecture: int, tmp_path_factory: pytest.TempPathFactory) -> Kernels:
     folder = tmp_path_factory.mktemp("ptx")
     environment = {"TRITON_CACHE_DIR": str(folder / "cache"), **os.environ}
     environment.pop("TRITON_INTERPRET", None)
     paths = [str(Path(ds_fp8.__file__).parents[1]), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     command = [sys.executable, str(Path(__file__).with_name("ptx.py")), str(folder / "figures.json")]
+    command.append(str(architecture))
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     figures = json.loads((folder / "figures.json").read_text())
@@ -183,14 +190,13 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
 
 
 each_name = pytest.mark.parametrize("name", DESIGN)
-each_architecture = pytest.mark.parametrize("architecture", [80, 89, 90])
 
 
 def traffic(kernels: Kernels) -> str:
     """Bytes an element, as in the docstring of `test_bytes_per_element`."""
     lines = [f"{'':40} {'loads':>9} {'design':>9} {'stores':>9} {'design':>9}"]
     for name, kernel in kernels.by_name.items():
-        design = DESIGN[name.split(",")[0]]
+        design = DESIGN[name]
         loads, stores = (
             kernel.whole.tiles(kernel.whole.touched, kind) / kernel.elements for kind in ("ld", "st")
         )
@@ -198,9 +204,8 @@ def traffic(kernels: Kernels) -> str:
     return "\n".join(lines)
 
 
-@each_architecture
 @each_name
-def test_bytes_per_element(kernels: Kernels, name: str, architecture: int) -> None:
+def test_bytes_per_element(kernels: Kernels, name: str) -> None:
     """Each byte of a tile is moved once, and there are no more of them than the design counts.
 
                                        loads    stores
@@ -211,7 +216,7 @@ def test_bytes_per_element(kernels: Kernels, name: str, architecture: int) -> No
     sweep O1                       13.007812 14.000000
     sweep O2                        6.031250  7.023438
     """
-    kernel, design = kernels[name, architecture], DESIGN[name]
+    kernel, design = kernels.by_name[name], DESIGN[name]
     walk = kernel.whole
     assert walk.tiles(walk.touched, "ld") == design.loads * kernel.elements, traffic(kernels)
     assert walk.tiles(walk.touched, "st") == design.stores * kernel.elements, traffic(kernels)
@@ -220,11 +225,10 @@ def test_bytes_per_element(kernels: Kernels, name: str, architecture: int) -> No
             assert asked == walk.touched[tensor], f"{tensor}: {asked / kernel.elements} bytes an element"
 
 
-@each_architecture
 @each_name
-def test_tiles_move_in_16_byte_words(kernels: Kernels, name: str, architecture: int) -> None:
+def test_tiles_move_in_16_byte_words(kernels: Kernels, name: str) -> None:
     """All but scales, one byte a row, and what is no tile: control words, table, partial figures."""
-    kernel = kernels[name, architecture]
+    kernel = kernels.by_name[name]
     for tensor, widths in kernel.narrow(kernel.whole).items():
         if tensor in SMALL:
             width, most = SMALL[tensor]
@@ -235,14 +239,13 @@ def test_tiles_move_in_16_byte_words(kernels: Kernels, name: str, architecture: 
             assert set(widths) == {1}, tensor
 
 
-@each_architecture
 @each_name
-def test_no_other_access_is_in_the_ptx(kernels: Kernels, name: str, architecture: int) -> None:
+def test_no_other_access_is_in_the_ptx(kernels: Kernels, name: str) -> None:
     """Narrow ones that a whole program never reaches: a short last block's, and the sweep's next segments'.
 
     The former are as many as a thread has elements, and each is one element wide.
     """
-    kernel = kernels[name, architecture]
+    kernel = kernels.by_name[name]
     design, walks = DESIGN[name], (kernel.whole, kernel.last)
     unexplained = [
         width for at, width in kernel.widths.items() if all(at not in each.tensors for each in walks)
@@ -260,10 +263,9 @@ def test_no_other_access_is_in_the_ptx(kernels: Kernels, name: str, architecture
     assert {tensor: widths for tensor, widths in behind_a_branch.items() if widths} == expected
 
 
-@each_architecture
 @each_name
-def test_nothing_beyond_the_end_is_touched(kernels: Kernels, name: str, architecture: int) -> None:
-    kernel = kernels[name, architecture]
+def test_nothing_beyond_the_end_is_touched(kernels: Kernels, name: str) -> None:
+    kernel = kernels.by_name[name]
     for tensor, touched in kernel.last.touched.items():
         if tensor.split()[1] not in SMALL:
             there = kernel.whole.touched[tensor] * kernel.left // kernel.rows
@@ -271,11 +273,10 @@ def test_nothing_beyond_the_end_is_touched(kernels: Kernels, name: str, architec
             assert touched == there - short, tensor
 
 
-@each_architecture
 @each_name
 def test_the_hardware_converts_fp8(kernels: Kernels, name: str, architecture: int) -> None:
     """One instruction for two values, and one rounding: Triton before 3.9 rounds twice on sm_89."""
-    kernel = kernels[name, architecture]
+    kernel = kernels.by_name[name]
     first = 89 if kernels.triton >= SINGLE_ROUNDING else 90
     stored = DESIGN[name].e4m3 if architecture >= first else 0
     converted = {op: n for op, n in kernel.whole.executed.items() if re.match(r"cvt.*\.e4m3x2\.\w+$", op)}
@@ -284,31 +285,27 @@ def test_the_hardware_converts_fp8(kernels: Kernels, name: str, architecture: in
     assert stored or TO_E4M3 not in kernel.ptx
 
 
-@each_architecture
 @each_name
-def test_multiply_and_add_are_fused_where_the_source_says(
-    kernels: Kernels, name: str, architecture: int
-) -> None:
+def test_multiply_and_add_are_fused_where_the_source_says(kernels: Kernels, name: str) -> None:
     """In the sweep's square root and quotient and in the sum over ranks.
 
     Products and sums without .rn are left to the assembler to fuse, so there must be none.
     """
-    kernel = kernels[name, architecture]
+    kernel = kernels.by_name[name]
     fused = kernel.whole.executed.get(FUSED, 0) * kernel.whole.threads / kernel.elements
     assert fused == DESIGN[name].fused
     found = set(re.findall(r"\b(?:fma|mad|mul|add|sub)\.[\w.]*f(?:16|32|64)\w*", kernel.ptx))
     assert found <= {FUSED, *(f"{op}.rn.f{bits}" for op in ("mul", "add", "sub") for bits in (32, 64))}
 
 
-@each_architecture
 @each_name
-def test_registers_are_enough(kernels: Kernels, name: str, architecture: int) -> None:
-    resources = kernels[name, architecture].resources
+def test_registers_are_enough(kernels: Kernels, name: str) -> None:
+    resources = kernels.by_name[name].resources
     assert (resources["STACK"], resources["LOCAL"]) == (0, 0), f"spills: {resources}"
     assert resources["REG"] < 128
 
 
 def test_norm_parts_take_few_registers(kernels: Kernels) -> None:
-    for resources in kernels.norm_parts:
-        assert (resources["STACK"], resources["LOCAL"]) == (0, 0), f"spills: {resources}"
-        assert resources["REG"] < 128
+    resources = kernels.norm_parts
+    assert (resources["STACK"], resources["LOCAL"]) == (0, 0), f"spills: {resources}"
+    assert resources["REG"] < 128

@@ -2,6 +2,7 @@
 
 import re
 import statistics
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -43,14 +44,15 @@ def train(name: str, stage: int, fp8: bool) -> dict[str, list[float]]:
     return result
 
 
-CASES = [
-    pytest.param(name, stage, id=f"{name}-{stage}")
-    for name, feature in FEATURES.items()
-    for stage in feature.stages
-]
+def cases() -> Iterator[Any]:
+    """Stages in turn in `make test`, each feature's other one in `make test-all`."""
+    for number, (name, feature) in enumerate(FEATURES.items()):
+        for place, stage in enumerate(feature.stages):
+            late = place != number % len(feature.stages)
+            yield pytest.param(name, stage, id=f"{name}-{stage}", marks=[pytest.mark.slow] if late else [])
 
 
-@pytest.mark.parametrize(("name", "stage"), CASES)
+@pytest.mark.parametrize(("name", "stage"), [*cases()])
 def test_works(ranks: RankPools, name: str, stage: int) -> None:
     if Version(version("deepspeed")) < Version(FEATURES[name].since):
         pytest.skip(f"stock DeepSpeed cannot do it on a CPU before {FEATURES[name].since}")

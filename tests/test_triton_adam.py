@@ -4,17 +4,16 @@ Pairs of all dimensions are covered here, the full product by the slow test.
 """
 
 import random
-from itertools import product
 from typing import Any
 
 import pytest
+from grids import pairwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_support import BAD
 from sweep_checks import (
     CASES,
     DIMENSIONS,
-    FORMATS,
     LENGTHS,
     MOMENTS,
     Case,
@@ -28,7 +27,8 @@ from sweep_checks import (
     check_nan_stays_nan,
     check_sweep,
     combinations_of,
-    pairwise,
+    each_first_format,
+    products,
     sweeps,
 )
 from triton_support import CONVERSIONS, TRITON, conversion
@@ -50,12 +50,13 @@ def test_every_pair(choice: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("formats", list(product(*(DIMENSIONS[name] for name in FORMATS))), ids="-".join)
-def test_every_combination(formats: tuple[str, ...]) -> None:
-    """FP8 is converted by each format alone: in one way a case."""
-    draw = random.Random("-".join(formats))
-    for case in combinations_of(formats):
-        with conversion(draw.choice(CONVERSIONS)):
+@each_first_format
+def test_every_combination(gradient: str) -> None:
+    """FP8 is converted by each format alone, so one way per case; blocks differ in width only: one size."""
+    draw = random.Random(gradient)
+    for formats in products(gradient):
+        case, hardware = draw.choice([*combinations_of(formats)]), draw.choice(CONVERSIONS)
+        with conversion(hardware):
             check_sweep(TRITON, case, Steps((2, 1, 1, 3), turn=1, padding=1, seed=1, steps=2, moments=KINDS))
 
 
@@ -72,10 +73,11 @@ def test_every_nasty_master_is_rounded_to_a_weight(fmt: Format) -> None:
         check_every_nasty_master(TRITON, fmt, "fp32")
 
 
+@pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("master", SPLIT)
-def test_every_nasty_master_is_split(master: str) -> None:
+def test_every_nasty_master_is_split(master: str, every: int) -> None:
     with conversion(hardware=False):
-        check_every_nasty_split_master(TRITON, master)
+        check_every_nasty_split_master(TRITON, master, every)
 
 
 @pytest.mark.parametrize("master", SPLIT)

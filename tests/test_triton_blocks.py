@@ -169,7 +169,7 @@ def test_any_vectors_are_quantized_together(vectors: list[Vector], hardware: boo
         check_quantize_vectors(TRITON, [each.values for each in vectors], [each.blocks for each in vectors])
 
 
-@pytest.mark.parametrize("count", [1, 63, 64, 65, 130])
+@pytest.mark.parametrize("count", [64, 65, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 63, 130))])
 def test_a_launch_takes_64_vectors(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     """Vectors of one tile and of several, so that programs find theirs in every place of the table."""
     launches = []
