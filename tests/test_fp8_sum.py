@@ -188,10 +188,11 @@ def test_mu_halves_above_the_threshold_and_grows_below_it(ranks: RankPools) -> N
 
 
 def test_growth_doubles_in_a_thousand_steps() -> None:
-    scale = autoscale.Autoscale("dynamic", {0: 10}, 2, CPU)
+    group: Any = None
+    scale = autoscale.Autoscale("dynamic", {0: 10}, [], group, 0.5, CPU)
     with patch.object(autoscale, "sum_over_ranks"):
         for _ in range(1000):
-            scale.settle([], None)  # type: ignore[arg-type]
+            scale.settle()
     assert scale.of([0]).item() == pytest.approx(2, rel=1e-4)
 
 
