@@ -13,7 +13,7 @@ from ds_fp8.zero_fp8.comm.groups import Nodes
 from ds_fp8.zero_fp8.placement.partition import ParameterSpec
 from ds_fp8.zero_fp8.placement.ranks import Fleet
 from ds_fp8.zero_fp8.recipe import ZeroSettings, recipe_of
-from ds_fp8.zero_fp8.wiring import build, cut
+from ds_fp8.zero_fp8.wiring import build, cut_buckets
 
 
 class Way:
@@ -50,7 +50,7 @@ class Way:
             stats_interval=0,
         )
         self.nodes = Nodes(torch.distributed.group.WORLD, self.recipe.intra_node_size)
-        buckets = cut(specs, self.recipe, bucket_elements)
+        buckets = cut_buckets(specs, self.recipe, bucket_elements)
         fleets = {fleet: self.nodes}
         self.parts = build(buckets, self.parameters, self.recipe, settings, fleets, backend, param_groups=1)
 

@@ -65,7 +65,7 @@ def assert_whole(folder: Path) -> Manifest:
 
 def write_tag(folder: Path, tag: str, step: int) -> None:
     """What a save does in the file system."""
-    saving = tags.settle(folder, tag, latest=True)
+    saving = tags.clear_leftovers(folder, tag, latest=True)
     for name in (MODEL, STATES.format(0)):
         (saving / name).write_text(f"{name} at {step}" * 1000)
     facts = Manifest(

@@ -106,11 +106,11 @@ def test_pieces_are_whole_blocks_in_the_order_of_the_shard(case: Case) -> None:
             for piece in bucket.pieces(rank):
                 assert piece.first_element % case.block_size == 0
                 assert piece.blocks == -(-piece.numel // case.block_size) > 0
-                assert piece.first_block >= end, "pieces overlap in the shard"
-                assert piece.rows == slice(piece.first_block, piece.first_block + piece.blocks)
+                assert piece.first_row >= end, "pieces overlap in the shard"
+                assert piece.rows == slice(piece.first_row, piece.first_row + piece.blocks)
                 last = piece.first_element + piece.numel == piece.slot.numel
                 assert last or piece.numel % case.block_size == 0, "a block inside a parameter is short"
-                end = piece.first_block + piece.blocks
+                end = piece.first_row + piece.blocks
             assert end <= bucket.blocks_per_rank
 
 
@@ -121,7 +121,7 @@ def test_a_piece_lies_where_the_buckets_flat_buffer_says(case: Case) -> None:
     for bucket in case.buckets():
         for rank in range(case.world_size):
             for piece in bucket.pieces(rank):
-                in_buffer = (rank * bucket.blocks_per_rank + piece.first_block) * case.block_size
+                in_buffer = (rank * bucket.blocks_per_rank + piece.first_row) * case.block_size
                 assert in_buffer == bucket.offset(piece.slot) + piece.first_element
 
 

@@ -69,7 +69,7 @@ def test_ranks_own_side_by_side_what_their_tensors_need(case: Case) -> None:
             rows, first = bucket.rows_of(rank), 0
             assert rows.start == end
             for piece in bucket.pieces(rank):
-                assert piece.first_block == first
+                assert piece.first_row == first
                 assert bucket.offset(piece.slot) == (rows.start + first) * case.block_size
                 first += piece.blocks
             assert bucket.blocks_of(rank) == first, "a rank holds padding"

@@ -2,31 +2,32 @@
 
 A gradient's way: hook -> bucket -> messages -> exchange -> reduced gradient.
 
-    gradients.reducer -> gradients.packing -> gradients.exchange -> gradients.reduced
+    gradients.reducer -> gradients.packing -> gradients.exchange -> gradients.reduced -> verdict -> step
 
 A weight's way: shard -> sweep -> gather -> parameter.
 
-    step -> states.shard -> weights.store -> weights.views
+    step -> states.shard (writes its rows of weights.views) -> weights.store -> comm.collectives
 
-`wiring` builds the parts of both ways and is the only place that chooses between them; `placement` says who
-owns what; `handlers` answers DeepSpeed's engine; `checkpoint` writes and reads the states; `optimizer` holds
-the hyperparameters, and is FP8AdamW without DeepSpeed.
+`wiring` builds the parts of both ways and alone chooses which; `handlers` answers DeepSpeed's engine, and
+`handlers.take_over` makes fleets and process groups. `placement` says who owns what, `comm` has groups and
+collectives, `recipe` is the config as plain values, `health` counts what rounding did, `checkpoint` writes
+and reads the states, `optimizer` holds the hyperparameters and is FP8AdamW without DeepSpeed.
 
 One meaning per word:
 
-    parameter          a tensor of the model that is trained; its index is its place among all of the model's
+    parameter          a tensor that is trained; its index is its position among all parameters of the model
     fleet              the ranks that hold the same copy of a parameter and share its states
     bucket             parameters whose gradients travel together: of one dtype, param group and fleet
-    slot               a parameter's place in a bucket
+    slot               a parameter's position in a bucket
     block              consecutive elements of one parameter; what has a scale
     row                a block in a two-dimensional tensor of codes, of states or of weights
     piece              the blocks of one parameter that one rank owns
     owner              the rank that adds up a block's gradients and keeps its states
     shard              an owner's Adam states of a bucket
     reduced gradient   an owner's sum of a bucket's gradients, over ranks and rounds
-    round              the exchange of every bucket once, in one backward
+    round              each bucket exchanged once, by the end of a backward (ZeRO 2) or of a step (ZeRO 1)
     late gradient      one that came after its bucket had left, or in a backward that exchanges nothing
-    message            what one rank sends to one owner of a bucket: codes, then scales
+    message            what one rank sends to one owner of a bucket: codes, then scales if they differ by rank
     hop                a message's travel inside a node, or between nodes
     node, place        ranks with a fast link between them, and a rank's number among them
     exchange           a bucket's messages under way, in one hop or two

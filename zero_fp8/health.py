@@ -67,18 +67,18 @@ class Health:
         """interval: steps from one that is measured to the next; 0: none is. stores_sqrt: as `AdamState`."""
         self.interval = interval
         self._zeros = "exp_avg_sq_rescued" if stores_sqrt else "exp_avg_sq_underflow"
-        self.groups = [Counts(device if interval else None) for _ in range(groups)]
+        self.counts = [Counts(device if interval else None) for _ in range(groups)]
         self.last: dict[str, Any] | None = None  # of the last measured step
         self.listeners: list[Listener] = []
 
     def prepare(self, step: int) -> None:
         """Measure the coming step, counted from 1, or not."""
-        for each in self.groups:
+        for each in self.counts:
             each.measuring = self.interval > 0 and step % self.interval == 0
 
     def begin_sweep(self) -> None:
         """The sweeps of a step begin, maybe again."""
-        for each in self.groups:
+        for each in self.counts:
             each.forget_sweep()
 
     def collect(
@@ -88,9 +88,9 @@ class Health:
 
         stepped: whether it changed the states. more: what else there is to say of a step that was taken.
         """
-        if not self.groups[0].measuring:
+        if not self.counts[0].measuring:
             return
-        rows = torch.stack([each.row for each in self.groups])
+        rows = torch.stack([each.row for each in self.counts])
         sum_over_ranks(rows, group)
         groups = rows.tolist()
         total = [sum(column) for column in zip(*groups, strict=True)]

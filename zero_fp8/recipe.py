@@ -69,8 +69,9 @@ class ZeroSettings:
 def recipe_of(config: FP8Config, *, accumulating: bool = False, ranks: int = 1) -> Recipe:
     """The section as plain values; `accumulating`: several micro-steps reach the reduced gradient.
 
-    The reduced gradient is as the wire, unless two hops have rounded it to 8 bits twice: a third time would
-    take a parameter's gradient further from stock's than one hop ever does. Then it is BF16.
+    The reduced gradient has `accum_dtype`, if given. Else it is FP32 if several micro-steps reach it, BF16 if
+    two hops have rounded it to 8 bits twice (a third time would take a parameter's gradient further from
+    stock's than one hop ever does), and as the wire otherwise.
     """
     states, gradients = config.states, config.gradients
     recipe = Recipe(

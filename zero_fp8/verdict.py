@@ -32,9 +32,9 @@ class Verdict:
         reduced: Sequence[ReducedGradient],
         *,
         received: int,  # gradients of this rank that are in what was reduced
-        late: int,  # gradients of this rank that have not travelled yet; the step waits for them
+        late: int,  # parameters of this rank with a gradient that has not travelled; the step is tried again
         objections: Sequence[str | None],  # of this rank; the step is not taken
-        edited: int,  # parameters of this rank whose values are not their masters'
+        edited: int,  # parameters of this rank with edits that the log has not named
         gradient_scale: float,  # from the reduced gradient as stored to the mean
         clip: float,  # largest norm of the mean; 0 = any
         group: ProcessGroup,
@@ -55,7 +55,7 @@ class Verdict:
             self._arrived.record()
 
     def read(self) -> "Verdict":
-        """Wait for the norm and the counts; before this only `control` is known."""
+        """Wait for the norm and the counts, over all ranks; before this only `control` is known."""
         if self._arrived is not None:
             self._arrived.synchronize()
         norm, non_finite, self.received, self.late, self.objections, self.edited = self._copy.tolist()

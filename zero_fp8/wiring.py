@@ -67,7 +67,7 @@ class Parts:
         return zip(self.buckets, self.reduced, self.shards, self.weights, strict=True)
 
 
-def cut(specs: Sequence[ParameterSpec], recipe: Recipe, bucket_elements: int) -> tuple[Bucket, ...]:
+def cut_buckets(specs: Sequence[ParameterSpec], recipe: Recipe, bucket_elements: int) -> tuple[Bucket, ...]:
     """The buckets of a run, and who owns which of their blocks."""
     by_tensor = recipe.by_tensor
     return (partition_whole if by_tensor else partition)(
@@ -100,7 +100,7 @@ def build(
     device = next(iter(parameters.values())).device
     run = _Run(recipe, parameters, fleets, backend, device)
     health = Health(settings.stats_interval, param_groups, device, stores_sqrt=not recipe.by_tensor)
-    counts = [health.groups[bucket.group] for bucket in buckets]
+    counts = [health.counts[bucket.group] for bucket in buckets]
     weights = [FlatWeights(bucket, parameters, run.rank_in(bucket)) for bucket in buckets]
     shards = [
         shard_of(bucket, run.rank_in(bucket), recipe, device, backend, each)
@@ -115,7 +115,7 @@ def build(
         reduced=reduced,
         shards=shards,
         packer=packer,
-        reducer=GradientReducer(buckets, parameters, reduced, packer, fleets, health.groups, overlap=overlap),
+        reducer=GradientReducer(buckets, parameters, reduced, packer, fleets, health.counts, overlap=overlap),
         gradient_scales=scales,
         health=health,
         backend=backend,

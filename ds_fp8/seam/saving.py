@@ -85,7 +85,7 @@ def _prepare(engine: Any, save: _Save) -> None:
 
     def settle() -> None:
         if is_first(engine):
-            tags.settle(save.folder, save.tag, latest=save.latest)
+            tags.clear_leftovers(save.folder, save.tag, latest=save.latest)
 
     agreed(settle, engine.optimizer.dp_process_group, save.folder)
 

@@ -36,7 +36,7 @@ class Converted:
                     first = piece.first_element + part.start * size
                     stop = min(first + (part.stop - part.start) * size, piece.elements.stop)
                     values = self.source.values(names[piece.slot.parameter], slice(first, stop))
-                    rows = slice(piece.first_block + part.start, piece.first_block + part.stop)
+                    rows = slice(piece.first_row + part.start, piece.first_row + part.stop)
                     with shard.lend(rows) as state:
                         _write(values, state, own[rows])
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ds_fp8.zero_fp8.checkpoint import tags
-from ds_fp8.zero_fp8.checkpoint.manifest import naming
+from ds_fp8.zero_fp8.checkpoint.manifest import errors_named
 
 NOT_PLAIN = "holds more than tensors and plain values, and is not unpickled"
 SHOWN = 80  # characters of a value in a message
@@ -150,7 +150,7 @@ def save(state: Any, path: str | Path) -> None:
     Through a file of Python's: torch's own writer knows neither the file nor the reason.
     """
     try:
-        with naming(Path(path)), open(path, "wb") as file:
+        with errors_named(Path(path)), open(path, "wb") as file:
             torch.save(state, file)
     except Exception as error:
         cause = _os_error(error)

@@ -185,7 +185,7 @@ def listed(folder: Path) -> set[str]:
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
+def errors_named(path: Path) -> Iterator[None]:
     """An OSError that names no file, as of a write, gets this one."""
     try:
         yield
@@ -199,7 +199,7 @@ def seal(folder: Path, names: Iterable[str]) -> dict[str, File]:
     """Bring files to the disk, and return what a manifest says of them."""
     sealed = {}
     for name in names:
-        with naming(folder / name), open(folder / name, "rb") as file:
+        with errors_named(folder / name), open(folder / name, "rb") as file:
             os.fsync(file.fileno())
         sealed[name] = File(size=(folder / name).stat().st_size, sha256=_digest_of(folder / name))
     return sealed

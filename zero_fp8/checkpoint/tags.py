@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ds_fp8.zero_fp8.checkpoint import manifest
-from ds_fp8.zero_fp8.checkpoint.manifest import Manifest, naming
+from ds_fp8.zero_fp8.checkpoint.manifest import Manifest, errors_named
 
 SAVING = ".saving"
 REPLACED = ".replaced"
@@ -65,7 +65,7 @@ def contents(folder: Path) -> str:
 # Saving
 
 
-def settle(folder: Path, tag: str, *, latest: bool) -> Path:
+def clear_leftovers(folder: Path, tag: str, *, latest: bool) -> Path:
     """Before a tag is written: finish or clear what a crash has left of it; the folder to write into.
 
     Raises ValueError, before anything is changed, if the save would remove or hide what is not its own.
@@ -276,7 +276,7 @@ def point(latest: Path, tag: str) -> None:
 def write(path: Path, text: str) -> None:
     """Replace a file as a whole, and bring it to the disk."""
     new = path.with_name(path.name + NEW)
-    with naming(path), open(new, "w", encoding="utf-8") as file:
+    with errors_named(path), open(new, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -62,8 +62,8 @@ def _sums(received: Tensor, message: Message, second: Message, backend: Backend)
     """The node's sum for the owner in each node, [nodes, 1, bytes] uint8; received: [ranks, nodes, bytes]."""
     sums = torch.empty(received.shape[1], second.nbytes, dtype=torch.uint8, device=received.device)
     for node, total in enumerate(sums):
-        pieces = [blocks_in(each, message) for each in received[:, node]]
-        backend.accumulate(pieces, blocks_in(total, second), overwrite=True)
+        messages = [blocks_in(each, message) for each in received[:, node]]
+        backend.accumulate(messages, blocks_in(total, second), overwrite=True)
     return sums[:, None]
 
 

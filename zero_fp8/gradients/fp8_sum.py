@@ -89,8 +89,8 @@ class FP8Packer:
 def _in_ring_order(transfer: AllToAll, message: Message, rank: int, scales: Tensor) -> Hops:
     """From the rank after this one on; this rank's own come last. scales: of the rows that it owns."""
     arrived = yield from one_hop(transfer, message)
-    pieces = [Blocks(each.codes, scales, each.format) for each in arrived]
-    return [*pieces[rank + 1 :], *pieces[: rank + 1]]
+    messages = [Blocks(each.codes, scales, each.format) for each in arrived]
+    return [*messages[rank + 1 :], *messages[: rank + 1]]
 
 
 class FP8Sum:

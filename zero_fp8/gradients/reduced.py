@@ -17,7 +17,7 @@ class Sum(Protocol):
     """How what arrives adds up."""
 
     def add(self, arrived: Sequence[Blocks], gradient: Blocks, *, overwrite: bool) -> Tensor:
-        """Add one exchange's pieces, in the order given, to the gradient, or in its place.
+        """Add one exchange's messages, in the order given, to the gradient, or in its place.
 
         Returns the norm's parts of the result, as `ops.reduction.norm_parts` gives them.
         """
@@ -60,7 +60,7 @@ class ReducedGradient:
     """What the owners add up, until a step takes it or it is dropped."""
 
     def __init__(self, blocks: Blocks, total: Sum, backend: Backend, *, promotes: bool) -> None:
-        """blocks: room for it. promotes: it turns FP32 before a second arrival would be rounded to 8 bits."""
+        """blocks: room for it. promotes: it turns FP32 before a second arrival."""
         self.blocks = blocks
         self._sum = total
         self._backend = backend
@@ -79,7 +79,7 @@ class ReducedGradient:
 
     @property
     def must_promote(self) -> bool:
-        """Whether the next arrival would be lost in an 8-bit sum that the config did not ask for."""
+        """Whether the next arrival would be rounded into a format that the config did not ask for."""
         return self._promotes and self._arrivals > 0 and self.blocks.format is not FP32
 
     def promote(self) -> None:
@@ -90,7 +90,7 @@ class ReducedGradient:
         self.blocks = wide
 
     def receive(self, arrived: Sequence[Blocks]) -> None:
-        """Add one exchange's pieces, in the order given."""
+        """Add one exchange's messages, in the order given."""
         self.norm_parts = self._sum.add(arrived, self.blocks, overwrite=self._arrivals == 0)
         self._arrivals += 1
 

@@ -14,8 +14,8 @@ Without it, it lands at once.
 
 A gradient may arrive outside a round: after its bucket has left (weights tied under reentrant
 checkpointing), or in a backward that exchanges nothing (towards some tensors, `inputs=`). It
-waits and goes with the next round, or before the step in an extra round for which the ranks agree
-on the buckets. That a rank has such late gradients is part of the step's all-reduce, so no collective asks
+waits and goes with the next round, or before the step in an extra exchange of buckets on which the ranks
+agree. That a rank has such late gradients is part of the step's all-reduce, so no collective asks
 after every backward, and a step that finds one is repeated (`complete`).
 """
 
@@ -139,7 +139,7 @@ class GradientReducer:
         self.backwards = 0  # that have come to their end since then
         self.unfit: tuple[int, str] | None = None  # parameter whose gradient was refused since then, and why
         self.received = 0  # gradients of this rank since then
-        self.rounds = 0  # backwards that have been reduced since then
+        self.rounds = 0  # that have ended since then
         self._start_round()
 
     def begin(self) -> None:
@@ -191,11 +191,11 @@ class GradientReducer:
 
     @property
     def late(self) -> int:
-        """Gradients of this rank that came outside a round."""
+        """Parameters of this rank with a gradient that has not travelled."""
         return sum(map(self._waits, self._parameters))
 
     def _send_late(self) -> None:
-        """The extra round for late gradients; on every rank or none."""
+        """The extra exchange of late gradients; on every rank or none."""
         for index in self._late_buckets():
             self._launch(index)
         self._land()

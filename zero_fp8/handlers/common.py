@@ -88,7 +88,7 @@ class FP8ZeROOptimizer(ZeROOptimizer):
             on_access=self.binding.require,
             on_other_owner=self._give_up,
         )
-        self.full_tensors.bind(self.parameters)
+        self.full_tensors.attach(self.parameters)
 
     def _listen(self) -> None:
         """Let gradients travel while backward runs, if they do in this run; again after a cast."""
@@ -117,7 +117,7 @@ class FP8ZeROOptimizer(ZeROOptimizer):
     def destroy(self) -> None:
         """Let go of the parameters, which keep their weights, and free the states."""
         self._let_go()
-        self.full_tensors.unbind(self.parameters)
+        self.full_tensors.detach(self.parameters)
         self.parts.close()
 
     # Backward
@@ -168,7 +168,7 @@ class FP8ZeROOptimizer(ZeROOptimizer):
             self.client.follow()
         try:
             self._refuse_half_a_backward()
-            objection = self.binding.restore()
+            objection = self.binding.bring_home()
             verdict = self.gradients.complete(lambda: self._attempt(objection))
             if verdict.objections:
                 objection = objection or self._objection_to_gradients()

@@ -25,7 +25,7 @@ from ds_fp8.zero_fp8.states.shard import Shard
 from ds_fp8.zero_fp8.wiring import Parts
 
 BOUND = ("_hp_mapping", "get_full_hp_param", "set_full_hp_param", "get_full_hp_grad", "set_full_hp_grad")
-STATES = ("exp_avg", "exp_avg_sq")
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Owned(NamedTuple):
@@ -64,7 +64,7 @@ class FullTensors:
         self._on_access = on_access
         self._on_other_owner = on_other_owner
 
-    def bind(self, parameters: Mapping[int, Parameter]) -> None:
+    def attach(self, parameters: Mapping[int, Parameter]) -> None:
         """Give each parameter the methods that DeepSpeed's utilities call; an earlier engine loses it."""
         for owner in {id(each): each for each in map(_owner, parameters.values()) if each}.values():
             owner._on_other_owner()
@@ -79,7 +79,7 @@ class FullTensors:
             for name, method in zip(BOUND, methods, strict=True):
                 setattr(parameter, name, method)
 
-    def unbind(self, parameters: Mapping[int, Parameter]) -> None:
+    def detach(self, parameters: Mapping[int, Parameter]) -> None:
         """Take the methods back, from parameters that no other engine has bound since."""
         for parameter in parameters.values():
             for name in BOUND if _owner(parameter) is self else ():
@@ -168,8 +168,8 @@ def _owner(parameter: Parameter) -> FullTensors | None:
 
 
 def _check_key(key: str | None) -> None:
-    if key is not None and key not in STATES:
-        raise ValueError(f"optimizer state: received {cut(repr(key))}, allowed: {', '.join(STATES)}")
+    if key is not None and key not in MOMENTS:
+        raise ValueError(f"optimizer state: received {cut(repr(key))}, allowed: {', '.join(MOMENTS)}")
 
 
 def _flat(value: Tensor, parameter: Parameter) -> Tensor:

@@ -13,7 +13,7 @@ from ds_fp8.zero_fp8.comm.groups import Nodes
 from ds_fp8.zero_fp8.placement.parameters import check_finite, trained_parameters
 from ds_fp8.zero_fp8.placement.ranks import Fleet
 from ds_fp8.zero_fp8.recipe import Recipe, ZeroSettings
-from ds_fp8.zero_fp8.wiring import Parts, backend_for, build, cut
+from ds_fp8.zero_fp8.wiring import Parts, backend_for, build, cut_buckets
 
 logger = logging.getLogger("ds_fp8")
 
@@ -40,6 +40,6 @@ def take_over(
     backend = backend_for(recipe, device)
     if backend.instead and dist.get_rank(group) == 0:
         logger.warning("plain PyTorch instead of kernels, with the same numbers: %s", backend.instead)
-    buckets = cut(specs, recipe, settings.bucket_elements)
+    buckets = cut_buckets(specs, recipe, settings.bucket_elements)
     fleets = {fleet: Nodes(group, recipe.intra_node_size)}
     return parameters, build(buckets, parameters, recipe, settings, fleets, backend, len(param_groups))

@@ -1,1 +1,1 @@
-"""Who owns which bytes. Integers only, the same on every rank; nobody else multiplies by a world size."""
+"""Who owns which bytes. Integers only, the same on every rank; nothing else is cut by a world size."""

@@ -10,7 +10,7 @@ Where a scale belongs to a whole tensor, whole tensors go to ranks instead, by F
 buckets, largest first, to the rank that has least (arXiv 2310.18313 section 2.3). A rank's run of a bucket is
 then as long as its tensors, and a block is the granule that tensors are padded to.
 
-Iterate over `Bucket.pieces(rank)`; no other module does arithmetic on block counts.
+Iterate over `Bucket.pieces(rank)`: which rank owns which block is computed nowhere else.
 """
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -47,14 +47,14 @@ class Piece:
     """The part of a parameter that one rank owns: whole blocks, of which the last may be short."""
 
     slot: Slot
-    first_block: int  # within the owner's shard of the bucket
+    first_row: int  # within the owner's shard of the bucket
     blocks: int
     first_element: int  # of the parameter
     numel: int  # elements, without the padding of a short last block
 
     @property
     def rows(self) -> slice:
-        return slice(self.first_block, self.first_block + self.blocks)
+        return slice(self.first_row, self.first_row + self.blocks)
 
     @property
     def elements(self) -> slice:
@@ -67,7 +67,7 @@ class Bucket:
 
     index: int
     group: int  # param group of the optimizer
-    fleet: Fleet  # the ranks that own it
+    fleet: Fleet  # the ranks that share it
     slots: tuple[Slot, ...]
     block_size: int
     bounds: Sequence[int]  # [ranks + 1] the block with which each rank's run begins, and the end

@@ -9,7 +9,7 @@ from ds_fp8.config.refusals import refusal
 class Fleet:
     """The ranks that hold the same copy of a parameter and share its states."""
 
-    name: str
+    name: str  # tells fleets of one size apart
     size: int  # ranks
 
     def mean_factor(self) -> float:

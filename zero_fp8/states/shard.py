@@ -1,6 +1,6 @@
 """Shard: the Adam states of the blocks that one rank owns of a bucket, and their sweep.
 
-Where states live is known here only; all others reach them through `lend`, for as long as a `with` lasts.
+`wiring` makes them; after that only a shard knows where they live, and all others reach them through `lend`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -62,7 +62,10 @@ class Shard:
 
     @contextmanager
     def lend(self, rows: slice = ALL) -> Iterator[AdamState]:
-        """The states of some rows, to read and write until the `with` ends."""
+        """The states of some rows, to read and write until the `with` ends.
+
+        Those that are resident, as all are today, may be read after it, too: saving copies nothing.
+        """
         yield self._state if rows is ALL else self._state[rows]
 
     def take_masters(self, weights: Tensor) -> None:

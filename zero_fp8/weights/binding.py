@@ -48,7 +48,7 @@ class Binding:
         self._edited: dict[str, None] = {}  # names of parameters whose owned values left their masters
         self._logged = False
 
-    def restore(self) -> str | None:
+    def bring_home(self) -> str | None:
         """Bring parameters back. An objection, and nothing is done, if one does not fit any more."""
         objection = self._freed() or next(filter(None, map(self._objection, self._homes.values())), None)
         if objection:
@@ -104,9 +104,9 @@ class Binding:
             )
 
     def require(self) -> None:
-        """`restore`, where the ranks need not agree first. Raises ValueError, or as `check_owned`."""
+        """`bring_home`, where the ranks need not agree first. Raises ValueError, or as `check_owned`."""
         self.check_owned()
-        objection = self.restore()
+        objection = self.bring_home()
         if objection:
             raise ValueError(objection)
 

@@ -19,7 +19,7 @@ class Home:
         return self.view.data_ptr()
 
     def was_left_by(self, parameter: Parameter) -> bool:
-        """Whether the parameter's values lie elsewhere, or otherwise."""
+        """Whether the parameter's values lie elsewhere, or in another order or sign."""
         return (
             parameter.data_ptr() != self.address or not parameter.is_contiguous() or bool(parameter.is_neg())
         )

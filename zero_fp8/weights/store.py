@@ -1,7 +1,8 @@
-"""What the sweep, the gather and checkpoints need of a bucket's weights, whatever the parameters are made of.
+"""What the sweep, the gather and checkpoints need of a bucket's weights, whatever parameters are made of.
 
-The sweep writes a rank's own rows, the gather brings the others', while the next bucket is swept. Nobody else
-writes weights.
+In a step the sweep writes a rank's own rows and the gather brings the others', while the next bucket is
+swept. Between steps `write` (after a load), `bind` (values brought back) and safe_set_full_fp32_param write
+them.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
