@@ -37,9 +37,8 @@ class FP8AdamW(torch.optim.Optimizer):
     """Adam or AdamW over FP8 states, in one of two roles.
 
     With DeepSpeed (`deepspeed.initialize(optimizer=...)`, or made from the "optimizer" section) it only holds
-    the
-    hyperparameters: the states live in the shards of ZeRO and `engine.step()` steps them. Without DeepSpeed
-    it is an optimizer like torch's AdamW, with its states in 8 and 16 bits.
+    the hyperparameters: the states live in the shards of ZeRO and `engine.step()` steps them. Without
+    DeepSpeed it is an optimizer like torch's AdamW, with its states in 8 and 16 bits.
 
     Args:
         params: parameters, param groups or named parameters, as for any torch optimizer.
@@ -50,8 +49,7 @@ class FP8AdamW(torch.optim.Optimizer):
         bias_correction: correct exp_avg and exp_avg_sq for their start at 0, default True.
         adam_w_mode: decoupled weight decay (AdamW), default True; False: L2 (Adam).
         fp8: without DeepSpeed only: formats of the states as in the "fp8" section of a ds_config
-        (`opt_level`,
-            `block_size`, `optimizer`), default O2.
+            (`opt_level`, `block_size`, `optimizer`), default O2.
 
     Raises:
         ValueError: a value is out of range, or amsgrad, maximize or differentiable is set.
@@ -121,9 +119,8 @@ class FP8AdamW(torch.optim.Optimizer):
 
         Raises:
             ValueError: before anything is changed, with the name of what is at fault: a parameter or gradient
-            that
-                the kernels cannot take, a parameter that its state was not made for, two that share memory,
-                or hyperparameters that the constructor would refuse.
+                that the kernels cannot take, a parameter that its state was not made for, two that share
+                memory, or hyperparameters that the constructor would refuse.
         """
         loss = None
         if closure is not None:

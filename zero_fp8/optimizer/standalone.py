@@ -2,10 +2,8 @@
 
 A parameter's state is an entry (`entries.py`). The parameter and its gradient are read and written in place,
 but for the last block, which is filled up in a copy. Between two steps a user may resize, recast, move or
-wrap a
-parameter: `check` compares the parameter, its gradient and its entry at every step. A user may edit its
-values,
-too: the master follows (`edits.py`).
+wrap a parameter: `check` compares the parameter, its gradient and its entry at every step. A user may edit
+its values, too: the master follows (`edits.py`).
 """
 
 import logging
