@@ -6,8 +6,8 @@
 1. Reduced gradients and gathered weights are those of the plain-PyTorch reference over gloo, bit for bit:
    several formats, overlap on and off, one hop and, from four ranks on, two.
 2. A small model trains with ZeRO 1 and 2, overlap on and off, one hop and two, with one scale per tensor
-   and a sum in FP8: all ranks end with the same bits, and so do settings that must not differ; stock DeepSpeed
-   BF16 beside it.
+   and a sum in FP8: all ranks end with the same bits, and so do settings that must not differ; stock
+   DeepSpeed BF16 beside it.
 3. Buckets of several sizes: the exchange and its parts, NCCL's reduce-scatter and all-reduce in BF16 and
    FP32, and its reduce-scatter in FP8 where it has one. Medians of interleaved rounds, and medians of the
    ratios to the BF16 reduce-scatter, round by round. Bytes are counted at the collectives.

@@ -225,6 +225,32 @@ def test_our_universal_is_read_by_us_and_by_stock(
             assert differences(found, saved["values"]) == dict.fromkeys(STATES, 0.0)
 
 
+class Slashed(nn.Module):
+    """Names of a ModuleDict's entries may hold a slash."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict({"a/b": nn.Linear(8, 8)})
+
+    def forward(self, values: Tensor) -> Tensor:
+        return self.layers["a/b"](values).square().mean()  # type: ignore[no-any-return]
+
+
+def save_slashed(folder: str) -> None:
+    engine = build(ds_config({}), Slashed())
+    engine.backward(engine(torch.ones(4, 8, dtype=torch.bfloat16)))
+    engine.step()
+    engine.save_checkpoint(folder, tag="one")
+    engine.destroy()
+
+
+def test_a_name_may_hold_a_slash(ranks: RankPools, tmp_path: Path) -> None:
+    ranks.run(1, save_slashed, str(tmp_path / "saved"))
+    main(["to-universal", str(tmp_path / "saved"), str(tmp_path / "universal" / "one")])
+    states = tmp_path / "universal" / "one" / "zero" / "layers.a" / "b.weight"
+    assert sorted(each.stem for each in states.iterdir()) == ["exp_avg", "exp_avg_sq", "fp32", "step"]
+
+
 def test_universal_with_weights_only_is_refused(ranks: RankPools, tmp_path: Path) -> None:
     ranks.run(2, save, str(tmp_path / "saved"), O2)
     main(["to-universal", str(tmp_path / "saved"), str(tmp_path / "universal" / "four")])

@@ -191,7 +191,8 @@ class StockProbe:
 
 
 def stock_bytes(name: str, stage: int, micro_steps: int, bucket: int, bf16_states: bool) -> Held:
-    before = storages(live_tensors())
+    alive = live_tensors()  # held until the end, so that no address of theirs is used again
+    before = storages(alive)
     config = ds_config(stage=stage, micro_steps=micro_steps, bucket=bucket)
     if bf16_states:
         config["bf16"] |= {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
@@ -210,6 +211,7 @@ def stock_bytes(name: str, stage: int, micro_steps: int, bucket: int, bf16_state
     gradients, buffers = max(probe.moments, key=sum)
     weights = nbytes(engine.module.parameters())
     engine.destroy()
+    del alive
     return Held(weights, states, gradients, buffers)
 
 

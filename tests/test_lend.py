@@ -38,7 +38,7 @@ class Elsewhere:
         self._home = AdamState(*blocks)
 
     @contextmanager
-    def lend(self, rows: slice) -> Iterator[AdamState]:
+    def lend(self, rows: slice = slice(None)) -> Iterator[AdamState]:
         home = self._home[rows]
         lent = replace(home, **{key: copied(getattr(home, key)) for key in contracts.STATES})
         yield lent

@@ -52,6 +52,11 @@ class Parts:
     listens: bool  # gradients travel while backward runs
     divisor: int  # of the sum of the ranks' gradients
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of this rank's states and reduced gradients."""
+        return sum(each.nbytes for each in self.reduced) + sum(each.nbytes for each in self.shards)
+
     def close(self) -> None:
         """Give up states, reduced gradients and process groups."""
         self.shards.clear()

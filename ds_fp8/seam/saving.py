@@ -109,8 +109,8 @@ def _publish(engine: Any, save: _Save) -> None:
     """Give a written tag its manifest and its name."""
     group = engine.optimizer.dp_process_group
     # DeepSpeed calls a rank's files as it likes.
-    optimizer_file = Path(engine._get_zero_ckpt_name(save.folder, save.saving.name)).name
-    optimizer_files = gather_objects(optimizer_file, group)
+    name = agreed(lambda: Path(engine._get_zero_ckpt_name(save.folder, save.saving.name)).name, group)
+    optimizer_files = gather_objects(name, group)
     sealed = _seal(engine, save.saving, optimizer_files)
 
     def publish() -> None:

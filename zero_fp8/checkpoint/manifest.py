@@ -155,7 +155,8 @@ def parse(text: str, path: Path) -> Manifest:
             return Manifest.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
-        raise ValueError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        where = [".".join(map(str, first["loc"])), first["msg"]]
+        raise ValueError(": ".join([str(path), *filter(None, where)])) from None
     raise ValueError(f"{path}: format_version: received {received}, allowed: 1, {FORMAT_VERSION}")
 
 

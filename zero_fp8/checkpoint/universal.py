@@ -149,7 +149,7 @@ def write(checkpoint: Checkpoint, out: Path, advance: Callable[[int], None]) -> 
             advance(_write_states(checkpoint, name, zero / name))
         for name, tensor in others(checkpoint).items():
             if not is_extra_state(name):  # its bytes are in the model file
-                (zero / name).mkdir()
+                (zero / name).mkdir(parents=True)
                 save({"param": tensor.float()}, zero / name / "fp32.pt")
         save(_common(checkpoint), zero / "optimizer_state.pt")
         shutil.copyfile(checkpoint.model_path, temporary / checkpoint.model_path.name)
@@ -159,7 +159,7 @@ def write(checkpoint: Checkpoint, out: Path, advance: Callable[[int], None]) -> 
 def _write_states(checkpoint: Checkpoint, name: str, folder: Path) -> int:
     """Write a trained parameter's states; the number of its elements."""
     states = whole(checkpoint, name)
-    folder.mkdir()
+    folder.mkdir(parents=True)  # a name may hold a "/"
     for key, tensor in zip(STATE_FILES, states, strict=True):
         save({"param": tensor.view(checkpoint.parameters[name].shape)}, folder / f"{key}.pt")
     # torch's optimizers want a tensor and DeepSpeed's kernels a number: this one passes for both.

@@ -51,12 +51,13 @@ def pack(shards: Sequence[Shard], names: Names) -> dict[str, Any]:
     """
     packed: dict[str, Any] = {}
     for shard in shards:
+        with shard.lend() as state:
+            tensors = _state_tensors(state)
         for piece in shard.pieces:
-            with shard.lend(piece.rows) as state:
-                packed[names[piece.slot.parameter]] = {
-                    "blocks": list(block_range(piece, shard.block_size)),
-                    **_state_tensors(state),
-                }
+            packed[names[piece.slot.parameter]] = {
+                "blocks": list(block_range(piece, shard.block_size)),
+                **{key: tensor[piece.rows] for key, tensor in tensors.items()},
+            }
     return packed
 
 

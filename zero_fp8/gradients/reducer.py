@@ -218,7 +218,7 @@ class GradientReducer:
         self._land(leave=UNDER_WAY - 1)
         for _, earlier in self._under_way:
             earlier.advance()
-        bucket = self._buckets[index]
+        bucket, _ = self._buckets[index], self._reduced[index]  # none is left after `destroy`
         exchange = self._packer.send(bucket, self.take(bucket), self._counts[bucket.group])
         self._under_way.append((index, exchange))
         if not self._overlap:

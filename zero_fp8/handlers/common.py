@@ -253,7 +253,7 @@ class FP8ZeROOptimizer(ZeROOptimizer):
     @property
     def nbytes(self) -> int:
         """Bytes of this rank's states and reduced gradient."""
-        return sum(reduced.nbytes + shard.nbytes for _, reduced, shard, _ in self.parts.by_bucket())
+        return self.parts.nbytes
 
     @property
     def loss_scale(self) -> float:
