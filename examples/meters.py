@@ -4,6 +4,7 @@ Neither asks the optimizer: DeepSpeed's own and ds_fp8's are measured by the sam
 """
 
 import gc
+import time
 import warnings
 from collections import Counter
 from collections.abc import Iterable
@@ -28,6 +29,7 @@ def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
 
 def live_tensors() -> list[Tensor]:
     """Every tensor that Python still holds."""
+    time.sleep(0.02)  # gloo's threads let go of a tensor a moment after it was waited for
     gc.collect()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # looking at an object may wake a deprecated attribute

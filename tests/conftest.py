@@ -1,5 +1,6 @@
 """Shared fixtures: the ranks, and `torch.empty` that shows what was never written."""
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -14,6 +15,12 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is defined
 torch.set_num_threads(1)
 on_examples_path()
+
+
+def pytest_collection_finish() -> None:
+    """What was imported and collected stays: collections pass over it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

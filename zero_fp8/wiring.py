@@ -7,7 +7,7 @@ The axes of a run are fields that are composed here:
 - kernels: those of the device.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -74,10 +74,8 @@ class Parts:
 
 def cut_buckets(specs: Sequence[ParameterSpec], recipe: Recipe, bucket_elements: int) -> tuple[Bucket, ...]:
     """The buckets of a run, and who owns which of their blocks."""
-    by_tensor = recipe.by_tensor
-    return (partition_whole if by_tensor else partition)(
-        specs, bucket_elements=bucket_elements, block_size=recipe.block_size
-    )
+    cut = partition_whole if recipe.by_tensor else partition
+    return cut(specs, bucket_elements=bucket_elements, block_size=recipe.block_size)
 
 
 def backend_for(recipe: Recipe, device: torch.device) -> Backend:
@@ -162,9 +160,13 @@ class _Run:
         """What this rank owns of a bucket."""
         return list(bucket.pieces(self.rank_in(bucket)))
 
-    def gradient_parts(
-        self, buckets: Sequence[Bucket]
-    ) -> tuple[Packer, GradientScales, list[ReducedGradient]]:
+    def rooms(self, buckets: Sequence[Bucket]) -> list[Blocks]:
+        """For this rank's reduced gradients."""
+        return [
+            room(bucket, self.rank_in(bucket), self.recipe.reduced, self.device) for bucket in buckets
+        ]
+
+    def gradient_parts(self, buckets: Sequence[Bucket]) -> GradientParts:
         """How gradients are packed, scaled and added up."""
         recipe, backend = self.recipe, self.backend
         if recipe.autoscale is not None:
@@ -175,8 +177,7 @@ class _Run:
             TensorSum(backend, self.pieces(bucket)) if recipe.by_tensor else BlockSum(backend)
             for bucket in buckets
         ]
-        rooms = [room(bucket, self.rank_in(bucket), recipe.reduced, self.device) for bucket in buckets]
-        return packer, FixedScales(), self._reduced(rooms, totals)
+        return packer, FixedScales(), self._reduced(self.rooms(buckets), totals)
 
     def _fp8_sum(self, buckets: Sequence[Bucket], policy: str) -> GradientParts:
         """The paper's: sums in FP8, whose scales are FP32."""
@@ -185,16 +186,16 @@ class _Run:
         totals = [FP8Sum(self.pieces(bucket), self.device) for bucket in buckets]
         scales = Autoscale(policy, sizes, totals, nodes.group, fleet.mean_factor(), self.device)
         packer = FP8Packer(self.recipe.wire, self.fleets, self.device, scales)
-        rooms = [room(bucket, self.rank_in(bucket), self.recipe.reduced, self.device) for bucket in buckets]
-        wide = [
-            room if room.scales is None else replace(room, scales=room.scales.to(torch.float32))
-            for room in rooms
-        ]
-        return packer, scales, self._reduced(wide, totals)
+        return packer, scales, self._reduced(map(_with_fp32_scales, self.rooms(buckets)), totals)
 
-    def _reduced(self, rooms: Sequence[Blocks], totals: Sequence[Sum]) -> list[ReducedGradient]:
+    def _reduced(self, rooms: Iterable[Blocks], totals: Sequence[Sum]) -> list[ReducedGradient]:
         promotes = self.recipe.promote
         return [
-            ReducedGradient(room, total, self.backend, promotes=promotes)
-            for room, total in zip(rooms, totals, strict=True)
+            ReducedGradient(blocks, total, self.backend, promotes=promotes)
+            for blocks, total in zip(rooms, totals, strict=True)
         ]
+
+
+def _with_fp32_scales(blocks: Blocks) -> Blocks:
+    """mu makes a scale no power of two."""
+    return blocks if blocks.scales is None else replace(blocks, scales=blocks.scales.to(torch.float32))

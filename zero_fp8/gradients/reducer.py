@@ -94,7 +94,7 @@ class GradientReducer:
         self._fleets = fleets
         self._counts = counts
         self._overlap = overlap
-        self._under_way: deque[tuple[int, Exchange]] = deque()  # and their buckets, oldest first
+        self._under_way: deque[tuple[ReducedGradient, Exchange]] = deque()  # oldest first
         self._expects_late = False  # a step has found late gradients; the next will have them too
         self._listens = False
         self._hooks: dict[int, LastHook] = {}  # by parameter
@@ -218,17 +218,17 @@ class GradientReducer:
         self._land(leave=UNDER_WAY - 1)
         for _, earlier in self._under_way:
             earlier.advance()
-        bucket, _ = self._buckets[index], self._reduced[index]  # none is left after `destroy`
+        bucket, reduced = self._buckets[index], self._reduced[index]
         exchange = self._packer.send(bucket, self.take(bucket), self._counts[bucket.group])
-        self._under_way.append((index, exchange))
+        self._under_way.append((reduced, exchange))
         if not self._overlap:
             self._land()
 
     def _land(self, *, leave: int = 0) -> None:
         """Bring buckets to their owners, oldest first, until `leave` are under way."""
         while len(self._under_way) > leave:
-            index, exchange = self._under_way.popleft()
-            reduced, arrived = self._reduced[index], exchange.land()
+            reduced, exchange = self._under_way.popleft()
+            arrived = exchange.land()
             if reduced.must_promote:
                 self._log_promotion(reduced)
                 reduced.promote()
