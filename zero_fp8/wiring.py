@@ -162,9 +162,7 @@ class _Run:
 
     def rooms(self, buckets: Sequence[Bucket]) -> list[Blocks]:
         """For this rank's reduced gradients."""
-        return [
-            room(bucket, self.rank_in(bucket), self.recipe.reduced, self.device) for bucket in buckets
-        ]
+        return [room(bucket, self.rank_in(bucket), self.recipe.reduced, self.device) for bucket in buckets]
 
     def gradient_parts(self, buckets: Sequence[Bucket]) -> GradientParts:
         """How gradients are packed, scaled and added up."""
