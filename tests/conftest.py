@@ -23,6 +23,10 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[RankPools]:
     """`ranks.run(world_size, function, *arguments)`: results by rank."""
