@@ -96,9 +96,8 @@ class Exchange:
         self._hops.close()
 
 
-Launch = Callable[
-    [Tensor, Sequence[Message], Nodes], Exchange
-]  # messages lie in the buffer, in owners' order
+# Takes a buffer, the messages that lie in it, in the order of `NodeLayout.owners`, and who they are for.
+Launch = Callable[[Tensor, Sequence[Message], Nodes], Exchange]
 
 
 def launch_uneven(buffer: Tensor, messages: Sequence[Message], nodes: Nodes) -> Exchange:
