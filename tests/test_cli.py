@@ -30,7 +30,7 @@ def piped(
 ) -> "subprocess.CompletedProcess[str]":
     """The command in a process of its own, whose output is no terminal."""
     return subprocess.run(
-        [sys.executable, "-c", "from ds_fp8.cli import main; main()", *arguments],
+        [sys.executable, "-m", "ds_fp8.cli", *arguments],
         env={**os.environ, **environment},
         stdout=stdout,
         stderr=subprocess.PIPE,
