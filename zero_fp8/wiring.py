@@ -25,7 +25,14 @@ from ds_fp8.zero_fp8.gradients.packing import Packer, ScaledPacker
 from ds_fp8.zero_fp8.gradients.reduced import BlockSum, ReducedGradient, Sum, TensorSum
 from ds_fp8.zero_fp8.gradients.reducer import GradientReducer
 from ds_fp8.zero_fp8.health import Counts, Health
-from ds_fp8.zero_fp8.placement.partition import Bucket, ParameterSpec, Piece, partition, partition_whole
+from ds_fp8.zero_fp8.placement.partition import (
+    Bucket,
+    ParameterSpec,
+    Piece,
+    partition,
+    partition_sliced,
+    partition_whole,
+)
 from ds_fp8.zero_fp8.placement.ranks import Fleet
 from ds_fp8.zero_fp8.recipe import Recipe, ZeroSettings
 from ds_fp8.zero_fp8.states.shard import Shard
@@ -72,10 +79,12 @@ class Parts:
         return zip(self.buckets, self.reduced, self.shards, self.weights, strict=True)
 
 
-def cut_buckets(specs: Sequence[ParameterSpec], recipe: Recipe, bucket_elements: int) -> tuple[Bucket, ...]:
+def cut_buckets(
+    specs: Sequence[ParameterSpec], recipe: Recipe, settings: ZeroSettings
+) -> tuple[Bucket, ...]:
     """The buckets of a run, and who owns which of their blocks."""
-    cut = partition_whole if recipe.by_tensor else partition
-    return cut(specs, bucket_elements=bucket_elements, block_size=recipe.block_size)
+    cut = partition_whole if recipe.by_tensor else partition_sliced if settings.stage == 3 else partition
+    return cut(specs, bucket_elements=settings.bucket_elements, block_size=recipe.block_size)
 
 
 def backend_for(recipe: Recipe, device: torch.device) -> Backend:

@@ -40,6 +40,6 @@ def take_over(
     backend = backend_for(recipe, device)
     if backend.instead and dist.get_rank(group) == 0:
         logger.warning("plain PyTorch instead of kernels, with the same numbers: %s", backend.instead)
-    buckets = cut_buckets(specs, recipe, settings.bucket_elements)
+    buckets = cut_buckets(specs, recipe, settings)
     fleets = {fleet: Nodes(group, recipe.intra_node_size)}
     return parameters, build(buckets, parameters, recipe, settings, fleets, backend, len(param_groups))

@@ -6,6 +6,10 @@ every rank owns the same number of consecutive blocks and every collective of th
 inside one parameter and is counted from the parameter's own first element: what a block holds does not depend
 on the world size, only who owns it does.
 
+Under ZeRO 3 every parameter is cut evenly between the ranks of its fleet, in slices rounded up to whole
+blocks: slice r is the r-th, and may be short or empty at the parameter's end. A rank's slices of a bucket's
+parameters lie side by side, each with room for a whole one, so runs are even here, too.
+
 Where a scale belongs to a whole tensor, whole tensors go to ranks instead, by FP8-LM's Algorithm 1: over all
 buckets, largest first, to the rank that has least (arXiv 2310.18313 section 2.3). A rank's run of a bucket is
 then as long as its tensors, and a block is the granule that tensors are padded to.
@@ -34,12 +38,22 @@ class ParameterSpec:
 
 @dataclass(frozen=True)
 class Slot:
-    """A parameter's place in a bucket."""
+    """A parameter's place in a bucket: consecutive blocks or, if it is sliced, a slice in every rank's run."""
 
     parameter: int  # global index
     numel: int
-    first_block: int
+    first_block: int  # of the bucket; of a sliced one, of every rank's run
     blocks: int
+    slice_blocks: int | None = None  # of each slice; None: not sliced
+
+    def held(self, rank: int, run: slice) -> tuple[slice, int]:
+        """The parameter's blocks that a rank owns, which may be none, and where they lie in its run."""
+        if self.slice_blocks is not None:
+            first = min(rank * self.slice_blocks, self.blocks)
+            return slice(first, min(first + self.slice_blocks, self.blocks)), self.first_block
+        first = max(run.start, self.first_block)
+        stop = min(run.stop, self.first_block + self.blocks)
+        return slice(first - self.first_block, stop - self.first_block), first - run.start
 
 
 @dataclass(frozen=True)
@@ -94,19 +108,18 @@ class Bucket:
         """What `rank` owns of each parameter, in the order of the shard."""
         rows = self.rows_of(rank)
         for slot in self.slots:
-            low = max(rows.start, slot.first_block)
-            high = min(rows.stop, slot.first_block + slot.blocks)
-            if low < high:
-                start = (low - slot.first_block) * self.block_size
-                numel = min(slot.numel - start, (high - low) * self.block_size)
-                yield Piece(slot, low - rows.start, high - low, start, numel)
+            held, first_row = slot.held(rank, rows)
+            if held.start < held.stop:
+                start, blocks = held.start * self.block_size, held.stop - held.start
+                numel = min(slot.numel - start, blocks * self.block_size)
+                yield Piece(slot, first_row, blocks, start, numel)
 
     def from_all(self, nbytes: int) -> int:
         """Bytes of a message of `nbytes` from every rank."""
         return self.world_size * nbytes
 
     def offset(self, slot: Slot) -> int:
-        """Element of the bucket's flat weight buffer with which the parameter begins."""
+        """Element with which the parameter begins in the bucket's flat weight buffer; its slice, in a run."""
         return slot.first_block * self.block_size
 
 
@@ -121,6 +134,28 @@ def partition(
         bounds = range(0, even * fleet.size + 1, even)
         buckets.append(Bucket(index, members[0].group, fleet, slots, block_size, bounds, even))
     return tuple(buckets)
+
+
+def partition_sliced(
+    parameters: Sequence[ParameterSpec], *, bucket_elements: int, block_size: int
+) -> tuple[Bucket, ...]:
+    """Buckets of parameters that are cut one by one, as DeepSpeed's ZeRO 3 fetches them."""
+    buckets = []
+    for index, members in enumerate(_fill(parameters, bucket_elements)):
+        fleet, slots, run = members[0].fleet, [], 0
+        for each in members:
+            blocks = -(-each.numel // block_size)
+            share = slice_blocks(each.numel, block_size, fleet.size)
+            slots.append(Slot(each.index, each.numel, run, blocks, share))
+            run += share
+        bounds = range(0, run * fleet.size + 1, run)
+        buckets.append(Bucket(index, members[0].group, fleet, tuple(slots), block_size, bounds, run))
+    return tuple(buckets)
+
+
+def slice_blocks(numel: int, block_size: int, ranks: int) -> int:
+    """Blocks of each rank's slice of a parameter under ZeRO 3, padding included."""
+    return -(-numel // (block_size * ranks))
 
 
 def partition_whole(
