@@ -65,6 +65,7 @@ class Stepper:
             late=reducer.late,
             objections=objections,
             edited=edited,
+            changed=reducer.changed,
             gradient_scale=gradient_scale,
             clip=self._settings.gradient_clipping,
             group=self._group,

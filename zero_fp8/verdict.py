@@ -35,11 +35,12 @@ class Verdict:
         late: int,  # parameters of this rank with a gradient that has not travelled; the step is tried again
         objections: Sequence[str | None],  # of this rank; the step is not taken
         edited: int,  # parameters of this rank with edits that the log has not named
+        changed: bool,  # this rank's backward went another way than the schedule was learnt from
         gradient_scale: float,  # from the reduced gradient as stored to the mean
         clip: float,  # largest norm of the mean; 0 = any
         group: ProcessGroup,
     ) -> None:
-        counts = [received, late, sum(each is not None for each in objections), edited]
+        counts = [received, late, sum(each is not None for each in objections), edited, changed]
         sums = _summed([each.norm_parts for each in reduced if each.norm_parts is not None], counts, group)
         agreed = sums[NORM_PARTS:]
         non_finite, all_received, against = sums[NORM_PARTS - 1], agreed[0], agreed[1:3]
@@ -58,7 +59,8 @@ class Verdict:
         """Wait for the norm and the counts, over all ranks; before this only `control` is known."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        norm, non_finite, self.received, self.late, self.objections, self.edited = self._copy.tolist()
+        norm, non_finite, *counts = self._copy.tolist()
+        self.received, self.late, self.objections, self.edited, self.changed = counts
         self.norm = norm if non_finite == 0 and norm <= self._largest else math.inf
         return self
 

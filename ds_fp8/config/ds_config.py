@@ -15,7 +15,7 @@ from ds_fp8.config.refusals import refusal, validate
 from ds_fp8.config.rules import SECTIONS, TOP_LEVEL, NoEffect, Refused, Rule
 from ds_fp8.config.section import parse
 
-STAGES = (1, 2)
+STAGES = (1, 2, 3)
 OPTIMIZER_TYPES = ("Adam", "AdamW", "FP8AdamW")
 NULLABLE = ("bf16", "fp16")  # sections that DeepSpeed takes as absent if they are null
 COMMENTS = ("comment", "comments")

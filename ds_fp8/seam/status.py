@@ -149,4 +149,4 @@ def _hops(about: Mapping[str, Any]) -> str:
 
 def accumulating(engine: Any) -> bool:
     """Whether several micro-steps reach the reduced gradient before a step."""
-    return bool(engine.zero_optimization_stage() == 2 and engine.gradient_accumulation_steps() > 1)
+    return bool(engine.zero_optimization_stage() >= 2 and engine.gradient_accumulation_steps() > 1)

@@ -50,11 +50,13 @@ class FP8ZeROOptimizer(ZeROOptimizer):
         group: ProcessGroup,
         timers: Any,
         loss_scaler: Any,
+        prepare: Callable[[], None] = lambda: None,
     ) -> None:
         """Take over the parameters: masters are made from them, and they become views of buffers.
 
         names: every parameter of the model, in the model's order, with its name; the order numbers
         the parameters and so must be the same on every rank. timers, loss_scaler: DeepSpeed's.
+        prepare: called when the ranks have agreed, before anything is built.
         Raises ValueError if the ranks' parameters or settings differ, RuntimeError on a GPU without a
         usable kernel.
         """
@@ -70,10 +72,11 @@ class FP8ZeROOptimizer(ZeROOptimizer):
         self.arrivals: ArrivalHooks | None = None
         self.client: Client | None = None
 
-        self.parameters, self.parts = take_over(names, optimizer.param_groups, recipe, settings, group)
+        run = (recipe, settings, group)
+        self.parameters, self.parts = take_over(names, optimizer.param_groups, *run, prepare)
         self.parameter_names = {index: names[each] for index, each in self.parameters.items()}
         self.gradients = self.parts.reducer
-        self.stepper = Stepper(self.parts, self.parameters, optimizer, recipe, settings, group, timers)
+        self.stepper = Stepper(self.parts, self.parameters, optimizer, *run, timers)
         named = (self.parameters, self.parameter_names)
         self.saved = SavedStates(self.parts, *named, settings, optimizer, loss_scaler)
         self.binding = Binding(self.parts.weights, self.parts.shards, *named, on_return=self._listen)
@@ -88,6 +91,10 @@ class FP8ZeROOptimizer(ZeROOptimizer):
             on_access=self.binding.require,
             on_other_owner=self._give_up,
         )
+        self._bind()
+
+    def _bind(self) -> None:
+        """Give the parameters what DeepSpeed's utilities ask of them."""
         self.full_tensors.attach(self.parameters)
 
     def _listen(self) -> None:
@@ -168,7 +175,7 @@ class FP8ZeROOptimizer(ZeROOptimizer):
             self.client.follow()
         try:
             self._refuse_half_a_backward()
-            objection = self.binding.bring_home()
+            objection = self._bring_home()
             verdict = self.gradients.complete(lambda: self._attempt(objection))
             if verdict.objections:
                 objection = objection or self._objection_to_gradients()
@@ -178,6 +185,10 @@ class FP8ZeROOptimizer(ZeROOptimizer):
                 self.binding.log_edits(self.dp_process_group)
         finally:
             self.gradients.drop()
+
+    def _bring_home(self) -> str | None:
+        """Weights are where the sweep writes them, or there is an objection to what was done to them."""
+        return self.binding.bring_home()
 
     def _refuse_half_a_backward(self) -> None:
         if self.in_backward:

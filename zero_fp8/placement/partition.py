@@ -158,6 +158,11 @@ def slice_blocks(numel: int, block_size: int, ranks: int) -> int:
     return -(-numel // (block_size * ranks))
 
 
+def padding_of_slices(numel: int, block_size: int, ranks: int) -> int:
+    """Elements that the slices of all ranks have beyond the parameter's own; of one rank it is whole."""
+    return slice_blocks(numel, block_size, ranks) * block_size * ranks - numel if ranks > 1 else 0
+
+
 def partition_whole(
     parameters: Sequence[ParameterSpec], *, bucket_elements: int, block_size: int
 ) -> tuple[Bucket, ...]:
