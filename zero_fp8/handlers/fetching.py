@@ -4,9 +4,8 @@ Hooks on modules, prefetch, persistence and release are DeepSpeed's own. What is
 (`weights.slices`), how it travels (`weights.fetch`), and to be told when a module has ended its backward.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from collections.abc import Iterator
 from typing import Any
 
 from torch.nn import Module, Parameter

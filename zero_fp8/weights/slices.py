@@ -77,7 +77,7 @@ def objection_to(parameter: Any) -> str | None:
         received = f"{parameter.dtype} on {parameter.device}"
         return f"received {received} after deepspeed.initialize, allowed: {held.dtype} on {held.device}"
     whole = parameter.numel() > 1  # DeepSpeed leaves none, or one, between uses
-    if whole and parameter.shape != shape_of(parameter) or whole and is_away(parameter):
+    if (whole and parameter.shape != shape_of(parameter)) or (whole and is_away(parameter)):
         return (
             f"received {described(parameter)} as .data, allowed under ZeRO 3: changes within "
             "deepspeed.zero.GatheredParameters(..., modifier_rank=0)"

@@ -16,7 +16,6 @@ from ds_fp8.zero_fp8.comm.collectives import AllGather, Broadcasts, NothingToGat
 from ds_fp8.zero_fp8.comm.groups import Nodes
 from ds_fp8.zero_fp8.weights.home import Home
 
-
 Gather = AllGather | Broadcasts | NothingToGather
 
 
