@@ -3,15 +3,15 @@
 Autograd calls a hook when it has accumulated a parameter's gradient and the user's own hooks have seen it.
 The gradient stays in `.grad` until every parameter of its bucket has one; then the bucket is quantised,
 `.grad` is dropped, and the bucket travels. Buckets travel in one order on every rank, whatever order they
-fill in (`schedule`); what backward did not fill goes at the epilogue, with zeros for parameters that this rank
-did not use, so ranks that used different parameters neither wait for each other nor mix.
+fill in (`schedule`); what backward did not fill goes at the epilogue, with zeros for parameters that this
+rank did not use, so ranks that used different parameters neither wait for each other nor mix.
 
 What the owners hold is the sum over all rounds since the last step or `drop`, as `.grad` is in PyTorch.
 
 With overlap a bucket that has been launched lands when the one after the next is about to be launched, or at
 the epilogue: two are under way at most, backward goes on meanwhile, and what lands is added in bucket order.
-Without it, it lands at once. Under ZeRO 3 nobody waits for a bucket during backward: one that would have to be
-waited for lands later, and the next is launched later.
+Without it, it lands at once. Under ZeRO 3 nobody waits for a bucket during backward: one that would have to
+be waited for lands later, and the next is launched later.
 
 A gradient may arrive outside a round: after its bucket has left (weights tied under reentrant
 checkpointing), or in a backward that exchanges nothing (towards some tensors, `inputs=`). It
@@ -111,7 +111,7 @@ class GradientReducer:
             counts.forget()
         self._held.clear()
         self.backwards = 0  # that have come to their end since then
-        self.unfit: tuple[int, str] | None = None  # parameter whose gradient was refused since then, and why
+        self._unfit: tuple[int, str] | None = None  # parameter whose gradient was refused since then, and why
         self.received = 0  # gradients of this rank since then
         self.schedule.changed = False
         self.rounds = 0  # that have ended since then
@@ -259,11 +259,15 @@ class GradientReducer:
         dtype, device = self._kinds[slot.parameter]
         flaw, alike = flaw_of(gradient), gradient.dtype is dtype and gradient.device == device
         fits = flaw is None and alike and gradient.numel() == slot.numel
-        if not fits and self.unfit is None:
+        if not fits and self._unfit is None:
             received = flaw or f"{list(gradient.shape)} of {gradient.dtype} on {gradient.device}"
             allowed = f"{slot.numel} elements of {dtype} on {device}"
-            self.unfit = slot.parameter, f"received {received}, allowed: {allowed}"
+            self._unfit = slot.parameter, f"received {received}, allowed: {allowed}"
         return fits
+
+    def objection(self, names: Mapping[int, str]) -> str | None:
+        """To a gradient since the last step or `drop`, if one was refused."""
+        return None if self._unfit is None else f"gradient of {names[self._unfit[0]]}: {self._unfit[1]}"
 
     def _late_buckets(self) -> list[int]:
         """Buckets that on any rank of their fleet hold a gradient although they have travelled."""

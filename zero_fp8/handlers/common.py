@@ -178,7 +178,7 @@ class FP8ZeROOptimizer(ZeROOptimizer):
             objection = self._bring_home()
             verdict = self.gradients.complete(lambda: self._attempt(objection))
             if verdict.objections:
-                objection = objection or self._objection_to_gradients()
+                objection = objection or self.gradients.objection(self.parameter_names)
                 raise ValueError(first_objection(objection, self.dp_process_group))
             self._settle(verdict)
             if verdict.edited:
@@ -199,14 +199,8 @@ class FP8ZeROOptimizer(ZeROOptimizer):
             )
 
     def _attempt(self, objection: str | None) -> Verdict:
-        objections = [objection, self._objection_to_gradients()]
+        objections = [objection, self.gradients.objection(self.parameter_names)]
         return self.stepper.attempt(objections, self.binding.unlogged, self._gradient_scale())
-
-    def _objection_to_gradients(self) -> str | None:
-        if self.gradients.unfit is None:
-            return None
-        index, why = self.gradients.unfit
-        return f"gradient of {self.parameter_names[index]}: {why}"
 
     def _settle(self, verdict: Verdict) -> None:
         """Count the step, or the skip, as the device has decided."""
@@ -271,10 +265,7 @@ class FP8ZeROOptimizer(ZeROOptimizer):
         return float(self.loss_scaler.loss_scale)
 
     cur_scale = loss_scale
-
-    @property
-    def dynamic_loss_scale(self) -> bool:
-        return bool(self.loss_scaler.dynamic)
+    dynamic_loss_scale = property(lambda self: bool(self.loss_scaler.dynamic))
 
     # Masters, weights and checkpoints
 

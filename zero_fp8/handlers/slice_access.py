@@ -1,9 +1,9 @@
 """What DeepSpeed's utilities ask of a ZeRO 3 parameter: whole FP32 tensors, and this rank's part of them.
 
 `safe_get_full_*`, `safe_set_full_*`, their `local` twins and `safe_update_full_grad_vectorized` call the
-object that is the parameter's `_z3_optimizer`, with the parameter. A local tensor is as long as the slice that
-DeepSpeed keeps in `ds_tensor`: zeros follow after the parameter's end. A parameter that is not trained has
-none of this, and the answer is None.
+object that is the parameter's `_z3_optimizer`, with the parameter. A local tensor is as long as the slice
+that DeepSpeed keeps in `ds_tensor`: zeros follow after the parameter's end. A parameter that is not trained
+has none of this, and the answer is None.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -99,7 +99,7 @@ class SliceAccess:
             self._full.set_own_state(index, param.ds_tensor, value, optim_state_key)
 
     def get_local_fp32_grad_for_param(self, param: Any) -> Tensor | None:
-        """Of the mean gradient, [elements of ds_tensor] float32. Raises ValueError outside backward .. step."""
+        """Of the mean gradient, [elements of ds_tensor] float32. Raises ValueError if there is none."""
         index = self._indices.get(param)
         return None if index is None else self._full.get_own_gradient(index, param.ds_tensor)
 
