@@ -451,8 +451,19 @@ PROVED_ELSEWHERE = {
 
 # Keys of a ds_config, and the message that refuses them.
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "ZeRO 0": ({"zero_optimization": {"stage": 0}}, "zero_optimization.stage: received 0, allowed: 1, 2"),
-    "ZeRO 3": ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage: received 3, allowed: 1, 2"),
+    "ZeRO 0": ({"zero_optimization": {"stage": 0}}, "zero_optimization.stage: received 0, allowed: 1, 2, 3"),
+    "fp8.scaling tensor under ZeRO 3": (
+        {"zero_optimization": {"stage": 3}, "fp8": {"scaling": "tensor"}},
+        'fp8.scaling: received "tensor", allowed: "block" with zero_optimization.stage 3',
+    ),
+    "fp8.gradients.reduction fp8 under ZeRO 3": (
+        {"zero_optimization": {"stage": 3}, "fp8": {"scaling": "tensor", "gradients": {"reduction": "fp8"}}},
+        'fp8.gradients.reduction: received "fp8", allowed: "fp32" with zero_optimization.stage 3',
+    ),
+    "zero_optimization.stage3_use_all_reduce_for_fetch_params": (
+        {"zero_optimization": {"stage": 3, "stage3_use_all_reduce_for_fetch_params": True}},
+        "zero_optimization.stage3_use_all_reduce_for_fetch_params: received true",
+    ),
     **{
         f"zero_optimization.{key}": (
             {"zero_optimization": {"stage": 2, key: value}},

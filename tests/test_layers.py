@@ -46,7 +46,7 @@ ROOMS = (
         "ds_fp8.ops",
         "fp8_sum per_tensor | guards | adam reduction | masters exact | rounding blocks | health | formats",
     ),
-    ("ds_fp8.config", "ds_config | rules section"),
+    ("ds_fp8.config", "ds_config | rules section | rule_kinds"),
     ("ds_fp8", "compat"),
     ("ds_fp8.config", "refusals"),
 )
