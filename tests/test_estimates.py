@@ -20,11 +20,10 @@ from ds_fp8.estimate.methods import (
     STOCK,
     STOCK_BF16_STATES,
     Held,
-    Run,
     levels,
-    model_of_module,
     with_fp8,
 )
+from ds_fp8.estimate.runs import Run, model_of_module
 from ds_fp8.zero_fp8.gradients.exchange import AllToAll
 from ds_fp8.zero_fp8.gradients.packing import ScaledPacker
 from ds_fp8.zero_fp8.placement.partition import Bucket

@@ -1,6 +1,7 @@
-"""How stock DeepSpeed places a param group: one flat buffer, of which each rank owns an equal part.
+"""How stock DeepSpeed places a param group. Everything is in elements.
 
-Everything is in elements.
+Under ZeRO 1 and 2 the group is one flat buffer, of which each rank owns an equal part. Under ZeRO 3 each
+parameter is cut into equal slices.
 """
 
 from bisect import bisect_left, bisect_right
@@ -22,3 +23,34 @@ def gradients_of_ranks(sizes: Sequence[int], ranks: int) -> list[tuple[int, int]
         reaching = ends[min(high, len(ends) - 1)] - (ends[low] - sizes[low]) if low < len(ends) else 0
         kept.append((reaching, min(part, max(0, first + part - ends[-1]))))
     return kept
+
+
+def slices(sizes: Sequence[int], ranks: int) -> list[int]:
+    """Each parameter's slice under ZeRO 3."""
+    return [-(-numel // ranks) for numel in sizes]
+
+
+def gathered(sizes: Sequence[int], ranks: int) -> list[int]:
+    """The slices of all ranks of each parameter, with padding."""
+    return [ranks * each for each in slices(sizes, ranks)]
+
+
+def largest_sub_group(sizes: Sequence[int], ranks: int, limit: int) -> int:
+    """The most of a rank's slices that ZeRO 3 steps at a time."""
+    largest = filling = 0
+    for each in slices(sizes, ranks):
+        filling += each
+        largest = max(largest, filling)
+        filling *= filling < limit
+    return largest
+
+
+def largest_reduction(sizes: Sequence[int], ranks: int, bucket: int) -> int:
+    """The most gradients that ZeRO 3 copies, rank by rank, to reduce them at a time."""
+    largest = filling = copied = 0
+    for numel, each in zip(reversed(sizes), reversed(gathered(sizes, ranks)), strict=True):
+        if filling + numel > bucket:
+            filling = copied = 0
+        filling, copied = filling + numel, copied + each
+        largest = max(largest, copied)
+    return largest
