@@ -1,12 +1,16 @@
 """Estimates against what engines allocate: tensors of the handler, DeepSpeed's and ours, on two ranks."""
 
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
+from deepspeed import comm as dist
+from deepspeed.runtime.comm import coalesced_collectives
 from engines import build, ds_config
 from grids import grid
 from meters import live_tensors, optimizer_bytes, storages
@@ -16,6 +20,7 @@ from torch.nn import functional as F
 from train_lm import ByteGPT, Shape
 
 from ds_fp8.config.section import FP8Config
+from ds_fp8.estimate.fetching import Fetching
 from ds_fp8.estimate.methods import (
     STOCK,
     STOCK_BF16_STATES,
@@ -225,6 +230,91 @@ def test_stock(ranks: RankPools, name: str, when: tuple[int, int], how: tuple[in
     held = method.held(model_of_module(MODELS[name]()), Run(2, stage, micro_steps, bucket))
     found = ranks.run(2, stock_bytes, name, stage, micro_steps, bucket, bf16_states)
     assert held == max(found, key=lambda each: each.total)
+
+
+# Of ZeRO 3: some parameters stay whole, and no more is fetched than a module needs.
+SLICED = {
+    "stage3_param_persistence_threshold": 300,
+    "stage3_max_live_parameters": 0,
+    "stage3_prefetch_bucket_size": 0,
+    "stage3_max_reuse_distance": 0,
+    "sub_group_size": 5000,
+    "memory_efficient_linear": False,
+}
+
+
+class StockSlicedProbe:
+    """DeepSpeed's handler of ZeRO 3, watched: bytes that it copies to reduce, and to step."""
+
+    def __init__(self, engine: Any) -> None:
+        self.reduced = self.stepped = 0
+        self._handler = engine.optimizer
+        self._flatten, self._reduce = self._handler.flatten, coalesced_collectives._torch_reduce_scatter_fn
+        self._handler.flatten = self.flatten
+        self._handler.optimizer.register_step_pre_hook(lambda *_: self.step())
+
+    def reduce(self, whole: Tensor, *arguments: Any, **options: Any) -> Any:
+        buffers = [bucket.buffer for bucket in self._handler.ipg_buckets.values()]
+        grads = [each.grad for each in self._handler.module.parameters() if each.grad is not None]
+        if storages([whole]).keys() - storages([*buffers, *grads]).keys():
+            self.reduced = max(self.reduced, whole.nbytes)
+        return self._reduce(whole, *arguments, **options)
+
+    def flatten(self, tensors: list[Tensor]) -> Tensor:
+        flat = self._flatten(tensors)
+        self._copied = {} if len(tensors) == 1 else storages([flat])
+        return flat
+
+    def step(self) -> None:
+        grads = [each.grad for each in self._handler.fp32_partitioned_groups_flat if each.grad is not None]
+        kept = storages([self._handler.grad_partitions_flat_buffer])
+        copies = {at: size for at, size in storages(grads).items() if at not in kept} | self._copied
+        self.stepped = max(self.stepped, sum(copies.values()))
+
+
+def stock_sliced_bytes(name: str, micro_steps: int, bucket: int, bf16_states: bool) -> tuple[Held, int, int]:
+    """Between steps, and what comes on top in them."""
+    alive = live_tensors()
+    before = storages(alive)
+    config = ds_config(stage=3, micro_steps=micro_steps, bucket=bucket, zero=SLICED)
+    if bf16_states:
+        config["bf16"] |= {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
+    engine = build(config, MODELS[name]())
+    run_steps(engine, 2)
+    handler, parameters = engine.optimizer, list(engine.module.parameters())
+    states = [handler.optimizer.state[each] for each in handler.fp32_partitioned_groups_flat]
+    held = Held(
+        weights=nbytes(each.ds_tensor for each in parameters),
+        states=nbytes(handler.fp32_partitioned_groups_flat)
+        + nbytes(state[key] for state in states for key in ("exp_avg", "exp_avg_sq")),
+        gradients=handler.grad_partitions_flat_buffer.nbytes,
+        buffers=nbytes(each.buffer for each in handler.ipg_buckets.values()),
+        persistent=nbytes(each.data for each in parameters) if dist.get_world_size() > 1 else 0,
+    )
+    alive = [each for each in live_tensors() if each.untyped_storage().data_ptr() not in before]
+    assert 0 <= nbytes(alive) - held.total < SMALL
+    del alive
+    probe = StockSlicedProbe(engine)
+    with patch.object(coalesced_collectives, "_torch_reduce_scatter_fn", probe.reduce):
+        run_steps(engine, 1)
+    engine.destroy()
+    return held, probe.reduced, probe.stepped
+
+
+@grid(
+    name=[*MODELS],
+    how=[(1, BUCKET, False), (2, 10 * BUCKET, False), (1, BUCKET, True)],  # micro-steps, bucket, BF16 states
+    count=[1, 2, 3],
+)
+def test_stock_sliced(ranks: RankPools, name: str, how: tuple[int, int, bool], count: int) -> None:
+    micro_steps, bucket, bf16_states = how
+    method, keys = STOCK_BF16_STATES if bf16_states else STOCK, Fetching(300, sys.maxsize, 0, 0, 5000)
+    held = method.held(model_of_module(MODELS[name]()), Run(count, 3, micro_steps, bucket, True, keys))
+    for found, reduced, stepped in ranks.run(count, stock_sliced_bytes, name, *how):
+        copied = held.buffers - found.buffers
+        assert replace(held, buffers=found.buffers) == found
+        # Which gradients fill a bucket is a matter of their order.
+        assert copied == stepped or (copied > stepped and 0.8 < reduced / copied < 1.01)
 
 
 def peak_of_backward(name: str, fp8: dict[str, Any], stage: int, overlap: bool) -> int:

@@ -149,9 +149,10 @@ def _stock_sliced(state: Format, model: Model, run: Run) -> Held:
     sizes, keys = model.trained, run.fetching
     part = sum(stock.slices(sizes, run.gpus))
     always, at_a_time = fetching.whole(model.sizes, stock.gathered(model.sizes, run.gpus), keys)
-    # As in ZeRO 1 and 2 the step makes a flat copy of the gradient, and another if the master is wider.
-    copies = 1 + (state.itemsize // WEIGHT if state.itemsize > WEIGHT else 0)
-    step = copies * stock.largest_sub_group(sizes, run.gpus, keys.sub_group_size)
+    # The step makes a flat copy of several parameters' gradient, and another if the master is wider.
+    wide = state.itemsize // WEIGHT if state.itemsize > WEIGHT else 0
+    groups = stock.sub_groups(sizes, run.gpus, keys.sub_group_size)
+    step = max(elements * ((members > 1) + wide) for elements, members in groups)
     backward = stock.largest_reduction(sizes, run.gpus, run.bucket_elements)
     fetched, copied = max((at_a_time, backward), (0, step), key=sum)
     return Held(

@@ -31,26 +31,22 @@ def slices(sizes: Sequence[int], ranks: int) -> list[int]:
 
 
 def gathered(sizes: Sequence[int], ranks: int) -> list[int]:
-    """The slices of all ranks of each parameter, with padding."""
-    return [ranks * each for each in slices(sizes, ranks)]
+    """The slices of all ranks of each parameter, with padding; alone a rank gathers nothing."""
+    return [ranks * each if ranks > 1 else 0 for each in slices(sizes, ranks)]
 
 
-def largest_sub_group(sizes: Sequence[int], ranks: int, limit: int) -> int:
-    """The most of a rank's slices that ZeRO 3 steps at a time."""
-    largest = filling = 0
+def sub_groups(sizes: Sequence[int], ranks: int, limit: int) -> list[tuple[int, int]]:
+    """What ZeRO 3 steps at a time: elements of a rank's slices, and of how many parameters."""
+    groups, elements, members = [], 0, 0
     for each in slices(sizes, ranks):
-        filling += each
-        largest = max(largest, filling)
-        filling *= filling < limit
-    return largest
+        elements, members = elements + each, members + 1
+        if elements >= limit:
+            groups.append((elements, members))
+            elements = members = 0
+    return [*groups, (elements, members)]
 
 
 def largest_reduction(sizes: Sequence[int], ranks: int, bucket: int) -> int:
-    """The most gradients that ZeRO 3 copies, rank by rank, to reduce them at a time."""
-    largest = filling = copied = 0
-    for numel, each in zip(reversed(sizes), reversed(gathered(sizes, ranks)), strict=True):
-        if filling + numel > bucket:
-            filling = copied = 0
-        filling, copied = filling + numel, copied + each
-        largest = max(largest, copied)
-    return largest
+    """The most gradients that ZeRO 3 copies to reduce them: a full bucket, or a parameter that exceeds it."""
+    padded = [ranks * each for each in slices(sizes, ranks)]
+    return min(sum(padded), max(bucket, *padded))
