@@ -59,6 +59,8 @@ from deepspeed.runtime.fp16.loss_scaler import (  # noqa: E402
 )
 from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config  # noqa: E402
 from deepspeed.runtime.zero.config import ZeroStageEnum  # noqa: E402
+from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload  # noqa: E402
+from deepspeed.runtime.zero.partition_parameters import Init, ZeroParamStatus  # noqa: E402
 from deepspeed.utils import logger as deepspeed_logger  # noqa: E402
 from deepspeed.utils.tensor_fragment import fragment_address  # noqa: E402
 from deepspeed.utils.timer import NoopTimer  # noqa: E402
@@ -71,11 +73,14 @@ __all__ = [
     "CreateLossScaler",
     "DeepSpeedConfig",
     "DeepSpeedEngine",
+    "DeepSpeedZeRoOffload",
     "DynamicLossScaler",
+    "Init",
     "LossScaler",
     "NoopTimer",
     "OpBuilder",
     "ZeROOptimizer",
+    "ZeroParamStatus",
     "check_autograd",
     "check_signatures",
     "check_version",
@@ -125,6 +130,33 @@ SIGNATURES: dict[tuple[type, str], tuple[str, ...]] = {
     ),
     (DeepSpeedEngine, "_get_all_ckpt_names"): ("self", "checkpoints_path", "tag"),
     (DeepSpeedEngine, "_get_zero_ckpt_name"): ("self", "checkpoints_path", "tag"),
+    (DeepSpeedZeRoOffload, "__init__"): (
+        "self",
+        "module",
+        "timers",
+        "ds_config",
+        "zenflow",
+        "overlap_comm",
+        "prefetch_bucket_size",
+        "max_reuse_distance",
+        "max_live_parameters",
+        "param_persistence_threshold",
+        "model_persistence_threshold",
+        "dp_process_group",
+        "offload_param_config",
+        "mpu",
+        "zero_param_parallel_group",
+        "zero_quantized_weights",
+        "zero_quantized_nontrainable_weights",
+        "zero_module_granularity_threshold",
+        "log_trace_cache_warnings",
+    ),
+    (DeepSpeedZeRoOffload, "post_sub_module_backward_function"): ("self", "sub_module"),
+    (DeepSpeedZeRoOffload, "partition_all_parameters"): ("args", "kwargs"),
+    (DeepSpeedZeRoOffload, "release_backward_leftovers"): ("self",),
+    (DeepSpeedZeRoOffload, "empty_partition_cache"): ("self",),
+    (DeepSpeedZeRoOffload, "destroy"): ("self",),
+    (Init, "_padding_size"): ("self", "param"),
     (DeepSpeedEngine, "load_checkpoint"): ("self", "load_dir", "tag", *LOAD_OPTIONS),
     (DeepSpeedEngine, "_load_checkpoint"): ("self", "load_dir", "tag", *LOAD_OPTIONS),
 }

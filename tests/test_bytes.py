@@ -82,12 +82,12 @@ def count_states(sizes: tuple[int, ...], level: str, micro_steps: int, steps: in
     return result
 
 
+@pytest.mark.parametrize("steps", [5, pytest.param(50, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("micro_steps", [1, 2])
 @pytest.mark.parametrize("level", ["O1", "O2", "O2+"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_state_bytes(ranks: RankPools, shape: str, level: str, micro_steps: int) -> None:
+def test_state_bytes(ranks: RankPools, shape: str, level: str, micro_steps: int, steps: int) -> None:
     sizes, world_size, expected = SHAPES[shape]
-    steps = 50 if (shape, level) == ("even", "O2") else 5
     per_rank = ranks.run(world_size, count_states, sizes, level, micro_steps, steps)
     gradient = expected["accumulated" if micro_steps > 1 else "gradient"]
     assert sum(found["states"] for found in per_rank) == expected[level]

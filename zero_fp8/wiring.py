@@ -3,7 +3,9 @@
 The axes of a run are fields that are composed here:
 
 - who has a scale and how gradients add up: a block; a tensor, as in FP8-LM; a tensor, with a sum in FP8;
-- when gradients travel: as buckets fill (ZeRO 2) or at the accumulation boundary (ZeRO 1);
+- when gradients travel: as buckets fill (ZeRO 2), where modules end (ZeRO 3) or at the accumulation boundary
+  (ZeRO 1);
+- what a rank holds of the weights: all of them, or its slices (ZeRO 3);
 - kernels: those of the device.
 """
 
@@ -11,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 
 from ds_fp8.ops.adam import AdamState
@@ -24,6 +27,7 @@ from ds_fp8.zero_fp8.gradients.fp8_sum import FP8Packer, FP8Sum
 from ds_fp8.zero_fp8.gradients.packing import Packer, ScaledPacker
 from ds_fp8.zero_fp8.gradients.reduced import BlockSum, ReducedGradient, Sum, TensorSum
 from ds_fp8.zero_fp8.gradients.reducer import GradientReducer
+from ds_fp8.zero_fp8.gradients.schedule import Arrivals, ModuleEnds, Schedule
 from ds_fp8.zero_fp8.health import Counts, Health
 from ds_fp8.zero_fp8.placement.partition import (
     Bucket,
@@ -36,6 +40,7 @@ from ds_fp8.zero_fp8.placement.partition import (
 from ds_fp8.zero_fp8.placement.ranks import Fleet
 from ds_fp8.zero_fp8.recipe import Recipe, ZeroSettings
 from ds_fp8.zero_fp8.states.shard import Shard
+from ds_fp8.zero_fp8.weights.slices import SlicedWeights
 from ds_fp8.zero_fp8.weights.store import Weights
 from ds_fp8.zero_fp8.weights.views import FlatWeights
 
@@ -79,12 +84,18 @@ class Parts:
         return zip(self.buckets, self.reduced, self.shards, self.weights, strict=True)
 
 
-def cut_buckets(
-    specs: Sequence[ParameterSpec], recipe: Recipe, settings: ZeroSettings
-) -> tuple[Bucket, ...]:
+def cut_buckets(specs: Sequence[ParameterSpec], recipe: Recipe, settings: ZeroSettings) -> tuple[Bucket, ...]:
     """The buckets of a run, and who owns which of their blocks."""
     cut = partition_whole if recipe.by_tensor else partition_sliced if settings.stage == 3 else partition
     return cut(specs, bucket_elements=settings.bucket_elements, block_size=recipe.block_size)
+
+
+def nodes_of_run(group: ProcessGroup, recipe: Recipe, settings: ZeroSettings) -> Nodes:
+    """The ranks of a run, and the groups in which its gradients travel. Collective.
+
+    Under ZeRO 3 a group of their own: fetches go through `group` while buckets are under way.
+    """
+    return Nodes(group, recipe.intra_node_size, apart=settings.stage == 3)
 
 
 def backend_for(recipe: Recipe, device: torch.device) -> Backend:
@@ -105,21 +116,23 @@ def build(
     backend: Backend,
     param_groups: int,
 ) -> Parts:
-    """Take over the parameters, by global index: they become views of buffers. Masters are still to be taken.
+    """Take over the parameters, by global index: they become views of buffers, or their slices do (ZeRO 3).
 
-    param_groups: how many the optimizer has.
+    Masters are still to be taken. param_groups: how many the optimizer has.
     """
     device = next(iter(parameters.values())).device
     run = _Run(recipe, parameters, fleets, backend, device)
     health = Health(settings.stats_interval, param_groups, device, stores_sqrt=not recipe.by_tensor)
     counts = [health.counts[bucket.group] for bucket in buckets]
-    weights = [FlatWeights(bucket, parameters, run.rank_in(bucket)) for bucket in buckets]
+    store = SlicedWeights if settings.stage == 3 else FlatWeights
+    weights: list[Weights] = [store(bucket, parameters, run.rank_in(bucket)) for bucket in buckets]
     shards = [
         shard_of(bucket, run.rank_in(bucket), recipe, device, backend, each)
         for bucket, each in zip(buckets, counts, strict=True)
     ]
     packer, scales, reduced = run.gradient_parts(buckets)
-    overlap = settings.overlap
+    schedule = run.schedule(buckets, settings)
+    ways = (packer, schedule, fleets, health.counts)
     return Parts(
         buckets=buckets,
         fleets=fleets,
@@ -127,11 +140,11 @@ def build(
         reduced=reduced,
         shards=shards,
         packer=packer,
-        reducer=GradientReducer(buckets, parameters, reduced, packer, fleets, health.counts, overlap=overlap),
+        reducer=GradientReducer(buckets, parameters, reduced, *ways, overlap=settings.overlap),
         gradient_scales=scales,
         health=health,
         backend=backend,
-        listens=settings.stage == 2,
+        listens=settings.stage >= 2,
         divisor=buckets[0].fleet.size if settings.average else 1,
     )
 
@@ -172,6 +185,12 @@ class _Run:
     def rooms(self, buckets: Sequence[Bucket]) -> list[Blocks]:
         """For this rank's reduced gradients."""
         return [room(bucket, self.rank_in(bucket), self.recipe.reduced, self.device) for bucket in buckets]
+
+    def schedule(self, buckets: Sequence[Bucket], settings: ZeroSettings) -> Schedule:
+        """When buckets leave."""
+        if settings.stage < 3:
+            return Arrivals(buckets)
+        return ModuleEnds(buckets, next(iter(self.fleets.values())).group, self.device)
 
     def gradient_parts(self, buckets: Sequence[Bucket]) -> GradientParts:
         """How gradients are packed, scaled and added up."""

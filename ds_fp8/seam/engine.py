@@ -20,8 +20,12 @@ from ds_fp8.config.section import FP8Config
 from ds_fp8.seam.backward import divisor
 from ds_fp8.seam.status import accumulating, banner, is_active, write_events
 from ds_fp8.zero_fp8.comm.agreement import check_agreement
+from ds_fp8.zero_fp8.handlers.common import FP8ZeROOptimizer
+from ds_fp8.zero_fp8.handlers.fetching import Offload
+from ds_fp8.zero_fp8.handlers.stage3 import Stage3Optimizer
 from ds_fp8.zero_fp8.handlers.stage12 import Stage12Optimizer
 from ds_fp8.zero_fp8.optimizer.fp8_adamw import FP8AdamW
+from ds_fp8.zero_fp8.placement.parameters import shape_of
 from ds_fp8.zero_fp8.placement.ranks import check_nodes
 from ds_fp8.zero_fp8.recipe import Recipe, ZeroSettings, recipe_of, weight_dtypes
 
@@ -67,7 +71,7 @@ def _config_and_model(engine: Any, model: torch.nn.Module) -> list[str]:
     section = engine._config._param_dict
     config = [f'ds_config "{key}": {as_json(section[key])}' for key in AGREED_KEYS if key in section]
     trained = [
-        f"{name}: {list(each.shape)}, {each.dtype}, {'trained' if each.requires_grad else 'frozen'}"
+        f"{name}: {list(shape_of(each))}, {each.dtype}, {'trained' if each.requires_grad else 'frozen'}"
         for name, each in model.named_parameters()
     ]
     return [*config, *trained]
@@ -133,15 +137,7 @@ def configure_zero_optimizer(original: Method) -> Method:
         recipe = recipe_of(config, accumulating=accumulating(self), ranks=ranks)
         check_engine(self, recipe)
         self.basic_optimizer = replace_optimizer(optimizer)
-        self.optimizer = Stage12Optimizer(
-            self.basic_optimizer,
-            self.param_names,
-            recipe,
-            settings_of(config, self),
-            self.seq_data_parallel_group,
-            self.timers if self.wall_clock_breakdown() else NoopTimer(),
-            loss_scaler_of(self),
-        )
+        self.optimizer = handler_of(self, recipe, settings_of(config, self))
         self.optimizer.join(functools.partial(members, self), functools.partial(divisor, self), optimizer)
         self.optimizer.parts.health.listeners.append(functools.partial(write_events, self))
         logger.info("%s", banner(self))
@@ -150,6 +146,39 @@ def configure_zero_optimizer(original: Method) -> Method:
         return self.optimizer
 
     return method
+
+
+def handler_of(engine: Any, recipe: Recipe, settings: ZeroSettings) -> FP8ZeROOptimizer:
+    """The handler of the engine's ZeRO stage."""
+    timers = timers_of(engine)
+    what = (engine.basic_optimizer, engine.param_names, recipe, settings, engine.seq_data_parallel_group)
+    if settings.stage == 3:
+        offload = functools.partial(offload_of, engine, timers)
+        return Stage3Optimizer(*what, timers, loss_scaler_of(engine), offload)
+    return Stage12Optimizer(*what, timers, loss_scaler_of(engine))
+
+
+def timers_of(engine: Any) -> Any:
+    """DeepSpeed's timers, if they are on."""
+    return engine.timers if engine.wall_clock_breakdown() else NoopTimer()
+
+
+def offload_of(engine: Any, timers: Any) -> Offload:
+    """DeepSpeed's fetching, as the engine's config has it; the model's parameters are converted."""
+    return Offload(
+        module=engine.module,
+        timers=timers,
+        ds_config=engine.config,
+        overlap_comm=engine.zero_overlap_comm(),
+        prefetch_bucket_size=engine.zero_prefetch_bucket_size(),
+        max_reuse_distance=engine.zero_max_reuse_distance(),
+        max_live_parameters=engine.zero_max_live_parameters(),
+        param_persistence_threshold=engine.zero_param_persistence_threshold(),
+        model_persistence_threshold=engine.zero_model_persistence_threshold(),
+        dp_process_group=engine.seq_data_parallel_group,
+        zero_module_granularity_threshold=engine.zero_module_granularity_threshold(),
+        log_trace_cache_warnings=engine.zero_log_trace_cache_warnings(),
+    )
 
 
 def loss_scaler_of(engine: Any) -> Any:
@@ -204,9 +233,9 @@ def check_engine(engine: Any, recipe: Recipe) -> None:
 
 def _refuse_accumulation_dtype(engine: Any, recipe: Recipe) -> None:
     model_dtype, wanted = engine.get_data_types()
-    ours = recipe.reduced.dtype if engine.zero_optimization_stage() == 2 else model_dtype
+    ours = recipe.reduced.dtype if engine.zero_optimization_stage() >= 2 else model_dtype
     if engine._config.grad_accum_dtype is not None and wanted is not ours:
-        where = "in the reduced gradient under ZeRO 2, in the model's .grad under ZeRO 1"
+        where = "in the reduced gradient under ZeRO 2 and 3, in the model's .grad under ZeRO 1"
         raise refusal("data_types.grad_accum_dtype", str(wanted), f"{ours} (micro-steps add up {where})")
 
 

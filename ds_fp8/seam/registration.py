@@ -22,6 +22,7 @@ from ds_fp8.compat import (
     ALL_OPS,
     DeepSpeedConfig,
     DeepSpeedEngine,
+    Init,
     OpBuilder,
     check_autograd,
     check_signatures,
@@ -30,6 +31,7 @@ from ds_fp8.compat import (
 from ds_fp8.config import ds_config
 from ds_fp8.ops.op_builders import FP8CPUBuilder, FP8TritonBuilder
 from ds_fp8.seam import backward, builds, engine, loading, saving
+from ds_fp8.zero_fp8.weights import slices
 
 logger = logging.getLogger("ds_fp8")
 
@@ -71,9 +73,14 @@ SEAM = (
     (OpBuilder, "jit_load", builds.jit_load),
 )
 
+# What outlives unregister(): it concerns only parameters that an engine of ours has cut, which would be cut
+# wrongly without it.
+SLICES = (Init, "_padding_size", slices.aligned)
+
 BUILDERS = {each.__name__: each for each in (FP8CPUBuilder, FP8TritonBuilder)}
 
 _patches: list[Patch] = []
+_lasting: list[Patch] = []
 
 
 def register() -> None:
@@ -99,13 +106,18 @@ def register() -> None:
             "Call register() before deepspeed.initialize()"
         )
     _patches.extend(Patch.apply(*place) for place in SEAM)
+    if not _lasting:
+        _lasting.append(Patch.apply(*SLICES))
     _show_builders()
     _quiet_gathers()
     atexit.register(_let_gloo_finish)
 
 
 def unregister() -> None:
-    """Put DeepSpeed's own methods back. Engines that exist go on as they are; nothing is raised."""
+    """Put DeepSpeed's own methods back. Engines that exist go on as they are; nothing is raised.
+
+    How a ZeRO 3 engine that exists cuts its parameters stays, too: no other parameter is concerned.
+    """
     while _patches:
         _patches.pop().undo()
     for builder in BUILDERS.values():

@@ -43,6 +43,11 @@ class AllToAll:
                 async_op=True,
             )
 
+    @property
+    def done(self) -> bool:
+        """Whether the host would not be held up by `wait`; on a GPU the stream waits instead."""
+        return self._work is None or self._received.is_cuda or bool(self._work.is_completed())
+
     def wait(self) -> Tensor:
         """Row r came from rank r. Once: the buffers are given up."""
         work, self._work = self._work, None
@@ -78,7 +83,7 @@ class AllGather:
         else:
             own = self._slices[nodes.node, nodes.place]
             self._column = own.new_empty(nodes.layout.count, own.numel())
-            self._works = [_gather(self._column, own, nodes.across)]
+            self._works = [gather_flat(self._column, own, nodes.across)]
 
     def advance(self) -> None:
         """Start the second step, where the first is still under way."""
@@ -95,7 +100,7 @@ class AllGather:
 
     def _gather_in_nodes(self) -> None:
         place, inside = self._nodes.place, self._nodes.inside
-        self._works = [_gather(run, run[place], inside) for run in self._slices]
+        self._works = [gather_flat(run, run[place], inside) for run in self._slices]
 
     def _wait(self) -> None:
         while self._works:
@@ -122,7 +127,18 @@ class Broadcasts:
             self._works.pop(0).wait()
 
 
-def _gather(whole: Tensor, own: Tensor, group: ProcessGroup) -> Any:
+class NothingToGather:
+    """Weights that nobody waits for after a step: ZeRO 3 fetches them where they are used."""
+
+    def advance(self) -> None:
+        """There is no step."""
+
+    def land(self) -> None:
+        """Nothing was launched."""
+
+
+def gather_flat(whole: Tensor, own: Tensor, group: ProcessGroup) -> Any:
+    """Launch a gather of every rank's `own`, in rank order, into `whole`; what there is to wait for."""
     return dist.all_gather_into_tensor(whole.view(-1), own, group=group, async_op=True)
 
 

@@ -10,8 +10,14 @@ from ds_fp8.zero_fp8.placement.ranks import NodeLayout
 class Nodes:
     """A fleet's ranks in nodes, and who talks to whom."""
 
-    def __init__(self, group: ProcessGroup, node_size: int = 1) -> None:
-        """Collective: every rank of the world makes the same groups. node_size: a divisor of the ranks."""
+    def __init__(self, group: ProcessGroup, node_size: int = 1, *, apart: bool = False) -> None:
+        """Collective: every rank of the world makes the same groups.
+
+        node_size: a divisor of the ranks. apart: in a group of its own, of the ranks of `group`.
+        """
+        self._apart = apart
+        if apart:
+            group = dist.new_group(torch.distributed.get_process_group_ranks(group))
         self.group = group  # all ranks of the fleet
         self.rank: int = dist.get_rank(group)
         self.layout = NodeLayout.of(dist.get_world_size(group), node_size)
@@ -30,3 +36,6 @@ class Nodes:
             dist.destroy_process_group(self.inside)
             dist.destroy_process_group(self.across)
             self.across = None
+        if self._apart:
+            self._apart = False
+            dist.destroy_process_group(self.group)

@@ -4,8 +4,8 @@ Between nodes a byte costs several times what it costs inside one. With two hops
 first what they send to another node, and one message crosses where as many crossed as the node has ranks.
 The price is a second rounding.
 
-An exchange is a generator that yields where backward goes on: once when its first hop has been launched, once
-when its last one has. What it returns is to be added, in this order.
+An exchange is a generator that yields what travels where backward goes on: once when its first hop has been
+launched, once when its last one has. What it returns is to be added, in this order.
 """
 
 from collections.abc import Callable, Generator, Sequence
@@ -21,7 +21,7 @@ from ds_fp8.zero_fp8.comm.collectives import AllToAll
 from ds_fp8.zero_fp8.comm.groups import Nodes
 from ds_fp8.zero_fp8.placement.messages import Message
 
-Hops = Generator[None, None, Sequence[Blocks]]
+Hops = Generator[AllToAll, None, Sequence[Blocks]]
 
 
 def blocks_in(buffer: Tensor, message: Message) -> Blocks:
@@ -34,8 +34,8 @@ def blocks_in(buffer: Tensor, message: Message) -> Blocks:
 def one_hop(transfer: AllToAll, message: Message) -> Hops:
     """Every rank receives what is for it from every rank, in rank order. message: of what it owns."""
     with transfer:
-        yield
-        yield
+        yield transfer
+        yield transfer
         return [blocks_in(each, message) for each in transfer.wait()]
 
 
@@ -50,11 +50,11 @@ def two_hops(first: AllToAll, message: Message, between: Format, nodes: Nodes, b
     assert nodes.across is not None
     second = replace(message, format=between)
     with first:
-        yield
+        yield first
         sums = _sums(first.wait(), message, second, backend)
     with AllToAll(sums, nodes.across) as last:
         del sums
-        yield
+        yield last
         return [blocks_in(each, second) for each in last.wait().flatten(0, 1)]
 
 
@@ -74,13 +74,19 @@ class Exchange:
         """The first hop has been launched."""
         self._hops = hops
         self._first_only = True
-        next(hops)
+        self._transfer = next(hops)
 
     def advance(self) -> None:
         """Launch the second hop, if there is one and it has not been launched."""
         if self._first_only:
             self._first_only = False
-            next(self._hops)
+            self._transfer = next(self._hops)
+
+    def progress(self) -> bool:
+        """Launch the second hop if the first has come; whether `land` would not hold up the host."""
+        if self._first_only and self._transfer.done:
+            self.advance()
+        return not self._first_only and self._transfer.done
 
     def land(self) -> Sequence[Blocks]:
         """Wait for the last hop: what there is to add, in this order."""

@@ -20,6 +20,7 @@ from ds_fp8.ops.blocks import Blocks, chunks, decode, padded, quantize
 from ds_fp8.ops.masters import decode_masters, store_masters
 from ds_fp8.zero_fp8.comm.collectives import sum_over_ranks
 from ds_fp8.zero_fp8.gradients.reduced import ReducedGradient
+from ds_fp8.zero_fp8.placement.parameters import numel_of, shape_of
 from ds_fp8.zero_fp8.placement.partition import Piece
 from ds_fp8.zero_fp8.states.shard import Shard
 from ds_fp8.zero_fp8.wiring import Parts
@@ -34,6 +35,9 @@ class Owned(NamedTuple):
     reduced: ReducedGradient
     shard: Shard
     weights: Tensor  # the rows that it owns
+
+
+Read = Callable[[Owned, slice], Tensor]  # rows of what is owned, in FP32
 
 
 class FullTensors:
@@ -67,7 +71,7 @@ class FullTensors:
     def attach(self, parameters: Mapping[int, Parameter]) -> None:
         """Give each parameter the methods that DeepSpeed's utilities call; an earlier engine loses it."""
         for owner in {id(each): each for each in map(_owner, parameters.values()) if each}.values():
-            owner._on_other_owner()
+            owner.give_up()
         for index, parameter in parameters.items():
             methods = (
                 None,  # that the attribute exists is what DeepSpeed asks
@@ -87,24 +91,19 @@ class FullTensors:
 
     def get_state(self, index: int, parameter: Parameter, optim_state_key: str | None = None) -> Tensor:
         """Master weight, or the named state, in FP32. Raises ValueError for another name."""
-        _check_key(optim_state_key)
-        self._on_access()
+        return self._gather(index, parameter, self._state_reader(optim_state_key))
 
-        def read(owned: Owned, rows: slice) -> Tensor:
-            with owned.shard.lend(rows) as state:
-                if optim_state_key == "exp_avg_sq":
-                    return state.second_moment(UNIT**-2)
-                if optim_state_key == "exp_avg":
-                    return decode(state.exp_avg)
-                return decode_masters(state.master, owned.weights[rows])
-
-        return self._gather(index, parameter, read)
+    def get_own_state(self, index: int, held: Tensor, optim_state_key: str | None = None) -> Tensor:
+        """As `get_state`, of a slice: [elements of `held`], zeros after the parameter's end."""
+        return self._own(index, held, self._state_reader(optim_state_key))
 
     def get_gradient(self, index: int, parameter: Parameter) -> Tensor:
         """Mean gradient in FP32, without loss scale. Raises ValueError outside backward .. step."""
-        self._on_reading_gradients()
-        scale = self._gradient_scale()
-        return self._gather(index, parameter, lambda owned, rows: decode(owned.reduced.blocks[rows]) * scale)
+        return self._gather(index, parameter, self._gradient_reader())
+
+    def get_own_gradient(self, index: int, held: Tensor) -> Tensor:
+        """As `get_gradient`, of a slice: [elements of `held`], zeros after the parameter's end."""
+        return self._own(index, held, self._gradient_reader())
 
     def set_state(
         self, index: int, parameter: Parameter, value: Tensor, optim_state_key: str | None = None
@@ -112,32 +111,69 @@ class FullTensors:
         """Round a value into the master weight, and so into the model's weight, or into a state."""
         _check_key(optim_state_key)
         self._on_access()
-        flat = _flat(value, parameter)
+        flat = _flat(value, shape_of(parameter), parameter.device)
         for owned, piece in self._pieces(index):
-            part = flat[piece.elements]
-            with owned.shard.lend(piece.rows) as state:
-                if optim_state_key is None:
-                    store_masters(part, state.master, owned.weights[piece.rows])
-                elif optim_state_key == "exp_avg":
-                    quantize(part, state.exp_avg)
-                else:
-                    _quantize_second_moment(part, state)
+            _write(flat[piece.elements], owned, piece.rows, optim_state_key)
         if optim_state_key is None:
             self._write_weight(flat, parameter)
         else:
             self._on_foreign_state()
 
+    def set_own_state(
+        self, index: int, held: Tensor, value: Tensor, optim_state_key: str | None = None
+    ) -> None:
+        """As `set_state`, of a slice: [elements of `held`]."""
+        _check_key(optim_state_key)
+        self._on_access()
+        flat = _flat(value, held.shape, held.device)
+        for owned, piece in self._pieces(index):
+            _write(flat[: piece.numel], owned, piece.rows, optim_state_key)
+        if optim_state_key is not None:
+            self._on_foreign_state()
+
     def set_gradient(self, index: int, parameter: Parameter, value: Tensor) -> None:
         """Round a mean gradient into the reduced gradient. Raises ValueError outside backward .. step."""
         self._on_reading_gradients()
-        flat = _flat(value, parameter) / self._gradient_scale()
+        flat = _flat(value, shape_of(parameter), parameter.device) / self._gradient_scale()
         for owned, piece in self._pieces(index):
             owned.reduced.set(flat[piece.elements], piece.rows)
+
+    def set_own_gradient(self, index: int, held: Tensor, value: Tensor) -> None:
+        """As `set_gradient`, of a slice: [elements of `held`]."""
+        self._on_reading_gradients()
+        flat = _flat(value, held.shape, held.device) / self._gradient_scale()
+        for owned, piece in self._pieces(index):
+            owned.reduced.set(flat[: piece.numel], piece.rows)
+
+    def give_up(self) -> None:
+        """Another engine answers for the parameters."""
+        self._on_other_owner()
+
+    def _state_reader(self, key: str | None) -> Read:
+        _check_key(key)
+        self._on_access()
+
+        def read(owned: Owned, rows: slice) -> Tensor:
+            with owned.shard.lend(rows) as state:
+                if key == "exp_avg_sq":
+                    return state.second_moment(UNIT**-2)
+                if key == "exp_avg":
+                    return decode(state.exp_avg)
+                return decode_masters(state.master, owned.weights[rows])
+
+        return read
+
+    def _gradient_reader(self) -> Read:
+        self._on_reading_gradients()
+        scale = self._gradient_scale()
+        return lambda owned, rows: decode(owned.reduced.blocks[rows]) * scale
 
     def _write_weight(self, flat: Tensor, parameter: Parameter) -> None:
         """The whole weight, on every rank, as its owners' masters would give it."""
         fmt, size = self._parts.shards[0].master_format, self._parts.shards[0].block_size
         weight = parameter.data.view(-1)
+        if len(weight) != flat.numel():
+            return  # under ZeRO 3 slices are all there is of it
         for part in chunks(-(-flat.numel() // size), size):
             values = flat[part.start * size : part.stop * size]
             master = Blocks.zeros(part.stop - part.start, size, fmt, flat.device)
@@ -145,12 +181,18 @@ class FullTensors:
             store_masters(values, master, rounded)
             weight[part.start * size :][: values.numel()] = rounded.view(-1)[: values.numel()]
 
-    def _gather(self, index: int, parameter: Parameter, read: Callable[[Owned, slice], Tensor]) -> Tensor:
-        whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
+    def _own(self, index: int, held: Tensor, read: Read) -> Tensor:
+        own = torch.zeros(held.numel(), dtype=torch.float32, device=held.device)
+        for owned, piece in self._pieces(index):
+            own[: piece.numel] = read(owned, piece.rows).view(-1)[: piece.numel]
+        return own
+
+    def _gather(self, index: int, parameter: Parameter, read: Read) -> Tensor:
+        whole = torch.zeros(numel_of(parameter), dtype=torch.float32, device=parameter.device)
         for owned, piece in self._pieces(index):
             whole[piece.elements] = read(owned, piece.rows).view(-1)[: piece.numel]
         sum_over_ranks(whole, self._group)
-        return whole.view(parameter.shape)
+        return whole.view(shape_of(parameter))
 
     def _pieces(self, index: int) -> Iterator[tuple[Owned, Piece]]:
         """Each of this rank's pieces of a parameter, and what holds it."""
@@ -172,10 +214,21 @@ def _check_key(key: str | None) -> None:
         raise ValueError(f"optimizer state: received {cut(repr(key))}, allowed: {', '.join(MOMENTS)}")
 
 
-def _flat(value: Tensor, parameter: Parameter) -> Tensor:
-    if value.shape != parameter.shape:
-        raise ValueError(f"received shape {list(value.shape)}, allowed: {list(parameter.shape)}")
-    return value.detach().to(device=parameter.device, dtype=torch.float32).reshape(-1)
+def _flat(value: Tensor, shape: torch.Size, device: torch.device) -> Tensor:
+    if value.shape != shape:
+        raise ValueError(f"received shape {list(value.shape)}, allowed: {list(shape)}")
+    return value.detach().to(device=device, dtype=torch.float32).reshape(-1)
+
+
+def _write(part: Tensor, owned: Owned, rows: slice, key: str | None) -> None:
+    """Round a vector into rows of the master and the weight, or of the named state."""
+    with owned.shard.lend(rows) as state:
+        if key is None:
+            store_masters(part, state.master, owned.weights[rows])
+        elif key == "exp_avg":
+            quantize(part, state.exp_avg)
+        else:
+            _quantize_second_moment(part, state)
 
 
 def _quantize_second_moment(v: Tensor, out: AdamState) -> None:

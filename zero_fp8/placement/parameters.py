@@ -1,12 +1,33 @@
-"""Which parameters are trained, and whether they can be."""
+"""Which parameters are trained, and whether they can be.
+
+Under ZeRO 3 DeepSpeed leaves a parameter empty between uses and keeps its size beside it: `shape_of` and
+`numel_of` say what it is when it is whole.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.nn import Parameter
 
 from ds_fp8.zero_fp8.placement.partition import ParameterSpec
 from ds_fp8.zero_fp8.placement.ranks import Fleet
+
+
+def shape_of(parameter: Tensor) -> torch.Size:
+    """The parameter's shape when it is whole."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def numel_of(parameter: Tensor) -> int:
+    """The parameter's elements when it is whole."""
+    return shape_of(parameter).numel()
+
+
+def held_of(parameter: Tensor) -> Tensor:
+    """What this rank holds of the parameter: all of it, or its slice under ZeRO 3."""
+    return getattr(parameter, "ds_tensor", parameter)
 
 
 def trained_parameters(
@@ -18,16 +39,16 @@ def trained_parameters(
     specs: list[ParameterSpec] = []
     for number, group in enumerate(param_groups):
         for parameter in group["params"]:
-            if not parameter.requires_grad or not parameter.numel():
+            if not parameter.requires_grad or not numel_of(parameter):
                 continue
             if parameter not in indices:
                 raise ValueError(
-                    f"optimizer: received a parameter of shape {list(parameter.shape)} that is not in the "
-                    "model, allowed: parameters of the model given to deepspeed.initialize"
+                    f"optimizer: received a parameter of shape {list(shape_of(parameter))} that is not in "
+                    "the model, allowed: parameters of the model given to deepspeed.initialize"
                 )
             index = indices[parameter]
             parameters[index] = parameter
-            specs.append(ParameterSpec(index, parameter.numel(), number, parameter.dtype, fleet))
+            specs.append(ParameterSpec(index, numel_of(parameter), number, parameter.dtype, fleet))
     check_memory(parameters, names)
     if not specs:
         raise ValueError("optimizer: received no parameter that trains, allowed: at least one")
@@ -48,10 +69,13 @@ def check_memory(parameters: Mapping[int, Parameter], names: Mapping[Parameter, 
                 )
 
 
-def check_finite(parameters: Mapping[int, Parameter], names: Mapping[int, str]) -> None:
-    """A scaled master would turn the neighbours of a value that is not finite into NaN."""
-    for index, parameter in parameters.items():
-        if not parameter.isfinite().all():
+def check_finite(weights: Mapping[int, Tensor], names: Mapping[int, str]) -> None:
+    """A scaled master would turn the neighbours of a value that is not finite into NaN.
+
+    weights: what this rank has of each parameter, by global index.
+    """
+    for index, weight in weights.items():
+        if not weight.isfinite().all():
             raise ValueError(
                 f"weight of {names[index]}: received values that are not finite, allowed: finite ones, or "
                 'fp8.optimizer.master_dtype "fp32" or "bf16"'

@@ -38,7 +38,7 @@ class ParameterSpec:
 
 @dataclass(frozen=True)
 class Slot:
-    """A parameter's place in a bucket: consecutive blocks or, if it is sliced, a slice in every rank's run."""
+    """A parameter's place in a bucket: consecutive blocks or, if sliced, some of every rank's run."""
 
     parameter: int  # global index
     numel: int
@@ -156,6 +156,11 @@ def partition_sliced(
 def slice_blocks(numel: int, block_size: int, ranks: int) -> int:
     """Blocks of each rank's slice of a parameter under ZeRO 3, padding included."""
     return -(-numel // (block_size * ranks))
+
+
+def padding_of_slices(numel: int, block_size: int, ranks: int) -> int:
+    """Elements that the slices of all ranks have beyond the parameter's own; of one rank it is whole."""
+    return slice_blocks(numel, block_size, ranks) * block_size * ranks - numel if ranks > 1 else 0
 
 
 def partition_whole(

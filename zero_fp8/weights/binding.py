@@ -19,7 +19,6 @@ from ds_fp8.ops.blocks import chunks, decode
 from ds_fp8.ops.masters import write_weights
 from ds_fp8.zero_fp8.comm.agreement import gather_objects
 from ds_fp8.zero_fp8.placement.partition import Piece
-from ds_fp8.zero_fp8.plain_tensors import ALLOWED, flaw_of
 from ds_fp8.zero_fp8.states.shard import Shard
 from ds_fp8.zero_fp8.weights.home import Home
 from ds_fp8.zero_fp8.weights.store import Weights
@@ -74,14 +73,9 @@ class Binding:
     def _objection(self, home: Home) -> str | None:
         """To the values that a parameter has now, if they cannot be taken home."""
         parameter, name = self._parameters[home.parameter], self._names[home.parameter]
-        found = f"{list(parameter.shape)} of {parameter.dtype} on {parameter.device}"
-        if not home.has_room_for(parameter):
-            return f"{name}: received {found} after deepspeed.initialize, allowed: {home}"
-        if not home.was_left_by(parameter):
-            return None
-        flaw = flaw_of(parameter.detach().resolve_neg())
-        if flaw is not None:
-            return f"{name}: received {flaw} as .data, {ALLOWED}"
+        objection = home.objection(parameter)
+        if objection is not None:
+            return f"{name}: {objection}"
         other = self._homes.get(parameter.data_ptr(), home)
         if other is not home:
             tied = self._names[other.parameter]

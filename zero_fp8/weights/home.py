@@ -2,14 +2,32 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 from torch import Tensor
 from torch.nn import Parameter
 
+from ds_fp8.zero_fp8.plain_tensors import ALLOWED, flaw_of
+
+
+class Home(Protocol):
+    """Where the weights of a parameter belong."""
+
+    @property
+    def parameter(self) -> int:
+        """Global index."""
+
+    @property
+    def address(self) -> int:
+        """Of the memory."""
+
+    def objection(self, parameter: Parameter) -> str | None:
+        """What is wrong with the values that the parameter has now, if they cannot be taken home."""
+
 
 @dataclass(frozen=True)
-class Home:
-    """A parameter's place in a buffer."""
+class WholeHome:
+    """A parameter's place in the buffer whose view it is."""
 
     parameter: int  # global index
     view: Tensor  # of the parameter's shape
@@ -24,15 +42,19 @@ class Home:
             parameter.data_ptr() != self.address or not parameter.is_contiguous() or bool(parameter.is_neg())
         )
 
-    def has_room_for(self, values: Tensor) -> bool:
-        """Whether values are of this shape, dtype and device."""
-        view = self.view
-        return values.dtype is view.dtype and values.shape == view.shape and values.device == view.device
+    def objection(self, parameter: Parameter) -> str | None:
+        """What is wrong with the values that the parameter has now, if they cannot be taken home."""
+        received, allowed = described(parameter), described(self.view)
+        if received != allowed:
+            return f"received {received} after deepspeed.initialize, allowed: {allowed}"
+        flaw = flaw_of(parameter.detach().resolve_neg()) if self.was_left_by(parameter) else None
+        return None if flaw is None else f"received {flaw} as .data, {ALLOWED}"
 
     def take_in(self, parameter: Parameter) -> None:
         """Copy a parameter's values into the view, and make it the parameter's memory."""
         self.view.copy_(parameter.detach().contiguous())
         parameter.data = self.view
 
-    def __str__(self) -> str:
-        return f"{list(self.view.shape)} of {self.view.dtype} on {self.view.device}"
+
+def described(tensor: Tensor) -> str:
+    return f"{list(tensor.shape)} of {tensor.dtype} on {tensor.device}"

@@ -12,9 +12,11 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ds_fp8.ops.blocks import Blocks
-from ds_fp8.zero_fp8.comm.collectives import AllGather, Broadcasts
+from ds_fp8.zero_fp8.comm.collectives import AllGather, Broadcasts, NothingToGather
 from ds_fp8.zero_fp8.comm.groups import Nodes
 from ds_fp8.zero_fp8.weights.home import Home
+
+Gather = AllGather | Broadcasts | NothingToGather
 
 
 class Weights(Protocol):
@@ -28,7 +30,7 @@ class Weights(Protocol):
     def homes(self) -> Sequence[Home]:
         """Where the bucket's parameters belong."""
 
-    def gather(self, nodes: Nodes) -> AllGather | Broadcasts:
+    def gather(self, nodes: Nodes) -> Gather:
         """Launch what brings every rank's rows to all."""
 
     def write(self, masters: Blocks) -> None:
@@ -49,7 +51,7 @@ class Gathers:
     """Weights on their way to every rank: each bucket's are launched when its rows have been written."""
 
     def __init__(self) -> None:
-        self._under_way: list[AllGather | Broadcasts] = []
+        self._under_way: list[Gather] = []
 
     def launch(self, weights: Weights, nodes: Nodes) -> None:
         """Send a bucket's rows off; the bucket before it moves on."""

@@ -14,7 +14,7 @@ from ds_fp8.ops.masters import write_weights
 from ds_fp8.zero_fp8.comm.collectives import AllGather, Broadcasts
 from ds_fp8.zero_fp8.comm.groups import Nodes
 from ds_fp8.zero_fp8.placement.partition import Bucket
-from ds_fp8.zero_fp8.weights.home import Home
+from ds_fp8.zero_fp8.weights.home import WholeHome
 
 
 class FlatWeights:
@@ -25,7 +25,7 @@ class FlatWeights:
         first = parameters[bucket.slots[0].parameter]
         self.buffer = torch.zeros(bucket.blocks * bucket.block_size, dtype=first.dtype, device=first.device)
         self.homes = [
-            Home(slot.parameter, self.buffer[bucket.offset(slot) :][: slot.numel].view(each.shape))
+            WholeHome(slot.parameter, self.buffer[bucket.offset(slot) :][: slot.numel].view(each.shape))
             for slot in bucket.slots
             for each in [parameters[slot.parameter]]
         ]

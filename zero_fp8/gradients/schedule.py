@@ -1,0 +1,218 @@
+"""When buckets leave during a backward, and in which order: the same order on every rank.
+
+**ZeRO 1 and 2.** In index order, each as soon as its last gradient has arrived (`Arrivals`).
+
+**ZeRO 3.** Backward fetches weights, too, and ranks that meet in one collective must not wait for each other
+in another. So a bucket leaves where a module has ended its backward: between the same fetches on every rank,
+whichever gradients a rank lacks (`ModuleEnds`). Which module that is, a backward shows: the first one to end
+after the bucket's last gradient has arrived. The ranks agree on the latest of their places, and buckets leave
+in the order of these. A bucket whose gradients come after the last module has ended leaves at the end of
+backward, as do all that have not left by then. While places are being learnt, a bucket leaves at the first
+module end that finds it full.
+
+What was learnt is forgotten, on all ranks, when a step has found a gradient that came after its bucket had
+left, or a backward of any rank that did not end the modules that buckets wait for: parameters or modules are
+then used in another way than before.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch.autograd.graph import Node, get_gradient_edge
+from torch.distributed import ProcessGroup
+from torch.nn import Module, Parameter
+
+from ds_fp8.zero_fp8.comm.collectives import max_over_ranks
+from ds_fp8.zero_fp8.placement.partition import Bucket
+
+AT_THE_END = 2**31 - 1  # place of a bucket that leaves when backward has ended
+End = tuple[Hashable, int]  # a module, and how often it had ended its backward in this round
+
+
+class Schedule(Protocol):
+    """Which bucket leaves when."""
+
+    open: bool  # whether a backward is running whose gradients travel
+    order: Sequence[int]  # in which buckets leave
+    patient: bool  # a rank must not wait for a bucket before backward has ended
+    changed: bool  # in this rank's last round backward went another way than the order was learnt from
+
+    def listen(self, parameters: Mapping[int, Parameter], on_leave: Callable[[], None]) -> None:
+        """Watch gradients arrive; `on_leave` is called when buckets may leave. Again after a cast."""
+
+    def renew(self) -> None:
+        """A backward begins; it is open."""
+
+    def may_leave(self, bucket: int) -> bool:
+        """Whether the bucket leaves now, if those before it have."""
+
+    def end_round(self) -> None:
+        """Every bucket has left, on every rank. Collective."""
+
+    def start_round(self) -> None:
+        """No gradient has arrived; not open."""
+
+    def forget(self) -> None:
+        """Learn anew, on every rank."""
+
+    def remove(self) -> None:
+        """Watch no more."""
+
+
+class LastHook:
+    """A hook of a node that runs after all others; autograd holds nodes weakly, so it is held here too."""
+
+    def __init__(self, node: Node, function: Callable[..., None]) -> None:
+        self._node, self._function = node, function
+        self._handle = node.register_hook(function)
+
+    def renew(self) -> None:
+        """Run after those that have been registered since."""
+        self._handle.remove()
+        self._handle = self._node.register_hook(self._function)
+
+    def remove(self) -> None:
+        self._handle.remove()
+
+
+class Arrivals:
+    """In index order, as gradients arrive."""
+
+    patient = False
+    changed = False
+
+    def __init__(self, buckets: Sequence[Bucket]) -> None:
+        self._buckets = buckets
+        self.order: Sequence[int] = range(len(buckets))
+        self._hooks: dict[int, LastHook] = {}  # by parameter
+        self.start_round()
+
+    def listen(self, parameters: Mapping[int, Parameter], on_leave: Callable[[], None]) -> None:
+        """Hook the nodes that accumulate: their hooks run after all that hang on the parameters."""
+        for bucket in self._buckets:
+            for index in (slot.parameter for slot in bucket.slots):
+                if parameters[index].requires_grad:
+                    on_gradient = partial(self._on_gradient, bucket.index, index, on_leave)
+                    if index in self._hooks:
+                        self._hooks[index].remove()
+                    self._hooks[index] = LastHook(get_gradient_edge(parameters[index]).node, on_gradient)
+
+    def _on_gradient(self, bucket: int, index: int, on_leave: Callable[[], None], *_: object) -> None:
+        if self.open:
+            self._missing[bucket].discard(index)
+            on_leave()
+
+    def renew(self) -> None:
+        self.open = True
+        for hook in self._hooks.values():
+            hook.renew()
+
+    def may_leave(self, bucket: int) -> bool:
+        return not self._missing[bucket]
+
+    def end_round(self) -> None:
+        pass
+
+    def start_round(self) -> None:
+        self.open = False
+        self._missing = missing_of(self._buckets)
+
+    def forget(self) -> None:
+        pass
+
+    def remove(self) -> None:
+        for hook in self._hooks.values():
+            hook.remove()
+        self._hooks.clear()
+
+
+class ModuleEnds:
+    """In a learnt order, where modules end their backward."""
+
+    patient = True
+
+    def __init__(self, buckets: Sequence[Bucket], group: ProcessGroup, device: torch.device) -> None:
+        """group, device: of the ranks that agree."""
+        self._buckets = buckets
+        self._group = group
+        self._device = device
+        self._hooks: list[Any] = []
+        self.changed = False
+        self.forget()
+        self.start_round()
+
+    def forget(self) -> None:
+        self.order: Sequence[int] = range(len(self._buckets))
+        self._triggers: dict[int, End | None] | None = None  # by bucket; None: to be learnt
+
+    def listen(self, parameters: Mapping[int, Parameter], on_leave: Callable[[], None]) -> None:
+        """Hook the parameters: buckets leave elsewhere, when all hooks have run."""
+        self.remove()
+        self._on_leave = on_leave
+        for bucket in self._buckets:
+            for index in (slot.parameter for slot in bucket.slots):
+                on_gradient = partial(self._on_gradient, bucket.index, index)
+                parameter: Any = parameters[index]  # torch's stub has no types
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(on_gradient))
+
+    def _on_gradient(self, bucket: int, index: int, _: object) -> None:
+        if self.open:
+            self._missing[bucket].discard(index)
+            self._places[bucket] = len(self._ends)
+
+    def on_module_end(self, module: Module) -> None:
+        """A module has ended its backward."""
+        if self.open:
+            self._counts[module] += 1
+            self._ends[module, self._counts[module]] = None
+            self._on_leave()
+
+    def renew(self) -> None:
+        self.open = True
+
+    def may_leave(self, bucket: int) -> bool:
+        if self._triggers is None:
+            return not self._missing[bucket]
+        return self._triggers[bucket] in self._ends
+
+    def end_round(self) -> None:
+        if self._triggers is None:
+            self._learn()
+        else:
+            waited_for = {trigger for trigger in self._triggers.values() if trigger is not None}
+            self.changed = self.changed or not waited_for <= self._ends.keys()
+
+    def _learn(self) -> None:
+        """Agree on each bucket's place; with the fewest module ends of a rank, as a negative number."""
+        places = [self._places.get(bucket.index, AT_THE_END) for bucket in self._buckets]
+        agreed = torch.tensor([*places, -len(self._ends)], dtype=torch.int32, device=self._device)
+        max_over_ranks(agreed, self._group)
+        *places, fewest = agreed.tolist()
+        if not fewest:
+            return  # a round without a backward shows nothing
+        places = [place if place < -fewest else AT_THE_END for place in places]
+        ends = [*self._ends]
+        self._triggers = {
+            bucket: None if place == AT_THE_END else ends[place] for bucket, place in enumerate(places)
+        }
+        self.order = sorted(range(len(places)), key=places.__getitem__)
+
+    def start_round(self) -> None:
+        self.open = False
+        self._missing = missing_of(self._buckets)
+        self._places: dict[int, int] = {}  # module ends before a bucket's last gradient, by bucket
+        self._ends: dict[End, None] = {}  # in order
+        self._counts: Counter[Module] = Counter()
+
+    def remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+
+def missing_of(buckets: Sequence[Bucket]) -> list[set[int]]:
+    """The parameters whose gradients have not arrived, by bucket: all."""
+    return [{slot.parameter for slot in bucket.slots} for bucket in buckets]

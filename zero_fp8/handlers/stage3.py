@@ -1,0 +1,148 @@
+"""What DeepSpeed's engine calls under ZeRO 3.
+
+As under ZeRO 2, and beside it what concerns fetched weights: the backward epilogue, the release of all
+parameters before a step, and the fetch of persistent ones after it, also if the step was skipped or failed.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch.distributed import ProcessGroup
+from torch.nn import Module, Parameter
+
+from ds_fp8.zero_fp8.checkpoint.contracts import Restorable
+from ds_fp8.zero_fp8.gradients.schedule import ModuleEnds
+from ds_fp8.zero_fp8.handlers.common import FP8ZeROOptimizer
+from ds_fp8.zero_fp8.handlers.fetching import Fetching, Offload
+from ds_fp8.zero_fp8.handlers.slice_access import SliceAccess
+from ds_fp8.zero_fp8.optimizer.fp8_adamw import FP8AdamW
+from ds_fp8.zero_fp8.recipe import Recipe, ZeroSettings
+from ds_fp8.zero_fp8.weights.slices import SlicedWeights
+
+
+class Stage3Optimizer(FP8ZeROOptimizer):
+    """ZeRO 3: every rank holds slices of all weights."""
+
+    fetching: Fetching
+
+    def __init__(
+        self,
+        optimizer: FP8AdamW,
+        names: Mapping[Parameter, str],
+        recipe: Recipe,
+        settings: ZeroSettings,
+        group: ProcessGroup,
+        timers: Any,
+        loss_scaler: Any,
+        make_offload: Callable[[], Offload],
+    ) -> None:
+        """As `FP8ZeROOptimizer`; make_offload: converts the model's parameters and hooks its modules."""
+
+        def prepare() -> None:
+            self.fetching = Fetching(make_offload(), names, recipe.block_size)
+
+        self._names = names
+        super().__init__(optimizer, names, recipe, settings, group, timers, loss_scaler, prepare)
+        self.fetching.install(self._on_module_end, self._on_edit)
+
+    def _bind(self) -> None:
+        self.slice_access = SliceAccess(self.full_tensors, self.parameters)
+        self.slice_access.attach(self._names)
+
+    def _on_module_end(self, module: Module) -> None:
+        schedule = self.gradients.schedule
+        assert isinstance(schedule, ModuleEnds)
+        schedule.on_module_end(module)
+
+    def _on_edit(self, parameters: Iterable[Any]) -> None:
+        """Slices were written within GatheredParameters: the next step looks whether masters have them."""
+        edited = {id(each) for each in parameters}
+        indices = [index for index, each in self.parameters.items() if id(each) in edited]
+        for weights in self.parts.weights:
+            assert isinstance(weights, SlicedWeights)
+            weights.note_edits(indices)
+
+    def _let_go(self) -> None:
+        super()._let_go()
+        self.fetching.remove()
+
+    # Backward and step
+
+    def overlapping_partition_gradients_reduce_epilogue(self) -> None:
+        """After every micro-step: what backward has not sent yet."""
+        self.gradients.finish()
+
+    def finalize_gradient_accumulation_boundary(self) -> None:
+        """If the caller owns the boundary: every backward has reduced already."""
+
+    def backward_epilogue(self) -> None:
+        """Release modules whose input needs no gradient: no hook of theirs has."""
+        self.parameter_offload.release_backward_leftovers()
+
+    def _bring_home(self) -> str | None:
+        objection = super()._bring_home()
+        self.fetching.release()
+        return objection
+
+    def step(self, closure: Any = None) -> None:
+        """As `FP8ZeROOptimizer.step`."""
+        try:
+            super().step(closure)
+        finally:
+            self.fetching.fetch_persistent()
+
+    # What DeepSpeed, TRL and others read
+
+    @property
+    def parameter_offload(self) -> Offload:
+        """DeepSpeed's hooks and coordinator."""
+        return self.fetching.offload
+
+    @property
+    def persistent_parameters(self) -> list[Any]:
+        """Parameters that stay whole between steps."""
+        return self.fetching.persistent
+
+    @property
+    def module(self) -> Module:
+        """The model."""
+        module: Module = self.parameter_offload.module
+        return module
+
+    @property
+    def fp16_groups(self) -> list[list[Parameter]]:
+        """Parameters in the order in which a checkpoint's FP32 view holds them."""
+        return [[self.parameters[slot.parameter] for slot in bucket.slots] for bucket in self.parts.buckets]
+
+    def empty_partition_cache(self) -> None:
+        """Release all parameters."""
+        self.parameter_offload.empty_partition_cache()
+
+    # Checkpoints
+
+    def checkpoint_event_prologue(self) -> None:
+        """Before DeepSpeed saves or loads."""
+        self.fetching.release()
+
+    def checkpoint_event_epilogue(self) -> None:
+        """After DeepSpeed has saved or loaded."""
+        self.fetching.fetch_persistent()
+
+    @contextmanager
+    def ready_for_files(self) -> Iterator[None]:
+        """As `FP8ZeROOptimizer.ready_for_files`, and slices are all there is."""
+        with super().ready_for_files(), self.fetching.released():
+            yield
+
+    def refresh_fp32_params(self) -> None:
+        """Masters from the weights as they are, and no gradients, as after loading weights."""
+        with self.fetching.released():
+            super().refresh_fp32_params()
+
+    _restore_from_bit16_weights = refresh_fp32_params
+
+    def restore(self, source: Restorable) -> None:
+        """Take over a checkpoint that has been checked; the weights follow the masters."""
+        with self.fetching.released():
+            super().restore(source)

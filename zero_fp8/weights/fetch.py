@@ -1,0 +1,136 @@
+"""Fetches under ZeRO 3: the slices of parameters, as bytes, to every rank, which puts them together.
+
+DeepSpeed's coordinator decides when which parameters are fetched and released, and asks the first of a group
+to gather them all: `install` gives every parameter methods of ours for that. A parameter of any dtype
+travels as bytes. Since slices follow each other in rank order, a gather of one parameter is the parameter: a
+large one travels alone, and is copied on neither side; the small ones of a group travel side by side.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_fp8.compat import ZeroParamStatus
+from ds_fp8.zero_fp8.comm.collectives import gather_flat
+from ds_fp8.zero_fp8.weights.slices import is_away, objection_to
+
+UNDER_WAY = "ds_fp8_fetch"  # attribute of a parameter: its last fetch
+ALONE = 1 << 20  # bytes of a slice from which on its parameter travels alone
+
+
+class Transfer:
+    """Parameters that travel side by side: one all-gather."""
+
+    def __init__(self, parameters: Sequence[Any]) -> None:
+        self._parameters = parameters
+        slices = [each.ds_tensor.view(torch.uint8) for each in parameters]
+        self._sizes = [each.numel() for each in slices]
+        self._own = slices[0] if len(slices) == 1 else torch.cat(slices)
+        ranks: int = parameters[0].ds_zero_partition_world_size
+        self._whole = self._own.new_empty(ranks, self._own.numel())
+        self._work = gather_flat(self._whole, self._own, parameters[0].ds_process_group)
+
+    def land(self) -> None:
+        """Wait, and give the parameters their values."""
+        self._work.wait()
+        if self._whole.is_cuda:  # it may have been made on another stream, the coordinator's
+            self._whole.record_stream(torch.cuda.current_stream())
+        for parameter, part in zip(self._parameters, self._whole.split(self._sizes, dim=1), strict=True):
+            _fill(parameter, part.reshape(-1))  # copies where several have travelled
+
+
+class Whole:
+    """Parameters of which this rank, the only one, has all: nothing travels."""
+
+    def __init__(self, parameters: Sequence[Any]) -> None:
+        self._parameters = parameters
+
+    def land(self) -> None:
+        """Give the parameters their values."""
+        for parameter in self._parameters:
+            _fill(parameter, parameter.ds_tensor.view(torch.uint8))
+
+
+def _fill(parameter: Any, whole: Tensor) -> None:
+    """whole: bytes of all slices, [n] uint8."""
+    values = whole.view(parameter.ds_tensor.dtype)[: parameter.ds_numel]
+    parameter.data = values.view(parameter.ds_shape)
+    parameter.ds_status = ZeroParamStatus.AVAILABLE
+
+
+class Fetch:
+    """A group of parameters under way: what DeepSpeed's coordinator waits for, once or more."""
+
+    def __init__(self, parameters: Sequence[Any]) -> None:
+        if parameters[0].ds_zero_partition_world_size == 1:
+            self._under_way: list[Transfer | Whole] = [Whole(parameters)]
+            return
+        alone = [[each] for each in parameters if each.ds_tensor.nbytes >= ALONE]
+        small = [each for each in parameters if each.ds_tensor.nbytes < ALONE]
+        self._under_way = [Transfer(each) for each in (*alone, small) if each]
+
+    def wait(self, handle_dependency: bool = True) -> None:
+        """Every parameter of the group is whole."""
+        while self._under_way:
+            self._under_way.pop(0).land()
+
+
+def launch(parameters: Iterable[Any], names: Callable[[Any], str]) -> Fetch:
+    """Fetch parameters of which only slices are there, in the same order on every rank. Collective.
+
+    Raises ValueError for one whose `.data` was replaced.
+    """
+    ordered = sorted(parameters, key=lambda each: each.ds_id)
+    for each in ordered:
+        if not is_away(each):
+            raise RuntimeError(f"{names(each)}: fetched twice: {each.ds_summary()}")
+        objection = objection_to(each)
+        if objection is not None:
+            raise ValueError(f"{names(each)}: {objection}")
+    fetch = Fetch(ordered)
+    for each in ordered:
+        each.ds_status = ZeroParamStatus.INFLIGHT
+        setattr(each, UNDER_WAY, fetch)
+    return fetch
+
+
+def gather(parameters: Iterable[Any], names: Callable[[Any], str]) -> list[Fetch]:
+    """Fetch those of the parameters that are not whole; all that is under way for them. Collective."""
+    parameters = list(parameters)
+    away = [each for each in parameters if is_away(each)]
+    inflight = ZeroParamStatus.INFLIGHT
+    under_way = [getattr(each, UNDER_WAY) for each in parameters if each.ds_status == inflight]
+    return [*under_way, *([launch(away, names)] if away else [])]
+
+
+def fetch(parameters: Iterable[Any], names: Callable[[Any], str]) -> None:
+    """Make parameters whole. Collective."""
+    for each in gather(parameters, names):
+        each.wait()
+
+
+def install(
+    parameters: Iterable[Any], names: Callable[[Any], str], on_edit: Callable[[Iterable[Any]], None]
+) -> None:
+    """Let DeepSpeed fetch these parameters by `launch`. on_edit: called with parameters written since."""
+
+    def all_gather_coalesced(group: Iterable[Any], safe_mode: bool = False, quantize: bool = False) -> Fetch:
+        return launch(group, names)
+
+    def all_gather(own: Any, param_list: Any = None, async_op: bool = False, hierarchy: int = 0) -> Any:
+        if async_op:
+            return gather(param_list or [own], names)
+        return fetch(param_list or [own], names)
+
+    def partition(own: Any, original: Any, param_list: Any = None, **options: Any) -> None:
+        original(param_list or [own], **options)
+        if options.get("has_been_updated"):
+            on_edit(param_list or [own])
+
+    for parameter in parameters:
+        parameter.all_gather_coalesced = all_gather_coalesced
+        parameter.all_gather = partial(all_gather, parameter)
+        parameter.partition = partial(partition, parameter, parameter.partition)

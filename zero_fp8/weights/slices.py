@@ -1,0 +1,141 @@
+"""Weights under ZeRO 3: this rank's slice of every parameter of a bucket, in one buffer.
+
+DeepSpeed keeps a parameter's slice in `ds_tensor` and cuts it wherever the parameter's size divided by the
+ranks falls. Here a slice is a whole number of blocks: `aligned` takes the place of the method in which
+DeepSpeed rounds, for parameters that carry our attribute; for all others it changes nothing. Slices stay
+equal, consecutive and in order, so that a gather puts a parameter together again. The sweep writes the
+slices, and whoever fetches a parameter has its new values.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from ds_fp8.compat import ZeroParamStatus
+from ds_fp8.ops.blocks import Blocks, chunks, decode
+from ds_fp8.ops.masters import write_weights
+from ds_fp8.zero_fp8.comm.collectives import NothingToGather
+from ds_fp8.zero_fp8.comm.groups import Nodes
+from ds_fp8.zero_fp8.placement.parameters import shape_of
+from ds_fp8.zero_fp8.placement.partition import Bucket, padding_of_slices
+from ds_fp8.zero_fp8.weights.home import described
+
+BLOCK_SIZE = "ds_fp8_block_size"  # attribute of a parameter whose slices are whole blocks
+
+
+def aligned(original: Callable[..., int]) -> Callable[..., int]:
+    """Init._padding_size: elements that a parameter's slices have beyond its own."""
+
+    @functools.wraps(original)
+    def method(self: Any, parameter: Any) -> int:
+        block_size = getattr(parameter, BLOCK_SIZE, None)
+        if block_size is None:
+            return original(self, parameter)
+        return padding_of_slices(parameter.ds_numel, block_size, self._partition_world_size(parameter))
+
+    return method
+
+
+def cut(parameter: Any, block_size: int) -> None:
+    """Cut a parameter anew, between blocks; what lies past its end is zero. Collective."""
+    if not parameter.ds_numel:
+        return
+    parameter.all_gather()
+    setattr(parameter, BLOCK_SIZE, block_size)
+    parameter.ds_tensor = None
+    parameter.partition(has_been_updated=True)
+    held = parameter.ds_numel - parameter.ds_zero_partition_rank * parameter.ds_tensor.numel()
+    parameter.ds_tensor[max(0, held) :].zero_()
+
+
+@dataclass(frozen=True)
+class SliceHome:
+    """A slice's place in the buffer; the parameter itself is DeepSpeed's to fill and to empty."""
+
+    parameter: int  # global index
+    view: Tensor  # of the slice
+
+    @cached_property
+    def address(self) -> int:
+        return self.view.data_ptr()
+
+    def objection(self, parameter: Any) -> str | None:
+        """What was done to the parameter behind DeepSpeed's back, and would be lost."""
+        return objection_to(parameter)
+
+
+def objection_to(parameter: Any) -> str | None:
+    """What was done to a parameter behind DeepSpeed's back, and would be lost."""
+    held = parameter.ds_tensor
+    if parameter.dtype is not held.dtype or parameter.device != held.device:
+        received = f"{parameter.dtype} on {parameter.device}"
+        return f"received {received} after deepspeed.initialize, allowed: {held.dtype} on {held.device}"
+    left = parameter.numel() <= 1  # DeepSpeed leaves none, or one, between uses
+    if not left and (is_away(parameter) or parameter.shape != shape_of(parameter)):
+        return (
+            f"received {described(parameter)} as .data, allowed under ZeRO 3: changes within "
+            "deepspeed.zero.GatheredParameters(..., modifier_rank=0)"
+        )
+    return None
+
+
+def is_away(parameter: Any) -> bool:
+    """Whether only slices of the parameter are there."""
+    return bool(parameter.ds_status == ZeroParamStatus.NOT_AVAILABLE)
+
+
+class SlicedWeights:
+    """The slices of one bucket's parameters that this rank owns."""
+
+    def __init__(self, bucket: Bucket, parameters: Mapping[int, Any], rank: int) -> None:
+        """Copy the slices, which `cut` has made, into a new buffer; each `ds_tensor` is a view of it."""
+        first = parameters[bucket.slots[0].parameter].ds_tensor
+        shape = bucket.blocks_of(rank), bucket.block_size
+        self._own = torch.zeros(shape, dtype=first.dtype, device=first.device)
+        self._edited: set[int] = set()
+        self.homes = []
+        for slot in bucket.slots:
+            held = parameters[slot.parameter].ds_tensor
+            home = SliceHome(slot.parameter, self._own.view(-1)[bucket.offset(slot) :][: held.numel()])
+            held.data = home.view.copy_(held)
+            self.homes.append(home)
+
+    @property
+    def own(self) -> Tensor:
+        """The rows that this rank writes, [blocks, block size]."""
+        return self._own
+
+    def gather(self, nodes: Nodes) -> NothingToGather:
+        """Nothing: DeepSpeed fetches a parameter where it is used."""
+        return NothingToGather()
+
+    def write(self, masters: Blocks) -> None:
+        """Round masters, the owned rows, into the weights; of split ones they are the upper half already."""
+        if masters.format.split:
+            return
+        for part in chunks(len(masters), masters.block_size):
+            write_weights(decode(masters[part]), self._own[part])
+
+    @property
+    def freed(self) -> bool:
+        """Whether the memory was given back, by `untyped_storage().resize_(0)` on a slice."""
+        return self._own.untyped_storage().nbytes() < self._own.nbytes
+
+    def allocate(self) -> None:
+        """Have memory again, with nothing that is known in it."""
+        self._own.untyped_storage().resize_(self._own.nbytes)
+
+    def note_edits(self, indices: Iterable[int]) -> None:
+        """Parameters that were written within GatheredParameters, by global index."""
+        self._edited |= {home.parameter for home in self.homes} & set(indices)
+
+    def bind(self, parameters: Mapping[int, Parameter]) -> Iterator[int]:
+        """The global index of each parameter that was written since; its slice is here already."""
+        edited, self._edited = self._edited, set()
+        yield from sorted(edited)
