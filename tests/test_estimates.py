@@ -109,14 +109,29 @@ def run_steps(engine: Any, steps: int) -> None:
         engine.step()
 
 
+# Of ZeRO 3: some parameters stay whole, and no more is fetched than a module needs.
+SLICED = {
+    "stage3_param_persistence_threshold": 300,
+    "stage3_max_live_parameters": 0,
+    "stage3_prefetch_bucket_size": 0,
+    "stage3_max_reuse_distance": 0,
+    "sub_group_size": 5000,
+    "memory_efficient_linear": False,
+}
+KEYS = Fetching(300, sys.maxsize, 0, 0, 5000)
+
+
 def fp8_bytes(name: str, fp8: dict[str, Any], stage: int, micro_steps: int) -> dict[str, int]:
     """What our handler holds after steps, and every `.grad` that waits for the accumulation boundary."""
-    config = ds_config(fp8, stage=stage, micro_steps=micro_steps, bucket=BUCKET)
+    config = ds_config(fp8, stage=stage, micro_steps=micro_steps, bucket=BUCKET, zero=SLICED)
     engine = build(config, MODELS[name]())
     run_steps(engine, 2)
-    parts = engine.optimizer.parts
+    parts, parameters = engine.optimizer.parts, list(engine.module.parameters())
+    slices = storages(each.ds_tensor for each in parameters) if stage == 3 else {}
+    whole = {at: size for at, size in storages(parameters).items() if at not in slices}
     found = {
-        "weights": nbytes(engine.module.parameters()),
+        "weights": sum((slices or whole).values()),
+        "persistent": sum(whole.values()) if stage == 3 else 0,
         "states": sum(shard.nbytes for shard in parts.shards),
         "reduced": sum(reduced.nbytes for reduced in parts.reduced),
     }
@@ -126,15 +141,34 @@ def fp8_bytes(name: str, fp8: dict[str, Any], stage: int, micro_steps: int) -> d
     return found
 
 
+def hold_what_was_found(held: Held, found: dict[str, int]) -> None:
+    assert held.weights == found["weights"]
+    assert held.persistent == found["persistent"]
+    assert held.states == found["states"]
+    assert held.gradients == found["reduced"] + found["waiting"]
+
+
 @pytest.mark.parametrize(("stage", "micro_steps"), [(1, 2), (2, 1), (2, 2)])
 @pytest.mark.parametrize("level", ["O1", "O2", "O2+"])
 @pytest.mark.parametrize("name", MODELS)
 def test_fp8(ranks: RankPools, name: str, level: str, stage: int, micro_steps: int) -> None:
     held = levels()[level].held(model_of_module(MODELS[name]()), Run(2, stage, micro_steps, BUCKET))
     for found in ranks.run(2, fp8_bytes, name, {"opt_level": level}, stage, micro_steps):
-        assert held.weights == found["weights"]
-        assert held.states == found["states"]
-        assert held.gradients == found["reduced"] + found["waiting"]
+        hold_what_was_found(held, found)
+
+
+@grid(
+    name=[*MODELS],
+    how=[("O1", 32, 1), ("O2", 128, 2), ("O2+", 256, 1)],  # level, block size, micro-steps
+    count=[1, 2, 3],
+)
+def test_fp8_sliced(ranks: RankPools, name: str, how: tuple[str, int, int], count: int) -> None:
+    level, block_size, micro_steps = how
+    fp8 = {"opt_level": level, "block_size": block_size}
+    run = Run(count, 3, micro_steps, BUCKET, True, KEYS)
+    held = with_fp8("", FP8Config.model_validate(fp8)).held(model_of_module(MODELS[name]()), run)
+    for found in ranks.run(count, fp8_bytes, name, fp8, 3, micro_steps):
+        hold_what_was_found(held, found)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -232,17 +266,6 @@ def test_stock(ranks: RankPools, name: str, when: tuple[int, int], how: tuple[in
     assert held == max(found, key=lambda each: each.total)
 
 
-# Of ZeRO 3: some parameters stay whole, and no more is fetched than a module needs.
-SLICED = {
-    "stage3_param_persistence_threshold": 300,
-    "stage3_max_live_parameters": 0,
-    "stage3_prefetch_bucket_size": 0,
-    "stage3_max_reuse_distance": 0,
-    "sub_group_size": 5000,
-    "memory_efficient_linear": False,
-}
-
-
 class StockSlicedProbe:
     """DeepSpeed's handler of ZeRO 3, watched: bytes that it copies to reduce, and to step."""
 
@@ -308,8 +331,8 @@ def stock_sliced_bytes(name: str, micro_steps: int, bucket: int, bf16_states: bo
 )
 def test_stock_sliced(ranks: RankPools, name: str, how: tuple[int, int, bool], count: int) -> None:
     micro_steps, bucket, bf16_states = how
-    method, keys = STOCK_BF16_STATES if bf16_states else STOCK, Fetching(300, sys.maxsize, 0, 0, 5000)
-    held = method.held(model_of_module(MODELS[name]()), Run(count, 3, micro_steps, bucket, True, keys))
+    method = STOCK_BF16_STATES if bf16_states else STOCK
+    held = method.held(model_of_module(MODELS[name]()), Run(count, 3, micro_steps, bucket, True, KEYS))
     for found, reduced, stepped in ranks.run(count, stock_sliced_bytes, name, *how):
         copied = held.buffers - found.buffers
         assert replace(held, buffers=found.buffers) == found
