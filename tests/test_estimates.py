@@ -345,7 +345,9 @@ def peak_of_backward(name: str, fp8: dict[str, Any], stage: int, overlap: bool) 
 
     Under ZeRO 2 without those `.grad` that autograd makes before the bucket in front of them is full.
     """
-    config = ds_config(fp8, stage=stage, micro_steps=2, bucket=BUCKET, zero={"overlap_comm": overlap})
+    config = ds_config(
+        fp8, stage=stage, micro_steps=2, bucket=BUCKET, zero={**SLICED, "overlap_comm": overlap}
+    )
     engine = build(config, MODELS[name]())
     transfers: weakref.WeakSet[AllToAll] = weakref.WeakSet()
     seen, last = [], {}
@@ -383,7 +385,7 @@ def peak_of_backward(name: str, fp8: dict[str, Any], stage: int, overlap: bool) 
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("name", MODELS)
 def test_fp8_buffers(ranks: RankPools, name: str, stage: int, overlap: bool) -> None:
     model = model_of_module(MODELS[name]())
