@@ -121,7 +121,7 @@ CONFIGS = {
     "O2": ds_config({}),
     "O1, accumulating": ds_config({"opt_level": "O1"}, micro_steps=2),
     "O2+, ZeRO 1, overlap": ds_config({"opt_level": "O2+"}, stage=1, zero={"overlap_comm": True}),
-    "ZeRO 3": ds_config({}, stage=3, zero={"stage3_param_persistence_threshold": 8}),
+    "ZeRO 3": ds_config({}, stage=3, micro_steps=2, zero={"stage3_param_persistence_threshold": 8}),
     "two hops": ds_config({"gradients": {"intra_node_size": 2, "inter_node_dtype": "bf16"}}),
 }
 
