@@ -21,6 +21,7 @@ from ds_fp8.zero_fp8.health import Counts
 from ds_fp8.zero_fp8.placement.partition import ParameterSpec, partition
 from ds_fp8.zero_fp8.placement.ranks import Fleet
 from ds_fp8.zero_fp8.recipe import recipe_of
+from ds_fp8.zero_fp8.verdict import Counted
 from ds_fp8.zero_fp8.wiring import room, shard_of
 
 DIVISIBLE = Shape(layers=1, width=128, heads=4, context=49)  # 2112 blocks: 16 n on each of 2 or 4 ranks
@@ -129,7 +130,9 @@ def test_wire_bytes(ranks: RankPools, world_size: int, stage: int) -> None:
     parameters = ours["parameters"]
     assert ours["handed"]["alltoall_base_"] == ours["exchange"] == parameters * 129 // 128
     assert ours["handed"]["_allgather_base_"] == parameters * 2 // world_size
-    agreement = 4 + (NORM_PARTS + 4) * 8  # the loss mean that the example prints, then the step's verdict
+    agreement = (
+        4 + (NORM_PARTS + len(Counted._fields)) * 8
+    )  # the loss mean that the example prints, then the step's verdict
     assert ours["handed"]["allreduce_"] == agreement
     # stock DeepSpeed all-reduces the whole BF16 gradient, which a rank sends almost twice
     assert stock["handed"]["allreduce_"] > parameters * 2
