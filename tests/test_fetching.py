@@ -30,9 +30,9 @@ def test_persistent_parameters_are_deepspeeds(sizes: list[int], small: int, toge
 def test_what_is_whole(sizes: list[int], small: int, live: int, ahead: int) -> None:
     """Small parameters always, the others up to the keys' limits."""
     keys = Fetching(small, max_live_parameters=live, prefetch_bucket_size=ahead)
-    always, at_a_time = whole(sizes, [3 * numel for numel in sizes], keys)
-    assert always == 3 * sum(numel for numel in sizes if numel <= small)
-    assert at_a_time == min(3 * sum(sizes) - always, live + ahead)
+    always, at_a_time = whole(sizes, [2 * numel for numel in sizes], [3 * numel for numel in sizes], keys)
+    assert always == 2 * sum(numel for numel in sizes if numel <= small)
+    assert at_a_time == min(3 * sum(numel for numel in sizes if numel > small), live + ahead)
 
 
 def test_defaults_are_deepspeeds() -> None:

@@ -40,12 +40,14 @@ def persistent(sizes: Sequence[int], fetching: Fetching) -> list[bool]:
     return kept
 
 
-def whole(sizes: Sequence[int], gathered: Sequence[int], fetching: Fetching) -> tuple[int, int]:
+def whole(
+    sizes: Sequence[int], kept: Sequence[int], gathered: Sequence[int], fetching: Fetching
+) -> tuple[int, int]:
     """What is whole between steps, and what is beside it, at most, while a step fetches.
 
-    gathered: the slices of all ranks of each parameter, with padding.
+    kept, gathered: what each parameter takes if it is persistent, and if it is fetched.
     """
-    kept = persistent(sizes, fetching)
-    always = sum(each for each, stays in zip(gathered, kept, strict=True) if stays)
-    at_a_time = fetching.max_live_parameters + fetching.prefetch_bucket_size
-    return always, min(sum(gathered) - always, at_a_time)
+    stays = persistent(sizes, fetching)
+    always = sum(each for each, one in zip(kept, stays, strict=True) if one)
+    others = sum(each for each, one in zip(gathered, stays, strict=True) if not one)
+    return always, min(others, fetching.max_live_parameters + fetching.prefetch_bucket_size)

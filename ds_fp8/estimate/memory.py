@@ -99,6 +99,11 @@ def gathered_bytes(itemsize: int, sizes: Iterable[int], block_size: int, fleet: 
     return fleet.size * fetch_bytes(itemsize, sizes, block_size, fleet)
 
 
+def persistent_bytes(itemsize: int, sizes: Iterable[int], fleet: Fleet) -> int:
+    """Bytes that persistent parameters take besides their slices, without padding; alone none are."""
+    return 0 if fleet.size == 1 else itemsize * sum(sizes)
+
+
 def hop_bytes(recipe: Recipe, bucket: Bucket) -> list[int]:
     """Bytes that one rank hands to each hop of a bucket's exchange; its own part is among them."""
     ranks = bucket.world_size

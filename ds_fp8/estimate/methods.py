@@ -107,8 +107,9 @@ def _with_slices(held: Held, model: Model, run: Run, block_size: int) -> Held:
     fleet, frozen = Fleet("data", run.gpus), WEIGHT * model.frozen
     if run.gpus > 1:
         frozen = memory.slice_bytes(WEIGHT, model.frozen_sizes, block_size, fleet)
+    kept = [memory.persistent_bytes(1, [numel], fleet) for numel in model.sizes]
     gathered = [memory.gathered_bytes(1, [numel], block_size, fleet) for numel in model.sizes]
-    always, at_a_time = fetching.whole(model.sizes, gathered, run.fetching)
+    always, at_a_time = fetching.whole(model.sizes, kept, gathered, run.fetching)
     return replace(
         held,
         weights=memory.slice_bytes(WEIGHT, model.trained, block_size, fleet) + frozen,
@@ -148,7 +149,8 @@ def _stock_sliced(state: Format, model: Model, run: Run) -> Held:
     """Under ZeRO 3. The bucket is there between steps, too."""
     sizes, keys = model.trained, run.fetching
     part = sum(stock.slices(sizes, run.gpus))
-    always, at_a_time = fetching.whole(model.sizes, stock.gathered(model.sizes, run.gpus), keys)
+    gathered = stock.gathered(model.sizes, run.gpus)
+    always, at_a_time = fetching.whole(model.sizes, gathered, gathered, keys)
     # The step makes a flat copy of several parameters' gradient, and another if the master is wider.
     wide = state.itemsize // WEIGHT if state.itemsize > WEIGHT else 0
     groups = stock.sub_groups(sizes, run.gpus, keys.sub_group_size)

@@ -68,15 +68,15 @@ def _fetching(engine: Any) -> dict[str, Any]:
     block_size, fleet = handler.recipe.block_size, handler.parts.buckets[0].fleet
     parameters = list(engine.module.parameters())
     sizes = [int(getattr(each, "ds_numel", each.numel())) for each in parameters]
-    sent, whole = {True: 0, False: 0}, 0
-    for each, numel, kept in zip(parameters, sizes, persistent(sizes, keys), strict=True):
-        sent[kept] += memory.fetch_bytes(each.element_size(), [numel], block_size, fleet)
-        whole += numel * each.element_size()
-    return {
-        **summary(keys, whole / sum(sizes)),
-        "persistent_bytes": fleet.size * sent[True],
-        "fetch_bytes": sent[False],
-    }
+    kept = sent = whole = 0
+    for each, numel, stays in zip(parameters, sizes, persistent(sizes, keys), strict=True):
+        itemsize = each.element_size()
+        whole += itemsize * numel
+        if stays:
+            kept += memory.persistent_bytes(itemsize, [numel], fleet)
+        else:
+            sent += memory.fetch_bytes(itemsize, [numel], block_size, fleet)
+    return {**summary(keys, whole / sum(sizes)), "persistent_bytes": kept, "fetch_bytes": sent}
 
 
 def stats(engine: Any) -> dict[str, Any] | None:
