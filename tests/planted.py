@@ -348,7 +348,7 @@ FAULTS = (
         "zero_fp8/gradients/schedule.py",
         "return not self._missing[bucket] and self._is_its_turn(bucket)",
         "return self._is_its_turn(bucket)",
-        "test_zero3.py bit_for_bit or learnt_anew",
+        "test_schedule.py waits",
     ),
     Fault(
         "the order is never learnt anew",
