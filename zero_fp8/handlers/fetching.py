@@ -4,7 +4,7 @@ Hooks on modules, prefetch, persistence and release are DeepSpeed's own. What is
 (`weights.slices`), how it travels (`weights.fetch`), and to be told when a module has ended its backward.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ from ds_fp8.compat import DeepSpeedZeRoOffload
 from ds_fp8.zero_fp8.weights import fetch
 from ds_fp8.zero_fp8.weights.slices import cut
 
+AUTOGRAD_FUNCTIONS = ("pre_bwd_fn", "post_bwd_fn")  # attributes of a module that DeepSpeed has hooked
 OnModuleEnd = Callable[[Module], None]
 
 
@@ -21,6 +22,14 @@ class Offload(DeepSpeedZeRoOffload):  # type: ignore[misc]  # DeepSpeed has no t
     """DeepSpeed's hooks, which also tell when a module has ended its backward."""
 
     on_module_end: OnModuleEnd = staticmethod(lambda module: None)
+
+    def __init__(self, module: Module, **options: Any) -> None:
+        _forget_functions(module)
+        super().__init__(module, **options)
+
+    def destroy(self) -> None:
+        super().destroy()
+        _forget_functions(self.module)
 
     def post_sub_module_backward_function(self, sub_module: Module) -> None:
         super().post_sub_module_backward_function(sub_module)
@@ -38,10 +47,10 @@ class Fetching:
         for parameter in names:
             cut(parameter, block_size)
 
-    def install(self, on_module_end: OnModuleEnd, on_edit: Callable[[Iterable[Any]], None]) -> None:
-        """Fetch from now on; say when modules end their backward, and what GatheredParameters has written."""
+    def install(self, on_module_end: OnModuleEnd) -> None:
+        """Fetch from now on, and say when modules end their backward."""
         self.offload.on_module_end = on_module_end
-        fetch.install(self._names, self._names.__getitem__, on_edit)
+        fetch.install(self._names, self._names.__getitem__)
         self.fetch_persistent()
 
     def release(self) -> None:
@@ -64,3 +73,10 @@ class Fetching:
     def remove(self) -> None:
         """Take the hooks off; parameters stay as they are."""
         self.offload.destroy()
+
+
+def _forget_functions(model: Module) -> None:
+    """Drop the autograd functions of an engine: DeepSpeed leaves them, and the next engine would use them."""
+    for module in model.modules():
+        for name in AUTOGRAD_FUNCTIONS:
+            module.__dict__.pop(name, None)

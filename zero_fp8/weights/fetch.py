@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ds_fp8.compat import ZeroParamStatus
 from ds_fp8.zero_fp8.comm.collectives import gather_flat
-from ds_fp8.zero_fp8.weights.slices import is_away, objection_to
+from ds_fp8.zero_fp8.weights.slices import EDITED, is_away, objection_to
 
 UNDER_WAY = "ds_fp8_fetch"  # attribute of a parameter: its last fetch
 ALONE = 1 << 20  # bytes of a slice from which on its parameter travels alone
@@ -113,10 +113,8 @@ def fetch(parameters: Iterable[Any], names: Callable[[Any], str]) -> None:
         each.wait()
 
 
-def install(
-    parameters: Iterable[Any], names: Callable[[Any], str], on_edit: Callable[[Iterable[Any]], None]
-) -> None:
-    """Let DeepSpeed fetch these parameters by `launch`. on_edit: called with parameters written since."""
+def install(parameters: Iterable[Any], names: Callable[[Any], str]) -> None:
+    """Let DeepSpeed fetch these parameters by `launch`, for good: its own fetch of one cuts elsewhere."""
 
     def all_gather_coalesced(group: Iterable[Any], safe_mode: bool = False, quantize: bool = False) -> Fetch:
         return launch(group, names)
@@ -129,9 +127,12 @@ def install(
     def partition(own: Any, original: Any, param_list: Any = None, **options: Any) -> None:
         original(param_list or [own], **options)
         if options.get("has_been_updated"):
-            on_edit(param_list or [own])
+            for each in param_list or [own]:
+                setattr(each, EDITED, True)
 
     for parameter in parameters:
         parameter.all_gather_coalesced = all_gather_coalesced
         parameter.all_gather = partial(all_gather, parameter)
-        parameter.partition = partial(partition, parameter, parameter.partition)
+        if not hasattr(parameter, EDITED):
+            parameter.partition = partial(partition, parameter, parameter.partition)
+        setattr(parameter, EDITED, False)
