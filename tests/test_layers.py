@@ -22,15 +22,24 @@ ROOMS = (
     ),
     ("ds_fp8.estimate", "deepspeed_names | dry_run model_sizes | methods | memory stock"),
     ("ds_fp8", "output"),
-    ("ds_fp8.zero_fp8.handlers", "stage12 | common | full_tensors roster saved_states take_over"),
+    (
+        "ds_fp8.zero_fp8.handlers",
+        "stage12 stage3 | common fetching slice_access | full_tensors roster saved_states take_over",
+    ),
     ("ds_fp8.zero_fp8", "step | wiring verdict"),
     (
         "ds_fp8.zero_fp8.checkpoint",
         "export universal | convert reader stock writer | contracts | files | tags | manifest",
     ),
-    ("ds_fp8.zero_fp8.optimizer", "client | fp8_adamw | standalone | edits entries hyperparameters members"),
-    ("ds_fp8.zero_fp8.weights", "binding | store views | home"),
-    ("ds_fp8.zero_fp8.gradients", "reducer fp8_sum | packing reduced | exchange autoscale backwards"),
+    (
+        "ds_fp8.zero_fp8.optimizer",
+        "client facade | fp8_adamw | standalone | edits entries hyperparameters members",
+    ),
+    ("ds_fp8.zero_fp8.weights", "binding fetch | store views slices | home"),
+    (
+        "ds_fp8.zero_fp8.gradients",
+        "reducer fp8_sum | pending | packing reduced schedule | exchange autoscale backwards",
+    ),
     ("ds_fp8.zero_fp8.states", "shard"),
     ("ds_fp8.zero_fp8", "health"),
     ("ds_fp8.zero_fp8.comm", "collectives | agreement groups"),

@@ -18,7 +18,7 @@ from ds_fp8.ops.backend import REFERENCE, Backend
 from ds_fp8.ops.blocks import Blocks, decode, quantize
 from ds_fp8.ops.formats import E4M3, FP32, Format
 from ds_fp8.zero_fp8 import verdict as verdict_module
-from ds_fp8.zero_fp8.verdict import Verdict
+from ds_fp8.zero_fp8.verdict import Counted, Verdict
 
 ROWS, BLOCK = 24, 128
 SCALE = 1 / 3  # of the gradient, so that the norm is rounded
@@ -57,9 +57,7 @@ def shared(values: Tensor, ranks: int, backend: Backend, fmt: Format) -> list[An
 def verdict(shards: list[Any], clip: float) -> tuple[float, list[int]]:
     """The norm, and the bits of the control word."""
     group: Any = None
-    found = Verdict(
-        shards, received=1, late=0, objections=[], edited=0, gradient_scale=SCALE, clip=clip, group=group
-    )
+    found = Verdict(shards, own=Counted(received=1), gradient_scale=SCALE, clip=clip, group=group)
     return found.read().norm, found.control.view(torch.int32).tolist()
 
 

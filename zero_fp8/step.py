@@ -14,7 +14,7 @@ from torch.nn import Parameter
 
 from ds_fp8.zero_fp8.optimizer.fp8_adamw import FP8AdamW
 from ds_fp8.zero_fp8.recipe import Recipe, ZeroSettings
-from ds_fp8.zero_fp8.verdict import Verdict, non_finite_parameters
+from ds_fp8.zero_fp8.verdict import Counted, Verdict, non_finite_parameters
 from ds_fp8.zero_fp8.weights.store import Gathers
 from ds_fp8.zero_fp8.wiring import Parts
 
@@ -61,11 +61,13 @@ class Stepper:
         reducer = self._parts.reducer
         return Verdict(
             self._parts.reduced,
-            received=reducer.received,
-            late=reducer.late,
-            objections=objections,
-            edited=edited,
-            changed=reducer.changed,
+            own=Counted(
+                received=reducer.received,
+                late=reducer.late,
+                objections=sum(each is not None for each in objections),
+                edited=edited,
+                changed=reducer.changed,
+            ),
             gradient_scale=gradient_scale,
             clip=self._settings.gradient_clipping,
             group=self._group,

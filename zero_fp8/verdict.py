@@ -6,6 +6,7 @@ that the step launches has been launched, so a GPU never waits for the host.
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +21,16 @@ from ds_fp8.zero_fp8.placement.partition import Piece
 LARGEST = 2.0**40  # norm that a step takes, after clipping; beyond it sqrt(v) saturates
 
 
+class Counted(NamedTuple):
+    """What a rank says before a step, in numbers that are added over ranks."""
+
+    received: int = 0  # gradients that are in what was reduced
+    late: int = 0  # parameters with a gradient that has not travelled; the step is tried again
+    objections: int = 0  # the step is not taken
+    edited: int = 0  # parameters with edits that the log has not named
+    changed: int = 0  # 1 if backward went another way than the schedule was learnt from
+
+
 class Verdict:
     """The norm and the counts of a step over all ranks, and what follows from them.
 
@@ -31,17 +42,12 @@ class Verdict:
         self,
         reduced: Sequence[ReducedGradient],
         *,
-        received: int,  # gradients of this rank that are in what was reduced
-        late: int,  # parameters of this rank with a gradient that has not travelled; the step is tried again
-        objections: Sequence[str | None],  # of this rank; the step is not taken
-        edited: int,  # parameters of this rank with edits that the log has not named
-        changed: bool,  # this rank's backward went another way than the schedule was learnt from
+        own: Counted,
         gradient_scale: float,  # from the reduced gradient as stored to the mean
         clip: float,  # largest norm of the mean; 0 = any
         group: ProcessGroup,
     ) -> None:
-        counts = [received, late, sum(each is not None for each in objections), edited, changed]
-        sums = _summed([each.norm_parts for each in reduced if each.norm_parts is not None], counts, group)
+        sums = _summed([each.norm_parts for each in reduced if each.norm_parts is not None], own, group)
         agreed = sums[NORM_PARTS:]
         non_finite, all_received, against = sums[NORM_PARTS - 1], agreed[0], agreed[1:3]
         norm = norm_square(sums[:NORM_PARTS]).sqrt() * gradient_scale
@@ -60,7 +66,7 @@ class Verdict:
         if self._arrived is not None:
             self._arrived.synchronize()
         norm, non_finite, *counts = self._copy.tolist()
-        self.received, self.late, self.objections, self.edited, self.changed = counts
+        self.received, self.late, self.objections, self.edited, self.changed = Counted(*counts)
         self.norm = norm if non_finite == 0 and norm <= self._largest else math.inf
         return self
 

@@ -2,13 +2,13 @@
 
 **ZeRO 1 and 2.** In index order, each as soon as its last gradient has arrived (`Arrivals`).
 
-**ZeRO 3.** There backward fetches weights, too, and where ranks meet for one collective they must not wait for
-each other in another. So a bucket leaves where a module has ended its backward: between the same fetches on
-every rank, whichever gradients a rank lacks (`ModuleEnds`). After which module is learnt in a backward: after
-the first one to end when the bucket's last gradient was there. The ranks agree on the latest of theirs, and the
-order is that of these places; a bucket whose gradients come after the last module has ended leaves at the end,
-as all do that have not left by then. While it learns, a bucket leaves at the first module end that finds it
-full.
+**ZeRO 3.** Backward fetches weights, too, and ranks that meet in one collective must not wait for each other
+in another. So a bucket leaves where a module has ended its backward: between the same fetches on every rank,
+whichever gradients a rank lacks (`ModuleEnds`). Which module that is, a backward shows: the first one to end
+after the bucket's last gradient has arrived. The ranks agree on the latest of their places, and buckets leave
+in the order of these. A bucket whose gradients come after the last module has ended leaves at the end of
+backward, as do all that have not left by then. While places are being learnt, a bucket leaves at the first
+module end that finds it full.
 
 What was learnt is forgotten, on all ranks, when a step has found a gradient that came after its bucket had
 left, or a backward of any rank that did not end the modules that buckets wait for: parameters or modules are
@@ -155,7 +155,8 @@ class ModuleEnds:
         for bucket in self._buckets:
             for index in (slot.parameter for slot in bucket.slots):
                 on_gradient = partial(self._on_gradient, bucket.index, index)
-                self._hooks.append(parameters[index].register_post_accumulate_grad_hook(on_gradient))
+                parameter: Any = parameters[index]  # torch's stub has no types
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(on_gradient))
 
     def _on_gradient(self, bucket: int, index: int, _: object) -> None:
         if self.open:

@@ -1,9 +1,9 @@
 """What DeepSpeed's utilities ask of a ZeRO 3 parameter: whole FP32 tensors, and this rank's part of them.
 
 `safe_get_full_*`, `safe_set_full_*`, their `local` twins and `safe_update_full_grad_vectorized` call the
-object that is the parameter's `_z3_optimizer`, with the parameter. A local tensor is as long as the slice that
-DeepSpeed keeps in `ds_tensor`: zeros follow after the parameter's end. A parameter that is not trained has
-none of this, and the answer is None.
+object that is the parameter's `_z3_optimizer`, with the parameter. A local tensor is as long as the slice
+that DeepSpeed keeps in `ds_tensor`: zeros follow after the parameter's end. A parameter that is not trained
+has none of this, and the answer is None.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -97,7 +97,7 @@ class SliceAccess:
             known.full.set_own_state(known.parameter, param.ds_tensor, value, optim_state_key)
 
     def get_local_fp32_grad_for_param(self, param: Any) -> Tensor | None:
-        """Of the mean gradient, [elements of ds_tensor] float32. Raises as `get_fp32_grad_for_param`."""
+        """Of the mean gradient, [elements of ds_tensor] float32. Raises ValueError if there is none."""
         known = self._trained.get(param)
         return known and known.full.get_own_gradient(known.parameter, param.ds_tensor)
 

@@ -43,8 +43,8 @@ def trained_parameters(
                 continue
             if parameter not in indices:
                 raise ValueError(
-                    f"optimizer: received a parameter of shape {list(shape_of(parameter))} that is not in the "
-                    "model, allowed: parameters of the model given to deepspeed.initialize"
+                    f"optimizer: received a parameter of shape {list(shape_of(parameter))} that is not in "
+                    "the model, allowed: parameters of the model given to deepspeed.initialize"
                 )
             index = indices[parameter]
             parameters[index] = parameter

@@ -38,7 +38,7 @@ class ParameterSpec:
 
 @dataclass(frozen=True)
 class Slot:
-    """A parameter's place in a bucket: consecutive blocks or, if it is sliced, a slice in every rank's run."""
+    """A parameter's place in a bucket: consecutive blocks or, if sliced, some of every rank's run."""
 
     parameter: int  # global index
     numel: int

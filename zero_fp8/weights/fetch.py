@@ -101,9 +101,8 @@ def gather(parameters: Iterable[Any], names: Callable[[Any], str]) -> list[Fetch
     """Fetch those of the parameters that are not whole; all that is under way for them. Collective."""
     parameters = list(parameters)
     away = [each for each in parameters if is_away(each)]
-    under_way = [
-        getattr(each, UNDER_WAY) for each in parameters if each.ds_status == ZeroParamStatus.INFLIGHT
-    ]
+    inflight = ZeroParamStatus.INFLIGHT
+    under_way = [getattr(each, UNDER_WAY) for each in parameters if each.ds_status == inflight]
     return [*under_way, *([launch(away, names)] if away else [])]
 
 

@@ -44,13 +44,9 @@ class WholeHome:
 
     def objection(self, parameter: Parameter) -> str | None:
         """What is wrong with the values that the parameter has now, if they cannot be taken home."""
-        view = self.view
-        if (
-            parameter.dtype is not view.dtype
-            or parameter.shape != view.shape
-            or parameter.device != view.device
-        ):
-            return f"received {described(parameter)} after deepspeed.initialize, allowed: {described(view)}"
+        received, allowed = described(parameter), described(self.view)
+        if received != allowed:
+            return f"received {received} after deepspeed.initialize, allowed: {allowed}"
         flaw = flaw_of(parameter.detach().resolve_neg()) if self.was_left_by(parameter) else None
         return None if flaw is None else f"received {flaw} as .data, {ALLOWED}"
 

@@ -2,8 +2,8 @@
 
 DeepSpeed keeps a parameter's slice in `ds_tensor` and cuts it wherever the parameter's size divided by the
 ranks falls. Here a slice is a whole number of blocks: `aligned` takes the place of the method in which
-DeepSpeed rounds, for parameters that carry our attribute; for all others it changes nothing. Slices stay equal,
-consecutive and in order, so that DeepSpeed's own gathers put parameters together again. The sweep writes the
+DeepSpeed rounds, for parameters that carry our attribute; for all others it changes nothing. Slices stay
+equal, consecutive and in order, so that a gather puts a parameter together again. The sweep writes the
 slices, and whoever fetches a parameter has its new values.
 """
 
@@ -77,8 +77,8 @@ def objection_to(parameter: Any) -> str | None:
     if parameter.dtype is not held.dtype or parameter.device != held.device:
         received = f"{parameter.dtype} on {parameter.device}"
         return f"received {received} after deepspeed.initialize, allowed: {held.dtype} on {held.device}"
-    whole = parameter.numel() > 1  # DeepSpeed leaves none, or one, between uses
-    if (whole and parameter.shape != shape_of(parameter)) or (whole and is_away(parameter)):
+    left = parameter.numel() <= 1  # DeepSpeed leaves none, or one, between uses
+    if not left and (is_away(parameter) or parameter.shape != shape_of(parameter)):
         return (
             f"received {described(parameter)} as .data, allowed under ZeRO 3: changes within "
             "deepspeed.zero.GatheredParameters(..., modifier_rank=0)"
