@@ -11,8 +11,9 @@ from typing import Any
 from torch.nn import Module, Parameter
 
 from ds_fp8.compat import DeepSpeedZeRoOffload
+from ds_fp8.zero_fp8.placement.parameters import held_of
 from ds_fp8.zero_fp8.weights import fetch
-from ds_fp8.zero_fp8.weights.slices import cut
+from ds_fp8.zero_fp8.weights.slices import cut, objection_to
 
 AUTOGRAD_FUNCTIONS = ("pre_bwd_fn", "post_bwd_fn")  # attributes of a module that DeepSpeed has hooked
 OnModuleEnd = Callable[[Module], None]
@@ -30,6 +31,29 @@ class Offload(DeepSpeedZeRoOffload):  # type: ignore[misc]  # DeepSpeed has no t
     def destroy(self) -> None:
         super().destroy()
         _forget_functions(self.module)
+
+    def stranger(self) -> str | None:
+        """What is wrong with a parameter that came after deepspeed.initialize, if there is one."""
+        known = ((name, hasattr(each, "ds_id")) for name, each in self.module.named_parameters())
+        name = next((name for name, is_known in known if not is_known), None)
+        return name and (
+            f"{name}: received a parameter that was not in the model when deepspeed.initialize was called, "
+            "allowed under ZeRO 3: those that were (exchange modules and assign parameters before it)"
+        )
+
+    def pre_sub_module_forward_function(self, sub_module: Module) -> None:
+        try:
+            super().pre_sub_module_forward_function(sub_module)
+        except AttributeError as error:  # DeepSpeed looks for its own attributes on every parameter
+            stranger = self.stranger()
+            if stranger is None:
+                raise
+            raise ValueError(stranger) from error
+
+    def pre_sub_module_backward_function(self, sub_module: Any) -> None:
+        super().pre_sub_module_backward_function(sub_module)
+        # DeepSpeed counts the forwards down and fetches no more at 0; a retained graph has another backward.
+        sub_module.applied_pre_backward_ref_cnt += 1
 
     def post_sub_module_backward_function(self, sub_module: Module) -> None:
         super().post_sub_module_backward_function(sub_module)
@@ -50,12 +74,19 @@ class Fetching:
     def install(self, on_module_end: OnModuleEnd) -> None:
         """Fetch from now on, and say when modules end their backward."""
         self.offload.on_module_end = on_module_end
-        fetch.install(self._names, self._names.__getitem__)
+        awaited = self.offload.module.ds_inflight_param_registry
+        fetch.install(self._names, self._names.__getitem__, awaited)
         self.fetch_persistent()
 
     def release(self) -> None:
         """Leave slices alone of every parameter, as a step, a save and a load need it."""
         self.offload.partition_all_parameters()
+
+    def restore(self) -> None:
+        """Drop what was done to parameters behind DeepSpeed's back, and would be lost: slices are left."""
+        for each in self._names:
+            if objection_to(each) is not None:
+                each.data = held_of(each).new_empty(0)
 
     def fetch_persistent(self) -> None:
         """Make whole what stays whole between steps. Collective."""

@@ -75,9 +75,12 @@ class Stage3Optimizer(FP8ZeROOptimizer):
         self.parameter_offload.release_backward_leftovers()
 
     def _bring_home(self) -> str | None:
-        objection = super()._bring_home()
-        self.fetching.release()
-        return objection
+        objection, stranger = super()._bring_home(), self.parameter_offload.stranger()
+        if stranger is None:
+            self.fetching.release()
+        if objection is not None:
+            self.fetching.restore()
+        return objection or stranger
 
     def step(self, closure: Any = None) -> None:
         """As `FP8ZeROOptimizer.step`."""

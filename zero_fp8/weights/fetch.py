@@ -6,7 +6,7 @@ travels as bytes. Since slices follow each other in rank order, a gather of one 
 large one travels alone, and is copied on neither side; the small ones of a group travel side by side.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -112,16 +112,26 @@ def fetch(parameters: Iterable[Any], names: Callable[[Any], str]) -> None:
         each.wait()
 
 
-def install(parameters: Iterable[Any], names: Callable[[Any], str]) -> None:
-    """Let DeepSpeed fetch these parameters by `launch`, for good: its own fetch of one cuts elsewhere."""
+def install(
+    parameters: Iterable[Any], names: Callable[[Any], str], awaited: MutableMapping[Any, Any]
+) -> None:
+    """Let DeepSpeed fetch these parameters by `launch`, for good: its own fetch of one cuts elsewhere.
+
+    awaited: the fetches for which DeepSpeed's coordinator will wait, by parameter.
+    """
 
     def all_gather_coalesced(group: Iterable[Any], safe_mode: bool = False, quantize: bool = False) -> Fetch:
         return launch(group, names)
 
     def all_gather(own: Any, param_list: Any = None, async_op: bool = False, hierarchy: int = 0) -> Any:
+        fetches = gather(param_list or [own], names)
+        for each in param_list or [own]:
+            awaited.pop(each, None)  # who asks for it now may let it go before the coordinator comes to it
         if async_op:
-            return gather(param_list or [own], names)
-        return fetch(param_list or [own], names)
+            return fetches
+        for fetch in fetches:
+            fetch.wait()
+        return None
 
     def partition(own: Any, original: Any, param_list: Any = None, **options: Any) -> None:
         original(param_list or [own], **options)
