@@ -102,6 +102,16 @@ class Stage3Optimizer(FP8ZeROOptimizer):
         return self.fetching.persistent
 
     @property
+    def leaf_parameters(self) -> dict[Module, list[Parameter]]:
+        """Trained parameters by the module that DeepSpeed fetches as a whole (`set_z3_leaf_modules`)."""
+        found: dict[Module, list[Parameter]] = {}
+        for each in self.parameters.values():
+            leaf = getattr(each, "ds_z3_leaf_module", None)
+            if leaf is not None:
+                found.setdefault(leaf, []).append(each)
+        return found
+
+    @property
     def module(self) -> Module:
         """The model."""
         module: Module = self.parameter_offload.module

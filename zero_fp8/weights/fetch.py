@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ds_fp8.compat import ZeroParamStatus
 from ds_fp8.zero_fp8.comm.collectives import gather_flat
-from ds_fp8.zero_fp8.weights.slices import EDITED, is_away, objection_to
+from ds_fp8.zero_fp8.weights.slices import EDITED, FETCHED, is_away, objection_to
 
 UNDER_WAY = "ds_fp8_fetch"  # attribute of a parameter: its last fetch
 ALONE = 1 << 20  # bytes of a slice from which on its parameter travels alone
@@ -62,6 +62,7 @@ def _fill(parameter: Any, whole: Tensor) -> None:
         if parameter.ds_persist:
             values = values.clone()  # padding is not kept from step to step
     parameter.data = values.view(parameter.ds_shape)
+    setattr(parameter, FETCHED, values.data_ptr())
     parameter.ds_status = ZeroParamStatus.AVAILABLE
 
 
@@ -137,15 +138,17 @@ def install(
             fetch.wait()
         return None
 
-    def partition(own: Any, original: Any, param_list: Any = None, **options: Any) -> None:
-        original(param_list or [own], **options)
-        if options.get("has_been_updated"):
-            for each in param_list or [own]:
-                setattr(each, EDITED, True)
-
     for parameter in parameters:
         parameter.all_gather_coalesced = all_gather_coalesced
         parameter.all_gather = partial(all_gather, parameter)
         if not hasattr(parameter, EDITED):
-            parameter.partition = partial(partition, parameter, parameter.partition)
+            parameter.partition = partial(_partition, parameter, parameter.partition)
         setattr(parameter, EDITED, False)
+
+
+def _partition(own: Any, original: Any, param_list: Any = None, **options: Any) -> None:
+    """DeepSpeed's partition, which notes whose slices it has written."""
+    original(param_list or [own], **options)
+    if options.get("has_been_updated"):
+        for each in param_list or [own]:
+            setattr(each, EDITED, True)

@@ -27,6 +27,7 @@ from ds_fp8.zero_fp8.placement.partition import Bucket, padding_of_slices
 from ds_fp8.zero_fp8.weights.home import described
 
 BLOCK_SIZE = "ds_fp8_block_size"  # attribute of a parameter whose slices are whole blocks
+FETCHED = "ds_fp8_fetched"  # address of the values that its last fetch has brought
 EDITED = "ds_fp8_edited"  # whether its slices were written within GatheredParameters and nobody has looked
 
 
@@ -78,12 +79,22 @@ def objection_to(parameter: Any) -> str | None:
         received = f"{parameter.dtype} on {parameter.device}"
         return f"received {received} after deepspeed.initialize, allowed: {held.dtype} on {held.device}"
     left = parameter.numel() <= 1  # DeepSpeed leaves none, or one, between uses
-    if not left and (is_away(parameter) or parameter.shape != shape_of(parameter)):
+    whole = not is_away(parameter) and parameter.shape == shape_of(parameter)
+    if not left and (not whole or _was_replaced(parameter)):
         return (
             f"received {described(parameter)} as .data, allowed under ZeRO 3: changes within "
             "deepspeed.zero.GatheredParameters(..., modifier_rank=0)"
         )
     return None
+
+
+def _was_replaced(parameter: Any) -> bool:
+    """Whether a whole parameter has other memory than its fetch gave it, with other values than its slice."""
+    if parameter.data_ptr() == getattr(parameter, FETCHED, None):
+        return False
+    held = parameter.ds_tensor
+    own = parameter.detach().reshape(-1)[parameter.ds_zero_partition_rank * len(held) :][: len(held)]
+    return not torch.equal(own, held[: len(own)])
 
 
 def is_away(parameter: Any) -> bool:
