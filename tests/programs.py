@@ -264,11 +264,8 @@ OPERATIONS = {
 }
 NAMES = [*OPERATIONS, "step", "save", "load", "read"]
 # Not under ZeRO 3: forwards of one rank, weights used or replaced between forwards.
-WITH_SLICES = [
-    name
-    for name in NAMES
-    if name not in ("one_rank_uses_a_branch", "gradient_of_inputs", "with_a_penalty", "rebind", "save", "load")
-]
+OF_WHOLE_WEIGHTS = {"one_rank_uses_a_branch", "gradient_of_inputs", "with_a_penalty", "rebind"}
+WITH_SLICES = [name for name in NAMES if name not in OF_WHOLE_WEIGHTS | {"save", "load"}]
 
 
 def run(program: Program, stage: int, micro_steps: int, overlap: bool, folder: str) -> str:
