@@ -13,7 +13,7 @@ from torch import Tensor
 from ds_fp8.seam import model_file
 from ds_fp8.seam.model_file import ModelFile, Wanted, frozen
 from ds_fp8.zero_fp8.checkpoint import convert, stock
-from ds_fp8.zero_fp8.checkpoint.contracts import Restorable, check_names
+from ds_fp8.zero_fp8.checkpoint.contracts import Restorable, WeightSource, check_names
 from ds_fp8.zero_fp8.checkpoint.convert import Converted
 from ds_fp8.zero_fp8.checkpoint.files import Entry
 from ds_fp8.zero_fp8.checkpoint.manifest import NAME, Manifest, describe_difference
@@ -21,6 +21,7 @@ from ds_fp8.zero_fp8.checkpoint.reader import Checkpoint, is_extra_state
 from ds_fp8.zero_fp8.checkpoint.universal import Universal
 from ds_fp8.zero_fp8.checkpoint.writer import describe_recipe
 from ds_fp8.zero_fp8.handlers.common import FP8ZeROOptimizer
+from ds_fp8.zero_fp8.placement.parameters import part_of
 
 ALLOW = "fp8.checkpoint.allow_conversion: true converts them, through FP32"
 
@@ -31,6 +32,7 @@ class Checked:
 
     model: ModelFile
     states: Restorable | None
+    weights: WeightSource | None = None  # None: DeepSpeed takes them from the model file
     conversion: str = ""  # what is rounded on the way, for the log
 
 
@@ -39,21 +41,48 @@ def check(engine: Any, folder: Path, manifest: Manifest, wanted: Wanted) -> Chec
     _check_module(engine, folder / NAME, manifest, wanted)
     model = model_file.read(engine, folder, manifest)
     model_file.check(engine, model, wanted)
-    return _check_ours(engine, folder, manifest, model) if wanted.states else Checked(model, None)
+    checkpoint = Checkpoint(folder, manifest, unpickle=True)
+    weights = _check_weights(engine, model, checkpoint, wanted)
+    if not wanted.states:
+        return Checked(model, None, weights)
+    return Checked(model, *_check_ours(engine, folder / NAME, checkpoint, weights))
 
 
-def _check_ours(engine: Any, folder: Path, manifest: Manifest, model: ModelFile) -> Checked:
-    path = folder / NAME
+def _check_ours(
+    engine: Any, path: Path, checkpoint: Checkpoint, weights: WeightSource | None
+) -> tuple[Restorable, WeightSource | None, str]:
+    manifest = checkpoint.manifest
     _check_parameters(engine, path, manifest)
     handler: FP8ZeROOptimizer = engine.optimizer
-    checkpoint, recipe = Checkpoint(folder, manifest, unpickle=True), describe_recipe(handler.recipe)
+    recipe = describe_recipe(handler.recipe)
     checkpoint.check(handler.parts.shards, handler.parameter_names)
     if manifest.recipe == recipe:
-        return Checked(model, checkpoint)
+        return checkpoint, weights, ""
     if not _may_convert(engine):
         differences = ", ".join(describe_difference(manifest.recipe, recipe))
         raise ValueError(f"{path}: of another recipe than this run ({differences}): {ALLOW}")
-    return Checked(model, Converted(checkpoint), convert.describe(manifest.recipe, recipe))
+    return Converted(checkpoint), weights, convert.describe(manifest.recipe, recipe)
+
+
+def _check_weights(
+    engine: Any, model: ModelFile, source: WeightSource, wanted: Wanted
+) -> WeightSource | None:
+    """Where weights come from if ranks have slices of them, or the model file no weights; else None.
+
+    Trained ones follow from the states if these are wanted.
+    """
+    if model.sliced is None and not engine.zero_optimization_partition_weights():
+        return None
+    if wanted.custom and not wanted.states:
+        raise ValueError(
+            "load_checkpoint: received custom_load_fn without optimizer states, allowed with weights in slices "
+            "(ZeRO 3 in this run, or when it was saved): with load_optimizer_states=True and "
+            "load_module_only=False"
+        )
+    for name, parameter in engine.module.named_parameters():
+        if name in source and (name in frozen(engine) or not wanted.states):
+            source.check_weights(name, part_of(parameter))
+    return source
 
 
 def check_stock(engine: Any, folder: Path, wanted: Wanted) -> Checked:
@@ -64,7 +93,7 @@ def check_stock(engine: Any, folder: Path, wanted: Wanted) -> Checked:
     model = model_file.read(engine, folder)
     states = _check_stock(engine, folder) if wanted.states else None
     model_file.check(engine, model, wanted)
-    return Checked(model, states, _from_fp32(engine) if states is not None else "")
+    return Checked(model, states, None, _from_fp32(engine) if states is not None else "")
 
 
 def _check_stock(engine: Any, folder: Path) -> Restorable:
@@ -93,7 +122,7 @@ def check_universal(engine: Any, folder: Path, wanted: Wanted) -> Checked:
     model = model_file.read(engine, folder)
     model_file.check(engine, model, wanted)
     _check_others(engine, universal, model, wanted)
-    return Checked(model, Converted(universal), _from_fp32(engine))
+    return Checked(model, Converted(universal), None, _from_fp32(engine))
 
 
 def _from_fp32(engine: Any) -> str:

@@ -147,10 +147,10 @@ def write(checkpoint: Checkpoint, out: Path, advance: Callable[[int], None]) -> 
         zero.mkdir()
         for name in checkpoint.parameters:
             advance(_write_states(checkpoint, name, zero / name))
-        for name, tensor in others(checkpoint).items():
+        for name in others(checkpoint):
             if not is_extra_state(name):  # its bytes are in the model file
                 (zero / name).mkdir(parents=True)
-                save({"param": tensor.float()}, zero / name / "fp32.pt")
+                save({"param": checkpoint.model_files.whole(name).float()}, zero / name / "fp32.pt")
         save(_common(checkpoint), zero / "optimizer_state.pt")
         shutil.copyfile(checkpoint.model_path, temporary / checkpoint.model_path.name)
     tags.point(latest, out.name)

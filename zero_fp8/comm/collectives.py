@@ -137,6 +137,18 @@ class NothingToGather:
         """Nothing was launched."""
 
 
+def exchange(sent: Sequence[Tensor], sizes: Sequence[int], group: ProcessGroup) -> tuple[Tensor, ...]:
+    """What every rank has sent to this one, in rank order, once it is here.
+
+    sent: a vector for each rank. sizes: elements of those that come.
+    """
+    whole = sent[0].new_empty(sum(sizes))
+    dist.all_to_all_single(
+        whole, torch.cat(list(sent)), list(sizes), [len(each) for each in sent], group=group
+    )
+    return whole.split(list(sizes))
+
+
 def gather_flat(whole: Tensor, own: Tensor, group: ProcessGroup) -> Any:
     """Launch a gather of every rank's `own`, in rank order, into `whole`; what there is to wait for."""
     return dist.all_gather_into_tensor(whole.view(-1), own, group=group, async_op=True)

@@ -1,0 +1,103 @@
+"""DeepSpeed's model files: one with all weights, or under ZeRO 3 one per rank, with slices of frozen ones.
+
+Under ZeRO 3 the module in a file has buffers, extra state and, for parameters, empty tensors. Frozen parameters lie
+beside it, cut into slices that follow each other from file to file; trained ones are the optimizer's.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_fp8.zero_fp8.checkpoint.files import Entry
+from ds_fp8.zero_fp8.checkpoint.manifest import Sliced
+
+FRAGMENTS = "frozen_param_fragments"  # DeepSpeed's key
+
+
+class ModelFiles:
+    """The model files of a tag, each opened when something of it is asked for."""
+
+    def __init__(
+        self, load: Callable[[int], Entry], sliced: Mapping[str, Sliced] | None, first: int = 0
+    ) -> None:
+        """load: a file by its index. sliced: frozen parameters under ZeRO 3; None: the module has all weights.
+
+        first: the file that is asked for what all have alike.
+        """
+        self._load = functools.cache(load)
+        self._first = first
+        self.sliced = sliced
+
+    @property
+    def first(self) -> Entry:
+        """The only file, or one of all."""
+        return self._load(self._first)
+
+    @property
+    def module(self) -> dict[str, Any]:
+        """What the model's state_dict held."""
+        module: dict[str, Any] = self.first.at("module").of(dict)
+        return module
+
+    def __contains__(self, name: str) -> bool:
+        """Whether the files hold the values of a tensor."""
+        if self.sliced is not None and name in self.sliced:
+            return True
+        tensor = self.module.get(name)
+        if self.sliced is None or not isinstance(tensor, Tensor) or tensor.numel():
+            return isinstance(tensor, Tensor)
+        return name in self.first.at("buffer_names").of(list, tuple)
+
+    def weights(self, name: str, elements: slice) -> Tensor:
+        """Some elements of a tensor."""
+        if self.sliced is None or name not in self.sliced:
+            whole: Tensor = self.first.at("module").at(name).of(Tensor)
+            return whole.reshape(-1)[elements]
+        slices = list(self._slices(name, elements))
+        return torch.cat(slices) if slices else torch.empty(0, dtype=self.dtype(name))
+
+    def _slices(self, name: str, elements: slice) -> Iterator[Tensor]:
+        """Raises ValueError where a file does not hold what it should."""
+        covered = elements.start
+        for index, start, stop in self.sliced[name].slices if self.sliced else ():
+            low, high = max(start, covered), min(stop, elements.stop)
+            if low < high and low == covered:
+                held = self._load(index).at(FRAGMENTS).at(name)
+                if held.of(Tensor).ndim != 1 or len(held.value) < stop - start:
+                    raise held.refusal(f"a vector of {stop - start} numbers at least")
+                yield held.value[low - start : high - start]
+                covered = high
+        if covered != elements.stop:
+            path = self.first.path
+            raise ValueError(f"{path}: elements {covered} to {elements.stop} of {name}: received no slice of them")
+
+    def check_weights(self, name: str, elements: slice) -> None:
+        """Refuse, by a ValueError, files that do not hold some elements of a tensor."""
+        if self.sliced is not None and name in self.sliced:
+            for _ in self._slices(name, elements):
+                pass
+
+    def shape(self, name: str) -> torch.Size:
+        """Of a tensor that the files hold."""
+        if self.sliced is not None and name in self.sliced:
+            return torch.Size(self.sliced[name].shape)
+        shape: torch.Size = self.module[name].shape
+        return shape
+
+    def numel(self, name: str) -> int:
+        return self.shape(name).numel()
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Of a tensor, which an empty one has, too."""
+        dtype: torch.dtype = self.module[name].dtype
+        return dtype
+
+    def whole(self, name: str) -> Tensor:
+        """A tensor of the module, put together if it is in slices."""
+        if self.sliced is None or name not in self.sliced:
+            tensor: Tensor = self.module[name]
+            return tensor
+        return self.weights(name, slice(0, self.numel(name))).view(self.shape(name))
