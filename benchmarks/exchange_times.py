@@ -68,7 +68,9 @@ class Exchange:
 
         def pack() -> Tensor:
             self._way.give(self._gradients)
-            return parts.packer.pack(bucket, parts.reducer.take(bucket), Counts()).view(self._way.ranks, -1)
+            return parts.packer.pack(bucket, parts.reducer.pending.take(bucket), Counts()).view(
+                self._way.ranks, -1
+            )
 
         messages = pack()
         pieces = [blocks_in(each, message) for each in messages.clone()]

@@ -80,11 +80,25 @@ def train_run(config: dict[str, Any], shape: Shape, seed: int, steps: int) -> di
 
 
 def weight_bits(engine: Any) -> dict[str, Tensor]:
-    """Every parameter's bits, detached from the engine."""
+    """Every parameter's bits, detached from the engine; of a whole parameter, as ZeRO 3 gathers it."""
     wide = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+    with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
+        return {
+            name: parameter.detach().clone().view(wide[parameter.element_size()])
+            for name, parameter in engine.module.named_parameters()
+        }
+
+
+def zero3(*, persistence: int = 100, prefetch: int = 20_000, reuse: int = 100_000) -> dict[str, Any]:
+    """Keys of zero_optimization under which small models have parameters of every kind.
+
+    DeepSpeed's own `linear` multiplies and adds apart, and so rounds otherwise than torch's.
+    """
     return {
-        name: parameter.detach().clone().view(wide[parameter.element_size()])
-        for name, parameter in engine.module.named_parameters()
+        "memory_efficient_linear": False,
+        "stage3_param_persistence_threshold": persistence,
+        "stage3_prefetch_bucket_size": prefetch,
+        "stage3_max_reuse_distance": reuse,
     }
 
 

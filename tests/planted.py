@@ -102,7 +102,7 @@ FAULTS = (
     ),
     Fault(
         "the step looks for no late gradients",
-        "zero_fp8/gradients/reducer.py",
+        "zero_fp8/gradients/pending.py",
         "return sum(map(self._waits, self._parameters))",
         "return 0",
         f"{BACKWARDS} no_sync",
@@ -144,7 +144,7 @@ FAULTS = (
     ),
     Fault(
         "a lazy sign is lost",
-        "zero_fp8/gradients/reducer.py",
+        "zero_fp8/gradients/pending.py",
         "            gradient = gradient.resolve_neg()\n",
         "            pass\n",
         "test_owners.py lazy_sign",

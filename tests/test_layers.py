@@ -31,11 +31,14 @@ ROOMS = (
         "ds_fp8.zero_fp8.checkpoint",
         "export universal | convert reader stock writer | contracts | files | tags | manifest",
     ),
-    ("ds_fp8.zero_fp8.optimizer", "client | fp8_adamw | standalone | edits entries hyperparameters members"),
+    (
+        "ds_fp8.zero_fp8.optimizer",
+        "client facade | fp8_adamw | standalone | edits entries hyperparameters members",
+    ),
     ("ds_fp8.zero_fp8.weights", "binding fetch | store views slices | home"),
     (
         "ds_fp8.zero_fp8.gradients",
-        "reducer fp8_sum | packing reduced schedule | exchange autoscale backwards",
+        "reducer fp8_sum | pending | packing reduced schedule | exchange autoscale backwards",
     ),
     ("ds_fp8.zero_fp8.states", "shard"),
     ("ds_fp8.zero_fp8", "health"),

@@ -15,30 +15,28 @@ be waited for lands later, and the next is launched later.
 
 A gradient may arrive outside a round: after its bucket has left (weights tied under reentrant
 checkpointing), or in a backward that exchanges nothing (towards some tensors, `inputs=`). It
-waits and goes with the next round, or before the step in an extra exchange of buckets on which the ranks
-agree. That a rank has such late gradients is part of the step's all-reduce, so no collective asks
+waits (`pending`) and goes with the next round, or before the step in an extra exchange of buckets on which
+the ranks agree. That a rank has such late gradients is part of the step's all-reduce, so no collective asks
 after every backward, and a step that finds one is repeated (`complete`).
 """
 
 import logging
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
-import torch
-from torch import Tensor
 from torch.nn import Parameter
 
 from ds_fp8.zero_fp8.comm.collectives import max_over_ranks
 from ds_fp8.zero_fp8.comm.groups import Nodes
 from ds_fp8.zero_fp8.gradients.exchange import Exchange
-from ds_fp8.zero_fp8.gradients.packing import Gradients, Packer
+from ds_fp8.zero_fp8.gradients.packing import Packer
+from ds_fp8.zero_fp8.gradients.pending import PendingGradients
 from ds_fp8.zero_fp8.gradients.reduced import ReducedGradient
 from ds_fp8.zero_fp8.gradients.schedule import Schedule
 from ds_fp8.zero_fp8.health import Counts
-from ds_fp8.zero_fp8.placement.partition import Bucket, Slot
+from ds_fp8.zero_fp8.placement.partition import Bucket
 from ds_fp8.zero_fp8.placement.ranks import Fleet
-from ds_fp8.zero_fp8.plain_tensors import flaw_of
 
 logger = logging.getLogger("ds_fp8")
 
@@ -60,6 +58,14 @@ class Attempt(Protocol):
 A = TypeVar("A", bound=Attempt)
 
 
+class _Travelling(NamedTuple):
+    """A bucket under way."""
+
+    reduced: ReducedGradient  # which adds it
+    exchange: Exchange
+    apart: bool  # where this one has values, what was added before has none: no sum is rounded again
+
+
 class GradientReducer:
     """Brings every rank's gradients to the ranks that own them."""
 
@@ -78,7 +84,7 @@ class GradientReducer:
         """reduced: of each bucket; counts: of each param group."""
         self._buckets = buckets
         self._parameters = parameters
-        self._kinds = {index: (each.dtype, each.device) for index, each in parameters.items()}
+        self.pending = PendingGradients(parameters)
         self._reduced = reduced
         self._packer = packer
         self.schedule = schedule
@@ -86,10 +92,9 @@ class GradientReducer:
         self._counts = counts
         self._overlap = overlap
         self._most = UNDER_WAY if overlap else 1
-        self._under_way: deque[tuple[ReducedGradient, Exchange]] = deque()  # oldest first
+        self._under_way: deque[_Travelling] = deque()  # oldest first
         self._expects_late = False  # a step has found late gradients; the next will have them too
         self._listens = False
-        self._held: dict[int, Tensor] = {}  # gradients that came outside a round, by parameter
         self._promotion_logged = False
         self.drop()
 
@@ -104,15 +109,13 @@ class GradientReducer:
     def drop(self) -> None:
         """Forget everything that has been reduced or is on its way."""
         while self._under_way:
-            self._under_way.popleft()[1].abandon()
+            self._under_way.popleft().exchange.abandon()
         for reduced in self._reduced:
             reduced.forget()
         for counts in self._counts:
             counts.forget()
-        self._held.clear()
+        self.pending.drop()
         self.backwards = 0  # that have come to their end since then
-        self._unfit: tuple[int, str] | None = None  # parameter whose gradient was refused since then, and why
-        self.received = 0  # gradients of this rank since then
         self.schedule.changed = False
         self.rounds = 0  # that have ended since then
         self._start_round()
@@ -146,10 +149,7 @@ class GradientReducer:
         self.schedule.open = False
         self.backwards += 1
         if self._listens:
-            for index in self._parameters:
-                gradient = self._take(index)
-                if gradient is not None:
-                    self._held[index] = gradient
+            self.pending.hold()
 
     def bring(self) -> None:
         """Bring what still lies in `.grad`; on every rank or none."""
@@ -173,19 +173,24 @@ class GradientReducer:
         return tried
 
     @property
-    def pending(self) -> bool:
+    def has_gradients(self) -> bool:
         """Whether there are gradients for the next step; ranks that ran the same backwards say the same."""
         return self.rounds > 0 or self.backwards > 0 or self.late > 0
 
     @property
     def late(self) -> int:
         """Parameters of this rank with a gradient that has not travelled."""
-        return sum(map(self._waits, self._parameters))
+        return self.pending.late
+
+    @property
+    def received(self) -> int:
+        """Gradients of this rank in what was reduced since the last step or `drop`."""
+        return self.pending.received
 
     def _send_late(self) -> None:
         """The extra exchange of late gradients; on every rank or none."""
-        for index in self._late_buckets():
-            self._launch(index)
+        for index, mixed in self._late_buckets():
+            self._launch(index, apart=not mixed)
         self._land()
 
     def _start_round(self) -> None:
@@ -205,80 +210,50 @@ class GradientReducer:
 
     def _has_room(self) -> bool:
         """Whether a bucket can be launched without waiting for those under way."""
-        moved = [exchange.progress() for _, exchange in self._under_way]
+        moved = [each.exchange.progress() for each in self._under_way]
         return len(moved) < self._most or moved[0]
 
     def _launch_next(self) -> None:
         self._launch(self.schedule.order[self._next])
         self._next += 1
 
-    def _launch(self, index: int) -> None:
+    def _launch(self, index: int, *, apart: bool = False) -> None:
         """Send a bucket off; those that left before it move on."""
         self._land(leave=self._most - 1)
-        for _, earlier in self._under_way:
-            earlier.progress() if self._must_not_wait else earlier.advance()
+        for earlier in self._under_way:
+            earlier.exchange.progress() if self._must_not_wait else earlier.exchange.advance()
         bucket, reduced = self._buckets[index], self._reduced[index]
-        exchange = self._packer.send(bucket, self.take(bucket), self._counts[bucket.group])
-        self._under_way.append((reduced, exchange))
+        exchange = self._packer.send(bucket, self.pending.take(bucket), self._counts[bucket.group])
+        self._under_way.append(_Travelling(reduced, exchange, apart))
         if not self._overlap and (not self._must_not_wait or exchange.progress()):
             self._land()
 
     def _land(self, *, leave: int = 0) -> None:
         """Bring buckets to their owners, oldest first, until `leave` are under way."""
         while len(self._under_way) > leave:
-            reduced, exchange = self._under_way.popleft()
+            reduced, exchange, apart = self._under_way.popleft()
             arrived = exchange.land()
-            if reduced.must_promote:
+            if reduced.must_promote and not apart:
                 self._log_promotion(reduced)
                 reduced.promote()
             reduced.receive(arrived)
 
-    def take(self, bucket: Bucket) -> Gradients:
-        """The bucket's gradients as vectors, taken off their parameters."""
-        vectors: Gradients = {}
-        for slot in bucket.slots:
-            gradient = self._take(slot.parameter)
-            self.received += gradient is not None
-            fits = gradient is not None and self._fits(gradient, slot)
-            vectors[slot.parameter] = gradient.reshape(-1) if gradient is not None and fits else None
-        return vectors
+    def _late_buckets(self) -> list[tuple[int, bool]]:
+        """Buckets that on any rank hold a gradient although they have travelled.
 
-    def _waits(self, index: int) -> bool:
-        return index in self._held or self._parameters[index].grad is not None
-
-    def _take(self, index: int) -> Tensor | None:
-        """A parameter's gradient, taken off it, with what came before outside a round."""
-        parameter, held = self._parameters[index], self._held.pop(index, None)
-        gradient, parameter.grad = parameter.grad, None
-        if gradient is not None and gradient.is_neg():
-            gradient = gradient.resolve_neg()
-        return gradient if held is None else held if gradient is None else held + gradient
-
-    def _fits(self, gradient: Tensor, slot: Slot) -> bool:
-        """Whether a gradient is what the kernels expect; the step objects to one that is not."""
-        dtype, device = self._kinds[slot.parameter]
-        flaw, alike = flaw_of(gradient), gradient.dtype is dtype and gradient.device == device
-        fits = flaw is None and alike and gradient.numel() == slot.numel
-        if not fits and self._unfit is None:
-            received = flaw or f"{list(gradient.shape)} of {gradient.dtype} on {gradient.device}"
-            allowed = f"{slot.numel} elements of {dtype} on {device}"
-            self._unfit = slot.parameter, f"received {received}, allowed: {allowed}"
-        return fits
-
-    def objection(self, names: Mapping[int, str]) -> str | None:
-        """To a gradient since the last step or `drop`, if one was refused."""
-        return None if self._unfit is None else f"gradient of {names[self._unfit[0]]}: {self._unfit[1]}"
-
-    def _late_buckets(self) -> list[int]:
-        """Buckets that on any rank of their fleet hold a gradient although they have travelled."""
-        device = self._parameters[self._buckets[0].slots[0].parameter].device
-        late = torch.zeros(len(self._buckets), dtype=torch.uint8, device=device)
-        for bucket in self._buckets:
-            if any(self._waits(slot.parameter) for slot in bucket.slots):
-                late[bucket.index] = 1
+        With each, whether a gradient of the same parameter has travelled, too: else what the owners have of
+        it is zero.
+        """
+        flags = self.pending.states()
         for nodes in self._fleets.values():
-            max_over_ranks(late, nodes.group)
-        return [int(index) for index in late.nonzero()]
+            max_over_ranks(flags, nodes.group)
+        states = dict(zip(self._parameters, flags.tolist(), strict=True))
+        found = []
+        for bucket in self._buckets:
+            late = [states[slot.parameter] for slot in bucket.slots if states[slot.parameter][0]]
+            if late:
+                found.append((bucket.index, any(travelled for _, travelled in late)))
+        return found
 
     def _log_promotion(self, reduced: ReducedGradient) -> None:
         first = next(iter(self._fleets.values()))

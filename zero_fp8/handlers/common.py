@@ -1,9 +1,7 @@
 """FP8ZeROOptimizer: what DeepSpeed's engine talks to, whatever the ZeRO stage.
 
-The parts do the work (`wiring`): the reducer brings gradients to their owners, `step` sweeps the shards and
-gathers the weights. Here the engine's names are answered.
-A fresh subclass of DeepSpeed's `ZeROOptimizer` base, not of its 3,000-line stage 1/2 handler, ten of whose
-methods changed signature within three releases.
+The parts do the work (`wiring`); here the engine's names are answered. A fresh subclass of DeepSpeed's
+`ZeROOptimizer` base, not of its 3,000-line handlers, whose methods change signature with every release.
 """
 
 import logging
@@ -26,6 +24,7 @@ from ds_fp8.zero_fp8.handlers.roster import Members, Roster
 from ds_fp8.zero_fp8.handlers.saved_states import SavedStates
 from ds_fp8.zero_fp8.handlers.take_over import take_over
 from ds_fp8.zero_fp8.optimizer.client import Client
+from ds_fp8.zero_fp8.optimizer.facade import Facade
 from ds_fp8.zero_fp8.optimizer.fp8_adamw import FP8AdamW
 from ds_fp8.zero_fp8.recipe import Recipe, ZeroSettings
 from ds_fp8.zero_fp8.step import Stepper
@@ -35,7 +34,7 @@ from ds_fp8.zero_fp8.weights.binding import Binding
 logger = logging.getLogger("ds_fp8")
 
 
-class FP8ZeROOptimizer(ZeROOptimizer):
+class FP8ZeROOptimizer(Facade, ZeROOptimizer):
     """ZeRO over FP8 gradients, FP8 communication and low-precision Adam states."""
 
     custom_loss_scaler = False
@@ -180,7 +179,7 @@ class FP8ZeROOptimizer(ZeROOptimizer):
             objection = self._bring_home()
             verdict = self.gradients.complete(lambda: self._attempt(objection))
             if verdict.objections:
-                objection = objection or self.gradients.objection(self.parameter_names)
+                objection = objection or self.gradients.pending.objection(self.parameter_names)
                 raise ValueError(first_objection(objection, self.dp_process_group))
             self._settle(verdict)
             if verdict.edited:
@@ -189,7 +188,7 @@ class FP8ZeROOptimizer(ZeROOptimizer):
             self.gradients.drop()
 
     def _bring_home(self) -> str | None:
-        """Weights are where the sweep writes them, or there is an objection to what was done to them."""
+        """Bring weights to where the sweep writes them; an objection to what was done to them."""
         return self.binding.bring_home()
 
     def _refuse_half_a_backward(self) -> None:
@@ -201,7 +200,7 @@ class FP8ZeROOptimizer(ZeROOptimizer):
             )
 
     def _attempt(self, objection: str | None) -> Verdict:
-        objections = [objection, self.gradients.objection(self.parameter_names)]
+        objections = [objection, self.gradients.pending.objection(self.parameter_names)]
         return self.stepper.attempt(objections, self.binding.unlogged, self._gradient_scale())
 
     def _settle(self, verdict: Verdict) -> None:
@@ -235,39 +234,14 @@ class FP8ZeROOptimizer(ZeROOptimizer):
     def _bring_gradients(self) -> None:
         """Before whole gradients are read or set. Raises ValueError if there are none."""
         self.clear_backward_seen_flag()
-        if not self.gradients.pending:
+        if not self.gradients.has_gradients:
             raise ValueError("gradients are there only between engine.backward() and engine.step()")
         self.gradients.bring()
-
-    # What DeepSpeed, schedulers and Hugging Face read
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        return self.optimizer.param_groups
-
-    def add_param_group(self, param_group: Mapping[str, Any]) -> None:
-        """Refused, by a ValueError: shards are made once."""
-        self.optimizer.add_param_group(dict(param_group))
-
-    @property
-    def state(self) -> Mapping[Any, Any]:
-        return self.optimizer.state
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        return self.optimizer.defaults
 
     @property
     def nbytes(self) -> int:
         """Bytes of this rank's states and reduced gradient."""
         return self.parts.nbytes
-
-    @property
-    def loss_scale(self) -> float:
-        return float(self.loss_scaler.loss_scale)
-
-    cur_scale = loss_scale
-    dynamic_loss_scale = property(lambda self: bool(self.loss_scaler.dynamic))
 
     # Masters, weights and checkpoints
 
