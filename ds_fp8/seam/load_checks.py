@@ -75,9 +75,9 @@ def _check_weights(
         return None
     if wanted.custom and not wanted.states:
         raise ValueError(
-            "load_checkpoint: received custom_load_fn without optimizer states, allowed with weights in slices "
-            "(ZeRO 3 in this run, or when it was saved): with load_optimizer_states=True and "
-            "load_module_only=False"
+            "load_checkpoint: received custom_load_fn without optimizer states, allowed if weights are in "
+            "slices (ZeRO 3 in this run, or when it was saved): load_optimizer_states=True and "
+            "load_module_only=False beside it"
         )
     for name, parameter in engine.module.named_parameters():
         if name in source and (name in frozen(engine) or not wanted.states):

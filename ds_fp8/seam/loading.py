@@ -21,7 +21,7 @@ from ds_fp8.zero_fp8.checkpoint.contracts import WeightSource
 from ds_fp8.zero_fp8.checkpoint.universal import Universal
 from ds_fp8.zero_fp8.comm.agreement import agreed, check_agreement
 from ds_fp8.zero_fp8.handlers.common import FP8ZeROOptimizer
-from ds_fp8.zero_fp8.placement.parameters import held_of, part_of, shape_of
+from ds_fp8.zero_fp8.placement.parameters import held_of, part_of
 
 logger = logging.getLogger("ds_fp8")
 
@@ -108,11 +108,10 @@ def _take_weights(engine: Any, source: WeightSource, *, states: bool) -> None:
     names = frozen(engine)
     for name, parameter in engine.module.named_parameters():
         if name in names and name in source:
-            elements = part_of(parameter)
-            values, held = source.weights(name, elements), held_of(parameter).data
-            # A slice may be longer than what it holds; a whole parameter may lie in memory in another order.
-            whole = held.shape == shape_of(parameter)
-            put(values.view(held.shape) if whole else values, held if whole else held[: len(values)])
+            values, held = source.weights(name, part_of(parameter)), held_of(parameter).data
+            if len(values) < held.numel():  # the last slices, which are filled up
+                held = held[: len(values)]
+            put(values.view(held.shape), held)
 
 
 def _check(engine: Any, folder: Path, wanted: Wanted) -> Checked:

@@ -88,7 +88,7 @@ def read(engine: Any, folder: Path, manifest: Manifest | None = None) -> ModelFi
 
 
 def _listed(engine: Any, folder: Path, manifest: Manifest) -> ModelFile:
-    """The only one or, under ZeRO 3, this rank's; if there are fewer or they are elsewhere, another rank's."""
+    """The only one or, under ZeRO 3, this rank's; where there is none, another rank's."""
     place = manifest.place
     names = place.model_files or [place.model_file]
     name = names[turn_of(dist.get_rank(engine.optimizer.dp_process_group), len(names))]

@@ -263,9 +263,7 @@ def _sliced(engine: Any, ranks: int) -> dict[str, Sliced]:
     """Which model file holds which elements of each frozen parameter."""
     names = frozen(engine)
     return {
-        name: Sliced(
-            shape=list(shape_of(each)), slices=spans(numel_of(each), held_of(each).numel(), ranks)
-        )
+        name: Sliced(shape=list(shape_of(each)), slices=spans(numel_of(each), held_of(each).numel(), ranks))
         for name, each in engine.module.named_parameters()
         if name in names
     }

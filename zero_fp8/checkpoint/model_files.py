@@ -1,7 +1,7 @@
 """DeepSpeed's model files: one with all weights, or under ZeRO 3 one per rank, with slices of frozen ones.
 
-Under ZeRO 3 the module in a file has buffers, extra state and, for parameters, empty tensors. Frozen parameters lie
-beside it, cut into slices that follow each other from file to file; trained ones are the optimizer's.
+Under ZeRO 3 the module in a file has buffers, extra state and, for parameters, empty tensors. Frozen ones lie
+beside it, in slices that follow each other from file to file; trained ones are the optimizer's.
 """
 
 import functools
@@ -23,7 +23,7 @@ class ModelFiles:
     def __init__(
         self, load: Callable[[int], Entry], sliced: Mapping[str, Sliced] | None, first: int = 0
     ) -> None:
-        """load: a file by its index. sliced: frozen parameters under ZeRO 3; None: the module has all weights.
+        """load: a file by its index. sliced: frozen parameters under ZeRO 3; None: the module has all.
 
         first: the file that is asked for what all have alike.
         """
@@ -71,8 +71,10 @@ class ModelFiles:
                 yield held.value[low - start : high - start]
                 covered = high
         if covered != elements.stop:
-            path = self.first.path
-            raise ValueError(f"{path}: elements {covered} to {elements.stop} of {name}: received no slice of them")
+            raise ValueError(
+                f"{self.first.path}: elements {covered} to {elements.stop} of {name}: received no slice that "
+                "has them"
+            )
 
     def check_weights(self, name: str, elements: slice) -> None:
         """Refuse, by a ValueError, files that do not hold some elements of a tensor."""

@@ -137,16 +137,15 @@ class NothingToGather:
         """Nothing was launched."""
 
 
-def exchange(sent: Sequence[Tensor], sizes: Sequence[int], group: ProcessGroup) -> tuple[Tensor, ...]:
-    """What every rank has sent to this one, in rank order, once it is here.
+def exchange(sent: Sequence[Tensor], sizes: Sequence[int], group: ProcessGroup) -> Tensor:
+    """What every rank has sent to this one, side by side in rank order, once it is here.
 
     sent: a vector for each rank. sizes: elements of those that come.
     """
-    whole = sent[0].new_empty(sum(sizes))
-    dist.all_to_all_single(
-        whole, torch.cat(list(sent)), list(sizes), [len(each) for each in sent], group=group
-    )
-    return whole.split(list(sizes))
+    received = sent[0].new_empty(sum(sizes))
+    sent_sizes = [len(each) for each in sent]
+    dist.all_to_all_single(received, torch.cat(list(sent)), list(sizes), sent_sizes, group=group)
+    return received
 
 
 def gather_flat(whole: Tensor, own: Tensor, group: ProcessGroup) -> Any:

@@ -1,8 +1,8 @@
 """FP32 masters in the form that DeepSpeed's zero_to_fp32.py reads, beside our own states.
 
 Under ZeRO 1 and 2 a bucket is saved as one group of its parameters, each rank's pieces without padding. Under
-ZeRO 3 every rank saves its slices of a bucket's parameters, and the script knows where it would have cut: an all-to-all of
-FP32 per bucket brings each rank what it is to save.
+ZeRO 3 every rank saves slices of a bucket's parameters, which the script takes to be cut as DeepSpeed cuts: an
+all-to-all of FP32 per bucket brings each rank what it is to save.
 """
 
 from collections.abc import Callable
@@ -48,9 +48,8 @@ def cut_evenly(values: Tensor, bucket: Bucket, rank: int, group: ProcessGroup) -
     ]
     expected = [list(moves(bucket, other, rank)) for other in ranks]
     received = exchange(sent, [sum(each.numel for each in part) for part in expected], group)
-    out = values.new_zeros(length_of(bucket))
-    for part, vector in zip(expected, received, strict=True):
-        pieces = vector.split([each.numel for each in part])
-        for move, piece in zip(part, pieces, strict=True):
-            out[move.target :][: move.numel] = piece
+    out, first = values.new_zeros(length_of(bucket)), 0
+    for move in (each for part in expected for each in part):
+        out[move.target :][: move.numel] = received[first:][: move.numel]
+        first += move.numel
     return out

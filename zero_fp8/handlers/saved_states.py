@@ -71,7 +71,7 @@ class SavedStates:
 
     @contextmanager
     def ready_to_save(self) -> Iterator[None]:
-        """Whatever of a save is collective is done: a rank may fail in the rest without others waiting for it."""
+        """What of a save is collective is done: a rank may fail in the rest, and none waits for it."""
         self._view = self._masters()
         try:
             yield

@@ -1,8 +1,8 @@
 """Slices as stock DeepSpeed's files have them under ZeRO 3. Integers only.
 
-Slice r of a parameter is its elements from r * share on, share = ceil(numel / ranks), wherever that cuts a block;
-the last slices may be short or empty, and are filled up. A rank's slices of several parameters follow each
-other in one vector.
+Slice r of a parameter is its elements from r * share on, share = ceil(numel / ranks), wherever that cuts a
+block; the last slices may be short or empty, and are filled up. A rank's slices of several parameters follow
+each other in one vector.
 """
 
 from collections.abc import Iterator, Sequence
@@ -47,9 +47,9 @@ class Move:
 
 def moves(bucket: Bucket, owner: int, receiver: int) -> Iterator[Move]:
     """What `owner` has of `receiver`'s slices of a bucket, in the order of the bucket."""
-    sizes = [slot.numel for slot in bucket.slots]
-    starts = dict(zip((slot.parameter for slot in bucket.slots), starts_of(sizes, bucket.world_size), strict=False))
-    first = 0
+    sizes, first = [slot.numel for slot in bucket.slots], 0
+    indices = [slot.parameter for slot in bucket.slots]
+    starts = dict(zip(indices, starts_of(sizes, bucket.world_size), strict=False))
     for piece in bucket.pieces(owner):
         wanted = slice_of(piece.slot.numel, bucket.world_size, receiver)
         low, high = max(wanted.start, piece.elements.start), min(wanted.stop, piece.elements.stop)
