@@ -129,7 +129,12 @@ def test_the_commands_read_version_1(tmp_path: Path, name: str, capsys: pytest.C
 
 # DeepSpeed's names of files: where they are recognised although no manifest lists them.
 ALLOWED = {
-    "ds_fp8.zero_fp8.checkpoint.stock": ["OPTIMIZER_FILE"],
+    "ds_fp8.zero_fp8.checkpoint.foreign.stock_files": [
+        "OPTIMIZER_FILE",
+        "RANKS_MODEL_FILE",
+        "MODEL_FILE",
+        "FIRST_MODEL_FILE",
+    ],
     "ds_fp8.zero_fp8.checkpoint.manifest": ["Version1"],
 }
 OF_A_RANK = re.compile(r"(mp|pp|dp|expp)_rank|rank_?(\(|\[|\\d|\{|\*|%)")

@@ -1,14 +1,10 @@
 """ZeRO 3 is ZeRO 2 bit for bit: states, weights, losses, norms and skips, whatever the model does."""
 
-import random
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
-from unittest.mock import patch
 
 import deepspeed
-import pytest
 import torch
 import torch.nn.functional as F
 from deepspeed import comm as dist

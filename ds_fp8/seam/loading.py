@@ -18,7 +18,7 @@ from ds_fp8.seam.model_file import Wanted, frozen
 from ds_fp8.seam.status import is_active
 from ds_fp8.zero_fp8.checkpoint import manifest, tags
 from ds_fp8.zero_fp8.checkpoint.contracts import WeightSource
-from ds_fp8.zero_fp8.checkpoint.universal import Universal
+from ds_fp8.zero_fp8.checkpoint.foreign.universal import Universal
 from ds_fp8.zero_fp8.comm.agreement import agreed, check_agreement
 from ds_fp8.zero_fp8.handlers.common import FP8ZeROOptimizer
 from ds_fp8.zero_fp8.placement.parameters import held_of, part_of
@@ -94,7 +94,7 @@ def _load_model(engine: Any, folder: Path, checked: Checked, options: Mapping[st
     with model_file.given_to(engine, checked.model, weights=checked.weights is None):
         loaded = engine._load_checkpoint(str(folder.parent), folder.name, **options)
     if engine.load_universal_checkpoint():
-        others = others_of(engine, Universal(folder), checked.model)
+        others = others_of(engine, Universal(folder), checked)
         engine.module.load_state_dict(others, strict=False)
     if checked.weights is not None:
         _take_weights(engine, checked.weights, states=checked.states is not None)

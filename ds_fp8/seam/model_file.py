@@ -6,7 +6,6 @@ given: it does not read the file again.
 """
 
 import copy
-import glob
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -16,13 +15,12 @@ from typing import Any
 from deepspeed import comm as dist
 from torch import Tensor, nn
 
-from ds_fp8.zero_fp8.checkpoint import tags
-from ds_fp8.zero_fp8.checkpoint.files import Entry, in_memory, load_pickled
+from ds_fp8.zero_fp8.checkpoint.files import Entry, in_memory
+from ds_fp8.zero_fp8.checkpoint.foreign.stock_model import named
 from ds_fp8.zero_fp8.checkpoint.manifest import Manifest
-from ds_fp8.zero_fp8.checkpoint.model_files import FRAGMENTS
+from ds_fp8.zero_fp8.checkpoint.model_files import FRAGMENTS, ModelFile, listed, shapes
 from ds_fp8.zero_fp8.checkpoint.reader import is_extra_state
 from ds_fp8.zero_fp8.placement.parameters import shape_of
-from ds_fp8.zero_fp8.placement.ranks import turn_of
 
 KEEPS_SCHEDULER = "load_lr_scheduler_states=False keeps this run's"
 
@@ -50,53 +48,14 @@ class Wanted:
         )
 
 
-@dataclass(frozen=True)
-class ModelFile(Entry):
-    """DeepSpeed's model file of this rank, open, and those of all ranks of model parallelism."""
-
-    paths: tuple[Path, ...] = ()
-    sliced: Mapping[str, list[int] | None] | None = None  # shapes of parameters that are elsewhere (ZeRO 3)
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether its module is all of the model, and not a rank's of model parallelism."""
-        return len(self.paths) == 1
-
-    @property
-    def shapes(self) -> dict[str, list[int] | None]:
-        """Of the module; of parameters that are empty in it, those that they have elsewhere."""
-        found, sliced = shapes(self.at("module").of(dict)), self.sliced or {}
-        return {name: sliced.get(name, shape) if shape == [0] else shape for name, shape in found.items()}
-
-
 def read(engine: Any, folder: Path, manifest: Manifest | None = None) -> ModelFile:
     """The model file of a tag, as its manifest names it; if it has none, as DeepSpeed would.
 
     Raises ValueError if there is none, or several where one is expected.
     """
-    if manifest is not None:
-        return _listed(engine, folder, manifest)
-    path = Path(engine._get_ckpt_name(folder.parent, folder.name))
-    pattern = glob.escape(str(folder.parent)), glob.escape(folder.name)
-    paths = tuple(sorted(map(Path, engine._get_all_ckpt_names(*pattern))))
-    if path not in paths:
-        raise ValueError(f"{path}: missing: the folder {tags.contents(folder)}")
-    if len(paths) > 1 and not engine.load_universal_checkpoint():
-        names = ", ".join(other.name for other in paths)
-        raise ValueError(f"{folder}: received {names}, expected {path.name} alone")
-    return ModelFile(path, load_pickled(path), paths=paths)
-
-
-def _listed(engine: Any, folder: Path, manifest: Manifest) -> ModelFile:
-    """The only one or, under ZeRO 3, this rank's; where there is none, another rank's."""
-    place = manifest.place
-    names = place.model_files or [place.model_file]
-    name = names[turn_of(dist.get_rank(engine.optimizer.dp_process_group), len(names))]
-    if name not in manifest.files:  # on storage of a node
-        name = next((each for each in names if each in manifest.files), name)
-    trained = {key: parameter.shape for key, parameter in place.parameters.items()}
-    sliced = None if place.has_whole_weights else {**place.module, **trained}
-    return ModelFile(folder / name, load_pickled(folder / name), paths=(folder / name,), sliced=sliced)
+    if manifest is None:
+        return named(folder, universal=engine.load_universal_checkpoint())
+    return listed(folder, manifest, dist.get_rank(engine.optimizer.dp_process_group))
 
 
 def check(engine: Any, file: ModelFile, wanted: Wanted) -> None:
@@ -132,11 +91,6 @@ def check_module(engine: Any, path: Path, saved: Mapping[str, list[int] | None],
     for name in state.keys() & saved.keys() & members:
         if state[name] != saved[name]:
             raise ValueError(f"{path}: shape of {name}: received {saved[name]}, expected {state[name]}")
-
-
-def shapes(state: Mapping[str, Any]) -> dict[str, list[int] | None]:
-    """Of the tensors of a state_dict; None for all else."""
-    return {key: list(value.shape) if isinstance(value, Tensor) else None for key, value in state.items()}
 
 
 def shapes_of(module: nn.Module, state: Mapping[str, Any]) -> dict[str, list[int] | None]:

@@ -6,13 +6,16 @@ beside it, in slices that follow each other from file to file; trained ones are 
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ds_fp8.zero_fp8.checkpoint.files import Entry
-from ds_fp8.zero_fp8.checkpoint.manifest import Sliced
+from ds_fp8.zero_fp8.checkpoint.files import Entry, load_pickled
+from ds_fp8.zero_fp8.checkpoint.manifest import Manifest, Sliced
+from ds_fp8.zero_fp8.placement.ranks import turn_of
 
 FRAGMENTS = "frozen_param_fragments"  # DeepSpeed's key
 
@@ -103,3 +106,40 @@ class ModelFiles:
             tensor: Tensor = self.module[name]
             return tensor
         return self.weights(name, slice(0, self.numel(name))).view(self.shape(name))
+
+
+@dataclass(frozen=True)
+class ModelFile(Entry):
+    """DeepSpeed's model file of this rank, open, and those of all ranks of model parallelism."""
+
+    paths: tuple[Path, ...] = ()
+    sliced: Mapping[str, list[int] | None] | None = None  # shapes of parameters that are elsewhere (ZeRO 3)
+    files: ModelFiles | None = None  # those of all ranks, if no manifest lists them
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether its module is all of the model, and not a rank's of model parallelism."""
+        return len(self.paths) == 1
+
+    @property
+    def shapes(self) -> dict[str, list[int] | None]:
+        """Of the module; of parameters that are empty in it, those that they have elsewhere."""
+        found, sliced = shapes(self.at("module").of(dict)), self.sliced or {}
+        return {name: sliced.get(name, shape) if shape == [0] else shape for name, shape in found.items()}
+
+
+def shapes(state: Mapping[str, Any]) -> dict[str, list[int] | None]:
+    """Of the tensors of a state_dict; None for all else."""
+    return {key: list(value.shape) if isinstance(value, Tensor) else None for key, value in state.items()}
+
+
+def listed(folder: Path, manifest: Manifest, rank: int) -> ModelFile:
+    """The only one or, under ZeRO 3, this rank's; where there is none, another rank's."""
+    place = manifest.place
+    names = place.model_files or [place.model_file]
+    name = names[turn_of(rank, len(names))]
+    if name not in manifest.files:  # on storage of a node
+        name = next((each for each in names if each in manifest.files), name)
+    trained = {key: parameter.shape for key, parameter in place.parameters.items()}
+    sliced = None if place.has_whole_weights else {**place.module, **trained}
+    return ModelFile(folder / name, load_pickled(folder / name), paths=(folder / name,), sliced=sliced)

@@ -1,8 +1,8 @@
 """FP32 masters in the form that DeepSpeed's zero_to_fp32.py reads, beside our own states.
 
 Under ZeRO 1 and 2 a bucket is saved as one group of its parameters, each rank's pieces without padding. Under
-ZeRO 3 every rank saves slices of a bucket's parameters, which the script takes to be cut as DeepSpeed cuts: an
-all-to-all of FP32 per bucket brings each rank what it is to save.
+ZeRO 3 every rank saves slices of a bucket's parameters, which the script takes to be cut as DeepSpeed cuts:
+an all-to-all of FP32 per bucket brings each rank what it is to save.
 """
 
 from collections.abc import Callable
