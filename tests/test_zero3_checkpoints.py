@@ -3,8 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from deepspeed import comm as dist
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from engines import (
     SMALL,
     assert_same_bits,
@@ -17,10 +20,15 @@ from engines import (
     whole_states,
     zero3,
 )
+from foreign_files import convert
 from grids import some_of
 from ranks import RankPools
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from train_lm import ByteGPT
+
+from ds_fp8.cli import main
+from ds_fp8.ops.masters import write_weights
 
 SECONDS = 100.0
 WARMUP = {"type": "WarmupLR", "params": {"warmup_max_lr": 1e-3, "warmup_num_steps": 10}}
@@ -178,3 +186,204 @@ def test_stages_ranks_and_buckets(ranks: RankPools, tmp_path: Path, level: str) 
         assert_same(
             saved, ranks.run(world_size, move, *folders, config(level, stage, bucket), seconds=SECONDS)
         )
+
+
+# Weights without states
+
+
+def load_weights(folder: str, config: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    engine = make(config, seed=9)
+    engine.load_checkpoint(folder, **options)
+    found = facts(engine)
+    engine.optimizer.saved.weights_from_masters()
+    assert_same_bits(weight_bits(engine), found["weights"])  # masters follow the weights
+    engine.destroy()
+    return found
+
+
+@some_of(
+    ["level", "only"],
+    [["O2+", "load_module_only"], ["O2", "load_optimizer_states"], ["O1", "load_module_only"]],
+    2,
+)
+def test_weights_without_states(ranks: RankPools, tmp_path: Path, level: str, only: str) -> None:
+    """Out of a checkpoint of any stage, the same weights and buffers come into any stage."""
+    options = {only: only == "load_module_only"}
+    start = ranks.run(2, train_and_save, str(tmp_path / "3"), config(level, 3), seconds=SECONDS)
+    ranks.run(2, move, str(tmp_path / "3"), str(tmp_path / "2"), config(level, 2), seconds=SECONDS)
+    expected = ranks.run(2, load_weights, str(tmp_path / "2"), config(level, 2), options, seconds=SECONDS)
+    for tag, stage, world_size in (("3", 3, 3), ("3", 3, 1), ("2", 3, 2), ("3", 2, 2), ("3", 1, 3)):
+        found = ranks.run(
+            world_size, load_weights, str(tmp_path / tag), config(level, stage), options, seconds=SECONDS
+        )
+        assert_same(expected, found)
+    frozen = {name: each for name, each in expected[0]["weights"].items() if name.startswith("blocks.0.")}
+    assert_same_bits(frozen, {name: start[0]["saved"]["weights"][name] for name in frozen})
+
+
+# Other programs' files
+
+
+def stock_config(stage: int, **options: Any) -> dict[str, Any]:
+    zero = {**zero3(), "stage3_gather_16bit_weights_on_model_save": True, "sub_group_size": 5000}
+    return ds_config(stage=stage, zero=zero if stage == 3 else {}, scheduler=WARMUP, **options)
+
+
+def save_stock(folder: str, stage: int) -> dict[str, Tensor]:
+    """What stock DeepSpeed has of each trained parameter, in FP32."""
+    engine = make(stock_config(stage))
+    train_losses(engine, batches(engine), 3)
+    engine.save_checkpoint(folder, tag="tag")
+    found = states_of(engine)
+    engine.destroy()
+    return found
+
+
+def states_of(engine: Any) -> dict[str, Tensor]:
+    """Of each trained parameter, in FP32, as DeepSpeed's utilities give it."""
+    found = {}
+    for name, each in engine.module.named_parameters():
+        if each.requires_grad:
+            found[name] = safe_get_full_fp32_param(each).clone().view(-1)
+            for key in ("exp_avg", "exp_avg_sq"):
+                found[f"{name}/{key}"] = safe_get_full_optimizer_state(each, key).clone().view(-1)
+    return found
+
+
+CONVERTING = {"opt_level": "O1", "checkpoint": {"allow_conversion": True}}
+
+
+def load_foreign(
+    folder: str, stage: int, fp8: dict[str, Any] | None, universal: bool = False
+) -> dict[str, Any]:
+    """Load; the states that there are then, and what `facts` says of an engine of ours."""
+    conf = ds_config(fp8, stage=stage, zero=zero3() if stage == 3 else {}, scheduler=WARMUP, bucket=10_000)
+    if universal:
+        conf["checkpoint"] = {"load_universal": True}
+    engine = make(conf, seed=9)
+    engine.load_checkpoint(folder)
+    found = {"states": states_of(engine), **(facts(engine) if fp8 else {})}
+    engine.destroy()
+    return found
+
+
+@some_of(["saved", "loaded"], [[3, 3], [3, 2], [2, 3]], 2)
+def test_states_of_stock_deepspeed(ranks: RankPools, tmp_path: Path, saved: int, loaded: int) -> None:
+    """To the bit into FP32 states, also out of a universal checkpoint; with what is frozen, and buffers."""
+    stock = ranks.run(2, save_stock, str(tmp_path / "stock"), saved, seconds=SECONDS)
+    convert(tmp_path / "stock" / "tag", tmp_path / "universal" / "tag")
+    runs = [
+        ranks.run(world_size, load_foreign, str(tmp_path / kind), loaded, CONVERTING, kind == "universal")
+        for kind, world_size in (("stock", 2), ("stock", 3), ("universal", 2))
+    ]
+    model = make_model()
+    for each in (each for run in runs for each in run):
+        assert_same_bits(bits_of(each["states"]), bits_of(stock[0]))
+        assert_same_bits(each["buffers"], {name: each.view(-1) for name, each in model.named_buffers()})
+        assert each["counters"][0] == 3
+        for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                assert torch.equal(each["weights"][name], parameter.to(torch.bfloat16).view(torch.int16))
+
+
+def make_model() -> Everything:
+    torch.manual_seed(0)
+    return Everything()
+
+
+def bits_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: each.view(torch.int32) for name, each in tensors.items()}
+
+
+def refuse_stock(folder: str) -> str:
+    engine = make(config("O2", 3), seed=9)
+    before = facts(engine)
+    with pytest.raises(ValueError, match="that were not written with") as caught:
+        engine.load_checkpoint(folder)
+    assert repr(facts(engine)) == repr(before)
+    engine.destroy()
+    return str(caught.value)
+
+
+def test_stock_states_are_refused_and_stock_weights_load(ranks: RankPools, tmp_path: Path) -> None:
+    ranks.run(2, save_stock, str(tmp_path), 3, seconds=SECONDS)
+    first, second = ranks.run(2, refuse_stock, str(tmp_path), seconds=SECONDS)
+    assert first == second
+    assert "load_optimizer_states=False" in first
+    masters = get_fp32_state_dict_from_zero_checkpoint(str(tmp_path))
+    options = {"load_optimizer_states": False}
+    for stage in (3, 2):
+        for each in ranks.run(2, load_weights, str(tmp_path), config("O1", stage), options, seconds=SECONDS):
+            for name, bits in each["weights"].items():
+                rounded = torch.empty(masters[name].shape, dtype=torch.bfloat16)
+                write_weights(masters[name].float(), rounded)
+                assert torch.equal(bits.view(torch.bfloat16), rounded), name
+
+
+def save_everything(folder: str, level: str, stage: int) -> dict[str, Any]:
+    conf = config(level, stage)
+    conf["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
+    engine = make(conf)
+    train_losses(engine, batches(engine), 3)
+    engine.save_checkpoint(folder)
+    assert engine.save_16bit_model(folder, "weights.bin")
+    assert engine.save_16bit_model(folder, "trained.bin", exclude_frozen_parameters=True)
+    found = {"states": states_of(engine), "weights": weight_bits(engine)}
+    engine.destroy()
+    return found
+
+
+@some_of(["level", "world_size"], [["O2+", 2], ["O2", 3], ["O1", 1], ["split8", 3]], 2)
+def test_what_leaves(ranks: RankPools, tmp_path: Path, level: str, world_size: int) -> None:
+    """Stock scripts, 16-bit models, `export` and `to-universal` have the engine's masters and weights."""
+    run, out = tmp_path / "run", tmp_path / "out"
+    saved = ranks.run(world_size, save_everything, str(run), level, 3, seconds=SECONDS)[0]
+    states, weights = saved["states"], {k: v.view(torch.bfloat16) for k, v in saved["weights"].items()}
+    model = make_model()
+    buffers = {name: each.detach() for name, each in model.named_buffers()}
+    shapes = {name: each.shape for name, each in model.named_parameters()}
+    fp32 = {
+        name: states[name].view(shapes[name]) if name in states else weights[name].float() for name in shapes
+    }
+
+    def check(found: dict[str, Tensor], expected: dict[str, Tensor], tied: bool = True) -> None:
+        expected = {**expected, **({"head.weight": expected["tokens.weight"]} if tied else {})}
+        found = {name: each for name, each in found.items() if "_extra_state" not in name}
+        assert found.keys() == expected.keys()
+        for name, each in expected.items():
+            assert torch.equal(found[name], each), name
+
+    check(
+        get_fp32_state_dict_from_zero_checkpoint(str(run)),
+        {**fp32, "floats": buffers["floats"], "large": buffers["large"]},
+    )
+    check(torch.load(run / "weights.bin"), {**weights, **buffers})
+    trained = {name: each for name, each in weights.items() if name in states}
+    check(torch.load(run / "trained.bin"), {**trained, **buffers})
+    main(["inspect", str(run)])
+    main(["export", str(run), str(out / "fp32")])
+    check(load_file(out / "fp32" / "model.safetensors"), {**fp32, **buffers})
+    main(
+        [
+            "export",
+            str(run),
+            str(out / "bf16"),
+            "--dtype",
+            "bf16",
+            "--format",
+            "torch",
+            "--max-shard-size",
+            "20KB",
+        ]
+    )
+    parts = sorted((out / "bf16").glob("*.bin"))
+    assert len(parts) > 1
+    check({k: v for part in parts for k, v in torch.load(part).items()}, {**weights, **buffers})
+    main(["to-universal", str(run), str(out / "universal" / "tag")])
+    for stage, fp8 in ((3, None), (2, None), (3, CONVERTING), (2, CONVERTING)):
+        for each in ranks.run(2, load_foreign, str(out / "universal"), stage, fp8, True, seconds=SECONDS):
+            assert_same_bits(bits_of(each["states"]), bits_of(states))
+            if fp8:
+                assert_same_bits(each["weights"], saved["weights"])
+                assert_same_bits(each["buffers"], {name: each.view(-1) for name, each in buffers.items()})
+                assert each["counters"][-1] == 3

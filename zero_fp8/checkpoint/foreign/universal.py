@@ -2,6 +2,7 @@
 
 `zero/<parameter>/{fp32,exp_avg,exp_avg_sq,step}.pt` hold whole FP32 tensors, which are mapped and read one
 slice at a time, `zero/optimizer_state.pt` the hyperparameters, and DeepSpeed's model file lies beside them.
+Where ZeRO 3 was converted they are vectors, and the step is in `zero/optimizer_state.pt`.
 Stock DeepSpeed loads what we write at any world size, and so do we; what only we need is under a key of its
 own that stock DeepSpeed passes over.
 """
@@ -24,7 +25,7 @@ from ds_fp8.zero_fp8.checkpoint.contracts import (
     check_hyperparameters,
     check_names,
 )
-from ds_fp8.zero_fp8.checkpoint.files import Entry, in_memory, load_any, load_plain, new_folder, save, show
+from ds_fp8.zero_fp8.checkpoint.files import Entry, in_memory, load_any, new_folder, save, show
 from ds_fp8.zero_fp8.checkpoint.foreign.stock_files import (
     FIRST_MODEL_FILE,
     check_loss_scaler,
@@ -36,6 +37,7 @@ from ds_fp8.zero_fp8.checkpoint.model_files import ModelFiles
 from ds_fp8.zero_fp8.checkpoint.reader import Checkpoint, is_extra_state, others, whole
 
 STATE_FILES = ("fp32", "exp_avg", "exp_avg_sq")
+SHARED = "optimizer_state_dict"  # key of what parameters have alike, where ZeRO 3 looks
 OURS = "ds_fp8"  # key of a universal checkpoint's optimizer_state.pt: counters of ours
 
 
@@ -71,7 +73,7 @@ class Universal:
             check_hyperparameters(group)
         for name, parameter in parameters.items():
             for key, tensor in zip(STATE_FILES, self._tensors(name), strict=True):
-                if list(tensor.shape) != parameter.shape:
+                if list(tensor.shape) not in (parameter.shape, [torch.Size(parameter.shape).numel()]):
                     raise ValueError(
                         f"{self._path(name, key)}: received shape {list(tensor.shape)}, "
                         f"expected {parameter.shape}"
@@ -108,6 +110,8 @@ class Universal:
 
     def _step(self, name: str) -> int:
         path = self._path(name, "step")
+        if not path.exists() and SHARED in self._common:
+            return self._common.at(SHARED).at("state").at(0).at("step").count()
         return Entry(path, load_any(path), "step").count()
 
     def values(self, name: str, elements: slice) -> Values:
@@ -160,7 +164,9 @@ class OtherWeights:
 
 
 def _param(path: Path) -> Tensor:
-    return Entry(path, load_plain(path)).at("param").floats().contiguous()
+    """Whole, or out of slices of ZeRO 3 a vector."""
+    entry = Entry(path, load_any(path))
+    return (entry if isinstance(entry.value, Tensor) else entry.at("param")).floats().contiguous()
 
 
 # Writing
@@ -219,7 +225,7 @@ def _common(checkpoint: Checkpoint) -> dict[str, Any]:
     progress, manifest = checkpoint.progress, checkpoint.manifest
     groups = [{**group, "params": []} for group in progress.param_groups]
     return {
-        "optimizer_state_dict": {"state": {0: {"step": _step(manifest)}}, "param_groups": groups},  # ZeRO 3
+        SHARED: {"state": {0: {"step": _step(manifest)}}, "param_groups": groups},
         "zero_stage": manifest.zero_stage,
         "partition_count": manifest.world_size,
         "ds_version": manifest.deepspeed_version,
