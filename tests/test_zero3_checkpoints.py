@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import pytest
 import torch
 from deepspeed import comm as dist
@@ -256,7 +257,7 @@ CONVERTING = {"opt_level": "O1", "checkpoint": {"allow_conversion": True}}
 def load_foreign(
     folder: str, stage: int, fp8: dict[str, Any] | None, universal: bool = False
 ) -> dict[str, Any]:
-    """Load; the states that there are then, and what `facts` says of an engine of ours."""
+    """Load; the states that there are then, and the `facts` of an engine of ours."""
     conf = ds_config(fp8, stage=stage, zero=zero3() if stage == 3 else {}, scheduler=WARMUP, bucket=10_000)
     if universal:
         conf["checkpoint"] = {"load_universal": True}
@@ -387,3 +388,64 @@ def test_what_leaves(ranks: RankPools, tmp_path: Path, level: str, world_size: i
                 assert_same_bits(each["weights"], saved["weights"])
                 assert_same_bits(each["buffers"], {name: each.view(-1) for name, each in buffers.items()})
                 assert each["counters"][-1] == 3
+
+
+# At odd moments
+
+
+def save_at_odd_moments(folder: str | None) -> dict[str, Any]:
+    """Where GatheredParameters reads, and where it writes; after a skip, and between micro-steps."""
+    engine = make(config("O2+", 3, micro_steps=2))
+    source, losses = batches(engine), []
+    parameters = list(engine.module.parameters())
+
+    def save(tag: str) -> None:
+        if folder is not None:
+            engine.save_checkpoint(folder, tag=tag)
+
+    losses += train_losses(engine, source, 1)
+    with deepspeed.zero.GatheredParameters(parameters):
+        save("reading")
+        assert all(each.numel() == each_numel(each) for each in parameters)
+        seen = engine.module.odd.detach().clone()
+    with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0):
+        if dist.get_rank() == 0:
+            engine.module.odd.data.mul_(2)  # not of the run yet
+        save("writing")
+    losses += train_losses(engine, source, 1)
+    engine.backward(engine(next(source)) * float("nan"))
+    engine.step()
+    save("between micro-steps")
+    engine.backward(engine(next(source)))
+    engine.step()
+    assert engine.skipped_steps == 1
+    save("skipped")
+    losses += train_losses(engine, source, 2)
+    found = {"losses": losses, "seen": seen.view(-1), **facts(engine)}
+    engine.destroy()
+    return found
+
+
+def load_moments(folder: str) -> list[dict[str, Any]]:
+    found = []
+    for tag in ("reading", "writing", "between micro-steps", "skipped"):
+        engine = make(config("O2+", 3, micro_steps=2), seed=9)
+        engine.load_checkpoint(folder, tag=tag)
+        found.append(facts(engine))
+        engine.destroy()
+    return found
+
+
+def test_saves_at_odd_moments(ranks: RankPools, tmp_path: Path) -> None:
+    """A save changes nothing of what comes after it, and has what the masters have."""
+    expected = ranks.run(2, save_at_odd_moments, None, seconds=SECONDS)
+    saved = ranks.run(2, save_at_odd_moments, str(tmp_path), seconds=SECONDS)
+    assert_same(expected, saved)
+    for one, other in zip(expected, saved, strict=True):
+        assert one["losses"] == other["losses"]
+        assert torch.equal(one["seen"], other["seen"])
+    loaded = ranks.run(2, load_moments, str(tmp_path), seconds=SECONDS)
+    first, second, third, fourth = zip(*loaded, strict=True)
+    assert_same(first, second)
+    for key in ("packed", "weights"):
+        assert repr(third[0][key]) == repr(fourth[0][key])

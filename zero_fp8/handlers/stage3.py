@@ -134,7 +134,7 @@ class Stage3Optimizer(FP8ZeROOptimizer):
     @contextmanager
     def ready_for_files(self) -> Iterator[None]:
         """As `FP8ZeROOptimizer.ready_for_files`, and slices are all there is."""
-        with super().ready_for_files(), self.fetching.released():
+        with super().ready_for_files(), self.fetching.set_aside():
             yield
 
     def refresh_fp32_params(self) -> None:

@@ -57,7 +57,12 @@ class Whole:
 def _fill(parameter: Any, whole: Tensor) -> None:
     """whole: bytes of all slices, [n] uint8."""
     values = whole.view(parameter.ds_tensor.dtype)[: parameter.ds_numel]
-    parameter.data = values.view(parameter.ds_shape)
+    put_back(parameter, values.view(parameter.ds_shape))
+
+
+def put_back(parameter: Any, values: Tensor) -> None:
+    """The parameter is whole, with these values."""
+    parameter.data = values
     parameter.ds_status = ZeroParamStatus.AVAILABLE
 
 
