@@ -6,15 +6,16 @@ import foreign_files as files
 import pytest
 from ranks import RankPools
 
-KINDS = ("stock", "universal")
+KINDS = ("stock", "stock 3", "universal", "universal 3")
 
 
 @pytest.fixture(scope="module")
 def root(ranks: RankPools, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders with and without a scheduler's state."""
     folder = tmp_path_factory.mktemp("foreign")
-    ranks.run(2, files.save, str(folder / "stock"), None)
-    files.convert(folder / "stock" / "tag", folder / "universal" / "tag")
+    for stage, of in ((2, ""), (3, " 3")):
+        ranks.run(2, files.save, str(folder / f"stock{of}"), None, stage)
+        files.convert(folder / f"stock{of}" / "tag", folder / f"universal{of}" / "tag")
     for kind in KINDS:
         files.without_scheduler(folder / kind, folder / f"unscheduled {kind}")
     return folder

@@ -34,8 +34,8 @@ def model_files(folder: Path, *, universal: bool) -> tuple[list[Path], list[Path
     """
     whole = sorted(path for path in folder.iterdir() if MODEL_FILE.match(path.name))
     by_rank = _by_rank(folder, RANKS_MODEL_FILE)
-    expected = folder / FIRST_MODEL_FILE[0]
-    if expected not in whole and 0 not in by_rank:
+    expected = folder / FIRST_MODEL_FILE[0 if whole or not by_rank else 1]
+    if expected not in (*whole, *by_rank.values()):
         raise ValueError(f"{expected}: missing: the folder {tags.contents(folder)}")
     if list(by_rank) != list(range(len(by_rank))):
         raise ValueError(f"{folder}: received model files of ranks {list(by_rank)}, expected those of all")

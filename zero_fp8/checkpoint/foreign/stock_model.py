@@ -21,24 +21,21 @@ def named(folder: Path, *, universal: bool) -> ModelFile:
     whole, of_ranks = model_files(folder, universal=universal)
     path = (whole or of_ranks)[0]
     file, paths = Entry(path, load_pickled(path)), tuple(whole or [path])
-    sliced = sliced_files(file, of_ranks) if of_ranks else None
-    if sliced is not None:
+    if of_ranks and (not whole or _has_no_weights(file)):
+        sliced = sliced_files(file, of_ranks)
         return ModelFile(path, file.value, paths=paths, sliced=shapes_elsewhere(file), files=sliced)
     return ModelFile(path, file.value, paths=paths, files=ModelFiles(lambda _: file, None))
 
 
-def sliced_files(model: Entry, paths: Sequence[Path]) -> ModelFiles | None:
-    """The model files of ZeRO 3, of which one is open; None if its module has all weights.
-
-    paths: of all ranks, in their order.
-    """
+def _has_no_weights(model: Entry) -> bool:
+    """Whether a file under the name of ZeRO 1 and 2, as universal checkpoints of ours have it, is of ZeRO 3."""
     module = model.at("module").of(dict)
-    if "param_shapes" not in model or not any(
-        isinstance(module.get(name), Tensor) and not module[name].numel() and torch.Size(shape).numel()
-        for shapes in trained_shapes(model)
-        for name, shape in shapes.items()
-    ):
-        return None
+    names = [name for shapes in trained_shapes(model) for name in shapes]
+    return any(isinstance(module.get(name), Tensor) and not module[name].numel() for name in names)
+
+
+def sliced_files(model: Entry, paths: Sequence[Path]) -> ModelFiles:
+    """The model files of ZeRO 3, of which one is open; paths: of all ranks, in their order."""
     sliced = {}
     for name, shape in frozen_shapes(model).items():
         length = model.at(FRAGMENTS).at(name).of(Tensor).numel()
