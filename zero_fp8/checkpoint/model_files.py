@@ -69,8 +69,9 @@ class ModelFiles:
             low, high = max(start, covered), min(stop, elements.stop)
             if low < high and low == covered:
                 held = self._load(index).at(FRAGMENTS).at(name)
-                if held.of(Tensor).ndim != 1 or len(held.value) < stop - start:
-                    raise held.refusal(f"a vector of {stop - start} numbers at least")
+                values, dtype = held.of(Tensor), self.dtype(name)
+                if values.ndim != 1 or len(values) < stop - start or values.dtype is not dtype:
+                    raise held.refusal(f"a vector of {stop - start} or more of {dtype}")
                 yield held.value[low - start : high - start]
                 covered = high
         if covered != elements.stop:
@@ -82,8 +83,7 @@ class ModelFiles:
     def check_weights(self, name: str, elements: slice) -> None:
         """Refuse, by a ValueError, files that do not hold some elements of a tensor."""
         if self.sliced is not None and name in self.sliced:
-            for _ in self._slices(name, elements):
-                pass
+            self.weights(name, elements)
 
     def shape(self, name: str) -> torch.Size:
         """Of a tensor that the files hold."""
@@ -97,7 +97,7 @@ class ModelFiles:
 
     def dtype(self, name: str) -> torch.dtype:
         """Of a tensor, which an empty one has, too."""
-        dtype: torch.dtype = self.module[name].dtype
+        dtype: torch.dtype = self.first.at("module").at(name).of(Tensor).dtype
         return dtype
 
     def whole(self, name: str) -> Tensor:

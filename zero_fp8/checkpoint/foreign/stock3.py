@@ -68,28 +68,31 @@ class Stock3:
         starts = starts_of(sizes, len(self._files))
         for (name, shape), start in zip(shapes.items(), starts, strict=False):
             self._slices[name] = Slices(subgroup, start, shape)
+        model = self._models.first.path
         for file in self._files:
-            self._steps.add((file.path, _check_vectors(file, subgroup, starts[-1])))
+            self._steps.add((file.path, _check_vectors(file, subgroup, starts[-1], model)))
 
     def check(self, parameters: Mapping[str, Parameter]) -> None:
         """Refuse, by a ValueError, states of other parameters than those of the run."""
         path = self._folder
-        check_steps(path, self._steps)
         check_names(path, self._slices, parameters)
+        check_steps(path, self._steps)
         for file in self._files:
             groups = _optimizer(file).at("param_groups")
-            check_groups(path, groups.of(list), parameters)
+            check_groups(file.path, groups.of(list), parameters)
             for group in groups.each():
                 check_hyperparameters(group)
             if "loss_scaler" in file:
                 check_loss_scaler(file.at("loss_scaler"))
         for name, parameter in parameters.items():
-            saved = self._slices[name].shape, self._group_of(self._slices[name].subgroup)
-            expected = parameter.shape, parameter.group
-            if saved != expected:
-                raise ValueError(
-                    f"{path}: shape and param group of {name}: received {saved}, expected {expected}"
-                )
+            slices = self._slices[name]
+            if slices.shape != parameter.shape:
+                expected = f"received {slices.shape}, expected {parameter.shape}"
+                raise ValueError(f"{self._models.first.path}: shape of {name}: {expected}")
+            number = self._group_of(slices.subgroup)
+            if number != parameter.group:
+                expected = f"received {number}, expected {parameter.group}"
+                raise ValueError(f"{self._files[0].path}: param group of {name}: {expected}")
 
     def _group_of(self, subgroup: int) -> int | None:
         """The param group that a sub-group is part of."""
@@ -150,11 +153,14 @@ def _exp_avg_sq(file: Entry, subgroup: int) -> Entry:
     return _optimizer(file).at("state").at(subgroup).at("exp_avg_sq")
 
 
-def _check_vectors(file: Entry, subgroup: int, end: int) -> int:
-    """Refuse a file whose vectors do not hold a sub-group's slices; the sub-group's step."""
+def _check_vectors(file: Entry, subgroup: int, end: int, model: Path) -> int:
+    """Refuse a file whose vectors do not hold a sub-group's slices; the sub-group's step.
+
+    model: the file that says which these are.
+    """
     for vector in (_master, _exp_avg, _exp_avg_sq):
         entry = vector(file, subgroup)
         if list(entry.floats().shape) != [end]:
-            raise entry.refusal(f"{end} numbers in one row, as many as its parameters have on a rank")
+            raise entry.refusal(f"{end} numbers in one row, as many as {model.name} says")
     state = _optimizer(file).at("state").at(subgroup)
     return state.at("step").count()

@@ -22,13 +22,17 @@ def named(folder: Path, *, universal: bool) -> ModelFile:
     path = (whole or of_ranks)[0]
     file, paths = Entry(path, load_pickled(path)), tuple(whole or [path])
     if of_ranks and (not whole or _has_no_weights(file)):
+        count = file.at("dp_world_size").count()
+        if len(of_ranks) != count:
+            names = ", ".join(each.name for each in of_ranks)
+            raise ValueError(f"{folder}: received {names}, expected {count} files, one per rank")
         sliced = sliced_files(file, of_ranks)
         return ModelFile(path, file.value, paths=paths, sliced=shapes_elsewhere(file), files=sliced)
     return ModelFile(path, file.value, paths=paths, files=ModelFiles(lambda _: file, None))
 
 
 def _has_no_weights(model: Entry) -> bool:
-    """Whether a file under the name of ZeRO 1 and 2, as universal checkpoints of ours have it, is of ZeRO 3."""
+    """Whether a file is of ZeRO 3, under whatever name: universal checkpoints of ours have both."""
     module = model.at("module").of(dict)
     names = [name for shapes in trained_shapes(model) for name in shapes]
     return any(isinstance(module.get(name), Tensor) and not module[name].numel() for name in names)

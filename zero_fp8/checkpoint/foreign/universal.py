@@ -110,7 +110,9 @@ class Universal:
 
     def _step(self, name: str) -> int:
         path = self._path(name, "step")
-        if not path.exists() and SHARED in self._common:
+        if not path.exists():
+            if SHARED not in self._common:
+                raise ValueError(f"{path}: missing, and {self._common.path.name} has no {SHARED}")
             return self._common.at(SHARED).at("state").at(0).at("step").count()
         return Entry(path, load_any(path), "step").count()
 
