@@ -93,16 +93,22 @@ def claims_of(run: Run, stock: Run | None) -> list[Claim]:
     found = [Claim.at_most(name + "bytes held, off the prediction by", off, 0.02)]
     if stock is None:
         return found
+    found += claims_of_memory_and_time(run, stock, 1.0)
+    found.append(Claim.at_most(name + "loss, from stock's", abs(loss_apart(run, stock)), 0.01))
+    ours, theirs = (sum(each["waits"].values()) for each in (run, stock))
+    return [*found, Claim.at_most(name + "waits and copies in a step", ours, theirs)]
+
+
+def claims_of_memory_and_time(run: Run, stock: Run, most: float) -> list[Claim]:
+    """Beside stock's; most: of an iteration's time."""
+    name, found = f"{run['model']} {run['config']}, {run['world_size']} ranks: ", []
     if run["peak_bytes_allocated"]:
         expected = stock["predicted_bytes"] - run["predicted_bytes"]
         saved = stock["peak_bytes_allocated"] - run["peak_bytes_allocated"]
         text = name + "saved at the peak, off the prediction by"
         found.append(Claim.at_most(text, abs(saved / expected - 1), 0.02))
     ratio = run["milliseconds_per_step"] / stock["milliseconds_per_step"]
-    found.append(Claim.at_most(name + "time of an iteration / stock's", ratio, 1.0))
-    found.append(Claim.at_most(name + "loss, from stock's", abs(loss_apart(run, stock)), 0.01))
-    ours, theirs = (sum(each["waits"].values()) for each in (run, stock))
-    return [*found, Claim.at_most(name + "waits and copies in a step", ours, theirs)]
+    return [*found, Claim.at_most(name + "time of an iteration / stock's", ratio, most)]
 
 
 def print_runs(runs: Sequence[Run]) -> None:

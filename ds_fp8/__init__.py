@@ -14,6 +14,8 @@ if TYPE_CHECKING:
         estimate_zero1_model_states_mem_needs_all_live,
         estimate_zero2_model_states_mem_needs_all_cold,
         estimate_zero2_model_states_mem_needs_all_live,
+        estimate_zero3_model_states_mem_needs_all_cold,
+        estimate_zero3_model_states_mem_needs_all_live,
     )
     from ds_fp8.seam.registration import register, unregister
     from ds_fp8.seam.status import describe, is_active, stats
@@ -28,6 +30,8 @@ __all__ = [
     "estimate_zero1_model_states_mem_needs_all_live",
     "estimate_zero2_model_states_mem_needs_all_cold",
     "estimate_zero2_model_states_mem_needs_all_live",
+    "estimate_zero3_model_states_mem_needs_all_cold",
+    "estimate_zero3_model_states_mem_needs_all_live",
     "is_active",
     "register",
     "stats",
@@ -42,6 +46,8 @@ _HOMES = {
     "estimate_zero1_model_states_mem_needs_all_live": "ds_fp8.estimate.deepspeed_names",
     "estimate_zero2_model_states_mem_needs_all_cold": "ds_fp8.estimate.deepspeed_names",
     "estimate_zero2_model_states_mem_needs_all_live": "ds_fp8.estimate.deepspeed_names",
+    "estimate_zero3_model_states_mem_needs_all_cold": "ds_fp8.estimate.deepspeed_names",
+    "estimate_zero3_model_states_mem_needs_all_live": "ds_fp8.estimate.deepspeed_names",
     "is_active": "ds_fp8.seam.status",
     "stats": "ds_fp8.seam.status",
     "register": "ds_fp8.seam.registration",

@@ -328,6 +328,56 @@ FAULTS = (
         "",
         "test_builds.py registered",
     ),
+    # ZeRO 3
+    Fault(
+        "buckets leave where gradients arrive",
+        "zero_fp8/wiring.py",
+        "        if settings.stage < 3:\n",
+        "        if True:\n",
+        "test_zero3.py different_collectives",
+    ),
+    Fault(
+        "a rank waits for a bucket in backward",
+        "zero_fp8/gradients/schedule.py",
+        "    patient = True\n",
+        "    patient = False\n",
+        "test_zero3.py different_collectives",
+    ),
+    Fault(
+        "buckets leave before they are full",
+        "zero_fp8/gradients/schedule.py",
+        "return not self._missing[bucket] and self._is_its_turn(bucket)",
+        "return self._is_its_turn(bucket)",
+        "test_schedule.py waits",
+    ),
+    Fault(
+        "the order is never learnt anew",
+        "zero_fp8/gradients/reducer.py",
+        "        if tried.changed:\n",
+        "        if False:\n",
+        "test_zero3.py learnt_anew",
+    ),
+    Fault(
+        "persistent parameters keep their old weights",
+        "zero_fp8/handlers/stage3.py",
+        "        self.fetching.release()\n        return objection",
+        "        return objection",
+        "test_zero3.py bit_for_bit",
+    ),
+    Fault(
+        "what lies between slices travels",
+        "zero_fp8/gradients/packing.py",
+        "            blocks[end : piece.first_row].zero_()\n",
+        "",
+        "test_zero3.py bit_for_bit",
+    ),
+    Fault(
+        "what lies past a parameter's end stays",
+        "zero_fp8/weights/slices.py",
+        "    parameter.ds_tensor[max(0, held) :].zero_()\n",
+        "",
+        "test_zero3.py past_the_end",
+    ),
 )
 
 

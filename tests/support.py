@@ -449,10 +449,27 @@ PROVED_ELSEWHERE = {
     "ranks that disagree get an error that says so": "test_agreement.py::test_disagreement_is_told",
 }
 
+# The same under ZeRO 3.
+PROVED_UNDER_3 = {
+    "ZeRO 3: bytes between steps are those of the estimate": "test_estimates.py::test_fp8_sliced",
+    "ZeRO 3: a fetch sends 2 bytes per element, gradients 1.0078": "test_bytes.py::test_wire_bytes_of_zero_3",
+}
+
 # Keys of a ds_config, and the message that refuses them.
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "ZeRO 0": ({"zero_optimization": {"stage": 0}}, "zero_optimization.stage: received 0, allowed: 1, 2"),
-    "ZeRO 3": ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage: received 3, allowed: 1, 2"),
+    "ZeRO 0": ({"zero_optimization": {"stage": 0}}, "zero_optimization.stage: received 0, allowed: 1, 2, 3"),
+    "fp8.scaling tensor under ZeRO 3": (
+        {"zero_optimization": {"stage": 3}, "fp8": {"scaling": "tensor"}},
+        'fp8.scaling: received "tensor", allowed: "block" with zero_optimization.stage 3',
+    ),
+    "fp8.gradients.reduction fp8 under ZeRO 3": (
+        {"zero_optimization": {"stage": 3}, "fp8": {"scaling": "tensor", "gradients": {"reduction": "fp8"}}},
+        'fp8.gradients.reduction: received "fp8", allowed: "fp32" with zero_optimization.stage 3',
+    ),
+    "zero_optimization.stage3_use_all_reduce_for_fetch_params": (
+        {"zero_optimization": {"stage": 3, "stage3_use_all_reduce_for_fetch_params": True}},
+        "zero_optimization.stage3_use_all_reduce_for_fetch_params: received true",
+    ),
     **{
         f"zero_optimization.{key}": (
             {"zero_optimization": {"stage": 2, key: value}},
@@ -544,6 +561,7 @@ def markdown() -> str:
             f"| {name} | {stages} | yes: `test_support.py::test_works[{name}-{feature.stages[-1]}]` |"
         )
     lines += [f"| {name} | 1, 2 | yes: `{test}` |" for name, test in PROVED_ELSEWHERE.items()]
+    lines += [f"| {name} | 3 | yes: `{test}` |" for name, test in PROVED_UNDER_3.items()]
     lines += ["", "## Refused", "", "| what | refused, in the words |", "|---|---|"]
     lines += [f"| {name} | `{message}` |" for name, (_, message) in REFUSED.items()]
     lines += [f"| {name} | `{message}` |" for name, message in REFUSED_BY_MODEL.items()]

@@ -11,6 +11,7 @@ from ranks import RankPools
 from torch import Tensor, nn
 from train_lm import ByteGPT, Shape
 
+import ds_fp8
 from ds_fp8.config.section import parse
 from ds_fp8.estimate import memory
 from ds_fp8.ops.backend import REFERENCE
@@ -20,6 +21,7 @@ from ds_fp8.zero_fp8.health import Counts
 from ds_fp8.zero_fp8.placement.partition import ParameterSpec, partition
 from ds_fp8.zero_fp8.placement.ranks import Fleet
 from ds_fp8.zero_fp8.recipe import recipe_of
+from ds_fp8.zero_fp8.verdict import Counted
 from ds_fp8.zero_fp8.wiring import room, shard_of
 
 DIVISIBLE = Shape(layers=1, width=128, heads=4, context=49)  # 2112 blocks: 16 n on each of 2 or 4 ranks
@@ -115,6 +117,7 @@ def count_traffic(config: dict[str, Any], shape: Shape) -> dict[str, Any]:
         hops = (memory.hop_bytes(handler.recipe, bucket) for bucket in handler.parts.buckets)
         result["exchange"] = sum(map(sum, hops))
         result["buckets"] = len(handler.parts.buckets)
+        result["about"] = ds_fp8.describe(engine)
     engine.destroy()
     return result
 
@@ -127,13 +130,38 @@ def test_wire_bytes(ranks: RankPools, world_size: int, stage: int) -> None:
     parameters = ours["parameters"]
     assert ours["handed"]["alltoall_base_"] == ours["exchange"] == parameters * 129 // 128
     assert ours["handed"]["_allgather_base_"] == parameters * 2 // world_size
-    agreement = 4 + (NORM_PARTS + 4) * 8  # the loss mean that the example prints, then the step's verdict
+    agreement = (
+        4 + (NORM_PARTS + len(Counted._fields)) * 8
+    )  # the loss mean that the example prints, then the step's verdict
     assert ours["handed"]["allreduce_"] == agreement
     # stock DeepSpeed all-reduces the whole BF16 gradient, which a rank sends almost twice
     assert stock["handed"]["allreduce_"] > parameters * 2
     gather = parameters * 2 * (world_size - 1) / world_size
     ratio = (ours["sent"] - gather) / (stock["sent"] - gather)
     assert ratio == pytest.approx(1.0078 / 4, rel=0.01)
+
+
+EACH_TIME = {  # each module fetches what it needs and lets go of it
+    "stage3_param_persistence_threshold": 300,
+    "stage3_prefetch_bucket_size": 0,
+    "stage3_max_reuse_distance": 0,
+    "memory_efficient_linear": False,
+}
+
+
+@pytest.mark.parametrize("shape", [DIVISIBLE, SMALL], ids=["divisible", "small"])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_wire_bytes_of_zero_3(ranks: RankPools, world_size: int, shape: Shape) -> None:
+    """Weights travel in forward and in backward, gradients as ever, persistent parameters after the step."""
+    ours = ranks.run(world_size, count_traffic, ds_config({}, stage=3, zero=EACH_TIME), shape)[0]
+    sizes = [each.numel() for each in ByteGPT(shape).parameters()]
+    fleet, kept = Fleet("data", world_size), [numel for numel in sizes if numel <= 300]
+    sent = memory.fetch_bytes(2, [numel for numel in sizes if numel > 300], 128, fleet)
+    about = ours["about"]
+    assert (about["fetch_bytes"], about["wire_bytes_per_fetched_element"]) == (sent, 2)
+    assert about["persistent_bytes"] == (2 * sum(kept) if world_size > 1 else 0)
+    assert ours["handed"].get("_allgather_base_", 0) == 2 * sent + memory.fetch_bytes(2, kept, 128, fleet)
+    assert ours["handed"]["alltoall_base_"] == ours["exchange"]
 
 
 def largest_message(bucket: int) -> dict[str, Any]:

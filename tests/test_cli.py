@@ -15,7 +15,7 @@ from ds_fp8.cli.configs import shipped
 from ds_fp8.config.section import parse
 
 NAMES = ["zero1_bf16", "zero1_o1", "zero1_o2", "zero1_o2plus"]
-NAMES += [name.replace("zero1", "zero2") for name in NAMES]
+NAMES += [name.replace("zero1", stage) for stage in ("zero2", "zero3") for name in NAMES]
 
 
 def output(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -47,6 +47,7 @@ class TestConfigs:
         assert [row[0] for row in rows] == NAMES
         by_name = {row[0]: row[1:] for row in rows}
         assert by_name["zero2_o2"] == ["2", "O2", "e4m3", "fp16", "e4m3", "fp16", "128"]
+        assert by_name["zero3_o2plus"] == ["3", "O2+", "e4m3", "split16", "e4m3", "ue4m4", "128"]
         assert by_name["zero1_o1"] == ["1", "O1", "e4m3", "fp32", "fp32", "fp32", "128"]
         assert by_name["zero1_bf16"] == ["1", *"------"]
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from deepspeed.runtime.zero import stage_1_and_2
+from deepspeed.runtime.zero import stage3, stage_1_and_2
 from engines import ds_config
 from test_cli import output, piped
 from test_cli_report import written
@@ -24,13 +24,11 @@ from ds_fp8.cli import main
 from ds_fp8.estimate.methods import (
     STOCK,
     STOCK_BF16_STATES,
-    Run,
     largest,
     levels,
-    model_of_module,
-    model_of_size,
 )
 from ds_fp8.estimate.model_sizes import pretrained
+from ds_fp8.estimate.runs import Run, model_of_module, model_of_size
 
 G = 10**9
 METHODS = [STOCK, STOCK_BF16_STATES, *levels().values()]
@@ -73,7 +71,30 @@ class TestParams:
         assert methods["ds_fp8 O2+"]["states"] == 4 * share + 2 * share // 128
         for each in methods.values():
             assert each["weights"] == 2 * 409_600_000
+            assert (each["persistent"], each["fetched"]) == (0, 0)
             assert each["total"] == sum(each[key] for key in ("weights", "states", "gradients", "buffers"))
+
+    def test_zero_3_by_hand(self, capsys: pytest.CaptureFixture[str]) -> None:
+        """8 ranks, a size that leaves no padding; all of it may be live at a time."""
+        found = estimated(capsys, "--params", "409600000", "--gpus", "8", "--stage", "3")
+        assert found["overlap"]  # DeepSpeed's default there
+        methods, share = by_method(found["models"][0]), 51_200_000
+        for each in methods.values():
+            assert each["weights"] == 2 * share
+            assert (each["persistent"], each["fetched"]) == (0, 2 * 409_600_000)
+            assert each["total"] == sum(each[key] for key in each.keys() - {"method", "total"})
+        assert methods["DeepSpeed BF16"]["states"] == 12 * share
+        assert methods["DeepSpeed BF16"]["gradients"] == 2 * share
+        assert methods["DeepSpeed BF16"]["buffers"] == 2 * 500_000_000 + 2 * 409_600_000
+        assert methods["ds_fp8 O2"]["states"] == 5 * share + 3 * share // 128
+        assert methods["ds_fp8 O2"]["gradients"] == share + share // 128
+
+    def test_stock_zero_3_holds_most_in_its_step(self, capsys: pytest.CaptureFixture[str]) -> None:
+        (model,) = estimated(capsys, "--params", "6144M", "--gpus", "8", "--stage", "3")["models"]
+        stock, share = by_method(model)["DeepSpeed BF16"], 768_000_000
+        assert (stock["persistent"], stock["fetched"]) == (0, 0)
+        assert stock["buffers"] == 2 * 500_000_000 + 6 * share
+        assert by_method(model)["ds_fp8 O2"]["fetched"] == 2 * 1_050_000_000
 
     @pytest.mark.parametrize(
         ("text", "parameters"),
@@ -106,6 +127,11 @@ class TestParams:
         assert methods["ds_fp8 O1"]["gradients"] == 2 * 1_024_000 + 256_000 * 129 // 128
         assert methods["DeepSpeed BF16"]["gradients"] == 2 * 1_024_000
 
+    def test_table_of_zero_3(self, capsys: pytest.CaptureFixture[str]) -> None:
+        _, _, heading, *rows = output(capsys, "estimate", "--params", "7G", "--stage", "3").splitlines()
+        assert heading.split()[-4:] == ["persistent", "fetched", "per", "GPU"]
+        assert all(row.count("B") >= 7 for row in rows)
+
     def test_table(self, capsys: pytest.CaptureFixture[str]) -> None:
         caption, name, heading, *rows = output(
             capsys, "estimate", "--params", "7G", "--gpus", "8"
@@ -127,6 +153,21 @@ class TestConfig:
         ours = by_method(found["models"][0])["ds_fp8, ds_config.json"]
         assert ours["states"] == 64_000 * 5 + 2 * 64_000 // 32
         assert len(found["models"][0]["bytes"]) == 3
+
+    def test_the_keys_of_zero_3_decide(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        zero = {"stage3_max_live_parameters": 9000, "prefetch_bucket_size": 1000, "sub_group_size": 5e3}
+        path = written(tmp_path, ds_config({}, stage=3, bucket=2048, zero=zero))
+        found = estimated(capsys, "--params", "64000", "--gpus", "2", "--config", path)
+        assert found["overlap"]
+        assert (found["fetching"]["max_live_parameters"], found["fetching"]["sub_group_size"]) == (9000, 5000)
+        methods = by_method(found["models"][0])
+        ours = methods["ds_fp8, ds_config.json"]
+        assert (ours["persistent"], ours["fetched"]) == (2 * 64_000, 0)  # none has 100,000 elements
+        zero["stage3_param_persistence_threshold"] = 100
+        path = written(tmp_path, ds_config({}, stage=3, bucket=2048, zero=zero))
+        found = estimated(capsys, "--params", "64000", "--gpus", "2", "--config", path)
+        ours = by_method(found["models"][0])["ds_fp8, ds_config.json"]
+        assert (ours["persistent"], ours["fetched"]) == (0, 2 * 10_000)
 
 
 class TestModel:
@@ -201,7 +242,7 @@ class TestModel:
         self, changes: dict[str, Any], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr("ds_fp8.estimate.model_sizes.MOST_TENSORS", 1000)
-        monkeypatch.setattr("ds_fp8.estimate.methods.MOST_TENSORS", 1000)
+        monkeypatch.setattr("ds_fp8.estimate.runs.MOST_TENSORS", 1000)
         (tmp_path / "config.json").write_text(json.dumps({**LLAMA, **changes}))
         start = time.monotonic()
         with pytest.raises(ValueError, match=re.escape(words)) as refused:
@@ -240,7 +281,7 @@ class TestPaper:
 
 
 class TestLargest:
-    @pytest.mark.parametrize("stage", [1, 2])
+    @pytest.mark.parametrize("stage", [1, 2, 3])
     @pytest.mark.parametrize("method", METHODS, ids=lambda each: each.name)
     def test_it_fits_and_one_percent_more_does_not(self, method: Any, stage: int) -> None:
         run, memory = Run(8, stage), 80 * G
@@ -265,14 +306,15 @@ class TestEstimators:
     NAMES = ("model_states_mem_needs_all_live", "model_states_mem_needs_all_cold")
 
     @pytest.mark.parametrize("name", NAMES)
-    @pytest.mark.parametrize("stage", [1, 2])
+    @pytest.mark.parametrize("stage", [1, 2, 3])
     def test_called_as_deepspeeds(self, stage: int, name: str) -> None:
         ours = signature(getattr(ds_fp8, f"estimate_zero{stage}_{name}")).parameters
-        theirs = signature(getattr(stage_1_and_2, f"estimate_zero2_{name}")).parameters
+        home = stage3 if stage == 3 else stage_1_and_2
+        theirs = signature(getattr(home, f"estimate_zero{max(2, stage)}_{name}")).parameters
         assert [*ours] == [each for each in theirs if each != "additional_buffer_factor"]
         assert all(ours[each].default == theirs[each].default for each in ours)
 
-    @pytest.mark.parametrize("stage", [1, 2])
+    @pytest.mark.parametrize("stage", [1, 2, 3])
     def test_live_and_cold(self, stage: int, capsys: pytest.CaptureFixture[str]) -> None:
         with torch.device("meta"):
             model = ByteGPT(Shape(layers=2, width=32, heads=2, context=32))
@@ -287,7 +329,7 @@ class TestEstimators:
         main(["estimate", "--params", "7G", "--gpus", "8", "--stage", str(stage)])
         rows = capsys.readouterr().out.splitlines()[1:]
         cold = getattr(ds_fp8, f"estimate_zero{stage}_model_states_mem_needs_all_cold")
-        cold(7 * G, 8)
+        cold(*([7 * G, G] if stage == 3 else [7 * G]), 8)
         assert capsys.readouterr().out.splitlines()[2:] == rows
 
     @pytest.mark.parametrize(
@@ -302,6 +344,12 @@ class TestEstimators:
     def test_wrong_arguments(self, arguments: tuple[Any, ...], words: str) -> None:
         with pytest.raises(ValueError, match=words):
             ds_fp8.estimate_zero2_model_states_mem_needs_all_cold(*arguments)
+
+    def test_the_largest_layer_is_whole_while_it_computes(self, capsys: pytest.CaptureFixture[str]) -> None:
+        ds_fp8.estimate_zero3_model_states_mem_needs_all_cold(70 * G, 2 * G, 64)
+        assert capsys.readouterr().out.splitlines()[-1].split()[-4:-2] == ["4.10", "GB"]
+        with pytest.raises(ValueError, match="largest_layer_params: received 0, allowed"):
+            ds_fp8.estimate_zero3_model_states_mem_needs_all_cold(7 * G, 0)
 
     def test_a_model_without_anything_to_train(self) -> None:
         frozen = torch.nn.Linear(2, 2).requires_grad_(False)
@@ -339,7 +387,7 @@ WRONG: list[tuple[list[str], str, list[str]]] = [
     (["estimate", "--params", "7G", "--paper"], "", ["--paper", "not allowed with", "--params"]),
     (["estimate", "--params", "7G", "--gpus", "0"], "", ["--gpus", "'0'", "1 or more"]),
     (["estimate", "--params", "7G", "--micro-steps", "1.5"], "", ["--micro-steps", "'1.5'", "1 or more"]),
-    (["estimate", "--params", "7G", "--stage", "3"], "", ["--stage", "3", "1", "2"]),
+    (["estimate", "--params", "7G", "--stage", "4"], "", ["--stage", "4", "1", "2", "3"]),
     (["estimate", "--params", "7G", "--opt-level", "O3"], "", ["--opt-level", "'O3'", "O1", "O2", "O2+"]),
     (["estimate", "--memory", "80GB"], "", ["--memory", "'80GB'", "as 80"]),
     (["estimate", "--memory", "-80"], "", ["--memory"]),

@@ -1,6 +1,7 @@
 """`ds_fp8 report`."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -120,11 +121,20 @@ CONFIGS = {
     "O2": ds_config({}),
     "O1, accumulating": ds_config({"opt_level": "O1"}, micro_steps=2),
     "O2+, ZeRO 1, overlap": ds_config({"opt_level": "O2+"}, stage=1, zero={"overlap_comm": True}),
+    "ZeRO 3": ds_config({}, stage=3, micro_steps=2, zero={"stage3_param_persistence_threshold": 8}),
     "two hops": ds_config({"gradients": {"intra_node_size": 2, "inter_node_dtype": "bf16"}}),
 }
 
 
-OF_AN_ENGINE = {"version", "bytes_in_flight", "rank_bytes_min", "rank_bytes_max", "kernels"}
+OF_AN_ENGINE = {
+    "version",
+    "bytes_in_flight",
+    "rank_bytes_min",
+    "rank_bytes_max",
+    "persistent_bytes",
+    "fetch_bytes",
+    "kernels",
+}
 
 
 class TestConfig:
@@ -159,7 +169,11 @@ class TestConfig:
                 {"fp_8": {"enabled": True}},
                 'fp_8: received {"enabled": true}, allowed: the section is spelled "fp8"',
             ),
-            ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage: received 3, allowed: 1, 2"),
+            ({"zero_optimization": {"stage": 0}}, "zero_optimization.stage: received 0, allowed: 1, 2, 3"),
+            (
+                {"zero_optimization": {"stage": 3}, "fp8": {"enabled": True, "scaling": "tensor"}},
+                'fp8.scaling: received "tensor", allowed: "block" with zero_optimization.stage 3',
+            ),
             ({"optimizer": {"type": "Lamb"}}, 'optimizer.type: received "Lamb", allowed: Adam'),
             ({"fp8": {"enabled": "auto"}}, 'fp8.enabled: received "auto", allowed: '),
             (
@@ -210,6 +224,34 @@ class TestConfig:
         path = written(tmp_path, ds_config(fp8, bucket=bucket))
         advice = judged(capsys, "--config", path, "--gpus", str(gpus))["run"]["advice"]
         assert ["reduce_bucket_size to 16,000,000" in each for each in advice] == [True] * told
+
+    @pytest.mark.parametrize(("dtype", "itemsize"), [("bf16", 2.0), (None, None)])
+    def test_zero_3(
+        self, dtype: str | None, itemsize: float | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        zero = {"stage3_param_persistence_threshold": 640, "sub_group_size": 10}
+        path = written(tmp_path, ds_config({}, stage=3, micro_steps=2, zero=zero, bf16=dtype is not None))
+        run = judged(capsys, "--config", path, "--gpus", "4")["run"]
+        assert (run["zero_stage"], run["overlap_comm"], run["reduced_gradient"]) == (3, True, "fp32")
+        assert (run["param_persistence_threshold"], run["wire_bytes_per_fetched_element"]) == (640, itemsize)
+        assert run["without_effect"] == [
+            "zero_optimization.sub_group_size (the step goes from bucket to bucket)"
+        ]
+        told = output(capsys, "report", "--config", path)
+        assert re.search(rf"wire bytes per fetched element +{'2.0000' if itemsize else '-'}", told)
+
+    def test_an_engine_that_may_have_no_optimizer(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """Under ZeRO 3 a client may bring one: the report is of that run."""
+        config = {**ds_config({}, stage=3), "zero_optimization.reduce_bucket_size": 4096}
+        del config["optimizer"]
+        run = judged(capsys, "--config", written(tmp_path, config))["run"]
+        assert run["without_effect"] == [
+            "zero_optimization.reduce_bucket_size (DeepSpeed reads no key with a dot)"
+        ]
+        config["zero_optimization"]["stage"] = 0
+        assert "idle" in judged(capsys, "--config", written(tmp_path, config))["off"]
 
     def test_brackets_are_text(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         path = written(tmp_path, {"fp8": {"enabled": True, "opt_level": "[red]"}})

@@ -80,7 +80,7 @@ def test_no_command_line_ends_in_a_traceback(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("ds_fp8.estimate.methods.MOST_GPUS", 64)  # for the time it takes
+    monkeypatch.setattr("ds_fp8.estimate.runs.MOST_GPUS", 64)  # for the time it takes
     chance = random.Random(seed)
     for _ in range(200):
         arguments = typed(chance, places)

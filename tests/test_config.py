@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from pydantic import BaseModel, ValidationError
@@ -420,11 +420,11 @@ class TestRefusals:
 MINIMAL: dict[str, Any] = {"zero_optimization": {"stage": 2}}
 
 REFUSED = [  # ds_config, path in the message, value in the message, a part of what is allowed
-    ({}, "zero_optimization.stage", "0", "1, 2"),
-    ({"zero_optimization": {}}, "zero_optimization.stage", "0", "1, 2"),
-    ({"zero_optimization": {"stage": 0}}, "zero_optimization.stage", "0", "1, 2"),
-    ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage", "3", "1, 2"),
-    ({"zero_optimization": {"stage": "auto"}}, "zero_optimization.stage", '"auto"', "1, 2"),
+    ({}, "zero_optimization.stage", "0", "1, 2, 3"),
+    ({"zero_optimization": {}}, "zero_optimization.stage", "0", "1, 2, 3"),
+    ({"zero_optimization": {"stage": 0}}, "zero_optimization.stage", "0", "1, 2, 3"),
+    ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage", "4", "1, 2, 3"),
+    ({"zero_optimization": {"stage": "auto"}}, "zero_optimization.stage", '"auto"', "1, 2, 3"),
     ({"zero_optimization": True}, "zero_optimization", "true", "object"),
     ({"zero_optimization": None}, "zero_optimization", "null", "object"),
     ({**MINIMAL, "bf16": True}, "bf16", "true", "object"),
@@ -492,6 +492,50 @@ REFUSED_IN_ZERO = [  # field, value, a part of what is allowed
     ("overlap_com", True, "left out"),
 ]
 
+REFUSED_IN_ZERO_3 = [  # field, value, a part of what is allowed
+    ("use_all_reduce_for_fetch_params", True, "false (use_all_reduce_for_fetch_params does not work"),
+    ("stage3_use_all_reduce_for_fetch_params", True, "false"),
+    ("zero_hpz_partition_size", 8, "fp8.gradients.intra_node_size"),
+    ("zero_quantized_weights", True, "weights travel in the model's dtype"),
+    ("zero_quantized_nontrainable_weights", True, "weights travel in the model's dtype"),
+    ("zero_quantized_gradients", True, "is fp8.gradients.dtype"),
+    ("mics_shard_size", 2, "-1"),
+    ("mics_hierarchical_params_gather", True, "false"),
+    ("zeropp_loco_param", {"err_beta": 0.8}, "null"),
+    ("zenflow", {"topk_ratio": 0.05}, "null"),
+    ("offload_optimizer", {"device": "cpu"}, '{"device": "none"}'),
+    ("offload_param", {"device": "cpu"}, '{"device": "none"}'),
+    ("cpu_offload_param", True, "false"),
+    ("elastic_checkpoint", True, "false"),
+    ("stage3_prefetch_bucket", 1, "left out"),
+]
+
+# As the templates of transformers and LLaMA-Factory have it, numbers filled in.
+ZERO_3: dict[str, Any] = {
+    "stage": 3,
+    "overlap_comm": True,
+    "contiguous_gradients": True,
+    "sub_group_size": 1e9,
+    "reduce_bucket_size": 1_000_000,
+    "stage3_prefetch_bucket_size": 900_000,
+    "stage3_param_persistence_threshold": 10_000,
+    "stage3_max_live_parameters": 1e9,
+    "stage3_max_reuse_distance": 1e9,
+    "stage3_gather_16bit_weights_on_model_save": True,
+    "offload_optimizer": {"device": "none"},
+    "offload_param": {"device": "none"},
+}
+ONLY_UNDER_3 = {  # honoured there
+    "prefetch_bucket_size": 1,
+    "stage3_model_persistence_threshold": 1,
+    "stage3_gather_fp16_weights_on_model_save": True,
+    "stage3_module_granularity_threshold": 1,
+    "memory_efficient_linear": False,
+    "override_module_apply": False,
+    "log_trace_cache_warnings": True,
+    "leaf_module": {"classes": ["a.B"]},
+}
+
 HARMLESS: list[dict[str, Any]] = [
     {},
     {"bf16": {"enabled": True}},
@@ -517,6 +561,9 @@ HARMLESS: list[dict[str, Any]] = [
     {"zero_optimization": {"stage": 2, "zenflow": None, "offload_optimizer": None}},
     {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "none"}}},
     {"zero_optimization": {"stage": 2, "offload_param": {"device": "none"}, "cpu_offload": False}},
+    {"zero_optimization": {"stage": 3}},
+    {"zero_optimization": {"stage": 3, "enable_sanity_checks": True, **ONLY_UNDER_3}},
+    {"zero_optimization": {"stage": 3, "stage3_use_all_reduce_for_fetch_params": False}},
     # as many templates write it, and DeepSpeed offloads nothing
     {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "none", "pin_memory": True}}},
 ]
@@ -551,6 +598,47 @@ class TestRestOfTheConfig:
             ds_config.check({"zero_optimization": {"stage": 2, field: value}})
         assert_refusal(str(refused.value), f"zero_optimization.{field}", json.dumps(value), allowed)
 
+    @pytest.mark.parametrize(("field", "value", "allowed"), REFUSED_IN_ZERO_3)
+    def test_refused_in_zero_3(self, field: str, value: Any, allowed: str) -> None:
+        with pytest.raises(ValueError, match=field) as refused:
+            ds_config.check({"zero_optimization": {"stage": 3, field: value}})
+        assert_refusal(str(refused.value), f"zero_optimization.{field}", json.dumps(value), allowed)
+
+    def test_a_template_for_zero_3(self) -> None:
+        assert ds_config.check({"zero_optimization": ZERO_3}) == [
+            "zero_optimization.contiguous_gradients (gradients are packed into the message that travels)",
+            "zero_optimization.sub_group_size (the step goes from bucket to bucket)",
+        ]
+
+    @pytest.mark.parametrize("stage", [1, 2])
+    def test_keys_of_zero_3_have_no_effect_below(self, stage: int) -> None:
+        of_3 = {key: value for key, value in ZERO_3.items() if key.startswith("stage3_")} | ONLY_UNDER_3
+        assert ds_config.check({"zero_optimization": {"stage": stage, **of_3}}) == [
+            f"zero_optimization.{key} (a key of ZeRO 3)" for key in of_3
+        ]
+
+    def test_keys_of_zero_1_and_2_have_no_effect_under_3(self) -> None:
+        zero = {"stage": 3, "round_robin_gradients": True, "allgather_bucket_size": 1}
+        assert ds_config.check({"zero_optimization": zero}) == [
+            "zero_optimization.round_robin_gradients (a key of ZeRO 1 and 2)",
+            "zero_optimization.allgather_bucket_size (weights are fetched when a module needs them)",
+        ]
+
+    @pytest.mark.parametrize("stage", [2, 3])
+    def test_whole_tensors_do_not_go_with_slices(self, stage: int) -> None:
+        """Both keys are named, since one alone is refused by the section itself."""
+        fp8 = {"enabled": True, "scaling": "tensor", "gradients": {"reduction": "fp8"}}
+        config = {"zero_optimization": {"stage": stage}, "fp8": fp8}
+        if stage == 2:
+            assert ds_config.check(config) == []
+            return
+        with pytest.raises(ValueError, match="slices") as refused:
+            ds_config.check(config)
+        scaling, reduction = str(refused.value).splitlines()
+        beside = "with zero_optimization.stage 3, which cuts every tensor into slices"
+        assert scaling == f'fp8.scaling: received "tensor", allowed: "block" {beside}'
+        assert reduction == f'fp8.gradients.reduction: received "fp8", allowed: "fp32" {beside}'
+
     @pytest.mark.parametrize("given", HARMLESS)
     def test_harmless(self, given: dict[str, Any]) -> None:
         assert ds_config.check({**MINIMAL, **given}) == []
@@ -578,6 +666,55 @@ class TestRestOfTheConfig:
             "zero_optimization.allgather_partitions (weights are gathered one bucket at a time)",
             "bf16.immediate_grad_update (a key of DeepSpeed's BF16 optimizer)",
         ]
+
+
+# trl, models/utils.py, prepare_deepspeed: what it adds to the config of a reference model under ZeRO 3
+ADDED_BY_TRL = {
+    "zero_optimization.reduce_bucket_size": 4096,
+    "zero_optimization.stage3_param_persistence_threshold": 640,
+    "zero_optimization.stage3_prefetch_bucket_size": 3686.4,
+}
+
+
+class TestEnginesWithoutOptimizer:
+    REFERENCE: ClassVar[dict[str, Any]] = {"zero_optimization": ZERO_3, **ADDED_BY_TRL}
+
+    def test_trls_reference_model(self) -> None:
+        assert ds_config.may_be_frozen(self.REFERENCE)
+        assert not ds_config.never_trains(self.REFERENCE)
+        idle = ds_config.check_before_engine(self.REFERENCE)
+        assert idle[:3] == [f"{key} (DeepSpeed reads no key with a dot)" for key in ADDED_BY_TRL]
+        assert idle[3:] == ds_config.check({"zero_optimization": ZERO_3})
+
+    def test_a_clients_optimizer_makes_it_strict(self) -> None:
+        with pytest.raises(ValueError, match=r"^zero_optimization\.reduce_bucket_size: received 4096"):
+            ds_config.check_trained(self.REFERENCE)
+        ds_config.check_trained({"zero_optimization": ZERO_3})
+
+    @pytest.mark.parametrize(
+        "given",
+        [
+            {"optimizer": {"type": "AdamW"}},
+            {"zero_optimization": {"stage": 2}},
+            {"zero_optimization.reduce_bucket": 1},
+            {"optimiser.lr": 1},
+            {"fp8.enabled": True},
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}},
+            {"fp8": {"enabled": True, "scaling": "tensor"}},
+        ],
+    )
+    def test_all_else_is_refused_while_it_is_parsed(self, given: dict[str, Any]) -> None:
+        with pytest.raises(ValueError, match="allowed"):
+            ds_config.check_before_engine({**self.REFERENCE, **given})
+
+    def test_without_zero(self) -> None:
+        """Nothing is looked at until an optimizer shows."""
+        config = {"zero_optimization": {"stage": 0}, "anything": True}
+        assert ds_config.never_trains(config)
+        assert ds_config.check_before_engine(config) == []
+        with pytest.raises(ValueError, match="stage: received 0"):
+            ds_config.check_trained(config)
+        assert not ds_config.may_be_frozen({"zero_optimization": {"stage": False}})
 
 
 class Recorder(dict[str, Any]):
@@ -639,7 +776,7 @@ def fields_of(model: Any) -> set[str]:
     return set(model.model_fields) | {each.alias for each in model.model_fields.values() if each.alias}
 
 
-def unclassed(model: Any, table: dict[str, rules.Rule]) -> set[str]:
+def unclassed(model: Any, table: rules.Rules) -> set[str]:
     return fields_of(model) - set(table)
 
 
@@ -648,7 +785,9 @@ LEVEL_KINDS = [name.lower().replace("+", "plus") for name in LEVELS]
 
 class TestShippedConfigs:
     def test_there_is_one_a_stage_and_level(self) -> None:
-        assert set(SHIPPED) >= {f"zero{n}_{kind}.json" for n in (1, 2) for kind in ("bf16", *LEVEL_KINDS)}
+        assert set(SHIPPED) >= {
+            f"zero{n}_{kind}.json" for n in ds_config.STAGES for kind in ("bf16", *LEVEL_KINDS)
+        }
 
     @pytest.mark.parametrize("name", SHIPPED)
     def test_parses_and_passes(self, name: str) -> None:

@@ -1,12 +1,16 @@
 """Estimates against what engines allocate: tensors of the handler, DeepSpeed's and ours, on two ranks."""
 
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
+from deepspeed import comm as dist
+from deepspeed.runtime.comm import coalesced_collectives
 from engines import build, ds_config
 from grids import grid
 from meters import live_tensors, optimizer_bytes, storages
@@ -16,15 +20,15 @@ from torch.nn import functional as F
 from train_lm import ByteGPT, Shape
 
 from ds_fp8.config.section import FP8Config
+from ds_fp8.estimate.fetching import Fetching
 from ds_fp8.estimate.methods import (
     STOCK,
     STOCK_BF16_STATES,
     Held,
-    Run,
     levels,
-    model_of_module,
     with_fp8,
 )
+from ds_fp8.estimate.runs import Run, model_of_module
 from ds_fp8.zero_fp8.gradients.exchange import AllToAll
 from ds_fp8.zero_fp8.gradients.packing import ScaledPacker
 from ds_fp8.zero_fp8.placement.partition import Bucket
@@ -105,14 +109,29 @@ def run_steps(engine: Any, steps: int) -> None:
         engine.step()
 
 
+# Of ZeRO 3: some parameters stay whole, and no more is fetched than a module needs.
+SLICED = {
+    "stage3_param_persistence_threshold": 300,
+    "stage3_max_live_parameters": 0,
+    "stage3_prefetch_bucket_size": 0,
+    "stage3_max_reuse_distance": 0,
+    "sub_group_size": 5000,
+    "memory_efficient_linear": False,
+}
+KEYS = Fetching(300, sys.maxsize, 0, 0, 5000)
+
+
 def fp8_bytes(name: str, fp8: dict[str, Any], stage: int, micro_steps: int) -> dict[str, int]:
     """What our handler holds after steps, and every `.grad` that waits for the accumulation boundary."""
-    config = ds_config(fp8, stage=stage, micro_steps=micro_steps, bucket=BUCKET)
+    config = ds_config(fp8, stage=stage, micro_steps=micro_steps, bucket=BUCKET, zero=SLICED)
     engine = build(config, MODELS[name]())
     run_steps(engine, 2)
-    parts = engine.optimizer.parts
+    parts, parameters = engine.optimizer.parts, list(engine.module.parameters())
+    slices = storages(each.ds_tensor for each in parameters) if stage == 3 else {}
+    whole = {at: size for at, size in storages(parameters).items() if at not in slices}
     found = {
-        "weights": nbytes(engine.module.parameters()),
+        "weights": sum((slices or whole).values()),
+        "persistent": sum(whole.values()) if stage == 3 else 0,
         "states": sum(shard.nbytes for shard in parts.shards),
         "reduced": sum(reduced.nbytes for reduced in parts.reduced),
     }
@@ -122,15 +141,34 @@ def fp8_bytes(name: str, fp8: dict[str, Any], stage: int, micro_steps: int) -> d
     return found
 
 
+def hold_what_was_found(held: Held, found: dict[str, int]) -> None:
+    assert held.weights == found["weights"]
+    assert held.persistent == found["persistent"]
+    assert held.states == found["states"]
+    assert held.gradients == found["reduced"] + found["waiting"]
+
+
 @pytest.mark.parametrize(("stage", "micro_steps"), [(1, 2), (2, 1), (2, 2)])
 @pytest.mark.parametrize("level", ["O1", "O2", "O2+"])
 @pytest.mark.parametrize("name", MODELS)
 def test_fp8(ranks: RankPools, name: str, level: str, stage: int, micro_steps: int) -> None:
     held = levels()[level].held(model_of_module(MODELS[name]()), Run(2, stage, micro_steps, BUCKET))
     for found in ranks.run(2, fp8_bytes, name, {"opt_level": level}, stage, micro_steps):
-        assert held.weights == found["weights"]
-        assert held.states == found["states"]
-        assert held.gradients == found["reduced"] + found["waiting"]
+        hold_what_was_found(held, found)
+
+
+@grid(
+    name=[*MODELS],
+    how=[("O1", 32, 1), ("O2", 128, 2), ("O2+", 256, 1)],  # level, block size, micro-steps
+    count=[1, 2, 3],
+)
+def test_fp8_sliced(ranks: RankPools, name: str, how: tuple[str, int, int], count: int) -> None:
+    level, block_size, micro_steps = how
+    fp8 = {"opt_level": level, "block_size": block_size}
+    run = Run(count, 3, micro_steps, BUCKET, True, KEYS)
+    held = with_fp8("", FP8Config.model_validate(fp8)).held(model_of_module(MODELS[name]()), run)
+    for found in ranks.run(count, fp8_bytes, name, fp8, 3, micro_steps):
+        hold_what_was_found(held, found)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -228,12 +266,88 @@ def test_stock(ranks: RankPools, name: str, when: tuple[int, int], how: tuple[in
     assert held == max(found, key=lambda each: each.total)
 
 
+class StockSlicedProbe:
+    """DeepSpeed's handler of ZeRO 3, watched: bytes that it copies to reduce, and to step."""
+
+    def __init__(self, engine: Any) -> None:
+        self.reduced = self.stepped = 0
+        self._handler = engine.optimizer
+        self._flatten, self._reduce = self._handler.flatten, coalesced_collectives._torch_reduce_scatter_fn
+        self._handler.flatten = self.flatten
+        self._handler.optimizer.register_step_pre_hook(lambda *_: self.step())
+
+    def reduce(self, whole: Tensor, *arguments: Any, **options: Any) -> Any:
+        buffers = [bucket.buffer for bucket in self._handler.ipg_buckets.values()]
+        grads = [each.grad for each in self._handler.module.parameters() if each.grad is not None]
+        if storages([whole]).keys() - storages([*buffers, *grads]).keys():
+            self.reduced = max(self.reduced, whole.nbytes)
+        return self._reduce(whole, *arguments, **options)
+
+    def flatten(self, tensors: list[Tensor]) -> Tensor:
+        flat = self._flatten(tensors)
+        self._copied = {} if len(tensors) == 1 else storages([flat])
+        return flat
+
+    def step(self) -> None:
+        grads = [each.grad for each in self._handler.fp32_partitioned_groups_flat if each.grad is not None]
+        kept = storages([self._handler.grad_partitions_flat_buffer])
+        copies = {at: size for at, size in storages(grads).items() if at not in kept} | self._copied
+        self.stepped = max(self.stepped, sum(copies.values()))
+
+
+def stock_sliced_bytes(name: str, micro_steps: int, bucket: int, bf16_states: bool) -> tuple[Held, int, int]:
+    """Between steps, and what comes on top in them."""
+    alive = live_tensors()
+    before = storages(alive)
+    config = ds_config(stage=3, micro_steps=micro_steps, bucket=bucket, zero=SLICED)
+    if bf16_states:
+        config["bf16"] |= {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
+    engine = build(config, MODELS[name]())
+    run_steps(engine, 2)
+    handler, parameters = engine.optimizer, list(engine.module.parameters())
+    states = [handler.optimizer.state[each] for each in handler.fp32_partitioned_groups_flat]
+    held = Held(
+        weights=nbytes(each.ds_tensor for each in parameters),
+        states=nbytes(handler.fp32_partitioned_groups_flat)
+        + nbytes(state[key] for state in states for key in ("exp_avg", "exp_avg_sq")),
+        gradients=handler.grad_partitions_flat_buffer.nbytes,
+        buffers=nbytes(each.buffer for each in handler.ipg_buckets.values()),
+        persistent=nbytes(each.data for each in parameters) if dist.get_world_size() > 1 else 0,
+    )
+    alive = [each for each in live_tensors() if each.untyped_storage().data_ptr() not in before]
+    assert 0 <= nbytes(alive) - held.total < SMALL
+    del alive
+    probe = StockSlicedProbe(engine)
+    with patch.object(coalesced_collectives, "_torch_reduce_scatter_fn", probe.reduce):
+        run_steps(engine, 1)
+    engine.destroy()
+    return held, probe.reduced, probe.stepped
+
+
+@grid(
+    name=[*MODELS],
+    how=[(1, BUCKET, False), (2, 10 * BUCKET, False), (1, BUCKET, True)],  # micro-steps, bucket, BF16 states
+    count=[1, 2, 3],
+)
+def test_stock_sliced(ranks: RankPools, name: str, how: tuple[int, int, bool], count: int) -> None:
+    micro_steps, bucket, bf16_states = how
+    method = STOCK_BF16_STATES if bf16_states else STOCK
+    held = method.held(model_of_module(MODELS[name]()), Run(count, 3, micro_steps, bucket, True, KEYS))
+    for found, reduced, stepped in ranks.run(count, stock_sliced_bytes, name, *how):
+        copied = held.buffers - found.buffers
+        assert replace(held, buffers=found.buffers) == found
+        # Which gradients fill a bucket is a matter of their order.
+        assert copied == stepped or (copied > stepped and 0.8 < reduced / copied < 1.01)
+
+
 def peak_of_backward(name: str, fp8: dict[str, Any], stage: int, overlap: bool) -> int:
     """Bytes of `.grad` and of messages, at their largest over the micro-steps of a step.
 
     Under ZeRO 2 without those `.grad` that autograd makes before the bucket in front of them is full.
     """
-    config = ds_config(fp8, stage=stage, micro_steps=2, bucket=BUCKET, zero={"overlap_comm": overlap})
+    config = ds_config(
+        fp8, stage=stage, micro_steps=2, bucket=BUCKET, zero={**SLICED, "overlap_comm": overlap}
+    )
     engine = build(config, MODELS[name]())
     transfers: weakref.WeakSet[AllToAll] = weakref.WeakSet()
     seen, last = [], {}
@@ -271,7 +385,7 @@ def peak_of_backward(name: str, fp8: dict[str, Any], stage: int, overlap: bool) 
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("name", MODELS)
 def test_fp8_buffers(ranks: RankPools, name: str, stage: int, overlap: bool) -> None:
     model = model_of_module(MODELS[name]())

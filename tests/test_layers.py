@@ -20,7 +20,7 @@ ROOMS = (
         "ds_fp8.seam",
         "registration | loading saving | engine load_checks | arguments backward builds model_file | status",
     ),
-    ("ds_fp8.estimate", "deepspeed_names | dry_run model_sizes | methods | memory stock"),
+    ("ds_fp8.estimate", "deepspeed_names | methods dry_run model_sizes | runs | fetching memory stock"),
     ("ds_fp8", "output"),
     (
         "ds_fp8.zero_fp8.handlers",
@@ -57,7 +57,7 @@ ROOMS = (
         "ds_fp8.ops",
         "fp8_sum per_tensor | guards | adam reduction | masters exact | rounding blocks | health | formats",
     ),
-    ("ds_fp8.config", "ds_config | rules section"),
+    ("ds_fp8.config", "ds_config | rules section | rule_kinds"),
     ("ds_fp8", "compat"),
     ("ds_fp8.config", "refusals"),
 )

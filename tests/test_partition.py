@@ -10,7 +10,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ds_fp8.zero_fp8.placement.partition import Bucket, ParameterSpec, partition
+from ds_fp8.estimate import memory
+from ds_fp8.zero_fp8.placement.partition import (
+    Bucket,
+    ParameterSpec,
+    partition,
+    partition_sliced,
+    slice_blocks,
+)
 from ds_fp8.zero_fp8.placement.ranks import Fleet
 
 WORLD_SIZES = range(1, 10)
@@ -29,9 +36,10 @@ class Case(NamedTuple):
     bucket_elements: int
     block_size: int
     world_size: int
+    sliced: bool = False  # as ZeRO 3 cuts
 
     def buckets(self, world_size: int | None = None) -> tuple[Bucket, ...]:
-        return partition(
+        return (partition_sliced if self.sliced else partition)(
             in_fleet(self.parameters, world_size or self.world_size),
             bucket_elements=self.bucket_elements,
             block_size=self.block_size,
@@ -43,7 +51,7 @@ kinds = st.tuples(sizes, st.integers(0, 2), st.sampled_from(["bf16", "fp32"]), s
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> Case:
+def cases(draw: st.DrawFn, sliced: tuple[bool, ...] = (False,)) -> Case:
     """Indices ascend with gaps (frozen parameters), and come in any order."""
     index, parameters = -1, []
     for numel, group, dtype, gap in draw(st.lists(kinds, min_size=1, max_size=25)):
@@ -54,10 +62,13 @@ def cases(draw: st.DrawFn) -> Case:
         draw(st.one_of(st.integers(1, 300), st.integers(300, 10_000), st.just(500_000_000))),
         draw(st.sampled_from([1, 32, 64, 128, 256])),
         draw(st.sampled_from(WORLD_SIZES)),
+        draw(st.sampled_from(sliced)),
     )
 
 
 each_case = given(cases())
+each_sliced_case = given(cases(sliced=(True,)))
+each_case_of_both = given(cases(sliced=(False, True)))
 partition_settings = settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.too_slow])
 
 
@@ -85,7 +96,7 @@ def owned_blocks(buckets: Sequence[Bucket]) -> list[tuple[int, int, int]]:
 
 
 @partition_settings
-@each_case
+@each_case_of_both
 def test_every_element_is_owned_exactly_once(case: Case) -> None:
     owners: dict[int, Counter[int]] = defaultdict(Counter)
     for bucket in case.buckets():
@@ -98,7 +109,7 @@ def test_every_element_is_owned_exactly_once(case: Case) -> None:
 
 
 @partition_settings
-@each_case
+@each_case_of_both
 def test_pieces_are_whole_blocks_in_the_order_of_the_shard(case: Case) -> None:
     for bucket in case.buckets():
         for rank in range(case.world_size):
@@ -154,7 +165,7 @@ def test_slots_lie_side_by_side_from_block_to_block(case: Case) -> None:
 
 
 @partition_settings
-@each_case
+@each_case_of_both
 def test_buckets_keep_their_limit_unless_a_parameter_is_alone(case: Case) -> None:
     for bucket in case.buckets():
         assert bucket.slots
@@ -162,7 +173,7 @@ def test_buckets_keep_their_limit_unless_a_parameter_is_alone(case: Case) -> Non
 
 
 @partition_settings
-@each_case
+@each_case_of_both
 def test_buckets_are_filled_before_the_next_is_opened(case: Case) -> None:
     spec = {each.index: each for each in case.parameters}
     by_kind: dict[tuple[int, Hashable], list[Bucket]] = defaultdict(list)
@@ -176,7 +187,7 @@ def test_buckets_are_filled_before_the_next_is_opened(case: Case) -> None:
 
 
 @partition_settings
-@each_case
+@each_case_of_both
 def test_a_bucket_has_one_group_and_dtype_in_reverse_order(case: Case) -> None:
     spec = {each.index: each for each in case.parameters}
     last: dict[tuple[int, Hashable], int] = {}
@@ -204,10 +215,69 @@ def test_blocks_do_not_depend_on_the_world_size(case: Case) -> None:
 
 
 @partition_settings
-@each_case
+@each_case_of_both
 def test_the_order_in_which_parameters_are_given_does_not_matter(case: Case) -> None:
     ascending = case._replace(parameters=tuple(sorted(case.parameters, key=lambda each: each.index)))
     assert case.buckets() == ascending.buckets()
+
+
+@partition_settings
+@each_sliced_case
+def test_slices_are_equal_and_in_order(case: Case) -> None:
+    """Slice r of a parameter begins at its r-th multiple of the slice, whatever lies beside it."""
+    for bucket in case.buckets():
+        width = {
+            slot.parameter: -(-slot.numel // (case.block_size * case.world_size)) * case.block_size
+            for slot in bucket.slots
+        }
+        assert bucket.blocks_per_rank * case.block_size == sum(width.values())
+        for rank in range(case.world_size):
+            assert bucket.blocks_of(rank) == bucket.blocks_per_rank
+            held = {piece.slot.parameter: piece for piece in bucket.pieces(rank)}
+            for slot in bucket.slots:
+                first = rank * width[slot.parameter]
+                expected = range(first, min(first + width[slot.parameter], slot.numel))
+                assert (slot.parameter in held) == bool(expected)
+                if expected:
+                    piece = held[slot.parameter]
+                    assert piece.elements == slice(expected.start, expected.stop)
+                    assert piece.first_row * case.block_size == bucket.offset(slot)
+
+
+@partition_settings
+@each_sliced_case
+def test_slices_lie_side_by_side_in_every_run(case: Case) -> None:
+    for bucket in case.buckets():
+        row = 0
+        for slot in bucket.slots:
+            assert slot.slice_blocks == slice_blocks(slot.numel, case.block_size, case.world_size)
+            assert (slot.first_block, slot.blocks) == (row, -(-slot.numel // case.block_size))
+            row += slot.slice_blocks
+        assert row == bucket.blocks_per_rank
+        assert bucket.blocks == row * case.world_size
+
+
+@partition_settings
+@each_sliced_case
+def test_blocks_of_slices_are_those_of_runs(case: Case) -> None:
+    """The same blocks in the same buckets as under ZeRO 2, at every world size."""
+    runs = case._replace(sliced=False).buckets()
+    for world_size in WORLD_SIZES:
+        buckets = case.buckets(world_size)
+        assert sorted(owned_blocks(buckets)) == sorted(owned_blocks(runs)), f"world size {world_size}"
+        assert layout(buckets) == layout(runs)
+
+
+@partition_settings
+@each_sliced_case
+def test_the_estimate_has_the_slices_of_the_partition(case: Case) -> None:
+    sizes, fleet = [each.numel for each in case.parameters], Fleet("data", case.world_size)
+    rows = sum(bucket.blocks_per_rank for bucket in case.buckets())
+    assert memory.slice_bytes(2, sizes, case.block_size, fleet) == 2 * rows * case.block_size
+    alone = case.world_size == 1
+    sent = memory.fetch_bytes(2, sizes, case.block_size, fleet)
+    assert sent == (0 if alone else 2 * rows * case.block_size)
+    assert memory.gathered_bytes(2, sizes, case.block_size, fleet) == case.world_size * sent
 
 
 def test_buckets_fill_in_reverse_order() -> None:
@@ -257,4 +327,15 @@ def test_a_cut_parameter() -> None:
         [(1, slice(0, 3), slice(0, 192))],
         [(1, slice(0, 2), slice(192, 300)), (0, slice(2, 3), slice(0, 64))],
         [(0, slice(0, 1), slice(64, 100))],
+    ]
+
+
+def test_sliced_parameters() -> None:
+    """300 and 100 elements in blocks of 64, each over 3 ranks: 2 + 2 + 1 blocks, and 1 + 1 + none."""
+    (bucket,) = partition_sliced(specs(100, 300, ranks=3), bucket_elements=1000, block_size=64)
+    pieces = [[(p.slot.parameter, p.rows, p.elements) for p in bucket.pieces(rank)] for rank in range(3)]
+    assert pieces == [
+        [(1, slice(0, 2), slice(0, 128)), (0, slice(2, 3), slice(0, 64))],
+        [(1, slice(0, 2), slice(128, 256)), (0, slice(2, 3), slice(64, 100))],
+        [(1, slice(0, 1), slice(256, 300))],
     ]

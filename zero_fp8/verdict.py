@@ -28,7 +28,7 @@ class Counted(NamedTuple):
     late: int = 0  # parameters with a gradient that has not travelled; the step is tried again
     objections: int = 0  # the step is not taken
     edited: int = 0  # parameters with edits that the log has not named
-    changed: int = 0  # 1 if backward went another way than the schedule was learnt from
+    changed: int = 0  # 1 if a bucket was not full at its place in the schedule
 
 
 class Verdict:

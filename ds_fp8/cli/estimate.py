@@ -7,12 +7,14 @@ from dataclasses import asdict
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
+from ds_fp8.config.ds_config import STAGES
 from ds_fp8.config.refusals import cut, refusal
 from ds_fp8.config.section import LEVELS
 from ds_fp8.output import add_command, add_run, in_units, show_json, show_line, show_table
 
 if TYPE_CHECKING:
-    from ds_fp8.estimate.methods import Method, Model, Run
+    from ds_fp8.estimate.methods import Method
+    from ds_fp8.estimate.runs import Model, Run
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
 GB = 10**9
@@ -29,7 +31,7 @@ def add_to(commands: Any) -> None:
         "--memory", metavar="GB", type=gigabytes, help="find the largest model for GPUs of this memory"
     )
     add_run(parser)
-    parser.add_argument("--stage", type=int, choices=(1, 2), help="of ZeRO; default: 2")
+    parser.add_argument("--stage", type=int, choices=STAGES, help="of ZeRO; default: 2")
     parser.add_argument("--opt-level", choices=tuple(LEVELS), help="default: all of them")
     parser.add_argument("--config", metavar="DS_CONFIG", help="take stage, level and formats from this file")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -67,10 +69,10 @@ def estimate(arguments: argparse.Namespace) -> None:
 
 def _run(arguments: argparse.Namespace) -> "tuple[Run, list[Method]]":
     """The run, and ds_fp8's methods in it."""
-    from ds_fp8.estimate import methods
+    from ds_fp8.estimate import methods, runs
 
     if arguments.config is None:
-        run = methods.Run(arguments.gpus, arguments.stage or 2, arguments.micro_steps or 1)
+        run = runs.run_at_defaults(arguments.gpus, arguments.stage or 2, arguments.micro_steps or 1)
         levels = methods.levels()
         return run, [levels[arguments.opt_level]] if arguments.opt_level else [*levels.values()]
     from ds_fp8.estimate import dry_run
@@ -91,14 +93,14 @@ def _run(arguments: argparse.Namespace) -> "tuple[Run, list[Method]]":
 
 
 def _models(arguments: argparse.Namespace, run: "Run") -> "list[Model]":
-    from ds_fp8.estimate import methods
+    from ds_fp8.estimate import runs
     from ds_fp8.estimate.model_sizes import pretrained
 
     if arguments.paper:
-        return methods.paper()
+        return runs.paper()
     if arguments.model is not None:
         return [pretrained(arguments.model)]
-    return [methods.model_of_size(arguments.params, run)]
+    return [runs.model_of_size(arguments.params, run)]
 
 
 def _show_models(arguments: argparse.Namespace, methods: "list[Method]", run: "Run") -> None:

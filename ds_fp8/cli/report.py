@@ -15,7 +15,7 @@ from ds_fp8.output import add_command, add_run, in_units, show_json, show_line, 
 if TYPE_CHECKING:
     from ds_fp8.estimate.dry_run import DryRun
 
-RATES = ("state_bytes_per_parameter", "gradient_bytes_per_parameter", "wire_bytes_per_gradient_element")
+BYTES_OF_16_BITS = 2.0
 LISTS = ("without_effect", "filled_in_by_hugging_face", "advice")
 PACKAGES = ("torch", "deepspeed", "triton", "transformers", "accelerate")
 
@@ -115,8 +115,9 @@ def judged(arguments: argparse.Namespace, obstacle: str | None) -> dict[str, Any
 
 def described(tried: "DryRun") -> dict[str, Any]:
     """What `ds_fp8.describe` would say of an engine with this config."""
-    from ds_fp8.estimate import dry_run, memory
+    from ds_fp8.estimate import dry_run, fetching, memory
 
+    itemsize = None if tried.model_dtype is None else BYTES_OF_16_BITS
     return {
         "opt_level": tried.fp8.opt_level,
         "zero_stage": tried.run.stage,
@@ -125,6 +126,7 @@ def described(tried: "DryRun") -> dict[str, Any]:
         "weights": tried.model_dtype,
         **memory.summary(tried.recipe, ranks=tried.run.gpus, accumulating=tried.run.accumulating),
         "overlap_comm": tried.run.overlap,
+        **(fetching.summary(tried.run.fetching, itemsize) if tried.run.stage == 3 else {}),
         "without_effect": tried.idle,
         "filled_in_by_hugging_face": tried.filled_in,
         "refused_without_hugging_face": tried.refused_alone,
@@ -158,7 +160,8 @@ def _config_rows(config: dict[str, Any]) -> dict[str, Any]:
         return {"accepted": config["off"]}
     alone = run["refused_without_hugging_face"]
     accepted = "yes" if alone is None else f"by the Trainer and accelerate only; DeepSpeed alone: {alone}"
-    rows = {**run, "weights": run["weights"] or "as the model", **{key: f"{run[key]:.4f}" for key in RATES}}
+    rates = {key: f"{value:.4f}" for key, value in run.items() if isinstance(value, float)}
+    rows = {**run, "weights": run["weights"] or "as the model", **rates}
     lists = {key: "; ".join(rows.pop(key)) for key in LISTS}
     del rows["refused_without_hugging_face"]
     rows |= {key: text for key, text in lists.items() if text}

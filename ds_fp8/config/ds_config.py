@@ -12,8 +12,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from ds_fp8.config.refusals import refusal, validate
-from ds_fp8.config.rules import SECTIONS, TOP_LEVEL, NoEffect, Refused, Rule
-from ds_fp8.config.section import parse
+from ds_fp8.config.rule_kinds import NoEffect, Refused, rule_at
+from ds_fp8.config.rules import SECTIONS, TOP_LEVEL, Rules
+from ds_fp8.config.section import SECTION, FP8Config, parse
 
 STAGES = (1, 2, 3)
 OPTIMIZER_TYPES = ("Adam", "AdamW", "FP8AdamW")
@@ -45,10 +46,12 @@ def optimizer_params(params: Mapping[str, Any]) -> OptimizerParams:
 
 def check(ds_config: Mapping[str, Any]) -> list[str]:
     """Refuse, by a ValueError, what does not go with FP8; the keys that have no effect are returned."""
-    idle = _apply(TOP_LEVEL, ds_config, prefix="")
-    check_stage(ds_config)
+    stage = check_stage(ds_config)
+    idle = _apply(TOP_LEVEL, ds_config, stage, prefix="")
     for name, rules in SECTIONS.items():
-        idle += _apply(rules, _section(ds_config, name), prefix=f"{name}.")
+        idle += _apply(rules, _section(ds_config, name), stage, prefix=f"{name}.")
+    if stage == 3:
+        _refuse_whole_tensors(parse(ds_config) or FP8Config())
     _check_optimizer(_section(ds_config, "optimizer"))
     for name in BATCHES:
         _check_count(name, ds_config.get(name))
@@ -58,20 +61,69 @@ def check(ds_config: Mapping[str, Any]) -> list[str]:
     return idle
 
 
-def check_stage(ds_config: Mapping[str, Any]) -> None:
-    stage = _section(ds_config, "zero_optimization").get("stage", 0)
+def check_stage(ds_config: Mapping[str, Any]) -> int:
+    """The stage of ZeRO. Raises ValueError if it does not go with FP8."""
+    stage = _stage(ds_config)
     if isinstance(stage, bool) or stage not in STAGES:
-        raise refusal("zero_optimization.stage", stage, "1, 2 with fp8 enabled")
+        raise refusal("zero_optimization.stage", stage, f"{', '.join(map(str, STAGES))} with fp8 enabled")
+    return int(stage)
+
+
+def check_before_engine(ds_config: Mapping[str, Any]) -> list[str]:
+    """What `check` refuses, but for what an engine that turns out to have no optimizer may have."""
+    if not may_be_frozen(ds_config):
+        return check(ds_config)
+    if never_trains(ds_config):
+        return []
+    unread = [key for key in ds_config if _has_a_dot(key)]
+    idle = check({key: value for key, value in ds_config.items() if key not in unread})
+    return [*(f"{key} (DeepSpeed reads no key with a dot)" for key in unread), *idle]
+
+
+def check_trained(ds_config: Mapping[str, Any]) -> None:
+    """Refuse what `check_before_engine` has let pass: there is an optimizer."""
+    if may_be_frozen(ds_config):
+        check(ds_config)
 
 
 def may_be_frozen(ds_config: Mapping[str, Any]) -> bool:
     """Whether an engine of this config may have no optimizer, and so nothing to do in FP8.
 
-    TRL makes its reference model's engine of the trained one's config, with stage 0 and without "optimizer".
-    A client's optimizer shows later; then `check_stage` refuses.
+    TRL makes its reference model's engine of the trained one's config without "optimizer". It has stage 0, or
+    stage 3 and keys with a dot ("zero_optimization.reduce_bucket_size"), which DeepSpeed does not read.
+    A client's optimizer shows later; then `check_trained` refuses.
     """
-    stage = _section(ds_config, "zero_optimization").get("stage", 0)
-    return stage == 0 and stage is not False and "optimizer" not in ds_config
+    stage = _stage(ds_config)
+    return stage in (0, 3) and not isinstance(stage, bool) and "optimizer" not in ds_config
+
+
+def never_trains(ds_config: Mapping[str, Any]) -> bool:
+    """Whether an engine of this config has nothing to do in FP8 or, if it has an optimizer, is refused."""
+    return may_be_frozen(ds_config) and _stage(ds_config) == 0
+
+
+def _stage(ds_config: Mapping[str, Any]) -> Any:
+    return _section(ds_config, "zero_optimization").get("stage", 0)
+
+
+def _has_a_dot(key: Any) -> bool:
+    """Whether this is a path, such as "zero_optimization.reduce_bucket_size", in place of a key."""
+    name, dot, field = str(key).partition(".")
+    return bool(dot) and field in SECTIONS.get(name, {})
+
+
+def _refuse_whole_tensors(config: FP8Config) -> None:
+    """One scale per tensor, and sums with it, require whole tensors on a rank."""
+    beside = "with zero_optimization.stage 3, which cuts every tensor into slices"
+    given = {"scaling": config.scaling, "gradients.reduction": config.gradients.reduction}
+    allowed = {"scaling": "block", "gradients.reduction": "fp32"}
+    mistakes = [
+        str(refusal(f"{SECTION}.{key}", value, f'"{allowed[key]}" {beside}'))
+        for key, value in given.items()
+        if value != allowed[key]
+    ]
+    if mistakes:
+        raise ValueError("\n".join(mistakes))
 
 
 def _section(ds_config: Mapping[str, Any], name: str, path: str | None = None) -> Mapping[str, Any]:
@@ -83,14 +135,15 @@ def _section(ds_config: Mapping[str, Any], name: str, path: str | None = None) -
     return section
 
 
-def _apply(rules: Mapping[str, Rule], section: Mapping[str, Any], prefix: str) -> list[str]:
+def _apply(rules: Rules, section: Mapping[str, Any], stage: int, prefix: str) -> list[str]:
     idle = []
     for key, value in section.items():
         if str(key).startswith("_") or key in COMMENTS:
             continue
-        path, rule = f"{prefix}{key}", rules.get(key)
-        if rule is None:
+        path = f"{prefix}{key}"
+        if key not in rules:
             raise refusal(path, value, "the key left out (ds_fp8 does not know it)")
+        rule = rule_at(stage, rules[key])
         if isinstance(rule, Refused) and not rule.accepts(value):
             raise refusal(path, value, f"{rule.allowed(value)} ({key} {rule.why})")
         if isinstance(rule, NoEffect):
@@ -120,7 +173,7 @@ def initialize_params(original: Callable[..., Any]) -> Callable[..., Any]:
     def method(self: Any, param_dict: dict[str, Any]) -> None:
         config = parse(param_dict)
         enabled = config is not None and config.enabled
-        idle = check(param_dict) if enabled and not may_be_frozen(param_dict) else []
+        idle = check_before_engine(param_dict) if enabled else []
         original(self, param_dict)
         self.ds_fp8, self.ds_fp8_idle_keys = config, idle
         if config is not None and config.enabled and str(self.optimizer_name).lower() == "fp8adamw":

@@ -2,61 +2,28 @@
 
 Every top-level key and every field of the sections listed here is honoured, is without effect, or
 is refused by name. A test enumerates them from the installed DeepSpeed and fails on one that is
-missing.
+missing. Where ZeRO 3 treats a key in another way than ZeRO 1 and 2, the table has both rules.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
 
-from ds_fp8.config.refusals import show
+from ds_fp8.config.rule_kinds import ByStage, Honoured, NoEffect, Refused, Rule, only_below_3, only_zero3
 
-
-@dataclass(frozen=True)
-class Honoured:
-    """A key that does what DeepSpeed's documentation says."""
-
-
-@dataclass(frozen=True)
-class NoEffect:
-    """A key that is accepted and logged; FP8 has no use for what it asks."""
-
-    why: str
-
-
-@dataclass(frozen=True)
-class Refused:
-    """A key that is accepted only with a value that asks for nothing."""
-
-    why: str
-    harmless: tuple[Any, ...] = ()  # besides a section that says "enabled": false
-
-    def accepts(self, value: Any) -> bool:
-        if not isinstance(value, Mapping):
-            return any(value == each for each in self.harmless)
-        switched_off = value.get("enabled", value != {}) is False
-        return switched_off or any(_contains(value, each) for each in self.harmless if each)
-
-    def allowed(self, value: Any) -> str:
-        off = ['{"enabled": false}'] if isinstance(value, Mapping) and "enabled" in value else []
-        return ", ".join(["the key left out", *off, *map(show, self.harmless)])
-
-
-def _contains(section: Mapping[str, Any], part: Mapping[str, Any]) -> bool:
-    return all(section.get(key) == value for key, value in part.items())
-
-
-Rule = Honoured | NoEffect | Refused
+Rules = Mapping[str, Rule | ByStage]
 
 HONOURED = Honoured()
 OWN_DTYPES = NoEffect("dtypes of states and gradients are those of the fp8 section")
 OTHER_OPTIMIZER = NoEffect("FP8AdamW replaces the optimizer")
 FP32_SUM = NoEffect("the ranks' gradients are added in FP32, where no factor is needed")
-ONLY_ZERO3 = NoEffect("a key of ZeRO 3")
+GATHERED = ByStage(
+    NoEffect("weights are gathered one bucket at a time"),
+    NoEffect("weights are fetched when a module needs them"),
+)
 NOT_WITH_FP8 = "does not work with fp8 enabled"
 NOT_YET = "is not built yet with fp8 enabled"
+AS_THE_MODEL = f"{NOT_WITH_FP8}: weights travel in the model's dtype"
 
-TOP_LEVEL: dict[str, Rule] = {
+TOP_LEVEL: Rules = {
     **dict.fromkeys(
         (
             "train_batch_size",
@@ -131,21 +98,20 @@ TOP_LEVEL: dict[str, Rule] = {
     ),
 }
 
-ZERO: dict[str, Rule] = {
+ZERO: Rules = {
     "stage": HONOURED,
     "reduce_bucket_size": HONOURED,
     "overlap_comm": HONOURED,
     "contiguous_gradients": NoEffect("gradients are packed into the message that travels"),
     "reduce_scatter": NoEffect("gradients go to their owners by all-to-all"),
     "use_multi_rank_bucket_allreduce": NoEffect("gradients go to their owners by all-to-all"),
-    "allgather_partitions": NoEffect("weights are gathered one bucket at a time"),
-    "allgather_bucket_size": NoEffect("weights are gathered one bucket at a time"),
+    **dict.fromkeys(("allgather_partitions", "allgather_bucket_size"), GATHERED),
     "compute_grad_norm": NoEffect("the norm decides whether a step is skipped and is always computed"),
     "load_from_fp32_weights": NoEffect("masters are restored as they were saved"),
     "ignore_unused_parameters": NoEffect("unused parameters count as zero gradients"),
     "legacy_stage1": Refused(NOT_WITH_FP8, (False,)),
-    "round_robin_gradients": Refused(NOT_WITH_FP8, (False,)),
-    "parameter_alignment": Refused(NOT_WITH_FP8, (False,)),
+    "round_robin_gradients": only_below_3(Refused(NOT_WITH_FP8, (False,))),
+    "parameter_alignment": only_below_3(Refused(NOT_WITH_FP8, (False,))),
     "elastic_checkpoint": Refused(NOT_WITH_FP8, (False,)),
     "offload_param": Refused(NOT_YET, (None, {"device": "none"})),
     "offload_optimizer": Refused(NOT_YET, (None, {"device": "none"})),
@@ -153,45 +119,51 @@ ZERO: dict[str, Rule] = {
     "cpu_offload_param": Refused(NOT_YET, (None, False)),
     "cpu_offload_use_pin_memory": Refused(NOT_YET, (None, False)),
     "zenflow": Refused(NOT_WITH_FP8, (None,)),
-    "zero_hpz_partition_size": Refused(NOT_WITH_FP8, (1,)),
-    "zero_quantized_weights": Refused(NOT_WITH_FP8, (False,)),
-    "zero_quantized_nontrainable_weights": Refused(NOT_WITH_FP8, (False,)),
-    "zero_quantized_gradients": Refused(NOT_WITH_FP8, (False,)),
+    "zero_hpz_partition_size": Refused(
+        f"{NOT_WITH_FP8}; gradients go node by node with fp8.gradients.intra_node_size", (1,)
+    ),
+    "zero_quantized_weights": Refused(AS_THE_MODEL, (False,)),
+    "zero_quantized_nontrainable_weights": Refused(AS_THE_MODEL, (False,)),
+    "zero_quantized_gradients": Refused("is fp8.gradients.dtype with fp8 enabled", (False,)),
     "zeropp_loco_param": Refused(NOT_WITH_FP8, (None,)),
     "mics_shard_size": Refused(NOT_WITH_FP8, (-1,)),
     "mics_hierarchical_params_gather": Refused(NOT_WITH_FP8, (False,)),
-    "enable_sanity_checks": NoEffect("the handler has checks of its own"),
+    "enable_sanity_checks": ByStage(NoEffect("the handler has checks of its own"), HONOURED),
     "save_muon_momentum_buffer_in_memory": OTHER_OPTIMIZER,
     **dict.fromkeys(
         (
-            "sub_group_size",
             "prefetch_bucket_size",
-            "param_persistence_threshold",
-            "model_persistence_threshold",
-            "max_live_parameters",
-            "max_reuse_distance",
-            "gather_16bit_weights_on_model_save",
-            "module_granularity_threshold",
-            "use_all_reduce_for_fetch_params",
-            "allgather_sequential",
             "stage3_prefetch_bucket_size",
+            "param_persistence_threshold",
             "stage3_param_persistence_threshold",
+            "model_persistence_threshold",
             "stage3_model_persistence_threshold",
+            "max_live_parameters",
             "stage3_max_live_parameters",
+            "max_reuse_distance",
             "stage3_max_reuse_distance",
+            "gather_16bit_weights_on_model_save",
             "stage3_gather_16bit_weights_on_model_save",
-            "stage3_module_granularity_threshold",
-            "stage3_use_all_reduce_for_fetch_params",
-            "stage3_allgather_sequential",
             "stage3_gather_fp16_weights_on_model_save",
+            "module_granularity_threshold",
+            "stage3_module_granularity_threshold",
             "memory_efficient_linear",
-            "pipeline_loading_checkpoint",
             "override_module_apply",
             "log_trace_cache_warnings",
             "leaf_module",
         ),
-        ONLY_ZERO3,
+        only_zero3(HONOURED),
     ),
+    **dict.fromkeys(
+        ("use_all_reduce_for_fetch_params", "stage3_use_all_reduce_for_fetch_params"),
+        only_zero3(Refused(f"{NOT_WITH_FP8}: slices are fetched by all-gather", (False,))),
+    ),
+    **dict.fromkeys(
+        ("allgather_sequential", "stage3_allgather_sequential"),
+        only_zero3(NoEffect("what a module needs is fetched in one message, a large parameter alone")),
+    ),
+    "sub_group_size": only_zero3(NoEffect("the step goes from bucket to bucket")),
+    "pipeline_loading_checkpoint": only_zero3(NoEffect("a rank reads only what it owns of a checkpoint")),
 }
 
 # Fields that one end of the supported range of DeepSpeed has and the other has not.
@@ -205,7 +177,7 @@ NOT_IN_EVERY_VERSION = {
     "zeropp_loco_param",
 }
 
-BF16: dict[str, Rule] = {
+BF16: Rules = {
     "enabled": HONOURED,
     "immediate_grad_update": NoEffect("a key of DeepSpeed's BF16 optimizer"),
     "check_grad_overflow": NoEffect("non-finite gradients are always looked for"),
@@ -213,7 +185,7 @@ BF16: dict[str, Rule] = {
     "bf16_optimizer_states": Refused("is fp8.optimizer.exp_avg_dtype with fp8 enabled", (False,)),
 }
 
-FP16: dict[str, Rule] = {
+FP16: Rules = {
     **dict.fromkeys(
         (
             "enabled",
@@ -230,11 +202,11 @@ FP16: dict[str, Rule] = {
     "fp16_master_weights_and_grads": Refused("is fp8.optimizer.master_dtype with fp8 enabled", (False,)),
 }
 
-DATA_TYPES: dict[str, Rule] = dict.fromkeys(
+DATA_TYPES: Rules = dict.fromkeys(
     ("grad_accum_dtype", "param_dtype", "buffer_dtype", "keep_in_fp32_modules"), HONOURED
 )
 
-COMPILE: dict[str, Rule] = {
+COMPILE: Rules = {
     "deepcompile": Refused(NOT_WITH_FP8, (False,)),
     **dict.fromkeys(
         (
@@ -260,7 +232,7 @@ COMPILE: dict[str, Rule] = {
     ),
 }
 
-CHECKPOINT: dict[str, Rule] = {
+CHECKPOINT: Rules = {
     "tag_validation": HONOURED,
     "use_node_local_storage": HONOURED,
     "parallel_write": NoEffect("a key of pipeline parallelism"),
@@ -269,7 +241,7 @@ CHECKPOINT: dict[str, Rule] = {
     "writer": Refused(NOT_YET, (None,)),
 }
 
-SECTIONS: dict[str, dict[str, Rule]] = {
+SECTIONS: dict[str, Rules] = {
     "zero_optimization": ZERO,
     "bf16": BF16,
     "bfloat16": BF16,

@@ -15,10 +15,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from ds_fp8.compat import DeepSpeedConfig, deepspeed_logger, load_ds_config
-from ds_fp8.config.ds_config import BATCHES, initialize_params, may_be_frozen
+from ds_fp8.config.ds_config import BATCHES, initialize_params, never_trains
 from ds_fp8.config.refusals import cut, refusal, show
 from ds_fp8.config.section import SECTION, FP8Config
-from ds_fp8.estimate.methods import Run
+from ds_fp8.estimate.fetching import fetching_of
+from ds_fp8.estimate.runs import Run
 from ds_fp8.zero_fp8.placement.ranks import check_nodes
 from ds_fp8.zero_fp8.recipe import Recipe, recipe_of
 
@@ -67,7 +68,7 @@ def run_dry(config: Mapping[str, Any], *, gpus: int, micro_steps: int | None = N
     fp8: FP8Config | None = judged.ds_fp8
     if fp8 is None or not fp8.enabled:
         return OFF
-    if may_be_frozen(known):
+    if never_trains(known):
         return IDLE
     run = _run_of(judged, gpus, micro_steps)
     recipe = recipe_of(fp8, accumulating=run.accumulating, ranks=gpus)
@@ -90,6 +91,7 @@ def _run_of(judged: Any, gpus: int, micro_steps: int | None) -> Run:
         micro_steps=micro_steps or int(judged.gradient_accumulation_steps),
         bucket_elements=int(judged.zero_config.reduce_bucket_size),
         overlap=bool(judged.zero_config.overlap_comm),
+        fetching=fetching_of(judged.zero_config),
     )
 
 

@@ -6,13 +6,13 @@ a message.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ds_fp8.ops.formats import FP32, Format
 from ds_fp8.zero_fp8.placement.messages import Message
-from ds_fp8.zero_fp8.placement.partition import Bucket
-from ds_fp8.zero_fp8.placement.ranks import NodeLayout
+from ds_fp8.zero_fp8.placement.partition import Bucket, slice_blocks
+from ds_fp8.zero_fp8.placement.ranks import Fleet, NodeLayout
 from ds_fp8.zero_fp8.recipe import Recipe
 
 
@@ -82,6 +82,26 @@ def rank_bytes(recipe: Recipe, buckets: Sequence[Bucket], *, accumulating: bool)
 def weight_bytes(itemsize: int, buckets: Sequence[Bucket]) -> int:
     """Bytes of the weights on every rank, padding included; itemsize: bytes of the model's dtype."""
     return sum(bucket.blocks * bucket.block_size * itemsize for bucket in buckets)
+
+
+def slice_bytes(itemsize: int, sizes: Iterable[int], block_size: int, fleet: Fleet) -> int:
+    """Bytes of one rank's slices of these parameters under ZeRO 3, padding included."""
+    return itemsize * block_size * sum(slice_blocks(numel, block_size, fleet.size) for numel in sizes)
+
+
+def fetch_bytes(itemsize: int, sizes: Iterable[int], block_size: int, fleet: Fleet) -> int:
+    """Bytes that a rank hands to the gathers that fetch these parameters once; alone it sends nothing."""
+    return 0 if fleet.size == 1 else slice_bytes(itemsize, sizes, block_size, fleet)
+
+
+def gathered_bytes(itemsize: int, sizes: Iterable[int], block_size: int, fleet: Fleet) -> int:
+    """Bytes that these parameters take besides their slices when they are fetched; alone none are."""
+    return fleet.size * fetch_bytes(itemsize, sizes, block_size, fleet)
+
+
+def persistent_bytes(itemsize: int, sizes: Iterable[int], fleet: Fleet) -> int:
+    """Bytes that persistent parameters take besides their slices, without padding; alone none are."""
+    return 0 if fleet.size == 1 else itemsize * sum(sizes)
 
 
 def hop_bytes(recipe: Recipe, bucket: Bucket) -> list[int]:

@@ -17,7 +17,7 @@ import torch
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from ds_fp8.config.refusals import cut, refusal, show
-from ds_fp8.estimate.methods import MOST_TENSORS, Model, model_of_module
+from ds_fp8.estimate.runs import MOST_TENSORS, Model, model_of_module
 
 COUNTS = re.compile(r"(num|n|encoder|decoder)_(\w+_)?(layers?|heads?|experts|blocks)|depth")
 SIZES = re.compile(r"hidden_size|intermediate_size|vocab_size|n_embd|d_model|d_ff|d_inner|n_inner")

@@ -1,6 +1,7 @@
-"""How stock DeepSpeed places a param group: one flat buffer, of which each rank owns an equal part.
+"""How stock DeepSpeed places a param group. Everything is in elements.
 
-Everything is in elements.
+Under ZeRO 1 and 2 the group is one flat buffer, of which each rank owns an equal part. Under ZeRO 3 each
+parameter is cut into equal slices.
 """
 
 from bisect import bisect_left, bisect_right
@@ -22,3 +23,30 @@ def gradients_of_ranks(sizes: Sequence[int], ranks: int) -> list[tuple[int, int]
         reaching = ends[min(high, len(ends) - 1)] - (ends[low] - sizes[low]) if low < len(ends) else 0
         kept.append((reaching, min(part, max(0, first + part - ends[-1]))))
     return kept
+
+
+def slices(sizes: Sequence[int], ranks: int) -> list[int]:
+    """Each parameter's slice under ZeRO 3."""
+    return [-(-numel // ranks) for numel in sizes]
+
+
+def gathered(sizes: Sequence[int], ranks: int) -> list[int]:
+    """The slices of all ranks of each parameter, with padding; alone a rank gathers nothing."""
+    return [ranks * each if ranks > 1 else 0 for each in slices(sizes, ranks)]
+
+
+def sub_groups(sizes: Sequence[int], ranks: int, limit: int) -> list[tuple[int, int]]:
+    """What ZeRO 3 steps at a time: elements of a rank's slices, and of how many parameters."""
+    groups, elements, members = [], 0, 0
+    for each in slices(sizes, ranks):
+        elements, members = elements + each, members + 1
+        if elements >= limit:
+            groups.append((elements, members))
+            elements = members = 0
+    return [*groups, (elements, members)]
+
+
+def largest_reduction(sizes: Sequence[int], ranks: int, bucket: int) -> int:
+    """The most gradients that ZeRO 3 copies to reduce them: a full bucket, or a parameter that exceeds it."""
+    padded = [ranks * each for each in slices(sizes, ranks)]
+    return min(sum(padded), max(bucket, *padded))

@@ -18,7 +18,7 @@ from ds_fp8.config import ds_config
 from ds_fp8.config.refusals import as_json, refusal, show
 from ds_fp8.config.section import FP8Config
 from ds_fp8.seam.backward import divisor
-from ds_fp8.seam.status import accumulating, banner, is_active, write_events
+from ds_fp8.seam.status import accumulating, banner, idle, is_active, write_events
 from ds_fp8.zero_fp8.comm.agreement import check_agreement
 from ds_fp8.zero_fp8.handlers.common import FP8ZeROOptimizer
 from ds_fp8.zero_fp8.handlers.fetching import Offload
@@ -55,10 +55,8 @@ def configure_distributed_model(original: Method) -> Method:
 
     @functools.wraps(original)
     def method(self: Any, model: Any) -> None:
-        if _fp8(self) is not None and ds_config.may_be_frozen(self._config._param_dict):
-            logger.info(
-                "ds_fp8 %s: IDLE, this engine's config has ZeRO 0 and no optimizer", ds_fp8.__version__
-            )
+        if _fp8(self) is not None and ds_config.never_trains(self._config._param_dict):
+            logger.info("%s", idle(self))
         lines = _config_and_model(self, model) if _fp8(self) is not None else ["fp8 off"]
         check_agreement("config or model", lines, torch.device(self.device), dist.get_world_group())
         original(self, model)
@@ -117,7 +115,7 @@ def do_optimizer_sanity_check(original: Method) -> Method:
     @functools.wraps(original)
     def method(self: Any, basic_optimizer: Any) -> Any:
         if _fp8(self) is not None:
-            ds_config.check_stage(self._config._param_dict)
+            ds_config.check_trained(self._config._param_dict)
             return ZERO_OPTIMIZATION
         logger.info('ds_fp8 %s: OFF, this engine\'s config has no enabled "fp8" section', ds_fp8.__version__)
         return original(self, basic_optimizer)
@@ -132,6 +130,9 @@ def configure_zero_optimizer(original: Method) -> Method:
     def method(self: Any, optimizer: Any) -> Any:
         config = _fp8(self)
         if config is None:
+            return original(self, optimizer)
+        if optimizer is None and ds_config.may_be_frozen(self._config._param_dict):
+            logger.info("%s", idle(self))
             return original(self, optimizer)
         ranks = dist.get_world_size(self.seq_data_parallel_group)
         recipe = recipe_of(config, accumulating=accumulating(self), ranks=ranks)

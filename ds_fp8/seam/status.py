@@ -9,6 +9,7 @@ from deepspeed import comm as dist
 import ds_fp8
 from ds_fp8.config.refusals import refusal
 from ds_fp8.estimate import memory
+from ds_fp8.estimate.fetching import fetching_of, persistent, summary
 from ds_fp8.zero_fp8.handlers.common import FP8ZeROOptimizer
 from ds_fp8.zero_fp8.health import Health
 
@@ -33,7 +34,9 @@ def describe(engine: Any) -> dict[str, Any]:
 
     Returns:
         Plain values by name: level, ZeRO stage and world size, the formats, `state_bytes_per_parameter` and
-        `gradient_bytes_per_parameter` over all ranks, `wire_bytes_per_gradient_element`, hops, kernels.
+        `gradient_bytes_per_parameter` over all ranks, `wire_bytes_per_gradient_element`, hops, kernels. Under
+        ZeRO 3 also `persistent_bytes`, of parameters that stay whole on every rank, `fetch_bytes`, which a
+        rank sends to fetch all others once, and `wire_bytes_per_fetched_element`.
 
     Raises:
         ValueError: the engine does not use FP8.
@@ -54,8 +57,26 @@ def describe(engine: Any) -> dict[str, Any]:
         "rank_bytes_max": max(held),
         "overlap_comm": handler.settings.overlap,
         "bytes_in_flight": memory.in_flight_bytes(recipe, buckets, overlap=handler.settings.overlap),
+        **(_fetching(engine) if handler.settings.stage == 3 else {}),
         "kernels": handler.parts.backend.name,
     }
+
+
+def _fetching(engine: Any) -> dict[str, Any]:
+    """What ZeRO 3 keeps whole on every rank, and what one fetch of all the rest sends."""
+    keys, handler = fetching_of(engine._config.zero_config), engine.optimizer
+    block_size, fleet = handler.recipe.block_size, handler.parts.buckets[0].fleet
+    parameters = list(engine.module.parameters())
+    sizes = [int(getattr(each, "ds_numel", each.numel())) for each in parameters]
+    kept = sent = whole = 0
+    for each, numel, stays in zip(parameters, sizes, persistent(sizes, keys), strict=True):
+        itemsize = each.element_size()
+        whole += itemsize * numel
+        if stays:
+            kept += memory.persistent_bytes(itemsize, [numel], fleet)
+        else:
+            sent += memory.fetch_bytes(itemsize, [numel], block_size, fleet)
+    return {**summary(keys, whole / sum(sizes)), "persistent_bytes": kept, "fetch_bytes": sent}
 
 
 def stats(engine: Any) -> dict[str, Any] | None:
@@ -137,7 +158,17 @@ def _bytes(about: Mapping[str, Any]) -> str:
     least, most = (about[f"rank_bytes_{end}"] / 2**20 for end in ("min", "max"))
     return (
         f"{total:.2f} bytes per parameter over all ranks, {least:.2f} to {most:.2f} MiB per rank, "
-        f"{about['wire_bytes_per_gradient_element']:.4f} wire bytes per gradient element"
+        f"{about['wire_bytes_per_gradient_element']:.4f} wire bytes per gradient element{_fetches(about)}"
+    )
+
+
+def _fetches(about: Mapping[str, Any]) -> str:
+    if about["zero_stage"] < 3:
+        return ""
+    return (
+        f" and {about['wire_bytes_per_fetched_element']:.4f} per fetched element, "
+        f"{about['persistent_bytes'] / 2**20:.2f} MiB persistent "
+        f"(parameters of {about['param_persistence_threshold']:,} elements at most)"
     )
 
 
@@ -145,6 +176,12 @@ def _hops(about: Mapping[str, Any]) -> str:
     if about["nodes"] == 1:
         return "one hop"
     return f"two hops, {about['nodes']} nodes of {about['intra_node_size']}, {about['between_nodes']} between"
+
+
+def idle(engine: Any) -> str:
+    """One line for the log, of an engine that has no optimizer."""
+    stage = engine.zero_optimization_stage()
+    return f"ds_fp8 {ds_fp8.__version__}: IDLE, this engine's config has ZeRO {stage} and no optimizer"
 
 
 def accumulating(engine: Any) -> bool:

@@ -5,7 +5,6 @@ They lie in `.grad`, or are held since a backward that exchanged nothing.
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -25,9 +24,8 @@ class PendingGradients:
         self.drop()
 
     def drop(self) -> None:
-        """Forget what is held, and what has travelled."""
+        """Forget what is held, and what was taken."""
         self._held.clear()
-        self._travelled: set[int] = set()  # parameters whose gradient is in what was reduced
         self._unfit: tuple[int, str] | None = None  # the first parameter whose gradient was refused, and why
         self.received = 0  # gradients that have been taken
 
@@ -43,11 +41,9 @@ class PendingGradients:
         vectors: Gradients = {}
         for slot in bucket.slots:
             gradient = self._take(slot.parameter)
+            self.received += gradient is not None
             fits = gradient is not None and self._fits(gradient, slot)
             vectors[slot.parameter] = gradient.reshape(-1) if gradient is not None and fits else None
-            if gradient is not None:
-                self.received += 1
-                self._travelled.add(slot.parameter)
         return vectors
 
     @property
@@ -55,11 +51,9 @@ class PendingGradients:
         """Parameters with a gradient that has not travelled."""
         return sum(map(self._waits, self._parameters))
 
-    def states(self) -> Tensor:
-        """Whether a gradient of each parameter waits, and one has travelled, [parameters, 2] uint8."""
-        flags = [[self._waits(index), index in self._travelled] for index in self._parameters]
-        device = next(iter(self._parameters.values())).device
-        return torch.tensor(flags, dtype=torch.uint8, device=device)
+    def in_bucket(self, bucket: Bucket) -> bool:
+        """Whether a gradient of one of the bucket's parameters waits."""
+        return any(self._waits(slot.parameter) for slot in bucket.slots)
 
     def objection(self, names: Mapping[int, str]) -> str | None:
         """To a gradient that was taken and refused, if there is one."""

@@ -23,8 +23,9 @@ after every backward, and a step that finds one is repeated (`complete`).
 import logging
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
+import torch
 from torch.nn import Parameter
 
 from ds_fp8.zero_fp8.comm.collectives import max_over_ranks
@@ -52,18 +53,10 @@ class Attempt(Protocol):
 
     @property
     def changed(self) -> int:
-        """Ranks on which backward went another way than the schedule was learnt from."""
+        """Ranks of which a bucket was not full at its place in the schedule."""
 
 
 A = TypeVar("A", bound=Attempt)
-
-
-class _Travelling(NamedTuple):
-    """A bucket under way."""
-
-    reduced: ReducedGradient  # which adds it
-    exchange: Exchange
-    apart: bool  # where this one has values, what was added before has none: no sum is rounded again
 
 
 class GradientReducer:
@@ -92,7 +85,7 @@ class GradientReducer:
         self._counts = counts
         self._overlap = overlap
         self._most = UNDER_WAY if overlap else 1
-        self._under_way: deque[_Travelling] = deque()  # oldest first
+        self._under_way: deque[tuple[ReducedGradient, Exchange]] = deque()  # oldest first
         self._expects_late = False  # a step has found late gradients; the next will have them too
         self._listens = False
         self._promotion_logged = False
@@ -109,7 +102,7 @@ class GradientReducer:
     def drop(self) -> None:
         """Forget everything that has been reduced or is on its way."""
         while self._under_way:
-            self._under_way.popleft().exchange.abandon()
+            self._under_way.popleft()[1].abandon()
         for reduced in self._reduced:
             reduced.forget()
         for counts in self._counts:
@@ -131,7 +124,7 @@ class GradientReducer:
 
     @property
     def changed(self) -> bool:
-        """Whether this rank's backward went another way than the schedule was learnt from."""
+        """Whether a bucket was not full at its place in the schedule, since the last step."""
         return self.schedule.changed
 
     def finish(self) -> None:
@@ -167,7 +160,6 @@ class GradientReducer:
             self._expects_late = True
             self._send_late()
             tried = attempt()
-            self.schedule.forget()
         if tried.changed:
             self.schedule.forget()
         return tried
@@ -189,8 +181,8 @@ class GradientReducer:
 
     def _send_late(self) -> None:
         """The extra exchange of late gradients; on every rank or none."""
-        for index, mixed in self._late_buckets():
-            self._launch(index, apart=not mixed)
+        for index in self._late_buckets():
+            self._launch(index)
         self._land()
 
     def _start_round(self) -> None:
@@ -210,50 +202,42 @@ class GradientReducer:
 
     def _has_room(self) -> bool:
         """Whether a bucket can be launched without waiting for those under way."""
-        moved = [each.exchange.progress() for each in self._under_way]
+        moved = [exchange.progress() for _, exchange in self._under_way]
         return len(moved) < self._most or moved[0]
 
     def _launch_next(self) -> None:
         self._launch(self.schedule.order[self._next])
         self._next += 1
 
-    def _launch(self, index: int, *, apart: bool = False) -> None:
+    def _launch(self, index: int) -> None:
         """Send a bucket off; those that left before it move on."""
         self._land(leave=self._most - 1)
-        for earlier in self._under_way:
-            earlier.exchange.progress() if self._must_not_wait else earlier.exchange.advance()
+        for _, earlier in self._under_way:
+            earlier.progress() if self._must_not_wait else earlier.advance()
         bucket, reduced = self._buckets[index], self._reduced[index]
         exchange = self._packer.send(bucket, self.pending.take(bucket), self._counts[bucket.group])
-        self._under_way.append(_Travelling(reduced, exchange, apart))
+        self._under_way.append((reduced, exchange))
         if not self._overlap and (not self._must_not_wait or exchange.progress()):
             self._land()
 
     def _land(self, *, leave: int = 0) -> None:
         """Bring buckets to their owners, oldest first, until `leave` are under way."""
         while len(self._under_way) > leave:
-            reduced, exchange, apart = self._under_way.popleft()
+            reduced, exchange = self._under_way.popleft()
             arrived = exchange.land()
-            if reduced.must_promote and not apart:
+            if reduced.must_promote:
                 self._log_promotion(reduced)
                 reduced.promote()
             reduced.receive(arrived)
 
-    def _late_buckets(self) -> list[tuple[int, bool]]:
-        """Buckets that on any rank hold a gradient although they have travelled.
-
-        With each, whether a gradient of the same parameter has travelled, too: else what the owners have of
-        it is zero.
-        """
-        flags = self.pending.states()
+    def _late_buckets(self) -> list[int]:
+        """Buckets that on any rank of their fleet hold a gradient although they have travelled."""
+        waiting = [self.pending.in_bucket(bucket) for bucket in self._buckets]
+        device = self._parameters[self._buckets[0].slots[0].parameter].device
+        late = torch.tensor(waiting, dtype=torch.uint8, device=device)
         for nodes in self._fleets.values():
-            max_over_ranks(flags, nodes.group)
-        states = dict(zip(self._parameters, flags.tolist(), strict=True))
-        found = []
-        for bucket in self._buckets:
-            late = [states[slot.parameter] for slot in bucket.slots if states[slot.parameter][0]]
-            if late:
-                found.append((bucket.index, any(travelled for _, travelled in late)))
-        return found
+            max_over_ranks(late, nodes.group)
+        return [int(index) for index in late.nonzero()]
 
     def _log_promotion(self, reduced: ReducedGradient) -> None:
         first = next(iter(self._fleets.values()))

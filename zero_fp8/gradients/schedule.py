@@ -3,16 +3,16 @@
 **ZeRO 1 and 2.** In index order, each as soon as its last gradient has arrived (`Arrivals`).
 
 **ZeRO 3.** Backward fetches weights, too, and ranks that meet in one collective must not wait for each other
-in another. So a bucket leaves where a module has ended its backward: between the same fetches on every rank,
-whichever gradients a rank lacks (`ModuleEnds`). Which module that is, a backward shows: the first one to end
-after the bucket's last gradient has arrived. The ranks agree on the latest of their places, and buckets leave
-in the order of these. A bucket whose gradients come after the last module has ended leaves at the end of
-backward, as do all that have not left by then. While places are being learnt, a bucket leaves at the first
-module end that finds it full.
+in another. So a full bucket leaves where a module has ended its backward: between the same fetches on every
+rank (`ModuleEnds`). Which module that is, a backward shows: the first one to end after the bucket's last
+gradient has arrived. The ranks agree on the latest of their places, and buckets leave in the order of these.
+A bucket that lacked a gradient on some rank, or was full after the last module had ended, leaves at the end
+of backward, as does everything that has not left by then. While places are being learnt, buckets leave in
+index order, each at the first module end that finds it full.
 
-What was learnt is forgotten, on all ranks, when a step has found a gradient that came after its bucket had
-left, or a backward of any rank that did not end the modules that buckets wait for: parameters or modules are
-then used in another way than before.
+What was learnt is forgotten, on all ranks, when a bucket of any rank was not full at its place: parameters or
+modules are then used in another way than before. Only full buckets leave during backward, so when one leaves
+changes no number.
 """
 
 from collections import Counter
@@ -38,7 +38,7 @@ class Schedule(Protocol):
     open: bool  # whether a backward is running whose gradients travel
     order: Sequence[int]  # in which buckets leave
     patient: bool  # a rank must not wait for a bucket before backward has ended
-    changed: bool  # in this rank's last round backward went another way than the order was learnt from
+    changed: bool  # since the last step a bucket of this rank was not full at its place
 
     def listen(self, parameters: Mapping[int, Parameter], on_leave: Callable[[], None]) -> None:
         """Watch gradients arrive; `on_leave` is called when buckets may leave. Again after a cast."""
@@ -154,9 +154,10 @@ class ModuleEnds:
         self._on_leave = on_leave
         for bucket in self._buckets:
             for index in (slot.parameter for slot in bucket.slots):
-                on_gradient = partial(self._on_gradient, bucket.index, index)
-                parameter: Any = parameters[index]  # torch's stub has no types
-                self._hooks.append(parameter.register_post_accumulate_grad_hook(on_gradient))
+                parameter: Any = parameters[index]  # torch's stub of the hook has no types
+                if parameter.requires_grad:
+                    on_gradient = partial(self._on_gradient, bucket.index, index)
+                    self._hooks.append(parameter.register_post_accumulate_grad_hook(on_gradient))
 
     def _on_gradient(self, bucket: int, index: int, _: object) -> None:
         if self.open:
@@ -174,20 +175,23 @@ class ModuleEnds:
         self.open = True
 
     def may_leave(self, bucket: int) -> bool:
-        if self._triggers is None:
-            return not self._missing[bucket]
-        return self._triggers[bucket] in self._ends
+        return not self._missing[bucket] and self._is_its_turn(bucket)
+
+    def _is_its_turn(self, bucket: int) -> bool:
+        return self._triggers is None or self._triggers[bucket] in self._ends
 
     def end_round(self) -> None:
         if self._triggers is None:
             self._learn()
-        else:
-            waited_for = {trigger for trigger in self._triggers.values() if trigger is not None}
-            self.changed = self.changed or not waited_for <= self._ends.keys()
+            return
+        expected = [bucket for bucket, trigger in self._triggers.items() if trigger is not None]
+        self.changed = self.changed or not all(map(self.may_leave, expected))
 
     def _learn(self) -> None:
         """Agree on each bucket's place; with the fewest module ends of a rank, as a negative number."""
-        places = [self._places.get(bucket.index, AT_THE_END) for bucket in self._buckets]
+        places = [
+            AT_THE_END if missing else self._places[index] for index, missing in enumerate(self._missing)
+        ]
         agreed = torch.tensor([*places, -len(self._ends)], dtype=torch.int32, device=self._device)
         max_over_ranks(agreed, self._group)
         *places, fewest = agreed.tolist()

@@ -56,7 +56,11 @@ class Whole:
 
 def _fill(parameter: Any, whole: Tensor) -> None:
     """whole: bytes of all slices, [n] uint8."""
-    values = whole.view(parameter.ds_tensor.dtype)[: parameter.ds_numel]
+    values = whole.view(parameter.ds_tensor.dtype)
+    if len(values) > parameter.ds_numel:
+        values = values[: parameter.ds_numel]
+        if parameter.ds_persist:
+            values = values.clone()  # padding is not kept from step to step
     put_back(parameter, values.view(parameter.ds_shape))
 
 

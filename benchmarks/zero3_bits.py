@@ -1,0 +1,146 @@
+"""ZeRO 3 gives the same bits over NCCL as over gloo, for the same gradients: digests to compare.
+
+    export DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES=    # for gloo
+    torchrun --nproc_per_node 2 benchmarks/zero3_bits.py --out gloo.json
+    unset DS_ACCELERATOR CUDA_VISIBLE_DEVICES
+    torchrun --nproc_per_node 2 benchmarks/zero3_bits.py --out nccl.json --expect gloo.json
+
+Parameters of many sizes get gradients that are given, by modules that fetch them; after some steps the states
+of all ranks, the weights as they are gathered, and the norms are hashed. With overlap and without, at every
+level, with micro-steps, persistent parameters and a step that is skipped. A GPU must leave what the host
+leaves.
+"""
+
+import argparse
+import hashlib
+import json
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from gpu_train import CONSOLE
+from ranks_gpu import facts, join_ranks
+from timing import write
+from torch import Tensor, nn
+
+SIZES = (1000, 128, 70_000, 1, 600_000, 40_000, 12_345, 300, 9_999)
+STEPS = 6
+SPOILT = 3  # the step with a gradient that is not finite
+
+
+class Term(nn.Module):
+    """A parameter whose gradient is given."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(-1, 1, size))
+        self.given: Tensor | None = None
+
+    def forward(self, total: Tensor) -> Tensor:
+        return total + (self.weight * self.given).sum()
+
+
+class Terms(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.terms = nn.ModuleList(map(Term, SIZES))
+
+    def forward(self, total: Tensor) -> Tensor:
+        for term in self.terms:
+            total = term(total)
+        return total
+
+
+def give(model: Terms, step: int, micro_step: int, device: torch.device) -> None:
+    """Other gradients on every rank, in every micro-step."""
+    rank = torch.distributed.get_rank()
+    for number, (term, size) in enumerate(zip(model.terms, SIZES, strict=True)):
+        draw = torch.Generator().manual_seed(100_000 * step + 1000 * micro_step + 10 * number + rank)
+        values = torch.randn(size, generator=draw) * 10.0 ** (number - 4)
+        if step == SPOILT and number == 4 and rank == 0:
+            values[17] = torch.inf
+        term.given = values.to(torch.bfloat16).to(device)
+
+
+def digest(level: str, overlap: bool, micro_steps: int, device: torch.device) -> str:
+    """Of a run; the same on every rank."""
+    import deepspeed
+
+    zero = {"stage": 3, "overlap_comm": overlap, "reduce_bucket_size": 50_000}
+    zero |= {"stage3_param_persistence_threshold": 1000, "stage3_prefetch_bucket_size": 100_000}
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": micro_steps,
+        "gradient_clipping": 1.0,
+        "bf16": {"enabled": True},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "betas": [0.9, 0.95], "weight_decay": 0.1}},
+        "zero_optimization": {**zero, "stage3_max_reuse_distance": 0},
+        "fp8": {"enabled": True, "opt_level": level},
+        "steps_per_print": 10**9,
+    }
+    model = Terms()
+    engine = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)[0]
+    norms = []
+    for step in range(STEPS):
+        for micro_step in range(micro_steps):
+            give(engine.module, step, micro_step, device)
+            engine.backward(engine(torch.zeros((), dtype=torch.bfloat16, device=device)))
+            engine.step()
+        norms.append(engine.get_global_grad_norm())
+    assert engine.skipped_steps == 1
+    found = hash_of(engine, norms)
+    engine.destroy()
+    return found
+
+
+def hash_of(engine: Any, norms: list[float]) -> str:
+    import deepspeed
+
+    from ds_fp8.zero_fp8.checkpoint import writer
+    from ds_fp8.zero_fp8.comm.agreement import gather_objects
+
+    handler = engine.optimizer
+    own = hashlib.sha256(repr(norms).encode())
+    for name, entry in sorted(writer.pack(handler.parts.shards, handler.parameter_names).items()):
+        own.update(name.encode())
+        for key, value in sorted(entry.items()):
+            own.update(key.encode() + (value.numpy().tobytes() if isinstance(value, Tensor) else b""))
+    with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
+        for parameter in engine.module.parameters():
+            own.update(parameter.detach().cpu().view(torch.int16).numpy().tobytes())
+    together = gather_objects(own.hexdigest(), handler.dp_process_group)
+    return hashlib.sha256("".join(together).encode()).hexdigest()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", required=True)
+    parser.add_argument("--expect", type=Path, metavar="FILE", help="what another device has left")
+    arguments = parser.parse_args()
+    device = join_ranks()
+    cases = product(("O1", "O2", "O2+"), (False, True), (1, 2))
+    digests = {
+        f"{level}, {'overlap' if overlap else 'no overlap'}, {micro_steps} micro-steps": digest(
+            level, overlap, micro_steps, device
+        )
+        for level, overlap, micro_steps in cases
+    }
+    if torch.distributed.get_rank() == 0:
+        write(arguments.out, {**facts(device), "digests": digests})
+        CONSOLE.print("\n".join(f"{found[:16]}  {name}" for name, found in digests.items()))
+        if arguments.expect:
+            expected = json.loads(arguments.expect.read_text())["digests"]
+            different = [name for name, found in digests.items() if expected[name] != found]
+            if different:
+                raise SystemExit(f"other bits than {arguments.expect}: {'; '.join(different)}")
+            CONSOLE.print(f"the same bits as {arguments.expect}: {len(digests)} runs")
+    from train_lm import leave_ranks
+
+    leave_ranks()
+
+
+if __name__ == "__main__":
+    main()

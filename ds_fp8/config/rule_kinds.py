@@ -1,0 +1,72 @@
+"""What can become of a key of a ds_config when FP8 is on: it is honoured, without effect, or refused.
+
+`rules` says which key is of which kind. Under ZeRO 3 a key can be of another kind than under ZeRO 1 and 2.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ds_fp8.config.refusals import show
+
+
+@dataclass(frozen=True)
+class Honoured:
+    """A key that does what DeepSpeed's documentation says."""
+
+
+@dataclass(frozen=True)
+class NoEffect:
+    """A key that is accepted and logged; FP8 has no use for what it asks."""
+
+    why: str
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A key that is accepted only with a value that asks for nothing."""
+
+    why: str
+    harmless: tuple[Any, ...] = ()  # besides a section that says "enabled": false
+
+    def accepts(self, value: Any) -> bool:
+        if not isinstance(value, Mapping):
+            return any(value == each for each in self.harmless)
+        switched_off = value.get("enabled", value != {}) is False
+        return switched_off or any(_contains(value, each) for each in self.harmless if each)
+
+    def allowed(self, value: Any) -> str:
+        off = ['{"enabled": false}'] if isinstance(value, Mapping) and "enabled" in value else []
+        return ", ".join(["the key left out", *off, *map(show, self.harmless)])
+
+
+def _contains(section: Mapping[str, Any], part: Mapping[str, Any]) -> bool:
+    return all(section.get(key) == value for key, value in part.items())
+
+
+Rule = Honoured | NoEffect | Refused
+
+
+@dataclass(frozen=True)
+class ByStage:
+    """A key whose rule depends on the stage of ZeRO."""
+
+    below_3: Rule
+    at_3: Rule
+
+
+def rule_at(stage: int, rule: Rule | ByStage) -> Rule:
+    """What a key means under this stage of ZeRO."""
+    if not isinstance(rule, ByStage):
+        return rule
+    return rule.at_3 if stage == 3 else rule.below_3
+
+
+def only_zero3(at_3: Rule) -> ByStage:
+    """A key that ZeRO 1 and 2 have no use for."""
+    return ByStage(NoEffect("a key of ZeRO 3"), at_3)
+
+
+def only_below_3(below_3: Rule) -> ByStage:
+    """A key that ZeRO 3 has no use for."""
+    return ByStage(below_3, NoEffect("a key of ZeRO 1 and 2"))

@@ -1,0 +1,124 @@
+"""Models and runs whose bytes are estimated: parameters by their sizes, and the keys that decide bytes."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from ds_fp8.config.refusals import refusal
+from ds_fp8.estimate import stock
+from ds_fp8.estimate.fetching import Fetching
+
+# Beyond these an estimate would take minutes.
+MOST_PARAMETERS = 10**13
+MOST_GPUS = 2**14
+MOST_TENSORS = 100_000
+BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's reduce_bucket_size, if the config has none
+
+
+@dataclass(frozen=True)
+class Model:
+    """Elements of the parameters, in the model's order."""
+
+    name: str
+    sizes: tuple[int, ...]
+    frozen_at: frozenset[int] = frozenset()  # positions of those that do not train
+    counted: str = ""  # the class whose parameters these are, and why if the config names none
+
+    def __post_init__(self) -> None:
+        if not any(self.trained):
+            raise ValueError(f"{self.name}: received no parameter that trains, allowed: at least one")
+
+    @cached_property
+    def trained(self) -> tuple[int, ...]:
+        return tuple(numel for index, numel in enumerate(self.sizes) if index not in self.frozen_at)
+
+    @cached_property
+    def frozen_sizes(self) -> tuple[int, ...]:
+        return tuple(self.sizes[index] for index in sorted(self.frozen_at))
+
+    @property
+    def frozen(self) -> int:
+        return sum(self.frozen_sizes)
+
+    @cached_property
+    def parameters(self) -> int:
+        return sum(self.sizes)
+
+
+@dataclass(frozen=True)
+class Run:
+    """The part of a run that decides its bytes."""
+
+    gpus: int = 1
+    stage: int = 2
+    micro_steps: int = 1
+    bucket_elements: int = BUCKET_ELEMENTS
+    overlap: bool = False
+    fetching: Fetching = field(default_factory=Fetching)  # under ZeRO 3
+
+    @property
+    def accumulating(self) -> bool:
+        """Whether several micro-steps reach the reduced gradient before a step."""
+        return self.stage >= 2 and self.micro_steps > 1
+
+
+def run_at_defaults(gpus: int, stage: int, micro_steps: int = 1) -> Run:
+    """A run whose config leaves the rest out; under ZeRO 3 DeepSpeed then overlaps."""
+    return Run(gpus, stage, micro_steps, overlap=stage == 3)
+
+
+def refuse_absurd(parameters: int, tensors: int, run: Run) -> None:
+    """Refuse sizes that no run has: estimating them would take minutes. Raises ValueError."""
+    if parameters > MOST_PARAMETERS:
+        raise refusal("parameters", parameters, f"1 to {MOST_PARAMETERS:,}")
+    if run.gpus > MOST_GPUS:
+        raise refusal("GPUs", run.gpus, f"1 to {MOST_GPUS:,} in an estimate")
+    if tensors > MOST_TENSORS:
+        allowed = f"1 to {MOST_TENSORS:,}; a larger reduce_bucket_size makes fewer if shapes are unknown"
+        raise refusal("tensors", tensors, allowed)
+
+
+def model_of_size(parameters: int, run: Run) -> Model:
+    """A model of which only the size is known: no parameter exceeds a bucket.
+
+    Under ZeRO 1 and 2 each rank owns whole parameters.
+    """
+    refuse_absurd(parameters, parameters // run.bucket_elements, run)
+    part = parameters if run.stage == 3 else stock.part_of_rank([parameters], run.gpus)
+
+    def pieces() -> Iterator[int]:
+        for first in range(0, parameters, part):
+            for start in range(first, min(first + part, parameters), run.bucket_elements):
+                yield min(run.bucket_elements, first + part - start, parameters - start)
+
+    return Model("a model of unknown shapes", tuple(pieces()))
+
+
+def model_of_module(module: Any) -> Model:
+    """A `torch.nn.Module`, on any device; a parameter that is shared counts once."""
+    parameters = list(module.parameters())
+    frozen = frozenset(index for index, each in enumerate(parameters) if not each.requires_grad)
+    return Model(type(module).__name__, tuple(each.numel() for each in parameters), frozen)
+
+
+def paper() -> list[Model]:
+    """The models of Table 1 of FP8-LM (arXiv 2310.18313): GPT with rotary positions.
+
+    The paper leaves the vocabulary open: here it is GPT-2's, padded to 50,304.
+    """
+    return [
+        Model("125M", _gpt(layers=12, width=768, tied=True)),
+        Model("7B", _gpt(layers=32, width=4096)),
+        Model("13B", _gpt(layers=40, width=5120)),
+        Model("175B", _gpt(layers=96, width=12288)),
+    ]
+
+
+def _gpt(layers: int, width: int, vocabulary: int = 50304, *, tied: bool = False) -> tuple[int, ...]:
+    """Parameters of a GPT with biases and layer norms; tied: the head is the embedding."""
+    matrices = [(width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)]
+    linear = [numel for rows, columns in matrices for numel in (rows * columns, columns)]
+    norm = [width, width]
+    table = [vocabulary * width]
+    return (*table, *layers * [*norm, *linear, *norm], *norm, *([] if tied else table))
