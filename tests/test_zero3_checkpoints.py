@@ -13,7 +13,6 @@ from engines import (
     SMALL,
     assert_same_bits,
     batches,
-    build,
     ds_config,
     packed,
     train_losses,
@@ -34,6 +33,7 @@ from ds_fp8.ops.masters import write_weights
 SECONDS = 100.0
 WARMUP = {"type": "WarmupLR", "params": {"warmup_max_lr": 1e-3, "warmup_num_steps": 10}}
 LEVELS = {
+    "wide": {"opt_level": "O2"},  # of a model in FP32
     "O1": {"opt_level": "O1"},
     "O2": {"opt_level": "O2"},
     "O2+": {"opt_level": "O2+"},
@@ -66,16 +66,24 @@ class Everything(ByteGPT):
 
 def config(level: str, stage: int, bucket: int = 10_000, **options: Any) -> dict[str, Any]:
     zero = zero3() if stage == 3 else {}
-    return ds_config(LEVELS[level], stage=stage, bucket=bucket, zero=zero, scheduler=WARMUP, **options)
+    options = {"bucket": bucket, "bf16": level != "wide", "scheduler": WARMUP, **options}
+    return ds_config(LEVELS[level], stage=stage, zero=zero, **options)
 
 
-def make(config: dict[str, Any], seed: int = 0) -> Any:
+def make(config: dict[str, Any], seed: int = 0, *, empty: bool = False, groups: int = 2) -> Any:
+    """An engine. empty: with a parameter that has no elements, which stock ZeRO 3 does not bear."""
     torch.manual_seed(seed)
     model = Everything()
+    if empty:
+        model.none = nn.Parameter(torch.empty(0, 5))
     if seed:
         model.floats.zero_()
         model.large.zero_()
-    return build(config, model)
+    large = [each for each in model.parameters() if each.dim() > 1]
+    small = [each for each in model.parameters() if each.dim() < 2]
+    two = [{"params": large}, {"params": small, "weight_decay": 0.0, "lr": 3e-3}]
+    parameters = two if groups == 2 else model.parameters()
+    return deepspeed.initialize(model=model, model_parameters=parameters, config=config)[0]
 
 
 def facts(engine: Any) -> dict[str, Any]:
@@ -94,6 +102,7 @@ def facts(engine: Any) -> dict[str, Any]:
             ],
             engine.global_steps,
             engine.skipped_steps,
+            engine.optimizer.loss_scale,
             engine.lr_scheduler.state_dict(),
             module.seen,
         ],
@@ -116,7 +125,7 @@ def assert_same(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> No
 
 def train_and_save(folder: str, config: dict[str, Any], steps: int = 3) -> dict[str, Any]:
     """Save, train on; what there was, and what came of it."""
-    engine = make(config)
+    engine = make(config, empty=True)
     source = batches(engine)
     train_losses(engine, source, steps)
     saved = facts(engine)
@@ -130,7 +139,7 @@ def train_and_save(folder: str, config: dict[str, Any], steps: int = 3) -> dict[
 
 
 def resume(folder: str, config: dict[str, Any], steps: int = 3) -> dict[str, Any]:
-    engine = make(config, seed=9)
+    engine = make(config, seed=9, empty=True)
     train_losses(engine, batches(engine, seed=5), 1)
     path, state = engine.load_checkpoint(folder)
     assert path is not None
@@ -143,7 +152,11 @@ def resume(folder: str, config: dict[str, Any], steps: int = 3) -> dict[str, Any
     return {"saved": loaded, "losses": losses, "later": later, "note": state["note"]}
 
 
-@some_of(["level", "stage"], [["O2+", 3], ["O2", 3], ["O1", 3], ["split8", 3], ["O2+", 2], ["O2", 1]], 2)
+@some_of(
+    ["level", "stage"],
+    [["O2+", 3], ["wide", 3], ["O2", 3], ["O1", 3], ["split8", 3], ["O2+", 2], ["O2", 1]],
+    2,
+)
 def test_resume_is_exact(ranks: RankPools, tmp_path: Path, level: str, stage: int) -> None:
     """Into ZeRO 3 from any stage, to the bit: also what comes after, but for other stages' forward order."""
     unbroken = ranks.run(2, train_and_save, str(tmp_path), config(level, stage), seconds=SECONDS)
@@ -157,7 +170,7 @@ def test_resume_is_exact(ranks: RankPools, tmp_path: Path, level: str, stage: in
 
 def move(source: str, target: str, config: dict[str, Any]) -> dict[str, Any]:
     """Load and save, without training between."""
-    engine = make(config, seed=7)
+    engine = make(config, seed=7, empty=True)
     path, _ = engine.load_checkpoint(source)
     assert path is not None
     engine.save_checkpoint(target, tag="moved")
@@ -178,22 +191,27 @@ WAYS = [
 ]
 
 
-@some_of(["level"], [["O2+"], ["O2"], ["split8"], ["O1"]], 1)
+@some_of(["level"], [["O2+"], ["O2"], ["split8"], ["O1"], ["wide"]], 1)
 def test_stages_ranks_and_buckets(ranks: RankPools, tmp_path: Path, level: str) -> None:
     start = ranks.run(2, train_and_save, str(tmp_path / "0"), config(level, 3), seconds=SECONDS)
     saved = [each["saved"] for each in start]
     for hop, (world_size, stage, bucket) in enumerate(WAYS):
         folders = str(tmp_path / str(hop)), str(tmp_path / str(hop + 1))
-        assert_same(
-            saved, ranks.run(world_size, move, *folders, config(level, stage, bucket), seconds=SECONDS)
-        )
+        moved = ranks.run(world_size, move, *folders, config(level, stage, bucket), seconds=SECONDS)
+        assert_same(saved, moved)
+        main(["export", folders[1], f"{folders[1]} out", "--dtype", "fp32" if level == "wide" else "bf16"])
+        exported = load_file(f"{folders[1]} out/model.safetensors")
+        for name, bits in saved[0]["weights"].items():
+            assert torch.equal(exported[name].view(bits.dtype), bits), name
 
 
 # Weights without states
 
 
-def load_weights(folder: str, config: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
-    engine = make(config, seed=9)
+def load_weights(
+    folder: str, config: dict[str, Any], options: dict[str, Any], empty: bool = True
+) -> dict[str, Any]:
+    engine = make(config, seed=9, empty=empty)
     engine.load_checkpoint(folder, **options)
     found = facts(engine)
     engine.optimizer.saved.weights_from_masters()
@@ -230,9 +248,12 @@ def stock_config(stage: int, **options: Any) -> dict[str, Any]:
     return ds_config(stage=stage, zero=zero if stage == 3 else {}, scheduler=WARMUP, **options)
 
 
+GROUPS = {2: 1, 3: 2}  # stock ZeRO 2 leaves a rank that has nothing of a group without its states
+
+
 def save_stock(folder: str, stage: int) -> dict[str, Tensor]:
     """What stock DeepSpeed has of each trained parameter, in FP32."""
-    engine = make(stock_config(stage))
+    engine = make(stock_config(stage), groups=GROUPS[stage])
     train_losses(engine, batches(engine), 3)
     engine.save_checkpoint(folder, tag="tag")
     found = states_of(engine)
@@ -244,7 +265,7 @@ def states_of(engine: Any) -> dict[str, Tensor]:
     """Of each trained parameter, in FP32, as DeepSpeed's utilities give it."""
     found = {}
     for name, each in engine.module.named_parameters():
-        if each.requires_grad:
+        if each.requires_grad and each_numel(each):
             found[name] = safe_get_full_fp32_param(each).clone().view(-1)
             for key in ("exp_avg", "exp_avg_sq"):
                 found[f"{name}/{key}"] = safe_get_full_optimizer_state(each, key).clone().view(-1)
@@ -255,13 +276,13 @@ CONVERTING = {"opt_level": "O1", "checkpoint": {"allow_conversion": True}}
 
 
 def load_foreign(
-    folder: str, stage: int, fp8: dict[str, Any] | None, universal: bool = False
+    folder: str, stage: int, fp8: dict[str, Any] | None, universal: bool = False, groups: int = 2
 ) -> dict[str, Any]:
     """Load; the states that there are then, and the `facts` of an engine of ours."""
     conf = ds_config(fp8, stage=stage, zero=zero3() if stage == 3 else {}, scheduler=WARMUP, bucket=10_000)
     if universal:
         conf["checkpoint"] = {"load_universal": True}
-    engine = make(conf, seed=9)
+    engine = make(conf, seed=9, groups=groups)
     engine.load_checkpoint(folder)
     found = {"states": states_of(engine), **(facts(engine) if fp8 else {})}
     engine.destroy()
@@ -274,7 +295,15 @@ def test_states_of_stock_deepspeed(ranks: RankPools, tmp_path: Path, saved: int,
     stock = ranks.run(2, save_stock, str(tmp_path / "stock"), saved, seconds=SECONDS)
     convert(tmp_path / "stock" / "tag", tmp_path / "universal" / "tag")
     runs = [
-        ranks.run(world_size, load_foreign, str(tmp_path / kind), loaded, CONVERTING, kind == "universal")
+        ranks.run(
+            world_size,
+            load_foreign,
+            str(tmp_path / kind),
+            loaded,
+            CONVERTING,
+            kind == "universal",
+            GROUPS[saved],
+        )
         for kind, world_size in (("stock", 2), ("stock", 3), ("universal", 2))
     ]
     model = make_model()
@@ -283,7 +312,7 @@ def test_states_of_stock_deepspeed(ranks: RankPools, tmp_path: Path, saved: int,
         assert_same_bits(each["buffers"], {name: each.view(-1) for name, each in model.named_buffers()})
         assert each["counters"][0] == 3
         for name, parameter in model.named_parameters():
-            if not parameter.requires_grad:
+            if name not in stock[0]:
                 assert torch.equal(each["weights"][name], parameter.to(torch.bfloat16).view(torch.int16))
 
 
@@ -314,7 +343,9 @@ def test_stock_states_are_refused_and_stock_weights_load(ranks: RankPools, tmp_p
     masters = get_fp32_state_dict_from_zero_checkpoint(str(tmp_path))
     options = {"load_optimizer_states": False}
     for stage in (3, 2):
-        for each in ranks.run(2, load_weights, str(tmp_path), config("O1", stage), options, seconds=SECONDS):
+        for each in ranks.run(
+            2, load_weights, str(tmp_path), config("O1", stage), options, False, seconds=SECONDS
+        ):
             for name, bits in each["weights"].items():
                 rounded = torch.empty(masters[name].shape, dtype=torch.bfloat16)
                 write_weights(masters[name].float(), rounded)
