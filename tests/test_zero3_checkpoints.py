@@ -1,5 +1,6 @@
 """Checkpoints of ZeRO 3: exact resume, any number of ranks, any stage, without a bit lost."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from engines import (
     whole_states,
     zero3,
 )
-from foreign_files import convert
+from foreign_files import convert, on_first
 from grids import some_of
 from ranks import RankPools
 from safetensors.torch import load_file
@@ -238,6 +239,33 @@ def test_weights_without_states(ranks: RankPools, tmp_path: Path, level: str, on
         assert_same(expected, found)
     frozen = {name: each for name, each in expected[0]["weights"].items() if name.startswith("blocks.0.")}
     assert_same_bits(frozen, {name: start[0]["saved"]["weights"][name] for name in frozen})
+
+
+def load_damaged(folder: str, options: dict[str, Any]) -> list[str]:
+    """The errors, once a byte of each of rank 1's files is another; nothing of the engine is."""
+    engine, told = make(config("O2+", 3), seed=9, empty=True), []
+    before = facts(engine)
+    for path in sorted(Path(folder, "start").glob("*_rank_1_*")):
+        content = path.read_bytes()
+        on_first(functools.partial(path.write_bytes, content[:-1] + b"?"))
+        with pytest.raises(ValueError, match="SHA-256 does not match") as caught:
+            engine.load_checkpoint(folder, **options)
+        told.append(str(caught.value))
+        on_first(functools.partial(path.write_bytes, content))
+    assert repr(facts(engine)) == repr(before)
+    engine.destroy()
+    return told
+
+
+def test_a_damaged_file_of_any_rank_is_refused(ranks: RankPools, tmp_path: Path) -> None:
+    """Weights alone are in all of them, too."""
+    ranks.run(2, train_and_save, str(tmp_path), config("O2+", 3), seconds=SECONDS)
+    for options in ({}, {"load_module_only": True}):
+        first, second = ranks.run(2, load_damaged, str(tmp_path), options, seconds=SECONDS)
+        assert first == second
+        assert len(first) == 2
+        assert "optim_states" in first[0]
+        assert "model_states" in first[1]
 
 
 # Other programs' files
