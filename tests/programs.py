@@ -265,7 +265,7 @@ OPERATIONS = {
 NAMES = [*OPERATIONS, "step", "save", "load", "read"]
 # Not under ZeRO 3: forwards of one rank, weights used or replaced between forwards.
 OF_WHOLE_WEIGHTS = {"one_rank_uses_a_branch", "gradient_of_inputs", "with_a_penalty", "rebind"}
-WITH_SLICES = [name for name in NAMES if name not in OF_WHOLE_WEIGHTS | {"save", "load"}]
+WITH_SLICES = [name for name in NAMES if name not in OF_WHOLE_WEIGHTS]
 
 
 def run(program: Program, stage: int, micro_steps: int, overlap: bool, folder: str) -> str:

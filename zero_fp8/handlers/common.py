@@ -19,6 +19,7 @@ from ds_fp8.zero_fp8.checkpoint.contracts import Restorable
 from ds_fp8.zero_fp8.comm.agreement import first_objection
 from ds_fp8.zero_fp8.gradients.backwards import ArrivalHooks, covers_whole_graph, in_backward
 from ds_fp8.zero_fp8.handlers.full_tensors import FullTensors
+from ds_fp8.zero_fp8.handlers.master_views import MasterViews, as_groups
 from ds_fp8.zero_fp8.handlers.roster import Members, Roster
 from ds_fp8.zero_fp8.handlers.saved_states import SavedStates
 from ds_fp8.zero_fp8.handlers.take_over import take_over
@@ -40,6 +41,7 @@ class FP8ZeROOptimizer(Facade, ZeROOptimizer):
     custom_loss_scaler = False
     external_loss_scale = None
     torch_autocast_gradscaler = None
+    master_views: MasterViews = staticmethod(as_groups)
 
     def __init__(
         self,
@@ -79,7 +81,7 @@ class FP8ZeROOptimizer(Facade, ZeROOptimizer):
         self.gradients = self.parts.reducer
         self.stepper = Stepper(self.parts, self.parameters, optimizer, *run, timers)
         named = (self.parameters, self.parameter_names)
-        self.saved = SavedStates(self.parts, *named, settings, optimizer, loss_scaler)
+        self.saved = SavedStates(self.parts, *named, settings, optimizer, loss_scaler, self.master_views)
         self.binding = Binding(self.parts.weights, self.parts.shards, *named, on_return=self._listen)
         self.saved.masters_from_weights()
         self._listen()

@@ -4,13 +4,13 @@ Hooks on modules, prefetch, persistence and release are DeepSpeed's own. What is
 (`weights.slices`), how it travels (`weights.fetch`), and to be told when a module has ended its backward.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from torch.nn import Module, Parameter
 
-from ds_fp8.compat import DeepSpeedZeRoOffload
+from ds_fp8.compat import DeepSpeedZeRoOffload, ZeroParamStatus
 from ds_fp8.zero_fp8.placement.parameters import held_of
 from ds_fp8.zero_fp8.weights import fetch
 from ds_fp8.zero_fp8.weights.slices import cut, objection_to
@@ -68,6 +68,7 @@ class Fetching:
         self.offload = offload
         self.persistent: list[Any] = offload.persistent_parameters
         self._names = names
+        self._name = names.__getitem__
         for parameter in names:
             cut(parameter, block_size)
 
@@ -75,7 +76,7 @@ class Fetching:
         """Fetch from now on, and say when modules end their backward."""
         self.offload.on_module_end = on_module_end
         awaited = self.offload.module.ds_inflight_param_registry
-        fetch.install(self._names, self._names.__getitem__, awaited)
+        fetch.install(self._names, self._name, awaited)
         self.fetch_persistent()
 
     def release(self) -> None:
@@ -90,16 +91,33 @@ class Fetching:
 
     def fetch_persistent(self) -> None:
         """Make whole what stays whole between steps. Collective."""
-        fetch.fetch(self.persistent, self._names.__getitem__)
+        fetch.fetch(self.persistent, self._name)
 
     @contextmanager
     def released(self) -> Iterator[None]:
-        """Slices alone, until the `with` ends."""
+        """Slices alone, until the `with` ends; whoever was whole is fetched anew. Collective."""
+        whole = self._whole()
         self.release()
         try:
             yield
         finally:
-            self.fetch_persistent()
+            fetch.fetch([*self.persistent, *(each for each in whole if not each.ds_persist)], self._name)
+
+    @contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """As `released`, and whoever was whole is so again as it was, with what was written to it since."""
+        whole = [(each, each.data) for each in self._whole()]
+        self.release()
+        try:
+            yield
+        finally:
+            for parameter, values in whole:
+                fetch.put_back(parameter, values)
+
+    def _whole(self) -> list[Any]:
+        """Parameters that are whole, as persistent ones are, and within GatheredParameters."""
+        parameters: Iterable[Any] = self._names
+        return [each for each in parameters if each.ds_status == ZeroParamStatus.AVAILABLE]
 
     def remove(self) -> None:
         """Take the hooks off; parameters stay as they are."""

@@ -15,6 +15,7 @@ from ds_fp8.zero_fp8.checkpoint.contracts import Restorable
 from ds_fp8.zero_fp8.gradients.schedule import ModuleEnds
 from ds_fp8.zero_fp8.handlers.common import FP8ZeROOptimizer
 from ds_fp8.zero_fp8.handlers.fetching import Fetching, Offload
+from ds_fp8.zero_fp8.handlers.master_views import as_slices
 from ds_fp8.zero_fp8.handlers.slice_access import SliceAccess
 from ds_fp8.zero_fp8.optimizer.fp8_adamw import FP8AdamW
 from ds_fp8.zero_fp8.recipe import Recipe, ZeroSettings
@@ -25,6 +26,7 @@ class Stage3Optimizer(FP8ZeROOptimizer):
     """ZeRO 3: every rank holds slices of all weights."""
 
     fetching: Fetching
+    master_views = staticmethod(as_slices)
 
     def __init__(
         self,
@@ -139,7 +141,7 @@ class Stage3Optimizer(FP8ZeROOptimizer):
     @contextmanager
     def ready_for_files(self) -> Iterator[None]:
         """As `FP8ZeROOptimizer.ready_for_files`, and slices are all there is."""
-        with super().ready_for_files(), self.fetching.released():
+        with super().ready_for_files(), self.fetching.set_aside():
             yield
 
     def refresh_fp32_params(self) -> None:

@@ -61,7 +61,12 @@ def _fill(parameter: Any, whole: Tensor) -> None:
         values = values[: parameter.ds_numel]
         if parameter.ds_persist:
             values = values.clone()  # padding is not kept from step to step
-    parameter.data = values.view(parameter.ds_shape)
+    put_back(parameter, values.view(parameter.ds_shape))
+
+
+def put_back(parameter: Any, values: Tensor) -> None:
+    """The parameter is whole, with these values."""
+    parameter.data = values
     setattr(parameter, FETCHED, values.data_ptr())
     parameter.ds_status = ZeroParamStatus.AVAILABLE
 

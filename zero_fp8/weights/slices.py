@@ -105,6 +105,8 @@ def is_away(parameter: Any) -> bool:
 class SlicedWeights:
     """The slices of one bucket's parameters that this rank owns."""
 
+    saved_with_states = True
+
     def __init__(self, bucket: Bucket, parameters: Mapping[int, Any], rank: int) -> None:
         """Copy the slices, which `cut` has made, into a new buffer; each `ds_tensor` is a view of it."""
         first = parameters[bucket.slots[0].parameter].ds_tensor
