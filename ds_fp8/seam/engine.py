@@ -236,11 +236,8 @@ def check_engine(engine: Any, recipe: Recipe) -> None:
 def _refuse_slices(engine: Any) -> None:
     for name, parameter in engine.module.named_parameters():
         if hasattr(parameter, "ds_id") and not engine.zero_optimization_partition_weights():
-            stage = engine.zero_optimization_stage()
-            raise ValueError(
-                f"{name}: received a parameter that deepspeed.zero.Init or an engine of ZeRO 3 has cut into "
-                f"slices, allowed with zero_optimization.stage {stage}: whole parameters, of a new model"
-            )
+            received = "slices, from deepspeed.zero.Init or an engine of ZeRO 3"
+            raise refusal(name, received, "whole parameters under ZeRO 1 and 2, of a new model")
 
 
 def _refuse_accumulation_dtype(engine: Any, recipe: Recipe) -> None:
