@@ -115,8 +115,8 @@ def test_nothing_is_left_under_zero_3(ranks: RankPools, tmp_path: Any, leave: An
 def assert_nothing_is_left(
     ranks: RankPools, world_size: int, leave: Any, zero: dict[str, Any], node: int, folder: str
 ) -> None:
-    clean = ranks.run(world_size, train, None, zero, node, folder)
-    after = ranks.run(world_size, train, leave, zero, node, folder)
+    clean = ranks.run(world_size, train, None, zero, node, folder, seconds=60)
+    after = ranks.run(world_size, train, leave, zero, node, folder, seconds=60)
     for (norms, overflow, weights), (norms2, overflow2, weights2) in zip(clean, after, strict=True):
         assert norms == norms2
         assert overflow is overflow2 is False
