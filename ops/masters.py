@@ -83,3 +83,11 @@ def write_weights(master: Tensor, weights: Tensor) -> None:
         return
     rounded = ((master.view(torch.int32) + HALF_CODE) >> 16).to(torch.int16).view(torch.bfloat16)
     weights.copy_(torch.where(master.isnan(), torch.nan, rounded))
+
+
+def put(values: Tensor, weights: Tensor) -> None:
+    """Copy values, [n] of any float dtype, into weights; FP32 ones are rounded as masters are."""
+    if values.dtype is torch.float32:
+        write_weights(values.to(weights.device), weights)
+    else:
+        weights.copy_(values)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import deepspeed
 import torch
-from engines import batches, build_gpt, ds_config, train_losses
+from engines import batches, build_gpt, ds_config, train_losses, zero3
 from ranks import FORKED, free_port, rank_environment, start_server
 
 import ds_fp8
@@ -22,7 +22,7 @@ def trace_file(folder: Path) -> Path:
     return folder / "trace"
 
 
-def run(rank: int, port: int, folder: Path, level: str, steps: int) -> None:
+def run(rank: int, port: int, folder: Path, level: str, stage: int, steps: int) -> None:
     """Train to `steps`; "step loss", "saved step" and "loaded step" go to the trace as they happen."""
     os.environ.update(rank_environment(rank, WORLD_SIZE, port))
     torch.set_num_threads(1)
@@ -30,7 +30,10 @@ def run(rank: int, port: int, folder: Path, level: str, steps: int) -> None:
     deepspeed.utils.logger.setLevel("ERROR")
     deepspeed.init_distributed("gloo")
     ds_fp8.register()
-    engine = build_gpt(ds_config({"opt_level": level}, bucket=10_000, scheduler=WARMUP))
+    zero = zero3() if stage == 3 else {}
+    engine = build_gpt(
+        ds_config({"opt_level": level}, stage=stage, zero=zero, bucket=10_000, scheduler=WARMUP)
+    )
     with open(trace_file(folder), "a") as trace:
 
         def tell(text: str) -> None:
@@ -53,12 +56,12 @@ def run(rank: int, port: int, folder: Path, level: str, steps: int) -> None:
     time.sleep(0.1)
 
 
-def start(folder: Path, level: str, steps: int) -> list[BaseProcess]:
+def start(folder: Path, level: str, stage: int, steps: int) -> list[BaseProcess]:
     start_server()
     port = free_port()
     ranks: list[BaseProcess] = []
     for rank in range(WORLD_SIZE):
-        ranks.append(FORKED.Process(target=run, args=(rank, port, folder, level, steps), daemon=True))
+        ranks.append(FORKED.Process(target=run, args=(rank, port, folder, level, stage, steps), daemon=True))
         ranks[-1].start()
     return ranks
 
@@ -69,18 +72,18 @@ def lines(folder: Path) -> list[str]:
     return text[: text.rfind("\n") + 1].splitlines()
 
 
-def finish(folder: Path, level: str, steps: int) -> None:
+def finish(folder: Path, level: str, stage: int, steps: int) -> None:
     """Run to the end."""
-    ranks = start(folder, level, steps)
+    ranks = start(folder, level, stage, steps)
     for each in ranks:
         each.join(120)
     assert [each.exitcode for each in ranks] == [0] * WORLD_SIZE
 
 
-def run_and_kill(folder: Path, level: str, rng: random.Random, *, saving: bool) -> None:
+def run_and_kill(folder: Path, level: str, stage: int, rng: random.Random, *, saving: bool) -> None:
     """Kill one rank or all, while a tag is being written or whenever it comes; then those that are left."""
     told = len(lines(folder))
-    ranks = start(folder, level, steps=10**6)
+    ranks = start(folder, level, stage, steps=10**6)
     enough = told + rng.randrange(3, 14)  # the first of its steps is saved by then
     wait_for(lambda: len(lines(folder)) >= enough)
     if saving:

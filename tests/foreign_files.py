@@ -11,14 +11,20 @@ from typing import Any
 import torch
 from deepspeed import comm as dist
 from deepspeed.checkpoint import ds_to_universal
-from engines import assert_same_bits, build, ds_config, state_bits, weight_bits
+from engines import assert_same_bits, build, ds_config, state_bits, weight_bits, zero3
 from torch import Tensor, nn
 
 WARMUP = {"type": "WarmupLR", "params": {"warmup_max_lr": 1e-3, "warmup_num_steps": 10}}
 MODEL = "mp_rank_00_model_states.pt"
 STATES = "bf16_zero_pp_rank_{}_mp_rank_00_optim_states.pt"
 COMMON = "zero/optimizer_state.pt"
-PARTS = {"stock": (MODEL, STATES.format(0), STATES.format(1)), "universal": (MODEL, COMMON)}
+MODEL3 = "zero_pp_rank_{}_mp_rank_00_model_states.pt"
+PARTS = {
+    "stock": (MODEL, STATES.format(0), STATES.format(1)),
+    "stock 3": (*map(MODEL3.format, range(2)), *map(STATES.format, range(2))),
+    "universal": (MODEL, COMMON),
+    "universal 3": (*map(MODEL3.format, range(2)), COMMON),
+}
 DEPTH = 6
 
 Way = tuple[Any, ...]  # keys and indices that lead to an entry
@@ -57,9 +63,11 @@ def make(
     scheduler: bool = True,
     steps: int = 0,
     bf16: bool = True,
+    stage: int = 2,
 ) -> Any:
     torch.manual_seed(seed)
-    config = ds_config(fp8, scheduler=WARMUP, bf16=bf16)
+    zero = zero3(persistence=30) if stage == 3 else {}
+    config = ds_config(fp8, stage=stage, zero=zero, scheduler=WARMUP, bf16=bf16)
     if universal:
         config["checkpoint"] = {"load_universal": True}
     engine = build(config, Small())
@@ -73,8 +81,8 @@ def train(engine: Any) -> None:
     engine.step()
 
 
-def save(folder: str, fp8: dict[str, Any] | None) -> None:
-    engine = make(fp8, steps=3)
+def save(folder: str, fp8: dict[str, Any] | None, stage: int = 2) -> None:
+    engine = make(fp8, steps=3, stage=stage)
     engine.save_checkpoint(folder, tag="tag")
     engine.destroy()
 
@@ -90,8 +98,13 @@ def convert(folder: Path, out: Path) -> None:
 
 def without_scheduler(source: Path, out: Path) -> None:
     shutil.copytree(source, out)
-    file = torch.load(out / "tag" / MODEL, weights_only=False)
-    torch.save({**file, "lr_scheduler": None}, out / "tag" / MODEL)
+    for path in (out / "tag").glob("*model_states.pt"):
+        torch.save({**torch.load(path, weights_only=False), "lr_scheduler": None}, path)
+
+
+def of_kind(kind: str) -> dict[str, Any]:
+    """What `make` needs for a checkpoint's kind."""
+    return {"universal": "universal" in kind, "stage": 3 if kind.endswith("3") else 2}
 
 
 # Spoiling
@@ -137,7 +150,7 @@ def cases(tag: Path, kind: str) -> list[tuple[str, Way, str, Any]]:
     for name in PARTS[kind]:
         file = torch.load(tag / name, weights_only=False)
         for way in entries(file):
-            if way[0] in IGNORED:
+            if way[0] in IGNORED and not (way[0] in READ_OF_3 and name == MODEL3.format(0)):
                 continue
             value = file
             for key in way:
@@ -147,6 +160,7 @@ def cases(tag: Path, kind: str) -> list[tuple[str, Way, str, Any]]:
 
 
 # What nobody reads on the way into a run with FP8.
+READ_OF_3 = ("param_shapes", "frozen_param_shapes")
 IGNORED = ("ds_config", "ds_version", "param_shapes", "buffer_names", "shared_params", "frozen_param_shapes")
 
 
@@ -202,7 +216,7 @@ FP8 = {"opt_level": "O1", "checkpoint": {"allow_conversion": True}}
 def load_spoiled(root: str, kind: str, chosen: slice) -> list[tuple[str, str, bool, bool]]:
     """Of each case: what was done, the error, whether all is as before, whether it is as if loaded whole."""
     source, folder = Path(root, kind), Path(root, f"spoiled {kind}")
-    whole, engine = (make(FP8, seed, universal=kind == "universal", steps=1) for seed in (1, 5))
+    whole, engine = (make(FP8, seed, steps=1, **of_kind(kind)) for seed in (1, 5))
     assert not attempt(whole, source)
     loaded, before, told = snapshot(whole), snapshot(engine), []
     on_first(lambda: shutil.copytree(source, folder))
@@ -218,7 +232,7 @@ def load_spoiled(root: str, kind: str, chosen: slice) -> list[tuple[str, str, bo
         on_first(functools.partial(shutil.copy, source / "tag" / name, folder / "tag" / name))
         if not error:
             engine.destroy()
-            engine = make(FP8, 5, universal=kind == "universal", steps=1)
+            engine = make(FP8, 5, steps=1, **of_kind(kind))
             before = snapshot(engine)
     on_first(lambda: shutil.rmtree(folder))
     whole.destroy()
@@ -263,9 +277,9 @@ def harm(path: Path, how: str) -> None:
 def load_harmed(root: str, kind: str) -> list[tuple[str, str, bool]]:
     """Of each file and harm: what was done, the error, whether all is as before."""
     source, folder, told = Path(root, kind), Path(root, f"harmed {kind}"), []
-    engine = make(FP8, 5, universal=kind == "universal", steps=1)
+    engine = make(FP8, 5, steps=1, **of_kind(kind))
     before = snapshot(engine)
-    parts = [*PARTS[kind], *(["zero/first.weight/fp32.pt"] if kind == "universal" else [])]
+    parts = [*PARTS[kind], *(["zero/first.weight/fp32.pt"] if "universal" in kind else [])]
     for name in parts:
         for how in ("missing", "empty", "cut", "text", "folder"):
             on_first(lambda: shutil.copytree(source, folder))
@@ -278,7 +292,7 @@ def load_harmed(root: str, kind: str) -> list[tuple[str, str, bool]]:
 
 def load_without_scheduler(root: str, kind: str) -> tuple[str, bool, bool]:
     """The error, whether all is as before, and whether it loads when told to keep the scheduler."""
-    engine = make(FP8, 5, universal="universal" in kind, steps=1)
+    engine = make(FP8, 5, steps=1, **of_kind(kind))
     before = snapshot(engine)
     error, unchanged = attempt(engine, Path(root, kind)), same(snapshot(engine), before)
     loaded = not attempt(engine, Path(root, kind), load_lr_scheduler_states=False)

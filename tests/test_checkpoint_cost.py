@@ -10,7 +10,8 @@ from typing import Any
 import deepspeed
 import pytest
 import torch
-from engines import batches, build_gpt, ds_config, train_losses
+from engines import batches, build_gpt, ds_config, train_losses, zero3
+from grids import some_of
 from ranks import FORKED, RankPools, free_port, rank_environment, start_server
 from train_lm import ByteGPT, Shape
 
@@ -22,8 +23,9 @@ BUCKET = 4_000_000
 M_MMAP_THRESHOLD = -3  # of malloc.h
 
 
-def save(folder: str, fp8: dict[str, Any] | None, shape: Shape) -> None:
-    engine = build_gpt(ds_config(fp8, bucket=BUCKET), shape)
+def save(folder: str, fp8: dict[str, Any] | None, shape: Shape, stage: int = 2) -> None:
+    zero = zero3() if stage == 3 else {}
+    engine = build_gpt(ds_config(fp8, stage=stage, zero=zero, bucket=BUCKET), shape)
     train_losses(engine, batches(engine, shape=shape), 1)
     engine.save_checkpoint(folder)
     engine.destroy()
@@ -48,7 +50,7 @@ def test_bytes_of_the_optimizer_files(
     assert at_most - 0.15 < written / parameters <= at_most
 
 
-def load(pipe: Connection, folder: str, port: int, level: str) -> None:
+def load(pipe: Connection, folder: str, port: int, level: str, stage: int, options: dict[str, Any]) -> None:
     """Everything that a run has is there and touched; then load when told to."""
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 65536)  # memory that is freed goes back at once
     os.environ.update(rank_environment(0, 1, port))
@@ -56,11 +58,13 @@ def load(pipe: Connection, folder: str, port: int, level: str) -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo")
     ds_fp8.register()
-    engine = build_gpt(ds_config({"opt_level": level}, bucket=BUCKET, micro_batch=1), LARGE, seed=1)
+    zero = zero3() if stage == 3 else {}
+    config = ds_config({"opt_level": level}, stage=stage, zero=zero, bucket=BUCKET, micro_batch=1)
+    engine = build_gpt(config, LARGE, seed=1)
     train_losses(engine, batches(engine, shape=LARGE), 1)
     pipe.send("ready")
     pipe.recv()
-    engine.load_checkpoint(folder)
+    engine.load_checkpoint(folder, **options)
     pipe.send("loaded")
     pipe.recv()
 
@@ -72,12 +76,26 @@ def anonymous_bytes(process: int | None) -> int:
     return int(found[1]) * 1024
 
 
-@pytest.mark.parametrize("level", ["O2", "O2+"])
-def test_loading_takes_a_bucket_beside_the_state(ranks: RankPools, tmp_path: Path, level: str) -> None:
-    ranks.run(1, save, str(tmp_path), {"opt_level": level}, LARGE)
+@some_of(
+    ["saved", "stage", "options", "level"],
+    [
+        [2, 2, {}, "O2"],
+        [2, 2, {}, "O2+"],
+        [3, 3, {}, "O2+"],
+        [3, 3, {"load_module_only": True}, "O2"],
+        [2, 3, {"load_optimizer_states": False}, "O2+"],
+        [3, 2, {"load_module_only": True}, "O2+"],
+    ],
+    4,
+)
+def test_loading_takes_a_bucket_beside_the_state(
+    ranks: RankPools, tmp_path: Path, saved: int, stage: int, options: dict[str, Any], level: str
+) -> None:
+    ranks.run(1, save, str(tmp_path), {"opt_level": level}, LARGE, saved)
     start_server()
     ours, theirs = FORKED.Pipe()
-    process = FORKED.Process(target=load, args=(theirs, str(tmp_path), free_port(), level), daemon=True)
+    arguments = (theirs, str(tmp_path), free_port(), level, stage, options)
+    process = FORKED.Process(target=load, args=arguments, daemon=True)
     process.start()
     assert ours.recv() == "ready"
     before = peak = anonymous_bytes(process.pid)

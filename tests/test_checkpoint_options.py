@@ -7,7 +7,17 @@ from typing import Any
 import pytest
 import torch
 from deepspeed import comm as dist
-from engines import SMALL, assert_same_bits, batches, build, ds_config, state_bits, train_losses, weight_bits
+from engines import (
+    SMALL,
+    assert_same_bits,
+    batches,
+    build,
+    ds_config,
+    state_bits,
+    train_losses,
+    weight_bits,
+    zero3,
+)
 from foreign_files import MODEL, STATES
 from ranks import RankPools
 from torch import nn
@@ -15,6 +25,7 @@ from train_lm import ByteGPT
 
 from ds_fp8.zero_fp8.checkpoint import manifest
 
+STAGES = pytest.mark.parametrize("stage", [2, 3])
 WARMUP = {"type": "WarmupLR", "params": {"warmup_max_lr": 1e-3, "warmup_num_steps": 10}}
 
 
@@ -30,8 +41,10 @@ class Anything:
 
 def make(seed: int = 0, model: type[nn.Module] = PartlyFrozen, level: str = "O2", **options: Any) -> Any:
     torch.manual_seed(seed)
-    scheduler = options.pop("scheduler", WARMUP)
-    config = ds_config({"opt_level": level, **options.pop("fp8", {})}, scheduler=scheduler)
+    scheduler, stage = options.pop("scheduler", WARMUP), options.pop("stage", 2)
+    zero = zero3() if stage == 3 else {}
+    fp8 = {"opt_level": level, **options.pop("fp8", {})}
+    config = ds_config(fp8, stage=stage, zero=zero, scheduler=scheduler)
     return build({**config, **options}, model())
 
 
@@ -39,6 +52,11 @@ def trained(steps: int = 2, **options: Any) -> Any:
     engine = make(**options)
     train_losses(engine, batches(engine), steps)
     return engine
+
+
+def model_file(stage: int) -> str:
+    """That of this rank."""
+    return MODEL if stage < 3 else f"zero_pp_rank_{dist.get_rank()}_{MODEL}"
 
 
 def assert_loaded(engine: Any, other: Any) -> None:
@@ -49,9 +67,9 @@ def assert_loaded(engine: Any, other: Any) -> None:
     assert engine.optimizer.optimizer.steps == other.optimizer.optimizer.steps
 
 
-def tags_and_latest(folder: str) -> None:
-    engine, latest = trained(), Path(folder, "latest")
-    fresh = make(seed=1)
+def tags_and_latest(folder: str, stage: int) -> None:
+    engine, latest = trained(stage=stage), Path(folder, "latest")
+    fresh = make(seed=1, stage=stage)
     assert fresh.load_checkpoint(folder) == (None, None)
     engine.save_checkpoint(folder)
     assert latest.read_text() == "global_step2"
@@ -66,9 +84,9 @@ def tags_and_latest(folder: str) -> None:
         "kept",
     ]
     for tag in (None, "kept", 7, "global_step2"):
-        path, _ = make(seed=1).load_checkpoint(folder, tag=tag)
+        path, _ = make(seed=1, stage=stage).load_checkpoint(folder, tag=tag)
         name = "7" if tag is None else str(tag)
-        assert path == os.path.join(folder, name, MODEL)
+        assert path == os.path.join(folder, name, model_file(stage))
     fresh.load_checkpoint(folder)
     assert_loaded(fresh, engine)
     with pytest.raises(ValueError, match="no such folder"):
@@ -77,29 +95,30 @@ def tags_and_latest(folder: str) -> None:
         engine.save_checkpoint(folder, tag="")
 
 
-def test_tags_and_latest(ranks: RankPools, tmp_path: Path) -> None:
-    ranks.run(2, tags_and_latest, str(tmp_path))
+@STAGES
+def test_tags_and_latest(ranks: RankPools, tmp_path: Path, stage: int) -> None:
+    ranks.run(2, tags_and_latest, str(tmp_path), stage)
 
 
-def client_state(folder: str, level: str) -> None:
+def client_state(folder: str, level: str, stage: int) -> None:
     """Objects of the client come back, beside split masters as well."""
-    engine = trained(level=level)
+    engine = trained(level=level, stage=stage)
     engine.save_checkpoint(folder, client_state={"epoch": 3, "object": Anything()})
-    fresh = make(seed=1, level=level)
+    fresh = make(seed=1, level=level, stage=stage)
     _, state = fresh.load_checkpoint(folder)
     assert state["epoch"] == 3
     assert isinstance(state["object"], Anything)
     assert_loaded(fresh, engine)
-    other = make(seed=1, level="O1", fp8={"checkpoint": {"allow_conversion": True}})
+    other = make(seed=1, level="O1", fp8={"checkpoint": {"allow_conversion": True}}, stage=stage)
     other.load_checkpoint(folder)
     assert other.global_steps == 2
     for name, bits in weight_bits(engine).items():
         assert torch.equal(weight_bits(other)[name], bits), name
 
 
-@pytest.mark.parametrize("level", ["O2", "O2+"])
-def test_client_state(ranks: RankPools, tmp_path: Path, level: str) -> None:
-    ranks.run(2, client_state, str(tmp_path), level)
+@pytest.mark.parametrize(("level", "stage"), [("O2", 2), ("O2+", 2), ("O2+", 3)])
+def test_client_state(ranks: RankPools, tmp_path: Path, level: str, stage: int) -> None:
+    ranks.run(2, client_state, str(tmp_path), level, stage)
 
 
 class Holder:
@@ -126,11 +145,11 @@ def test_a_client_state_outlives_its_file(ranks: RankPools, tmp_path: Path) -> N
     ranks.run(2, after_the_file_is_gone, str(tmp_path), seconds=60)
 
 
-def parts(folder: str) -> None:
-    engine = trained()
+def parts(folder: str, stage: int) -> None:
+    engine = trained(stage=stage)
     engine.save_checkpoint(folder)
 
-    weights_only = trained(steps=1, seed=1)
+    weights_only = trained(steps=1, seed=1, stage=stage)
     before, steps = state_bits(weights_only.optimizer), weights_only.optimizer.optimizer.steps
     weights_only.load_checkpoint(folder, load_optimizer_states=False)
     now = state_bits(weights_only.optimizer)
@@ -146,34 +165,36 @@ def parts(folder: str) -> None:
         )
         assert close.all(), name
 
-    module_only = make(seed=1)
+    module_only = make(seed=1, stage=stage)
     learning_rate = module_only.get_lr()
     module_only.load_checkpoint(folder, load_module_only=True)
     assert module_only.global_steps == 0
     assert module_only.get_lr() == learning_rate
     assert_same_bits(weight_bits(module_only), loaded)
 
-    no_scheduler = make(seed=1)
+    no_scheduler = make(seed=1, stage=stage)
     scheduled = no_scheduler.lr_scheduler.state_dict()
     no_scheduler.load_checkpoint(folder, load_lr_scheduler_states=False)
     assert no_scheduler.lr_scheduler.state_dict() == scheduled
     assert_loaded(no_scheduler, engine)
 
 
-def test_parts(ranks: RankPools, tmp_path: Path) -> None:
-    ranks.run(2, parts, str(tmp_path))
+@STAGES
+def test_parts(ranks: RankPools, tmp_path: Path, stage: int) -> None:
+    ranks.run(2, parts, str(tmp_path), stage)
 
 
-def frozen_left_out(folder: str) -> None:
-    engine = trained()
+def frozen_left_out(folder: str, stage: int) -> None:
+    engine = trained(stage=stage)
     engine.save_checkpoint(folder, exclude_frozen_parameters=True)
-    fresh = make(seed=1)
-    before = {name: each.clone() for name, each in fresh.module.blocks[0].state_dict().items()}
+    fresh = make(seed=1, stage=stage)
+    before = weight_bits(fresh)
     with pytest.raises(ValueError, match="load_module_strict=False takes what both have"):
         fresh.load_checkpoint(folder)
     fresh.load_checkpoint(folder, load_module_strict=False)
-    for name, each in fresh.module.blocks[0].state_dict().items():
-        assert torch.equal(each, before[name])
+    for name, each in weight_bits(fresh).items():
+        source = before if name.startswith("blocks.0.") else weight_bits(engine)
+        assert torch.equal(each, source[name]), name
     assert_same_bits(state_bits(fresh.optimizer), state_bits(engine.optimizer))
 
 
@@ -191,34 +212,36 @@ def test_client_state_does_not_overwrite_what_deepspeed_keeps(ranks: RankPools, 
         assert "received client_state with module, global_steps, allowed" in message
 
 
-def test_exclude_frozen_parameters(ranks: RankPools, tmp_path: Path) -> None:
-    ranks.run(2, frozen_left_out, str(tmp_path))
+@STAGES
+def test_exclude_frozen_parameters(ranks: RankPools, tmp_path: Path, stage: int) -> None:
+    ranks.run(2, frozen_left_out, str(tmp_path), stage)
 
 
-def what_is_frozen_must_fit(folder: str) -> None:
-    engine = trained(model=lambda: ByteGPT(SMALL))
+def what_is_frozen_must_fit(folder: str, stage: int) -> None:
+    engine = trained(model=lambda: ByteGPT(SMALL), stage=stage)
     engine.save_checkpoint(folder)
     for options in ({}, {"load_optimizer_states": False}):
-        fresh = make(seed=1)
+        fresh = make(seed=1, stage=stage)
         before = weight_bits(fresh)
         with pytest.raises(ValueError, match="frozen in this run, trained in the checkpoint"):
             fresh.load_checkpoint(folder, **options)
         assert_same_bits(weight_bits(fresh), before)
-    unscheduled = trained(scheduler=None)
+    unscheduled = trained(scheduler=None, stage=stage)
     unscheduled.save_checkpoint(folder, tag="unscheduled")
-    fresh = make(seed=1)
+    fresh = make(seed=1, stage=stage)
     with pytest.raises(ValueError, match="load_lr_scheduler_states=False keeps it"):
         fresh.load_checkpoint(folder)
     fresh.load_checkpoint(folder, load_lr_scheduler_states=False)
     assert_loaded(fresh, unscheduled)
 
 
-def test_what_is_frozen_and_scheduled_must_fit(ranks: RankPools, tmp_path: Path) -> None:
-    ranks.run(2, what_is_frozen_must_fit, str(tmp_path))
+@STAGES
+def test_what_is_frozen_and_scheduled_must_fit(ranks: RankPools, tmp_path: Path, stage: int) -> None:
+    ranks.run(2, what_is_frozen_must_fit, str(tmp_path), stage)
 
 
-def custom_load(folder: str) -> None:
-    engine, fresh, seen = trained(), make(seed=1), []
+def custom_load(folder: str, stage: int) -> None:
+    engine, fresh, seen = trained(stage=stage), make(seed=1, stage=stage), []
 
     def load(src: dict[str, Any], dst: nn.Module) -> None:
         seen.append(len(src))
@@ -228,20 +251,27 @@ def custom_load(folder: str) -> None:
     fresh.load_checkpoint(folder, custom_load_fn=load)
     assert seen == [len(engine.module.state_dict())]
     assert_loaded(fresh, engine)
+    if stage == 3:
+        for options in ({"load_module_only": True}, {"load_optimizer_states": False}):
+            with pytest.raises(ValueError, match="received custom_load_fn without optimizer states"):
+                fresh.load_checkpoint(folder, custom_load_fn=load, **options)
+        assert len(seen) == 1
 
 
-def test_custom_load_fn(ranks: RankPools, tmp_path: Path) -> None:
-    ranks.run(2, custom_load, str(tmp_path))
+@STAGES
+def test_custom_load_fn(ranks: RankPools, tmp_path: Path, stage: int) -> None:
+    ranks.run(2, custom_load, str(tmp_path), stage)
 
 
-def save_again(folder: str) -> None:
-    trained().save_checkpoint(folder, tag="again")
+def save_again(folder: str, stage: int) -> None:
+    trained(stage=stage).save_checkpoint(folder, tag="again")
 
 
-def test_a_tag_saved_again_has_no_files_of_the_old_one(ranks: RankPools, tmp_path: Path) -> None:
+@STAGES
+def test_a_tag_saved_again_has_no_files_of_the_old_one(ranks: RankPools, tmp_path: Path, stage: int) -> None:
     """Files of ranks that are no more would end up in zero_to_fp32."""
-    ranks.run(3, save_again, str(tmp_path))
-    ranks.run(1, save_again, str(tmp_path))
+    ranks.run(3, save_again, str(tmp_path), stage)
+    ranks.run(1, save_again, str(tmp_path), stage)
     assert len(list((tmp_path / "again").glob("*_optim_states.pt"))) == 1
     facts = manifest.read(tmp_path / "again")
     assert facts is not None
@@ -249,28 +279,30 @@ def test_a_tag_saved_again_has_no_files_of_the_old_one(ranks: RankPools, tmp_pat
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["again"]
 
 
-def on_nodes(folder: str) -> list[str]:
+def on_nodes(folder: str, stage: int) -> list[str]:
     """As many nodes as ranks, each with a folder that only it sees."""
     os.environ["LOCAL_RANK"] = "0"
     own = os.path.join(folder, f"node{dist.get_rank()}")
     try:
         storage = {"checkpoint": {"use_node_local_storage": True}}
-        engine = trained(**storage)
+        engine = trained(**storage, stage=stage)
         engine.save_checkpoint(own)
-        fresh = make(seed=1, **storage)
+        fresh = make(seed=1, **storage, stage=stage)
         fresh.load_checkpoint(own)
         assert_loaded(fresh, engine)
-        damaged = Path(own, "global_step2", MODEL)
+        damaged = Path(own, "global_step2", model_file(stage))
         if dist.get_rank() == 1:
             damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
         with pytest.raises(ValueError, match=r"rank 1: .*SHA-256 does not match"):
-            make(seed=1, **storage).load_checkpoint(own)
+            make(seed=1, **storage, stage=stage).load_checkpoint(own)
     finally:
         os.environ["LOCAL_RANK"] = str(dist.get_rank())
     return sorted(path.name for path in Path(own, "global_step2").iterdir())
 
 
-def test_use_node_local_storage(ranks: RankPools, tmp_path: Path) -> None:
-    for rank, files in enumerate(ranks.run(2, on_nodes, str(tmp_path))):
-        assert files == sorted([STATES.format(rank), manifest.NAME, MODEL])
+@STAGES
+def test_use_node_local_storage(ranks: RankPools, tmp_path: Path, stage: int) -> None:
+    for rank, files in enumerate(ranks.run(2, on_nodes, str(tmp_path), stage)):
+        model = MODEL if stage == 2 else f"zero_pp_rank_{rank}_{MODEL}"
+        assert files == sorted([STATES.format(rank), manifest.NAME, model])
         assert (tmp_path / f"node{rank}" / "latest").read_text() == "global_step2"

@@ -19,24 +19,26 @@ CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree")
 
 
 @pytest.mark.parametrize(
-    ("level", "kills"),
+    ("level", "stage", "kills"),
     [
-        ("O2", 2),
-        pytest.param("O2", 20, marks=pytest.mark.slow),
-        pytest.param("O2+", 20, marks=pytest.mark.slow),
+        ("O2", 2, 2),
+        ("O2+", 3, 1),
+        pytest.param("O2", 2, 20, marks=pytest.mark.slow),
+        pytest.param("O2+", 2, 20, marks=pytest.mark.slow),
+        pytest.param("O2+", 3, 10, marks=pytest.mark.slow),
     ],
 )
-def test_a_killed_run_goes_on(tmp_path: Path, level: str, kills: int) -> None:
+def test_a_killed_run_goes_on(tmp_path: Path, level: str, stage: int, kills: int) -> None:
     killed, unbroken = tmp_path / "killed", tmp_path / "unbroken"
     killed.mkdir()
     unbroken.mkdir()
     rng = random.Random(kills)
     for number in range(kills):
-        run_and_kill(killed, level, rng, saving=number % 2 == 0)
+        run_and_kill(killed, level, stage, rng, saving=number % 2 == 0)
         assert_whole(killed)
     last = max(int(line.split()[0]) for line in lines(killed) if line[0].isdigit())
-    finish(killed, level, last + 5)
-    finish(unbroken, level, last + 5)
+    finish(killed, level, stage, last + 5)
+    finish(unbroken, level, stage, last + 5)
 
     expected = dict(line.split() for line in lines(unbroken) if line[0].isdigit())
     assert len(expected) == last + 5

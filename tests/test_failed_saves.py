@@ -13,7 +13,8 @@ import pytest
 import torch
 from deepspeed import comm as dist
 from engines import build, ds_config
-from foreign_files import MODEL, STATES, Small, attempt, make, same, snapshot
+from foreign_files import MODEL, Small, attempt, make, same, snapshot
+from grids import some_of
 from ranks import RankPools
 
 from ds_fp8.zero_fp8.checkpoint import manifest, tags
@@ -97,11 +98,11 @@ FAULTS: dict[str, tuple[Fault, tuple[int, ...], tuple[str, ...]]] = {  # what, o
 }
 
 
-def fail_and_go_on(root: str, what: str, rank: int) -> str:
+def fail_and_go_on(root: str, what: str, rank: int, stage: int) -> str:
     """The error; `latest` is whole, leftovers go, the next save works."""
     fault, _, _ = FAULTS[what]
     folder = Path(root)
-    engine = make({"opt_level": "O1"}, steps=1)
+    engine = make({"opt_level": "O1"}, steps=1, stage=stage)
     engine.save_checkpoint(root, tag="whole")
     engine.save_checkpoint(root, tag="tag", save_latest=False)
     client_state = {"epoch": (lambda: 0)} if what == "unpicklable client_state" else {}
@@ -130,7 +131,7 @@ def fail_and_go_on(root: str, what: str, rank: int) -> str:
         dist.barrier()
     before = snapshot(engine)
     engine.save_checkpoint(root, tag="new")
-    fresh = make({"opt_level": "O1"}, seed=4, steps=2)
+    fresh = make({"opt_level": "O1"}, seed=4, steps=2, stage=stage)
     assert not attempt(fresh, folder)
     assert same(snapshot(fresh), before)
     for each in (engine, fresh):
@@ -138,19 +139,25 @@ def fail_and_go_on(root: str, what: str, rank: int) -> str:
     return "\n".join(told)
 
 
-@pytest.mark.parametrize(
-    ("what", "rank"), [(what, rank) for what, (_, places, _) in FAULTS.items() for rank in places]
+PLACES = [(what, rank) for what, (_, places, _) in FAULTS.items() for rank in places]
+WITH_SLICES = [("small files", 0), ("scheduler", 1), ("seal", 1)]  # before, at and after the views of masters
+CASES = [(2, *place) for place in PLACES] + sorted(
+    [(3, *place) for place in PLACES], key=lambda case: case[1:] not in WITH_SLICES
 )
+
+
+@some_of(["stage", "what", "rank"], CASES, len(PLACES) + len(WITH_SLICES))
 def test_every_rank_tells_the_file_and_the_cause(
-    ranks: RankPools, tmp_path: Path, what: str, rank: int
+    ranks: RankPools, tmp_path: Path, stage: int, what: str, rank: int
 ) -> None:
-    told = ranks.run(2, fail_and_go_on, str(tmp_path), what, rank, seconds=100)
+    told = ranks.run(2, fail_and_go_on, str(tmp_path), what, rank, stage, seconds=100)
     assert told[0] == told[1]
     for message in told[0].splitlines():
         assert message.startswith(f"rank {rank}: ")
-        assert all(words in message for words in FAULTS[what][2]), message
+        words = [each.replace(MODEL, "states.pt") for each in FAULTS[what][2]]
+        assert all(each in message for each in words), message
         if what in ("small files", "full disk", "seal"):
-            assert (STATES.format(1) if rank else "_states.pt") in message, message
+            assert (f"pp_rank_{rank}_" if rank else "_states.pt") in message, message
 
 
 def into_a_file(root: str) -> str:

@@ -4,26 +4,27 @@ from pathlib import Path
 
 import foreign_files as files
 import pytest
+from grids import some_of
 from ranks import RankPools
 
-KINDS = ("stock", "universal")
+KINDS = ("stock", "stock 3", "universal", "universal 3")
 
 
 @pytest.fixture(scope="module")
 def root(ranks: RankPools, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders with and without a scheduler's state."""
     folder = tmp_path_factory.mktemp("foreign")
-    ranks.run(2, files.save, str(folder / "stock"), None)
-    files.convert(folder / "stock" / "tag", folder / "universal" / "tag")
+    for stage, of in ((2, ""), (3, " 3")):
+        ranks.run(2, files.save, str(folder / f"stock{of}"), None, stage)
+        files.convert(folder / f"stock{of}" / "tag", folder / f"universal{of}" / "tag")
     for kind in KINDS:
         files.without_scheduler(folder / kind, folder / f"unscheduled {kind}")
     return folder
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("step", [15, pytest.param(1, marks=pytest.mark.slow)])
+@some_of(["step", "kind"], [*((15, kind) for kind in KINDS), *zip((1, 3, 1, 7), KINDS, strict=True)], 4)
 def test_an_entry_that_is_not_what_it_should_be_is_refused(
-    ranks: RankPools, root: Path, kind: str, step: int
+    ranks: RankPools, root: Path, step: int, kind: str
 ) -> None:
     """Every entry: left out, of another type, cut short, out of range. Else it loads as if it were whole."""
     first, second = ranks.run(2, files.load_spoiled, str(root), kind, slice(0, None, step))

@@ -24,18 +24,20 @@ ROOMS = (
     ("ds_fp8", "output"),
     (
         "ds_fp8.zero_fp8.handlers",
-        "stage12 stage3 | common fetching slice_access | full_tensors roster saved_states take_over",
+        "stage12 stage3 | common fetching slice_access | full_tensors roster saved_states take_over | "
+        "master_views",
     ),
     ("ds_fp8.zero_fp8", "step | wiring verdict"),
+    ("ds_fp8.zero_fp8.checkpoint.foreign", "stock12 stock3 universal | stock_model | stock_files"),
     (
         "ds_fp8.zero_fp8.checkpoint",
-        "export universal | convert reader stock writer | contracts | files | tags | manifest",
+        "export | convert reader writer | contracts model_files | files | tags | manifest",
     ),
     (
         "ds_fp8.zero_fp8.optimizer",
         "client facade | fp8_adamw | standalone | edits entries hyperparameters members",
     ),
-    ("ds_fp8.zero_fp8.weights", "binding fetch | store views slices | home"),
+    ("ds_fp8.zero_fp8.weights", "binding fetch | store views slices | claims home"),
     (
         "ds_fp8.zero_fp8.gradients",
         "reducer fp8_sum | pending | packing reduced schedule | exchange autoscale backwards",
@@ -43,7 +45,7 @@ ROOMS = (
     ("ds_fp8.zero_fp8.states", "shard"),
     ("ds_fp8.zero_fp8", "health"),
     ("ds_fp8.zero_fp8.comm", "collectives | agreement groups"),
-    ("ds_fp8.zero_fp8.placement", "parameters | messages partition | ranks"),
+    ("ds_fp8.zero_fp8.placement", "parameters even_slices | messages partition | ranks"),
     ("ds_fp8.zero_fp8", "plain_tensors recipe"),
     ("ds_fp8.ops", "op_builders | backend"),
     (

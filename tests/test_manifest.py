@@ -100,15 +100,15 @@ def test_what_is_missing_is_named(version: int, key: str) -> None:
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
 @pytest.mark.parametrize("files", [1, 2, 3, 4])
 def test_every_file_is_one_ranks_to_check(world_size: int, files: int) -> None:
-    optimizer_files = [f"{letter}.pt" for letter in "dacb"[:files]]
-    names = ["model.pt", *optimizer_files, "notes"]
+    of_ranks = [[f"{kind} {letter}.pt" for letter in "dacb"[:files]] for kind in ("states", "model")]
+    names = ["model.pt", *of_ranks[0], *of_ranks[1], "notes"]
     shares = [
-        manifest.share(names, optimizer_files, rank, world_size, first=rank == 0)
-        for rank in range(world_size)
+        manifest.share(names, of_ranks, rank, world_size, first=rank == 0) for rank in range(world_size)
     ]
     assert sorted(name for share in shares for name in share) == sorted(names)
-    for index, name in enumerate(optimizer_files):
-        assert name in shares[index % world_size]
+    for each in of_ranks:
+        for index, name in enumerate(each):
+            assert name in shares[index % world_size]
 
 
 @pytest.mark.parametrize("name", KEPT)
@@ -129,7 +129,12 @@ def test_the_commands_read_version_1(tmp_path: Path, name: str, capsys: pytest.C
 
 # DeepSpeed's names of files: where they are recognised although no manifest lists them.
 ALLOWED = {
-    "ds_fp8.zero_fp8.checkpoint.stock": ["OPTIMIZER_FILE"],
+    "ds_fp8.zero_fp8.checkpoint.foreign.stock_files": [
+        "OPTIMIZER_FILE",
+        "RANKS_MODEL_FILE",
+        "MODEL_FILE",
+        "FIRST_MODEL_FILE",
+    ],
     "ds_fp8.zero_fp8.checkpoint.manifest": ["Version1"],
 }
 OF_A_RANK = re.compile(r"(mp|pp|dp|expp)_rank|rank_?(\(|\[|\\d|\{|\*|%)")

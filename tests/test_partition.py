@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ds_fp8.estimate import memory
+from ds_fp8.zero_fp8.placement import even_slices
 from ds_fp8.zero_fp8.placement.partition import (
     Bucket,
     ParameterSpec,
@@ -339,3 +340,34 @@ def test_sliced_parameters() -> None:
         [(1, slice(0, 2), slice(128, 256)), (0, slice(2, 3), slice(64, 100))],
         [(1, slice(0, 1), slice(256, 300))],
     ]
+
+
+@partition_settings
+@each_case_of_both
+def test_even_slices_are_put_together_from_what_ranks_own(case: Case) -> None:
+    """As zero_to_fp32.py does: slices of all ranks after each other, cut at the parameter's end."""
+    ranks = range(case.world_size)
+    for bucket in case.buckets():
+        sizes = [slot.numel for slot in bucket.slots]
+        starts = dict(zip(indices_of(bucket), even_slices.starts_of(sizes, case.world_size), strict=False))
+        owned = [
+            [(p.slot.parameter, e) for p in bucket.pieces(r) for e in range(*p.elements.indices(2**60))]
+            for r in ranks
+        ]
+        vectors = [dict[int, tuple[int, int]]() for _ in ranks]
+        for owner in ranks:
+            for receiver in ranks:
+                for move in even_slices.moves(bucket, owner, receiver):
+                    for step in range(move.numel):
+                        assert move.target + step not in vectors[receiver]
+                        vectors[receiver][move.target + step] = owned[owner][move.source + step]
+        for slot in bucket.slots:
+            share, start = -(-slot.numel // case.world_size), starts[slot.parameter]
+            whole = [vector.get(start + step) for vector in vectors for step in range(share)]
+            assert whole[: slot.numel] == [(slot.parameter, element) for element in range(slot.numel)]
+            assert set(whole[slot.numel :]) <= {None}
+        assert all(max(vector, default=-1) < even_slices.length_of(bucket) for vector in vectors)
+
+
+def indices_of(bucket: Bucket) -> list[int]:
+    return [slot.parameter for slot in bucket.slots]

@@ -132,7 +132,7 @@ def export(arguments: argparse.Namespace) -> None:
 
 
 def to_universal(arguments: argparse.Namespace) -> None:
-    from ds_fp8.zero_fp8.checkpoint.universal import write
+    from ds_fp8.zero_fp8.checkpoint.foreign.universal import write
 
     checkpoint = open_verified(arguments)
     total = sum(math.prod(parameter.shape) for parameter in checkpoint.parameters.values())

@@ -42,11 +42,11 @@ def first_of(engine: Any) -> int:
     return int(engine.global_rank - engine.local_rank) if engine.use_node_local_storage() else 0
 
 
-def checksum_share(engine: Any, names: Iterable[str], optimizer_files: Sequence[str]) -> list[str]:
+def checksum_share(engine: Any, names: Iterable[str], of_ranks: Iterable[Sequence[str]]) -> list[str]:
     """The files whose checksums this rank computes."""
     group = engine.optimizer.dp_process_group
     rank, world_size = dist.get_rank(group), dist.get_world_size(group)
-    return share(names, optimizer_files, rank, world_size, first=is_first(engine))
+    return share(names, of_ranks, rank, world_size, first=is_first(engine))
 
 
 # Of one rank

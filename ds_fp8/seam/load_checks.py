@@ -11,16 +11,21 @@ from typing import Any
 from torch import Tensor
 
 from ds_fp8.seam import model_file
-from ds_fp8.seam.model_file import ModelFile, Wanted, frozen
-from ds_fp8.zero_fp8.checkpoint import convert, stock
-from ds_fp8.zero_fp8.checkpoint.contracts import Restorable, check_names
+from ds_fp8.seam.model_file import Wanted, frozen
+from ds_fp8.zero_fp8.checkpoint import convert
+from ds_fp8.zero_fp8.checkpoint.contracts import Restorable, WeightSource, check_names
 from ds_fp8.zero_fp8.checkpoint.convert import Converted
 from ds_fp8.zero_fp8.checkpoint.files import Entry
+from ds_fp8.zero_fp8.checkpoint.foreign import stock_files
+from ds_fp8.zero_fp8.checkpoint.foreign.stock3 import Stock3
+from ds_fp8.zero_fp8.checkpoint.foreign.stock12 import Stock12
+from ds_fp8.zero_fp8.checkpoint.foreign.universal import OtherWeights, Universal
 from ds_fp8.zero_fp8.checkpoint.manifest import NAME, Manifest, describe_difference
+from ds_fp8.zero_fp8.checkpoint.model_files import ModelFile
 from ds_fp8.zero_fp8.checkpoint.reader import Checkpoint, is_extra_state
-from ds_fp8.zero_fp8.checkpoint.universal import Universal
 from ds_fp8.zero_fp8.checkpoint.writer import describe_recipe
 from ds_fp8.zero_fp8.handlers.common import FP8ZeROOptimizer
+from ds_fp8.zero_fp8.placement.parameters import part_of, shape_of
 
 ALLOW = "fp8.checkpoint.allow_conversion: true converts them, through FP32"
 
@@ -31,6 +36,7 @@ class Checked:
 
     model: ModelFile
     states: Restorable | None
+    weights: WeightSource | None = None  # None: DeepSpeed takes them from the model file
     conversion: str = ""  # what is rounded on the way, for the log
 
 
@@ -39,43 +45,78 @@ def check(engine: Any, folder: Path, manifest: Manifest, wanted: Wanted) -> Chec
     _check_module(engine, folder / NAME, manifest, wanted)
     model = model_file.read(engine, folder, manifest)
     model_file.check(engine, model, wanted)
-    return _check_ours(engine, folder, manifest, model) if wanted.states else Checked(model, None)
+    checkpoint = Checkpoint(folder, manifest, unpickle=True)
+    weights = _check_weights(engine, model, checkpoint, wanted)
+    if not wanted.states:
+        return Checked(model, None, weights)
+    return Checked(model, *_check_ours(engine, folder / NAME, checkpoint, weights))
 
 
-def _check_ours(engine: Any, folder: Path, manifest: Manifest, model: ModelFile) -> Checked:
-    path = folder / NAME
+def _check_ours(
+    engine: Any, path: Path, checkpoint: Checkpoint, weights: WeightSource | None
+) -> tuple[Restorable, WeightSource | None, str]:
+    manifest = checkpoint.manifest
     _check_parameters(engine, path, manifest)
     handler: FP8ZeROOptimizer = engine.optimizer
-    checkpoint, recipe = Checkpoint(folder, manifest, unpickle=True), describe_recipe(handler.recipe)
+    recipe = describe_recipe(handler.recipe)
     checkpoint.check(handler.parts.shards, handler.parameter_names)
     if manifest.recipe == recipe:
-        return Checked(model, checkpoint)
+        return checkpoint, weights, ""
     if not _may_convert(engine):
         differences = ", ".join(describe_difference(manifest.recipe, recipe))
         raise ValueError(f"{path}: of another recipe than this run ({differences}): {ALLOW}")
-    return Checked(model, Converted(checkpoint), convert.describe(manifest.recipe, recipe))
+    return Converted(checkpoint), weights, convert.describe(manifest.recipe, recipe)
+
+
+def _check_weights(
+    engine: Any, model: ModelFile, source: WeightSource, wanted: Wanted
+) -> WeightSource | None:
+    """Where weights come from if ranks have slices of them, or the model file no weights; else None.
+
+    Trained ones follow from the states if these are wanted.
+    """
+    if model.sliced is None and not engine.zero_optimization_partition_weights():
+        return None
+    if wanted.custom and not wanted.states:
+        raise ValueError(
+            "load_checkpoint: received custom_load_fn without optimizer states, allowed if weights are in "
+            "slices (ZeRO 3 in this run, or when it was saved): load_optimizer_states=True and "
+            "load_module_only=False beside it"
+        )
+    names = frozen(engine)
+    for name, parameter in engine.module.named_parameters():
+        if name in source and (name in names or not wanted.states):
+            source.check_weights(name, part_of(parameter))
+    return source
 
 
 def check_stock(engine: Any, folder: Path, wanted: Wanted) -> Checked:
     """A checkpoint that has no manifest."""
-    files = stock.optimizer_files(folder)
-    if files and stock.holds_our_states(next(iter(files.values()))):
+    files = stock_files.optimizer_files(folder)
+    if files and stock_files.holds_our_states(next(iter(files.values()))):
         raise ValueError(f"{folder / NAME}: missing: the checkpoint was never finished, or lost it")
     model = model_file.read(engine, folder)
-    states = _check_stock(engine, folder) if wanted.states else None
-    model_file.check(engine, model, wanted)
-    return Checked(model, states, _from_fp32(engine) if states is not None else "")
-
-
-def _check_stock(engine: Any, folder: Path) -> Restorable:
-    if not _may_convert(engine):
+    if wanted.states and not _may_convert(engine):
         raise ValueError(
             f'{folder}: optimizer states that were not written with "fp8" enabled: {ALLOW}; or load only the '
             "weights (load_optimizer_states=False)"
         )
-    source = stock.Stock(folder)
-    source.check(engine.optimizer.saved.described_parameters())
-    return Converted(source)
+    source = _open_stock(folder, model) if wanted.states or model.sliced is not None else None
+    if source is not None and wanted.states:
+        source.check(engine.optimizer.saved.described_parameters())
+    model_file.check(engine, model, wanted)
+    assert model.files is not None
+    weights = source if isinstance(source, Stock3) else model.files
+    checked = _check_weights(engine, model, weights, wanted)
+    if source is None or not wanted.states:
+        return Checked(model, None, checked)
+    return Checked(model, Converted(source), checked, _from_fp32(engine))
+
+
+def _open_stock(folder: Path, model: ModelFile) -> Stock12 | Stock3:
+    if model.sliced is None or model.files is None:
+        return Stock12(folder)
+    return Stock3(folder, model.files)
 
 
 def check_universal(engine: Any, folder: Path, wanted: Wanted) -> Checked:
@@ -93,7 +134,9 @@ def check_universal(engine: Any, folder: Path, wanted: Wanted) -> Checked:
     model = model_file.read(engine, folder)
     model_file.check(engine, model, wanted)
     _check_others(engine, universal, model, wanted)
-    return Checked(model, Converted(universal), _from_fp32(engine))
+    others = OtherWeights(universal, model.files if model.is_whole else None)
+    weights = _check_weights(engine, model, others, wanted)
+    return Checked(model, Converted(universal), weights, _from_fp32(engine))
 
 
 def _from_fp32(engine: Any) -> str:
@@ -103,29 +146,34 @@ def _from_fp32(engine: Any) -> str:
 def _check_others(engine: Any, universal: Universal, model: ModelFile, wanted: Wanted) -> None:
     """Whatever a universal checkpoint holds of a buffer or a frozen parameter is of its shape and kind."""
     saved, names = _saved(model), _untrained(engine)
-    missing = sorted(names.keys() - saved.value.keys())
+    missing = sorted(names.keys() - model.at("module").of(dict).keys())
     if missing and wanted.module_strict and model.is_whole:
         raise ValueError(
             f"{model.path}: of another model: without {missing[:3]} (of {len(missing)}); "
             "load_module_strict=False takes what both have"
         )
-    for name, ours in names.items():
-        if isinstance(ours, Tensor) and not is_extra_state(name):
-            if name in saved:
-                model_file.check_tensor(saved.at(name), ours)
-            other = universal.other(name)
-            if other is not None and other.value.shape != ours.shape:
-                raise other.refusal(f"shape {list(ours.shape)}")
+    tensors = {name: each for name, each in names.items() if isinstance(each, Tensor)}
+    for name in tensors.keys() & saved.value.keys():
+        if not is_extra_state(name):
+            model_file.check_tensor(saved.at(name), tensors[name])
+    for name, ours in tensors.items():
+        other = None if is_extra_state(name) else universal.other(name)
+        shape, elsewhere = list(shape_of(ours)), (model.sliced or {}).get(name)
+        if elsewhere not in (None, shape):
+            raise ValueError(f"{model.path}: shape of {name}: received {elsewhere}, expected {shape}")
+        if other is not None and list(other.value.shape) != shape:
+            raise other.refusal(f"shape {shape}")
 
 
-def others_of(engine: Any, universal: Universal, model: ModelFile) -> dict[str, Any]:
-    """Buffers, frozen parameters and extra state, as far as a universal checkpoint has them.
+def others_of(engine: Any, universal: Universal, checked: Checked) -> dict[str, Any]:
+    """Buffers, extra state and, if DeepSpeed takes them, frozen parameters, as far as there are any.
 
     From DeepSpeed's model file, where they are what they were; the converter's own files are all FP32.
     """
-    saved = _saved(model)
+    saved = _saved(checked.model)
+    apart = frozen(engine) if checked.weights is not None else ()
     state = {}
-    for name in _untrained(engine):
+    for name in _untrained(engine).keys() - apart:
         other = universal.other(name) if name not in saved and not is_extra_state(name) else None
         if name in saved:
             state[name] = saved.value[name]
@@ -135,15 +183,23 @@ def others_of(engine: Any, universal: Universal, model: ModelFile) -> dict[str, 
 
 
 def _saved(model: ModelFile) -> Entry:
-    return model.at("module") if model.is_whole else Entry(model.path, {})
+    """What the module has itself."""
+    module = model.at("module")
+    if not model.is_whole:
+        return Entry(model.path, {})
+    return Entry(
+        model.path,
+        {name: each for name, each in module.of(dict).items() if name not in (model.sliced or {})},
+        "module",
+    )
 
 
 def _untrained(engine: Any) -> dict[str, Any]:
     """What the module's state_dict holds beside trained parameters."""
     trained = set(engine.optimizer.parameters.values())
-    parameters = engine.module.named_parameters(remove_duplicate=False)
-    known = {name for name, parameter in parameters if parameter in trained}
-    return {name: value for name, value in engine.module.state_dict().items() if name not in known}
+    parameters = dict(engine.module.named_parameters(remove_duplicate=False))
+    state = {name: parameters.get(name, value) for name, value in engine.module.state_dict().items()}
+    return {name: value for name, value in state.items() if parameters.get(name) not in trained}
 
 
 def _may_convert(engine: Any) -> bool:

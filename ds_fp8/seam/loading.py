@@ -10,15 +10,18 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ds_fp8.ops.masters import put
 from ds_fp8.seam import model_file
 from ds_fp8.seam.arguments import agree_on, check_place, check_same_checkpoint, checksum_share
 from ds_fp8.seam.load_checks import Checked, check, check_stock, check_universal, others_of
-from ds_fp8.seam.model_file import Wanted
+from ds_fp8.seam.model_file import Wanted, frozen
 from ds_fp8.seam.status import is_active
 from ds_fp8.zero_fp8.checkpoint import manifest, tags
-from ds_fp8.zero_fp8.checkpoint.universal import Universal
+from ds_fp8.zero_fp8.checkpoint.contracts import WeightSource
+from ds_fp8.zero_fp8.checkpoint.foreign.universal import Universal
 from ds_fp8.zero_fp8.comm.agreement import agreed, check_agreement
 from ds_fp8.zero_fp8.handlers.common import FP8ZeROOptimizer
+from ds_fp8.zero_fp8.placement.parameters import held_of, part_of
 
 logger = logging.getLogger("ds_fp8")
 
@@ -84,13 +87,31 @@ def _load(engine: Any, load_dir: Path, name: str, options: Mapping[str, Any]) ->
 
 
 def _load_model(engine: Any, folder: Path, checked: Checked, options: Mapping[str, Any]) -> Any:
-    """DeepSpeed's part: all but the states."""
-    with model_file.given_to(engine, checked.model):
+    """DeepSpeed's part: all but the states; and weights that it cannot take from its model file."""
+    if engine.zero_optimization_partition_weights():
+        # Or DeepSpeed would put the whole model together in FP32.
+        options = {**options, "load_optimizer_states": True}
+    with model_file.given_to(engine, checked.model, weights=checked.weights is None):
         loaded = engine._load_checkpoint(str(folder.parent), folder.name, **options)
     if engine.load_universal_checkpoint():
-        others = others_of(engine, Universal(folder), checked.model)
+        others = others_of(engine, Universal(folder), checked)
         engine.module.load_state_dict(others, strict=False)
+    if checked.weights is not None:
+        _take_weights(engine, checked.weights, states=checked.states is not None)
     return loaded
+
+
+def _take_weights(engine: Any, source: WeightSource, *, states: bool) -> None:
+    """What this rank holds of frozen parameters; of trained ones too, unless they follow from states."""
+    if not states:
+        engine.optimizer.saved.take_weights(source)
+    names = frozen(engine)
+    for name, parameter in engine.module.named_parameters():
+        if name in names and name in source:
+            values, held = source.weights(name, part_of(parameter)), held_of(parameter).data
+            if len(values) < held.numel():  # the last slices, which are filled up
+                held = held[: len(values)]
+            put(values.view(held.shape), held)
 
 
 def _check(engine: Any, folder: Path, wanted: Wanted) -> Checked:
@@ -103,7 +124,9 @@ def _check(engine: Any, folder: Path, wanted: Wanted) -> Checked:
         return agreed(lambda: check_universal(engine, folder, wanted), group, folder)
     if saved is None:
         return agreed(lambda: check_stock(engine, folder, wanted), group, folder)
-    names = {saved.place.model_file, *(saved.files if wanted.states else ())}
-    shared = checksum_share(engine, names, saved.place.optimizer_files)
+    place = saved.place
+    with_weights = wanted.states or not place.has_whole_weights
+    names = {place.model_file} if not with_weights else set(saved.files)
+    shared = checksum_share(engine, names, place.of_ranks)
     agreed(lambda: manifest.verify(folder, saved, shared), group, folder)
     return agreed(lambda: check(engine, folder, saved, wanted), group, folder)

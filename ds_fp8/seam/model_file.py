@@ -6,19 +6,21 @@ given: it does not read the file again.
 """
 
 import copy
-import glob
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from deepspeed import comm as dist
 from torch import Tensor, nn
 
-from ds_fp8.zero_fp8.checkpoint import tags
-from ds_fp8.zero_fp8.checkpoint.files import Entry, in_memory, load_pickled
+from ds_fp8.zero_fp8.checkpoint.files import Entry, in_memory
+from ds_fp8.zero_fp8.checkpoint.foreign.stock_model import named
 from ds_fp8.zero_fp8.checkpoint.manifest import Manifest
+from ds_fp8.zero_fp8.checkpoint.model_files import FRAGMENTS, ModelFile, listed, shapes
 from ds_fp8.zero_fp8.checkpoint.reader import is_extra_state
+from ds_fp8.zero_fp8.placement.parameters import shape_of
 
 KEEPS_SCHEDULER = "load_lr_scheduler_states=False keeps this run's"
 
@@ -46,46 +48,26 @@ class Wanted:
         )
 
 
-@dataclass(frozen=True)
-class ModelFile(Entry):
-    """DeepSpeed's model file of this rank, open, and those of all ranks of model parallelism."""
-
-    paths: tuple[Path, ...] = ()
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether its module is all of the model, and not a rank's of model parallelism."""
-        return len(self.paths) == 1
-
-
 def read(engine: Any, folder: Path, manifest: Manifest | None = None) -> ModelFile:
     """The model file of a tag, as its manifest names it; if it has none, as DeepSpeed would.
 
     Raises ValueError if there is none, or several where one is expected.
     """
-    if manifest is not None:
-        path = folder / manifest.place.model_file
-        return ModelFile(path, load_pickled(path), paths=(path,))
-    path = Path(engine._get_ckpt_name(folder.parent, folder.name))
-    pattern = glob.escape(str(folder.parent)), glob.escape(folder.name)
-    paths = tuple(sorted(map(Path, engine._get_all_ckpt_names(*pattern))))
-    if path not in paths:
-        raise ValueError(f"{path}: missing: the folder {tags.contents(folder)}")
-    if len(paths) > 1 and not engine.load_universal_checkpoint():
-        names = ", ".join(other.name for other in paths)
-        raise ValueError(f"{folder}: received {names}, expected {path.name} alone")
-    return ModelFile(path, load_pickled(path), paths=paths)
+    if manifest is None:
+        return named(folder, universal=engine.load_universal_checkpoint())
+    return listed(folder, manifest, dist.get_rank(engine.optimizer.dp_process_group))
 
 
 def check(engine: Any, file: ModelFile, wanted: Wanted) -> None:
     """Refuse, by a ValueError, a model file that this engine cannot load to the end."""
     universal = engine.load_universal_checkpoint()
     module = file.at("module")
-    saved = module.of(dict)
+    module.of(dict)
     if not universal:  # its weights come from other files
-        _check_frozen(engine, file)
+        if file.sliced is None:
+            _check_frozen(engine, file)
         if not wanted.custom:
-            check_module(engine, file.path, shapes(saved), strict=wanted.module_strict)
+            check_module(engine, file.path, file.shapes, strict=wanted.module_strict)
             _check_kinds(engine.module, module)
     _check_counters(file, wanted)
     for key, part in _stateful(engine, wanted).items():
@@ -98,7 +80,8 @@ def check(engine: Any, file: ModelFile, wanted: Wanted) -> None:
 
 def check_module(engine: Any, path: Path, saved: Mapping[str, list[int] | None], *, strict: bool) -> None:
     """Compare names and, of parameters and buffers, shapes with what a checkpoint holds."""
-    state, members = shapes(engine.module.state_dict()), _members(engine.module)
+    state = shapes_of(engine.module, engine.module.state_dict())
+    members = _members(engine.module)
     missing, extra = sorted(state.keys() - saved.keys()), sorted(saved.keys() - state.keys(), key=str)
     if strict and (missing or extra):
         raise ValueError(
@@ -110,9 +93,10 @@ def check_module(engine: Any, path: Path, saved: Mapping[str, list[int] | None],
             raise ValueError(f"{path}: shape of {name}: received {saved[name]}, expected {state[name]}")
 
 
-def shapes(state: Mapping[str, Any]) -> dict[str, list[int] | None]:
-    """Of the tensors of a state_dict; None for all else."""
-    return {key: list(value.shape) if isinstance(value, Tensor) else None for key, value in state.items()}
+def shapes_of(module: nn.Module, state: Mapping[str, Any]) -> dict[str, list[int] | None]:
+    """As `shapes`; of parameters those that they have when they are whole."""
+    whole = {name: list(shape_of(each)) for name, each in module.named_parameters(remove_duplicate=False)}
+    return {name: whole.get(name, shape) for name, shape in shapes(state).items()}
 
 
 def _members(module: nn.Module) -> set[str]:
@@ -127,23 +111,27 @@ def _check_kinds(module: nn.Module, saved: Entry) -> None:
     members = _members(module)
     for name, tensor in module.state_dict().items():
         if name in members and name in saved:
-            check_tensor(saved.at(name), tensor)
+            check_kind(saved.at(name), tensor)
 
 
 def check_tensor(saved: Entry, ours: Tensor) -> None:
     """Refuse, by a ValueError, what a copy into a parameter or a buffer would not hold."""
-    theirs = saved.of(Tensor)
-    if theirs.shape != ours.shape:
-        raise saved.refusal(f"shape {list(ours.shape)}")
-    if theirs.is_floating_point() != ours.is_floating_point():
+    if saved.of(Tensor).shape != shape_of(ours):
+        raise saved.refusal(f"shape {list(shape_of(ours))}")
+    check_kind(saved, ours)
+
+
+def check_kind(saved: Entry, ours: Tensor) -> None:
+    """Refuse, by a ValueError, integers in place of floats, and the other way."""
+    if saved.of(Tensor).is_floating_point() != ours.is_floating_point():
         raise saved.refusal(f"a tensor of {ours.dtype}")
 
 
 def _check_frozen(engine: Any, file: Entry) -> None:
     """Frozen parameters are copied from an entry of their own, if there is one."""
-    if "frozen_param_fragments" not in file or file.value["frozen_param_fragments"] is None:
+    if FRAGMENTS not in file or file.value[FRAGMENTS] is None:
         return
-    saved = file.at("frozen_param_fragments")
+    saved = file.at(FRAGMENTS)
     names = frozen(engine)
     missing = sorted(names - saved.of(dict).keys())
     if missing:
@@ -239,11 +227,14 @@ def _try_extra_states(module: nn.Module, saved: Entry) -> None:
 
 
 @contextmanager
-def given_to(engine: Any, file: ModelFile) -> Iterator[None]:
-    """DeepSpeed's reading: of this file, that is open already; nor does it gather weights, which we do."""
+def given_to(engine: Any, file: ModelFile, *, weights: bool) -> Iterator[None]:
+    """DeepSpeed's reading: of this file, that is open already; nor does it gather weights, which we do.
+
+    weights: whether it takes parameters from the file; else each is given its own values.
+    """
     original, handler = engine.checkpoint_engine, engine.optimizer
     names = [str(path) for path in file.paths]
-    engine.checkpoint_engine = _Opened(file)
+    engine.checkpoint_engine = _Opened(file, {} if weights else _own(engine.module))
     engine._get_all_ckpt_names = lambda *_: names
     handler.refresh_fp32_params = lambda: None
     try:
@@ -253,15 +244,25 @@ def given_to(engine: Any, file: ModelFile) -> Iterator[None]:
         del engine._get_all_ckpt_names, handler.refresh_fp32_params
 
 
+def _own(module: nn.Module) -> dict[str, Tensor]:
+    """The parameters as they are, by every name they have."""
+    return {name: each.detach() for name, each in module.named_parameters(remove_duplicate=False)}
+
+
 class _Opened:
     """A checkpoint engine that reads one file, which has been read."""
 
-    def __init__(self, file: Entry) -> None:
+    def __init__(self, file: Entry, instead: Mapping[str, Tensor]) -> None:
+        """instead: what is given in place of the file's parameters."""
         self._file = file
+        self._instead = instead
 
     def load(self, path: str, map_location: Any = None) -> dict[str, Any]:
         """Only weights stay mapped, which are copied into parameters; the rest may be kept."""
         module = self._file.value["module"]
         rest = {key: value for key, value in self._file.value.items() if key != "module"}
+        if self._instead:
+            rest.pop(FRAGMENTS, None)
         extra = {name: value for name, value in module.items() if is_extra_state(str(name))}
-        return {**in_memory(rest), "module": {**module, **in_memory(extra)}}
+        ours = {name: each for name, each in self._instead.items() if name in module}
+        return {**in_memory(rest), "module": {**module, **in_memory(extra), **ours}}

@@ -22,12 +22,14 @@ from ds_fp8.seam.arguments import (
     first_of,
     is_first,
 )
-from ds_fp8.seam.model_file import frozen, shapes
+from ds_fp8.seam.model_file import frozen, shapes_of
 from ds_fp8.seam.status import is_active
 from ds_fp8.zero_fp8.checkpoint import files, manifest, tags, writer
-from ds_fp8.zero_fp8.checkpoint.manifest import File, Manifest, Place
+from ds_fp8.zero_fp8.checkpoint.manifest import File, Manifest, Place, Sliced
 from ds_fp8.zero_fp8.comm.agreement import agreed, gather_objects
 from ds_fp8.zero_fp8.handlers.common import FP8ZeROOptimizer
+from ds_fp8.zero_fp8.placement.even_slices import spans
+from ds_fp8.zero_fp8.placement.parameters import held_of, numel_of, shape_of
 
 Method = Callable[..., Any]
 
@@ -95,7 +97,11 @@ def _write(engine: Any, save: _Save, original: Method, client_state: Mapping[str
     handler: FP8ZeROOptimizer = engine.optimizer
     group = handler.dp_process_group
     try:
-        with agreed(handler.ready_for_files, group), _to_the_end(engine) as failures:
+        with (
+            agreed(handler.ready_for_files, group),
+            handler.saved.ready_to_save(),
+            _to_the_end(engine) as failures,
+        ):
             original(engine, str(save.folder), save.saving.name, client_state, False, save.exclude_frozen)
             agreed(failures.raise_first, group, save.saving)
             _publish(engine, save)
@@ -108,17 +114,41 @@ def _write(engine: Any, save: _Save, original: Method, client_state: Mapping[str
 def _publish(engine: Any, save: _Save) -> None:
     """Give a written tag its manifest and its name."""
     group = engine.optimizer.dp_process_group
-    # DeepSpeed calls a rank's files as it likes.
-    name = agreed(lambda: Path(engine._get_zero_ckpt_name(save.folder, save.saving.name)).name, group)
-    optimizer_files = gather_objects(name, group)
-    sealed = _seal(engine, save.saving, optimizer_files)
+    names = agreed(lambda: _names(engine, save), group)
+    by_rank = gather_objects(names, group)
+    written = _Written([each.states for each in by_rank], [each.model for each in by_rank])
+    sealed = _seal(engine, save.saving, written.of_ranks(engine))
 
     def publish() -> None:
         if is_first(engine):
-            written = _manifest(engine, save, optimizer_files, sealed)
-            tags.publish(save.folder, save.tag, written, latest=save.latest)
+            tags.publish(save.folder, save.tag, _manifest(engine, save, written, sealed), latest=save.latest)
 
     agreed(publish, group, save.folder / save.tag)
+
+
+@dataclass(frozen=True)
+class _Names:
+    """DeepSpeed calls a rank's files as it likes."""
+
+    states: str
+    model: str
+
+
+def _names(engine: Any, save: _Save) -> _Names:
+    names = engine._get_zero_ckpt_name, engine._get_ckpt_name
+    return _Names(*(Path(name(save.folder, save.saving.name)).name for name in names))
+
+
+@dataclass(frozen=True)
+class _Written:
+    """The files of a tag, in the order of the ranks that wrote them."""
+
+    states: list[str]
+    models: list[str]  # one name, over and over, but under ZeRO 3
+
+    def of_ranks(self, engine: Any) -> list[list[str]]:
+        """Those of which every rank has one."""
+        return [self.states, *([self.models] if engine.zero_optimization_partition_weights() else [])]
 
 
 class _Failures:
@@ -178,12 +208,12 @@ class _Writer:
         files.save(state_dict, path)
 
 
-def _seal(engine: Any, folder: Path, optimizer_files: Sequence[str]) -> dict[str, File]:
+def _seal(engine: Any, folder: Path, of_ranks: Sequence[Sequence[str]]) -> dict[str, File]:
     """Size and checksum of every file in a folder, from the ranks that share it."""
     group = engine.optimizer.dp_process_group
 
     def seal() -> dict[str, File]:
-        return manifest.seal(folder, checksum_share(engine, manifest.files_of(folder), optimizer_files))
+        return manifest.seal(folder, checksum_share(engine, manifest.files_of(folder), of_ranks))
 
     node = first_of(engine)
     by_rank = gather_objects((node, agreed(seal, group, folder)), group)
@@ -191,14 +221,14 @@ def _seal(engine: Any, folder: Path, optimizer_files: Sequence[str]) -> dict[str
     return dict(sorted(here.items()))
 
 
-def _manifest(engine: Any, save: _Save, optimizer_files: list[str], sealed: dict[str, File]) -> Manifest:
+def _manifest(engine: Any, save: _Save, written: _Written, sealed: dict[str, File]) -> Manifest:
     handler: FP8ZeROOptimizer = engine.optimizer
     return Manifest(
         format_version=manifest.FORMAT_VERSION,
         ds_fp8_version=ds_fp8.__version__,
         deepspeed_version=version("deepspeed"),
         zero_stage=handler.settings.stage,
-        world_size=len(optimizer_files),
+        world_size=len(written.states),
         global_steps=engine.global_steps,
         recipe=writer.describe_recipe(handler.recipe),
         steps=handler.optimizer.steps,
@@ -207,19 +237,33 @@ def _manifest(engine: Any, save: _Save, optimizer_files: list[str], sealed: dict
         autoscale=handler.parts.gradient_scales.state(handler.parameter_names),
         scheduler=engine.lr_scheduler is not None,
         fp32_master=handler.settings.save_fp32_master,
-        places=[_place(engine, save, optimizer_files)],
+        places=[_place(engine, save, written)],
         files=sealed,
     )
 
 
-def _place(engine: Any, save: _Save, optimizer_files: list[str]) -> Place:
+def _place(engine: Any, save: _Save, written: _Written) -> Place:
     parameters = engine.optimizer.saved.described_parameters()
-    saved = shapes(engine.module_state_dict(exclude_frozen_parameters=save.exclude_frozen))
-    keeps_frozen = engine.zero_optimization_stage() == 2 and not save.exclude_frozen
+    saved = engine.module_state_dict(exclude_frozen_parameters=save.exclude_frozen)
+    shapes = shapes_of(engine.module, saved)
+    keeps_frozen = engine.zero_optimization_partition_gradients() and not save.exclude_frozen
+    in_slices = engine.zero_optimization_partition_weights()
     return Place(
-        model_file=Path(engine._get_ckpt_name(save.folder, save.saving.name)).name,
-        optimizer_files=optimizer_files,
+        model_file=written.models[0],
+        model_files=written.models if in_slices else None,
+        optimizer_files=written.states,
         parameters=parameters,
-        module={key: shape for key, shape in saved.items() if key not in parameters},
+        module={key: shape for key, shape in shapes.items() if key not in parameters},
         frozen=sorted(frozen(engine)) if keeps_frozen else None,
+        sliced=_sliced(engine, len(written.models)) if keeps_frozen and in_slices else {},
     )
+
+
+def _sliced(engine: Any, ranks: int) -> dict[str, Sliced]:
+    """Which model file holds which elements of each frozen parameter."""
+    names = frozen(engine)
+    return {
+        name: Sliced(shape=list(shape_of(each)), slices=spans(numel_of(each), held_of(each).numel(), ranks))
+        for name, each in engine.module.named_parameters()
+        if name in names
+    }

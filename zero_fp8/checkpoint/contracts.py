@@ -20,6 +20,7 @@ from ds_fp8.zero_fp8.optimizer.hyperparameters import UNSUPPORTED_FLAGS, check_g
 from ds_fp8.zero_fp8.states.shard import Shard
 
 STATES = ("master", "exp_avg", "exp_avg_sq")
+WEIGHT = "weight"  # beside the states of a split master: its upper half
 LOSS_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 Names = Mapping[int, str]  # global parameter index -> name in the module
 
@@ -77,6 +78,18 @@ class Source(Protocol):
     def progress(self) -> Progress: ...
 
     def values(self, name: str, elements: slice) -> Values: ...
+
+
+class WeightSource(Protocol):
+    """A checkpoint's weights by parameter, trained or frozen."""
+
+    def __contains__(self, name: str) -> bool: ...
+
+    def check_weights(self, name: str, elements: slice) -> None:
+        """Refuse, by a ValueError, files that do not hold some elements."""
+
+    def weights(self, name: str, elements: slice) -> Tensor:
+        """Of some elements, [n] of the dtype in which they were saved."""
 
 
 def check_hyperparameters(group: Entry) -> None:

@@ -55,7 +55,8 @@ class ModelTensor:
     name: str
     numel: int
     dtype: torch.dtype  # as exported
-    master: str | None  # the trained parameter that it is; None: a tensor of the model file
+    master: str | None  # the trained parameter that it is
+    held: str | None  # else its name among what the model files hold
 
     @property
     def nbytes(self) -> int:
@@ -64,18 +65,19 @@ class ModelTensor:
 
 def model_tensors(checkpoint: Checkpoint, dtype: torch.dtype) -> list[ModelTensor]:
     """Every tensor of the model, in the model's order."""
-    file, rest = checkpoint.model_file, others(checkpoint)
+    file, held, rest = checkpoint.model_file, checkpoint.model_files, set(others(checkpoint))
     tied, buffers = file.get("shared_params") or {}, file.get("buffer_names") or ()
     tensors = []
     for name in checkpoint.module:
         owner = tied.get(name, name)
+        source = name if name in rest else owner
         if owner in checkpoint.parameters:
             numel = torch.Size(checkpoint.parameters[owner].shape).numel()
-            tensors.append(ModelTensor(name, numel, dtype, owner))
-        elif name in rest:
-            tensor = rest[name]
-            rounded = tensor.is_floating_point() and name not in buffers and not is_extra_state(name)
-            tensors.append(ModelTensor(name, tensor.numel(), dtype if rounded else tensor.dtype, None))
+            tensors.append(ModelTensor(name, numel, dtype, owner, None))
+        elif source in rest:
+            kept = held.dtype(source)
+            rounded = kept.is_floating_point and name not in buffers and not is_extra_state(name)
+            tensors.append(ModelTensor(name, held.numel(source), dtype if rounded else kept, None, source))
     return tensors
 
 
@@ -113,9 +115,9 @@ def _values(
 ) -> Iterator[tuple[str, Tensor]]:
     made: dict[str, Tensor] = {}  # tied parameters are one tensor
     for member in members:
-        if member.master is None:
-            yield member.name, _rounded(checkpoint.module[member.name], member)
-        else:
+        if member.held is not None:
+            yield member.name, _rounded(checkpoint.model_files.whole(member.held), member)
+        elif member.master is not None:
             if member.master not in made:
                 shape = checkpoint.parameters[member.master].shape
                 made[member.master] = _rounded(whole(checkpoint, member.master)[0].view(shape), member)

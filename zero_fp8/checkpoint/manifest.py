@@ -9,6 +9,9 @@ checksum.
 **Places.** A place is the set of files of one model-parallel rank; today there is one. Files are called as
 DeepSpeed called them when it wrote them, and nobody makes a name from a rank or reads a rank from a name.
 Version 1 named ranks instead of files; `parse` turns it into the same object.
+
+**Slices.** Under ZeRO 3 every rank writes a model file, whose module has buffers and empty parameters.
+Trained weights follow from the optimizer files; of frozen ones the manifest says which file holds what.
 """
 
 import hashlib
@@ -59,25 +62,49 @@ class Parameter(_Part):
     blocks: list[tuple[int, int, int]]  # index of an optimizer file, first block, the one after its last
 
 
+class Sliced(_Part):
+    """A frozen parameter in slices, and which file holds which of its elements."""
+
+    shape: list[int]
+    slices: list[tuple[int, int, int]]  # index of a model file, first element, the one after its last
+
+
 class Place(_Part):
     """The files of one model-parallel rank, and what they hold."""
 
     model_file: str
+    model_files: list[str] | None = None  # under ZeRO 3, in the order of the ranks that wrote them
     optimizer_files: list[str]  # in the order of the ranks that wrote them
     parameters: dict[str, Parameter]
-    module: dict[str, list[int] | None]  # shapes of the model file's other tensors; null: no tensor
+    module: dict[str, list[int] | None]  # shapes of the module's other tensors; null: no tensor
     frozen: list[str] | None  # parameters that DeepSpeed saved as frozen
+    sliced: dict[str, Sliced] = {}  # of those, under ZeRO 3
 
     @model_validator(mode="after")
-    def _check_blocks(self) -> "Place":
-        count = len(self.optimizer_files)
+    def _check_files(self) -> "Place":
         for name, parameter in self.parameters.items():
-            for index, _, _ in parameter.blocks:
-                if not 0 <= index < count:
-                    details = {"name": name, "index": index, "count": count}
-                    text = "blocks of {name}: received optimizer file {index}, expected one of {count}"
-                    raise PydanticCustomError("unlisted_file", text, details)
+            _check_indices(f"blocks of {name}", parameter.blocks, "optimizer", len(self.optimizer_files))
+        for name, sliced in self.sliced.items():
+            _check_indices(f"slices of {name}", sliced.slices, "model", len(self.model_files or ()))
         return self
+
+    @property
+    def has_whole_weights(self) -> bool:
+        """Whether the model file has them, as of ZeRO 1 and 2."""
+        return self.model_files is None
+
+    @property
+    def of_ranks(self) -> list[list[str]]:
+        """The files of which every rank has written one, in the order of the ranks."""
+        return [self.optimizer_files, self.model_files or []]
+
+
+def _check_indices(what: str, parts: Iterable[tuple[int, int, int]], kind: str, count: int) -> None:
+    for index, _, _ in parts:
+        if not 0 <= index < count:
+            details = {"what": what, "kind": kind, "index": index, "count": count}
+            text = "{what}: received {kind} file {index}, expected one of {count}"
+            raise PydanticCustomError("unlisted_file", text, details)
 
 
 class Manifest(_Part):
@@ -223,14 +250,14 @@ def verify(folder: Path, manifest: Manifest, names: Iterable[str]) -> None:
 
 
 def share(
-    names: Iterable[str], optimizer_files: Sequence[str], rank: int, world_size: int, *, first: bool
+    names: Iterable[str], of_ranks: Iterable[Sequence[str]], rank: int, world_size: int, *, first: bool
 ) -> list[str]:
     """The files whose checksums a rank computes: of as many ranks as there are files, each its own.
 
-    optimizer_files: of the place, in the order of their ranks. first: whether the rank is the first of those
-    that share a folder, which takes all other files.
+    of_ranks: as in `Place`. first: whether the rank is the first of those that share a folder, which takes
+    all other files.
     """
-    owners = {name: turn_of(index, world_size) for index, name in enumerate(optimizer_files)}
+    owners = {name: turn_of(index, world_size) for files in of_ranks for index, name in enumerate(files)}
     return [name for name in sorted(names) if (owners[name] == rank if name in owners else first)]
 
 

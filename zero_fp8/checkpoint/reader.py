@@ -8,7 +8,6 @@ files are mapped, not read into memory).
 import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,18 @@ from torch import Tensor
 from ds_fp8.ops.adam import AdamState, square_root
 from ds_fp8.ops.blocks import CHUNK, Blocks, decode, padded
 from ds_fp8.ops.formats import BY_NAME, FP32
-from ds_fp8.ops.masters import decode_masters
-from ds_fp8.zero_fp8.checkpoint.contracts import STATES, Names, Progress, Values, check_hyperparameters
+from ds_fp8.ops.masters import decode_masters, write_weights
+from ds_fp8.zero_fp8.checkpoint.contracts import (
+    STATES,
+    WEIGHT,
+    Names,
+    Progress,
+    Values,
+    check_hyperparameters,
+)
 from ds_fp8.zero_fp8.checkpoint.files import NOT_PLAIN, Entry, in_memory, load_pickled, load_plain
 from ds_fp8.zero_fp8.checkpoint.manifest import NAME, Manifest
+from ds_fp8.zero_fp8.checkpoint.model_files import ModelFiles
 from ds_fp8.zero_fp8.states.shard import Shard
 
 EXTRA_STATE_CLASSES = (io.BytesIO,)  # what modules such as Transformer Engine's keep beside tensors
@@ -34,11 +41,16 @@ class Checkpoint:
     """
 
     def __init__(self, folder: Path, manifest: Manifest, *, unpickle: bool = False) -> None:
+        place = manifest.place
         self.folder = folder
         self.manifest = manifest
-        self.parameters = manifest.place.parameters
+        self.parameters = place.parameters
+        here = [name in manifest.files for name in self._model_names]
+        sliced = None if place.has_whole_weights else place.sliced
+        self.model_files = ModelFiles(self._model_file, sliced, here.index(True) if any(here) else 0)
         self._unpickle = unpickle
         self._formats = {key: BY_NAME[getattr(manifest.recipe, key)] for key in STATES}
+        self._has_upper_halves = self._formats["master"].split and not place.has_whole_weights
         self._opened: dict[str, dict[str, Any]] = {}
 
     @property
@@ -62,25 +74,32 @@ class Checkpoint:
         """Refuse, by a ValueError, files that do not hold what these shards need."""
         for shard in shards:
             for piece in shard.pieces:
-                for _ in self.rows(names[piece.slot.parameter], *self._blocks_of(piece.elements)):
-                    pass
+                self._check_rows(names[piece.slot.parameter], piece.elements)
         file = self._any_file
         groups = Entry(self.folder / file, self._file(file)).at("param_groups")
         for group in groups.each(len(self.manifest.clamp_squares)):
             check_hyperparameters(group)
 
+    def _check_rows(self, name: str, elements: slice) -> None:
+        for _ in self.rows(name, *self._blocks_of(elements)):
+            pass
+
     def restore(self, shards: Sequence[Shard], weights: Sequence[Tensor], names: Names) -> None:
         """Copy a checked checkpoint of the same formats into the shards, byte for byte.
 
-        weights: loaded already; of split masters they are the upper half.
+        weights: the rows that the shards own; of split masters they are the upper half.
         """
-        for shard in shards:
+        for shard, own in zip(shards, weights, strict=True):
             for piece in shard.pieces:
-                blocks = self._blocks_of(piece.elements)
+                name, (first, end) = names[piece.slot.parameter], self._blocks_of(piece.elements)
                 with shard.lend(piece.rows) as state:
-                    for row, saved in self.rows(names[piece.slot.parameter], *blocks):
+                    for row, saved in self.rows(name, first, end):
+                        rows = slice(row, row + len(saved.master))
                         for key in STATES:
-                            getattr(state, key)[row : row + len(saved.master)].copy_(getattr(saved, key))
+                            getattr(state, key)[rows].copy_(getattr(saved, key))
+                        if saved.master.format.split:
+                            upper = self._upper_halves(name, first + row, len(saved.master))
+                            own[piece.rows][rows].copy_(upper)
 
     def values(self, name: str, elements: slice) -> Values:
         """States of some elements of a parameter, in FP32."""
@@ -88,10 +107,39 @@ class Checkpoint:
         first, end = self._blocks_of(elements)
         inside = slice(elements.start - first * size, elements.stop - first * size)
         parts = [
-            _decode(state, self._weights(name, first + row, len(state.master)))
+            _decode(state, self._upper_halves(name, first + row, len(state.master)))
             for row, state in self.rows(name, first, end)
         ]
         return Values(*(torch.cat(vectors)[inside] for vectors in zip(*parts, strict=True)))
+
+    def __contains__(self, name: str) -> bool:
+        """Whether there are weights of a parameter, trained or frozen."""
+        return name in self.parameters or name in self.model_files
+
+    def check_weights(self, name: str, elements: slice) -> None:
+        """Refuse, by a ValueError, files that do not hold some elements of a parameter's weights."""
+        if self._are_trained(name):
+            self._check_rows(name, elements)
+        else:
+            self.model_files.check_weights(name, elements)
+
+    def _are_trained(self, name: str) -> bool:
+        """Whether the weights of a parameter follow from its states, as no model file has them."""
+        return name in self.parameters and not self.manifest.place.has_whole_weights
+
+    def weights(self, name: str, elements: slice) -> Tensor:
+        """Weights of some elements of a parameter, as the engine had them."""
+        if not self._are_trained(name):
+            return self.model_files.weights(name, elements)
+        size = self.manifest.recipe.block_size
+        first, end = self._blocks_of(elements)
+        inside = slice(elements.start - first * size, elements.stop - first * size)
+        if self._has_upper_halves:
+            return self._upper_halves(name, first, end - first).view(-1)[inside]
+        parts = [decode(state.master).view(-1) for _, state in self.rows(name, first, end)]
+        out = torch.empty(inside.stop - inside.start, dtype=getattr(torch, self.parameters[name].dtype))
+        write_weights(torch.cat(parts)[inside], out)
+        return out
 
     def _blocks_of(self, elements: slice) -> tuple[int, int]:
         """The saved blocks that hold some elements: the first, and the one after the last."""
@@ -103,12 +151,16 @@ class Checkpoint:
 
         Raises ValueError where a file does not hold what the manifest says.
         """
-        covered = first
+        for row, file, blocks, part in self._held(name, first, end):
+            yield row, self._piece(file, name, blocks)[part]
+
+    def _held(self, name: str, first: int, end: int) -> Iterator[tuple[int, str, tuple[int, int], slice]]:
+        """Who holds the blocks: row counted from `first`, file, the blocks in it, and which of them."""
+        covered, files = first, self.manifest.place.optimizer_files
         for index, start, stop in sorted(self.parameters[name].blocks, key=lambda block: block[1]):
             low, high = max(first, start), min(end, stop)
             if low < high and low == covered:
-                piece = self._piece(self.manifest.place.optimizer_files[index], name, (start, stop))
-                yield low - first, piece[low - start : high - start]
+                yield low - first, files[index], (start, stop), slice(low - start, high - start)
                 covered = high
         if covered != end:
             raise ValueError(
@@ -116,37 +168,55 @@ class Checkpoint:
                 "holds them, expected every block once"
             )
 
-    def _piece(self, file: str, name: str, blocks: tuple[int, int]) -> AdamState:
+    def _entry(self, file: str, name: str, blocks: tuple[int, int]) -> Mapping[str, Any]:
         """What a file holds of a parameter."""
         entry = self._file(file)["fp8"]["parameters"].get(name)
         received = entry.get("blocks") if isinstance(entry, dict) else None
-        if received != list(blocks):
+        if not isinstance(entry, dict) or received != list(blocks):
             raise ValueError(
                 f"{self.folder / file}: blocks of {name}: received {received}, expected {blocks}"
             )
-        rows = blocks[1] - blocks[0]
+        return entry
+
+    def _piece(self, file: str, name: str, blocks: tuple[int, int]) -> AdamState:
+        """The states in a file of a parameter's blocks."""
+        entry, rows = self._entry(file, name, blocks), blocks[1] - blocks[0]
+        if self._has_upper_halves:
+            self._upper_half(file, name, blocks)
         master, exp_avg, exp_avg_sq = (self._blocks(file, name, key, entry, rows) for key in STATES)
         return AdamState(master, exp_avg, exp_avg_sq, stores_sqrt=self.manifest.recipe.scaling == "block")
 
     def _blocks(self, file: str, name: str, key: str, entry: Mapping[str, Any], rows: int) -> Blocks:
         fmt, size = self._formats[key], self.manifest.recipe.block_size
-        shapes = {key: [rows, size * fmt.itemsize], **({f"{key}_scales": [rows]} if fmt.scaled else {})}
-        for part, shape in shapes.items():
-            saved = entry.get(part)
-            if not isinstance(saved, Tensor) or saved.dtype is not torch.uint8 or list(saved.shape) != shape:
-                received = list(saved.shape) if isinstance(saved, Tensor) else None
-                raise ValueError(
-                    f"{self.folder / file}: {part} of {name}: received shape {received}, expected {shape}"
-                )
-        return Blocks(entry[key].view(fmt.dtype), entry.get(f"{key}_scales"), fmt)
+        codes = self._bytes(file, name, key, entry, [rows, size * fmt.itemsize])
+        scales = self._bytes(file, name, f"{key}_scales", entry, [rows]) if fmt.scaled else None
+        return Blocks(codes.view(fmt.dtype), scales, fmt)
 
-    def _weights(self, name: str, first: int, rows: int) -> Tensor:
+    def _bytes(self, file: str, name: str, key: str, entry: Mapping[str, Any], shape: list[int]) -> Tensor:
+        saved = entry.get(key)
+        if not isinstance(saved, Tensor) or saved.dtype is not torch.uint8 or list(saved.shape) != shape:
+            received = list(saved.shape) if isinstance(saved, Tensor) else None
+            raise ValueError(
+                f"{self.folder / file}: {key} of {name}: received shape {received}, expected {shape}"
+            )
+        return saved
+
+    def _upper_halves(self, name: str, first: int, rows: int) -> Tensor:
         """The model's weights of some blocks, zeros after the parameter's end: what split masters need."""
         if not self._formats["master"].split:
             return torch.empty(rows, 0)
+        if self._has_upper_halves:
+            parts = self._held(name, first, first + rows)
+            return torch.cat([self._upper_half(file, name, blocks)[part] for _, file, blocks, part in parts])
         size = self.manifest.recipe.block_size
-        flat = self.module[name].view(-1)[first * size : (first + rows) * size]
+        flat = self.model_files.weights(name, slice(first * size, (first + rows) * size))
         return padded(flat, rows, size)
+
+    def _upper_half(self, file: str, name: str, blocks: tuple[int, int]) -> Tensor:
+        """That of a parameter's blocks in an optimizer file."""
+        entry, rows = self._entry(file, name, blocks), blocks[1] - blocks[0]
+        saved = self._bytes(file, name, WEIGHT, entry, [rows, self.manifest.recipe.block_size * 2])
+        return saved.view(torch.bfloat16)
 
     def _file(self, name: str) -> dict[str, Any]:
         """The states in an optimizer file, mapped."""
@@ -161,25 +231,35 @@ class Checkpoint:
 
     @property
     def model_path(self) -> Path:
+        """DeepSpeed's model file; under ZeRO 3 that of the first rank."""
         return self.folder / self.manifest.place.model_file
 
-    @cached_property
-    def model_file(self) -> dict[str, Any]:
-        """DeepSpeed's model file, mapped."""
+    @property
+    def _model_names(self) -> list[str]:
+        return self.manifest.place.model_files or [self.manifest.place.model_file]
+
+    def _model_file(self, index: int) -> Entry:
+        """A model file, mapped."""
+        path = self.folder / self._model_names[index]
         if self._unpickle:
-            return load_pickled(self.model_path)
+            return Entry(path, load_pickled(path))
         try:
-            return load_plain(self.model_path, EXTRA_STATE_CLASSES)
+            return Entry(path, load_plain(path, EXTRA_STATE_CLASSES))
         except ValueError as error:
             if NOT_PLAIN not in str(error):
                 raise
             raise ValueError(f"{error}; --unpickle reads it, where you trust who wrote it") from error
 
     @property
+    def model_file(self) -> dict[str, Any]:
+        """What is in DeepSpeed's model file."""
+        content: dict[str, Any] = self.model_files.first.value
+        return content
+
+    @property
     def module(self) -> dict[str, Any]:
         """What the model's state_dict held: weights, buffers, frozen parameters, extra state."""
-        module: dict[str, Any] = Entry(self.model_path, self.model_file).at("module").of(dict)
-        return module
+        return self.model_files.module
 
 
 def _decode(state: AdamState, weights: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -207,13 +287,10 @@ def whole(checkpoint: Checkpoint, name: str) -> tuple[Tensor, Tensor, Tensor]:
     return vectors
 
 
-def others(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """What the model file holds besides trained parameters: buffers, frozen ones, names of tied ones."""
-    return {
-        name: tensor
-        for name, tensor in checkpoint.module.items()
-        if name not in checkpoint.parameters and isinstance(tensor, Tensor)
-    }
+def others(checkpoint: Checkpoint) -> list[str]:
+    """Names of what model files hold besides trained parameters: buffers, frozen ones, names of tied ones."""
+    held = checkpoint.model_files
+    return [name for name in checkpoint.module if name not in checkpoint.parameters and name in held]
 
 
 def is_extra_state(name: str) -> bool:

@@ -18,8 +18,9 @@ from ds_fp8.ops.adam import AdamState
 from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.masters import load_masters
 from ds_fp8.zero_fp8.checkpoint import manifest
-from ds_fp8.zero_fp8.checkpoint.contracts import LOSS_SCALER_STATE, STATES, Names
+from ds_fp8.zero_fp8.checkpoint.contracts import LOSS_SCALER_STATE, STATES, WEIGHT, Names
 from ds_fp8.zero_fp8.optimizer.fp8_adamw import FP8AdamW
+from ds_fp8.zero_fp8.placement.parameters import shape_of
 from ds_fp8.zero_fp8.placement.partition import Bucket, Piece
 from ds_fp8.zero_fp8.recipe import Recipe
 from ds_fp8.zero_fp8.states.shard import Shard
@@ -32,11 +33,11 @@ NOT_FOR_STOCK = (
 )
 
 
-def optimizer_state(shards: Sequence[Shard], names: Names, optimizer: FP8AdamW) -> dict[str, Any]:
-    """DeepSpeed's "base_optimizer_state" with our states in it, on the CPU."""
+def optimizer_state(parameters: Mapping[str, Any], optimizer: FP8AdamW) -> dict[str, Any]:
+    """DeepSpeed's "base_optimizer_state" with our states, as `pack` gives them, in it."""
     return {
         "state": {},
-        "fp8": {"format_version": PACKED_VERSION, "parameters": pack(shards, names)},
+        "fp8": {"format_version": PACKED_VERSION, "parameters": dict(parameters)},
         "param_groups": [
             {key: value for key, value in group.items() if key != "params"}
             for group in optimizer.param_groups
@@ -61,6 +62,12 @@ def pack(shards: Sequence[Shard], names: Names) -> dict[str, Any]:
     return packed
 
 
+def add_upper_halves(packed: dict[str, Any], shard: Shard, weights: Tensor, names: Names) -> None:
+    """Beside split masters the BF16 weights of the rows, where no model file has them; as bytes."""
+    for piece in shard.pieces:
+        packed[names[piece.slot.parameter]][WEIGHT] = weights[piece.rows].view(torch.uint8).cpu()
+
+
 def _state_tensors(state: AdamState) -> dict[str, Tensor]:
     return {
         key + suffix: tensor.cpu()
@@ -82,8 +89,9 @@ def block_range(piece: Piece, block_size: int) -> tuple[int, int]:
 
 
 def fp32_masters(shard: Shard, weights: Tensor) -> Tensor:
-    """The shard's masters in FP32 without padding, [elements], on the CPU; weights: the rows it owns."""
-    values = torch.empty(sum(piece.numel for piece in shard.pieces), dtype=torch.float32)
+    """The shard's masters in FP32 without padding, [elements]; weights: the rows it owns."""
+    numel = sum(piece.numel for piece in shard.pieces)
+    values = torch.empty(numel, dtype=torch.float32, device=weights.device)
     first = 0
     for piece in shard.pieces:
         with shard.lend(piece.rows) as state:
@@ -120,7 +128,7 @@ def describe_parameters(
                 groups[piece.slot.parameter] = bucket.group
     return {
         names[index]: manifest.Parameter(
-            shape=list(parameter.shape),
+            shape=list(shape_of(parameter)),
             dtype=str(parameter.dtype).removeprefix("torch."),
             group=groups[index],
             blocks=blocks[index],

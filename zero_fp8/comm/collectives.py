@@ -137,6 +137,17 @@ class NothingToGather:
         """Nothing was launched."""
 
 
+def exchange(sent: Sequence[Tensor], sizes: Sequence[int], group: ProcessGroup) -> Tensor:
+    """What every rank has sent to this one, side by side in rank order, once it is here.
+
+    sent: a vector for each rank. sizes: elements of those that come.
+    """
+    received = sent[0].new_empty(sum(sizes))
+    sent_sizes = [len(each) for each in sent]
+    dist.all_to_all_single(received, torch.cat(list(sent)), list(sizes), sent_sizes, group=group)
+    return received
+
+
 def gather_flat(whole: Tensor, own: Tensor, group: ProcessGroup) -> Any:
     """Launch a gather of every rank's `own`, in rank order, into `whole`; what there is to wait for."""
     return dist.all_gather_into_tensor(whole.view(-1), own, group=group, async_op=True)

@@ -1,12 +1,16 @@
 """What checkpoints take from a run and give back to it: masters and weights, states, counters."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch.nn import Parameter
 
+from ds_fp8.ops.blocks import chunks
+from ds_fp8.ops.masters import put
 from ds_fp8.zero_fp8.checkpoint import manifest, writer
-from ds_fp8.zero_fp8.checkpoint.contracts import Restorable
+from ds_fp8.zero_fp8.checkpoint.contracts import Restorable, WeightSource
+from ds_fp8.zero_fp8.handlers.master_views import MasterViews
 from ds_fp8.zero_fp8.optimizer.fp8_adamw import FP8AdamW
 from ds_fp8.zero_fp8.recipe import ZeroSettings
 from ds_fp8.zero_fp8.weights.store import Gathers
@@ -24,6 +28,7 @@ class SavedStates:
         settings: ZeroSettings,
         optimizer: FP8AdamW,
         loss_scaler: Any,
+        master_views: MasterViews,
     ) -> None:
         """parameters, names: by global index. loss_scaler: DeepSpeed's."""
         self._parts = parts
@@ -32,6 +37,8 @@ class SavedStates:
         self._settings = settings
         self._optimizer = optimizer
         self._loss_scaler = loss_scaler
+        self._master_views = master_views
+        self._view: dict[str, Any] | None = None  # the masters' while they are saved
 
     def masters_from_weights(self) -> None:
         """Take the weights as they are; the weights are then rounded as a step would round them."""
@@ -51,20 +58,43 @@ class SavedStates:
             gathers.launch(weights, self._parts.nodes_of(bucket))
             gathers.wait()
 
+    def take_weights(self, source: WeightSource) -> None:
+        """Write what a checkpoint has of the weights that this rank owns; masters do not follow yet."""
+        for _, _, shard, weights in self._parts.by_bucket():
+            for piece in shard.pieces:
+                name = self._names[piece.slot.parameter]
+                for part in chunks(piece.blocks, shard.block_size) if name in source else ():
+                    rows = weights.own[piece.rows][part].view(-1)
+                    first = piece.first_element + part.start * shard.block_size
+                    elements = slice(first, min(first + len(rows), piece.elements.stop))
+                    put(source.weights(name, elements), rows[: elements.stop - first])
+
+    @contextmanager
+    def ready_to_save(self) -> Iterator[None]:
+        """What of a save is collective is done: a rank may fail in the rest, and none waits for it."""
+        self._view = self._masters()
+        try:
+            yield
+        finally:
+            self._view = None
+
     def state_dict(self) -> dict[str, Any]:
-        """This rank's shard: raw states for us, FP32 masters for DeepSpeed's zero_to_fp32.py."""
+        """This rank's shard: raw states for us, FP32 masters for DeepSpeed's zero_to_fp32.py. Collective."""
         parts = self._parts
-        saved: dict[str, Any] = {
+        packed = writer.pack(parts.shards, self._names)
+        for _, _, shard, weights in parts.by_bucket():
+            if shard.master_format.split and weights.saved_with_states:
+                writer.add_upper_halves(packed, shard, weights.own, self._names)
+        return {
             "zero_stage": self._settings.stage,
             "partition_count": parts.buckets[0].world_size,
             "ds_version": writer.NOT_FOR_STOCK,
-            "base_optimizer_state": writer.optimizer_state(parts.shards, self._names, self._optimizer),
+            "base_optimizer_state": writer.optimizer_state(packed, self._optimizer),
+            **(self._masters() if self._view is None else self._view),
         }
-        if self._settings.save_fp32_master:
-            saved["single_partition_of_fp32_groups"] = [
-                writer.fp32_masters(shard, weights.own) for _, _, shard, weights in parts.by_bucket()
-            ]
-        return saved
+
+    def _masters(self) -> dict[str, Any]:
+        return self._master_views(self._parts) if self._settings.save_fp32_master else {}
 
     def described_parameters(self) -> dict[str, manifest.Parameter]:
         """The trained parameters as a checkpoint's manifest has them, the same on every rank."""

@@ -30,6 +30,13 @@ def held_of(parameter: Tensor) -> Tensor:
     return getattr(parameter, "ds_tensor", parameter)
 
 
+def part_of(parameter: Any) -> slice:
+    """The elements of the parameter that this rank holds: all, or those of its slice under ZeRO 3."""
+    held, numel = held_of(parameter).numel(), numel_of(parameter)
+    first = getattr(parameter, "ds_zero_partition_rank", 0) * held
+    return slice(min(first, numel), min(first + held, numel))
+
+
 def trained_parameters(
     param_groups: Sequence[Mapping[str, Any]], names: Mapping[Parameter, str], fleet: Fleet
 ) -> tuple[dict[int, Parameter], list[ParameterSpec]]:

@@ -23,6 +23,10 @@ class Weights(Protocol):
     """The weights of one bucket."""
 
     @property
+    def saved_with_states(self) -> bool:
+        """Whether split masters' upper halves are saved beside them, as no model file has whole weights."""
+
+    @property
     def own(self) -> Tensor:
         """The rows that this rank writes, [blocks, block size] of the model's dtype."""
 

@@ -20,6 +20,8 @@ from ds_fp8.zero_fp8.weights.home import WholeHome
 class FlatWeights:
     """The flat weight buffer of one bucket."""
 
+    saved_with_states = False
+
     def __init__(self, bucket: Bucket, parameters: Mapping[int, Parameter], rank: int) -> None:
         """Copy the bucket's parameters into a new buffer and make them views of it."""
         first = parameters[bucket.slots[0].parameter]

@@ -1,12 +1,9 @@
 """Reading the optimizer files of stock DeepSpeed's ZeRO 1 and 2.
 
 A rank's file holds one vector of each state per param group, and where the parameters' fragments lie in it.
-All of that is checked when the files are opened, so that reading a slice cannot fail half-way. Of classes the
-files name DeepSpeed's loss scalers and a few records only, so they too are read without unpickling anything
-else. Here, and for tags of version 1, names of files are DeepSpeed's own: no manifest lists them.
+All of that is checked when the files are opened, so that reading a slice cannot fail half-way.
 """
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,63 +12,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_fp8.compat import STATE_CLASSES, DynamicLossScaler, LossScaler, fragment_address
+from ds_fp8.compat import fragment_address
 from ds_fp8.zero_fp8.checkpoint.contracts import (
-    LOSS_SCALER_STATE,
     Progress,
     Values,
     check_groups,
     check_hyperparameters,
     check_names,
 )
-from ds_fp8.zero_fp8.checkpoint.files import Entry, in_memory, load_plain
+from ds_fp8.zero_fp8.checkpoint.files import Entry
+from ds_fp8.zero_fp8.checkpoint.foreign.stock_files import (
+    check_count,
+    check_loss_scaler,
+    check_steps,
+    load_stock,
+    optimizer_files,
+    stock_progress,
+)
 from ds_fp8.zero_fp8.checkpoint.manifest import Parameter
-
-OPTIMIZER_FILE = re.compile(r"zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt\Z")
-HYPERPARAMETERS = ("lr", "initial_lr", "betas", "eps", "weight_decay", "bias_correction")
-
-
-def optimizer_files(folder: Path) -> dict[int, Path]:
-    """DeepSpeed's optimizer files by rank. Raises ValueError for two of one rank."""
-    paths: dict[int, Path] = {}
-    for path in sorted(folder.iterdir()):
-        match = OPTIMIZER_FILE.search(path.name)
-        if match and paths.setdefault(int(match[1]), path) != path:
-            other = paths[int(match[1])].name
-            raise ValueError(f"{path}: received {other} as well, expected one file of rank {match[1]}")
-    return dict(sorted(paths.items()))
-
-
-def load_stock(path: Path) -> dict[str, Any]:
-    """A file of DeepSpeed's optimizer."""
-    return load_plain(path, STATE_CLASSES)
-
-
-def holds_our_states(path: Path) -> bool:
-    """Whether an optimizer file was written with FP8."""
-    file = Entry(path, load_stock(path)).at("optimizer_state_dict")
-    return "base_optimizer_state" in file and "fp8" in file.at("base_optimizer_state").of(dict, list)
-
-
-def check_loss_scaler(scaler: Entry) -> None:
-    """Refuse, by a ValueError, what is no loss scaler of DeepSpeed's."""
-    state = vars(scaler.of(DynamicLossScaler, LossScaler))
-    for key in LOSS_SCALER_STATE:
-        if key in state:
-            Entry(scaler.path, state[key], f"{scaler.where}.{key}").number()
-
-
-def stock_progress(step: int, scaler: Any, groups: Sequence[Mapping[str, Any]]) -> Progress:
-    """scaler: DeepSpeed's, None if there was none; the run keeps its own then."""
-    state = vars(scaler) if scaler is not None else {}
-    return Progress(
-        steps=step,
-        clamp_squares=None,
-        loss_scaler=in_memory({key: state[key] for key in LOSS_SCALER_STATE if key in state}),
-        param_groups=[
-            in_memory({key: group[key] for key in HYPERPARAMETERS if key in group}) for group in groups
-        ],
-    )
 
 
 @dataclass(frozen=True)
@@ -84,7 +42,7 @@ class Fragment:
     elements: slice  # of the parameter
 
 
-class Stock:
+class Stock12:
     """A folder of stock DeepSpeed's ZeRO 1 or 2."""
 
     def __init__(self, folder: Path) -> None:
@@ -94,7 +52,7 @@ class Stock:
             raise ValueError(f"{folder}: no optimizer files of ZeRO 1 or 2")
         files = [Entry(path, load_stock(path)).at("optimizer_state_dict") for path in paths.values()]
         for file in files:
-            _check_count(file, list(paths))
+            check_count(file, list(paths))
         self._steps = {(file.path, step) for file in files for step in _check_vectors(file)}
         self._folder = folder
         self._files = [file.value for file in files]
@@ -115,9 +73,7 @@ class Stock:
     def check(self, parameters: Mapping[str, Parameter]) -> None:
         """Refuse, by a ValueError, states of other parameters than those of the run."""
         path = self._folder
-        if len({step for _, step in self._steps}) != 1:
-            received = ", ".join(sorted({f"{step} in {file.name}" for file, step in self._steps}))
-            raise ValueError(f"{path}: steps: received {received}, expected the same everywhere")
+        check_steps(path, self._steps)
         check_names(path, self.fragments, parameters)
         check_groups(path, self._groups, parameters)
         for name, parameter in parameters.items():
@@ -174,17 +130,6 @@ def _exp_avg_sq(file: dict[str, Any], group: int) -> Tensor:
 
 
 _VECTORS = (_master, _exp_avg, _exp_avg_sq)
-
-
-def _check_count(file: Entry, ranks: list[int]) -> None:
-    """A file that knows of as many files as there are."""
-    count = file.at("partition_count")
-    several = isinstance(count.value, list | tuple) and len(count.value) > 0
-    expected = max(entry.count() for entry in count.each()) if several else count.count()
-    if ranks != list(range(expected)):
-        raise ValueError(
-            f"{file.path}: received optimizer files of ranks {ranks}, expected those of all {expected} ranks"
-        )
 
 
 def _check_vectors(file: Entry) -> list[int]:

@@ -2,10 +2,12 @@
 
 `zero/<parameter>/{fp32,exp_avg,exp_avg_sq,step}.pt` hold whole FP32 tensors, which are mapped and read one
 slice at a time, `zero/optimizer_state.pt` the hyperparameters, and DeepSpeed's model file lies beside them.
+Where ZeRO 3 was converted they are vectors, and the step is in `zero/optimizer_state.pt`.
 Stock DeepSpeed loads what we write at any world size, and so do we; what only we need is under a key of its
 own that stock DeepSpeed passes over.
 """
 
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,12 +25,19 @@ from ds_fp8.zero_fp8.checkpoint.contracts import (
     check_hyperparameters,
     check_names,
 )
-from ds_fp8.zero_fp8.checkpoint.files import Entry, in_memory, load_any, load_plain, new_folder, save, show
-from ds_fp8.zero_fp8.checkpoint.manifest import Parameter
+from ds_fp8.zero_fp8.checkpoint.files import Entry, in_memory, load_any, new_folder, save, show
+from ds_fp8.zero_fp8.checkpoint.foreign.stock_files import (
+    FIRST_MODEL_FILE,
+    check_loss_scaler,
+    load_stock,
+    stock_progress,
+)
+from ds_fp8.zero_fp8.checkpoint.manifest import Manifest, Parameter
+from ds_fp8.zero_fp8.checkpoint.model_files import ModelFiles
 from ds_fp8.zero_fp8.checkpoint.reader import Checkpoint, is_extra_state, others, whole
-from ds_fp8.zero_fp8.checkpoint.stock import check_loss_scaler, load_stock, stock_progress
 
 STATE_FILES = ("fp32", "exp_avg", "exp_avg_sq")
+SHARED = "optimizer_state_dict"  # key of what parameters have alike, where ZeRO 3 looks
 OURS = "ds_fp8"  # key of a universal checkpoint's optimizer_state.pt: counters of ours
 
 
@@ -64,7 +73,7 @@ class Universal:
             check_hyperparameters(group)
         for name, parameter in parameters.items():
             for key, tensor in zip(STATE_FILES, self._tensors(name), strict=True):
-                if list(tensor.shape) != parameter.shape:
+                if list(tensor.shape) not in (parameter.shape, [torch.Size(parameter.shape).numel()]):
                     raise ValueError(
                         f"{self._path(name, key)}: received shape {list(tensor.shape)}, "
                         f"expected {parameter.shape}"
@@ -101,6 +110,10 @@ class Universal:
 
     def _step(self, name: str) -> int:
         path = self._path(name, "step")
+        if not path.exists():
+            if SHARED not in self._common:
+                raise ValueError(f"{path}: missing, and {self._common.path.name} has no {SHARED}")
+            return self._common.at(SHARED).at("state").at(0).at("step").count()
         return Entry(path, load_any(path), "step").count()
 
     def values(self, name: str, elements: slice) -> Values:
@@ -126,8 +139,36 @@ class Universal:
         return self.folder / name / f"{key}.pt"
 
 
+class OtherWeights:
+    """Weights of parameters without states: in model files, or in the converter's own."""
+
+    def __init__(self, universal: Universal, models: ModelFiles | None) -> None:
+        """models: None if each has a part of the model only."""
+        self._universal = universal
+        self._models = models
+
+    def __contains__(self, name: str) -> bool:
+        in_models = self._models is not None and name in self._models
+        return in_models or self._universal.other(name) is not None
+
+    def check_weights(self, name: str, elements: slice) -> None:
+        """Refuse, by a ValueError, files that do not hold some elements."""
+        if self._models is not None and name in self._models:
+            self._models.check_weights(name, elements)
+
+    def weights(self, name: str, elements: slice) -> Tensor:
+        """Of some elements of a parameter."""
+        if self._models is not None and name in self._models:
+            return self._models.weights(name, elements)
+        other = self._universal.other(name)
+        assert other is not None
+        return other.floats().view(-1)[elements]
+
+
 def _param(path: Path) -> Tensor:
-    return Entry(path, load_plain(path)).at("param").floats().contiguous()
+    """Whole, or out of slices of ZeRO 3 a vector."""
+    entry = Entry(path, load_any(path))
+    return (entry if isinstance(entry.value, Tensor) else entry.at("param")).floats().contiguous()
 
 
 # Writing
@@ -147,13 +188,23 @@ def write(checkpoint: Checkpoint, out: Path, advance: Callable[[int], None]) -> 
         zero.mkdir()
         for name in checkpoint.parameters:
             advance(_write_states(checkpoint, name, zero / name))
-        for name, tensor in others(checkpoint).items():
+        for name in others(checkpoint):
             if not is_extra_state(name):  # its bytes are in the model file
                 (zero / name).mkdir(parents=True)
-                save({"param": tensor.float()}, zero / name / "fp32.pt")
+                save({"param": checkpoint.model_files.whole(name).float()}, zero / name / "fp32.pt")
         save(_common(checkpoint), zero / "optimizer_state.pt")
-        shutil.copyfile(checkpoint.model_path, temporary / checkpoint.model_path.name)
+        _copy_model_files(checkpoint, temporary)
     tags.point(latest, out.name)
+
+
+def _copy_model_files(checkpoint: Checkpoint, folder: Path) -> None:
+    """Under the names where DeepSpeed looks: it reads the first of any stage under all of them."""
+    place = checkpoint.manifest.place
+    for name in place.model_files or [place.model_file]:
+        shutil.copyfile(checkpoint.folder / name, folder / name)
+    for name in FIRST_MODEL_FILE:
+        if not (folder / name).exists():
+            os.link(folder / place.model_file, folder / name)
 
 
 def _write_states(checkpoint: Checkpoint, name: str, folder: Path) -> int:
@@ -162,15 +213,21 @@ def _write_states(checkpoint: Checkpoint, name: str, folder: Path) -> int:
     folder.mkdir(parents=True)  # a name may hold a "/"
     for key, tensor in zip(STATE_FILES, states, strict=True):
         save({"param": tensor.view(checkpoint.parameters[name].shape)}, folder / f"{key}.pt")
-    # torch's optimizers want a tensor and DeepSpeed's kernels a number: this one passes for both.
-    save(torch.tensor(float(checkpoint.manifest.steps)), folder / "step.pt")
+    save(_step(checkpoint.manifest), folder / "step.pt")
     return states[0].numel()
+
+
+def _step(manifest: Manifest) -> Tensor:
+    """torch's optimizers want a tensor and DeepSpeed's kernels a number: this one passes for both."""
+    return torch.tensor(float(manifest.steps))
 
 
 def _common(checkpoint: Checkpoint) -> dict[str, Any]:
     """No loss scaler for stock DeepSpeed: it would take ours with its settings, in place of its config's."""
     progress, manifest = checkpoint.progress, checkpoint.manifest
+    groups = [{**group, "params": []} for group in progress.param_groups]
     return {
+        SHARED: {"state": {0: {"step": _step(manifest)}}, "param_groups": groups},
         "zero_stage": manifest.zero_stage,
         "partition_count": manifest.world_size,
         "ds_version": manifest.deepspeed_version,

@@ -1,0 +1,1 @@
+"""Checkpoints of stock DeepSpeed, and universal ones."""
