@@ -83,9 +83,14 @@ class Exchange:
             self._transfer = next(self._hops)
 
     def progress(self) -> bool:
-        """Launch the second hop if the first has come; whether `land` would not hold up the host."""
+        """Launch the second hop if the first has come; whether it has been launched, now or before."""
         if self._first_only and self._transfer.done:
             self.advance()
+        return not self._first_only
+
+    @property
+    def done(self) -> bool:
+        """Whether `land` would not hold up the host."""
         return not self._first_only and self._transfer.done
 
     def land(self) -> Sequence[Blocks]:

@@ -215,8 +215,14 @@ class GradientReducer:
 
     def _has_room(self) -> bool:
         """Whether a bucket can be launched without waiting for those under way."""
-        moved = [exchange.progress() for _, exchange in self._under_way]
-        return len(moved) < self._most or moved[0]
+        self._move_on()
+        return len(self._under_way) < self._most or self._under_way[0][1].done
+
+    def _move_on(self) -> None:
+        """Let exchanges go on with what has come, the oldest first: second hops leave in one order, too."""
+        for _, exchange in self._under_way:
+            if not exchange.progress():
+                return
 
     def _launch_next(self) -> None:
         self._launch(self.schedule.order[self._next])
@@ -225,12 +231,15 @@ class GradientReducer:
     def _launch(self, index: int) -> None:
         """Send a bucket off; those that left before it move on."""
         self._land(leave=self._most - 1)
-        for _, earlier in self._under_way:
-            earlier.progress() if self._must_not_wait else earlier.advance()
+        if self._must_not_wait:
+            self._move_on()
+        else:
+            for _, earlier in self._under_way:
+                earlier.advance()
         bucket, reduced = self._buckets[index], self._reduced[index]
         exchange = self._packer.send(bucket, self.pending.take(bucket), self._counts[bucket.group])
         self._under_way.append((reduced, exchange))
-        if not self._overlap and (not self._must_not_wait or exchange.progress()):
+        if not self._overlap and (not self._must_not_wait or (exchange.progress() and exchange.done)):
             self._land()
 
     def _land(self, *, leave: int = 0) -> None:
