@@ -399,11 +399,11 @@ def save_everything(folder: str, level: str, stage: int) -> dict[str, Any]:
 
 
 def load_into_stock(folder: str) -> bool:
-    """Whether weights are as before, after a stock engine of ZeRO 3 has refused states of ours."""
+    """Whether states are as before, after a stock engine of ZeRO 3 has stumbled over slices of ours."""
     engine = make(stock_config(3), seed=9)
     train_losses(engine, batches(engine), 1)
     before = states_of(engine)
-    with pytest.raises(KeyError, match="loss_scaler"):
+    with pytest.raises(RuntimeError, match="size of tensor"):
         engine.load_checkpoint(folder)
     unchanged = all(torch.equal(each, before[name]) for name, each in states_of(engine).items())
     engine.destroy()
