@@ -126,7 +126,7 @@ def train(arguments: argparse.Namespace, device: torch.device) -> Run:
         "config": arguments.deepspeed_config.stem,
         "model": arguments.size,
         "world_size": torch.distributed.get_world_size(),
-        "options": {key: str(value) for key, value in vars(arguments).items()},
+        "options": {key: str(value) for key, value in vars(arguments).items() if key != "out"},
         "parameters": parameters,
         "milliseconds": milliseconds[WARM_UP:],
         "losses": (mean / torch.distributed.get_world_size()).tolist(),

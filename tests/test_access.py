@@ -1,7 +1,8 @@
 """DeepSpeed's safe_get_full_* and safe_set_full_* on FP8 engines."""
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from deepspeed import comm as dist
@@ -9,13 +10,32 @@ from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_grad,
     safe_get_full_optimizer_state,
+    safe_get_local_fp32_param,
+    safe_get_local_grad,
+    safe_get_local_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_grad,
     safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_grad,
+    safe_set_local_optimizer_state,
 )
-from engines import batches, build_gpt, ds_config, train_losses
+from deepspeed.utils.tensor_fragment import safe_update_full_grad_vectorized
+from engines import (
+    SMALL,
+    assert_same_bits,
+    batches,
+    build,
+    build_gpt,
+    ds_config,
+    train_losses,
+    weight_bits,
+    zero3,
+)
 from grids import some_of
 from ranks import RankPools
+from torch import Tensor, nn
+from train_lm import ByteGPT
 
 STATES = ("exp_avg", "exp_avg_sq")
 
@@ -126,3 +146,113 @@ def test_misuse_is_told(ranks: RankPools) -> None:
         assert "between engine.backward() and engine.step()" in messages[1]
         assert "'momentum', allowed: exp_avg, exp_avg_sq" in messages[2]
         assert "received shape [3], allowed: [256, 32]" in messages[3]
+
+
+# ZeRO 3
+
+
+class Access(NamedTuple):
+    """What reads and sets one kind of tensor, whole and of this rank."""
+
+    get: Callable[..., Any]
+    set: Callable[..., Any]
+    get_local: Callable[..., Any]
+    set_local: Callable[..., Any]
+    rest: tuple[str, ...] = ()
+
+    def read(self, parameter: nn.Parameter, *, local: bool = False) -> Any:
+        return (self.get_local if local else self.get)(parameter, *self.rest)
+
+    def write(self, parameter: nn.Parameter, value: Tensor, *, local: bool = False) -> None:
+        (self.set_local if local else self.set)(parameter, value, *self.rest)
+
+
+def of_state(key: str) -> Access:
+    local = (safe_get_local_optimizer_state, safe_set_local_optimizer_state)
+    return Access(safe_get_full_optimizer_state, safe_set_full_optimizer_state, *local, (key,))
+
+
+ALL = {
+    "param": Access(
+        safe_get_full_fp32_param,
+        safe_set_full_fp32_param,
+        safe_get_local_fp32_param,
+        safe_set_local_fp32_param,
+    ),
+    "grad": Access(safe_get_full_grad, safe_set_full_grad, safe_get_local_grad, safe_set_local_grad),
+    **{key: of_state(key) for key in STATES},
+}
+
+
+def slice_of(whole: Tensor, parameter: Any, beyond: float) -> Tensor:
+    """This rank's part of a whole tensor, and what it has beyond its end."""
+    held = parameter.ds_tensor.numel()
+    padded = torch.full((held * dist.get_world_size(),), beyond)
+    padded[: whole.numel()] = whole.reshape(-1)
+    return padded.view(-1, held)[dist.get_rank()]
+
+
+def frozen_norm() -> nn.Module:
+    model = ByteGPT(SMALL)
+    model.blocks[0].norm1.requires_grad_(False)
+    return model
+
+
+def access(stage: int, level: str, persistence: int, local: bool) -> dict[str, Any]:
+    """Read all, halve and set all, step: all that was read, losses and weights."""
+    zero = zero3(persistence=persistence, reuse=0) if stage == 3 else {}
+    torch.manual_seed(0)
+    engine = build(ds_config({"opt_level": level}, stage=stage, zero=zero, bucket=5000), frozen_norm())
+    source = batches(engine)
+    train_losses(engine, source, 2)
+    engine.backward(engine(next(source)))
+    found: dict[str, Any] = {}
+    for name, parameter in engine.module.named_parameters():
+        for kind, way in ALL.items():
+            value = way.read(parameter)
+            if not parameter.requires_grad:
+                assert value is None
+                continue
+            found[f"{name}/{kind}"] = value
+            if stage == 3:
+                assert torch.equal(way.read(parameter, local=True), slice_of(value, parameter, 0.0))
+            way.write(parameter, slice_of(value / 2, parameter, 7.0) if local else value / 2, local=local)
+    if stage == 3 and not local:
+        assert_whole_weights_follow(engine)
+    safe_update_full_grad_vectorized(list(engine.module.parameters()), lambda gradient, _: gradient * 3)
+    engine.step()
+    found["losses"] = torch.tensor(train_losses(engine, source, 2))
+    found |= weight_bits(engine)
+    engine.destroy()
+    return found
+
+
+def assert_whole_weights_follow(engine: Any) -> None:
+    """What stays whole is what its slices give, which is what masters say."""
+    persistent = [each for each in engine.module.parameters() if each.ds_persist]
+    before = [each.detach().clone() for each in persistent]
+    assert [each.shape for each in before] == [each.ds_shape for each in persistent]
+    engine.optimizer.saved.weights_from_masters()
+    with engine.optimizer.fetching.released():
+        pass
+    for each, was in zip(persistent, before, strict=True):
+        assert torch.equal(each.detach(), was)
+
+
+@some_of(
+    ["level", "persistence", "local"],
+    [
+        ("O2", 100, False),
+        ("O2+", 100, True),
+        ("O1", 10**6, True),
+        ("O2+", 10**6, False),
+        ("O2", 0, True),
+        ("O1", 100, False),
+    ],
+    2,
+)
+def test_zero_3_is_accessed_as_zero_2(ranks: RankPools, level: str, persistence: int, local: bool) -> None:
+    found = ranks.run(2, access, 3, level, persistence, local, seconds=60)
+    expected = ranks.run(2, access, 2, level, persistence, False, seconds=60)
+    for three, two in zip(found, expected, strict=True):
+        assert_same_bits(three, two)

@@ -37,7 +37,7 @@ ROOMS = (
         "ds_fp8.zero_fp8.optimizer",
         "client facade | fp8_adamw | standalone | edits entries hyperparameters members",
     ),
-    ("ds_fp8.zero_fp8.weights", "binding fetch | store views slices | home"),
+    ("ds_fp8.zero_fp8.weights", "binding fetch | store views slices | claims home"),
     (
         "ds_fp8.zero_fp8.gradients",
         "reducer fp8_sum | pending | packing reduced schedule | exchange autoscale backwards",

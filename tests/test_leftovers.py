@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import assert_same_bits, batches, build, build_gpt, ds_config, state_bits, weight_bits
+from engines import assert_same_bits, batches, build, build_gpt, ds_config, state_bits, weight_bits, zero3
 from ranks import RankPools
 from torch import Tensor, nn
 
@@ -103,11 +103,20 @@ def test_nothing_is_left_between_two_hops(ranks: RankPools, tmp_path: Any, leave
     assert_nothing_is_left(ranks, 4, leave, {"overlap_comm": True}, 2, str(tmp_path))
 
 
+@pytest.mark.parametrize("leave", [cut_off, engine_zero_grad, too_many_skips], ids=lambda each: each.__name__)
+def test_nothing_is_left_under_zero_3(ranks: RankPools, tmp_path: Any, leave: Any) -> None:
+    """Ranks whose buckets have left at different speeds, too."""
+    zero = {"stage": 3, "overlap_comm": True, **zero3(reuse=0)}
+    assert_nothing_is_left(ranks, 2, leave, zero, 1, str(tmp_path))
+    if leave is cut_off:
+        assert_nothing_is_left(ranks, 4, leave, zero, 2, str(tmp_path))
+
+
 def assert_nothing_is_left(
     ranks: RankPools, world_size: int, leave: Any, zero: dict[str, Any], node: int, folder: str
 ) -> None:
-    clean = ranks.run(world_size, train, None, zero, node, folder)
-    after = ranks.run(world_size, train, leave, zero, node, folder)
+    clean = ranks.run(world_size, train, None, zero, node, folder, seconds=60)
+    after = ranks.run(world_size, train, leave, zero, node, folder, seconds=60)
     for (norms, overflow, weights), (norms2, overflow2, weights2) in zip(clean, after, strict=True):
         assert norms == norms2
         assert overflow is overflow2 is False

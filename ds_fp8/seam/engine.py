@@ -230,6 +230,14 @@ def check_engine(engine: Any, recipe: Recipe) -> None:
         if isinstance(module, torch.nn.Embedding | torch.nn.EmbeddingBag) and module.sparse:
             raise refusal(f"{module_name}.sparse", True, "false with fp8 enabled")
     _refuse_weight_dtypes(engine.module, recipe)
+    _refuse_slices(engine)
+
+
+def _refuse_slices(engine: Any) -> None:
+    for name, parameter in engine.module.named_parameters():
+        if hasattr(parameter, "ds_id") and not engine.zero_optimization_partition_weights():
+            received = "slices, from deepspeed.zero.Init or an engine of ZeRO 3"
+            raise refusal(name, received, "whole parameters under ZeRO 1 and 2, of a new model")
 
 
 def _refuse_accumulation_dtype(engine: Any, recipe: Recipe) -> None:

@@ -77,6 +77,7 @@ class GradientReducer:
         """reduced: of each bucket; counts: of each param group."""
         self._buckets = buckets
         self._parameters = parameters
+        self._device = next(iter(parameters.values())).device
         self.pending = PendingGradients(parameters)
         self._reduced = reduced
         self._packer = packer
@@ -101,6 +102,8 @@ class GradientReducer:
 
     def drop(self) -> None:
         """Forget everything that has been reduced or is on its way."""
+        if self._must_not_wait:
+            self._catch_up()
         while self._under_way:
             self._under_way.popleft()[1].abandon()
         for reduced in self._reduced:
@@ -112,6 +115,16 @@ class GradientReducer:
         self.schedule.changed = False
         self.rounds = 0  # that have ended since then
         self._start_round()
+
+    def _catch_up(self) -> None:
+        """A backward was cut off: take part in what other ranks have launched, who were faster or slower."""
+        self.schedule.open = False
+        launched = torch.tensor(self._next, device=self._device)
+        for nodes in self._fleets.values():
+            max_over_ranks(launched, nodes.group)
+        while self._next < int(launched):
+            self._launch_next()
+        self._land()
 
     def begin(self) -> None:
         """A backward begins: buckets may leave."""
@@ -233,8 +246,7 @@ class GradientReducer:
     def _late_buckets(self) -> list[int]:
         """Buckets that on any rank of their fleet hold a gradient although they have travelled."""
         waiting = [self.pending.in_bucket(bucket) for bucket in self._buckets]
-        device = self._parameters[self._buckets[0].slots[0].parameter].device
-        late = torch.tensor(waiting, dtype=torch.uint8, device=device)
+        late = torch.tensor(waiting, dtype=torch.uint8, device=self._device)
         for nodes in self._fleets.values():
             max_over_ranks(late, nodes.group)
         return [int(index) for index in late.nonzero()]

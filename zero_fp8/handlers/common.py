@@ -30,6 +30,7 @@ from ds_fp8.zero_fp8.recipe import Recipe, ZeroSettings
 from ds_fp8.zero_fp8.step import Stepper
 from ds_fp8.zero_fp8.verdict import Verdict
 from ds_fp8.zero_fp8.weights.binding import Binding
+from ds_fp8.zero_fp8.weights.claims import claim, release
 
 logger = logging.getLogger("ds_fp8")
 
@@ -72,6 +73,7 @@ class FP8ZeROOptimizer(Facade, ZeROOptimizer):
         self.roster: Roster | None = None
         self.arrivals: ArrivalHooks | None = None
         self.client: Client | None = None
+        self._has_let_go = False
 
         run = (recipe, settings, group)
         self.parameters, self.parts = take_over(names, optimizer.param_groups, *run, prepare)
@@ -90,13 +92,17 @@ class FP8ZeROOptimizer(Facade, ZeROOptimizer):
             on_foreign_state=self._states_were_set,
             on_reading_gradients=self._bring_gradients,
             on_access=self.binding.require,
-            on_other_owner=self._give_up,
         )
         self._bind()
 
     def _bind(self) -> None:
-        """Give the parameters what DeepSpeed's utilities ask of them."""
+        """Be the one whom DeepSpeed's utilities ask about these parameters."""
+        claim(self.parameters.values(), self)
         self.full_tensors.attach(self.parameters)
+
+    def _unbind(self) -> None:
+        self.full_tensors.detach(self.parameters)
+        release(self.parameters.values())
 
     def _listen(self) -> None:
         """Let gradients travel while backward runs, if they do in this run; again after a cast."""
@@ -109,13 +115,18 @@ class FP8ZeROOptimizer(Facade, ZeROOptimizer):
         self.arrivals = ArrivalHooks(self.parameters, divisor)
         self.client = Client(client, self.optimizer, self.zero_grad)
 
-    def _give_up(self) -> None:
+    def give_up(self) -> None:
         """Another engine trains these parameters from now on."""
         logger.warning("parameters of an FP8 engine were given to another engine: the first trains no more")
         self.binding.give_up()
         self._let_go()
 
     def _let_go(self) -> None:
+        """Once: another engine may have the parameters then."""
+        if self._has_let_go:
+            return
+        self._has_let_go = True
+        self._unbind()
         self.gradients.remove_hooks()
         if self.arrivals:
             self.arrivals.remove()
@@ -125,7 +136,6 @@ class FP8ZeROOptimizer(Facade, ZeROOptimizer):
     def destroy(self) -> None:
         """Let go of the parameters, which keep their weights, and free the states."""
         self._let_go()
-        self.full_tensors.detach(self.parameters)
         self.parts.close()
 
     # Backward

@@ -11,9 +11,11 @@ from typing import Any
 from torch.nn import Module, Parameter
 
 from ds_fp8.compat import DeepSpeedZeRoOffload, ZeroParamStatus
+from ds_fp8.zero_fp8.placement.parameters import held_of
 from ds_fp8.zero_fp8.weights import fetch
-from ds_fp8.zero_fp8.weights.slices import cut
+from ds_fp8.zero_fp8.weights.slices import cut, objection_to
 
+AUTOGRAD_FUNCTIONS = ("pre_bwd_fn", "post_bwd_fn")  # attributes of a module that DeepSpeed has hooked
 OnModuleEnd = Callable[[Module], None]
 
 
@@ -21,6 +23,37 @@ class Offload(DeepSpeedZeRoOffload):  # type: ignore[misc]  # DeepSpeed has no t
     """DeepSpeed's hooks, which also tell when a module has ended its backward."""
 
     on_module_end: OnModuleEnd = staticmethod(lambda module: None)
+
+    def __init__(self, module: Module, **options: Any) -> None:
+        _forget_functions(module)
+        super().__init__(module, **options)
+
+    def destroy(self) -> None:
+        super().destroy()
+        _forget_functions(self.module)
+
+    def stranger(self) -> str | None:
+        """What is wrong with a parameter that came after deepspeed.initialize, if there is one."""
+        known = ((name, hasattr(each, "ds_id")) for name, each in self.module.named_parameters())
+        name = next((name for name, is_known in known if not is_known), None)
+        return name and (
+            f"{name}: received a parameter that was not in the model when deepspeed.initialize was called, "
+            "allowed under ZeRO 3: those that were (exchange modules and assign parameters before it)"
+        )
+
+    def pre_sub_module_forward_function(self, sub_module: Module) -> None:
+        try:
+            super().pre_sub_module_forward_function(sub_module)
+        except AttributeError as error:  # DeepSpeed looks for its own attributes on every parameter
+            stranger = self.stranger()
+            if stranger is None:
+                raise
+            raise ValueError(stranger) from error
+
+    def pre_sub_module_backward_function(self, sub_module: Any) -> None:
+        super().pre_sub_module_backward_function(sub_module)
+        # DeepSpeed counts the forwards down and fetches no more at 0; a retained graph has another backward.
+        sub_module.applied_pre_backward_ref_cnt += 1
 
     def post_sub_module_backward_function(self, sub_module: Module) -> None:
         super().post_sub_module_backward_function(sub_module)
@@ -39,15 +72,22 @@ class Fetching:
         for parameter in names:
             cut(parameter, block_size)
 
-    def install(self, on_module_end: OnModuleEnd, on_edit: Callable[[Iterable[Any]], None]) -> None:
-        """Fetch from now on; say when modules end their backward, and what GatheredParameters has written."""
+    def install(self, on_module_end: OnModuleEnd) -> None:
+        """Fetch from now on, and say when modules end their backward."""
         self.offload.on_module_end = on_module_end
-        fetch.install(self._names, self._name, on_edit)
+        awaited = self.offload.module.ds_inflight_param_registry
+        fetch.install(self._names, self._name, awaited)
         self.fetch_persistent()
 
     def release(self) -> None:
         """Leave slices alone of every parameter, as a step, a save and a load need it."""
         self.offload.partition_all_parameters()
+
+    def restore(self) -> None:
+        """Drop what was done to parameters behind DeepSpeed's back, and would be lost: slices are left."""
+        for each in self._names:
+            if objection_to(each) is not None:
+                each.data = held_of(each).new_empty(0)
 
     def fetch_persistent(self) -> None:
         """Make whole what stays whole between steps. Collective."""
@@ -82,3 +122,10 @@ class Fetching:
     def remove(self) -> None:
         """Take the hooks off; parameters stay as they are."""
         self.offload.destroy()
+
+
+def _forget_functions(model: Module) -> None:
+    """Drop the autograd functions of an engine: DeepSpeed leaves them, and the next engine would use them."""
+    for module in model.modules():
+        for name in AUTOGRAD_FUNCTIONS:
+            module.__dict__.pop(name, None)

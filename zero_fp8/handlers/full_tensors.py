@@ -46,7 +46,6 @@ class FullTensors:
     gradient_scale: from the reduced gradient as stored to the mean over ranks. on_reading_gradients:
     called, on every rank, before a gradient is read or set; it brings what has not arrived yet, and raises
     ValueError if there is nothing. on_access: called before masters and weights are read or set.
-    on_other_owner: called if another engine binds a parameter of this one.
     """
 
     def __init__(
@@ -58,7 +57,6 @@ class FullTensors:
         on_foreign_state: Callable[[], None],
         on_reading_gradients: Callable[[], None],
         on_access: Callable[[], None],
-        on_other_owner: Callable[[], None],
     ) -> None:
         self._parts = parts
         self._group = group
@@ -66,12 +64,9 @@ class FullTensors:
         self._on_foreign_state = on_foreign_state
         self._on_reading_gradients = on_reading_gradients
         self._on_access = on_access
-        self._on_other_owner = on_other_owner
 
     def attach(self, parameters: Mapping[int, Parameter]) -> None:
-        """Give each parameter the methods that DeepSpeed's utilities call; an earlier engine loses it."""
-        for owner in {id(each): each for each in map(_owner, parameters.values()) if each}.values():
-            owner.give_up()
+        """Give each parameter the methods that DeepSpeed's utilities call."""
         for index, parameter in parameters.items():
             methods = (
                 None,  # that the attribute exists is what DeepSpeed asks
@@ -84,9 +79,9 @@ class FullTensors:
                 setattr(parameter, name, method)
 
     def detach(self, parameters: Mapping[int, Parameter]) -> None:
-        """Take the methods back, from parameters that no other engine has bound since."""
+        """Take the methods back."""
         for parameter in parameters.values():
-            for name in BOUND if _owner(parameter) is self else ():
+            for name in BOUND:
                 parameter.__dict__.pop(name, None)
 
     def get_state(self, index: int, parameter: Parameter, optim_state_key: str | None = None) -> Tensor:
@@ -145,10 +140,6 @@ class FullTensors:
         for owned, piece in self._pieces(index):
             owned.reduced.set(flat[: piece.numel], piece.rows)
 
-    def give_up(self) -> None:
-        """Another engine answers for the parameters."""
-        self._on_other_owner()
-
     def _state_reader(self, key: str | None) -> Read:
         _check_key(key)
         self._on_access()
@@ -200,13 +191,6 @@ class FullTensors:
             for piece in shard.pieces:
                 if piece.slot.parameter == index:
                     yield Owned(reduced, shard, weights.own), piece
-
-
-def _owner(parameter: Parameter) -> FullTensors | None:
-    """Whose methods a parameter has already."""
-    method = getattr(getattr(parameter, BOUND[1], None), "func", None)
-    owner = getattr(method, "__self__", None)
-    return owner if isinstance(owner, FullTensors) else None
 
 
 def _check_key(key: str | None) -> None:

@@ -7,7 +7,7 @@ has none of this, and the answer is None.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,52 +18,52 @@ from ds_fp8.zero_fp8.handlers.full_tensors import FullTensors
 ATTRIBUTE = "_z3_optimizer"
 
 
+class Trained(NamedTuple):
+    """Who knows the states of a trained parameter."""
+
+    full: FullTensors
+    parameter: int  # global index
+
+
 class SliceAccess:
     """Access by parameter, under the names that DeepSpeed's utilities call."""
 
     def __init__(self, full_tensors: FullTensors, parameters: Mapping[int, Parameter]) -> None:
-        self._full = full_tensors
-        self._indices = {parameter: index for index, parameter in parameters.items()}
+        """parameters: those that are trained, by global index."""
+        self._trained = {each: Trained(full_tensors, index) for index, each in parameters.items()}
 
     def attach(self, parameters: Iterable[Parameter]) -> None:
-        """Be the one whom DeepSpeed asks about these parameters; an earlier engine loses them."""
-        parameters = list(parameters)
-        earlier = {id(each): each for each in (getattr(one, ATTRIBUTE, None) for one in parameters)}
-        for each in earlier.values():
-            if isinstance(each, SliceAccess):
-                each._full.give_up()
+        """Be the one whom DeepSpeed asks about these parameters, which it does of all of a model's."""
         for each in parameters:
             setattr(each, ATTRIBUTE, self)
 
-    def detach(self, parameters: Iterable[Parameter]) -> None:
-        """Be asked no more, about parameters that no other engine has taken since."""
-        for each in parameters:
-            if getattr(each, ATTRIBUTE, None) is self:
-                delattr(each, ATTRIBUTE)
+    def detach(self) -> None:
+        """They are not trained any more."""
+        self._trained.clear()
 
     # Whole tensors
 
     def get_full_hp_param(self, param: Parameter, optim_state_key: str | None = None) -> Tensor | None:
         """Master weight, or the named state. Collective."""
-        index = self._indices.get(param)
-        return None if index is None else self._full.get_state(index, param, optim_state_key)
+        known = self._trained.get(param)
+        return known and known.full.get_state(known.parameter, param, optim_state_key)
 
     def set_full_hp_param(self, value: Tensor, param: Parameter, optim_state_key: str | None = None) -> None:
         """Round a value, the same on every rank, into the master weight and the weight, or into a state."""
-        index = self._indices.get(param)
-        if index is not None:
-            self._full.set_state(index, param, value, optim_state_key)
+        known = self._trained.get(param)
+        if known:
+            known.full.set_state(known.parameter, param, value, optim_state_key)
 
     def get_fp32_grad_for_param(self, param: Parameter) -> Tensor | None:
         """Mean gradient. Collective. Raises ValueError outside backward .. step."""
-        index = self._indices.get(param)
-        return None if index is None else self._full.get_gradient(index, param)
+        known = self._trained.get(param)
+        return known and known.full.get_gradient(known.parameter, param)
 
     def set_fp32_grad_for_param(self, value: Tensor, param: Parameter) -> None:
         """Round a mean gradient, the same on every rank, into the reduced one."""
-        index = self._indices.get(param)
-        if index is not None:
-            self._full.set_gradient(index, param, value)
+        known = self._trained.get(param)
+        if known:
+            known.full.set_gradient(known.parameter, param, value)
 
     def update_fp32_grad_for_param_vectorized(
         self, update_func: Callable[[Tensor, Parameter], Tensor], param_list: Iterable[Parameter]
@@ -78,33 +78,31 @@ class SliceAccess:
         self, param: Parameter, optim_state_key: str | None = None
     ) -> torch.device | None:
         """Where the master weight, or the named state, lives."""
-        return param.device if param in self._indices else None
+        return param.device if param in self._trained else None
 
     # This rank's part
 
     def get_local_fp32_param(self, param: Any, optim_state_key: str | None = None) -> Tensor | None:
         """Of the master weight, or of the named state, [elements of ds_tensor] float32."""
-        index = self._indices.get(param)
-        if index is None:
-            return None
-        return self._full.get_own_state(index, param.ds_tensor, optim_state_key)
+        known = self._trained.get(param)
+        return known and known.full.get_own_state(known.parameter, param.ds_tensor, optim_state_key)
 
     def set_local_hp_param(self, value: Tensor, param: Any, optim_state_key: str | None = None) -> None:
         """Round this rank's part into the master weight and the weight, or into a state.
 
         The whole copy that a rank has of a persistent parameter follows at the next step.
         """
-        index = self._indices.get(param)
-        if index is not None:
-            self._full.set_own_state(index, param.ds_tensor, value, optim_state_key)
+        known = self._trained.get(param)
+        if known:
+            known.full.set_own_state(known.parameter, param.ds_tensor, value, optim_state_key)
 
     def get_local_fp32_grad_for_param(self, param: Any) -> Tensor | None:
         """Of the mean gradient, [elements of ds_tensor] float32. Raises ValueError if there is none."""
-        index = self._indices.get(param)
-        return None if index is None else self._full.get_own_gradient(index, param.ds_tensor)
+        known = self._trained.get(param)
+        return known and known.full.get_own_gradient(known.parameter, param.ds_tensor)
 
     def set_local_grad_for_param(self, value: Tensor, param: Any) -> None:
         """Round this rank's part of a mean gradient into the reduced one."""
-        index = self._indices.get(param)
-        if index is not None:
-            self._full.set_own_gradient(index, param.ds_tensor, value)
+        known = self._trained.get(param)
+        if known:
+            known.full.set_own_gradient(known.parameter, param.ds_tensor, value)

@@ -4,7 +4,7 @@ As under ZeRO 2, and beside it what concerns fetched weights: the backward epilo
 parameters before a step, and the fetch of persistent ones after it, also if the step was skipped or failed.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,7 +19,7 @@ from ds_fp8.zero_fp8.handlers.master_views import as_slices
 from ds_fp8.zero_fp8.handlers.slice_access import SliceAccess
 from ds_fp8.zero_fp8.optimizer.fp8_adamw import FP8AdamW
 from ds_fp8.zero_fp8.recipe import Recipe, ZeroSettings
-from ds_fp8.zero_fp8.weights.slices import SlicedWeights
+from ds_fp8.zero_fp8.weights.claims import claim, release
 
 
 class Stage3Optimizer(FP8ZeROOptimizer):
@@ -42,32 +42,26 @@ class Stage3Optimizer(FP8ZeROOptimizer):
         """As `FP8ZeROOptimizer`; make_offload: converts the model's parameters and hooks its modules."""
 
         def prepare() -> None:
+            claim(names, self)
             self.fetching = Fetching(make_offload(), names, recipe.block_size)
 
         self._names = names
         super().__init__(optimizer, names, recipe, settings, group, timers, loss_scaler, prepare)
-        self.fetching.install(self._on_module_end, self._on_edit)
+        self.fetching.install(self._on_module_end)
 
     def _bind(self) -> None:
         self.slice_access = SliceAccess(self.full_tensors, self.parameters)
         self.slice_access.attach(self._names)
 
+    def _unbind(self) -> None:
+        self.slice_access.detach()
+        self.fetching.remove()
+        release(self._names)
+
     def _on_module_end(self, module: Module) -> None:
         schedule = self.gradients.schedule
         assert isinstance(schedule, ModuleEnds)
         schedule.on_module_end(module)
-
-    def _on_edit(self, parameters: Iterable[Any]) -> None:
-        """Slices were written within GatheredParameters: the next step looks whether masters have them."""
-        edited = {id(each) for each in parameters}
-        indices = [index for index, each in self.parameters.items() if id(each) in edited]
-        for weights in self.parts.weights:
-            assert isinstance(weights, SlicedWeights)
-            weights.note_edits(indices)
-
-    def _let_go(self) -> None:
-        super()._let_go()
-        self.fetching.remove()
 
     # Backward and step
 
@@ -83,9 +77,12 @@ class Stage3Optimizer(FP8ZeROOptimizer):
         self.parameter_offload.release_backward_leftovers()
 
     def _bring_home(self) -> str | None:
-        objection = super()._bring_home()
-        self.fetching.release()
-        return objection
+        objection, stranger = super()._bring_home(), self.parameter_offload.stranger()
+        if stranger is None:
+            self.fetching.release()
+        if objection is not None:
+            self.fetching.restore()
+        return objection or stranger
 
     def step(self, closure: Any = None) -> None:
         """As `FP8ZeROOptimizer.step`."""
@@ -105,6 +102,16 @@ class Stage3Optimizer(FP8ZeROOptimizer):
     def persistent_parameters(self) -> list[Any]:
         """Parameters that stay whole between steps."""
         return self.fetching.persistent
+
+    @property
+    def leaf_parameters(self) -> dict[Module, list[Parameter]]:
+        """Trained parameters by the module that DeepSpeed fetches as a whole (`set_z3_leaf_modules`)."""
+        found: dict[Module, list[Parameter]] = {}
+        for each in self.parameters.values():
+            leaf = getattr(each, "ds_z3_leaf_module", None)
+            if leaf is not None:
+                found.setdefault(leaf, []).append(each)
+        return found
 
     @property
     def module(self) -> Module:

@@ -6,7 +6,7 @@ travels as bytes. Since slices follow each other in rank order, a gather of one 
 large one travels alone, and is copied on neither side; the small ones of a group travel side by side.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ds_fp8.compat import ZeroParamStatus
 from ds_fp8.zero_fp8.comm.collectives import gather_flat
-from ds_fp8.zero_fp8.weights.slices import is_away, objection_to
+from ds_fp8.zero_fp8.weights.slices import EDITED, FETCHED, is_away, objection_to
 
 UNDER_WAY = "ds_fp8_fetch"  # attribute of a parameter: its last fetch
 ALONE = 1 << 20  # bytes of a slice from which on its parameter travels alone
@@ -67,6 +67,7 @@ def _fill(parameter: Any, whole: Tensor) -> None:
 def put_back(parameter: Any, values: Tensor) -> None:
     """The parameter is whole, with these values."""
     parameter.data = values
+    setattr(parameter, FETCHED, values.data_ptr())
     parameter.ds_status = ZeroParamStatus.AVAILABLE
 
 
@@ -122,24 +123,37 @@ def fetch(parameters: Iterable[Any], names: Callable[[Any], str]) -> None:
 
 
 def install(
-    parameters: Iterable[Any], names: Callable[[Any], str], on_edit: Callable[[Iterable[Any]], None]
+    parameters: Iterable[Any], names: Callable[[Any], str], awaited: MutableMapping[Any, Any]
 ) -> None:
-    """Let DeepSpeed fetch these parameters by `launch`. on_edit: called with parameters written since."""
+    """Let DeepSpeed fetch these parameters by `launch`, for good: its own fetch of one cuts elsewhere.
+
+    awaited: the fetches for which DeepSpeed's coordinator will wait, by parameter.
+    """
 
     def all_gather_coalesced(group: Iterable[Any], safe_mode: bool = False, quantize: bool = False) -> Fetch:
         return launch(group, names)
 
     def all_gather(own: Any, param_list: Any = None, async_op: bool = False, hierarchy: int = 0) -> Any:
+        fetches = gather(param_list or [own], names)
+        for each in param_list or [own]:
+            awaited.pop(each, None)  # who asks for it now may let it go before the coordinator comes to it
         if async_op:
-            return gather(param_list or [own], names)
-        return fetch(param_list or [own], names)
-
-    def partition(own: Any, original: Any, param_list: Any = None, **options: Any) -> None:
-        original(param_list or [own], **options)
-        if options.get("has_been_updated"):
-            on_edit(param_list or [own])
+            return fetches
+        for fetch in fetches:
+            fetch.wait()
+        return None
 
     for parameter in parameters:
         parameter.all_gather_coalesced = all_gather_coalesced
         parameter.all_gather = partial(all_gather, parameter)
-        parameter.partition = partial(partition, parameter, parameter.partition)
+        if not hasattr(parameter, EDITED):
+            parameter.partition = partial(_partition, parameter, parameter.partition)
+        setattr(parameter, EDITED, False)
+
+
+def _partition(own: Any, original: Any, param_list: Any = None, **options: Any) -> None:
+    """DeepSpeed's partition, which notes whose slices it has written."""
+    original(param_list or [own], **options)
+    if options.get("has_been_updated"):
+        for each in param_list or [own]:
+            setattr(each, EDITED, True)

@@ -8,7 +8,7 @@ slices, and whoever fetches a parameter has its new values.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -27,6 +27,8 @@ from ds_fp8.zero_fp8.placement.partition import Bucket, padding_of_slices
 from ds_fp8.zero_fp8.weights.home import described
 
 BLOCK_SIZE = "ds_fp8_block_size"  # attribute of a parameter whose slices are whole blocks
+FETCHED = "ds_fp8_fetched"  # address of the values that its last fetch has brought
+EDITED = "ds_fp8_edited"  # whether its slices were written within GatheredParameters and nobody has looked
 
 
 def aligned(original: Callable[..., int]) -> Callable[..., int]:
@@ -77,12 +79,22 @@ def objection_to(parameter: Any) -> str | None:
         received = f"{parameter.dtype} on {parameter.device}"
         return f"received {received} after deepspeed.initialize, allowed: {held.dtype} on {held.device}"
     left = parameter.numel() <= 1  # DeepSpeed leaves none, or one, between uses
-    if not left and (is_away(parameter) or parameter.shape != shape_of(parameter)):
+    whole = not is_away(parameter) and parameter.shape == shape_of(parameter)
+    if not left and (not whole or _was_replaced(parameter)):
         return (
             f"received {described(parameter)} as .data, allowed under ZeRO 3: changes within "
             "deepspeed.zero.GatheredParameters(..., modifier_rank=0)"
         )
     return None
+
+
+def _was_replaced(parameter: Any) -> bool:
+    """Whether a whole parameter has other memory than its fetch gave it, with other values than its slice."""
+    if parameter.data_ptr() == getattr(parameter, FETCHED, None):
+        return False
+    held = parameter.ds_tensor
+    own = parameter.detach().reshape(-1)[parameter.ds_zero_partition_rank * len(held) :][: len(held)]
+    return not torch.equal(own, held[: len(own)])
 
 
 def is_away(parameter: Any) -> bool:
@@ -100,7 +112,6 @@ class SlicedWeights:
         first = parameters[bucket.slots[0].parameter].ds_tensor
         shape = bucket.blocks_of(rank), bucket.block_size
         self._own = torch.zeros(shape, dtype=first.dtype, device=first.device)
-        self._edited: set[int] = set()
         self.homes = []
         for slot in bucket.slots:
             held = parameters[slot.parameter].ds_tensor
@@ -133,11 +144,9 @@ class SlicedWeights:
         """Have memory again, with nothing that is known in it."""
         self._own.untyped_storage().resize_(self._own.nbytes)
 
-    def note_edits(self, indices: Iterable[int]) -> None:
-        """Parameters that were written within GatheredParameters, by global index."""
-        self._edited |= {home.parameter for home in self.homes} & set(indices)
-
     def bind(self, parameters: Mapping[int, Parameter]) -> Iterator[int]:
         """The global index of each parameter that was written since; its slice is here already."""
-        edited, self._edited = self._edited, set()
-        yield from sorted(edited)
+        for home in self.homes:
+            if getattr(parameters[home.parameter], EDITED):
+                setattr(parameters[home.parameter], EDITED, False)
+                yield home.parameter

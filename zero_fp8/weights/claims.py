@@ -1,0 +1,34 @@
+"""Which engine a parameter belongs to: the last one that was made for it.
+
+An engine that loses a parameter trains no more; it lets go of all of its parameters before the next one
+changes anything.
+"""
+
+from collections.abc import Iterable
+from typing import Protocol
+
+from torch.nn import Parameter
+
+HOLDER = "ds_fp8_holder"  # attribute of a parameter: who has claimed it
+
+
+class Holder(Protocol):
+    """An engine's handler."""
+
+    def give_up(self) -> None:
+        """Another engine claims a parameter of this one, which releases all of its own."""
+
+
+def claim(parameters: Iterable[Parameter], holder: Holder) -> None:
+    """Take parameters over from the engines that hold them."""
+    for each in parameters:
+        earlier = getattr(each, HOLDER, None)
+        if earlier is not None:
+            earlier.give_up()
+        setattr(each, HOLDER, holder)
+
+
+def release(parameters: Iterable[Parameter]) -> None:
+    """Hold parameters no more."""
+    for each in parameters:
+        each.__dict__.pop(HOLDER, None)
