@@ -450,9 +450,15 @@ PROVED_ELSEWHERE = {
 }
 
 # The same under ZeRO 3.
+FILES3 = "test_zero3_checkpoints.py"
 PROVED_UNDER_3 = {
     "ZeRO 3: bytes between steps are those of the estimate": "test_estimates.py::test_fp8_sliced",
     "ZeRO 3: a fetch sends 2 bytes per element, gradients 1.0078": "test_bytes.py::test_wire_bytes_of_zero_3",
+    "ZeRO 3: load_checkpoint, bit-exact": f"{FILES3}::test_resume_is_exact",
+    "ZeRO 3: load_checkpoint at other stages and world sizes": f"{FILES3}::test_stages_ranks_and_buckets",
+    "ZeRO 3: weights without states, out of any stage": f"{FILES3}::test_weights_without_states",
+    "ZeRO 3: zero_to_fp32.py, save_16bit_model, export, to-universal": f"{FILES3}::test_what_leaves",
+    "ZeRO 3: states of stock ZeRO 1, 2 and 3": f"{FILES3}::test_states_of_stock_deepspeed",
 }
 
 # Keys of a ds_config, and the message that refuses them.
