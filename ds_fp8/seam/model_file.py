@@ -20,7 +20,7 @@ from ds_fp8.zero_fp8.checkpoint.foreign.stock_model import named
 from ds_fp8.zero_fp8.checkpoint.manifest import Manifest
 from ds_fp8.zero_fp8.checkpoint.model_files import FRAGMENTS, ModelFile, listed, shapes
 from ds_fp8.zero_fp8.checkpoint.reader import is_extra_state
-from ds_fp8.zero_fp8.placement.parameters import shape_of
+from ds_fp8.zero_fp8.placement.parameters import numel_of, shape_of
 
 KEEPS_SCHEDULER = "load_lr_scheduler_states=False keeps this run's"
 
@@ -142,9 +142,9 @@ def _check_frozen(engine: Any, file: Entry) -> None:
 
 
 def frozen(engine: Any) -> set[str]:
-    """Names of the parameters that the optimizer does not train."""
+    """Names of the parameters with values that the optimizer does not train."""
     trained = set(engine.optimizer.parameter_names.values())
-    return {name for name, _ in engine.module.named_parameters()} - trained
+    return {name for name, each in engine.module.named_parameters() if numel_of(each)} - trained
 
 
 def _check_counters(file: ModelFile, wanted: Wanted) -> None:
