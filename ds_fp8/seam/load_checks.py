@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ds_fp8.seam import model_file
-from ds_fp8.seam.model_file import Wanted, frozen
+from ds_fp8.seam.model_file import Wanted, frozen, frozen_with_values
 from ds_fp8.zero_fp8.checkpoint import convert
 from ds_fp8.zero_fp8.checkpoint.contracts import Restorable, WeightSource, check_names
 from ds_fp8.zero_fp8.checkpoint.convert import Converted
@@ -213,7 +213,8 @@ def _check_module(engine: Any, path: Path, manifest: Manifest, wanted: Wanted) -
         raise ValueError(
             f"{path}: no scheduler was saved, and this run has one: load_lr_scheduler_states=False keeps it"
         )
-    missing_frozen = sorted(frozen(engine) - set(place.frozen)) if place.frozen is not None else []
+    known = place.frozen
+    missing_frozen = sorted(frozen_with_values(engine) - set(known)) if known is not None else []
     if missing_frozen:
         raise ValueError(f"{path}: {missing_frozen[:3]}: frozen in this run, trained in the checkpoint")
     if not wanted.custom:

@@ -132,7 +132,7 @@ def _check_frozen(engine: Any, file: Entry) -> None:
     if FRAGMENTS not in file or file.value[FRAGMENTS] is None:
         return
     saved = file.at(FRAGMENTS)
-    names = frozen(engine)
+    names = frozen_with_values(engine)
     missing = sorted(names - saved.of(dict).keys())
     if missing:
         raise ValueError(f"{file.path}: {missing[:3]}: frozen in this run, trained in the checkpoint")
@@ -142,9 +142,14 @@ def _check_frozen(engine: Any, file: Entry) -> None:
 
 
 def frozen(engine: Any) -> set[str]:
-    """Names of the parameters with values that the optimizer does not train."""
+    """Names of the parameters that the optimizer does not train, empty ones among them."""
     trained = set(engine.optimizer.parameter_names.values())
-    return {name for name, each in engine.module.named_parameters() if numel_of(each)} - trained
+    return {name for name, _ in engine.module.named_parameters()} - trained
+
+
+def frozen_with_values(engine: Any) -> set[str]:
+    """`frozen` without empty parameters, which DeepSpeed before 0.19.8 may not have saved."""
+    return {name for name, each in engine.module.named_parameters() if numel_of(each)} & frozen(engine)
 
 
 def _check_counters(file: ModelFile, wanted: Wanted) -> None:
