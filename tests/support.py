@@ -19,7 +19,7 @@ from deepspeed.utils import (
     safe_set_full_grad,
     safe_set_full_optimizer_state,
 )
-from engines import SMALL, build, ds_config
+from engines import SMALL, build, ds_config, zero3
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from train_lm import Block, ByteGPT
@@ -267,13 +267,14 @@ class Feature:
 
     model: Callable[[], nn.Module] = gpt
     step: Callable[[Any, Iterator[Tensor]], Tensor] = plain
-    stages: tuple[int, ...] = (1, 2)
+    stages: tuple[int, ...] = (1, 2, 3)
     config: dict[str, Any] = field(default_factory=dict)  # arguments of engines.ds_config
     extra: dict[str, Any] = field(default_factory=dict)  # keys added to the ds_config
     optimizer: Callable[[nn.Module], torch.optim.Optimizer] | None = None  # in place of ds_config's
     prepare: Callable[[Any], None] | None = None
     # Where stock DeepSpeed cannot do it as it is, what it does that comes to the same:
     stock_stage: int | None = None
+    stock_under_3: int = 3  # stage of the stock run beside ours under ZeRO 3
     since: str = "0"  # the DeepSpeed version from which stock DeepSpeed can do it on a CPU
     stock_model: Callable[[], nn.Module] | None = None
     stock_scheduler: Callable[[Any], Any] | None = None  # made by the client
@@ -302,13 +303,15 @@ FEATURES: dict[str, Feature] = {
     "gradient accumulation with loss.backward()": Feature(step=torch_style, config={"micro_steps": 2}),
     "set_gradient_accumulation_boundary": Feature(step=own_boundary),
     "managed_gradient_accumulation: false": Feature(
-        step=unmanaged, extra={"managed_gradient_accumulation": False}
+        step=unmanaged, extra={"managed_gradient_accumulation": False}, stock_under_3=2
     ),
     "no_sync (ZeRO 1)": Feature(step=without_sync, stages=(1,)),
-    "two backwards over one graph": Feature(step=twice),
+    "two backwards over one graph": Feature(step=twice, stock_under_3=2),
     "gradient_clipping": Feature(config={"clipping": 0.3}),
     "gradient_clipping off": Feature(config={"clipping": 0.0}),
-    "gradient_predivide_factor": Feature(extra={"gradient_predivide_factor": 2.0}, config=ALL_REDUCE),
+    "gradient_predivide_factor": Feature(
+        extra={"gradient_predivide_factor": 2.0}, config=ALL_REDUCE, stock_under_3=2
+    ),
     "prescale_gradients": Feature(extra={"prescale_gradients": True}, config=ALL_REDUCE),
     "activation checkpointing, reentrant": Feature(model=Checkpointed),
     "activation checkpointing, not reentrant": Feature(model=CheckpointedOnce),
@@ -317,7 +320,9 @@ FEATURES: dict[str, Feature] = {
     "tied parameters": Feature(model=Tied),
     "tied parameters under reentrant checkpointing": Feature(model=TiedCheckpointed, stock_stage=1),
     "unused, empty and one-element parameters": Feature(model=Unused, stock_model=UnusedWithoutEmpty),
-    "parameters used on one rank only": Feature(model=UsedOnOneRank, stock_model=UsedForNothingElsewhere),
+    "parameters used on one rank only": Feature(
+        model=UsedOnOneRank, stock_model=UsedForNothingElsewhere, stages=(1, 2)
+    ),
     "parameters larger than reduce_bucket_size": Feature(config={"bucket": 500}),
     "overlap_comm": Feature(config={"bucket": 5000, "zero": {"overlap_comm": True}}),
     "FP32 parameters": Feature(config={"bf16": False}),
@@ -342,7 +347,7 @@ FEATURES: dict[str, Feature] = {
     "flops_profiler": Feature(extra={"flops_profiler": PROFILER}),
     "steps_per_print": Feature(extra={"steps_per_print": 1}),
     "data_types.grad_accum_dtype: fp32 with as much in fp8": Feature(
-        config={"micro_steps": 2}, extra={"data_types": {"grad_accum_dtype": "fp32"}}, stages=(2,)
+        config={"micro_steps": 2}, extra={"data_types": {"grad_accum_dtype": "fp32"}}, stages=(2, 3)
     ),
 }
 
@@ -530,8 +535,11 @@ def build_feature(name: str, stage: int, fp8: bool) -> Any:
     """The engine of a feature, with FP8 or as stock DeepSpeed."""
     feature = FEATURES[name]
     if not fp8:
-        stage = feature.stock_stage or stage
-    config = ds_config(NEAREST if fp8 else None, stage=stage, **feature.config) | feature.extra
+        stage = feature.stock_stage or (feature.stock_under_3 if stage == 3 else stage)
+    options = dict(feature.config)
+    if stage == 3:
+        options["zero"] = zero3() | options.get("zero", {})
+    config = ds_config(NEAREST if fp8 else None, stage=stage, **options) | feature.extra
     scheduler = None if fp8 else feature.stock_scheduler
     if scheduler is not None:
         del config["scheduler"]
