@@ -50,7 +50,7 @@ class Way:
             stats_interval=0,
         )
         self.nodes = Nodes(torch.distributed.group.WORLD, self.recipe.intra_node_size)
-        buckets = cut_buckets(specs, self.recipe, bucket_elements)
+        buckets = cut_buckets(specs, self.recipe, settings)
         fleets = {fleet: self.nodes}
         self.parts = build(buckets, self.parameters, self.recipe, settings, fleets, backend, param_groups=1)
 

@@ -171,7 +171,7 @@ def test_an_objection_of_deepspeed_is_told_in_its_words(
         "bucket 5.5": "DeepSpeedZeroConfig: reduce_bucket_size: received 5.5: ",
         "batches that do not fit": "train_batch_size is not equal to micro_batch_per_gpu",
         "micro-steps 1.5": "gradient_accumulation_steps: received 1.5, allowed: an integer, 1 or more",
-        "stage true": "zero_optimization.stage: received true, allowed: 1, 2 with fp8 enabled",
+        "stage true": "zero_optimization.stage: received true, allowed: 1, 2, 3 with fp8 enabled",
     }.items():
         path.write_text(FILES[name][0])
         with pytest.raises(SystemExit):
