@@ -30,7 +30,7 @@ import torch
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from gpt import MODELS, GPTShape, build_model
-from meters import live_tensors, optimizer_bytes, storages
+from meters import elements, live_tensors, optimizer_bytes, storages
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, cuda
@@ -197,7 +197,7 @@ def run(
     size, tokens = engine.train_micro_batch_size_per_gpu(), engine.train_batch_size() * context
     validation = validate(engine, corpus.validation_batches(size, 20))
     state = mean_over_ranks(torch.tensor(float(optimizer_bytes(engine.module, before)), device=device))
-    parameters = sum(parameter.numel() for parameter in engine.module.parameters())
+    parameters = elements(engine.module)
     inspected = inspect(engine, corpus.batches(size, arguments.seed)) if inspect else {}
     engine.destroy()
     return {

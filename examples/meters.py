@@ -27,6 +27,11 @@ def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
     return found
 
 
+def elements(module: torch.nn.Module) -> int:
+    """Of all parameters when they are whole: ZeRO 3 leaves them empty between uses."""
+    return sum(getattr(each, "ds_numel", each.numel()) for each in module.parameters())
+
+
 def live_tensors() -> list[Tensor]:
     """Every tensor that Python still holds."""
     time.sleep(0.02)  # gloo's threads let go of a tensor a moment after it was waited for
@@ -37,8 +42,10 @@ def live_tensors() -> list[Tensor]:
 
 
 def optimizer_bytes(module: torch.nn.Module, before: dict[int, int]) -> int:
-    """Bytes alive now, less those of `before` and of the module's parameters and buffers."""
-    excluded = {**before, **storages([*module.parameters(), *module.buffers()])}
+    """Bytes alive now, less those of `before` and of the module's parameters, their slices, and buffers."""
+    parameters = list(module.parameters())
+    slices = [getattr(each, "ds_tensor", each) for each in parameters]
+    excluded = {**before, **storages([*parameters, *slices, *module.buffers()])}
     return sum(size for address, size in storages(live_tensors()).items() if address not in excluded)
 
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import deepspeed
 import torch
-from meters import Traffic, live_tensors, optimizer_bytes, storages
+from meters import Traffic, elements, live_tensors, optimizer_bytes, storages
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -197,7 +197,7 @@ def main() -> None:
 
     engine = build_engine(arguments.deepspeed_config, shape, arguments.seed)
     result = train(engine, corpus, arguments.steps, arguments.seed, quiet=arguments.quiet)
-    parameters = sum(parameter.numel() for parameter in engine.module.parameters())
+    parameters = elements(engine.module)
     state = mean_over_ranks(torch.tensor(float(optimizer_bytes(engine.module, before))))
     result |= {
         "ds_config": arguments.deepspeed_config,

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ds_fp8.estimate import memory
+from ds_fp8.estimate.fetching import fetching_of, persistent
 from ds_fp8.zero_fp8.comm.collectives import AllToAll
-from ds_fp8.zero_fp8.placement.partition import slice_blocks
 
 SECONDS = 60.0  # until a run that should take one counts as a hang
 WIDTH = 24
@@ -429,25 +429,26 @@ def count_bytes(config: dict[str, Any]) -> dict[str, Any]:
         step()
     with Traffic() as traffic:
         step()
-    handler = engine.optimizer
-    parameters = list(engine.module.parameters())
-    held = storages([each for each in live_tensors() if each.device.type == "cpu"])
-    buckets, ranks = handler.parts.buckets, dist.get_world_size()
-    own = {"ds_tensor": storages([each.ds_tensor for each in parameters])}
-    persistent = [each for each in parameters if each.ds_persist]
+    handler, parameters = engine.optimizer, list(engine.module.parameters())
+    held = storages(each for each in live_tensors() if each.device.type == "cpu")
+    sizes, buckets = [each.ds_numel for each in parameters], handler.parts.buckets
+    keeps = persistent(sizes, fetching_of(engine._config.zero_config))
+    small, large = (
+        [size for size, kept in zip(sizes, keeps, strict=True) if kept is want] for want in (True, False)
+    )
+    how = (128, buckets[0].fleet)
     found = {
         "held": sum(size for address, size in held.items() if address not in before) - batch.nbytes,
-        "slices": sum(own["ds_tensor"].values()),
-        "persistent": sum(2 * each.ds_numel for each in persistent),
+        "slices": sum(storages(each.ds_tensor for each in parameters).values()),
         "states": handler.nbytes,
         "expected states": memory.state_bytes(handler.recipe, buckets)
         + memory.gradient_bytes(handler.recipe, buckets, accumulating=False),
-        "expected slices": 2 * 128 * (sum(slice_blocks(each.ds_numel, 128, ranks) for each in parameters)),
+        "expected slices": memory.slice_bytes(2, sizes, *how),
+        "persistent": memory.persistent_bytes(2, small, buckets[0].fleet),
         "exchange": traffic.handed["alltoall_base_"],
         "expected exchange": sum(sum(memory.hop_bytes(handler.recipe, bucket)) for bucket in buckets),
         "gathered": traffic.handed["_allgather_base_"],
-        "fetched": 2 * sum(each.ds_tensor.nbytes for each in parameters if not each.ds_persist)
-        + sum(each.ds_tensor.nbytes for each in persistent),
+        "fetched": 2 * memory.fetch_bytes(2, large, *how) + memory.fetch_bytes(2, small, *how),
     }
     engine.destroy()
     return found
