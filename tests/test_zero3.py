@@ -4,6 +4,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -269,6 +270,55 @@ def test_deepspeeds_own_linear_is_near(ranks: RankPools) -> None:
     losses = [trace[::2] for trace in traces]
     assert losses[0] != losses[1]
     assert max(abs(a - b) for a, b in zip(*losses, strict=True)) < 1e-3
+
+
+class Borrowing(nn.Module):
+    """Parameters that are used outside the modules that own them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(WIDTH, 2, batch_first=True)
+        self.several = nn.ParameterList([torch.eye(WIDTH) for _ in range(2)])
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        query, key, value = (
+            hidden,
+            hidden.clone(),
+            hidden.clone(),
+        )  # one tensor thrice is added in another order
+        out: Tensor = self.attention(query, key, value)[0]
+        for each in self.several:
+            out = out @ each
+        return out.float().square().mean()
+
+
+def train_borrowing(config: dict[str, Any], folder: str) -> list[dict[str, Tensor]]:
+    """Weights after every step, read between steps; loaded before the first."""
+    found = []
+    for source in (None, folder):
+        torch.manual_seed(0)
+        engine = build(config, Borrowing())
+        if source is not None:
+            engine.load_checkpoint(source)
+        for step in range(4):
+            torch.manual_seed(step)
+            engine.backward(engine(torch.randn(2, 5, WIDTH, dtype=torch.bfloat16)))
+            engine.step()
+            found.append(weight_bits(engine))
+        if source is None:
+            engine.save_checkpoint(folder)
+        engine.destroy()
+    return found
+
+
+@pytest.mark.parametrize("persistence", [0, 10**6])
+def test_weights_may_be_read_between_steps(ranks: RankPools, tmp_path: Path, persistence: int) -> None:
+    runs = []
+    for stage, zero in ((2, {}), (3, zero3(persistence=persistence))):
+        config = ds_config({"opt_level": "O2+"}, stage=stage, zero=zero)
+        runs.append(ranks.run(2, train_borrowing, config, str(tmp_path / str(stage)), seconds=SECONDS)[0])
+    for two, three in zip(*runs, strict=True):
+        assert_same_bits(three, two)
 
 
 # Order of collectives

@@ -142,7 +142,8 @@ def _apply(rules: Rules, section: Mapping[str, Any], stage: int, prefix: str) ->
             continue
         path = f"{prefix}{key}"
         if key not in rules:
-            raise refusal(path, value, "the key left out (ds_fp8 does not know it)")
+            dotted = f"; it goes into the section {key.rpartition('.')[0]}" if "." in str(key) else ""
+            raise refusal(path, value, f"the key left out (ds_fp8 does not know it{dotted})")
         rule = rule_at(stage, rules[key])
         if isinstance(rule, Refused) and not rule.accepts(value):
             raise refusal(path, value, f"{rule.allowed(value)} ({key} {rule.why})")

@@ -77,7 +77,6 @@ class Fetching:
         self.offload.on_module_end = on_module_end
         awaited = self.offload.module.ds_inflight_param_registry
         fetch.install(self._names, self._name, awaited)
-        self.fetch_persistent()
 
     def release(self) -> None:
         """Leave slices alone of every parameter, as a step, a save and a load need it."""
@@ -91,7 +90,15 @@ class Fetching:
 
     def fetch_persistent(self) -> None:
         """Make whole what stays whole between steps. Collective."""
-        fetch.fetch(self.persistent, self._name)
+        fetch.fetch(self._stays_whole(), self._name)
+
+    def _stays_whole(self) -> list[Any]:
+        """Persistent parameters, once DeepSpeed has seen a forward.
+
+        In its first one it learns which parameters are used outside their modules, such as those of a
+        ParameterList or of nn.MultiheadAttention: by their not being whole when they are asked for.
+        """
+        return [] if self.offload.get_param_coordinator().is_invalid_trace() else self.persistent
 
     @contextmanager
     def released(self) -> Iterator[None]:
@@ -101,7 +108,7 @@ class Fetching:
         try:
             yield
         finally:
-            fetch.fetch([*self.persistent, *(each for each in whole if not each.ds_persist)], self._name)
+            fetch.fetch(dict.fromkeys([*self._stays_whole(), *whole]), self._name)
 
     @contextmanager
     def set_aside(self) -> Iterator[None]:
