@@ -11,6 +11,7 @@ from typing import Any
 from torch.nn import Module, Parameter
 
 from ds_fp8.compat import DeepSpeedZeRoOffload, ZeroParamStatus
+from ds_fp8.zero_fp8.gradients.backwards import in_backward
 from ds_fp8.zero_fp8.placement.parameters import held_of
 from ds_fp8.zero_fp8.weights import fetch
 from ds_fp8.zero_fp8.weights.slices import cut, objection_to
@@ -76,7 +77,12 @@ class Fetching:
         """Fetch from now on, and say when modules end their backward."""
         self.offload.on_module_end = on_module_end
         awaited = self.offload.module.ds_inflight_param_registry
-        fetch.install(self._names, self._name, awaited)
+        fetch.install(self._names, self._name, awaited, self._settle)
+
+    def _settle(self) -> None:
+        """Release modules that torch.autograd.grad has left in the middle of their backward."""
+        if not in_backward():
+            self.offload.release_backward_leftovers()
 
     def release(self) -> None:
         """Leave slices alone of every parameter, as a step, a save and a load need it."""

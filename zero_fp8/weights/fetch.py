@@ -123,17 +123,22 @@ def fetch(parameters: Iterable[Any], names: Callable[[Any], str]) -> None:
 
 
 def install(
-    parameters: Iterable[Any], names: Callable[[Any], str], awaited: MutableMapping[Any, Any]
+    parameters: Iterable[Any],
+    names: Callable[[Any], str],
+    awaited: MutableMapping[Any, Any],
+    settle: Callable[[], None],
 ) -> None:
     """Let DeepSpeed fetch these parameters by `launch`, for good: its own fetch of one cuts elsewhere.
 
-    awaited: the fetches for which DeepSpeed's coordinator will wait, by parameter.
+    awaited: the fetches for which DeepSpeed's coordinator will wait, by parameter. settle: called before
+    somebody else gathers parameters.
     """
 
     def all_gather_coalesced(group: Iterable[Any], safe_mode: bool = False, quantize: bool = False) -> Fetch:
         return launch(group, names)
 
     def all_gather(own: Any, param_list: Any = None, async_op: bool = False, hierarchy: int = 0) -> Any:
+        settle()
         fetches = gather(param_list or [own], names)
         for each in param_list or [own]:
             awaited.pop(each, None)  # who asks for it now may let it go before the coordinator comes to it
