@@ -85,6 +85,14 @@ def write_weights(master: Tensor, weights: Tensor) -> None:
     weights.copy_(torch.where(master.isnan(), torch.nan, rounded))
 
 
+def rewrite_weights(master: Blocks, weights: Tensor) -> None:
+    """Round stored masters to the model's dtype; of split ones the weights are the upper half already."""
+    if master.format.split:
+        return
+    for part in chunks(len(master), master.block_size):
+        write_weights(decode(master[part]), weights[part])
+
+
 def put(values: Tensor, weights: Tensor) -> None:
     """Copy values, [n] of any float dtype, into weights; FP32 ones are rounded as masters are."""
     if values.dtype is torch.float32:

@@ -7,7 +7,7 @@ from typing import Any
 from torch.nn import Parameter
 
 from ds_fp8.ops.blocks import chunks
-from ds_fp8.ops.masters import put
+from ds_fp8.ops.masters import put, rewrite_weights
 from ds_fp8.zero_fp8.checkpoint import manifest, writer
 from ds_fp8.zero_fp8.checkpoint.contracts import Restorable, WeightSource
 from ds_fp8.zero_fp8.handlers.master_views import MasterViews
@@ -54,7 +54,7 @@ class SavedStates:
         gathers = Gathers()
         for bucket, _, shard, weights in self._parts.by_bucket():
             with shard.lend() as state:
-                weights.write(state.master)
+                rewrite_weights(state.master, weights.own)
             gathers.launch(weights, self._parts.nodes_of(bucket))
             gathers.wait()
 

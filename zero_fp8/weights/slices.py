@@ -18,8 +18,6 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ds_fp8.compat import ZeroParamStatus
-from ds_fp8.ops.blocks import Blocks, chunks, decode
-from ds_fp8.ops.masters import write_weights
 from ds_fp8.zero_fp8.comm.collectives import NothingToGather
 from ds_fp8.zero_fp8.comm.groups import Nodes
 from ds_fp8.zero_fp8.placement.parameters import shape_of
@@ -127,13 +125,6 @@ class SlicedWeights:
     def gather(self, nodes: Nodes) -> NothingToGather:
         """Nothing: DeepSpeed fetches a parameter where it is used."""
         return NothingToGather()
-
-    def write(self, masters: Blocks) -> None:
-        """Round masters, the owned rows, into the weights; of split ones they are the upper half already."""
-        if masters.format.split:
-            return
-        for part in chunks(len(masters), masters.block_size):
-            write_weights(decode(masters[part]), self._own[part])
 
     @property
     def freed(self) -> bool:

@@ -1,8 +1,7 @@
 """What the sweep, the gather and checkpoints need of a bucket's weights, whatever parameters are made of.
 
 In a step the sweep writes a rank's own rows and the gather brings the others', while the next bucket is
-swept. Between steps `write` (after a load), `bind` (values brought back) and safe_set_full_fp32_param write
-them.
+swept. Between steps a load, `bind` (values brought back) and safe_set_full_fp32_param write them.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +10,6 @@ from typing import Protocol
 from torch import Tensor
 from torch.nn import Parameter
 
-from ds_fp8.ops.blocks import Blocks
 from ds_fp8.zero_fp8.comm.collectives import AllGather, Broadcasts, NothingToGather
 from ds_fp8.zero_fp8.comm.groups import Nodes
 from ds_fp8.zero_fp8.weights.home import Home
@@ -36,9 +34,6 @@ class Weights(Protocol):
 
     def gather(self, nodes: Nodes) -> Gather:
         """Launch what brings every rank's rows to all."""
-
-    def write(self, masters: Blocks) -> None:
-        """Round masters, of the owned rows, into the weights."""
 
     def bind(self, parameters: Mapping[int, Parameter]) -> Iterator[int]:
         """Bring parameters back that have left, with their values; the global index of each."""

@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ds_fp8.ops.blocks import Blocks, chunks, decode
-from ds_fp8.ops.masters import write_weights
 from ds_fp8.zero_fp8.comm.collectives import AllGather, Broadcasts
 from ds_fp8.zero_fp8.comm.groups import Nodes
 from ds_fp8.zero_fp8.placement.partition import Bucket
@@ -64,10 +62,3 @@ class FlatWeights:
         if len({len(part) for part in self._parts}) == 1:
             return AllGather(self.buffer, nodes)
         return Broadcasts(self._parts, nodes.group)
-
-    def write(self, masters: Blocks) -> None:
-        """Round masters, the owned rows, into the weights; of split ones they are the upper half already."""
-        if masters.format.split:
-            return
-        for part in chunks(len(masters), masters.block_size):
-            write_weights(decode(masters[part]), self.own[part])
