@@ -62,11 +62,11 @@ class Stepper:
         return Verdict(
             self._parts.reduced,
             own=Counted(
-                received=reducer.received,
-                late=reducer.late,
+                received=reducer.pending.received,
+                late=reducer.pending.late,
                 objections=sum(each is not None for each in objections),
                 edited=edited,
-                changed=reducer.changed,
+                changed=reducer.schedule.changed,
             ),
             gradient_scale=gradient_scale,
             clip=self._settings.gradient_clipping,

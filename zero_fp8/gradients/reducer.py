@@ -135,11 +135,6 @@ class GradientReducer:
         """Whether a backward has begun and has not come to its end."""
         return self.schedule.open
 
-    @property
-    def changed(self) -> bool:
-        """Whether a bucket was not full at its place in the schedule, since the last step."""
-        return self.schedule.changed
-
     def finish(self) -> None:
         """End a round, on every rank: launch what is left, and let everything land."""
         self.schedule.open = False
@@ -180,17 +175,7 @@ class GradientReducer:
     @property
     def has_gradients(self) -> bool:
         """Whether there are gradients for the next step; ranks that ran the same backwards say the same."""
-        return self.rounds > 0 or self.backwards > 0 or self.late > 0
-
-    @property
-    def late(self) -> int:
-        """Parameters of this rank with a gradient that has not travelled."""
-        return self.pending.late
-
-    @property
-    def received(self) -> int:
-        """Gradients of this rank in what was reduced since the last step or `drop`."""
-        return self.pending.received
+        return self.rounds > 0 or self.backwards > 0 or self.pending.late > 0
 
     def _send_late(self) -> None:
         """The extra exchange of late gradients; on every rank or none."""

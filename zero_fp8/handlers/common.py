@@ -168,6 +168,13 @@ class FP8ZeROOptimizer(Facade, ZeROOptimizer):
         super().exit_backward()
         self.gradients.end()
 
+    def overlapping_partition_gradients_reduce_epilogue(self) -> None:
+        """ZeRO 2 and 3, after every micro-step: what backward has not sent yet."""
+        self.gradients.finish()
+
+    def finalize_gradient_accumulation_boundary(self) -> None:
+        """If the caller owns the boundary: every backward has reduced already (ZeRO 2 and 3)."""
+
     def needs_scaler(self) -> bool:
         """Whether a loss must be scaled before its backward; also by a scale that is fixed."""
         return super().needs_scaler() or self.loss_scale != 1
@@ -229,7 +236,7 @@ class FP8ZeROOptimizer(Facade, ZeROOptimizer):
         if self.overflow:
             self.stepper.report_skip(self.parameter_names)
         elif self.roster and dist.get_rank(self.dp_process_group) == 0:
-            self.roster.warn(all_had_gradients=self.gradients.received >= len(self.parameters))
+            self.roster.warn(all_had_gradients=self.gradients.pending.received >= len(self.parameters))
 
     def _gradient_scale(self) -> float:
         """From the sum over ranks of scaled gradients, as stored, to what a step takes."""
@@ -254,6 +261,11 @@ class FP8ZeROOptimizer(Facade, ZeROOptimizer):
         return self.parts.nbytes
 
     # Masters, weights and checkpoints
+
+    @property
+    def parameters_by_bucket(self) -> list[list[Parameter]]:
+        """Parameters in the order in which a checkpoint's FP32 view holds them."""
+        return [[self.parameters[slot.parameter] for slot in bucket.slots] for bucket in self.parts.buckets]
 
     def ready_for_files(self) -> AbstractContextManager[None]:
         """While DeepSpeed saves or loads: parameters are in their buffers and require what they did at first.

@@ -65,13 +65,6 @@ class Stage3Optimizer(FP8ZeROOptimizer):
 
     # Backward and step
 
-    def overlapping_partition_gradients_reduce_epilogue(self) -> None:
-        """After every micro-step: what backward has not sent yet."""
-        self.gradients.finish()
-
-    def finalize_gradient_accumulation_boundary(self) -> None:
-        """If the caller owns the boundary: every backward has reduced already."""
-
     def backward_epilogue(self) -> None:
         """Release modules whose input needs no gradient: no hook of theirs has."""
         self.parameter_offload.release_backward_leftovers()
@@ -121,8 +114,8 @@ class Stage3Optimizer(FP8ZeROOptimizer):
 
     @property
     def fp16_groups(self) -> list[list[Parameter]]:
-        """Parameters in the order in which a checkpoint's FP32 view holds them."""
-        return [[self.parameters[slot.parameter] for slot in bucket.slots] for bucket in self.parts.buckets]
+        """`parameters_by_bucket`, as DeepSpeed's utilities ask for them under ZeRO 3."""
+        return self.parameters_by_bucket
 
     def empty_partition_cache(self) -> None:
         """Release all parameters."""
