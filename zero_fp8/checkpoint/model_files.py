@@ -45,9 +45,13 @@ class ModelFiles:
         module: dict[str, Any] = self.first.at("module").of(dict)
         return module
 
+    def _sliced(self, name: str) -> Sliced | None:
+        """A tensor that lies beside the module, in slices."""
+        return (self.sliced or {}).get(name)
+
     def __contains__(self, name: str) -> bool:
         """Whether the files hold the values of a tensor."""
-        if self.sliced is not None and name in self.sliced:
+        if self._sliced(name):
             return True
         tensor = self.module.get(name)
         if self.sliced is None or not isinstance(tensor, Tensor) or tensor.numel():
@@ -56,16 +60,17 @@ class ModelFiles:
 
     def weights(self, name: str, elements: slice) -> Tensor:
         """Some elements of a tensor."""
-        if self.sliced is None or name not in self.sliced:
+        sliced = self._sliced(name)
+        if sliced is None:
             whole: Tensor = self.first.at("module").at(name).of(Tensor)
             return whole.reshape(-1)[elements]
-        slices = list(self._slices(name, elements))
+        slices = list(self._slices(name, sliced, elements))
         return torch.cat(slices) if slices else torch.empty(0, dtype=self.dtype(name))
 
-    def _slices(self, name: str, elements: slice) -> Iterator[Tensor]:
+    def _slices(self, name: str, sliced: Sliced, elements: slice) -> Iterator[Tensor]:
         """Raises ValueError where a file does not hold what it should."""
         covered = elements.start
-        for index, start, stop in self.sliced[name].slices if self.sliced else ():
+        for index, start, stop in sliced.slices:
             low, high = max(start, covered), min(stop, elements.stop)
             if low < high and low == covered:
                 held = self._load(index).at(FRAGMENTS).at(name)
@@ -82,13 +87,13 @@ class ModelFiles:
 
     def check_weights(self, name: str, elements: slice) -> None:
         """Refuse, by a ValueError, files that do not hold some elements of a tensor."""
-        if self.sliced is not None and name in self.sliced:
+        if self._sliced(name):
             self.weights(name, elements)
 
     def shape(self, name: str) -> torch.Size:
         """Of a tensor that the files hold."""
-        if self.sliced is not None and name in self.sliced:
-            return torch.Size(self.sliced[name].shape)
+        if sliced := self._sliced(name):
+            return torch.Size(sliced.shape)
         shape: torch.Size = self.module[name].shape
         return shape
 
@@ -102,7 +107,7 @@ class ModelFiles:
 
     def whole(self, name: str) -> Tensor:
         """A tensor of the module, put together if it is in slices."""
-        if self.sliced is None or name not in self.sliced:
+        if self._sliced(name) is None:
             tensor: Tensor = self.module[name]
             return tensor
         return self.weights(name, slice(0, self.numel(name))).view(self.shape(name))

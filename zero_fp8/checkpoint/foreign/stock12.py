@@ -22,11 +22,9 @@ from ds_fp8.zero_fp8.checkpoint.contracts import (
 )
 from ds_fp8.zero_fp8.checkpoint.files import Entry
 from ds_fp8.zero_fp8.checkpoint.foreign.stock_files import (
-    check_count,
     check_loss_scaler,
     check_steps,
-    load_stock,
-    optimizer_files,
+    open_optimizer_files,
     stock_progress,
 )
 from ds_fp8.zero_fp8.checkpoint.manifest import Parameter
@@ -47,12 +45,7 @@ class Stock12:
 
     def __init__(self, folder: Path) -> None:
         """Raises ValueError if the files are not a whole set of a kind that is known."""
-        paths = optimizer_files(folder)
-        if not paths:
-            raise ValueError(f"{folder}: no optimizer files of ZeRO 1 or 2")
-        files = [Entry(path, load_stock(path)).at("optimizer_state_dict") for path in paths.values()]
-        for file in files:
-            check_count(file, list(paths))
+        files = open_optimizer_files(folder, "ZeRO 1 or 2")
         self._steps = {(file.path, step) for file in files for step in _check_vectors(file)}
         self._folder = folder
         self._files = [file.value for file in files]

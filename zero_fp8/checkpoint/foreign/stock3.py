@@ -21,11 +21,9 @@ from ds_fp8.zero_fp8.checkpoint.contracts import (
 )
 from ds_fp8.zero_fp8.checkpoint.files import Entry
 from ds_fp8.zero_fp8.checkpoint.foreign.stock_files import (
-    check_count,
     check_loss_scaler,
     check_steps,
-    load_stock,
-    optimizer_files,
+    open_optimizer_files,
     stock_progress,
 )
 from ds_fp8.zero_fp8.checkpoint.foreign.stock_model import trained_shapes
@@ -50,14 +48,9 @@ class Stock3:
 
     def __init__(self, folder: Path, models: ModelFiles) -> None:
         """Raises ValueError if the files are not a whole set of a kind that is known."""
-        paths = optimizer_files(folder)
-        if not paths:
-            raise ValueError(f"{folder}: no optimizer files of ZeRO 3")
         self._folder = folder
         self._models = models
-        self._files = [Entry(path, load_stock(path)).at("optimizer_state_dict") for path in paths.values()]
-        for file in self._files:
-            check_count(file, list(paths))
+        self._files = open_optimizer_files(folder, "ZeRO 3")
         self._slices: dict[str, Slices] = {}
         self._steps: set[tuple[Path, int]] = set()
         for subgroup, shapes in enumerate(trained_shapes(models.first)):

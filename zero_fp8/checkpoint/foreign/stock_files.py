@@ -61,6 +61,20 @@ def load_stock(path: Path) -> dict[str, Any]:
     return load_plain(path, STATE_CLASSES)
 
 
+def open_optimizer_files(folder: Path, stages: str) -> list[Entry]:
+    """What each rank's optimizer file holds, by rank. Raises ValueError if the files are not a whole set.
+
+    stages: those that the folder is of, as an error names them.
+    """
+    paths = optimizer_files(folder)
+    if not paths:
+        raise ValueError(f"{folder}: no optimizer files of {stages}")
+    files = [Entry(path, load_stock(path)).at("optimizer_state_dict") for path in paths.values()]
+    for file in files:
+        _check_count(file, list(paths))
+    return files
+
+
 def holds_our_states(path: Path) -> bool:
     """Whether an optimizer file was written with FP8."""
     file = Entry(path, load_stock(path)).at("optimizer_state_dict")
@@ -88,7 +102,7 @@ def stock_progress(step: int, scaler: Any, groups: Sequence[Mapping[str, Any]]) 
     )
 
 
-def check_count(file: Entry, ranks: list[int]) -> None:
+def _check_count(file: Entry, ranks: list[int]) -> None:
     """A file that knows of as many files as there are."""
     count = file.at("partition_count")
     several = isinstance(count.value, list | tuple) and len(count.value) > 0
