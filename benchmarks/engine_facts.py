@@ -16,11 +16,10 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 import ds_fp8
 from ds_fp8.estimate.memory import gradient_bytes, state_bytes
-from ds_fp8.zero_fp8.placement.parameters import numel_of
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
 
-from meters import Traffic
+from meters import Traffic, elements
 
 WAITS = {  # of the host for the device, as the profiler names them
     "cudaStreamSynchronize",
@@ -37,7 +36,7 @@ def predicted_bytes(engine: Any) -> float:
     if ds_fp8.is_active(engine):
         recipe, buckets = engine.optimizer.recipe, engine.optimizer.parts.buckets
         return state_bytes(recipe, buckets) + gradient_bytes(recipe, buckets, accumulating=False)
-    parameters: int = sum(map(numel_of, engine.module.parameters()))
+    parameters = elements(engine.module)
     low = engine._config._param_dict["bf16"].get("bf16_optimizer_states", False)
     gradient = 2 if engine.zero_optimization_stage() == 3 else 0  # it is kept between steps, too
     return ((6 if low else 12) + gradient) * parameters / torch.distributed.get_world_size()

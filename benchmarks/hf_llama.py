@@ -26,6 +26,7 @@ import torch
 from claims import print_claims
 from engine_facts import predicted_bytes, sent
 from gpu_train import CONSOLE, claims_of_memory_and_time, load
+from meters import elements
 from ranks_gpu import facts, join_ranks
 from rich.table import Table
 from timing import write
@@ -121,13 +122,12 @@ def train(arguments: argparse.Namespace, device: torch.device) -> Run:
         milliseconds.append((time.perf_counter() - start) * 1000)
     mean = torch.stack(losses).float()
     torch.distributed.all_reduce(mean)
-    parameters = sum(getattr(each, "ds_numel", each.numel()) for each in engine.module.parameters())
     return {
         "config": arguments.deepspeed_config.stem,
         "model": arguments.size,
         "world_size": torch.distributed.get_world_size(),
         "options": {key: str(value) for key, value in vars(arguments).items() if key != "out"},
-        "parameters": parameters,
+        "parameters": elements(engine.module),
         "milliseconds": milliseconds[WARM_UP:],
         "losses": (mean / torch.distributed.get_world_size()).tolist(),
         "peak_bytes_allocated": peak(device),
