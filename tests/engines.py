@@ -1,5 +1,6 @@
 """Engines, batches and states for tests; everything here runs on a rank."""
 
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,17 @@ from ds_fp8.zero_fp8.checkpoint import writer
 from ds_fp8.zero_fp8.handlers.common import FP8ZeROOptimizer
 
 SMALL = Shape(layers=2, width=32, heads=2, context=32)
+
+
+class Lines(logging.Handler):
+    """Keeps what is logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
 
 
 def ds_config(

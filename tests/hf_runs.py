@@ -20,6 +20,18 @@ FP8 = {"enabled": True, "opt_level": "O2"}
 HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay")
 LOSS_BOUND = 0.01
 NORM_BOUND = 0.02
+EVERYTHING = {  # of the Trainer at once
+    "max_steps": 12,
+    "gradient_accumulation_steps": 2,
+    "per_device_train_batch_size": 4,
+    "max_grad_norm": 0.5,
+    "gradient_checkpointing": True,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 3,
+    "eval_strategy": "steps",
+    "eval_steps": 4,
+    "save_strategy": "steps",
+}
 
 
 def ds_config(

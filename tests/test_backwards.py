@@ -10,7 +10,7 @@ import torch
 from deepspeed import comm as dist
 from deepspeed.utils import safe_get_full_grad
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-from engines import assert_same_bits, build, build_gpt, ds_config, weight_bits
+from engines import Lines, assert_same_bits, build, build_gpt, ds_config, weight_bits
 from ranks import RankPools
 from torch import Tensor, nn
 
@@ -249,8 +249,8 @@ def test_line_4_gradients_of_no_sync_count(ranks: RankPools) -> None:
 def cut_off_and_stepped(stage: int) -> tuple[str, list[str], float, float]:
     """step() after a backward that raised half-way; then a forward after one, and a whole backward."""
     engine = small(stage)
-    said: list[str] = []
-    handler = _Lines(said)
+    handler = Lines()
+    said = handler.lines
     logging.getLogger("ds_fp8").addHandler(handler)
 
     def fail(_: Tensor) -> None:
@@ -273,15 +273,6 @@ def cut_off_and_stepped(stage: int) -> tuple[str, list[str], float, float]:
     logging.getLogger("ds_fp8").removeHandler(handler)
     engine.destroy()
     return str(caught.value), said, clean, after
-
-
-class _Lines(logging.Handler):
-    def __init__(self, lines: list[str]) -> None:
-        super().__init__()
-        self.lines = lines
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(record.getMessage())
 
 
 @pytest.mark.parametrize("stage", [1, 2])
@@ -417,8 +408,8 @@ def _export(folder: str) -> dict[str, Tensor]:
 
 def edited(level: str, folder: str) -> tuple[float, float, list[str]]:
     """Weights doubled through .data: masters as saved, weights after a step of rate 0; what was said."""
-    said: list[str] = []
-    handler = _Lines(said)
+    handler = Lines()
+    said = handler.lines
     logging.getLogger("ds_fp8").addHandler(handler)
     engine = build_gpt(ds_config({"opt_level": level}, lr=0.0, weight_decay=0.0))
     parameter = engine.module.head.weight
@@ -518,8 +509,8 @@ def test_line_5_freezing_later_changes_no_checkpoint(ranks: RankPools, tmp_path:
 
 
 def strays(what: str) -> tuple[list[str], str]:
-    said: list[str] = []
-    handler = _Lines(said)
+    handler = Lines()
+    said = handler.lines
     logging.getLogger("ds_fp8").addHandler(handler)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4))

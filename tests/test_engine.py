@@ -8,7 +8,7 @@ from typing import Any
 import deepspeed
 import pytest
 import torch
-from engines import SMALL, assert_same_bits, batches, build_gpt, ds_config, train_losses, weight_bits
+from engines import SMALL, Lines, assert_same_bits, batches, build_gpt, ds_config, train_losses, weight_bits
 from meters import live_tensors, storages
 from ranks import RankPools
 from torch import nn
@@ -134,15 +134,6 @@ def test_a_deepspeed_scheduler(ranks: RankPools) -> None:
     stock, stock_rates = ranks.run(2, with_scheduler, section, None)[0]
     assert rates == stock_rates
     assert max(abs(a - b) for a, b in zip(ours, stock, strict=True)) < 0.02
-
-
-class Lines(logging.Handler):
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(record.getMessage())
 
 
 def banner(config: dict[str, Any]) -> tuple[list[str], bool, Any]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from engines import assert_same_bits
 from hf_runs import (
+    EVERYTHING,
     FP8,
     GPT2,
     LLAMA,
@@ -49,16 +50,7 @@ def test_losses_equal_bf16(ranks: RankPools, tmp_path: Path, shape: ModelArgumen
 # Everything at once
 
 WHOLE = {
-    "max_steps": 12,
-    "gradient_accumulation_steps": 2,
-    "per_device_train_batch_size": 4,
-    "max_grad_norm": 0.5,
-    "gradient_checkpointing": True,
-    "lr_scheduler_type": "cosine",
-    "warmup_steps": 3,
-    "eval_strategy": "steps",
-    "eval_steps": 4,
-    "save_strategy": "steps",
+    **EVERYTHING,
     "save_steps": 4,
     "load_best_model_at_end": True,
     "metric_for_best_model": "eval_loss",

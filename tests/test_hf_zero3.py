@@ -11,6 +11,7 @@ from datasets import Dataset
 from deepspeed import comm as dist
 from engines import assert_same_bits, weight_bits
 from hf_runs import (
+    EVERYTHING,
     FP8,
     GPT2,
     LLAMA,
@@ -96,19 +97,7 @@ class Generating(TrainerCallback):
 
 # Everything at once
 
-WHOLE = {
-    "max_steps": 12,
-    "gradient_accumulation_steps": 2,
-    "per_device_train_batch_size": 4,
-    "max_grad_norm": 0.5,
-    "gradient_checkpointing": True,
-    "lr_scheduler_type": "cosine",
-    "warmup_steps": 3,
-    "eval_strategy": "steps",
-    "eval_steps": 4,
-    "save_strategy": "steps",
-    "save_steps": 6,
-}
+WHOLE = {**EVERYTHING, "save_steps": 6}
 
 
 def train_whole(

@@ -12,6 +12,7 @@ from deepspeed import comm as dist
 from deepspeed.utils import safe_get_full_fp32_param
 from engines import (
     SMALL,
+    Lines,
     assert_same_bits,
     batches,
     build,
@@ -213,15 +214,6 @@ def test_what_an_engine_leaves(ranks: RankPools) -> None:
 
 
 # Weights that are read and written
-
-
-class Lines(logging.Handler):
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(record.getMessage())
 
 
 def double(stage: int, parameters: list[nn.Parameter]) -> None:
