@@ -293,6 +293,7 @@ WARMUP = {"type": "WarmupLR", "params": {"warmup_max_lr": 1e-3, "warmup_num_step
 MONITOR = {"enabled": True, "output_path": tempfile.gettempdir(), "job_name": "ds_fp8_test_monitor"}
 PROFILER = {"enabled": True, "profile_step": 3, "detailed": False, "output_file": "/dev/null"}
 
+AUTOCAST = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
 ALL_REDUCE = {"zero": {"reduce_scatter": False}}  # what stock DeepSpeed wants for these factors
 
 FEATURES: dict[str, Feature] = {
@@ -346,9 +347,14 @@ FEATURES: dict[str, Feature] = {
     "comms_logger": Feature(extra={"comms_logger": {"enabled": True, "verbose": False}}),
     "flops_profiler": Feature(extra={"flops_profiler": PROFILER}),
     "steps_per_print": Feature(extra={"steps_per_print": 1}),
-    "data_types.grad_accum_dtype: fp32 with as much in fp8": Feature(
-        config={"micro_steps": 2}, extra={"data_types": {"grad_accum_dtype": "fp32"}}, stages=(2, 3)
+    "data_types.grad_accum_dtype: fp32": Feature(
+        config={"micro_steps": 2}, extra={"data_types": {"grad_accum_dtype": "fp32"}}
     ),
+    "data_types.grad_accum_dtype: fp32, one micro-step": Feature(
+        extra={"data_types": {"grad_accum_dtype": "fp32"}}
+    ),
+    "torch_autocast with FP32 parameters": Feature(config={"bf16": False}, extra=AUTOCAST, stages=(1, 2)),
+    "torch_autocast beside bf16": Feature(extra=AUTOCAST, stages=(1, 2)),
 }
 
 # Rows whose proof is a test of its own.
@@ -443,6 +449,15 @@ PROVED_ELSEWHERE = {
     "accelerate: save_state, load_state, bit-exact": "test_hf_peft.py::test_load_state_is_the_unbroken_run",
     "PEFT LoRA": "test_hf_peft.py::test_saves_and_loads",
     "TRL SFTTrainer, DPOTrainer": "test_hf_trl.py::test_equals_bf16_and_resumes",
+    "sequence parallelism (ALST, UlyssesSPAttentionHF): losses of stock": (
+        "test_sequence_parallel.py::test_equals_stock"
+    ),
+    "sequence parallelism: load_checkpoint at other world sizes, with and without": (
+        "test_sequence_parallel.py::test_checkpoints"
+    ),
+    "sequence parallelism: Trainer and accelerate, parallelism_config": (
+        "test_sequence_parallel.py::test_trainer"
+    ),
     "torchao float8 linear layers": "test_hf_torchao.py::test_equals_torchao_with_bf16_states",
     "fp8.scaling tensor: losses of stock DeepSpeed BF16, sum in FP32 and in FP8": (
         "test_parity.py::test_losses_of_fp8_lm_as_published_equal_stock_bf16"
@@ -463,6 +478,7 @@ PROVED_UNDER_3 = {
     "ZeRO 3: load_checkpoint at other stages and world sizes": f"{FILES3}::test_stages_ranks_and_buckets",
     "ZeRO 3: weights without states, out of any stage": f"{FILES3}::test_weights_without_states",
     "ZeRO 3: zero_to_fp32.py, save_16bit_model, export, to-universal": f"{FILES3}::test_what_leaves",
+    "ZeRO 3: sequence parallelism (ALST)": "test_sequence_parallel.py::test_zero3_is_zero2",
     "ZeRO 3: states of stock ZeRO 1, 2 and 3": f"{FILES3}::test_states_of_stock_deepspeed",
 }
 
@@ -488,22 +504,38 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         )
         for key, value in {
             "offload_optimizer": {"device": "cpu"},
+            "zenflow": {"topk_ratio": 0.1},
+        }.items()
+    },
+    **{
+        f"zero_optimization.{key} under ZeRO 3": (
+            {"zero_optimization": {"stage": 3, key: value}},
+            f"zero_optimization.{key}: received",
+        )
+        for key, value in {
             "offload_param": {"device": "cpu"},
             "zero_quantized_weights": True,
             "zero_quantized_nontrainable_weights": True,
             "zero_quantized_gradients": True,
             "zero_hpz_partition_size": 2,
-            "zenflow": {"topk_ratio": 0.1},
-            "round_robin_gradients": True,
-            "elastic_checkpoint": True,
         }.items()
     },
-    "torch_autocast": ({"torch_autocast": {"enabled": True}}, "torch_autocast: received"),
+    "torch_autocast under ZeRO 3": (
+        {"zero_optimization": {"stage": 3}, **AUTOCAST},
+        'torch_autocast: received {"enabled": true, "dtype": "bfloat16"}',
+    ),
+    "torch_autocast in float16": (
+        {"torch_autocast": {"enabled": True, "dtype": "float16"}},
+        'torch_autocast.dtype: received "float16", allowed: "bfloat16"',
+    ),
     "communication_data_type": ({"communication_data_type": "fp32"}, "communication_data_type: received"),
     "DeepCompile": ({"compile": {"deepcompile": True}}, "compile.deepcompile: received true"),
     "hybrid engine": ({"hybrid_engine": {"enabled": True}}, "hybrid_engine: received"),
     "tensor parallelism": ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel: received"),
-    "sequence parallelism": ({"sequence_parallel_size": 2}, "sequence_parallel_size: received 2"),
+    "sequence parallelism by a mesh": (
+        {"sequence_parallel_size": 2, "data_parallel_size": 2},
+        "data_parallel_size: received 2, allowed: the key left out beside sequence_parallel_size",
+    ),
     "expert parallelism": ({"expert_parallel": {"enabled": True}}, "expert_parallel: received"),
     "bf16_master_weights_and_grads": (
         {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}},
@@ -520,7 +552,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 REFUSED_BY_MODEL = {
     "a PipelineModule": "deepspeed.initialize: received a PipelineModule, allowed with fp8",
     "a model with MoE layers": "deepspeed.initialize: received a model with MoE layers, allowed with fp8",
-    "an mpu": "deepspeed.initialize: received an mpu",
+    "an mpu of model parallelism": "deepspeed.initialize: received an mpu",
+    "sequence_parallel_size without DeepSpeed's mpu": "sequence_parallel_size: received 2, allowed: 1",
     "grad_accum_dtype other than ours": "data_types.grad_accum_dtype: received",
     "sparse embeddings": "sparse: received true",
 }

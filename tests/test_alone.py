@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ds_fp8 import FP8AdamW
 from ds_fp8.ops.backend import VARIABLE
-from ds_fp8.seam.engine import replace_optimizer
+from ds_fp8.zero_fp8.optimizer.replacement import replace_optimizer
 
 HYPER: dict[str, Any] = {"lr": 3e-3, "betas": (0.9, 0.95), "weight_decay": 0.1}
 Optimizer = Callable[..., torch.optim.Optimizer]

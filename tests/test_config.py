@@ -14,6 +14,7 @@ from ds_fp8.config import ds_config, rules
 from ds_fp8.config.ds_config import OptimizerParams
 from ds_fp8.config.refusals import show
 from ds_fp8.config.section import BUILT, LEVELS, FP8Config, Level, parse
+from ds_fp8.estimate import dry_run
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -383,7 +384,7 @@ class TestRefusals:
                     parse(config)
                 assert len(str(refused.value)) < 900
             with pytest.raises(ValueError, match="received") as refused:
-                ds_config.check({**MINIMAL, "q" * 1000: value})
+                ds_config.check({**MINIMAL, "q." * 500: value})
             assert len(str(refused.value)) < 500
         with pytest.raises(ValueError, match="990 mistakes more") as refused:
             parse({"fp8": {f"key{number}": 1 for number in range(1000)}})
@@ -425,7 +426,7 @@ REFUSED = [  # ds_config, path in the message, value in the message, a part of w
     ({"zero_optimization": {"stage": 0}}, "zero_optimization.stage", "0", "1, 2, 3"),
     ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage", "4", "1, 2, 3"),
     ({"zero_optimization": {"stage": "auto"}}, "zero_optimization.stage", '"auto"', "1, 2, 3"),
-    ({"zero_optimization": True}, "zero_optimization", "true", "object"),
+    ({"zero_optimization": 1}, "zero_optimization", "1", "object"),
     ({"zero_optimization": None}, "zero_optimization", "null", "object"),
     ({**MINIMAL, "bf16": True}, "bf16", "true", "object"),
     ({**MINIMAL, "optimizer": "AdamW"}, "optimizer", '"AdamW"', "object"),
@@ -445,12 +446,53 @@ REFUSED = [  # ds_config, path in the message, value in the message, a part of w
     ({**MINIMAL, "tensor_parallel": {"autotp_size": 2}}, "tensor_parallel", '{"autotp_size": 2}', "left out"),
     ({**MINIMAL, "gradient_clipping": -1.0}, "gradient_clipping", "-1.0", "0 or more"),
     ({**MINIMAL, "gradient_clipping": "auto"}, "gradient_clipping", '"auto"', "0 or more"),
-    ({**MINIMAL, "data_parallel_size": 2}, "data_parallel_size", "2", "1"),
+    (
+        {**MINIMAL, "data_parallel_size": 2, "sequence_parallel_size": 4},
+        "data_parallel_size",
+        "2",
+        "UlyssesSPAttentionHF.register_with_transformers",
+    ),
+    ({**MINIMAL, "sequence_parallel_size": 0}, "sequence_parallel_size", "0", "1 or more"),
+    ({**MINIMAL, "sequence_parallel_size": 1.5}, "sequence_parallel_size", "1.5", "1 or more"),
     ({**MINIMAL, "expert_parallel": {"enabled": True}}, "expert_parallel", '{"enabled": true}', "left out"),
-    ({**MINIMAL, "torch_autocast": {"enabled": True}}, "torch_autocast", '{"enabled": true}', "left out"),
-    ({**MINIMAL, "communication_data_type": "fp16"}, "communication_data_type", '"fp16"', "gradients.dtype"),
+    ({**MINIMAL, "torch_autocast": {"enabled": True}}, "torch_autocast.dtype", "null", "bfloat16"),
+    (
+        {**MINIMAL, "torch_autocast": {"enabled": True, "dtype": "float16"}},
+        "torch_autocast.dtype",
+        '"float16"',
+        "bfloat16",
+    ),
+    (
+        {"zero_optimization": {"stage": 3}, "torch_autocast": {"enabled": True, "dtype": "bfloat16"}},
+        "torch_autocast",
+        '{"enabled": true, "dtype": "bfloat16"}',
+        '{"enabled": false}',
+    ),
+    (
+        {**MINIMAL, "communication_data_type": "fp16"},
+        "communication_data_type",
+        '"fp16"',
+        '"fp8": {"gradients": {"dtype": "bf16"}}',
+    ),
+    ({"zero_optimization": {"stage": 0}}, "zero_optimization.stage", "0", "stage 1 trains the same numbers"),
+    ({**MINIMAL, "overlap_comm": True}, "overlap_comm", "true", "the section zero_optimization"),
+    ({**MINIMAL, "micro_batch_size_per_gpu": 1}, "micro_batch_size_per_gpu", "1", "train_micro_batch_size"),
+    ({**MINIMAL, "optimizer": {"eps": 1e-6}}, "optimizer.eps", "1e-06", "the section optimizer.params"),
+    (
+        {**MINIMAL, "gradient_accumulation_dtype": "fp32"},
+        "gradient_accumulation_dtype",
+        '"fp32"',
+        "data_types",
+    ),
+    ({**MINIMAL, "elasticity": {"enabled": True}}, "elasticity", '{"enabled": true}', "left out"),
+    (
+        {**MINIMAL, "quantize_training": {"enabled": True}},
+        "quantize_training",
+        '{"enabled": true}',
+        "left out",
+    ),
+    ({**MINIMAL, "optimiser": {}}, "optimiser", "{}", 'did you mean "optimizer"'),
     ({**MINIMAL, "hybrid_engine": {"enabled": True}}, "hybrid_engine", '{"enabled": true}', "left out"),
-    ({**MINIMAL, "sequence_parallel_size": 2}, "sequence_parallel_size", "2", "1"),
     ({**MINIMAL, "compile": {"deepcompile": True}}, "compile.deepcompile", "true", "false"),
     ({**MINIMAL, "optimizer": {"type": "SGD"}}, "optimizer.type", '"SGD"', "Adam, AdamW, FP8AdamW"),
     ({**MINIMAL, "optimizer": {"type": "Lamb"}}, "optimizer.type", '"Lamb"', "Adam, AdamW, FP8AdamW"),
@@ -481,14 +523,8 @@ REFUSED = [  # ds_config, path in the message, value in the message, a part of w
 REFUSED_IN_ZERO = [  # field, value, a part of what is allowed
     ("offload_optimizer", {"device": "cpu"}, '{"device": "none"}'),
     ("offload_optimizer", {"device": "nvme", "nvme_path": "/x"}, '{"device": "none"}'),
-    ("offload_param", {"device": "cpu"}, '{"device": "none"}'),
     ("cpu_offload", True, "false"),
-    ("zero_quantized_gradients", True, "false"),
-    ("zero_quantized_weights", True, "false"),
-    ("zero_hpz_partition_size", 8, "1"),
     ("zenflow", {"topk_ratio": 0.05}, "null"),
-    ("round_robin_gradients", True, "false"),
-    ("elastic_checkpoint", True, "false"),
     ("overlap_com", True, "left out"),
 ]
 
@@ -506,7 +542,6 @@ REFUSED_IN_ZERO_3 = [  # field, value, a part of what is allowed
     ("offload_optimizer", {"device": "cpu"}, '{"device": "none"}'),
     ("offload_param", {"device": "cpu"}, '{"device": "none"}'),
     ("cpu_offload_param", True, "false"),
-    ("elastic_checkpoint", True, "false"),
     ("stage3_prefetch_bucket", 1, "left out"),
 ]
 
@@ -544,12 +579,26 @@ HARMLESS: list[dict[str, Any]] = [
     {"fp16": {}},
     {"fp16": {"enabled": False}},
     {"fp16": {"enabled": False, "loss_scale": 0, "hysteresis": 2}},
-    {"torch_autocast": {"enabled": False, "dtype": "bfloat16"}},
+    {"torch_autocast": {"enabled": False, "dtype": "float16"}},
+    {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}},
+    {"torch_autocast": {"enabled": True, "dtype": "bf16"}, "bf16": {"enabled": True}},
+    {"sequence_parallel_size": 2},
+    {"disable_allgather": False, "data_parallel_size": 1},
+    {"zero_optimization": {"stage": 2, "round_robin_gradients": False, "zero_hpz_partition_size": 1}},
+    {
+        "zero_optimization": {
+            "stage": 2,
+            "offload_optimizer": {"pin_memory": True},
+            "elastic_checkpoint": False,
+        }
+    },
+    {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 0, "offload_param": {"pin_memory": True}}},
+    {"zero_optimization": True},  # of old configs: stage 1
     {"communication_data_type": None},
     {"hybrid_engine": {"enabled": False}},
     {"fp16": {"enabled": True, "loss_scale": 0, "initial_scale_power": 16}},
     {"managed_gradient_accumulation": False, "gradient_allreduce_op": "sum", "sequence_parallel_size": 1},
-    {"bf16": None, "data_parallel_size": 1, "tensor_parallel": {"autotp_size": 1}},
+    {"bf16": None, "tensor_parallel": {"autotp_size": 1}},
     {"_comment": "ours", "comment": "too"},
     {"data_types": {"grad_accum_dtype": "fp32"}, "checkpoint": {"tag_validation": "Fail"}},
     {"optimizer": {"type": "adam", "params": {"lr": 1e-3}}},
@@ -557,7 +606,6 @@ HARMLESS: list[dict[str, Any]] = [
     {"optimizer": {}},
     {"zero_optimization": {"stage": 1}},
     {"zero_optimization": {"stage": 2, "overlap_comm": True}},
-    {"zero_optimization": {"stage": 2, "round_robin_gradients": False, "zero_hpz_partition_size": 1}},
     {"zero_optimization": {"stage": 2, "zenflow": None, "offload_optimizer": None}},
     {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "none"}}},
     {"zero_optimization": {"stage": 2, "offload_param": {"device": "none"}, "cpu_offload": False}},
@@ -566,6 +614,56 @@ HARMLESS: list[dict[str, Any]] = [
     {"zero_optimization": {"stage": 3, "stage3_use_all_reduce_for_fetch_params": False}},
     # as many templates write it, and DeepSpeed offloads nothing
     {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "none", "pin_memory": True}}},
+]
+
+# As people have them, with what rank 0 then says.
+IDLE: list[tuple[dict[str, Any], str]] = [
+    ({"disable_allgather": True}, "disable_allgather (DeepSpeed's ZeRO does not read it)"),
+    ({"data_parallel_size": 8}, "data_parallel_size (the number of ranks says it)"),
+    ({"comms_config": {"verbose": False}}, "comms_config (DeepSpeed does not read it)"),
+    ({"monitor_config": {"enabled": True}}, "monitor_config (DeepSpeed does not read it)"),
+    ({"my_project": "a name"}, "my_project (DeepSpeed does not read it)"),
+    ({"optimizer": {"no_decay": ["bias"]}}, "optimizer.no_decay (DeepSpeed does not read it)"),
+    ({"checkpoint": {"save_states": False}}, "checkpoint.save_states (DeepSpeed does not read it)"),
+    (
+        {"seq_parallel_communication_data_type": "fp32"},
+        "seq_parallel_communication_data_type (gradients travel in fp8.gradients.dtype and are added in "
+        "FP32)",
+    ),
+    (
+        {
+            "torch_autocast": {
+                "enabled": True,
+                "dtype": "bf16",
+                "lower_precision_safe_modules": ["torch.nn.Linear"],
+            }
+        },
+        "torch_autocast.lower_precision_safe_modules (decides in which dtype gradients travel: "
+        "fp8.gradients.dtype)",
+    ),
+    *(
+        (
+            {"compile": {key: value}},
+            f"compile.{key} (DeepSpeed no longer reads it: call engine.compile(backend=...))",
+        )
+        for key, value in {
+            "disable": False,
+            "enabled": True,
+            "backend": "inductor",
+            "kwargs": {"mode": "default"},
+        }.items()
+    ),
+]
+IDLE_IN_ZERO = [  # under ZeRO 1 and 2
+    ("round_robin_gradients", True, "every bucket is spread evenly over the ranks"),
+    ("elastic_checkpoint", True, "checkpoints load at any world size"),
+    ("zero_hpz_partition_size", 8, "a key of ZeRO 3"),
+    ("zero_quantized_weights", True, "a key of ZeRO 3"),
+    ("zero_quantized_nontrainable_weights", True, "a key of ZeRO 3"),
+    ("zero_quantized_gradients", True, "a key of ZeRO 3"),
+    ("zeropp_loco_param", {"err_beta": 0.8}, "a key of ZeRO 3"),
+    ("offload_param", {"device": "cpu"}, "a key of ZeRO 3"),
+    ("cpu_offload_param", True, "a key of ZeRO 3"),
 ]
 
 # accelerate, utils/dataclasses.py, DeepSpeedPlugin: what it adds to the user's ds_config, and the
@@ -642,6 +740,26 @@ class TestRestOfTheConfig:
     @pytest.mark.parametrize("given", HARMLESS)
     def test_harmless(self, given: dict[str, Any]) -> None:
         assert ds_config.check({**MINIMAL, **given}) == []
+
+    @pytest.mark.parametrize(("given", "said"), IDLE)
+    @pytest.mark.parametrize("stage", [1, 2])
+    def test_idle(self, given: dict[str, Any], said: str, stage: int) -> None:
+        assert ds_config.check({"zero_optimization": {"stage": stage}, **given}) == [said]
+
+    @pytest.mark.parametrize(("field", "value", "why"), IDLE_IN_ZERO)
+    @pytest.mark.parametrize("stage", [1, 2])
+    def test_idle_in_zero(self, field: str, value: Any, why: str, stage: int) -> None:
+        zero = {"stage": stage, field: value}
+        assert ds_config.check({"zero_optimization": zero}) == [f"zero_optimization.{field} ({why})"]
+
+    def test_deepspeed_does_not_see_keys_that_it_no_longer_reads(self) -> None:
+        compiled = {"disable": False, "backend": "inductor", "deepcompile": False}
+        given = {"train_batch_size": 1, "fp8": {"enabled": True}, **MINIMAL, "compile": compiled}
+        assert dry_run.judge(given, gpus=1).compile_config.deepcompile is False
+        assert given["compile"] is compiled
+        assert len(compiled) == 3
+        with pytest.raises(ValueError, match="CompileConfig: disable"):
+            dry_run.judge({**given, "fp8": {"enabled": False}}, gpus=1)
 
     def test_what_accelerate_adds(self) -> None:
         idle = ds_config.check({**MINIMAL, **ADDED_BY_ACCELERATE})
@@ -763,7 +881,7 @@ class TestTablesAgainstDeepSpeed:
             (CompileConfig, rules.COMPILE),
         ):
             assert unclassed(model, table) == set()
-            assert set(table) - fields_of(model) <= rules.NOT_IN_EVERY_VERSION
+            assert set(table) - fields_of(model) <= rules.NOT_IN_EVERY_VERSION | set(rules.OLD_COMPILE)
 
     def test_a_missing_field_is_noticed(self) -> None:
         from deepspeed.runtime.zero.config import DeepSpeedZeroConfig

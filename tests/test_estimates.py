@@ -121,9 +121,12 @@ SLICED = {
 KEYS = Fetching(300, sys.maxsize, 0, 0, 5000)
 
 
-def fp8_bytes(name: str, fp8: dict[str, Any], stage: int, micro_steps: int) -> dict[str, int]:
+def fp8_bytes(
+    name: str, fp8: dict[str, Any], stage: int, micro_steps: int, extra: dict[str, Any] | None = None
+) -> dict[str, int]:
     """What our handler holds after steps, and every `.grad` that waits for the accumulation boundary."""
     config = ds_config(fp8, stage=stage, micro_steps=micro_steps, bucket=BUCKET, zero=SLICED)
+    config |= extra or {}
     engine = build(config, MODELS[name]())
     run_steps(engine, 2)
     parts, parameters = engine.optimizer.parts, list(engine.module.parameters())
@@ -155,6 +158,21 @@ def test_fp8(ranks: RankPools, name: str, level: str, stage: int, micro_steps: i
     held = levels()[level].held(model_of_module(MODELS[name]()), Run(2, stage, micro_steps, BUCKET))
     for found in ranks.run(2, fp8_bytes, name, {"opt_level": level}, stage, micro_steps):
         hold_what_was_found(held, found)
+
+
+@pytest.mark.parametrize(
+    ("stage", "micro_steps", "reduced"), [(1, 2, "e4m3"), (2, 2, "fp32"), (2, 1, "e4m3")]
+)
+def test_grad_accum_dtype(ranks: RankPools, stage: int, micro_steps: int, reduced: str) -> None:
+    """FP32 sums of micro-steps lie in `.grad` under ZeRO 1, in the reduced gradient under ZeRO 2."""
+    extra = {"data_types": {"grad_accum_dtype": "fp32"}}
+    fp8 = {"gradients": {"accum_dtype": "e4m3"}} if stage == 1 else {}
+    run = Run(2, stage, micro_steps, BUCKET, accumulate_in_fp32=stage == 1)
+    model = model_of_module(MODELS["GPT"]())
+    held = with_fp8("", FP8Config.model_validate(fp8)).held(model, run)
+    for found in ranks.run(2, fp8_bytes, "GPT", fp8, stage, micro_steps, extra):
+        hold_what_was_found(held, found)
+        assert found["waiting"] == (4 * sum(model.trained) if stage == 1 else 0)
 
 
 @grid(

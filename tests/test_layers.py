@@ -35,7 +35,7 @@ ROOMS = (
     ),
     (
         "ds_fp8.zero_fp8.optimizer",
-        "client facade | fp8_adamw | standalone | edits entries hyperparameters members",
+        "client facade replacement | fp8_adamw | standalone | edits entries hyperparameters members",
     ),
     ("ds_fp8.zero_fp8.weights", "binding fetch | store views slices | claims home"),
     (

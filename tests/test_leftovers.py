@@ -146,13 +146,15 @@ def test_a_model_that_came_loose_is_told(ranks: RankPools, stage: int) -> None:
 
 
 def refuse(what: str) -> str:
-    config = ds_config({"opt_level": "O2"}, stage=1 if what == "fp32 accumulation" else 2)
+    config = ds_config({"opt_level": "O2"}, stage=1 if what == "fp16 accumulation" else 2)
     model: nn.Module = nn.Linear(8, 8)
     if what == "infinite weight":
         model.weight.data[0, 3] = -math.inf
-    if what == "fp32 accumulation":
+    if what == "fp16 accumulation":
+        config["data_types"] = {"grad_accum_dtype": "fp16"}
+    if what == "fp32 accumulation, in FP8":
         config["data_types"] = {"grad_accum_dtype": "fp32"}
-        config["fp8"]["gradients"] = {"accum_dtype": "fp32"}
+        config["fp8"]["gradients"] = {"accum_dtype": "e4m3"}
     try:
         build(config, model)
     except ValueError as error:
@@ -164,7 +166,14 @@ def refuse(what: str) -> str:
     ("what", "words"),
     [
         ("infinite weight", ("weight of weight", "not finite", "master_dtype")),
-        ("fp32 accumulation", ("data_types.grad_accum_dtype", "torch.float32", "torch.bfloat16")),
+        (
+            "fp16 accumulation",
+            ("data_types.grad_accum_dtype", "torch.float16", "torch.bfloat16, torch.float32"),
+        ),
+        (
+            "fp32 accumulation, in FP8",
+            ("data_types.grad_accum_dtype", "torch.float32", "fp8.gradients.accum"),
+        ),
     ],
 )
 def test_what_cannot_be_honoured_is_refused(ranks: RankPools, what: str, words: tuple[str, ...]) -> None:

@@ -93,10 +93,12 @@ def refuse_by_model(name: str) -> str:
         model = nn.Sequential(nn.Embedding(4, 4, sparse=True))
     else:
         model = nn.Linear(4, 4)
-    if name == "an mpu":
+    if name == "an mpu of model parallelism":
         options = {"mpu": Mpu()}
+    if name == "sequence_parallel_size without DeepSpeed's mpu":
+        config["sequence_parallel_size"] = 2
     if name == "grad_accum_dtype other than ours":
-        config["data_types"] = {"grad_accum_dtype": "fp32"}
+        config["data_types"] = {"grad_accum_dtype": "fp16"}
     try:
         deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config, **options)
     except ValueError as error:

@@ -56,14 +56,17 @@ class Recipe:
 class ZeroSettings:
     """What of the ds_config the handler obeys, as plain values."""
 
-    stage: int  # 1 or 2
+    stage: int  # 1, 2 or 3
     bucket_elements: int  # reduce_bucket_size
     overlap: bool  # exchanges run while backward goes on
     gradient_clipping: float  # largest global norm; 0 = off
-    average: bool  # over the ranks; else their sum
+    average: bool  # over the data-parallel ranks; else their sum
     max_consecutive_skips: int
     save_fp32_master: bool
     stats_interval: int
+    sequence_parallel_size: int = 1  # ranks that share a sequence; each has the gradient of its part
+    micro_steps: int = 1  # before a step, as the config says
+    accumulate_in_fp32: bool = False  # the micro-steps of ZeRO 1, in `.grad`
 
 
 def recipe_of(config: FP8Config, *, accumulating: bool = False, ranks: int = 1) -> Recipe:

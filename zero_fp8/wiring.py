@@ -25,6 +25,7 @@ from ds_fp8.zero_fp8.gradients.autoscale import Autoscale, FixedScales, Gradient
 from ds_fp8.zero_fp8.gradients.exchange import launch_even, launch_uneven
 from ds_fp8.zero_fp8.gradients.fp8_sum import FP8Packer, FP8Sum
 from ds_fp8.zero_fp8.gradients.packing import Packer, ScaledPacker
+from ds_fp8.zero_fp8.gradients.pending import PendingGradients
 from ds_fp8.zero_fp8.gradients.reduced import BlockSum, ReducedGradient, Sum, TensorSum
 from ds_fp8.zero_fp8.gradients.reducer import GradientReducer
 from ds_fp8.zero_fp8.gradients.schedule import Arrivals, ModuleEnds, Schedule
@@ -132,6 +133,9 @@ def build(
     ]
     packer, scales, reduced = run.gradient_parts(buckets)
     schedule = run.schedule(buckets, settings)
+    pending = PendingGradients(
+        parameters, adds_in_fp32=settings.accumulate_in_fp32, micro_steps=settings.micro_steps
+    )
     ways = (packer, schedule, fleets, health.counts)
     return Parts(
         buckets=buckets,
@@ -140,13 +144,23 @@ def build(
         reduced=reduced,
         shards=shards,
         packer=packer,
-        reducer=GradientReducer(buckets, parameters, reduced, *ways, overlap=settings.overlap),
+        reducer=GradientReducer(buckets, pending, reduced, *ways, overlap=settings.overlap),
         gradient_scales=scales,
         health=health,
         backend=backend,
         listens=settings.stage >= 2,
-        divisor=buckets[0].fleet.size if settings.average else 1,
+        divisor=_divisor(buckets[0].fleet, settings),
     )
+
+
+def _divisor(fleet: Fleet, settings: ZeroSettings) -> int:
+    """Of a sum over the ranks, as stock DeepSpeed has it.
+
+    If ranks share sequences, its ZeRO 1 and 2 take the mean over sequences, its ZeRO 3 that over ranks.
+    """
+    if not settings.average:
+        return 1
+    return fleet.size if settings.stage == 3 else fleet.sequences(settings.sequence_parallel_size)
 
 
 def room(bucket: Bucket, rank: int, fmt: Format, device: torch.device) -> Blocks:

@@ -122,6 +122,8 @@ def described(tried: "DryRun") -> dict[str, Any]:
         "opt_level": tried.fp8.opt_level,
         "zero_stage": tried.run.stage,
         "world_size": tried.run.gpus,
+        "sequence_parallel_size": tried.run.sequence_parallel_size,
+        "grad_accum_dtype": "fp32" if tried.run.accumulate_in_fp32 and tried.run.stage == 1 else None,
         "micro_steps": tried.run.micro_steps,
         "weights": tried.model_dtype,
         **memory.summary(tried.recipe, ranks=tried.run.gpus, accumulating=tried.run.accumulating),

@@ -1,9 +1,11 @@
 """What becomes of the rest of a ds_config when FP8 is on.
 
-The tables are in `rules`. A key that they lack is refused, too: an error is better than a setting that
-silently does something else.
+The tables are in `rules`. A key that they lack is refused if DeepSpeed might read it, or if another may have
+been meant: an error is better than a setting that does nothing. Other keys are without effect at the top
+level, and in sections where DeepSpeed reads only what it knows: programs keep notes of their own there.
 """
 
+import difflib
 import functools
 import math
 from collections.abc import Callable, Mapping
@@ -11,15 +13,22 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ds_fp8.config.refusals import refusal, validate
-from ds_fp8.config.rule_kinds import NoEffect, Refused, rule_at
-from ds_fp8.config.rules import SECTIONS, TOP_LEVEL, Rules
+from ds_fp8.config.refusals import LONGEST, cut, refusal, show, validate
+from ds_fp8.config.rule_kinds import Honoured, Refused, asks_for_nothing, rule_at
+from ds_fp8.config.rules import OLD_COMPILE, SECTIONS, SECTIONS_WITH_NOTES, TOP_LEVEL, Rules
 from ds_fp8.config.section import SECTION, FP8Config, parse
 
 STAGES = (1, 2, 3)
 OPTIMIZER_TYPES = ("Adam", "AdamW", "FP8AdamW")
 NULLABLE = ("bf16", "fp16")  # sections that DeepSpeed takes as absent if they are null
 COMMENTS = ("comment", "comments")
+CLOSE = 0.75  # of difflib's ratios: a key that is spelled like another is a mistake
+BF16_NAMES = ("bfloat16", "bf16", "torch.bfloat16")
+MESH_INSTEAD = (
+    "the key left out beside sequence_parallel_size: with both DeepSpeed makes a mesh, under which gradients "
+    "are not added over sequence-parallel ranks; give deepspeed.initialize the mpu of "
+    "UlyssesSPAttentionHF.register_with_transformers"
+)
 BATCHES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 
@@ -47,14 +56,16 @@ def optimizer_params(params: Mapping[str, Any]) -> OptimizerParams:
 def check(ds_config: Mapping[str, Any]) -> list[str]:
     """Refuse, by a ValueError, what does not go with FP8; the keys that have no effect are returned."""
     stage = check_stage(ds_config)
-    idle = _apply(TOP_LEVEL, ds_config, stage, prefix="")
+    idle = _apply("", TOP_LEVEL, ds_config, stage)
     for name, rules in SECTIONS.items():
-        idle += _apply(rules, _section(ds_config, name), stage, prefix=f"{name}.")
+        idle += _apply(name, rules, _section(ds_config, name), stage)
     if stage == 3:
         _refuse_whole_tensors(parse(ds_config) or FP8Config())
     _check_optimizer(_section(ds_config, "optimizer"))
-    for name in BATCHES:
+    _check_autocast(_section(ds_config, "torch_autocast"))
+    for name in (*BATCHES, "sequence_parallel_size"):
         _check_count(name, ds_config.get(name))
+    _refuse_mesh(ds_config)
     clipping = ds_config.get("gradient_clipping", 0.0)
     if isinstance(clipping, bool) or not isinstance(clipping, int | float) or not 0 <= clipping < math.inf:
         raise refusal("gradient_clipping", clipping, "a number, 0 or more")
@@ -65,7 +76,9 @@ def check_stage(ds_config: Mapping[str, Any]) -> int:
     """The stage of ZeRO. Raises ValueError if it does not go with FP8."""
     stage = _stage(ds_config)
     if isinstance(stage, bool) or stage not in STAGES:
-        raise refusal("zero_optimization.stage", stage, f"{', '.join(map(str, STAGES))} with fp8 enabled")
+        instead = "stage 1 trains the same numbers as stage 0, and shards the states"
+        allowed = f"{', '.join(map(str, STAGES))} with fp8 enabled ({instead})"
+        raise refusal("zero_optimization.stage", stage, allowed)
     return int(stage)
 
 
@@ -130,26 +143,49 @@ def _section(ds_config: Mapping[str, Any], name: str, path: str | None = None) -
     section = ds_config.get(name, {})
     if section is None and name in NULLABLE:
         return {}
+    if isinstance(section, bool) and name == "zero_optimization":
+        return {"stage": int(section)}  # of old configs, which DeepSpeed reads so
     if not isinstance(section, Mapping):
         raise refusal(path or name, section, "an object")
     return section
 
 
-def _apply(rules: Rules, section: Mapping[str, Any], stage: int, prefix: str) -> list[str]:
-    idle = []
+def _apply(name: str, rules: Rules, section: Mapping[str, Any], stage: int) -> list[str]:
+    """Refuse keys of a section, or of the top level, which has no name; those without effect are returned."""
+    idle, prefix = [], f"{name}." if name else ""
     for key, value in section.items():
         if str(key).startswith("_") or key in COMMENTS:
             continue
         path = f"{prefix}{key}"
         if key not in rules:
-            dotted = f"; it goes into the section {key.rpartition('.')[0]}" if "." in str(key) else ""
-            raise refusal(path, value, f"the key left out (ds_fp8 does not know it{dotted})")
+            meant = _meant(name, str(key), rules)
+            if meant or name not in ("", *SECTIONS_WITH_NOTES):
+                raise refusal(path, value, f"the key left out (ds_fp8 does not know it{meant})")
+            idle.append(f"{cut(path)} (DeepSpeed does not read it)")
+            continue
         rule = rule_at(stage, rules[key])
-        if isinstance(rule, Refused) and not rule.accepts(value):
+        if isinstance(rule, Honoured) or asks_for_nothing(rule, value):
+            continue
+        if isinstance(rule, Refused):
             raise refusal(path, value, f"{rule.allowed(value)} ({key} {rule.why})")
-        if isinstance(rule, NoEffect):
-            idle.append(f"{path} ({rule.why})")
+        idle.append(f"{path} ({rule.why})")
     return idle
+
+
+def _meant(name: str, key: str, rules: Rules) -> str:
+    """What a key that is in no table may have been meant for, in words; nothing if there is no guess."""
+    if name == "optimizer" and key in OptimizerParams.model_fields:
+        return "; it goes into the section optimizer.params"
+    section, dot, _ = key.rpartition(".")
+    if dot:
+        if section.partition(".")[0] in TOP_LEVEL:
+            return f"; it goes into the section {cut(section)}"
+        return "; DeepSpeed reads no key with a dot"
+    sections = [each for each, fields in SECTIONS.items() if key in fields]
+    if sections and not name:
+        return f"; it goes into the section {sections[0]}"
+    close = difflib.get_close_matches(key[:LONGEST], rules, n=1, cutoff=CLOSE)
+    return f'; did you mean "{close[0]}"?' if close else ""
 
 
 def _check_count(name: str, value: Any) -> None:
@@ -167,6 +203,21 @@ def _check_optimizer(section: Mapping[str, Any]) -> None:
     optimizer_params(_section(section, "params", "optimizer.params"))
 
 
+def _check_autocast(section: Mapping[str, Any]) -> None:
+    """BF16 needs no loss scale. Left out, torch's own dtype counts, which is float16 on a GPU."""
+    dtype = section.get("dtype")
+    if section.get("enabled", False) and dtype not in BF16_NAMES:
+        allowed = f"{', '.join(map(show, BF16_NAMES))} with fp8 enabled (float16 needs torch's GradScaler)"
+        raise refusal("torch_autocast.dtype", dtype, allowed)
+
+
+def _refuse_mesh(ds_config: Mapping[str, Any]) -> None:
+    """DeepSpeed makes a mesh of both sizes; its ZeRO then adds gradients over data-parallel ranks only."""
+    size = ds_config.get("sequence_parallel_size", 1)
+    if "data_parallel_size" in ds_config and size != 1:
+        raise refusal("data_parallel_size", ds_config["data_parallel_size"], MESH_INSTEAD)
+
+
 def initialize_params(original: Callable[..., Any]) -> Callable[..., Any]:
     """DeepSpeedConfig._initialize_params: parse the section, refuse what the config alone shows."""
 
@@ -175,7 +226,7 @@ def initialize_params(original: Callable[..., Any]) -> Callable[..., Any]:
         config = parse(param_dict)
         enabled = config is not None and config.enabled
         idle = check_before_engine(param_dict) if enabled else []
-        original(self, param_dict)
+        original(self, _without_old_keys(param_dict) if enabled else param_dict)
         self.ds_fp8, self.ds_fp8_idle_keys = config, idle
         if config is not None and config.enabled and str(self.optimizer_name).lower() == "fp8adamw":
             self.optimizer_name = (
@@ -183,3 +234,12 @@ def initialize_params(original: Callable[..., Any]) -> Callable[..., Any]:
             )
 
     return method
+
+
+def _without_old_keys(ds_config: dict[str, Any]) -> dict[str, Any]:
+    """The config without the keys at which DeepSpeed would raise although nothing reads them."""
+    old = OLD_COMPILE.keys() & _section(ds_config, "compile").keys()
+    if not old:
+        return ds_config
+    known = {key: value for key, value in ds_config["compile"].items() if key not in old}
+    return {**ds_config, "compile": known}

@@ -20,6 +20,7 @@ class NoEffect:
     """A key that is accepted and logged; FP8 has no use for what it asks."""
 
     why: str
+    harmless: tuple[Any, ...] = ()  # values that ask for nothing: they are not logged
 
 
 @dataclass(frozen=True)
@@ -29,19 +30,22 @@ class Refused:
     why: str
     harmless: tuple[Any, ...] = ()  # besides a section that says "enabled": false
 
-    def accepts(self, value: Any) -> bool:
-        if not isinstance(value, Mapping):
-            return any(value == each for each in self.harmless)
-        switched_off = value.get("enabled", value != {}) is False
-        return switched_off or any(_contains(value, each) for each in self.harmless if each)
-
     def allowed(self, value: Any) -> str:
         off = ['{"enabled": false}'] if isinstance(value, Mapping) and "enabled" in value else []
         return ", ".join(["the key left out", *off, *map(show, self.harmless)])
 
 
+def asks_for_nothing(rule: NoEffect | Refused, value: Any) -> bool:
+    """Whether the value is one that everybody may write."""
+    if not isinstance(value, Mapping):
+        return any(value == each for each in rule.harmless)
+    switched_off = value.get("enabled", value != {}) is False
+    return switched_off or any(_contains(value, each) for each in rule.harmless if each)
+
+
 def _contains(section: Mapping[str, Any], part: Mapping[str, Any]) -> bool:
-    return all(section.get(key) == value for key, value in part.items())
+    """A key left out asks for nothing either."""
+    return all(section.get(key, value) == value for key, value in part.items())
 
 
 Rule = Honoured | NoEffect | Refused
@@ -64,7 +68,8 @@ def rule_at(stage: int, rule: Rule | ByStage) -> Rule:
 
 def only_zero3(at_3: Rule) -> ByStage:
     """A key that ZeRO 1 and 2 have no use for."""
-    return ByStage(NoEffect("a key of ZeRO 3"), at_3)
+    harmless = at_3.harmless if isinstance(at_3, Refused) else ()
+    return ByStage(NoEffect("a key of ZeRO 3", harmless), at_3)
 
 
 def only_below_3(below_3: Rule) -> ByStage:

@@ -67,20 +67,29 @@ TOP_LEVEL: Rules = {
     "zero_allow_untested_optimizer": OTHER_OPTIMIZER,
     "zero_force_ds_cpu_optimizer": OTHER_OPTIMIZER,
     "aio": NoEffect("nothing is offloaded"),
-    "seq_parallel_communication_data_type": NoEffect("there is no sequence parallelism"),
+    "seq_parallel_communication_data_type": NoEffect(
+        "gradients travel in fp8.gradients.dtype and are added in FP32"
+    ),
     "use_data_before_expert_parallelism": NoEffect("there are no experts"),
-    "torch_autocast": Refused(NOT_WITH_FP8),
-    "communication_data_type": Refused("is fp8.gradients.dtype with fp8 enabled", (None,)),
+    "torch_autocast": ByStage(
+        HONOURED, Refused(f"{NOT_WITH_FP8} under ZeRO 3, which fetches weights in the model's dtype")
+    ),
+    "communication_data_type": Refused(
+        "is fp8.gradients.dtype with fp8 enabled: left out, gradients travel in FP8 and are added in FP32; "
+        '"fp8": {"gradients": {"dtype": "bf16"}} sends 16 bits',
+        (None,),
+    ),
+    "gradient_accumulation_dtype": Refused("is data_types.grad_accum_dtype in DeepSpeed"),
     "prescale_gradients": FP32_SUM,
     "gradient_predivide_factor": FP32_SUM,
-    "disable_allgather": Refused(NOT_WITH_FP8, (False,)),
+    "disable_allgather": NoEffect("DeepSpeed's ZeRO does not read it", (False,)),
     "datastates_ckpt": Refused(NOT_YET),
     "hybrid_engine": Refused(NOT_WITH_FP8),
     "pipeline": NoEffect("the model is no PipelineModule"),
     "tensor_parallel": Refused(NOT_WITH_FP8, ({}, {"autotp_size": 0}, {"autotp_size": 1})),
     "expert_parallel": Refused(NOT_WITH_FP8),
-    "sequence_parallel_size": Refused(NOT_WITH_FP8, (1,)),
-    "data_parallel_size": Refused(NOT_WITH_FP8, (1,)),
+    "sequence_parallel_size": HONOURED,
+    "data_parallel_size": NoEffect("the number of ranks says it", (1,)),
     "weight_quantization": Refused(NOT_WITH_FP8),
     # Of older versions; newer ones refuse them themselves.
     **dict.fromkeys(
@@ -88,9 +97,12 @@ TOP_LEVEL: Rules = {
             "amp",
             "compression_training",
             "curriculum_learning",
+            "eigenvalue",
+            "elasticity",
             "graph_harvesting",
             "nebula",
             "progressive_layer_drop",
+            "quantize_training",
             "sparse_attention",
             "sparse_gradients",
         ),
@@ -110,22 +122,22 @@ ZERO: Rules = {
     "load_from_fp32_weights": NoEffect("masters are restored as they were saved"),
     "ignore_unused_parameters": NoEffect("unused parameters count as zero gradients"),
     "legacy_stage1": Refused(NOT_WITH_FP8, (False,)),
-    "round_robin_gradients": only_below_3(Refused(NOT_WITH_FP8, (False,))),
+    "round_robin_gradients": only_below_3(NoEffect("every bucket is spread evenly over the ranks", (False,))),
     "parameter_alignment": only_below_3(Refused(NOT_WITH_FP8, (False,))),
-    "elastic_checkpoint": Refused(NOT_WITH_FP8, (False,)),
-    "offload_param": Refused(NOT_YET, (None, {"device": "none"})),
+    "elastic_checkpoint": NoEffect("checkpoints load at any world size", (False,)),
+    "offload_param": only_zero3(Refused(NOT_YET, (None, {"device": "none"}))),
     "offload_optimizer": Refused(NOT_YET, (None, {"device": "none"})),
     "cpu_offload": Refused(NOT_YET, (None, False)),
-    "cpu_offload_param": Refused(NOT_YET, (None, False)),
+    "cpu_offload_param": only_zero3(Refused(NOT_YET, (None, False))),
     "cpu_offload_use_pin_memory": Refused(NOT_YET, (None, False)),
     "zenflow": Refused(NOT_WITH_FP8, (None,)),
-    "zero_hpz_partition_size": Refused(
-        f"{NOT_WITH_FP8}; gradients go node by node with fp8.gradients.intra_node_size", (1,)
+    "zero_hpz_partition_size": only_zero3(
+        Refused(f"{NOT_WITH_FP8}; gradients go node by node with fp8.gradients.intra_node_size", (0, 1))
     ),
-    "zero_quantized_weights": Refused(AS_THE_MODEL, (False,)),
-    "zero_quantized_nontrainable_weights": Refused(AS_THE_MODEL, (False,)),
-    "zero_quantized_gradients": Refused("is fp8.gradients.dtype with fp8 enabled", (False,)),
-    "zeropp_loco_param": Refused(NOT_WITH_FP8, (None,)),
+    "zero_quantized_weights": only_zero3(Refused(AS_THE_MODEL, (False,))),
+    "zero_quantized_nontrainable_weights": only_zero3(Refused(AS_THE_MODEL, (False,))),
+    "zero_quantized_gradients": only_zero3(Refused("is fp8.gradients.dtype with fp8 enabled", (False,))),
+    "zeropp_loco_param": only_zero3(Refused(NOT_WITH_FP8, (None,))),
     "mics_shard_size": Refused(NOT_WITH_FP8, (-1,)),
     "mics_hierarchical_params_gather": Refused(NOT_WITH_FP8, (False,)),
     "enable_sanity_checks": ByStage(NoEffect("the handler has checks of its own"), HONOURED),
@@ -206,7 +218,19 @@ DATA_TYPES: Rules = dict.fromkeys(
     ("grad_accum_dtype", "param_dtype", "buffer_dtype", "keep_in_fp32_modules"), HONOURED
 )
 
+AUTOCAST: Rules = {
+    **dict.fromkeys(("enabled", "dtype"), HONOURED),
+    "lower_precision_safe_modules": NoEffect("decides in which dtype gradients travel: fp8.gradients.dtype"),
+}
+
+# DeepSpeed before 0.15 read these; one that no longer knows them refuses them, so it does not see them.
+OLD_COMPILE: Rules = dict.fromkeys(
+    ("enabled", "disable", "backend", "kwargs"),
+    NoEffect("DeepSpeed no longer reads it: call engine.compile(backend=...)"),
+)
+
 COMPILE: Rules = {
+    **OLD_COMPILE,
     "deepcompile": Refused(NOT_WITH_FP8, (False,)),
     **dict.fromkeys(
         (
@@ -241,6 +265,14 @@ CHECKPOINT: Rules = {
     "writer": Refused(NOT_YET, (None,)),
 }
 
+OPTIMIZER: Rules = {
+    **dict.fromkeys(("type", "params"), HONOURED),
+    "legacy_fusion": NoEffect("a key of DeepSpeed's FP16 optimizer"),
+}
+
+# DeepSpeed refuses keys that it does not know in its other sections.
+SECTIONS_WITH_NOTES = ("data_types", "checkpoint", "torch_autocast", "optimizer")
+
 SECTIONS: dict[str, Rules] = {
     "zero_optimization": ZERO,
     "bf16": BF16,
@@ -249,4 +281,6 @@ SECTIONS: dict[str, Rules] = {
     "data_types": DATA_TYPES,
     "checkpoint": CHECKPOINT,
     "compile": COMPILE,
+    "torch_autocast": AUTOCAST,
+    "optimizer": OPTIMIZER,
 }

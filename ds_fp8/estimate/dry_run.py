@@ -20,11 +20,12 @@ from ds_fp8.config.refusals import cut, refusal, show
 from ds_fp8.config.section import SECTION, FP8Config
 from ds_fp8.estimate.fetching import fetching_of
 from ds_fp8.estimate.runs import Run
-from ds_fp8.zero_fp8.placement.ranks import check_nodes
+from ds_fp8.zero_fp8.placement.ranks import NODE_SIZE, SEQUENCE_SIZE, Fleet, check_divides
 from ds_fp8.zero_fp8.recipe import Recipe, recipe_of
 
 FASTER_FROM = 16_000_000  # elements of a bucket, on one node with NVLink; docs/communication.md
 MOST_WORDS = 500  # characters of DeepSpeed's own words; they repeat what was given
+FP32_NAMES = ("fp32", "float32", "float", "torch.float32")
 AUTO = "auto"  # a value that the Hugging Face Trainer and accelerate fill in
 OFF = 'FP8 is off: no enabled "fp8" section; stock DeepSpeed runs'
 IDLE = 'FP8 is idle: ZeRO 0 and no "optimizer"; an engine that trains is refused'
@@ -62,7 +63,8 @@ def run_dry(config: Mapping[str, Any], *, gpus: int, micro_steps: int | None = N
     refused. What only the model or a client's optimizer shows is not looked at.
     """
     known, filled_in = without_auto(config)
-    if set(filled_in) & set(BATCHES) and not set(known) & set(BATCHES[:2]):
+    assumes = not set(known) & set(BATCHES[:2])
+    if assumes:
         known[BATCHES[1]] = 1  # DeepSpeed wants one of both; Hugging Face fills it in
     judged = judge(known, gpus)
     fp8: FP8Config | None = judged.ds_fp8
@@ -72,7 +74,7 @@ def run_dry(config: Mapping[str, Any], *, gpus: int, micro_steps: int | None = N
         return IDLE
     run = _run_of(judged, gpus, micro_steps)
     recipe = recipe_of(fp8, accumulating=run.accumulating, ranks=gpus)
-    check_nodes(recipe.intra_node_size, gpus)
+    check_divides(NODE_SIZE, recipe.intra_node_size, gpus)
     return DryRun(
         fp8,
         run,
@@ -80,7 +82,7 @@ def run_dry(config: Mapping[str, Any], *, gpus: int, micro_steps: int | None = N
         model_dtype=_model_dtype(filled_in, judged, recipe),
         idle=tuple(judged.ds_fp8_idle_keys),
         filled_in=tuple(filled_in),
-        refused_alone=_refused(config, gpus) if filled_in else None,
+        refused_alone=_refused(config, gpus) if filled_in or assumes else None,
     )
 
 
@@ -92,7 +94,13 @@ def _run_of(judged: Any, gpus: int, micro_steps: int | None) -> Run:
         bucket_elements=int(judged.zero_config.reduce_bucket_size),
         overlap=bool(judged.zero_config.overlap_comm),
         fetching=fetching_of(judged.zero_config),
+        sequence_parallel_size=_sequence_parallel_size(judged._param_dict),
+        accumulate_in_fp32=judged.grad_accum_dtype in FP32_NAMES,
     )
+
+
+def _sequence_parallel_size(config: Mapping[str, Any]) -> int:
+    return int(config.get(SEQUENCE_SIZE) or 1)
 
 
 def judge(config: Mapping[str, Any], gpus: int) -> Any:
@@ -100,8 +108,10 @@ def judge(config: Mapping[str, Any], gpus: int) -> Any:
 
     class Judged(DeepSpeedConfig):  # type: ignore[misc]  # DeepSpeed has no types
         def _initialize_params(self, param_dict: dict[str, Any]) -> None:
-            self.world_size = gpus
             initialize_params(DeepSpeedConfig._initialize_params)(self, param_dict)
+            size = _sequence_parallel_size(param_dict)
+            check_divides(SEQUENCE_SIZE, size, gpus)
+            self.world_size = Fleet("data", gpus).sequences(size)
 
     try:
         with _quiet():

@@ -78,8 +78,9 @@ def _with_fp8(config: FP8Config, model: Model, run: Run) -> Held:
     if recipe.by_tensor:
         _refuse_many_shares(sum(model.trained) // run.bucket_elements, run.gpus)
     buckets = _buckets(recipe, model, run)
-    backward = memory.backward_bytes(recipe, WEIGHT, buckets, stage=run.stage, overlap=run.overlap)
-    kept = memory.grad_bytes(WEIGHT, buckets) if run.stage == 1 else 0
+    grad = run.grad_itemsize(WEIGHT)
+    backward = memory.backward_bytes(recipe, grad, buckets, stage=run.stage, overlap=run.overlap)
+    kept = memory.grad_bytes(grad, buckets) if run.stage == 1 else 0
     ranks = memory.rank_bytes(recipe, buckets, accumulating=run.accumulating)
     fullest = ranks.index(max(ranks))
     reduced = memory.gradient_bytes(recipe, buckets, fullest, accumulating=run.accumulating)

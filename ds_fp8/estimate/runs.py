@@ -8,6 +8,7 @@ from typing import Any
 from ds_fp8.config.refusals import refusal
 from ds_fp8.estimate import stock
 from ds_fp8.estimate.fetching import Fetching
+from ds_fp8.ops.formats import FP32
 
 # Beyond these an estimate would take minutes.
 MOST_PARAMETERS = 10**13
@@ -56,11 +57,18 @@ class Run:
     bucket_elements: int = BUCKET_ELEMENTS
     overlap: bool = False
     fetching: Fetching = field(default_factory=Fetching)  # under ZeRO 3
+    sequence_parallel_size: int = 1
+    accumulate_in_fp32: bool = False  # the micro-steps of ZeRO 1
 
     @property
     def accumulating(self) -> bool:
         """Whether several micro-steps reach the reduced gradient before a step."""
         return self.stage >= 2 and self.micro_steps > 1
+
+    def grad_itemsize(self, model_itemsize: int) -> int:
+        """Bytes per element of `.grad`."""
+        wide = self.stage == 1 and self.micro_steps > 1 and self.accumulate_in_fp32
+        return FP32.itemsize if wide else model_itemsize
 
 
 def run_at_defaults(gpus: int, stage: int, micro_steps: int = 1) -> Run:

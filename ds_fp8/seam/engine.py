@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 from deepspeed import comm as dist
-from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 
 import ds_fp8
 from ds_fp8.compat import ZERO_OPTIMIZATION, CreateLossScaler, NoopTimer
 from ds_fp8.config import ds_config
-from ds_fp8.config.refusals import as_json, refusal, show
+from ds_fp8.config.refusals import as_json, refusal
 from ds_fp8.config.section import FP8Config
 from ds_fp8.seam.backward import divisor
 from ds_fp8.seam.status import accumulating, banner, idle, is_active, write_events
@@ -25,8 +24,9 @@ from ds_fp8.zero_fp8.handlers.fetching import Offload
 from ds_fp8.zero_fp8.handlers.stage3 import Stage3Optimizer
 from ds_fp8.zero_fp8.handlers.stage12 import Stage12Optimizer
 from ds_fp8.zero_fp8.optimizer.fp8_adamw import FP8AdamW
+from ds_fp8.zero_fp8.optimizer.replacement import replace_optimizer
 from ds_fp8.zero_fp8.placement.parameters import shape_of
-from ds_fp8.zero_fp8.placement.ranks import check_nodes
+from ds_fp8.zero_fp8.placement.ranks import NODE_SIZE, SEQUENCE_SIZE, check_divides
 from ds_fp8.zero_fp8.recipe import Recipe, ZeroSettings, recipe_of, weight_dtypes
 
 logger = logging.getLogger("ds_fp8")
@@ -37,6 +37,9 @@ AGREED_KEYS = (
     "bf16",
     "fp16",
     "zero_optimization",
+    "data_types",
+    "torch_autocast",
+    "sequence_parallel_size",
     "optimizer",
     "gradient_accumulation_steps",
     "gradient_clipping",
@@ -177,6 +180,7 @@ def offload_of(engine: Any, timers: Any) -> Offload:
         param_persistence_threshold=engine.zero_param_persistence_threshold(),
         model_persistence_threshold=engine.zero_model_persistence_threshold(),
         dp_process_group=engine.seq_data_parallel_group,
+        mpu=engine.mpu,
         zero_module_granularity_threshold=engine.zero_module_granularity_threshold(),
         log_trace_cache_warnings=engine.zero_log_trace_cache_warnings(),
     )
@@ -206,6 +210,9 @@ def settings_of(config: FP8Config, engine: Any) -> ZeroSettings:
         overlap=bool(engine.zero_overlap_comm()),
         gradient_clipping=float(engine.gradient_clipping()),
         average=bool(engine.gradient_average),
+        sequence_parallel_size=int(engine.sequence_parallel_size),
+        micro_steps=int(engine.gradient_accumulation_steps()),
+        accumulate_in_fp32=accumulates_in_fp32(engine),
         max_consecutive_skips=config.max_consecutive_skips,
         save_fp32_master=config.checkpoint.fp32_master,
         stats_interval=config.stats.interval,
@@ -217,20 +224,37 @@ def check_engine(engine: Any, recipe: Recipe) -> None:
     refused = {
         "a PipelineModule": engine.pipeline_parallelism,
         "a model with MoE layers": engine.has_moe_layers,
-        "an mpu (model parallelism)": engine.mpu is not None,
+        "an mpu (model parallelism)": engine.mpu is not None and not _is_sequence_parallel(engine.mpu),
     }
     for what, present in refused.items():
         if present:
-            raise ValueError(
-                f"deepspeed.initialize: received {what}, allowed with fp8: data parallelism only"
-            )
-    check_nodes(recipe.intra_node_size, dist.get_world_size(engine.seq_data_parallel_group))
+            allowed = "data parallelism, and the mpu of UlyssesSPAttentionHF (sequence parallelism)"
+            raise ValueError(f"deepspeed.initialize: received {what}, allowed with fp8: {allowed}")
+    _refuse_sequence_parallel_size(engine)
+    ranks = dist.get_world_size(engine.seq_data_parallel_group)
+    check_divides(NODE_SIZE, recipe.intra_node_size, ranks)
     _refuse_accumulation_dtype(engine, recipe)
     for module_name, module in engine.module.named_modules():
         if isinstance(module, torch.nn.Embedding | torch.nn.EmbeddingBag) and module.sparse:
             raise refusal(f"{module_name}.sparse", True, "false with fp8 enabled")
     _refuse_weight_dtypes(engine.module, recipe)
     _refuse_slices(engine)
+
+
+def _is_sequence_parallel(mpu: Any) -> bool:
+    """Whether an mpu splits sequences only, as DeepSpeed tells: every rank holds all parameters."""
+    return hasattr(mpu, "initialize_sequence_parallel")
+
+
+def _refuse_sequence_parallel_size(engine: Any) -> None:
+    """The size must be the mpu's; gradients must be added over all ranks."""
+    size = engine.sequence_parallel_size
+    if engine.mesh_device is not None and size > 1:
+        raise refusal("mesh_device", f"a mesh with sequence_parallel {size}", ds_config.MESH_INSTEAD)
+    wanted = engine._config._param_dict.get(SEQUENCE_SIZE, size)
+    if wanted != size:
+        instead = "the mpu of UlyssesSPAttentionHF.register_with_transformers, given to deepspeed.initialize"
+        raise refusal(SEQUENCE_SIZE, wanted, f"{size}, the size of {instead}; 1 without one")
 
 
 def _refuse_slices(engine: Any) -> None:
@@ -240,12 +264,23 @@ def _refuse_slices(engine: Any) -> None:
             raise refusal(name, received, "whole parameters under ZeRO 1 and 2, of a new model")
 
 
+def accumulates_in_fp32(engine: Any) -> bool:
+    """Whether the micro-steps of ZeRO 1 add up in FP32, whatever the model's dtype."""
+    asked = engine._config.grad_accum_dtype is not None and engine.zero_optimization_stage() == 1
+    return asked and engine.get_data_types()[1] is torch.float32
+
+
 def _refuse_accumulation_dtype(engine: Any, recipe: Recipe) -> None:
     model_dtype, wanted = engine.get_data_types()
-    ours = recipe.reduced.dtype if engine.zero_optimization_stage() >= 2 else model_dtype
-    if engine._config.grad_accum_dtype is not None and wanted is not ours:
-        where = "in the reduced gradient under ZeRO 2 and 3, in the model's .grad under ZeRO 1"
-        raise refusal("data_types.grad_accum_dtype", str(wanted), f"{ours} (micro-steps add up {where})")
+    if engine.zero_optimization_stage() == 1:
+        allowed = {model_dtype, torch.float32}
+    else:
+        # A second micro-step turns the reduced gradient FP32 unless the section says otherwise.
+        allowed = {torch.float32 if recipe.promote else recipe.reduced.dtype}
+    if engine._config.grad_accum_dtype is not None and wanted not in allowed:
+        where = ".grad under ZeRO 1, the reduced gradient, fp8.gradients.accum_dtype, under ZeRO 2 and 3"
+        named = ", ".join(sorted(map(str, allowed)))
+        raise refusal("data_types.grad_accum_dtype", str(wanted), f"{named} (of {where})")
 
 
 def _refuse_weight_dtypes(module: torch.nn.Module, recipe: Recipe) -> None:
@@ -255,45 +290,3 @@ def _refuse_weight_dtypes(module: torch.nn.Module, recipe: Recipe) -> None:
             beside = f" beside a master {recipe.master.name}" if recipe.master.split else ""
             allowed = ", ".join(map(str, dtypes)) + beside
             raise refusal(f"dtype of {name}", str(parameter.dtype), allowed)
-
-
-def replace_optimizer(optimizer: Any) -> FP8AdamW:
-    """FP8AdamW with the very param_groups of a client's Adam, so that its schedulers go on working.
-
-    Raises ValueError for an optimizer of another type and for one that has stepped already.
-    """
-    if type(optimizer) is FP8AdamW:
-        _refuse_used_alone(optimizer)
-        return optimizer
-    decoupled: dict[type, Callable[[dict[str, Any]], bool]] = {
-        torch.optim.AdamW: lambda _: True,
-        torch.optim.Adam: lambda group: bool(group.get("decoupled_weight_decay")),
-        FusedAdam: lambda _: bool(optimizer.adam_w_mode),
-        DeepSpeedCPUAdam: lambda _: bool(optimizer.adam_w_mode),
-    }
-    if type(optimizer) not in decoupled:
-        known = "torch.optim.Adam, torch.optim.AdamW, FusedAdam, DeepSpeedCPUAdam, ds_fp8.FP8AdamW"
-        received = (
-            "none" if not isinstance(optimizer, torch.optim.Optimizer) else type(optimizer).__qualname__
-        )
-        raise ValueError(f"optimizer: received {received}, allowed with fp8: {known}")
-    _refuse_stepped(optimizer)
-    for group in optimizer.param_groups:
-        group["adam_w_mode"] = decoupled[type(optimizer)](group)
-    replaced = FP8AdamW(optimizer.param_groups)
-    optimizer._opt_called = True  # or a scheduler made with it warns that it was never stepped
-    return replaced
-
-
-def _refuse_used_alone(optimizer: FP8AdamW) -> None:
-    _refuse_stepped(optimizer)
-    if optimizer.fp8 is not None:
-        raise ValueError(
-            f"FP8AdamW(fp8=...): received {show(optimizer.fp8)}, allowed with DeepSpeed: none; the formats "
-            'are those of the "fp8" section of its config'
-        )
-
-
-def _refuse_stepped(optimizer: Any) -> None:
-    if optimizer.state:
-        raise ValueError("optimizer: received one that has stepped already, allowed: one without state")

@@ -33,10 +33,12 @@ def describe(engine: Any) -> dict[str, Any]:
         engine: what `deepspeed.initialize` returned.
 
     Returns:
-        Plain values by name: level, ZeRO stage and world size, the formats, `state_bytes_per_parameter` and
-        `gradient_bytes_per_parameter` over all ranks, `wire_bytes_per_gradient_element`, hops, kernels. Under
-        ZeRO 3 also `persistent_bytes`, of parameters that stay whole on every rank, `fetch_bytes`, which a
-        rank sends to fetch all others once, and `wire_bytes_per_fetched_element`.
+        Plain values by name: level, ZeRO stage, world size and how many of the ranks share a sequence, the
+        formats, `state_bytes_per_parameter` and `gradient_bytes_per_parameter` over all ranks,
+        `wire_bytes_per_gradient_element`, hops, kernels. `grad_accum_dtype` is fp32 if `.grad` adds up the
+        micro-steps of ZeRO 1 so, else None. Under ZeRO 3 also `persistent_bytes`, of parameters that stay
+        whole on every rank, `fetch_bytes`, which a rank sends to fetch all others once, and
+        `wire_bytes_per_fetched_element`.
 
     Raises:
         ValueError: the engine does not use FP8.
@@ -52,6 +54,8 @@ def describe(engine: Any) -> dict[str, Any]:
         "opt_level": engine._config.ds_fp8.opt_level,
         "zero_stage": handler.settings.stage,
         "world_size": ranks,
+        "sequence_parallel_size": handler.settings.sequence_parallel_size,
+        "grad_accum_dtype": "fp32" if handler.settings.accumulate_in_fp32 else None,
         **memory.summary(recipe, ranks=ranks, accumulating=several_micro_steps),
         "rank_bytes_min": min(held),
         "rank_bytes_max": max(held),
@@ -135,6 +139,8 @@ def banner(engine: Any) -> str:
     """One line of what `describe` says, for the log."""
     about = describe(engine)
     ranks = "1 rank" if about["world_size"] == 1 else f"{about['world_size']} ranks"
+    if about["sequence_parallel_size"] > 1:
+        ranks += f", sequence parallel {about['sequence_parallel_size']}"
     overlapped = "overlapped" if about["overlap_comm"] else "not overlapped"
     return (
         f"ds_fp8 {about['version']}: ON, {about['opt_level']}, ZeRO {about['zero_stage']}, {ranks} | "

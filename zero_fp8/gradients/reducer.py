@@ -26,7 +26,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, TypeVar
 
 import torch
-from torch.nn import Parameter
 
 from ds_fp8.zero_fp8.comm.collectives import max_over_ranks
 from ds_fp8.zero_fp8.comm.groups import Nodes
@@ -65,7 +64,7 @@ class GradientReducer:
     def __init__(
         self,
         buckets: Sequence[Bucket],
-        parameters: Mapping[int, Parameter],
+        pending: PendingGradients,
         reduced: Sequence[ReducedGradient],
         packer: Packer,
         schedule: Schedule,
@@ -74,11 +73,10 @@ class GradientReducer:
         *,
         overlap: bool,
     ) -> None:
-        """reduced: of each bucket; counts: of each param group."""
+        """pending: of this rank; reduced: of each bucket; counts: of each param group."""
         self._buckets = buckets
-        self._parameters = parameters
-        self._device = next(iter(parameters.values())).device
-        self.pending = PendingGradients(parameters)
+        self._device = next(iter(pending.parameters.values())).device
+        self.pending = pending
         self._reduced = reduced
         self._packer = packer
         self.schedule = schedule
@@ -95,10 +93,12 @@ class GradientReducer:
     def listen(self) -> None:
         """Reduce buckets while backward runs (ZeRO 2 and 3); again after a cast."""
         self._listens = True
-        self.schedule.listen(self._parameters, self._launch_what_may_leave)
+        self.schedule.listen(self.pending.parameters, self._launch_what_may_leave)
 
-    def remove_hooks(self) -> None:
+    def let_go(self) -> None:
+        """Of the parameters: they are as they were without a reducer."""
         self.schedule.remove()
+        self.pending.let_go()
 
     def drop(self) -> None:
         """Forget everything that has been reduced or is on its way."""
@@ -151,6 +151,8 @@ class GradientReducer:
         self.backwards += 1
         if self._listens:
             self.pending.hold()
+        else:
+            self.pending.keep()
 
     def bring(self) -> None:
         """Bring what still lies in `.grad`; on every rank or none."""

@@ -127,7 +127,7 @@ class FP8ZeROOptimizer(Facade, ZeROOptimizer):
             return
         self._has_let_go = True
         self._unbind()
-        self.gradients.remove_hooks()
+        self.gradients.let_go()
         if self.arrivals:
             self.arrivals.remove()
         if self.client:

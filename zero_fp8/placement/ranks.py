@@ -16,6 +16,10 @@ class Fleet:
         """From a sum over the ranks to their mean."""
         return 1.0 / self.size
 
+    def sequences(self, ranks_per_sequence: int) -> int:
+        """How many sequences the ranks process at a time."""
+        return self.size // ranks_per_sequence
+
 
 def turn_of(index: int, ranks: int) -> int:
     """The rank that does the work of an index if ranks take turns."""
@@ -50,9 +54,13 @@ class NodeLayout:
         return divmod(rank, self.size)
 
 
-def check_nodes(size: int, ranks: int) -> None:
-    """Refuse, by a ValueError, nodes that the ranks do not fill."""
+NODE_SIZE = "fp8.gradients.intra_node_size"
+SEQUENCE_SIZE = "sequence_parallel_size"
+
+
+def check_divides(key: str, size: int, ranks: int) -> None:
+    """Refuse, by a ValueError, nodes or sequences that the ranks do not fill. key: that has the size."""
     if ranks % size:
         divisors = ", ".join(str(each) for each in range(1, ranks + 1) if ranks % each == 0)
         allowed = f"divisors of the world size {ranks}: {divisors}"
-        raise refusal("fp8.gradients.intra_node_size", size, allowed)
+        raise refusal(key, size, allowed)
