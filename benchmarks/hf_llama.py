@@ -7,7 +7,13 @@
     torchrun --nproc_per_node 2 benchmarks/hf_llama.py --probe 4 8 12 16 --size 7B --checkpointing \\
         --deepspeed_config benchmarks/gpu/zero3_bf16_torch.json
 
-The second prints the peak by micro-batch, until memory ends.
+The second prints the peak by micro-batch, until memory ends. With
+
+    torchrun --nproc_per_node 2 benchmarks/hf_llama.py --out alst.json --size 350M --context 8192 \\
+        --sequence_parallel 2 --steps 200 --sleeps 20 --deepspeed_config benchmarks/gpu/zero3_o2.json
+
+two ranks share each sequence (DeepSpeed's ALST), attention is flash attention, and every rank sleeps up to
+20 ms before each forward; then a step's time says nothing, and what is sent is not counted.
 
 One configuration per process group, in any order and as often as wanted: --out gathers them (`--again` runs
 what it has once more), and the table shows the medians of all steps of all runs of a configuration. "States
@@ -16,21 +22,27 @@ bytes.
 """
 
 import argparse
+import random
 import statistics
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from claims import print_claims
+import torch.nn.functional as F
+from claims import Claim, print_claims
 from engine_facts import predicted_bytes, sent
-from gpu_train import CONSOLE, claims_of_memory_and_time, load
+from gpu_train import CONSOLE, claims_of_memory_and_time, load, loss_apart
 from meters import elements
 from ranks_gpu import facts, join_ranks
 from rich.table import Table
 from timing import write
 from torch import Tensor, cuda
+from torch.distributed.nn.functional import all_gather
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ds_fp8.estimate import dry_run
 
@@ -43,7 +55,9 @@ SIZES = {  # hidden size, layers, heads, size between
 }
 VOCABULARY = 32_000
 WARM_UP = 4  # steps that are not timed: DeepSpeed's trace and the allocator settle
+KERNELS = [SDPBackend.FLASH_ATTENTION]  # which a CPU has, too
 Run = dict[str, Any]
+Batch = dict[str, Tensor]
 
 
 def model_of(arguments: argparse.Namespace, device: torch.device) -> torch.nn.Module:
@@ -76,24 +90,67 @@ def engine_of(arguments: argparse.Namespace, device: torch.device) -> Any:
 
     config = dict(dry_run.read(str(arguments.deepspeed_config)))
     config["train_micro_batch_size_per_gpu"] = arguments.micro_batch
-    model = model_of(arguments, device)
-    return deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)[0]
+    model, mpu = model_of(arguments, device), None
+    if arguments.sequence_parallel > 1:
+        from deepspeed.runtime.sequence_parallel.ulysses_sp import (  # noqa: TID251  # as DeepSpeed documents
+            UlyssesSPAttentionHF,
+        )
+
+        size = config["sequence_parallel_size"] = arguments.sequence_parallel
+        shares = (model, "sdpa", size, arguments.micro_batch)
+        mpu = UlyssesSPAttentionHF.register_with_transformers(*shares)
+    parameters = model.parameters()
+    return deepspeed.initialize(model=model, model_parameters=parameters, config=config, mpu=mpu)[0]
 
 
-def batches(arguments: argparse.Namespace, device: torch.device) -> Iterator[Tensor]:
+def batches(arguments: argparse.Namespace, device: torch.device) -> Iterator[Batch]:
     from gpt_pretrain import read_sources
     from train_lm import Corpus
 
-    corpus = Corpus(read_sources(), arguments.context - 1)  # a row has one token more
-    for batch in corpus.batches(arguments.micro_batch, torch.distributed.get_rank()):
-        yield batch.to(device, torch.long)
+    corpus, ranks = Corpus(read_sources(), arguments.context - 1), arguments.sequence_parallel
+    group, place = divmod(torch.distributed.get_rank(), ranks)
+    for batch in corpus.batches(arguments.micro_batch, group):  # a row has one token more
+        tokens = batch.to(device, torch.long)
+        whole = {"input_ids": tokens, "labels": tokens}
+        yield whole if ranks == 1 else part_of(tokens, place, ranks)
 
 
-def step(engine: Any, batch: Tensor) -> Tensor:
-    loss: Tensor = engine(input_ids=batch, labels=batch).loss
-    engine.backward(loss)
+def part_of(tokens: Tensor, place: int, ranks: int) -> Batch:
+    """A rank's part of sequences; ranks that share one are neighbours."""
+    labels = F.pad(tokens[:, 1:], (0, 1), value=-100)
+    positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    whole = {"input_ids": tokens, "labels": labels, "position_ids": positions}
+    return {key: each.chunk(ranks, dim=1)[place].contiguous() for key, each in whole.items()}
+
+
+def step(engine: Any, batch: Batch) -> Tensor:
+    with sdpa_kernel(KERNELS) if engine.sequence_parallel_size > 1 else nullcontext():
+        loss = shared_loss(engine, batch) if engine.sequence_parallel_size > 1 else engine(**batch).loss
+        engine.backward(loss)
     engine.step()
     return loss.detach()
+
+
+def shared_loss(engine: Any, batch: Batch) -> Tensor:
+    """The mean over the tokens of the ranks that share a sequence."""
+    labels = batch.pop("labels").flatten()
+    logits = engine(**batch).logits.float().flatten(0, 1)
+    mine = F.cross_entropy(logits, labels, ignore_index=-100)
+    return torch.stack([*all_gather(mine, group=engine.get_sequence_parallel_group())]).mean()
+
+
+def same_everywhere(engine: Any) -> bool:
+    """Whether all ranks have the same weights, as they are gathered."""
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
+        sums = [each.detach().view(torch.int16).long().sum() for each in engine.module.parameters()]
+    mine = torch.stack(sums)
+    theirs = mine.clone()
+    torch.distributed.broadcast(theirs, 0)
+    differ = (mine != theirs).sum()
+    torch.distributed.all_reduce(differ)
+    return int(differ) == 0
 
 
 def wait(device: torch.device) -> None:
@@ -112,12 +169,15 @@ def train(arguments: argparse.Namespace, device: torch.device) -> Run:
     if device.type == "cuda":
         cuda.empty_cache()
         cuda.reset_peak_memory_stats(device)
-    milliseconds, losses = [], []
+    milliseconds, losses, norms = [], [], []
+    draw = random.Random(torch.distributed.get_rank())
     for _ in range(arguments.steps):
         batch = next(source)
         wait(device)
+        time.sleep(draw.uniform(0, arguments.sleeps) / 1000)
         start = time.perf_counter()
         losses.append(step(engine, batch))
+        norms.append(engine.get_global_grad_norm())
         wait(device)
         milliseconds.append((time.perf_counter() - start) * 1000)
     mean = torch.stack(losses).float()
@@ -130,9 +190,11 @@ def train(arguments: argparse.Namespace, device: torch.device) -> Run:
         "parameters": elements(engine.module),
         "milliseconds": milliseconds[WARM_UP:],
         "losses": (mean / torch.distributed.get_world_size()).tolist(),
+        "norms": [float(each) for each in norms],
+        "same_everywhere": same_everywhere(engine),
         "peak_bytes_allocated": peak(device),
         "predicted_bytes": predicted_bytes(engine),
-        "sent": sent(lambda: step(engine, next(source))),
+        "sent": {} if arguments.sequence_parallel > 1 else sent(lambda: step(engine, next(source))),
         **facts(device),
     }
 
@@ -184,7 +246,22 @@ def report(runs: list[Run]) -> None:
         )
     CONSOLE.print(table)
     ours = [run for run in compared if run is not stock] if stock else []
-    print_claims([claim for run in ours for claim in claims_of_memory_and_time(run, stock, 0.92)], CONSOLE)
+    shared = int(runs[0]["options"].get("sequence_parallel", 1)) > 1
+    claims = claims_of_a_training if shared else partial(claims_of_memory_and_time, most=0.92)
+    print_claims([claim for run in ours for claim in claims(run, stock)], CONSOLE)
+
+
+def claims_of_a_training(run: Run, stock: Run) -> list[Claim]:
+    """That it trains as stock does."""
+    name = f"{run['model']} {run['config']}, {run['world_size']} ranks: "
+    off = max(
+        abs(ours / theirs - 1) for ours, theirs in zip(run["norms"][:10], stock["norms"][:10], strict=True)
+    )
+    return [
+        Claim.at_most(name + "loss, from stock's", abs(loss_apart(run, stock)), 0.01),
+        Claim.at_most(name + "norms of the first 10 steps, off stock's by", off, 0.02),
+        Claim.at_most(name + "ranks with other weights", float(not run["same_everywhere"]), 0.0),
+    ]
 
 
 def main() -> None:
@@ -199,6 +276,8 @@ def main() -> None:
     add("--micro_batch", type=int, default=1)
     add("--context", type=int, default=2048)
     add("--steps", type=int, default=16)
+    add("--sequence_parallel", type=int, default=1, metavar="N", help="ranks that share a sequence")
+    add("--sleeps", type=float, default=0.0, metavar="MS", help="of every rank before each forward, at most")
     add("--checkpointing", action="store_true", help="of every layer's activations")
     add("--probe", type=int, nargs="+", metavar="N", help="micro-batches to try")
     arguments = parser.parse_args()
