@@ -30,9 +30,10 @@ test: $(INSTALLED)
 test-all: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
 
-# docs/support.md, from the tests that prove it.
+# docs/support.md, from the tests that prove it, and docs/keys.md, from the tables of the config.
 support: $(INSTALLED)
 	DS_ACCELERATOR=cpu PYTHONPATH=examples $(BIN)/python tests/support.py > docs/support.md
+	$(BIN)/python tests/keys.py > docs/keys.md
 
 # The site, in site/.
 docs: $(INSTALLED)

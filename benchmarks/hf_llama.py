@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from claims import Claim, print_claims
 from engine_facts import predicted_bytes, sent
-from gpu_train import CONSOLE, claims_of_memory_and_time, load, loss_apart
+from gpu_train import CONSOLE, claims_of_memory_and_time, load
 from meters import elements
 from ranks_gpu import facts, join_ranks
 from rich.table import Table
@@ -252,14 +252,15 @@ def report(runs: list[Run]) -> None:
 
 
 def claims_of_a_training(run: Run, stock: Run) -> list[Claim]:
-    """That it trains as stock does."""
+    """That it trains as stock does, until rounding has led both elsewhere: there is no warm-up."""
     name = f"{run['model']} {run['config']}, {run['world_size']} ranks: "
-    off = max(
-        abs(ours / theirs - 1) for ours, theirs in zip(run["norms"][:10], stock["norms"][:10], strict=True)
+    off = abs(run["norms"][0] / stock["norms"][0] - 1)
+    apart = max(
+        abs(ours - theirs) for ours, theirs in zip(run["losses"][:10], stock["losses"][:10], strict=True)
     )
     return [
-        Claim.at_most(name + "loss, from stock's", abs(loss_apart(run, stock)), 0.01),
-        Claim.at_most(name + "norms of the first 10 steps, off stock's by", off, 0.02),
+        Claim.at_most(name + "losses of the first 10 steps, from stock's", apart, 0.02),
+        Claim.at_most(name + "first norm, off stock's by", off, 0.02),
         Claim.at_most(name + "ranks with other weights", float(not run["same_everywhere"]), 0.0),
     ]
 

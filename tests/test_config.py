@@ -7,6 +7,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, ClassVar
 
+import keys
 import pytest
 from pydantic import BaseModel, ValidationError
 
@@ -856,6 +857,10 @@ class Recorder(dict[str, Any]):
 
     def keys(self) -> "Recorder":  # type: ignore[override]
         return self  # `key in config.keys()` is asking, too
+
+
+def test_the_page_of_keys_is_what_the_tables_say() -> None:
+    assert (ROOT / "docs" / "keys.md").read_text() == keys.markdown(), "run `make support`"
 
 
 class TestTablesAgainstDeepSpeed:
