@@ -103,7 +103,7 @@ FAULTS = (
     Fault(
         "the step looks for no late gradients",
         "zero_fp8/gradients/pending.py",
-        "return sum(map(self._waits, self._parameters))",
+        "return sum(map(self._waits, self.parameters))",
         "return 0",
         f"{BACKWARDS} no_sync",
     ),
@@ -503,6 +503,35 @@ FAULTS = (
         "    parameter.ds_tensor[max(0, held) :].zero_()\n",
         "",
         "test_zero3.py past_the_end",
+    ),
+    # Sequence parallelism and micro-steps
+    Fault(
+        "ZeRO 2 averages over the ranks of a sequence",
+        "zero_fp8/wiring.py",
+        "return fleet.size if settings.stage == 3 else fleet.sequences(settings.sequence_parallel_size)",
+        "return fleet.size",
+        "test_sequence_parallel.py whole_sequences",
+    ),
+    Fault(
+        "ZeRO 3 averages over sequences",
+        "zero_fp8/wiring.py",
+        "return fleet.size if settings.stage == 3 else fleet.sequences(settings.sequence_parallel_size)",
+        "return fleet.sequences(settings.sequence_parallel_size)",
+        "test_sequence_parallel.py equals_stock 3",
+    ),
+    Fault(
+        "micro-steps add up in BF16",
+        "zero_fp8/gradients/pending.py",
+        "    parameter.grad_dtype = dtype\n    parameter.grad = None if gradient is None else",
+        "    parameter.grad = gradient if True else",
+        "test_accumulation.py in_fp32",
+    ),
+    Fault(
+        "the caller's own boundary adds up in BF16",
+        "zero_fp8/gradients/pending.py",
+        "if self._adds_in_fp32 and not self._is_wide and self.late:",
+        "if False:",
+        "test_accumulation.py in_fp32",
     ),
 )
 
