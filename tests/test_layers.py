@@ -55,7 +55,8 @@ ROOMS = (
     ("ds_fp8.ops.cpu", "kernels | build"),
     (
         "ds_fp8.ops",
-        "fp8_sum per_tensor | guards | adam reduction | masters exact | rounding blocks | health | formats",
+        "fp8_sum per_tensor products | guards | adam reduction | masters exact | rounding blocks | health | "
+        "formats",
     ),
     ("ds_fp8.config", "ds_config | rules section | rule_kinds"),
     ("ds_fp8", "compat"),
