@@ -240,6 +240,26 @@ class TestConfig:
         told = output(capsys, "report", "--config", path)
         assert re.search(rf"wire bytes per fetched element +{'2.0000' if itemsize else '-'}", told)
 
+    def test_ranks_that_share_sequences(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """Four sequences of a batch on eight ranks, two for each."""
+        config = {**ds_config({}), "sequence_parallel_size": 2, "train_batch_size": 16}
+        run = judged(capsys, "--config", written(tmp_path, config), "--gpus", "8")["run"]
+        assert (run["world_size"], run["sequence_parallel_size"], run["micro_steps"]) == (8, 2, 1)
+        with pytest.raises(SystemExit):
+            main(["report", "--config", written(tmp_path, config), "--gpus", "3"])
+        assert "sequence_parallel_size: received 2, allowed: divisors" in capsys.readouterr().out
+
+    def test_where_micro_steps_add_up(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        for stage, dtype in ((1, "fp32"), (2, None)):
+            config = {**ds_config({}, stage=stage), "data_types": {"grad_accum_dtype": "fp32"}}
+            assert judged(capsys, "--config", written(tmp_path, config))["run"]["grad_accum_dtype"] == dtype
+
+    def test_no_batch_size(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """A template for an autotuner, or for accelerate: DeepSpeed alone refuses it."""
+        config = {"zero_optimization": {"stage": 1}, "fp8": {"enabled": True}}
+        alone = judged(capsys, "--config", written(tmp_path, config))["run"]["refused_without_hugging_face"]
+        assert "train_batch_size" in alone
+
     def test_an_engine_that_may_have_no_optimizer(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
