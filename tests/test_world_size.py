@@ -123,9 +123,9 @@ def inject(world_size: int) -> dict[str, Tensor]:
         cpu = torch.device("cpu")
         shards = [shard_of(bucket, rank, RECIPE, cpu, REFERENCE, Counts()) for bucket in buckets]
         reduced = [room(bucket, rank, RECIPE.reduced, cpu) for bucket in buckets]
-        weights = [SimpleNamespace(own=_own_weights(bucket, rank, start)) for bucket in buckets]
+        weights = [SimpleNamespace(room=_own_weights(bucket, rank, start)) for bucket in buckets]
         for shard, each in zip(shards, weights, strict=True):
-            shard.take_masters(each.own)
+            shard.take_masters(each.room)
         optimizer = FP8AdamW([torch.zeros(1)], weight_decay=0.1, betas=(0.9, 0.95))
         for step in range(STEPS):
             scalars = optimizer.scalars(clamp=True)[0]

@@ -82,7 +82,7 @@ class Stepper:
             with self._timed("optimizer_step"):
                 shard.sweep(reduced.blocks, weights, scalars[bucket.group], verdict.control)
             with self._timed("optimizer_allgather"):
-                gathers.launch(weights, parts.nodes_of(bucket))
+                gathers.launch(weights, parts.nodes_of(bucket), verdict.control)
         with self._timed("optimizer_allgather"):
             gathers.wait()
 

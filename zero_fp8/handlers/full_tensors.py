@@ -110,7 +110,7 @@ class FullTensors:
         for owned, piece in self._pieces(index):
             _write(flat[piece.elements], owned, piece.rows, optim_state_key)
         if optim_state_key is None:
-            self._write_weight(flat, parameter)
+            self._write_weight(index, parameter, flat)
         else:
             self._on_foreign_state()
 
@@ -159,18 +159,19 @@ class FullTensors:
         scale = self._gradient_scale()
         return lambda owned, rows: decode(owned.reduced.blocks[rows]) * scale
 
-    def _write_weight(self, flat: Tensor, parameter: Parameter) -> None:
+    def _write_weight(self, index: int, parameter: Parameter, flat: Tensor) -> None:
         """The whole weight, on every rank, as its owners' masters would give it."""
         fmt, size = self._parts.shards[0].master_format, self._parts.shards[0].block_size
-        weight = parameter.data.view(-1)
-        if len(weight) != flat.numel():
-            return  # under ZeRO 3 slices are all there is of it
+        weight = torch.empty(flat.numel(), dtype=parameter.dtype, device=flat.device)
         for part in chunks(-(-flat.numel() // size), size):
             values = flat[part.start * size : part.stop * size]
             master = Blocks.zeros(part.stop - part.start, size, fmt, flat.device)
-            rounded = torch.empty(len(master), size, dtype=weight.dtype, device=weight.device)
+            rounded = torch.empty(len(master), size, dtype=weight.dtype, device=flat.device)
             store_masters(values, master, rounded)
             weight[part.start * size :][: values.numel()] = rounded.view(-1)[: values.numel()]
+        for bucket, _, _, weights in self._parts.by_bucket():
+            if any(slot.parameter == index for slot in bucket.slots):
+                weights.write(index, parameter, weight)
 
     def _own(self, index: int, held: Tensor, read: Read) -> Tensor:
         own = torch.zeros(held.numel(), dtype=torch.float32, device=held.device)

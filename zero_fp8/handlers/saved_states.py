@@ -43,7 +43,8 @@ class SavedStates:
     def masters_from_weights(self) -> None:
         """Take the weights as they are; the weights are then rounded as a step would round them."""
         for _, _, shard, weights in self._parts.by_bucket():
-            shard.take_masters(weights.own)
+            if not weights.follows_masters:
+                shard.take_masters(weights.own)
         self.weights_from_masters()
 
     def weights_from_masters(self) -> None:
@@ -54,20 +55,26 @@ class SavedStates:
         gathers = Gathers()
         for bucket, _, shard, weights in self._parts.by_bucket():
             with shard.lend() as state:
-                rewrite_weights(state.master, weights.own)
+                rewrite_weights(state.master, weights.room)
             gathers.launch(weights, self._parts.nodes_of(bucket))
             gathers.wait()
 
     def take_weights(self, source: WeightSource) -> None:
-        """Write what a checkpoint has of the weights that this rank owns; masters do not follow yet."""
+        """Write what a checkpoint has of the weights that this rank owns.
+
+        Masters do not follow yet, unless weights are made of them.
+        """
         for _, _, shard, weights in self._parts.by_bucket():
+            own = weights.own
             for piece in shard.pieces:
                 name = self._names[piece.slot.parameter]
                 for part in chunks(piece.blocks, shard.block_size) if name in source else ():
-                    rows = weights.own[piece.rows][part].view(-1)
+                    rows = own[piece.rows][part].view(-1)
                     first = piece.first_element + part.start * shard.block_size
                     elements = slice(first, min(first + len(rows), piece.elements.stop))
                     put(source.weights(name, elements), rows[: elements.stop - first])
+            if weights.follows_masters:
+                shard.take_masters(own)
 
     @contextmanager
     def ready_to_save(self) -> Iterator[None]:
@@ -103,7 +110,7 @@ class SavedStates:
     def restore(self, source: Restorable) -> None:
         """Take over states and counters of a checkpoint that has been checked."""
         parts = self._parts
-        source.restore(parts.shards, [weights.own for weights in parts.weights], self._names)
+        source.restore(parts.shards, [weights.room for weights in parts.weights], self._names)
         source.progress.give_to(self._optimizer, self._loss_scaler)
         parts.gradient_scales.restore(source.progress.autoscale, self._names)
         parts.health.prepare(self._optimizer.steps + 1)

@@ -19,12 +19,12 @@ from ds_fp8.zero_fp8.placement.partition import Piece
 ALL = slice(None)  # rows
 
 
-class OwnRows(Protocol):
+class Room(Protocol):
     """Weights that a sweep can write."""
 
     @property
-    def own(self) -> Tensor:
-        """The rows that this rank writes, [blocks, block size] of the model's dtype."""
+    def room(self) -> Tensor:
+        """Where this rank writes its rows, [blocks, block size] of the model's dtype."""
 
 
 class Shard:
@@ -77,10 +77,10 @@ class Shard:
             for piece in self.pieces:
                 self._backend.quantize(weights[piece.rows].view(-1), state.master[piece.rows])
 
-    def sweep(self, gradient: Blocks, weights: OwnRows, scalars: AdamScalars, control: Tensor) -> None:
+    def sweep(self, gradient: Blocks, weights: Room, scalars: AdamScalars, control: Tensor) -> None:
         """One Adam step, or none if `control` says so; writes the owned rows of the weights."""
         counts = self._counts.of_state(sum(piece.numel for piece in self.pieces))
         with self.lend() as state:
             self._backend.adam_step(
-                Sweep(state, gradient, weights.own, self._plan, scalars, control, self._rounding, counts)
+                Sweep(state, gradient, weights.room, self._plan, scalars, control, self._rounding, counts)
             )

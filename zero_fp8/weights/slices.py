@@ -104,6 +104,7 @@ class SlicedWeights:
     """The slices of one bucket's parameters that this rank owns."""
 
     saved_with_states = True
+    follows_masters = False
 
     def __init__(self, bucket: Bucket, parameters: Mapping[int, Any], rank: int) -> None:
         """Copy the slices, which `cut` has made, into a new buffer; each `ds_tensor` is a view of it."""
@@ -122,7 +123,14 @@ class SlicedWeights:
         """The rows that this rank writes, [blocks, block size]."""
         return self._own
 
-    def gather(self, nodes: Nodes) -> NothingToGather:
+    room = own
+
+    def write(self, index: int, parameter: Parameter, values: Tensor) -> None:
+        """Write a parameter that is whole, [elements]; slices are owned rows."""
+        if parameter.numel() == values.numel():
+            parameter.data.view(-1).copy_(values)
+
+    def gather(self, nodes: Nodes, control: Tensor | None) -> NothingToGather:
         """Nothing: DeepSpeed fetches a parameter where it is used."""
         return NothingToGather()
 

@@ -1,7 +1,8 @@
 """What the sweep, the gather and checkpoints need of a bucket's weights, whatever parameters are made of.
 
-In a step the sweep writes a rank's own rows and the gather brings the others', while the next bucket is
-swept. Between steps a load, `bind` (values brought back) and safe_set_full_fp32_param write them.
+In a step the sweep writes a rank's rows into `room`, and the gather brings what they have become to all ranks
+while the next bucket is swept. Between steps a load, `bind` (values brought back) and
+safe_set_full_fp32_param write them.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,15 +26,32 @@ class Weights(Protocol):
         """Whether split masters' upper halves are saved beside them, as no model file has whole weights."""
 
     @property
+    def follows_masters(self) -> bool:
+        """Whether masters know more than the weights, which are made of them: weights say nothing new."""
+
+    @property
+    def room(self) -> Tensor:
+        """Where this rank writes its rows, [blocks, block size] of the model's dtype; a gather follows."""
+
+    @property
     def own(self) -> Tensor:
-        """The rows that this rank writes, [blocks, block size] of the model's dtype."""
+        """The rows that this rank owns, with their values; to be read before another bucket's."""
 
     @property
     def homes(self) -> Sequence[Home]:
         """Where the bucket's parameters belong."""
 
-    def gather(self, nodes: Nodes) -> Gather:
-        """Launch what brings every rank's rows to all."""
+    def gather(self, nodes: Nodes, control: Tensor | None) -> Gather:
+        """Launch what brings every rank's rows to all.
+
+        control: the sweep's, which may have left `room` as it was; None: every row was written.
+        """
+
+    def write(self, index: int, parameter: Parameter, values: Tensor) -> None:
+        """Write what there is of a parameter, whose owned rows are written; every rank gives the same.
+
+        index: global. values: all elements, [n] of the parameter's dtype.
+        """
 
     def bind(self, parameters: Mapping[int, Parameter]) -> Iterator[int]:
         """Bring parameters back that have left, with their values; the global index of each."""
@@ -52,11 +70,11 @@ class Gathers:
     def __init__(self) -> None:
         self._under_way: list[Gather] = []
 
-    def launch(self, weights: Weights, nodes: Nodes) -> None:
-        """Send a bucket's rows off; the bucket before it moves on."""
+    def launch(self, weights: Weights, nodes: Nodes, control: Tensor | None = None) -> None:
+        """Send a bucket's rows off; the bucket before it moves on. control: as `Weights.gather` takes it."""
         for earlier in self._under_way[-1:]:
             earlier.advance()
-        self._under_way.append(weights.gather(nodes))
+        self._under_way.append(weights.gather(nodes, control))
 
     def wait(self) -> None:
         """Bring every rank's rows to the parameters."""

@@ -19,6 +19,7 @@ class FlatWeights:
     """The flat weight buffer of one bucket."""
 
     saved_with_states = False
+    follows_masters = False
 
     def __init__(self, bucket: Bucket, parameters: Mapping[int, Parameter], rank: int) -> None:
         """Copy the bucket's parameters into a new buffer and make them views of it."""
@@ -57,7 +58,13 @@ class FlatWeights:
         """The rows that this rank writes, [blocks, block size]."""
         return self._parts[self._rank]
 
-    def gather(self, nodes: Nodes) -> AllGather | Broadcasts:
+    room = own
+
+    def write(self, index: int, parameter: Parameter, values: Tensor) -> None:
+        """Write a parameter, [elements]."""
+        parameter.data.view(-1).copy_(values)
+
+    def gather(self, nodes: Nodes, control: Tensor | None) -> AllGather | Broadcasts:
         """Launch what brings every rank's rows to all."""
         if len({len(part) for part in self._parts}) == 1:
             return AllGather(self.buffer, nodes)

@@ -1,0 +1,237 @@
+"""Weights of matrix products under ZeRO 1 and 2: E4M3 codes in one buffer of bytes per bucket.
+
+What a step does with them: the sweep writes a rank's rows of BF16 weights into a room that all buckets share; each
+rank finds the scale that its part of every tile needs, and the ranks agree on the largest (one byte per tile
+of 128 x 128 elements); each rank encodes its rows; one gather brings the codes of all. Matrices are cut between
+blocks, as all parameters are, so the codes are the same bits at any number of ranks, and nothing is padded.
+
+A skipped step has not written the room: then exponents and codes stay as they are, which the device decides.
+
+Masters are taken from the BF16 weights before they are encoded, and decide ever after.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from ds_fp8.ops.formats import E4M3
+from ds_fp8.ops.products import scale_shape, tiles
+from ds_fp8.zero_fp8.comm.collectives import AllGather, max_over_ranks
+from ds_fp8.zero_fp8.comm.groups import Nodes
+from ds_fp8.zero_fp8.placement.partition import Bucket, Piece
+from ds_fp8.zero_fp8.products.fp8_parameter import FP8Parameter
+from ds_fp8.zero_fp8.products.kernels import Kernels
+from ds_fp8.zero_fp8.products.matrix import Matrix
+from ds_fp8.zero_fp8.products.ways import Way
+from ds_fp8.zero_fp8.weights.home import described
+
+
+class Room:
+    """Rows that a sweep writes, of one bucket at a time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._rows = torch.empty(0, dtype=torch.bfloat16, device=device)
+
+    def rows(self, rows: int, block_size: int) -> Tensor:
+        """[rows, block size] bfloat16, with nothing that is known in them."""
+        wanted = rows * block_size
+        if self._rows.numel() < wanted:
+            self._rows = self._rows.new_empty(wanted)
+        return self._rows[:wanted].view(rows, block_size)
+
+
+@dataclass(frozen=True)
+class Products:
+    """What the matrices of a run have in common."""
+
+    names: Mapping[int, str]  # of parameters, by global index
+    kernels: Kernels
+    way: Way
+    room: Room
+
+
+@dataclass(frozen=True)
+class OwnPart:
+    """A rank's run of elements of a matrix."""
+
+    piece: Piece
+    matrix: Matrix
+    agreed: Tensor  # exponents of the matrix, while the ranks agree on them
+
+    def of(self, rows: Tensor) -> Tensor:
+        """This part of a rank's rows of the bucket, as a vector."""
+        return rows[self.piece.rows].view(-1)[: self.piece.numel]
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """The first element, and how many a row of the matrix has."""
+        return self.piece.first_element, self.matrix.codes.shape[1]
+
+    @property
+    def codes(self) -> Tensor:
+        """[elements] E4M3."""
+        return self.matrix.codes.view(-1)[self.piece.elements]
+
+
+@dataclass(frozen=True)
+class MatrixHome:
+    """A parameter whose values are a matrix's."""
+
+    parameter: int  # global index
+    matrix: Matrix
+
+    @property
+    def address(self) -> int:
+        return self.matrix.codes.data_ptr()
+
+    def was_left_by(self, parameter: Parameter) -> bool:
+        """Whether the parameter has values of its own."""
+        return not isinstance(parameter, FP8Parameter) or parameter.matrix is not self.matrix
+
+    def objection(self, parameter: Parameter) -> str | None:
+        """What is wrong with the values that the parameter has now, if they cannot be encoded."""
+        if not self.was_left_by(parameter):
+            return None
+        codes = self.matrix.codes
+        allowed = f"{list(codes.shape)} of {torch.bfloat16} on {codes.device}"
+        received = described(parameter)
+        if received != allowed:
+            return f"received {received} after deepspeed.initialize, allowed: {allowed}"
+        return None
+
+
+class CodeGather:
+    """Codes on their way to every rank."""
+
+    def __init__(self, gather: AllGather, weights: "TiledWeights") -> None:
+        self._gather, self._weights = gather, weights
+
+    def advance(self) -> None:
+        """Start the second hop, if there is one."""
+        self._gather.advance()
+
+    def land(self) -> None:
+        """Products can use the codes."""
+        self._gather.land()
+        self._weights.renew()
+
+
+class TiledWeights:
+    """The codes of one bucket's matrices."""
+
+    saved_with_states = False
+
+    def __init__(
+        self, bucket: Bucket, parameters: Mapping[int, Parameter], rank: int, products: Products
+    ) -> None:
+        """Make room for codes, beside parameters that are plain until the first gather has landed."""
+        self._bucket, self._rank, self._products = bucket, rank, products
+        self._parameters = {slot.parameter: parameters[slot.parameter] for slot in bucket.slots}
+        self._encoded = False
+        device = parameters[bucket.slots[0].parameter].device
+        self._codes = torch.zeros(bucket.blocks * bucket.block_size, dtype=torch.uint8, device=device)
+        counts = [tiles(each.shape[0]) * tiles(each.shape[1]) for each in self._parameters.values()]
+        self._exponents = torch.ones(sum(counts), dtype=torch.uint8, device=device)
+        self._agreed = torch.zeros_like(self._exponents)
+        self.homes: list[MatrixHome] = []
+        self._parts: list[OwnPart] = []
+        rows = zip(self._exponents.split(counts), self._agreed.split(counts), strict=True)
+        for slot, (exponents, agreed) in zip(bucket.slots, rows, strict=True):
+            codes = self._codes[bucket.offset(slot) :][: slot.numel].view(E4M3.dtype)
+            matrix = self._matrix(slot.parameter, codes, exponents)
+            self.homes.append(MatrixHome(slot.parameter, matrix))
+            self._parts += [
+                OwnPart(piece, matrix, agreed.view(matrix.exponents.shape))
+                for piece in bucket.pieces(rank)
+                if piece.slot is slot
+            ]
+
+    def _matrix(self, index: int, codes: Tensor, exponents: Tensor) -> Matrix:
+        rows, columns = self._parameters[index].shape
+        return Matrix(
+            name=self._products.names[index],
+            codes=codes.view(rows, columns),
+            exponents=exponents.view(tiles(rows), tiles(columns)),
+            scales=torch.ones(scale_shape(rows, columns), device=codes.device),
+            transposed_scales=torch.ones(scale_shape(columns, rows), device=codes.device),
+            kernels=self._products.kernels,
+        )
+
+    @property
+    def follows_masters(self) -> bool:
+        """Whether the parameters are codes already."""
+        return self._encoded
+
+    @property
+    def room(self) -> Tensor:
+        """Where this rank writes its rows, [blocks, block size] bfloat16; what it holds is lost."""
+        return self._products.room.rows(self._bucket.blocks_of(self._rank), self._bucket.block_size)
+
+    @property
+    def own(self) -> Tensor:
+        """The rows that this rank owns, with their values, until another bucket's are asked for."""
+        rows = self.room.zero_()
+        for part in self._parts:
+            values = self._parameters[part.piece.slot.parameter].detach().reshape(-1)
+            part.of(rows).copy_(values[part.piece.elements])
+        return rows
+
+    def gather(self, nodes: Nodes, control: Tensor | None) -> CodeGather:
+        """Encode what `room` holds, and launch what brings every rank's codes to all."""
+        room, kernels = self.room, self._products.kernels
+        self._agreed.zero_()
+        for part in self._parts:
+            kernels.find_exponents(part.of(room), *part.place, part.agreed)
+        max_over_ranks(self._agreed, nodes.group)
+        if control is None:
+            self._exponents.copy_(self._agreed)
+        else:
+            self._exponents.copy_(torch.where(control[1] == 0, self._exponents, self._agreed))
+        for part in self._parts:
+            kernels.encode_weight(part.of(room), *part.place, part.matrix.exponents, part.codes, control)
+        return CodeGather(AllGather(self._codes, nodes), self)
+
+    def renew(self) -> None:
+        """Every rank's codes are here."""
+        for home in self.homes:
+            matrix = home.matrix
+            self._products.kernels.expand_exponents(
+                matrix.exponents, matrix.scales, matrix.transposed_scales
+            )
+            matrix.rewritten()
+            if not self._encoded:
+                FP8Parameter.take(self._parameters[home.parameter], matrix, self._products.way)
+        self._encoded = True
+
+    def write(self, index: int, parameter: Parameter, values: Tensor) -> None:
+        """Encode a parameter, [elements], the same on every rank."""
+        for home in self.homes:
+            if home.parameter == index:
+                home.matrix.store(values.view(home.matrix.codes.shape))
+
+    def bind(self, parameters: Mapping[int, Parameter]) -> Iterator[int]:
+        """Encode parameters that have values of their own; the global index of each."""
+        for home in self.homes if self._encoded else ():
+            parameter = parameters[home.parameter]
+            if home.was_left_by(parameter):
+                home.matrix.store(parameter.detach())
+                FP8Parameter.take(parameter, home.matrix, self._products.way)
+                yield home.parameter
+
+    @property
+    def freed(self) -> bool:
+        """Whether the memory was given back."""
+        return False
+
+    def allocate(self) -> None:
+        """There is always memory: nobody else has the buffer."""
+
+
+def matrices_of(weights: Sequence[object]) -> Iterator[Matrix]:
+    """Of all buckets that have some."""
+    for each in weights:
+        if isinstance(each, TiledWeights):
+            yield from (home.matrix for home in each.homes)
