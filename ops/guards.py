@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ds_fp8.ops.adam import AdamState, Segment, Sweep
 from ds_fp8.ops.blocks import Blocks
-from ds_fp8.ops.formats import UE4M4
+from ds_fp8.ops.formats import E4M3, UE4M4
 from ds_fp8.ops.health import GRADIENT_COUNTS, STATE_COUNTS
+from ds_fp8.ops.products import TILE, TOKENS, tiles
 
 BLOCK_SIZES = (32, 64, 128, 256)
 VALUES = (torch.float32, torch.bfloat16, torch.float16)
@@ -85,6 +86,64 @@ def check_step(sweep: Sweep, planned: int) -> None:
     _tensor("control", sweep.control, device, (torch.float32,))
     _same("control", sweep.control.numel(), 2, "elements")
     _counts(sweep.counts, STATE_COUNTS, device)
+
+
+def check_cast(name: str, values: Tensor) -> None:
+    """Before `ops.products.cast_input` and `cast_gradient`."""
+    if values.dtype is not torch.bfloat16:
+        raise _refusal(name, values.dtype, torch.bfloat16)
+    if values.dim() != 2 or values.shape[1] % TOKENS or not values.shape[1]:
+        raise _refusal(name, f"shape {tuple(values.shape)}", f"[tokens, a multiple of {TOKENS}]")
+    if values.stride(1) != 1:
+        raise _refusal(name, f"strides {values.stride()}", "adjacent features, a stride of 1")
+
+
+def check_run(
+    values: Tensor, first: int, columns: int, exponents: Tensor, codes: Tensor | None = None
+) -> None:
+    """Before `ops.products.find_exponents` and `encode_weight`."""
+    _tensor("values", values, exponents.device, (torch.bfloat16,))
+    _tensor("exponents", exponents, values.device, E8M0)
+    if columns < 1 or exponents.dim() != 2 or exponents.shape[1] != tiles(columns):
+        raise _refusal("exponents", f"shape {tuple(exponents.shape)}", f"[tiles, tiles of {columns} columns]")
+    most = exponents.shape[0] * TILE * columns
+    if not 0 <= first <= most - values.numel():
+        raise _refusal("first", f"{first} with {values.numel()} values", f"0 to {most} for both")
+    if codes is not None:
+        _tensor("codes", codes, values.device, (E4M3.dtype,))
+        _same("codes", codes.numel(), values.numel(), "as many as values")
+
+
+def check_decode(codes: Tensor, exponents: Tensor, out: Tensor) -> None:
+    """Before `ops.products.decode_weight`."""
+    check_transpose(codes)
+    _tensor("exponents", exponents, codes.device, E8M0)
+    rows, columns = codes.shape
+    _same("exponents", tuple(exponents.shape), (tiles(rows), tiles(columns)), "a byte per tile")
+    _tensor("out", out, codes.device, (torch.bfloat16, torch.float32))
+    _same("out", out.shape, codes.shape, "the codes' shape")
+
+
+def check_transpose(codes: Tensor) -> None:
+    """Before `ops.products.transpose`."""
+    _tensor("codes", codes, codes.device, (E4M3.dtype,))
+    if codes.dim() != 2 or not codes.numel():
+        raise _refusal("codes", f"shape {tuple(codes.shape)}", "[rows, columns] of a matrix")
+
+
+def check_expand(exponents: Tensor, forward: Tensor, dgrad: Tensor) -> None:
+    """Before `ops.products.expand_exponents`."""
+    _tensor("exponents", exponents, forward.device, E8M0)
+    if exponents.dim() != 2 or not exponents.numel():
+        raise _refusal("exponents", f"shape {tuple(exponents.shape)}", "[tiles, tiles] of a matrix")
+    rows, columns = exponents.shape
+    for name, scales, (down, across) in (
+        ("forward", forward, (rows, columns)),
+        ("dgrad", dgrad, (columns, rows)),
+    ):
+        _tensor(name, scales, exponents.device, (torch.float32,))
+        if scales.dim() != 2 or scales.shape[0] != down or scales.shape[1] < across:
+            raise _refusal(name, f"shape {tuple(scales.shape)}", f"[{down}, {across} or more]")
 
 
 def _states(state: AdamState, device: torch.device, shape: torch.Size, stochastic: bool) -> None:

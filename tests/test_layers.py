@@ -47,16 +47,17 @@ ROOMS = (
     ("ds_fp8.zero_fp8.comm", "collectives | agreement groups"),
     ("ds_fp8.zero_fp8.placement", "parameters even_slices | messages partition | ranks"),
     ("ds_fp8.zero_fp8", "plain_tensors recipe"),
-    ("ds_fp8.ops", "op_builders | backend"),
+    ("ds_fp8.ops", "op_builders product_backend | backend"),
+    ("ds_fp8.ops.triton.products", "casts weights"),
     (
         "ds_fp8.ops.triton",
         "per_tensor quantize_many | adam reduction blocks | masters moments roots | rounding | tiles",
     ),
-    ("ds_fp8.ops.cpu", "kernels | build"),
+    ("ds_fp8.ops.cpu", "weight_tiles | kernels | build"),
     (
         "ds_fp8.ops",
-        "fp8_sum per_tensor products | guards | adam reduction | masters exact | rounding blocks | health | "
-        "formats",
+        "fp8_sum per_tensor cublas | guards | adam reduction products | masters exact | rounding blocks | "
+        "health | formats",
     ),
     ("ds_fp8.config", "ds_config | rules section | rule_kinds"),
     ("ds_fp8", "compat"),

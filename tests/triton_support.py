@@ -20,6 +20,8 @@ from ds_fp8.ops.triton import adam as adam_triton
 from ds_fp8.ops.triton import blocks as blocks_triton
 from ds_fp8.ops.triton import reduction as reduction_triton
 from ds_fp8.ops.triton import tiles as tiles_triton
+from ds_fp8.ops.triton.products import casts as casts_triton
+from ds_fp8.ops.triton.products import weights as weights_triton
 
 DEVICE = torch.device("cpu" if tiles_triton.INTERPRETED else "cuda")
 TRITON = Kernels(triton_backend(), DEVICE)
@@ -62,7 +64,7 @@ def exact_cast(data: Any, source: tl.dtype, target: tl.dtype, rounding: Any) -> 
 def conversion(hardware: bool) -> Iterator[None]:
     """FP8 is converted by the hardware, as from sm_89 on, or by integers, as before."""
     with pytest.MonkeyPatch.context() as patch, np.errstate(all="ignore"):
-        for module in (blocks_triton, reduction_triton, adam_triton):
+        for module in (blocks_triton, reduction_triton, adam_triton, casts_triton, weights_triton):
             patch.setattr(module, "hardware_fp8", lambda device: hardware)
         patch.setattr(interpreter, "_convert_float", exact_cast)
         yield

@@ -87,6 +87,12 @@ class CSweep(Structure):
     ]
 
 
+class CRun(Structure):
+    """`Run` of csrc/weights.h."""
+
+    _fields_ = [(name, c_int64) for name in ("first", "count", "columns")]
+
+
 class Kernels:
     """The compiled functions of one instruction set."""
 
@@ -96,7 +102,7 @@ class Kernels:
             compiled.argtypes, compiled.restype = arguments, None
             return compiled
 
-        blocks, values = POINTER(CBlocks), POINTER(CValues)
+        blocks, values, run = POINTER(CBlocks), POINTER(CValues), POINTER(CRun)
         self.isa = isa
         quantize = (values, c_int64, blocks, c_int64, c_int32, c_int32, c_void_p)
         accumulate = (blocks, c_int32, blocks, c_int32, c_int64, c_int32, c_int32, c_void_p)
@@ -108,6 +114,9 @@ class Kernels:
         self.quantize_tensor = function("quantize_tensor", *quantize)
         self.accumulate_tensor = function("accumulate_tensor", *accumulate)
         self.step_tensors = function("step_tensors", *step)
+        self.find_exponents = function("find_exponents", c_void_p, run, c_void_p, c_int32)
+        self.encode_weight = function("encode_weight", c_void_p, run, c_void_p, c_void_p, c_int32)
+        self.decode_weight = function("decode_weight", c_void_p, run, c_void_p, values, c_int32)
 
 
 @functools.cache
@@ -147,7 +156,7 @@ def _blocks(blocks: Blocks) -> CBlocks:
     return CBlocks(blocks.codes.data_ptr(), scales, FORMATS[blocks.format])
 
 
-def _values(values: Tensor) -> CValues:
+def c_values(values: Tensor) -> CValues:
     return CValues(values.data_ptr(), DTYPES[values.dtype])
 
 
@@ -176,7 +185,7 @@ def _quantize(kernel: Any, values: Tensor, out: Blocks, counts: Tensor | None) -
     guards.check_quantize(values, out, counts)
     with _counted(counts) as address:
         kernel(
-            byref(_values(values)),
+            byref(c_values(values)),
             values.numel(),
             byref(_blocks(out)),
             len(out),
@@ -191,7 +200,7 @@ def dequantize(blocks: Blocks, out: Tensor) -> None:
     guards.check_dequantize(blocks, out)
     count = min(out.numel(), blocks.codes.numel())
     threads = torch.get_num_threads()
-    load().dequantize(byref(_blocks(blocks)), byref(_values(out)), count, blocks.block_size, threads)
+    load().dequantize(byref(_blocks(blocks)), byref(c_values(out)), count, blocks.block_size, threads)
 
 
 def accumulate(pieces: Sequence[Blocks], shard: Blocks, *, overwrite: bool) -> Tensor:
@@ -246,7 +255,7 @@ def _sweep(sweep: Sweep, counts: int | None) -> CSweep:
         exp_avg=_blocks(state.exp_avg),
         exp_avg_sq=_blocks(state.exp_avg_sq),
         gradient_scales=_fine_scales(sweep.gradient),
-        weights=_values(sweep.weights),
+        weights=c_values(sweep.weights),
         segments=ctypes.addressof(plan.segments),
         segment_count=len(plan.segments),
         counts=counts,

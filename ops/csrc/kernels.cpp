@@ -1,9 +1,11 @@
 // The ops of a backend on a CPU, behind the contracts of ops/blocks.py, ops/reduction.py and
-// ops/adam.py, and those of them that write with one scale per tensor, ops/per_tensor.py: same codes, same
-// scales. A batch of blocks is decoded into FP32 in L1 by its format, computed, and encoded by its format;
-// nothing longer is ever in between. Compiled once per instruction set, which ISA names, and without fused
-// multiply-add: the order of roundings is part of the contract.
+// ops/adam.py, those of them that write with one scale per tensor, ops/per_tensor.py, and what
+// ops/products.py does to weights: same codes, same scales. A batch of blocks is decoded into FP32 in L1 by
+// its format, computed, and encoded by its format; nothing longer is ever in between. Compiled once per
+// instruction set, which ISA names, and without fused multiply-add: the order of roundings is part of the
+// contract.
 #include "tensors.h"
+#include "weights.h"
 
 #define JOIN(name, isa) name##_##isa
 #define NAMED(name, isa) JOIN(name, isa)
@@ -32,3 +34,15 @@ EXPORT NAMED(accumulate_tensor, ISA)(const ISA::Blocks* pieces, int ranks, const
     ISA::accumulate_tensor(pieces, ranks, *shard, overwrite, blocks, n, threads, parts);
 }
 EXPORT NAMED(step_tensors, ISA)(ISA::Sweep* sweep, int threads) { ISA::step_tensors(*sweep, threads); }
+EXPORT NAMED(find_exponents, ISA)(const uint16_t* values, const ISA::Run* run, uint8_t* exponents,
+                                  int threads) {
+    ISA::find_exponents(values, *run, exponents, threads);
+}
+EXPORT NAMED(encode_weight, ISA)(const uint16_t* values, const ISA::Run* run, const uint8_t* exponents,
+                                 char* codes, int threads) {
+    ISA::encode_weight(values, *run, exponents, codes, threads);
+}
+EXPORT NAMED(decode_weight, ISA)(const uint8_t* codes, const ISA::Run* run, const uint8_t* exponents,
+                                 const ISA::Values* out, int threads) {
+    ISA::decode_weight(codes, *run, exponents, *out, threads);
+}

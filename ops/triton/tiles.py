@@ -178,7 +178,12 @@ def deciding_magnitudes(magnitudes, amax, rows, inside, SWEEP: tl.constexpr):
 @triton.jit
 def scale_exponent(magnitudes, FORMAT: tl.constexpr, UNIT: tl.constexpr):
     """The E8M0 byte of each row, [ROWS] int32; the values are 2^UNIT times what is stored."""
-    amax = tl.max(magnitudes, axis=1)
+    return exponent_of(tl.max(magnitudes, axis=1), FORMAT, UNIT)
+
+
+@triton.jit
+def exponent_of(amax, FORMAT: tl.constexpr, UNIT: tl.constexpr):
+    """The E8M0 byte of what has these largest magnitudes."""
     exponent = amax >> 23
     e = exponent - (max_exponent(FORMAT) + UNIT) + ((amax & 0x7FFFFF) > max_mantissa(FORMAT)).to(tl.int32)
     return tl.where(exponent == 255, 255, tl.minimum(tl.maximum(e, 1), 254))

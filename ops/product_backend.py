@@ -1,0 +1,88 @@
+"""Chooses who casts operands of products and who works on their weights, and how products are multiplied.
+
+The device decides, as for `ops.backend`, and DS_FP8_BACKEND overrides it: Triton on a GPU; on a CPU C++ for
+the weights, which offload needs, and the reference for what only tests of training run there.
+
+How to multiply is another choice, by name: `cublas` is fast and needs Hopper (`ops.cublas.obstacle`);
+`emulated` decodes and multiplies in FP32, on any device.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ds_fp8.ops import backend, cublas, products
+from ds_fp8.ops.products import CastGradient, CastInput, Operand
+
+
+@dataclass(frozen=True)
+class Products:
+    """The functions of `ops.products` by one implementation, all but `multiply`."""
+
+    name: str
+    cast_input: Callable[..., CastInput]
+    cast_gradient: Callable[..., CastGradient]
+    transpose: Callable[[Tensor], Tensor]
+    find_exponents: Callable[[Tensor, int, int, Tensor], None]
+    encode_weight: Callable[[Tensor, int, int, Tensor, Tensor], None]
+    decode_weight: Callable[[Tensor, Tensor, Tensor], None]
+    expand_exponents: Callable[[Tensor, Tensor, Tensor], None]
+    instead: str | None = None  # why this one runs although a faster one was wanted
+
+
+REFERENCE = Products(
+    name="reference",
+    cast_input=products.cast_input,
+    cast_gradient=products.cast_gradient,
+    transpose=products.transpose,
+    find_exponents=products.find_exponents,
+    encode_weight=products.encode_weight,
+    decode_weight=products.decode_weight,
+    expand_exponents=products.expand_exponents,
+)
+MULTIPLY: dict[str, Callable[[Operand, Operand, Tensor | None], Tensor]] = {
+    "cublas": cublas.multiply,
+    "emulated": products.multiply,
+}
+
+
+def choose(device: torch.device) -> Products:
+    """The implementation for tensors on this device. Raises as `ops.backend.choose` does."""
+    chosen = backend.choose(device)
+    if chosen.name == REFERENCE.name:
+        return replace(REFERENCE, instead=chosen.instead)
+    return BUILT[chosen.name]()
+
+
+def cpu_products() -> Products:
+    """C++ for the weights."""
+    from ds_fp8.ops.cpu import weight_tiles
+
+    return replace(
+        REFERENCE,
+        name="cpu",
+        find_exponents=weight_tiles.find_exponents,
+        encode_weight=weight_tiles.encode_weight,
+        decode_weight=weight_tiles.decode_weight,
+    )
+
+
+def triton_products() -> Products:
+    """The Triton kernels; Triton is imported only here."""
+    from ds_fp8.ops.triton.products import casts, weights
+
+    return Products(
+        name="triton",
+        cast_input=casts.cast_input,
+        cast_gradient=casts.cast_gradient,
+        transpose=weights.transpose,
+        find_exponents=weights.find_exponents,
+        encode_weight=weights.encode_weight,
+        decode_weight=weights.decode_weight,
+        expand_exponents=weights.expand_exponents,
+    )
+
+
+BUILT: dict[str, Callable[[], Products]] = {"cpu": cpu_products, "triton": triton_products}

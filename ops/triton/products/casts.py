@@ -1,0 +1,184 @@
+"""The operands of products on a GPU: `cast_input` and `cast_gradient` of `ops.products`, one launch each.
+
+A program holds a tile of 128 tokens x 128 features in registers, reads it once and writes all that is wanted
+of it: codes in rows, codes transposed, sums over its tokens. A scale needs no other program's values.
+
+Scales lie as cuBLAS reads them: those of rows [tiles(inner), rows], returned as its transpose; those of tiles
+with the inner dimension padded to a multiple of four, returned without the padding.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ds_fp8.ops import products
+from ds_fp8.ops.formats import E4M3
+from ds_fp8.ops.guards import check_cast
+from ds_fp8.ops.products import CastGradient, CastInput, Operand, padded_tokens, scale_shape, tiles
+from ds_fp8.ops.triton.tiles import (
+    decode,
+    encode,
+    exponent_of,
+    hardware_fp8,
+    inverse_scale,
+    launch,
+    magnitude,
+    power_of_two,
+    raw,
+)
+
+WARPS = 8
+TILE = tl.constexpr(products.TILE)
+GROUP = tl.constexpr(products.GROUP)
+
+
+@triton.jit
+def scale_of(amax, e):
+    """The float32 scale of what has these largest magnitudes; of zeros 1."""
+    return tl.where(amax == 0, 1.0, power_of_two(e))
+
+
+@triton.jit
+def store_rows(x, codes, scales, row_tile, column_tile, rows, columns, HARDWARE: tl.constexpr):
+    """A tile of [rows, columns] with a scale per row and 128 columns."""
+    row, column = tl.arange(0, TILE), tl.arange(0, TILE)
+    first_row, first_column = row_tile * TILE, column_tile * TILE
+    there, inside = row < rows - first_row, column < columns - first_column
+    amax = tl.max(magnitude(x), axis=1)
+    e = exponent_of(amax, "e4m3", 0)
+    stored = encode(x * inverse_scale(e, 0)[:, None], "e4m3", HARDWARE)
+    codes += first_row.to(tl.int64) * columns + first_column
+    offset = row[:, None] * columns + column[None, :]
+    tl.store(codes + offset, stored, mask=there[:, None] & inside[None, :])
+    scales += column_tile.to(tl.int64) * rows + first_row
+    tl.store(scales + row, scale_of(amax, e), mask=there)
+
+
+@triton.jit
+def store_tile(x, codes, scales, row_tile, column_tile, rows, columns, groups, HARDWARE: tl.constexpr):
+    """A tile of [rows, columns] with one scale; the last of a row of tiles also pads the row's scales."""
+    row, column = tl.arange(0, TILE), tl.arange(0, TILE)
+    first_row, first_column = row_tile * TILE, column_tile * TILE
+    there, inside = row < rows - first_row, column < columns - first_column
+    amax = tl.max(tl.max(magnitude(x), axis=1), axis=0)
+    e = exponent_of(amax, "e4m3", 0)
+    stored = encode(x * inverse_scale(e, 0), "e4m3", HARDWARE)
+    codes += first_row.to(tl.int64) * columns + first_column
+    offset = row[:, None] * columns + column[None, :]
+    tl.store(codes + offset, stored, mask=there[:, None] & inside[None, :])
+    place = tl.arange(0, GROUP)
+    end = tl.where(column_tile == tl.cdiv(columns, TILE) - 1, groups, column_tile + 1)
+    scales += row_tile.to(tl.int64) * groups + column_tile
+    tl.store(scales + place, tl.where(place == 0, scale_of(amax, e), 1.0), mask=column_tile + place < end)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def cast_kernel(
+    values,  # [tokens, features] bfloat16; its rows begin `stride` elements apart
+    codes,  # [padded, features] uint8, if ROWS
+    scales,  # [tiles(features), padded] float32
+    turned_codes,  # [features, padded] uint8, if TURNED
+    turned_scales,  # rows: [tiles(padded), features] float32; tiles: [tiles(features), groups]
+    sums,  # [tiles(padded), features] float32, if SUM: over the tokens of a tile
+    tokens,
+    padded,  # tokens, rounded up; those that are not there are zeros
+    features,
+    stride,
+    groups,
+    ROWS: tl.constexpr,
+    TURNED: tl.constexpr,  # rows, tiles or nothing
+    SUM: tl.constexpr,
+    HARDWARE: tl.constexpr,
+):
+    across = tl.cdiv(features, TILE)
+    token_tile, feature_tile = tl.program_id(0) // across, tl.program_id(0) % across
+    token, feature = tl.arange(0, TILE), tl.arange(0, TILE)
+    first_token, first_feature = token_tile * TILE, feature_tile * TILE
+    inside = feature < features - first_feature
+    there = (token < tokens - first_token)[:, None] & inside[None, :]
+    values += first_token.to(tl.int64) * stride + first_feature
+    x = tl.load(values + token[:, None] * stride + feature[None, :], mask=there, other=0.0)
+    x = decode(x, "bf16", False)
+    if ROWS:
+        store_rows(x, codes, scales, token_tile, feature_tile, padded, features, HARDWARE)
+    if TURNED == "rows":
+        store_rows(
+            tl.trans(x), turned_codes, turned_scales, feature_tile, token_tile, features, padded, HARDWARE
+        )
+    if TURNED == "tiles":
+        store_tile(
+            tl.trans(x),
+            turned_codes,
+            turned_scales,
+            feature_tile,
+            token_tile,
+            features,
+            padded,
+            groups,
+            HARDWARE,
+        )
+    if SUM:
+        sums += token_tile.to(tl.int64) * features + first_feature
+        tl.store(sums + feature, tl.sum(x, axis=0), mask=inside)
+
+
+def cast_input(x: Tensor, *, wgrad: bool) -> CastInput:
+    """`ops.products.cast_input` in one launch. The rows of x need not be adjacent."""
+    check_cast("x", x)
+    tokens, features = padded_tokens(len(x)), x.shape[1]
+    forward = _in_rows(tokens, features, x.device)
+    turned = _in_tiles(features, tokens, x.device) if wgrad else None
+    _cast(x, forward, turned, "tiles" if wgrad else "", None)
+    return CastInput(forward, turned)
+
+
+def cast_gradient(dy: Tensor, *, dgrad: bool, wgrad: bool, bias: bool) -> CastGradient:
+    """`ops.products.cast_gradient` in one launch, and one more for the sums. dy as x of `cast_input`."""
+    check_cast("dy", dy)
+    tokens, features = padded_tokens(len(dy)), dy.shape[1]
+    rows = _in_rows(tokens, features, dy.device) if dgrad else None
+    turned = _in_rows(features, tokens, dy.device) if wgrad else None
+    sums = torch.empty(tiles(tokens), features, device=dy.device) if bias else None
+    _cast(dy, rows, turned, "rows" if wgrad else "", sums)
+    return CastGradient(rows, turned, None if sums is None else sums.sum(0))
+
+
+def _in_rows(rows: int, inner: int, device: torch.device) -> Operand:
+    codes = torch.empty(rows, inner, dtype=E4M3.dtype, device=device)
+    return Operand(codes, torch.empty(tiles(inner), rows, device=device).t())
+
+
+def _in_tiles(rows: int, inner: int, device: torch.device) -> Operand:
+    codes = torch.empty(rows, inner, dtype=E4M3.dtype, device=device)
+    return Operand(codes, torch.empty(scale_shape(rows, inner), device=device)[:, : tiles(inner)])
+
+
+def _cast(
+    values: Tensor, rows: Operand | None, turned: Operand | None, way: str, sums: Tensor | None
+) -> None:
+    """Fill what is wanted; `way`: how the transposed codes are scaled."""
+    tokens, features = values.shape
+    if not tokens:
+        return
+    padded = padded_tokens(tokens)
+    launch(
+        cast_kernel,
+        tiles(padded) * tiles(features),
+        WARPS,
+        values=values,
+        codes=values if rows is None else raw(rows.codes),
+        scales=values if rows is None else rows.scales,
+        turned_codes=values if turned is None else raw(turned.codes),
+        turned_scales=values if turned is None else turned.scales,
+        sums=values if sums is None else sums,
+        tokens=tokens,
+        padded=padded,
+        features=features,
+        stride=values.stride(0),
+        groups=scale_shape(features, padded)[1],
+        ROWS=rows is not None,
+        TURNED=way,
+        SUM=sums is not None,
+        HARDWARE=hardware_fp8(values.device),
+    )

@@ -1,0 +1,234 @@
+"""Weights of products on a GPU: the functions of `ops.products` on a weight's tiles, one launch each.
+
+A program handles a tile of 128 x 128 alone, also where a rank has a part of it only: no two programs write
+one byte, and nothing is atomic.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ds_fp8.ops import products
+from ds_fp8.ops.guards import check_decode, check_expand, check_run, check_transpose
+from ds_fp8.ops.products import tiles
+from ds_fp8.ops.triton.tiles import (
+    decode,
+    encode,
+    exponent_of,
+    hardware_fp8,
+    inverse_scale,
+    launch,
+    magnitude,
+    power_of_two,
+    raw,
+    round_to_bf16,
+)
+
+WARPS = 8
+MANY = 1024  # scales of a program
+TILE = tl.constexpr(products.TILE)
+
+
+@triton.jit
+def part_of_tile(first, count, columns, tile):
+    """Where a tile begins in a run of elements, its elements' offsets from there, which are in the run."""
+    across = tl.cdiv(columns, TILE)
+    row, column = tl.arange(0, TILE), tl.arange(0, TILE)
+    first_column = tile % across * TILE
+    start = (tile // across * TILE).to(tl.int64) * columns + first_column - first
+    offset = row[:, None] * columns + column[None, :]
+    low = tl.minimum(tl.maximum(-start, 0), TILE * columns).to(tl.int32)
+    high = tl.minimum(tl.maximum(count - start, 0), TILE * columns).to(tl.int32)
+    inside = (offset >= low) & (offset < high) & (column < columns - first_column)[None, :]
+    return start, offset, inside
+
+
+@triton.jit(do_not_specialize=["first_tile"])
+def find_kernel(
+    values,  # [count] bfloat16, elements of a matrix from `first` on
+    exponents,  # [tiles] uint8, raised
+    first,
+    count,
+    columns,
+    first_tile,  # of a row of tiles
+):
+    tile = first_tile + tl.program_id(0)
+    start, offset, inside = part_of_tile(first, count, columns, tile)
+    x = decode(tl.load(values + start + offset, mask=inside, other=0.0), "bf16", False)
+    amax = tl.max(tl.max(tl.where(inside, magnitude(x), -1), axis=1), axis=0)
+    if amax >= 0:
+        e = exponent_of(amax, "e4m3", 0)
+        tl.store(exponents + tile, tl.maximum(tl.load(exponents + tile).to(tl.int32), e).to(tl.uint8))
+
+
+@triton.jit(do_not_specialize=["first_tile"])
+def encode_kernel(
+    values,  # as for `find_kernel`
+    exponents,
+    codes,  # [count] uint8, written
+    first,
+    count,
+    columns,
+    first_tile,
+    HARDWARE: tl.constexpr,
+):
+    tile = first_tile + tl.program_id(0)
+    start, offset, inside = part_of_tile(first, count, columns, tile)
+    x = decode(tl.load(values + start + offset, mask=inside, other=0.0), "bf16", False)
+    inverse = inverse_scale(tl.load(exponents + tile).to(tl.int32), 0)
+    tl.store(codes + start + offset, encode(x * inverse, "e4m3", HARDWARE), mask=inside)
+
+
+@triton.jit
+def decode_kernel(
+    codes,  # [rows, columns] uint8
+    exponents,  # [tiles(rows), tiles(columns)] uint8
+    out,  # [rows, columns] bfloat16 or float32, written
+    rows,
+    columns,
+    HARDWARE: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    start, offset, inside = tile_of_matrix(rows, columns, tile)
+    x = decode(tl.load(codes + start + offset, mask=inside, other=0), "e4m3", HARDWARE)
+    x = x * power_of_two(tl.load(exponents + tile))
+    if out.dtype.element_ty == tl.bfloat16:
+        x = round_to_bf16(x)
+    tl.store(out + start + offset, x, mask=inside)
+
+
+@triton.jit
+def transpose_kernel(
+    codes,  # [rows, columns] uint8
+    turned,  # [columns, rows], written
+    rows,
+    columns,
+):
+    tile = tl.program_id(0)
+    start, offset, inside = tile_of_matrix(rows, columns, tile)
+    stored = tl.trans(tl.load(codes + start + offset, mask=inside, other=0))
+    down = tl.cdiv(rows, TILE)
+    across = tl.cdiv(columns, TILE)
+    start, offset, inside = tile_of_matrix(columns, rows, tile % across * down + tile // across)
+    tl.store(turned + start + offset, stored, mask=inside)
+
+
+@triton.jit
+def tile_of_matrix(rows, columns, tile):
+    """Where a tile of a whole matrix begins, its elements' offsets from there, which are in the matrix."""
+    across = tl.cdiv(columns, TILE)
+    row, column = tl.arange(0, TILE), tl.arange(0, TILE)
+    first_row, first_column = tile // across * TILE, tile % across * TILE
+    inside = (row < rows - first_row)[:, None] & (column < columns - first_column)[None, :]
+    return (
+        first_row.to(tl.int64) * columns + first_column,
+        row[:, None] * columns + column[None, :],
+        inside,
+    )
+
+
+@triton.jit
+def expand_kernel(
+    exponents,  # [rows, columns] uint8
+    forward,  # [rows, forward_stride] float32, written
+    dgrad,  # [columns, dgrad_stride] float32, written
+    rows,
+    columns,
+    forward_stride,
+    dgrad_stride,
+    MANY: tl.constexpr,
+):
+    place = tl.program_id(0) * MANY + tl.arange(0, MANY)
+    inside = place < rows * columns
+    scale = power_of_two(tl.load(exponents + place, mask=inside, other=0))
+    row, column = place // columns, place % columns
+    tl.store(forward + row * forward_stride + column, scale, mask=inside)
+    tl.store(dgrad + column * dgrad_stride + row, scale, mask=inside)
+
+
+def find_exponents(values: Tensor, first: int, columns: int, exponents: Tensor) -> None:
+    """`ops.products.find_exponents` in one launch."""
+    check_run(values, first, columns, exponents)
+    if values.numel():
+        _launch_run(find_kernel, values, first, columns, exponents)
+
+
+def encode_weight(values: Tensor, first: int, columns: int, exponents: Tensor, codes: Tensor) -> None:
+    """`ops.products.encode_weight` in one launch."""
+    check_run(values, first, columns, exponents, codes)
+    if values.numel():
+        more = {"codes": raw(codes), "HARDWARE": hardware_fp8(values.device)}
+        _launch_run(encode_kernel, values, first, columns, exponents, **more)
+
+
+def _launch_run(
+    kernel: object, values: Tensor, first: int, columns: int, exponents: Tensor, **more: object
+) -> None:
+    """A program for each tile in the rows of tiles that the run reaches."""
+    across = tiles(columns)
+    first_row = first // columns // products.TILE
+    last_row = (first + values.numel() - 1) // columns // products.TILE
+    launch(
+        kernel,
+        (last_row - first_row + 1) * across,
+        WARPS,
+        values=values,
+        exponents=exponents,
+        first=first,
+        count=values.numel(),
+        columns=columns,
+        first_tile=first_row * across,
+        **more,
+    )
+
+
+def decode_weight(codes: Tensor, exponents: Tensor, out: Tensor) -> None:
+    """`ops.products.decode_weight` in one launch."""
+    check_decode(codes, exponents, out)
+    rows, columns = codes.shape
+    launch(
+        decode_kernel,
+        tiles(rows) * tiles(columns),
+        WARPS,
+        codes=raw(codes),
+        exponents=exponents,
+        out=out,
+        rows=rows,
+        columns=columns,
+        HARDWARE=hardware_fp8(codes.device),
+    )
+
+
+def transpose(codes: Tensor) -> Tensor:
+    """`ops.products.transpose` in one launch."""
+    check_transpose(codes)
+    rows, columns = codes.shape
+    turned = codes.new_empty(columns, rows)
+    launch(
+        transpose_kernel,
+        tiles(rows) * tiles(columns),
+        WARPS,
+        codes=raw(codes),
+        turned=raw(turned),
+        rows=rows,
+        columns=columns,
+    )
+    return turned
+
+
+def expand_exponents(exponents: Tensor, forward: Tensor, dgrad: Tensor) -> None:
+    """`ops.products.expand_exponents` in one launch."""
+    check_expand(exponents, forward, dgrad)
+    launch(
+        expand_kernel,
+        -(-exponents.numel() // MANY),
+        WARPS // 2,
+        exponents=exponents,
+        forward=forward,
+        dgrad=dgrad,
+        rows=exponents.shape[0],
+        columns=exponents.shape[1],
+        forward_stride=forward.shape[1],
+        dgrad_stride=dgrad.shape[1],
+        MANY=MANY,
+    )
