@@ -26,6 +26,7 @@ class Recipe:
     autoscale: str | None = None  # of gradients that are added in FP8; None: they are added in FP32
     intra_node_size: int = 1  # ranks per node of the two-hop exchange; 1 = one hop
     inter_node: Format | None = None  # gradients between nodes; None = as wire
+    weights: Format | None = None  # of matrices that only products read; None = as the model
 
     def two_hops(self, ranks: int) -> bool:
         """Whether the ranks make several nodes of several ranks."""
@@ -91,6 +92,7 @@ def recipe_of(config: FP8Config, *, accumulating: bool = False, ranks: int = 1) 
         autoscale=(gradients.autoscale or "dynamic") if gradients.reduction == "fp8" else None,
         intra_node_size=gradients.intra_node_size or 1,
         inter_node=BY_NAME[gradients.inter_node_dtype] if gradients.inter_node_dtype else None,
+        weights=BY_NAME[config.weights.dtype] if config.weights.dtype else None,
     )
     if recipe.promote and accumulating:
         return replace(recipe, reduced=FP32)

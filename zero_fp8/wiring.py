@@ -5,7 +5,7 @@ The axes of a run are fields that are composed here:
 - who has a scale and how gradients add up: a block; a tensor, as in FP8-LM; a tensor, with a sum in FP8;
 - when gradients travel: as buckets fill (ZeRO 2), where modules end (ZeRO 3) or at the accumulation boundary
   (ZeRO 1);
-- what a rank holds of the weights: all of them, or its slices (ZeRO 3);
+- what a rank holds of the weights: all of them, in the model's dtype or as codes, or its slices (ZeRO 3);
 - kernels: those of the device.
 """
 
@@ -43,6 +43,7 @@ from ds_fp8.zero_fp8.recipe import Recipe, ZeroSettings
 from ds_fp8.zero_fp8.states.shard import Shard
 from ds_fp8.zero_fp8.weights.slices import SlicedWeights
 from ds_fp8.zero_fp8.weights.store import Weights
+from ds_fp8.zero_fp8.weights.tiled import Products, TiledWeights
 from ds_fp8.zero_fp8.weights.views import FlatWeights
 
 GradientParts = tuple[Packer, GradientScales, list[ReducedGradient]]
@@ -116,6 +117,7 @@ def build(
     fleets: Mapping[Fleet, Nodes],
     backend: Backend,
     param_groups: int,
+    products: Products | None = None,
 ) -> Parts:
     """Take over the parameters, by global index: they become views of buffers, or their slices do (ZeRO 3).
 
@@ -125,8 +127,7 @@ def build(
     run = _Run(recipe, parameters, fleets, backend, device)
     health = Health(settings.stats_interval, param_groups, device, stores_sqrt=not recipe.by_tensor)
     counts = [health.counts[bucket.group] for bucket in buckets]
-    store = SlicedWeights if settings.stage == 3 else FlatWeights
-    weights: list[Weights] = [store(bucket, parameters, run.rank_in(bucket)) for bucket in buckets]
+    weights = [run.weights(bucket, settings, products) for bucket in buckets]
     shards = [
         shard_of(bucket, run.rank_in(bucket), recipe, device, backend, each)
         for bucket, each in zip(buckets, counts, strict=True)
@@ -191,6 +192,13 @@ class _Run:
 
     def rank_in(self, bucket: Bucket) -> int:
         return self.fleets[bucket.fleet].rank
+
+    def weights(self, bucket: Bucket, settings: ZeroSettings, products: Products | None) -> Weights:
+        """What a rank holds of a bucket's weights."""
+        what = (bucket, self.parameters, self.rank_in(bucket))
+        if products is not None and bucket.slots[0].parameter in products.chosen:
+            return TiledWeights(*what, products)
+        return SlicedWeights(*what) if settings.stage == 3 else FlatWeights(*what)
 
     def pieces(self, bucket: Bucket) -> list[Piece]:
         """What this rank owns of a bucket."""

@@ -54,6 +54,18 @@ class WeightsSection(_Strict):
     """Formats of the weights on every rank."""
 
     dtype: Literal["e4m3"] | None = None
+    """Of matrices that only products read; left out: as the model."""
+    exclude: list[str] = Field(default=[], min_length=0)
+    """Patterns of names that stay as the model; output head, embeddings and tied weights always do."""
+    min_elements: int = Field(default=2**21, ge=1)
+    """Of the smallest matrix; its shorter side squared is at least half of that."""
+
+
+class ProductsSection(_Strict):
+    """Formats of matrix products."""
+
+    dtype: Literal["e4m3", "bf16"] | None = None
+    """Of their operands, with weights in e4m3; left out: e4m3 where the device has it, else bf16."""
 
 
 class CheckpointSection(_Strict):
@@ -100,6 +112,7 @@ class FP8Config(_Strict):
     gradients: GradientsSection = GradientsSection()
     optimizer: OptimizerSection = OptimizerSection()
     weights: WeightsSection = WeightsSection()
+    products: ProductsSection = ProductsSection()
     checkpoint: CheckpointSection = CheckpointSection()
     stats: StatsSection = StatsSection()
     max_consecutive_skips: int = Field(default=50, ge=1)
@@ -136,6 +149,7 @@ class FP8Config(_Strict):
 BUILT: dict[str, tuple[Any, ...]] = {
     "opt_level": tuple(LEVELS),
     "weights.dtype": (None,),
+    "products.dtype": (None,),
 }
 
 

@@ -27,6 +27,7 @@ from ds_fp8.zero_fp8.optimizer.fp8_adamw import FP8AdamW
 from ds_fp8.zero_fp8.optimizer.replacement import replace_optimizer
 from ds_fp8.zero_fp8.placement.parameters import shape_of
 from ds_fp8.zero_fp8.placement.ranks import NODE_SIZE, SEQUENCE_SIZE, check_divides
+from ds_fp8.zero_fp8.products.chosen import choose
 from ds_fp8.zero_fp8.recipe import Recipe, ZeroSettings, recipe_of, weight_dtypes
 
 logger = logging.getLogger("ds_fp8")
@@ -156,10 +157,11 @@ def handler_of(engine: Any, recipe: Recipe, settings: ZeroSettings) -> FP8ZeROOp
     """The handler of the engine's ZeRO stage."""
     timers = timers_of(engine)
     what = (engine.basic_optimizer, engine.param_names, recipe, settings, engine.seq_data_parallel_group)
+    choice = choose(engine.module, engine._config.ds_fp8, torch.device(engine.device))
     if settings.stage == 3:
         offload = functools.partial(offload_of, engine, timers)
         return Stage3Optimizer(*what, timers, loss_scaler_of(engine), offload)
-    return Stage12Optimizer(*what, timers, loss_scaler_of(engine))
+    return Stage12Optimizer(*what, timers, loss_scaler_of(engine), choice=choice)
 
 
 def timers_of(engine: Any) -> Any:

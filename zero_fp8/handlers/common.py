@@ -26,6 +26,7 @@ from ds_fp8.zero_fp8.handlers.take_over import take_over
 from ds_fp8.zero_fp8.optimizer.client import Client
 from ds_fp8.zero_fp8.optimizer.facade import Facade
 from ds_fp8.zero_fp8.optimizer.fp8_adamw import FP8AdamW
+from ds_fp8.zero_fp8.products.chosen import Choice
 from ds_fp8.zero_fp8.recipe import Recipe, ZeroSettings
 from ds_fp8.zero_fp8.step import Stepper
 from ds_fp8.zero_fp8.verdict import Verdict
@@ -53,6 +54,7 @@ class FP8ZeROOptimizer(Facade, ZeROOptimizer):
         timers: Any,
         loss_scaler: Any,
         prepare: Callable[[], None] = lambda: None,
+        choice: Choice | None = None,
     ) -> None:
         """Take over the parameters: masters are made from them, and they become views of buffers.
 
@@ -76,7 +78,7 @@ class FP8ZeROOptimizer(Facade, ZeROOptimizer):
         self._has_let_go = False
 
         run = (recipe, settings, group)
-        self.parameters, self.parts = take_over(names, optimizer.param_groups, *run, prepare)
+        self.parameters, self.parts = take_over(names, optimizer.param_groups, *run, prepare, choice)
         self.parameter_names = {index: names[each] for index, each in self.parameters.items()}
         self.gradients = self.parts.reducer
         self.stepper = Stepper(self.parts, self.parameters, optimizer, *run, timers)

@@ -8,10 +8,13 @@ from deepspeed import comm as dist
 from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 
+from ds_fp8.ops.formats import E4M3
 from ds_fp8.zero_fp8.comm.agreement import agreed, check_agreement
 from ds_fp8.zero_fp8.placement.parameters import check_finite, held_of, trained_parameters
 from ds_fp8.zero_fp8.placement.ranks import Fleet
+from ds_fp8.zero_fp8.products.chosen import Choice
 from ds_fp8.zero_fp8.recipe import Recipe, ZeroSettings
+from ds_fp8.zero_fp8.weights.tiled import Products, Room
 from ds_fp8.zero_fp8.wiring import Parts, backend_for, build, cut_buckets, nodes_of_run
 
 logger = logging.getLogger("ds_fp8")
@@ -24,15 +27,18 @@ def take_over(
     settings: ZeroSettings,
     group: ProcessGroup,
     prepare: Callable[[], None],
+    choice: Choice | None = None,
 ) -> tuple[dict[int, Parameter], Parts]:
     """The trained parameters by global index, now the handler's, and the parts of the run.
 
     names: of every parameter of the model, in the model's order. group: the ranks that hold the same copy.
+    choice: of matrices that become codes.
     Raises ValueError if the ranks' parameters or settings differ, RuntimeError on a GPU without a usable
     kernel.
     """
     fleet = Fleet("data", dist.get_world_size(group))
-    parameters, specs = trained_parameters(param_groups, names, fleet)
+    encoded = choice.parameters if choice else ()
+    parameters, specs = trained_parameters(param_groups, names, fleet, encoded)
     device = next(iter(parameters.values())).device
     check_agreement("what is trained", [str(recipe), str(settings), *map(str, specs)], device, group)
     prepare()
@@ -44,4 +50,11 @@ def take_over(
         logger.warning("plain PyTorch instead of kernels, with the same numbers: %s", backend.instead)
     buckets = cut_buckets(specs, recipe, settings)
     fleets = {fleet: nodes_of_run(group, recipe, settings)}
-    return parameters, build(buckets, parameters, recipe, settings, fleets, backend, len(param_groups))
+    products = None
+    if choice:
+        by_index = {index: names[each] for index, each in parameters.items()}
+        chosen = frozenset(spec.index for spec in specs if spec.dtype is E4M3)
+        products = Products(by_index, chosen, choice, Room(device))
+    return parameters, build(
+        buckets, parameters, recipe, settings, fleets, backend, len(param_groups), products
+    )

@@ -4,13 +4,14 @@ Under ZeRO 3 DeepSpeed leaves a parameter empty between uses and keeps its size 
 `numel_of` say what it is when it is whole.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from ds_fp8.ops.formats import E4M3
 from ds_fp8.zero_fp8.placement.partition import ParameterSpec
 from ds_fp8.zero_fp8.placement.ranks import Fleet
 
@@ -38,9 +39,16 @@ def part_of(parameter: Any) -> slice:
 
 
 def trained_parameters(
-    param_groups: Sequence[Mapping[str, Any]], names: Mapping[Parameter, str], fleet: Fleet
+    param_groups: Sequence[Mapping[str, Any]],
+    names: Mapping[Parameter, str],
+    fleet: Fleet,
+    encoded: Collection[Parameter] = (),
 ) -> tuple[dict[int, Parameter], list[ParameterSpec]]:
-    """The parameters of the groups that require a gradient and are not empty, by global index."""
+    """The parameters of the groups that require a gradient and are not empty, by global index.
+
+    encoded: those that become codes; no bucket has both.
+    """
+    codes = set(map(id, encoded))
     indices = {parameter: index for index, parameter in enumerate(names)}
     parameters: dict[int, Parameter] = {}
     specs: list[ParameterSpec] = []
@@ -55,7 +63,8 @@ def trained_parameters(
                 )
             index = indices[parameter]
             parameters[index] = parameter
-            specs.append(ParameterSpec(index, numel_of(parameter), number, parameter.dtype, fleet))
+            kind = E4M3 if id(parameter) in codes else parameter.dtype
+            specs.append(ParameterSpec(index, numel_of(parameter), number, kind, fleet))
     check_memory(parameters, names)
     if not specs:
         raise ValueError("optimizer: received no parameter that trains, allowed: at least one")

@@ -76,7 +76,7 @@ class Binding:
         objection = home.objection(parameter)
         if objection is not None:
             return f"{name}: {objection}"
-        other = self._homes.get(parameter.data_ptr(), home)
+        other = self._homes.get(home.address_of(parameter), home)
         if other is not home:
             tied = self._names[other.parameter]
             return (

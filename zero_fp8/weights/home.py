@@ -24,6 +24,9 @@ class Home(Protocol):
     def objection(self, parameter: Parameter) -> str | None:
         """What is wrong with the values that the parameter has now, if they cannot be taken home."""
 
+    def address_of(self, parameter: Parameter) -> int:
+        """Of the memory that has the parameter's values now."""
+
 
 @dataclass(frozen=True)
 class WholeHome:
@@ -35,6 +38,9 @@ class WholeHome:
     @cached_property
     def address(self) -> int:
         return self.view.data_ptr()
+
+    def address_of(self, parameter: Parameter) -> int:
+        return parameter.data_ptr()
 
     def was_left_by(self, parameter: Parameter) -> bool:
         """Whether the parameter's values lie elsewhere, or in another order or sign."""

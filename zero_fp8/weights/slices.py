@@ -65,6 +65,9 @@ class SliceHome:
     def address(self) -> int:
         return self.view.data_ptr()
 
+    def address_of(self, parameter: Parameter) -> int:
+        return parameter.data_ptr()
+
     def objection(self, parameter: Any) -> str | None:
         """What was done to the parameter behind DeepSpeed's back, and would be lost."""
         return objection_to(parameter)

@@ -11,11 +11,18 @@ from typing import Protocol
 from torch import Tensor
 from torch.nn import Parameter
 
-from ds_fp8.zero_fp8.comm.collectives import AllGather, Broadcasts, NothingToGather
 from ds_fp8.zero_fp8.comm.groups import Nodes
 from ds_fp8.zero_fp8.weights.home import Home
 
-Gather = AllGather | Broadcasts | NothingToGather
+
+class Gather(Protocol):
+    """Weights on their way."""
+
+    def advance(self) -> None:
+        """Start the second hop, if there is one."""
+
+    def land(self) -> None:
+        """Wait until parameters have them."""
 
 
 class Weights(Protocol):

@@ -1,16 +1,17 @@
 """Weights of matrix products under ZeRO 1 and 2: E4M3 codes in one buffer of bytes per bucket.
 
-What a step does with them: the sweep writes a rank's rows of BF16 weights into a room that all buckets share; each
-rank finds the scale that its part of every tile needs, and the ranks agree on the largest (one byte per tile
-of 128 x 128 elements); each rank encodes its rows; one gather brings the codes of all. Matrices are cut between
-blocks, as all parameters are, so the codes are the same bits at any number of ranks, and nothing is padded.
+What a step does with them: the sweep writes a rank's rows of BF16 weights into a room that all buckets share;
+each rank finds the scale that its part of every tile needs, and the ranks agree on the largest (one byte per
+tile of 128 x 128 elements); each rank encodes its rows; one gather brings the codes of all. Matrices are cut
+between blocks, as all parameters are, so the codes are the same bits at any number of ranks, and nothing is
+padded.
 
 A skipped step has not written the room: then exponents and codes stay as they are, which the device decides.
 
 Masters are taken from the BF16 weights before they are encoded, and decide ever after.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,10 +23,9 @@ from ds_fp8.ops.products import scale_shape, tiles
 from ds_fp8.zero_fp8.comm.collectives import AllGather, max_over_ranks
 from ds_fp8.zero_fp8.comm.groups import Nodes
 from ds_fp8.zero_fp8.placement.partition import Bucket, Piece
+from ds_fp8.zero_fp8.products.chosen import Choice
 from ds_fp8.zero_fp8.products.fp8_parameter import FP8Parameter
-from ds_fp8.zero_fp8.products.kernels import Kernels
 from ds_fp8.zero_fp8.products.matrix import Matrix
-from ds_fp8.zero_fp8.products.ways import Way
 from ds_fp8.zero_fp8.weights.home import described
 
 
@@ -48,8 +48,8 @@ class Products:
     """What the matrices of a run have in common."""
 
     names: Mapping[int, str]  # of parameters, by global index
-    kernels: Kernels
-    way: Way
+    chosen: Collection[int]  # global indices of those that become codes
+    choice: Choice
     room: Room
 
 
@@ -86,6 +86,9 @@ class MatrixHome:
     @property
     def address(self) -> int:
         return self.matrix.codes.data_ptr()
+
+    def address_of(self, parameter: Parameter) -> int:
+        return parameter.data_ptr() if self.was_left_by(parameter) else self.address
 
     def was_left_by(self, parameter: Parameter) -> bool:
         """Whether the parameter has values of its own."""
@@ -138,7 +141,7 @@ class TiledWeights:
         self._agreed = torch.zeros_like(self._exponents)
         self.homes: list[MatrixHome] = []
         self._parts: list[OwnPart] = []
-        rows = zip(self._exponents.split(counts), self._agreed.split(counts), strict=True)
+        rows = zip(torch.split(self._exponents, counts), torch.split(self._agreed, counts), strict=True)
         for slot, (exponents, agreed) in zip(bucket.slots, rows, strict=True):
             codes = self._codes[bucket.offset(slot) :][: slot.numel].view(E4M3.dtype)
             matrix = self._matrix(slot.parameter, codes, exponents)
@@ -157,7 +160,7 @@ class TiledWeights:
             exponents=exponents.view(tiles(rows), tiles(columns)),
             scales=torch.ones(scale_shape(rows, columns), device=codes.device),
             transposed_scales=torch.ones(scale_shape(columns, rows), device=codes.device),
-            kernels=self._products.kernels,
+            kernels=self._products.choice.kernels,
         )
 
     @property
@@ -181,7 +184,7 @@ class TiledWeights:
 
     def gather(self, nodes: Nodes, control: Tensor | None) -> CodeGather:
         """Encode what `room` holds, and launch what brings every rank's codes to all."""
-        room, kernels = self.room, self._products.kernels
+        room, kernels = self.room, self._products.choice.weights
         self._agreed.zero_()
         for part in self._parts:
             kernels.find_exponents(part.of(room), *part.place, part.agreed)
@@ -191,19 +194,19 @@ class TiledWeights:
         else:
             self._exponents.copy_(torch.where(control[1] == 0, self._exponents, self._agreed))
         for part in self._parts:
-            kernels.encode_weight(part.of(room), *part.place, part.matrix.exponents, part.codes, control)
+            if control is None or control[1]:
+                kernels.encode_weight(part.of(room), *part.place, part.matrix.exponents, part.codes)
         return CodeGather(AllGather(self._codes, nodes), self)
 
     def renew(self) -> None:
         """Every rank's codes are here."""
         for home in self.homes:
             matrix = home.matrix
-            self._products.kernels.expand_exponents(
-                matrix.exponents, matrix.scales, matrix.transposed_scales
-            )
+            expand = self._products.choice.weights.expand_exponents
+            expand(matrix.exponents, matrix.scales, matrix.transposed_scales)
             matrix.rewritten()
             if not self._encoded:
-                FP8Parameter.take(self._parameters[home.parameter], matrix, self._products.way)
+                FP8Parameter.take(self._parameters[home.parameter], matrix, self._products.choice.way)
         self._encoded = True
 
     def write(self, index: int, parameter: Parameter, values: Tensor) -> None:
@@ -218,7 +221,7 @@ class TiledWeights:
             parameter = parameters[home.parameter]
             if home.was_left_by(parameter):
                 home.matrix.store(parameter.detach())
-                FP8Parameter.take(parameter, home.matrix, self._products.way)
+                FP8Parameter.take(parameter, home.matrix, self._products.choice.way)
                 yield home.parameter
 
     @property

@@ -1,0 +1,84 @@
+"""Which matrices of a run become FP8, and how they are multiplied: chosen once, when an engine is made.
+
+The device decides how: FP8 products by cuBLAS where it has them, else products of weights decoded to BF16, one at a
+time, which save the memory and not the time. DS_FP8_PRODUCTS overrides it: `emulated` computes what the FP8
+products would, slowly, on any device.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import Parameter
+
+from ds_fp8.config.refusals import refusal
+from ds_fp8.config.section import SECTION, FP8Config
+from ds_fp8.ops import cublas, product_backend
+from ds_fp8.zero_fp8.products.choice import eligible
+from ds_fp8.zero_fp8.products.kernels import Kernels
+from ds_fp8.zero_fp8.products.ways import DecodedProducts, FP8Products, Way
+
+VARIABLE = "DS_FP8_PRODUCTS"
+WAYS = ("cublas", "emulated", "decoded")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The matrices of a run."""
+
+    parameters: Sequence[Parameter]  # that become codes
+    reasons: Mapping[str, str]  # why each other matrix stays, by name
+    kernels: Kernels  # for products
+    weights: product_backend.Products  # for their weights
+    way: Way
+    instead: str | None  # why products are not FP8 ones
+
+
+def choose(model: nn.Module, config: FP8Config, device: torch.device) -> Choice | None:
+    """The matrices of a run with this section; None if it has none.
+
+    Raises ValueError if no matrix is eligible, or if what the section or the environment asks for is not there.
+    """
+    if config.weights.dtype is None:
+        return None
+    section = config.weights
+    found, reasons = eligible(model, min_elements=section.min_elements, exclude=section.exclude)
+    if not found:
+        told = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:3])
+        raise refusal(f"{SECTION}.weights.dtype", section.dtype, f"a model with eligible matrices ({told})")
+    weights = product_backend.choose(device)
+    name, instead = _way(config, device)
+    multiply = product_backend.MULTIPLY["cublas" if name == "cublas" else "emulated"]
+    kernels = Kernels(
+        name=f"{weights.name} {name}",
+        cast_input=weights.cast_input,
+        cast_gradient=weights.cast_gradient,
+        multiply=multiply,
+        transpose=weights.transpose,
+        decode_weight=weights.decode_weight,
+    )
+    way: Way = DecodedProducts() if name == "decoded" else FP8Products(name, kernels)
+    return Choice([each.parameter for each in found], reasons, kernels, weights, way, instead)
+
+
+def _way(config: FP8Config, device: torch.device) -> tuple[str, str | None]:
+    """The name of the way, and why it is not FP8 products on the device."""
+    wanted = os.environ.get(VARIABLE)
+    if wanted is not None and wanted not in WAYS:
+        raise ValueError(f"{VARIABLE}: received {wanted!r}, allowed: {', '.join(WAYS)}")
+    obstacle = cublas.obstacle(device)
+    if wanted == "cublas" and obstacle is not None:
+        raise ValueError(f"{VARIABLE}: received {wanted!r}, which cannot run on {device}: {obstacle}")
+    if wanted is not None:
+        return wanted, None
+    if config.products.dtype == "bf16":
+        return "decoded", None
+    if obstacle is None:
+        return "cublas", None
+    if config.products.dtype == "e4m3":
+        raise refusal(
+            f"{SECTION}.products.dtype", "e4m3", f"bf16, or the key left out, on {device}: {obstacle}"
+        )
+    return "decoded", obstacle
