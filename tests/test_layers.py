@@ -39,6 +39,10 @@ ROOMS = (
     ),
     ("ds_fp8.zero_fp8.weights", "binding fetch | store views slices | claims home"),
     (
+        "ds_fp8.zero_fp8.products",
+        "fp8_parameter choice | linear | ways values | answers shared_casts matrix | kernels",
+    ),
+    (
         "ds_fp8.zero_fp8.gradients",
         "reducer fp8_sum | pending | packing reduced schedule | exchange autoscale backwards",
     ),

@@ -1,0 +1,276 @@
+"""The user's own parameter, whose values are FP8 codes.
+
+The object stays, with its name, hooks, gradient, shape, dtype and device; only its class changes. Behind it
+is a single NaN, so that C++ which does not ask Python reads NaN and not something plausible.
+
+products   `F.linear` and `torch.addmm` (Hugging Face's Conv1D) multiply codes.
+readers    get BF16 values, decoded for them, and give their gradient straight to the parameter.
+writers    are refused, since an optimizer's masters decide; `parameter.data = ...` makes it plain again.
+pointers   are refused: there is no BF16 memory.
+copies     by deepcopy, pickle or state_dict are plain.
+"""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.nn import functional
+
+from ds_fp8.zero_fp8.products import answers
+from ds_fp8.zero_fp8.products.answers import Function
+from ds_fp8.zero_fp8.products.linear import multiply_input
+from ds_fp8.zero_fp8.products.matrix import Matrix
+from ds_fp8.zero_fp8.products.values import (
+    DecodedValues,
+    called_by_state_dict,
+    flat,
+    name_of,
+    read_only,
+    refuse_writes,
+)
+from ds_fp8.zero_fp8.products.ways import Way
+
+logger = logging.getLogger("ds_fp8")
+
+_LINEAR = torch._C._nn.linear  # also if a profiler has put its own into torch.nn.functional
+
+
+class Decoded(torch.autograd.Function):
+    """Values of a parameter for whoever is no product; the gradient goes to the parameter as it is."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, matrix: Matrix) -> Tensor:
+        return matrix.values()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+class FP8Parameter(nn.Parameter):
+    """See above; made by `take_over` of a parameter, never constructed."""
+
+    matrix: Matrix
+    way: Way
+
+    @staticmethod
+    def take_over(parameter: nn.Parameter, matrix: Matrix, way: Way) -> None:
+        """Make a parameter read its values from `matrix`, and let its own go.
+
+        Raises:
+            ValueError: it is no plain BF16 parameter of the matrix's shape and device.
+        """
+        _check(parameter, matrix)
+        nothing = torch.full((), float("nan"), dtype=parameter.dtype, device=parameter.device)
+        parameter.data = nothing.expand(parameter.shape)
+        parameter.__class__ = FP8Parameter
+        assert isinstance(parameter, FP8Parameter)
+        parameter.matrix, parameter.way = matrix, way
+
+    @staticmethod
+    def give_back(parameter: nn.Parameter) -> None:
+        """Make it a plain parameter, with the values that its codes have."""
+        assert isinstance(parameter, FP8Parameter)
+        parameter.data = parameter.matrix.values()
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Function, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = {} if kwargs is None else kwargs
+        # By identity and first: Dynamo traces this, and looks into no table.
+        if func is _LINEAR or func is functional.linear:
+            return _linear(func, *args, **kwargs)
+        if func is torch.addmm:
+            return _addmm(*args, **kwargs)
+        if torch.compiler.is_dynamo_compiling():
+            return _read_traced(func, args, kwargs)
+        if func in answers.PLAIN or torch.compiler.is_compiling():  # the compiler itself asks
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        return _answer(func, args, kwargs, called_by_state_dict(1))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
+        copy = memo[id(self)] = _plain_copy(self)
+        return copy
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _plain_copy(self).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"FP8Parameter({self.matrix.name}, {list(self.shape)}, {self.way.name})"
+
+    def set_(self, *_: Any) -> Any:
+        """torch asks no override here."""
+        raise _no_memory(self, Tensor.set_)
+
+
+def gradient_edge(parameter: nn.Parameter) -> GradientEdge:
+    """The node that accumulates a parameter's gradient, before or after it became FP8; nothing is decoded."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return get_gradient_edge(parameter)
+
+
+def _check(parameter: nn.Parameter, matrix: Matrix) -> None:
+    if type(parameter) is not nn.Parameter:
+        raise ValueError(f"{matrix.name}: received a {type(parameter).__name__}, allowed: nn.Parameter")
+    received = parameter.dtype, list(parameter.shape), parameter.device
+    allowed = torch.bfloat16, list(matrix.codes.shape), matrix.codes.device
+    if received != allowed:
+        raise ValueError(f"{matrix.name}: received a parameter of {received}, allowed: {allowed}")
+
+
+def _linear(func: Function, input: Any, weight: Any, bias: Any = None) -> Any:
+    """torch's names: they may be given as keywords."""
+    if isinstance(input, FP8Parameter) or not isinstance(weight, FP8Parameter):
+        return _read(func, (input, weight, bias), {})
+    matrix, way = weight.matrix, weight.way
+    return multiply_input(input, weight, bias, matrix=matrix, way=way, swapped=False)
+
+
+def _addmm(input: Any, mat1: Any, mat2: Any, **kwargs: Any) -> Any:
+    """bias + x W, as Conv1D says it; any other sum is of values."""
+    is_product = isinstance(mat2, FP8Parameter) and not isinstance(mat1, FP8Parameter)
+    if not is_product or isinstance(input, FP8Parameter) or input.dim() != 1 or kwargs:
+        refuse_writes(torch.addmm, (), kwargs, FP8Parameter)
+        return _read(torch.addmm, (input, mat1, mat2), kwargs)
+    return multiply_input(mat1, mat2, input, matrix=mat2.matrix, way=mat2.way, swapped=True)
+
+
+def _answer(func: Function, args: Any, kwargs: dict[str, Any], for_state_dict: bool) -> Any:
+    """Of functions that are neither products nor answered by the tensor without values."""
+    asked = next(each for each in flat((args, tuple(kwargs.values()))) if isinstance(each, FP8Parameter))
+    if func in answers.POINTING:
+        raise _no_memory(asked, func)
+    if func in answers.REPLACING and asked is args[0]:
+        return _replace(asked, args[1])
+    if func is Tensor.copy_ and asked is args[0] and asked.matrix.writable:
+        return _store(asked, args[1])
+    refuse_writes(func, args, kwargs, FP8Parameter)
+    if func in answers.DETACHING:
+        return _values(asked, plain=for_state_dict)
+    return _answer_reader(func, asked, args, kwargs)
+
+
+def _answer_reader(func: Function, asked: FP8Parameter, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Of functions that write to nothing here."""
+    if func in answers.NODE and args[0] is args[-1]:
+        return _decode(asked)
+    if func in answers.CONVERTING and asked is args[0]:
+        return _convert(func, asked, args[1:], kwargs)
+    if name_of(func).startswith("_foreach_"):
+        return _one_by_one(func, args, kwargs)
+    return _read(func, args, kwargs)
+
+
+def _values(parameter: FP8Parameter, *, plain: bool) -> Tensor:
+    """Values without a graph."""
+    matrix = parameter.matrix
+    matrix.decodes += 1
+    values = matrix.values()
+    return values if plain else read_only(values, matrix, whole=True)
+
+
+def _decode(parameter: FP8Parameter) -> Tensor:
+    """Values, in the graph if there is one."""
+    if not torch.is_grad_enabled() or not parameter.requires_grad:
+        return _values(parameter, plain=False)
+    parameter.matrix.decodes += 1
+    values: Tensor = Decoded.apply(parameter, parameter.matrix)  # type: ignore[no-untyped-call]
+    return read_only(values, parameter.matrix)
+
+
+def _read(func: Function, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Call with values for each FP8 weight."""
+    if torch.compiler.is_dynamo_compiling():
+        return _read_traced(func, args, kwargs)
+    for each in flat((args, tuple(kwargs.values()))):
+        if isinstance(each, FP8Parameter):
+            _name_once(each, func)
+    return func(*_decoded(args), **{name: _decoded(value) for name, value in kwargs.items()})
+
+
+def _decoded(value: Any) -> Any:
+    if isinstance(value, FP8Parameter):
+        return _decode(value)
+    if isinstance(value, list | tuple):
+        return type(value)(_decoded(each) for each in value)
+    return value
+
+
+def _name_once(parameter: FP8Parameter, func: Function) -> None:
+    """A weight that a forward in training reads costs its decoding at each step."""
+    matrix = parameter.matrix
+    if torch.is_grad_enabled() and parameter.requires_grad and not matrix.was_named:
+        matrix.was_named = True
+        logger.warning(
+            "%s: %s reads this FP8 weight, which is decoded to BF16 for it each time; weights.exclude keeps "
+            "a weight in BF16",
+            matrix.name,
+            name_of(func),
+        )
+
+
+def _one_by_one(func: Function, args: Any, kwargs: dict[str, Any]) -> Any:
+    """One weight is decoded at a time, and not the whole model."""
+    lists = [each for each in args if isinstance(each, list | tuple)]
+    found: list[Any] = []
+    for index in range(len(lists[0])):
+        each = [[value[index]] if isinstance(value, list | tuple) else value for value in args]
+        found.extend(_read(func, each, kwargs) or ())
+    return found or None
+
+
+def _convert(func: Function, parameter: FP8Parameter, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """What `model.to(...)` asks of each parameter; tried on one element."""
+    with torch._C.DisableTorchFunctionSubclass():
+        one = parameter.detach()[:1, :1]
+        converted = func(one, *args, **kwargs)
+    if converted is one:
+        return parameter
+    return converted if isinstance(converted, str) else _read(func, (parameter, *args), kwargs)
+
+
+def _replace(parameter: FP8Parameter, new: Tensor) -> None:
+    """`parameter.data = new` makes it plain, unless it has these values already."""
+    matrix = parameter.matrix
+    same = isinstance(new, DecodedValues) and new.matrix is matrix and new.generation == matrix.generation
+    if new is parameter or same:
+        return
+    parameter.__class__ = nn.Parameter  # type: ignore[assignment]
+    del parameter.matrix, parameter.way
+    parameter.data = new
+
+
+def _store(parameter: FP8Parameter, values: Tensor) -> Tensor:
+    """`load_state_dict`, while the owner allows it."""
+    parameter.matrix.store(values.expand(parameter.shape))
+    return parameter
+
+
+def _plain_copy(parameter: FP8Parameter) -> nn.Parameter:
+    return nn.Parameter(_values(parameter, plain=True), parameter.requires_grad)
+
+
+def _no_memory(parameter: FP8Parameter, func: Function) -> RuntimeError:
+    return RuntimeError(
+        f"{parameter.matrix.name}: {name_of(func)} asks for the memory of an FP8 weight, which has no BF16 "
+        "values in memory. Allowed: weights.exclude with its name, which keeps it in BF16"
+    )
+
+
+def _read_traced(func: Function, args: Any, kwargs: dict[str, Any]) -> Any:
+    """As `_read`, in what Dynamo can follow."""
+    values = [_decoded_traced(each) for each in args]
+    return func(*values, **{name: _decoded_traced(value) for name, value in kwargs.items()})
+
+
+def _decoded_traced(value: Any) -> Any:
+    if isinstance(value, FP8Parameter):
+        return Decoded.apply(value, value.matrix)  # type: ignore[no-untyped-call]
+    if isinstance(value, list | tuple):
+        return [_decoded_traced(each) for each in value]
+    return value

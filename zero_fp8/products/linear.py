@@ -1,0 +1,132 @@
+"""`F.linear` and `torch.addmm` with an FP8 weight, as autograd sees them.
+
+What backward needs of x is saved, codes or x itself; the weight is the owner's buffer, which must still hold
+what forward multiplied with.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ds_fp8.zero_fp8.products.matrix import Matrix
+from ds_fp8.zero_fp8.products.ways import Gradients, Needs, Way
+
+
+class Product(torch.autograd.Function):
+    """x W^T + bias; `swapped`: the weight is stored as [K, N]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,  # [..., K]
+        weight: Tensor,  # the parameter that gets the gradient
+        bias: Tensor | None,  # [N]
+        matrix: Matrix,
+        way: Way,
+        swapped: bool,
+        wgrad: bool,
+    ) -> Tensor:
+        y, saved = _multiply(x, matrix, way, swapped, wgrad)
+        if bias is not None:
+            y += bias.to(y.dtype)
+        ctx.save_for_backward(*saved)
+        ctx.matrix, ctx.way, ctx.swapped = matrix, way, swapped
+        ctx.input = x.shape, x.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.generation = None if torch.compiler.is_compiling() else matrix.generation
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, *_ = ctx.needs_input_grad
+        matrix: Matrix = ctx.matrix
+        if x and ctx.generation is not None:  # a compiled graph has the version counter of the codes
+            check_generation(matrix, ctx.generation)
+        flat = dy.reshape(-1, dy.shape[-1]).contiguous()
+        found = _differentiate(flat, ctx, Needs(x, weight, bias))
+        shape, dtype = ctx.input
+        dx = None if found.input is None else found.input.reshape(shape).to(dtype)
+        dbias = None if found.bias is None else found.bias.to(ctx.bias_dtype)
+        return dx, found.weight, dbias, None, None, None, None
+
+
+def check_generation(matrix: Matrix, forward: int) -> None:
+    """Fail as torch does if what forward saved was overwritten."""
+    if matrix.generation != forward:
+        raise RuntimeError(
+            f"{matrix.name}: one of the variables needed for gradient computation has been modified: the "
+            f"codes of this FP8 weight are of version {matrix.generation}; expected version {forward}"
+        )
+
+
+def multiply_input(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, matrix: Matrix, way: Way, swapped: bool
+) -> Tensor:
+    """The product, with the dtypes that torch would use.
+
+    Raises:
+        RuntimeError: x or bias has a dtype or shape that the weight cannot be multiplied with.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        check_autocast(x, matrix)
+    else:
+        check_dtypes(x, bias, matrix)
+    check_shapes(x, bias, matrix, swapped)
+    wgrad = torch.is_grad_enabled() and weight.requires_grad
+    return Product.apply(x, weight, bias, matrix, way, swapped, wgrad)  # type: ignore[no-any-return]
+
+
+def check_autocast(x: Tensor, matrix: Matrix) -> None:
+    """x is cast inside: q, k and v share the cast of what they were given."""
+    dtype = torch.get_autocast_dtype(x.device.type)
+    if dtype is not torch.bfloat16:
+        raise RuntimeError(f"{matrix.name}: received autocast to {dtype}, allowed with FP8: torch.bfloat16")
+    if not x.is_floating_point() or x.dtype is torch.float64:  # which autocast leaves alone
+        check_dtypes(x, None, matrix)
+
+
+def check_dtypes(x: Tensor, bias: Tensor | None, matrix: Matrix) -> None:
+    """torch would not multiply different dtypes either."""
+    for what, tensor in (("an input", x), ("a bias", bias)):
+        if tensor is not None and tensor.dtype is not torch.bfloat16:
+            raise RuntimeError(f"{matrix.name}: received {what} of {tensor.dtype}, allowed: torch.bfloat16")
+
+
+def check_shapes(x: Tensor, bias: Tensor | None, matrix: Matrix, swapped: bool) -> None:
+    """Kernels do not look."""
+    rows, columns = matrix.codes.shape
+    outputs, inputs = (columns, rows) if swapped else (rows, columns)
+    if x.dim() == 0 or x.shape[-1] != inputs or x.device != matrix.codes.device:
+        raise RuntimeError(
+            f"{matrix.name}: received an input of shape {list(x.shape)} on {x.device}, allowed: [..., "
+            f"{inputs}] on {matrix.codes.device}"
+        )
+    if bias is not None and bias.shape != (outputs,):
+        raise RuntimeError(
+            f"{matrix.name}: received a bias of shape {list(bias.shape)}, allowed: [{outputs}]"
+        )
+
+
+def _multiply(
+    x: Tensor, matrix: Matrix, way: Way, swapped: bool, wgrad: bool
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """y, [tokens, N], and what backward needs; without tokens nothing is launched."""
+    if x.numel() == 0:
+        outputs = matrix.codes.shape[1 if swapped else 0]
+        return x.new_empty(0, outputs, dtype=torch.bfloat16), ()
+    return way.forward(x, matrix, swapped=swapped, wgrad=wgrad)
+
+
+def _differentiate(dy: Tensor, ctx: Any, needs: Needs) -> Gradients:
+    """Gradients for dy, [tokens, N]; without tokens zeros."""
+    matrix: Matrix = ctx.matrix
+    if dy.numel() == 0:
+        shapes = (ctx.input[0], matrix.codes.shape, dy.shape[1:])
+        return Gradients(
+            *(dy.new_zeros(shape) if each else None for shape, each in zip(shapes, needs, strict=True))
+        )
+    way: Way = ctx.way
+    return way.backward(dy, ctx.saved_tensors, matrix, needs=needs, swapped=ctx.swapped)

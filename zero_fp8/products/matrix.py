@@ -1,0 +1,56 @@
+"""One FP8 weight, in buffers that somebody else owns.
+
+The owner writes the codes and says so by `rewritten`. Everything else only reads: values for whoever asks for
+the weight, operands for products.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ds_fp8.ops import products
+from ds_fp8.zero_fp8.products.kernels import REFERENCE, Kernels, decode_op
+
+
+@dataclass(eq=False)
+class Matrix:
+    """A weight as it is stored: [N, K] of a Linear, [K, N] of Hugging Face's Conv1D."""
+
+    name: str
+    codes: Tensor  # [rows, columns] float8_e4m3fn
+    exponents: Tensor  # [tiles(rows), tiles(columns)] uint8
+    scales: Tensor  # of the codes as they are: `ops.products.scale_shape(rows, columns)` float32
+    transposed_scales: Tensor  # of the codes transposed: `scale_shape(columns, rows)` float32
+    kernels: Kernels = field(default=REFERENCE, repr=False)
+    generation: int = 0  # how often the codes were rewritten
+    writable: bool = False  # whether a `copy_` of a whole weight, as of load_state_dict, is encoded
+    decodes: int = 0  # how often somebody read values
+    was_named: bool = False  # as a weight that training decodes
+
+    def rewritten(self) -> None:
+        """Say that the codes are new: a backward whose forward had the old ones fails.
+
+        The version counter is what compiled graphs check; kernels and collectives do not count.
+        """
+        self.generation += 1
+        torch.autograd.graph.increment_version(self.codes)
+
+    def values(self) -> Tensor:
+        """[rows, columns] bfloat16, decoded anew."""
+        if torch.compiler.is_compiling():
+            values: Tensor = decode_op(self.kernels.name, self.codes, self.exponents)
+            return values
+        out = self.codes.new_empty(self.codes.shape, dtype=torch.bfloat16)
+        self.kernels.decode_weight(self.codes, self.exponents, out)
+        return out
+
+    def store(self, values: Tensor) -> None:
+        """Encode values of the whole weight, [rows, columns]."""
+        flat = values.detach().to(self.codes.device, torch.bfloat16).reshape(-1)
+        columns = self.codes.shape[1]
+        self.exponents.zero_()
+        products.find_exponents(flat, 0, columns, self.exponents)
+        products.encode_weight(flat, 0, columns, self.exponents, self.codes.view(-1))
+        products.expand_exponents(self.exponents, self.scales, self.transposed_scales)
+        self.rewritten()

@@ -1,0 +1,53 @@
+"""The last cast of an input: q, k and v, or gate and up, get the same x and save the same codes.
+
+A cast is dropped if its input dies, if the next input is cast, or if a backward begins, so that nothing
+outlives what the graph needs.
+"""
+
+import weakref
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ds_fp8.ops.products import CastInput
+
+
+class Last(NamedTuple):
+    input: weakref.ref[Tensor]
+    version: int
+    stream: int
+    cast: CastInput
+
+
+class SharedCasts:
+    """One cast at most."""
+
+    def __init__(self) -> None:
+        self._last: Last | None = None  # replaced as a whole, since forwards may run in threads
+
+    def of(self, x: Tensor, wgrad: bool, make: Callable[[], CastInput]) -> CastInput:
+        """The cast of x, from before if it is still what `make` would give."""
+        if x.is_inference():  # has no version
+            return make()
+        last, stream = self._last, _stream(x)
+        known = last is not None and last.input() is x and (last.version, last.stream) == (x._version, stream)
+        if last is not None and known and (last.cast.wgrad is not None or not wgrad):
+            return last.cast
+        cast = make()
+        self._last = Last(weakref.ref(x, self._forget), x._version, stream, cast)
+        return cast
+
+    def clear(self) -> None:
+        self._last = None
+
+    def _forget(self, dead: weakref.ref[Tensor]) -> None:
+        last = self._last
+        if last is not None and last.input is dead:
+            self._last = None
+
+
+def _stream(x: Tensor) -> int:
+    """What is cast on one stream may not be there yet for another."""
+    return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
