@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 # Of the parameter and its gradient, not of its values: answered by the tensor without values behind it.
-ASKS = """size dim numel nelement ndimension is_floating_point is_complex element_size is_contiguous stride
-get_device is_pinned is_signed is_conj is_neg is_inference is_set_to is_shared storage_offset dim_order
+ASKS = """size dim numel nelement ndimension is_floating_point is_complex element_size get_device is_pinned is_signed is_conj is_neg is_inference is_set_to is_shared storage_offset
 requires_grad_ register_hook register_post_accumulate_grad_hook retain_grad detach_ backward __hash__ __len__
 __dlpack_device__ _is_view _is_zerotensor _has_symbolic_sizes_strides"""
 ASKS_OF_TORCH = """is_floating_point is_complex is_conj is_neg is_inference numel is_signed _is_zerotensor
@@ -22,6 +21,8 @@ is_quantized is_meta names itemsize output_nr _version _backward_hooks _grad _ba
 is_mps is_xpu is_mkldnn is_mtia is_maia is_vulkan is_sparse_csr is_nested nbytes is_ipu is_hpu
 _post_accumulate_grad_hooks grad_dtype volatile"""
 SETTABLE = "requires_grad grad _backward_hooks _grad _post_accumulate_grad_hooks grad_dtype"
+
+LAYOUT = "is_contiguous stride dim_order"  # as it would be, row by row
 
 # The parameter itself if nothing changes; its values if something does.
 CONVERSIONS = "to cpu cuda xpu type type_as float double half bfloat16 contiguous"
@@ -49,6 +50,7 @@ PLAIN = (
     | _accessors("grad", "__delete__")
     | {torch.autograd.grad, torch.autograd.backward}
 )
+LAYING_OUT = _members(Tensor, LAYOUT)
 CONVERTING = _members(Tensor, CONVERSIONS)
 POINTING = _members(Tensor, POINTERS) | _accessors("__cuda_array_interface__", "__get__")
 DETACHING = {Tensor.detach} | _accessors("data", "__get__")

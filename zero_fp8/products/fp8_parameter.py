@@ -145,7 +145,7 @@ def _answer(func: Function, args: Any, kwargs: dict[str, Any], for_state_dict: b
     asked = next(each for each in flat((args, tuple(kwargs.values()))) if isinstance(each, FP8Parameter))
     if func in answers.POINTING:
         raise _no_memory(asked, func)
-    if func in answers.REPLACING and asked is args[0]:
+    if func in answers.REPLACING:
         return _replace(asked, args[1])
     if func is Tensor.copy_ and asked is args[0] and asked.matrix.writable:
         return _store(asked, args[1])
@@ -157,6 +157,8 @@ def _answer(func: Function, args: Any, kwargs: dict[str, Any], for_state_dict: b
 
 def _answer_reader(func: Function, asked: FP8Parameter, args: Any, kwargs: dict[str, Any]) -> Any:
     """Of functions that write to nothing here."""
+    if func in answers.LAYING_OUT:
+        return func(torch.empty(asked.shape, device="meta"), *args[1:], **kwargs)
     if func in answers.NODE and args[0] is args[-1]:
         return _decode(asked)
     if func in answers.CONVERTING and asked is args[0]:

@@ -39,7 +39,7 @@ class Product(torch.autograd.Function):
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, *_ = ctx.needs_input_grad
         matrix: Matrix = ctx.matrix
@@ -76,7 +76,7 @@ def multiply_input(
         check_dtypes(x, bias, matrix)
     check_shapes(x, bias, matrix, swapped)
     wgrad = torch.is_grad_enabled() and weight.requires_grad
-    return Product.apply(x, weight, bias, matrix, way, swapped, wgrad)  # type: ignore[no-any-return]
+    return Product.apply(x, weight, bias, matrix, way, swapped, wgrad)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def check_autocast(x: Tensor, matrix: Matrix) -> None:
