@@ -29,12 +29,12 @@ READERS: dict[str, Callable[[Any], Any]] = {
     "cat": lambda w: torch.cat([w, w]),
     "view": lambda w: w.view(-1),
     "sum": lambda w: w.sum(),
-    "op": lambda w: torch.ops.aten.sum.default(w),
-    "packet": lambda w: torch.ops.aten.abs(w),
-    "norm": lambda w: torch.linalg.vector_norm(w),
+    "op": torch.ops.aten.sum.default,
+    "packet": torch.ops.aten.abs,
+    "norm": torch.linalg.vector_norm,
     "foreach": lambda w: torch._foreach_norm([w, w]),
-    "compare": lambda w: w == w,
-    "isfinite": lambda w: torch.isfinite(w),
+    "compare": lambda w: w == w.data,
+    "isfinite": torch.isfinite,
     "list": lambda w: w.tolist(),
     "data": lambda w: w.data,
     "data of data": lambda w: w.data.data,
@@ -46,12 +46,13 @@ READERS: dict[str, Callable[[Any], Any]] = {
     "bilinear": lambda w: functional.linear(w, w),
     "einsum": lambda w: torch.einsum("nk,tk->tn", w, random(2, 160)),
     "vector": lambda w: parameters_to_vector([w]),
-    "new": lambda w: torch.zeros_like(w),
+    "new": torch.zeros_like,
     "copy": lambda w: torch.zeros(96, 160).copy_(w),
     "lerp": lambda w: torch.zeros(96, 160, dtype=torch.bfloat16).lerp_(w, 0.5),
     "foreach lerp": lambda w: _foreach_lerp([torch.ones(96, 160, dtype=torch.bfloat16)] * 2, [w, w]),
     "out": lambda w: torch.add(w, 1, out=torch.empty(96, 160, dtype=torch.bfloat16)),
     "data of another": lambda w: nn.Parameter(w.data).data,
+    "leaf": lambda w: w.detach().requires_grad_(),
     "shape": lambda w: (w.shape, w.dtype, w.device, w.numel(), w.dim(), w.is_contiguous(), w.stride()),
 }
 
@@ -115,9 +116,9 @@ WRITERS: dict[str, Callable[[Any], Any]] = {
     "+=": lambda w: w.__iadd__(1),
     "index": lambda w: w.__setitem__(0, 1.0),
     "copy_": lambda w: w.copy_(torch.zeros(96, 160)),
-    "init": lambda w: nn.init.normal_(w),
-    "eye": lambda w: nn.init.eye_(w),
-    "trunc": lambda w: nn.init.trunc_normal_(w),
+    "init": nn.init.normal_,
+    "eye": nn.init.eye_,
+    "trunc": nn.init.trunc_normal_,
     "data.mul_": lambda w: w.data.mul_(2),
     "data.copy_": lambda w: w.data.copy_(torch.zeros(96, 160)),
     "data +=": lambda w: w.data.__iadd__(1),
@@ -168,7 +169,7 @@ POINTERS: dict[str, Callable[[Any], Any]] = {
     "data_ptr": lambda w: w.data_ptr(),
     "storage": lambda w: w.untyped_storage(),
     "typed storage": lambda w: w.storage(),
-    "dlpack": lambda w: torch.from_dlpack(w),
+    "dlpack": torch.from_dlpack,
     "share": lambda w: w.share_memory_(),
     "array interface": lambda w: w.__cuda_array_interface__,
 }
@@ -423,9 +424,9 @@ def test_second_derivatives_and_transforms_are_refused() -> None:
     first = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)[0]
     with pytest.raises(RuntimeError, match="once_differentiable"):
         first.sum().backward()
-    with pytest.raises(RuntimeError, match="functorch|vmap"):
+    with pytest.raises(RuntimeError, match="vmap"):
         torch.func.vmap(layer)(x)
-    with pytest.raises((RuntimeError, NotImplementedError), match="forward|jvp|functorch"):
+    with pytest.raises((RuntimeError, NotImplementedError), match="jvp"):
         torch.func.jvp(layer, (x,), (x,))
 
 

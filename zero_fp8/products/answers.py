@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 # Of the parameter and its gradient, not of its values: answered by the tensor without values behind it.
-ASKS = """size dim numel nelement ndimension is_floating_point is_complex element_size get_device is_pinned is_signed is_conj is_neg is_inference is_set_to is_shared storage_offset
-requires_grad_ register_hook register_post_accumulate_grad_hook retain_grad detach_ backward __hash__ __len__
-__dlpack_device__ _is_view _is_zerotensor _has_symbolic_sizes_strides"""
+ASKS = """size dim numel nelement ndimension is_floating_point is_complex element_size get_device is_pinned
+is_signed is_conj is_neg is_inference is_set_to is_shared storage_offset requires_grad_ register_hook
+register_post_accumulate_grad_hook retain_grad detach_ backward __hash__ __len__ __dlpack_device__ _is_view
+_is_zerotensor _has_symbolic_sizes_strides"""
 ASKS_OF_TORCH = """is_floating_point is_complex is_conj is_neg is_inference numel is_signed _is_zerotensor
 _has_compatible_shallow_copy_type is_same_size get_device"""
 PROPERTIES = """shape dtype device requires_grad grad is_leaf grad_fn ndim layout is_cuda is_cpu is_sparse
