@@ -76,7 +76,8 @@ class FP8Products:
     def backward(
         self, dy: Tensor, saved: tuple[Tensor, ...], matrix: Matrix, *, needs: Needs, swapped: bool
     ) -> Gradients:
-        self.casts.clear()
+        if not torch.compiler.is_compiling():
+            self.casts.clear()
         kernels = self._kernels
         cast = kernels.cast_gradient(dy, dgrad=needs.input, wgrad=needs.weight, bias=needs.bias)
         dx = dw = None
