@@ -120,7 +120,7 @@ def _reason_by_use(uses: list[_User], outputs: list[nn.Module]) -> str | None:
     other = next((each for each in uses if each.attribute != "weight" or not kind_of(each.module)), None)
     if other is not None:
         shared = "" if len(uses) == 1 else "shared with "
-        return f"{shared}{other.attribute} of a {type(other.module).__name__}"
+        return f"{shared}{other.attribute} of {type(other.module).__name__}"
     if len(uses) > 1:
         return f"tied: {uses[0].module_name} and {uses[1].module_name} have it"
     return None
