@@ -194,8 +194,7 @@ class TiledWeights:
         else:
             self._exponents.copy_(torch.where(control[1] == 0, self._exponents, self._agreed))
         for part in self._parts:
-            if control is None or control[1]:
-                kernels.encode_weight(part.of(room), *part.place, part.matrix.exponents, part.codes)
+            kernels.encode_weight(part.of(room), *part.place, part.matrix.exponents, part.codes, control)
         return CodeGather(AllGather(self._codes, nodes), self)
 
     def renew(self) -> None:
