@@ -593,16 +593,23 @@ FAULTS = (
     Fault(
         "a run that ends inside a row is rounded up",
         "ops/csrc/weights.h",
-        "std::min(each * columns + end - first, count)",
-        "std::min(each * columns + end - first, (count + 15) / 16 * 16)",
+        "std::min(start + std::min(column + TILE, columns), count)",
+        "std::min(start + std::min(column + TILE, columns), (count + 15) / 16 * 16)",
         "test_cpu_products.py test_runs",
     ),
     Fault(
         "C++ raises a tile without an element of the run",
         "ops/csrc/weights.h",
-        "if (reached)",
-        "if (true)",
+        "each.any)",
+        "true)",
         "test_cpu_products.py left_alone",
+    ),
+    Fault(
+        "threads that meet in a tile do not agree",
+        "ops/csrc/weights.h",
+        "    while (old < to &&",
+        "    *exponent = to;\n    while (old < to &&",
+        "test_cpu_products.py test_weights finite",
     ),
     Fault(
         "cuBLAS is given scales of tiles without their padding",
