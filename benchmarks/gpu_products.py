@@ -4,9 +4,9 @@
     TRITON_INTERPRET=1 python benchmarks/gpu_products.py --tiny   # without a GPU
 
 Casts and weights are compared bit by bit with the reference, products with FP64 (`verify_products.py`); if
-one is wrong, nothing is timed. Shapes are those of a GPT layer, tokens 8,192. In every round each contestant
-is timed once, by CUDA events, after the L2 cache has been written over; figures are medians. Products by
-cuBLAS are left out where it cannot multiply so, and the reason is printed.
+one is wrong, nothing is timed, unless --regardless asks for it. Shapes are those of a GPT layer, tokens
+8,192. In every round each contestant is timed once, by CUDA events, after the L2 cache has been written over;
+figures are medians. Products by cuBLAS are left out where it cannot multiply so, and the reason is printed.
 
 `host`: microseconds that Python takes for the calls of one linear layer, forward and backward, at a size at
 which the GPU does not matter.
@@ -17,6 +17,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ import triton
 from rich.console import Console
 from timing import Clock, Contestant, event_clock, host_clock, interleave
 from torch import Tensor
-from verify_products import gaussian, pairs, verify, weight_operands
+from verify_products import gaussian, pairs, verify
 
 from ds_fp8.ops import cublas, products
 from ds_fp8.ops.product_backend import MULTIPLY, Products, triton_products
@@ -110,9 +111,7 @@ def matmuls(x: Tensor, w: Tensor, dy: Tensor) -> Iterator[tuple[str, Callable[[]
     yield "wgrad", lambda: dy.t() @ x
 
 
-def multiplied(left: Operand | None, right: Operand | None, bias: Tensor | None) -> Callable[[], object]:
-    assert left is not None
-    assert right is not None
+def multiplied(left: Operand, right: Operand, bias: Tensor | None) -> Callable[[], object]:
     return lambda: MULTIPLY["cublas"](left, right, bias)
 
 
@@ -127,7 +126,13 @@ def measured(
 
 
 def measured_products(
-    ours: Products, model: str, layer: str, operands: tuple[Tensor, Tensor, Tensor], rounds: int, clock: Clock
+    ours: Products,
+    model: str,
+    layer: str,
+    operands: tuple[Tensor, Tensor, Tensor],
+    rounds: int,
+    clock: Clock,
+    with_bias: bool,
 ) -> Iterator[Row]:
     """Products by cuBLAS, in BF16 and with FP8's block scales."""
     x, w, dy = operands
@@ -135,7 +140,7 @@ def measured_products(
     for name, run in matmuls(x, w, dy):
         pair = pairs(ours, x, w, dy)[name]
         contestants = [Contestant("BF16", run, 0), Contestant("FP8", multiplied(*pair, None), 0)]
-        if name == "forward":
+        if name == "forward" and with_bias:
             bias = torch.zeros(len(w), dtype=w.dtype, device=w.device)
             contestants.append(Contestant("FP8 with bias", multiplied(*pair, bias), 0))
         times = interleave(contestants, rounds, clock)
@@ -146,7 +151,9 @@ def measured_products(
             yield Row(model, f"{name}, {each.name}", shape, median * 1e3, teraflops=rate, of_bf16=share)
 
 
-def rows_of(ours: Products, device: torch.device, options: argparse.Namespace) -> Iterator[Row]:
+def rows_of(
+    ours: Products, device: torch.device, options: argparse.Namespace, with_bias: bool
+) -> Iterator[Row]:
     """Everything that is timed."""
     clock = clock_of(device)
     for model, hidden in {"tiny": 128}.items() if options.tiny else HIDDEN.items():
@@ -164,28 +171,21 @@ def rows_of(ours: Products, device: torch.device, options: argparse.Namespace) -
                 model, f"{layer}: {w.shape[0]} x {w.shape[1]}", of_weight, options.rounds, clock
             )
             if cublas.obstacle(device) is None:
-                yield from measured_products(ours, model, layer, (x, w, dy), options.rounds, clock)
+                yield from measured_products(ours, model, layer, (x, w, dy), options.rounds, clock, with_bias)
 
 
 def host_microseconds(ours: Products, device: torch.device, repeat: int) -> dict[str, float]:
     """By call, and all that a linear layer makes in forward and backward."""
     size = 256
     x, w, dy = (gaussian(size, size, device=device, seed=each) for each in range(3))
-    of_x = ours.cast_input(x, wgrad=True)
-    of_dy = ours.cast_gradient(dy, dgrad=True, wgrad=True, bias=True)
-    forward, dgrad = weight_operands(ours, w)
-    assert of_dy.dgrad is not None
-    assert of_dy.wgrad is not None
-    assert of_x.wgrad is not None
     way = "emulated" if cublas.obstacle(device) else "cublas"
-    multiply, left, right = MULTIPLY[way], of_dy.wgrad, of_x.wgrad
+    operands = pairs(ours, x, w, dy)
+    codes = operands["forward"][1].codes
     calls: dict[str, Callable[[], object]] = {
         "cast x": lambda: ours.cast_input(x, wgrad=True),
-        f"forward, {way}": lambda: multiply(of_x.forward, forward, None),
         "cast dy": lambda: ours.cast_gradient(dy, dgrad=True, wgrad=True, bias=False),
-        "transpose": lambda: ours.transpose(forward.codes),
-        f"dgrad, {way}": lambda: multiply(of_dy.dgrad, dgrad, None),  # type: ignore[arg-type]
-        f"wgrad, {way}": lambda: multiply(left, right, None),
+        "transpose": lambda: ours.transpose(codes),
+        **{f"{name}, {way}": partial(MULTIPLY[way], *pair, None) for name, pair in operands.items()},
         "BF16 matmul": lambda: x @ w.t(),
     }
     found = {name: host_time(run, repeat, device) for name, run in calls.items()}
@@ -208,31 +208,31 @@ def host_time(run: Callable[[], object], repeat: int, device: torch.device) -> f
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     device = torch.device("cpu" if options.tiny else "cuda")
     ours, obstacle = triton_products(), cublas.obstacle(device)
-    ways = ["emulated"] if obstacle else ["emulated", "cublas"]
-    lines, errors = verify(ours, ways, device, options.tiny)
-    for line in lines:
+    verified = verify(ours, ["emulated"] if obstacle else ["emulated", "cublas"], device, options.tiny)
+    for line in (*verified.lines, *(f"WRONG: {each}" for each in verified.wrong)):
         CONSOLE.print(line)
     if obstacle:
         CONSOLE.print(f"no products by cuBLAS: {obstacle}")
-    rows = []
-    for row in rows_of(ours, device, options):
-        rows.append(asdict(row))
-        print_row(row)
-    host = host_microseconds(ours, device, 1 if options.tiny else 300)
-    CONSOLE.print("host, us:", {name: round(value, 1) for name, value in host.items()})
-    return {
+    result = {
         "device": "cpu" if options.tiny else torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "cuda": torch.version.cuda,
         "tokens": options.tokens,
         "rounds": options.rounds,
-        "verified": lines,
-        "errors": [asdict(each) for each in errors],
+        **asdict(verified),
         "no_cublas": obstacle,
-        "rows": rows,
-        "host_microseconds": host,
     }
+    if verified.wrong and not options.regardless:
+        return result | {"rows": [], "host_microseconds": {}}
+    with_bias = not any("with bias" in each for each in verified.wrong)
+    rows = []
+    for row in rows_of(ours, device, options, with_bias):
+        rows.append(asdict(row))
+        print_row(row)
+    host = host_microseconds(ours, device, 1 if options.tiny else 300)
+    CONSOLE.print("host, us:", {name: round(value, 1) for name, value in host.items()})
+    return result | {"rows": rows, "host_microseconds": host}
 
 
 def print_row(row: Row) -> None:
@@ -246,6 +246,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=None, help="default: 8192, or 64 with --tiny")
     parser.add_argument("--rounds", type=int, default=None, help="default: 30, or 1 with --tiny")
     parser.add_argument("--tiny", action="store_true", help="on the CPU, by Triton's interpreter")
+    parser.add_argument(
+        "--regardless", action="store_true", help="time what runs, even if something is wrong"
+    )
     parser.add_argument("--out", type=Path, metavar="JSON")
     options = parser.parse_args()
     options.tokens = options.tokens or (64 if options.tiny else 8192)
@@ -253,6 +256,8 @@ def main() -> None:
     result = measure(options)
     if options.out:
         options.out.write_text(json.dumps(result, indent=1))
+    if result["wrong"]:
+        raise SystemExit(f"{len(result['wrong'])} wrong")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from ds_fp8.ops.products import TILE, Operand, padded_tokens, scale_shape, tiles
 
 KINDS = ("normal", "zero", "tiny", "denormal", "huge", "sparse")
 WITH_BAD = (*KINDS, "inf", "nan", "bits")
-SHAPES = ((0, 16), (1, 208), (3, 272), (17, 128), (300, 528))  # tokens, features
+SHAPES = ((0, 16), (1, 208), (3, 528), (17, 128), (300, 272))  # tokens, features
 
 
 def matrix(rows: int, columns: int, kinds: Sequence[str], seed: int = 0) -> Tensor:

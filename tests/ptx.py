@@ -16,7 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -197,15 +197,18 @@ def type_of(value: object) -> str:
     return "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
-def compiled(launch: Launch, architecture: int) -> Any:
-    """The kernel for one compute capability; tensors and 64-bit distances are divisible by 16."""
+def compiled(launch: Launch, architecture: int, whole: Collection[str] = ()) -> Any:
+    """The kernel for one compute capability; tensors and 64-bit distances are divisible by 16.
+
+    whole: further parameters that are.
+    """
     constants = dict(launch.constants)
     if "HARDWARE" in constants:
         constants["HARDWARE"] = divmod(architecture, 10) >= tiles_triton.FIRST_WITH_FP8
     types = {name: type_of(value) for name, value in launch.parameters.items()}
     assert all(value % 16 == 0 for name, value in launch.parameters.items() if types[name] == "i64")
     names = launch.kernel.arg_names
-    wide = [name for name, each in types.items() if each == "i64" or each[0] == "*"]
+    wide = [name for name, each in types.items() if each == "i64" or each[0] == "*" or name in whole]
     source = ASTSource(
         fn=launch.kernel,
         signature={name: types.get(name, "constexpr") for name in names},

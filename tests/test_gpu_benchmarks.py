@@ -265,20 +265,22 @@ def with_scales_of_before(values: torch.Tensor, **wanted: bool) -> CastGradient:
     ids=["transpose", "cast_gradient", "find_exponents"],
 )
 def test_a_wrong_function_of_products_is_found(wrong: Any, told: str) -> None:
-    with pytest.raises(AssertionError, match=told):
-        verify_products.verify(wrong, ["emulated"], CPU, tiny=True)
+    found = verify_products.verify(wrong, ["emulated"], CPU, tiny=True).wrong
+    assert any(told in each for each in found), found
 
 
 def test_a_wrong_product_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(MULTIPLY, "emulated", lambda *each: PRODUCT(*each) * 1.01)
-    with pytest.raises(AssertionError, match="allowed beyond rounding"):
-        list(verify_products.errors(PRODUCTS, ["emulated"], CPU, [(17, 208, 272)]))
+    found = list(verify_products.errors(PRODUCTS, ["emulated"], CPU, (17, 208, 272)))
+    assert len(found) == 4
+    assert all(isinstance(each, str) and "beyond rounding" in each for each in found)
 
 
 def test_the_contract_itself_passes() -> None:
-    lines, errors = verify_products.verify(PRODUCTS, ["emulated"], CPU, tiny=True)
-    assert len(lines) == 4
-    assert {each.product for each in errors} == {*verify_products.NAMES, "forward with bias"}
+    found = verify_products.verify(PRODUCTS, ["emulated"], CPU, tiny=True)
+    assert not found.wrong
+    assert len(found.lines) == 4
+    assert {each.product for each in found.errors} == {*verify_products.NAMES, "forward with bias"}
 
 
 @pytest.mark.slow

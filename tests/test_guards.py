@@ -15,6 +15,7 @@ from ds_fp8.ops.adam import AdamScalars, AdamState, Rounding, Segment, Sweep
 from ds_fp8.ops.backend import cpu_tensor_backend, triton_tensor_backend
 from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.formats import E4M3, FP16, FP32, SPLIT16, UE4M4, Format
+from ds_fp8.ops.product_backend import Products, cpu_products, triton_products
 
 ROWS, BLOCK = 6, 64
 KERNELS = {
@@ -159,3 +160,53 @@ def test_pieces_at_unequal_distances_are_refused(kernels: Kernels) -> None:
     for pieces in (at, [blocks(E4M3), blocks(E4M3)]):
         with pytest.raises(ValueError, match=r"pieces\[\d\]: received .*, allowed: .*(distances|one buffer)"):
             kernels.ops.accumulate(pieces, blocks(FP32), overwrite=True)
+
+
+WEIGHTS = {"cpu": cpu_products(), "triton": triton_products()}
+BF16, CODES, BYTES = torch.bfloat16, torch.float8_e4m3fn, torch.uint8
+
+
+def matrix(dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+@pytest.mark.parametrize("ours", WEIGHTS.values(), ids=WEIGHTS)
+def test_weights_of_products_refuse_what_does_not_fit(ours: Products) -> None:
+    """A matrix of 256 x 208 has 2 x 2 tiles."""
+    values, exponents, codes = matrix(BF16, 208), matrix(BYTES, 2, 2), matrix(CODES, 256, 208)
+    for call in (
+        lambda: ours.find_exponents(values.float(), 0, 208, exponents),
+        lambda: ours.find_exponents(matrix(BF16, 416)[::2], 0, 208, exponents),
+        lambda: ours.find_exponents(values, 0, 208, exponents.int()),
+        lambda: ours.find_exponents(values, 0, 300, exponents),
+        lambda: ours.find_exponents(values, -1, 208, exponents),
+        lambda: ours.find_exponents(values, 255 * 208 + 1, 208, exponents),
+        lambda: ours.encode_weight(values, 0, 208, exponents, matrix(CODES, 207)),
+        lambda: ours.encode_weight(values, 0, 208, exponents, matrix(BYTES, 208)),
+        lambda: ours.encode_weight(values.to("meta"), 0, 208, exponents, matrix(CODES, 208)),
+        lambda: ours.decode_weight(codes, matrix(BYTES, 2, 1), matrix(BF16, 256, 208)),
+        lambda: ours.decode_weight(codes, exponents, matrix(BF16, 208, 256)),
+        lambda: ours.decode_weight(codes, exponents, matrix(torch.float16, 256, 208)),
+        lambda: ours.decode_weight(codes.t(), exponents, matrix(BF16, 208, 256)),
+    ):
+        with pytest.raises(ValueError, match=r": received .*, allowed: "):
+            call()
+
+
+def test_casts_of_products_refuse_what_does_not_fit() -> None:
+    ours, exponents = triton_products(), matrix(BYTES, 2, 3)
+    scales = matrix(torch.float32, 2, 4), matrix(torch.float32, 3, 4)
+    for call in (
+        lambda: ours.cast_input(matrix(torch.float32, 4, 32), wgrad=True),
+        lambda: ours.cast_input(matrix(BF16, 32), wgrad=True),
+        lambda: ours.cast_input(matrix(BF16, 4, 24), wgrad=True),
+        lambda: ours.cast_gradient(matrix(BF16, 32, 16).t(), dgrad=True, wgrad=True, bias=True),
+        lambda: ours.transpose(matrix(BYTES, 16, 16)),
+        lambda: ours.transpose(matrix(CODES, 32, 16).t()),
+        lambda: ours.transpose(matrix(CODES, 256)),
+        lambda: ours.expand_exponents(exponents, scales[1], scales[0]),
+        lambda: ours.expand_exponents(exponents, scales[0], scales[1].double()),
+        lambda: ours.expand_exponents(exponents.t(), scales[1], scales[0]),
+    ):
+        with pytest.raises(ValueError, match=r": received .*, allowed: "):
+            call()
