@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ds_fp8.ops import backend, cublas, products
-from ds_fp8.ops.products import CastGradient, CastInput, Operand
+from ds_fp8.ops.products import CastGradient, CastInput
 
 
 @dataclass(frozen=True)

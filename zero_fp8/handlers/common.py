@@ -53,14 +53,13 @@ class FP8ZeROOptimizer(Facade, ZeROOptimizer):
         group: ProcessGroup,
         timers: Any,
         loss_scaler: Any,
-        prepare: Callable[[], None] = lambda: None,
         choice: Choice | None = None,
     ) -> None:
         """Take over the parameters: masters are made from them, and they become views of buffers.
 
         names: every parameter of the model, in the model's order, with its name; the order numbers
         the parameters and so must be the same on every rank. timers, loss_scaler: DeepSpeed's.
-        prepare: called when the ranks have agreed, before anything is built.
+        choice: of matrices that become codes.
         Raises ValueError if the ranks' parameters or settings differ, RuntimeError on a GPU without a
         usable kernel.
         """
@@ -78,7 +77,7 @@ class FP8ZeROOptimizer(Facade, ZeROOptimizer):
         self._has_let_go = False
 
         run = (recipe, settings, group)
-        self.parameters, self.parts = take_over(names, optimizer.param_groups, *run, prepare, choice)
+        self.parameters, self.parts = take_over(names, optimizer.param_groups, *run, self._prepare, choice)
         self.parameter_names = {index: names[each] for index, each in self.parameters.items()}
         self.gradients = self.parts.reducer
         self.stepper = Stepper(self.parts, self.parameters, optimizer, *run, timers)
@@ -96,6 +95,9 @@ class FP8ZeROOptimizer(Facade, ZeROOptimizer):
             on_access=self.binding.require,
         )
         self._bind()
+
+    def _prepare(self) -> None:
+        """When the ranks have agreed, before anything is built."""
 
     def _bind(self) -> None:
         """Be the one whom DeepSpeed's utilities ask about these parameters."""

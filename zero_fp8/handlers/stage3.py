@@ -40,14 +40,13 @@ class Stage3Optimizer(FP8ZeROOptimizer):
         make_offload: Callable[[], Offload],
     ) -> None:
         """As `FP8ZeROOptimizer`; make_offload: converts the model's parameters and hooks its modules."""
-
-        def prepare() -> None:
-            claim(names, self)
-            self.fetching = Fetching(make_offload(), names, recipe.block_size)
-
-        self._names = names
-        super().__init__(optimizer, names, recipe, settings, group, timers, loss_scaler, prepare)
+        self._names, self._make_offload = names, make_offload
+        super().__init__(optimizer, names, recipe, settings, group, timers, loss_scaler)
         self.fetching.install(self._on_module_end)
+
+    def _prepare(self) -> None:
+        claim(self._names, self)
+        self.fetching = Fetching(self._make_offload(), self._names, self.recipe.block_size)
 
     def _bind(self) -> None:
         self.slice_access = SliceAccess(self.full_tensors, self.parameters)
