@@ -66,15 +66,13 @@ class FP8ZeROOptimizer(Facade, ZeROOptimizer):
         super().__init__()
         self.loss_scaler = loss_scaler
         self.optimizer = optimizer
-        self.recipe = recipe
-        self.settings = settings
+        self.recipe, self.settings = recipe, settings
         self.dp_process_group = group
-        self.overflow = False
+        self.overflow = self._has_let_go = False
         self._global_grad_norm: float | None = None
         self.roster: Roster | None = None
         self.arrivals: ArrivalHooks | None = None
         self.client: Client | None = None
-        self._has_let_go = False
 
         run = (recipe, settings, group)
         self.parameters, self.parts = take_over(names, optimizer.param_groups, *run, self._prepare, choice)
