@@ -17,8 +17,8 @@ tokens       are padded to a multiple of 16, with zero codes and scales of 1, wh
              multiples of 16.
 inf or NaN   makes the scale of its block or tile inf, and so every value of it inf or NaN (`ops.blocks`).
 
-The functions here are the contract, in plain PyTorch. `ops.triton.products` and `ops.cpu` have the same names
-and give the same codes and scales bit for bit.
+The functions here are the contract, in plain PyTorch. `ops.triton.products`, `ops.cpu.weight_tiles` and
+`ops.cublas` have the same names. Codes and scales are the same bit for bit, products as far as sums are.
 """
 
 from dataclasses import dataclass
@@ -92,9 +92,13 @@ def cast_gradient(dy: Tensor, *, dgrad: bool, wgrad: bool, bias: bool) -> CastGr
     )
 
 
-def multiply(left: Operand, right: Operand) -> Tensor:
-    """left right^T, [rows of left, rows of right] bfloat16; left has scales per row, right also in tiles."""
-    return (left.decode() @ right.decode().t()).to(torch.bfloat16)
+def multiply(left: Operand, right: Operand, bias: Tensor | None = None) -> Tensor:
+    """left right^T, [rows of left, rows of right] bfloat16; left has scales per row, right also in tiles.
+
+    bias: [rows of right] bfloat16, added in FP32.
+    """
+    product = left.decode() @ right.decode().t()
+    return (product if bias is None else product + bias.float()).to(torch.bfloat16)
 
 
 def transpose(codes: Tensor) -> Tensor:
@@ -164,8 +168,8 @@ def _in_rows(values: Tensor) -> Operand:
     parts[:, :inner] = values
     parts = parts.view(-1, TILE)
     e = scale_exponents(parts, E4M3)
-    codes = scale_down(parts, e).view(rows, -1)[:, :inner].to(E4M3.dtype).contiguous()
-    return Operand(codes, _scales(e, parts).view(rows, -1))
+    codes = scale_down(parts, e).view(rows, tiles(inner) * TILE)[:, :inner].to(E4M3.dtype).contiguous()
+    return Operand(codes, _scales(e, parts).view(rows, tiles(inner)))
 
 
 def _in_tiles(values: Tensor) -> Operand:

@@ -151,7 +151,7 @@ class Spy:
             "spied",
             replace(
                 REFERENCE,
-                name="spied",
+                name=f"spied {id(self)}",
                 cast_input=self._cast_input,
                 cast_gradient=self._cast_gradient,
                 transpose=self._transpose,

@@ -28,9 +28,7 @@ class Product(torch.autograd.Function):
         swapped: bool,
         wgrad: bool,
     ) -> Tensor:
-        y, saved = _multiply(x, matrix, way, swapped, wgrad)
-        if bias is not None:
-            y += bias.to(y.dtype)
+        y, saved = _multiply(x, bias, matrix, way, swapped, wgrad)
         compiling = torch.compiler.is_compiling()
         ctx.save_for_backward(*saved, *([matrix.codes] if compiling else []))
         ctx.matrix, ctx.way, ctx.swapped = matrix, way, swapped
@@ -111,13 +109,14 @@ def check_shapes(x: Tensor, bias: Tensor | None, matrix: Matrix, swapped: bool) 
 
 
 def _multiply(
-    x: Tensor, matrix: Matrix, way: Way, swapped: bool, wgrad: bool
+    x: Tensor, bias: Tensor | None, matrix: Matrix, way: Way, swapped: bool, wgrad: bool
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """y, [tokens, N], and what backward needs; without tokens nothing is launched."""
     if x.numel() == 0:
         outputs = matrix.codes.shape[1 if swapped else 0]
         return x.new_empty(0, outputs, dtype=torch.bfloat16), ()
-    return way.forward(x, matrix, swapped=swapped, wgrad=wgrad)
+    bias = None if bias is None else bias.to(torch.bfloat16)
+    return way.forward(x, matrix, bias, swapped=swapped, wgrad=wgrad)
 
 
 def _differentiate(dy: Tensor, ctx: Any, needs: Needs) -> Gradients:
