@@ -1,7 +1,7 @@
 """`F.linear` and `torch.addmm` with an FP8 weight, as autograd sees them.
 
 What backward needs of x is saved, codes or x itself; the weight is the owner's buffer, which must still hold
-what forward multiplied with.
+what forward multiplied with. Autograd itself casts gradients to the dtypes of x and bias.
 """
 
 from typing import Any
@@ -32,8 +32,7 @@ class Product(torch.autograd.Function):
         compiling = torch.compiler.is_compiling()
         ctx.save_for_backward(*saved, *([matrix.codes] if compiling else []))
         ctx.matrix, ctx.way, ctx.swapped = matrix, way, swapped
-        ctx.input = x.shape, x.dtype
-        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.input_shape = x.shape
         ctx.generation = None if compiling else matrix.generation
         return y.view(*x.shape[:-1], y.shape[-1])
 
@@ -45,10 +44,8 @@ class Product(torch.autograd.Function):
             check_generation(ctx.matrix, ctx.generation)
         flat = dy.reshape(-1, dy.shape[-1]).contiguous()
         found = _differentiate(flat, ctx, Needs(x, weight, bias))
-        shape, dtype = ctx.input
-        dx = None if found.input is None else found.input.reshape(shape).to(dtype)
-        dbias = None if found.bias is None else found.bias.to(ctx.bias_dtype)
-        return dx, found.weight, dbias, None, None, None, None
+        dx = None if found.input is None else found.input.reshape(ctx.input_shape)
+        return dx, found.weight, found.bias, None, None, None, None
 
 
 def check_generation(matrix: Matrix, forward: int) -> None:
@@ -123,7 +120,7 @@ def _differentiate(dy: Tensor, ctx: Any, needs: Needs) -> Gradients:
     """Gradients for dy, [tokens, N]; without tokens zeros."""
     matrix: Matrix = ctx.matrix
     if dy.numel() == 0:
-        shapes = (ctx.input[0], matrix.codes.shape, dy.shape[1:])
+        shapes = (ctx.input_shape, matrix.codes.shape, dy.shape[1:])
         return Gradients(
             *(dy.new_zeros(shape) if each else None for shape, each in zip(shapes, needs, strict=True))
         )
