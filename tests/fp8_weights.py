@@ -1,20 +1,73 @@
 """FP8 weights for tests: a matrix in buffers of its own, models of which every product is FP8."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from ds_fp8.ops import products
+from ds_fp8.ops.products import CastGradient, CastInput, Operand
 from ds_fp8.zero_fp8.products.choice import kind_of
 from ds_fp8.zero_fp8.products.fp8_parameter import FP8Parameter
 from ds_fp8.zero_fp8.products.kernels import REFERENCE
 from ds_fp8.zero_fp8.products.matrix import Matrix
 from ds_fp8.zero_fp8.products.ways import DecodedProducts, FP8Products, Way
 
+NOTHING = float("nan")
+
+
+def as_cublas_reads(operand: Operand | None) -> Operand | None:
+    """The scales of rows transposed, those of tiles in front of padding that nobody wrote."""
+    if operand is None:
+        return None
+    scales, (rows, inner) = operand.scales, operand.codes.shape
+    if len(scales) == rows:
+        turned = torch.empty(scales.shape[1], rows)
+        return Operand(operand.codes, turned.copy_(scales.t()).t())
+    padded = torch.full(products.scale_shape(rows, inner), NOTHING)
+    padded[:, : scales.shape[1]] = scales
+    return Operand(operand.codes, padded[:, : scales.shape[1]])
+
+
+def _cast_input(x: Tensor, *, wgrad: bool) -> CastInput:
+    cast = products.cast_input(x, wgrad=wgrad)
+    forward = as_cublas_reads(cast.forward)
+    assert forward is not None
+    return CastInput(forward, as_cublas_reads(cast.wgrad))
+
+
+def _cast_gradient(dy: Tensor, **wanted: bool) -> CastGradient:
+    cast = products.cast_gradient(dy, **wanted)
+    return CastGradient(as_cublas_reads(cast.dgrad), as_cublas_reads(cast.wgrad), cast.bias)
+
+
+def _multiply(left: Operand, right: Operand, bias: Tensor | None = None) -> Tensor:
+    """Strict about what a kernel would read wrongly."""
+    rows, inner = left.codes.shape
+    groups = products.scale_shape(*right.codes.shape)[1]
+    assert (left.scales.shape, left.scales.stride()) == ((rows, products.tiles(inner)), (1, rows))
+    assert right.scales.shape == (products.tiles(len(right.codes)), products.tiles(inner))
+    assert right.scales.stride() == (groups, 1)
+    assert right.scales.untyped_storage().nbytes() >= 4 * groups * len(right.scales)
+    assert left.codes.is_contiguous()
+    assert right.codes.is_contiguous()
+    return products.multiply(left, right, bias)
+
+
 EMULATED = FP8Products("emulated", REFERENCE)
 DECODED = DecodedProducts()
-WAYS = (EMULATED, DECODED)
+LAID_OUT = FP8Products(
+    "laid out",
+    replace(
+        REFERENCE,
+        name="laid out",
+        cast_input=_cast_input,
+        cast_gradient=_cast_gradient,
+        multiply=_multiply,
+    ),
+)
+WAYS = (EMULATED, DECODED, LAID_OUT)
 
 
 def hold(values: Tensor, name: str = "weight") -> Matrix:

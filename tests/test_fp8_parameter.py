@@ -27,6 +27,7 @@ READERS: dict[str, Callable[[Any], Any]] = {
     "row": lambda w: w[3],
     "rows": lambda w: torch.stack(list(w)),
     "cat": lambda w: torch.cat([w, w]),
+    "values and weight": lambda w: torch.cat([w.data, w]),
     "view": lambda w: w.view(-1),
     "sum": lambda w: w.sum(),
     "op": torch.ops.aten.sum.default,
@@ -53,7 +54,6 @@ READERS: dict[str, Callable[[Any], Any]] = {
     "out": lambda w: torch.add(w, 1, out=torch.empty(96, 160, dtype=torch.bfloat16)),
     "data of another": lambda w: nn.Parameter(w.data).data,
     "leaf": lambda w: w.detach().requires_grad_(),
-    "shape": lambda w: (w.shape, w.dtype, w.device, w.numel(), w.dim(), w.is_contiguous(), w.stride()),
 }
 
 
@@ -82,6 +82,30 @@ def test_readers_get_what_the_codes_say(name: str, grad: bool) -> None:
         got, wanted = READERS[name](layer.weight), READERS[name](plain.weight)
     assert same(got, wanted)
     assert type(layer.weight) is FP8Parameter
+
+
+def said_of(w: Any) -> list[Any]:
+    said = [
+        w.shape,
+        w.size(0),
+        w.dtype,
+        w.device,
+        w.numel(),
+        w.dim(),
+        len(w),
+        w.is_leaf,
+        w.requires_grad,
+        w.grad,
+    ]
+    said += [w.is_contiguous(), w.stride(), w.stride(0), w.element_size(), w.nbytes, w.layout, w.type()]
+    return said
+
+
+def test_what_is_asked_of_no_value_decodes_nothing() -> None:
+    layer = fp8_linear()
+    plain = nn.Linear(160, 96, dtype=torch.bfloat16)
+    assert said_of(layer.weight) == said_of(plain.weight)
+    assert layer.weight.matrix.decodes == 0
 
 
 def test_readers_give_their_gradient_to_the_parameter() -> None:
@@ -159,10 +183,12 @@ def test_writers_are_refused_by_name(name: str) -> None:
     assert torch.equal(layer.weight.matrix.values(), before)
 
 
-def test_writers_are_refused_in_inference_mode() -> None:
+@pytest.mark.parametrize("write", [lambda w: w.data.t().mul_(2), lambda w: nn.init.normal_(w.data)])
+def test_writers_are_refused_in_inference_mode(write: Callable[[Any], Any]) -> None:
+    """Where tensors have no version."""
     layer = fp8_linear()
     with torch.inference_mode(), pytest.raises(RuntimeError, match="safe_set_full_fp32_param"):
-        layer.weight.data.t().mul_(2)
+        write(layer.weight)
 
 
 POINTERS: dict[str, Callable[[Any], Any]] = {

@@ -31,6 +31,10 @@ CONVERSIONS = "to cpu cuda xpu type type_as float double half bfloat16 contiguou
 POINTERS = """data_ptr const_data_ptr mutable_data_ptr untyped_storage storage _typed_storage __dlpack__
 share_memory_ set_ resize_"""
 
+# Of what writes into its first argument, the names without an underscore at the end.
+_OPERATORS = "add sub mul truediv floordiv mod pow and or xor lshift rshift matmul"
+WRITING = {f"__i{name}__" for name in _OPERATORS.split()} | {"__setitem__", "__set__", "__delete__"}
+
 Function = Callable[..., Any]
 
 
@@ -57,3 +61,10 @@ POINTING = _members(Tensor, POINTERS) | _accessors("__cuda_array_interface__", "
 DETACHING = {Tensor.detach} | _accessors("data", "__get__")
 REPLACING = _accessors("data", "__set__")
 NODE = {Tensor.view_as, Tensor.expand_as}  # of a tensor and itself: how others find its gradient's node
+# Names of what a compiled graph cannot hold: what is refused, and what gives values that refuse.
+LEAVES_GRAPH = (
+    "detach",
+    *(name for name in dir(Tensor) if name.endswith("_") and not name.endswith("__")),
+    *WRITING - {"__set__", "__delete__"},
+    *POINTERS.split(),
+)

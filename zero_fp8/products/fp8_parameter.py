@@ -35,6 +35,7 @@ from ds_fp8.zero_fp8.products.ways import Way
 
 logger = logging.getLogger("ds_fp8")
 
+_DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 _LINEAR = torch._C._nn.linear  # also if a profiler has put its own into torch.nn.functional
 
 
@@ -87,7 +88,7 @@ class FP8Parameter(nn.Parameter):
         if func is torch.addmm:
             return _addmm(*args, **kwargs)
         if torch.compiler.is_dynamo_compiling():
-            return _read_traced(func, args, kwargs)
+            return _answer_traced(func, args, kwargs)
         if func in answers.PLAIN or torch.compiler.is_compiling():  # the compiler itself asks
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
@@ -135,7 +136,6 @@ def _addmm(input: Any, mat1: Any, mat2: Any, **kwargs: Any) -> Any:
     """bias + x W, as Conv1D says it; any other sum is of values."""
     is_product = isinstance(mat2, FP8Parameter) and not isinstance(mat1, FP8Parameter)
     if not is_product or isinstance(input, FP8Parameter) or input.dim() != 1 or kwargs:
-        refuse_writes(torch.addmm, (), kwargs, FP8Parameter)
         return _read(torch.addmm, (input, mat1, mat2), kwargs)
     return multiply_input(mat1, mat2, input, matrix=mat2.matrix, way=mat2.way, swapped=True)
 
@@ -264,8 +264,19 @@ def _no_memory(parameter: FP8Parameter, func: Function) -> RuntimeError:
     )
 
 
+def _answer_traced(func: Function, args: Any, kwargs: dict[str, Any]) -> Any:
+    """As `_answer`, in what Dynamo can follow; what is no reader leaves the graph."""
+    if func.__name__ in answers.LEAVES_GRAPH or func == _DATA:
+        return _answer_outside(func, args, kwargs)
+    return _read_traced(func, args, kwargs)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _answer_outside(func: Function, args: Any, kwargs: dict[str, Any]) -> Any:
+    return _answer(func, args, kwargs, False)
+
+
 def _read_traced(func: Function, args: Any, kwargs: dict[str, Any]) -> Any:
-    """As `_read`, in what Dynamo can follow."""
     values = [_decoded_traced(each) for each in args]
     return func(*values, **{name: _decoded_traced(value) for name, value in kwargs.items()})
 

@@ -1,19 +1,31 @@
-"""The functions that cast, multiply and decode, as one value; the reference is `ds_fp8.ops.products`.
+"""The functions that cast, multiply and decode, as one value, called eagerly or by a compiled graph.
 
-The same functions are custom ops for torch.compile, `traced`: it sees names and shapes and looks into none of
-them. The ops are functional, so that the compiler finds common casts and drops what nobody uses, and sizes
-may be symbols. Called eagerly an op costs tens of microseconds, so only traced code calls them.
+Under torch.compile they are custom ops: it sees names and shapes and looks into none of them. The ops are
+functional, so that the compiler finds common casts and drops what nobody uses, and sizes may be symbols.
+Called eagerly an op costs tens of microseconds, so only traced code calls them.
+
+Kernels lay scales as cuBLAS reads them, padded or transposed, and want them back so. What a graph passes on,
+or autograd saves and somebody moves to the host, is dense: tiles with their padding, and in a graph the
+scales of rows transposed.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ds_fp8.ops import products
-from ds_fp8.ops.products import CastGradient, CastInput, Operand, padded_tokens, tiles
+from ds_fp8.ops.products import (
+    CastGradient,
+    CastInput,
+    Operand,
+    padded_tokens,
+    scale_shape,
+    tiles,
+    weight_operand,
+)
 
 _CODES = torch.float8_e4m3fn
 _known: dict[str, "Kernels"] = {}  # an op is told by name what to run
@@ -24,46 +36,66 @@ class Kernels:
     """Functions of the names and contracts of `ds_fp8.ops.products`; a name has one set in a process."""
 
     name: str
+    multiply: Callable[[Operand, Operand, Tensor | None], Tensor]
     cast_input: Callable[..., CastInput]
     cast_gradient: Callable[..., CastGradient]
-    multiply: Callable[[Operand, Operand], Tensor]
     transpose: Callable[[Tensor], Tensor]
+    find_exponents: Callable[[Tensor, int, int, Tensor], None]
+    encode_weight: Callable[[Tensor, int, int, Tensor, Tensor], None]
     decode_weight: Callable[[Tensor, Tensor, Tensor], None]
+    expand_exponents: Callable[[Tensor, Tensor, Tensor], None]
 
     def __post_init__(self) -> None:
-        if not self.name.startswith("traced "):
-            _known[self.name] = self
+        known = _known.setdefault(self.name, self)
+        assert known == self, f"two sets of kernels have the name {self.name}"
+
+    @classmethod
+    def of(cls, name: str, functions: Any, multiply: Callable[..., Tensor]) -> "Kernels":
+        """From a module or record that has the other functions by name."""
+        return cls(
+            name,
+            multiply,
+            functions.cast_input,
+            functions.cast_gradient,
+            functions.transpose,
+            functions.find_exponents,
+            functions.encode_weight,
+            functions.decode_weight,
+            functions.expand_exponents,
+        )
 
 
-REFERENCE = Kernels(
-    "reference",
-    products.cast_input,
-    products.cast_gradient,
-    products.multiply,
-    products.transpose,
-    products.decode_weight,
-)
+REFERENCE = Kernels.of("reference", products, products.multiply)
 
 
-def traced(kernels: Kernels) -> Kernels:
-    """The same kernels as ops."""
-    return replace(
-        kernels,
-        name=f"traced {kernels.name}",
-        cast_input=partial(_traced_cast_input, kernels.name),
-        cast_gradient=partial(_traced_cast_gradient, kernels.name),
-        multiply=partial(_traced_multiply, kernels.name),
-        transpose=partial(_transpose, kernels.name),
-    )
+class Right(NamedTuple):
+    """The right side of a product, in tiles."""
+
+    codes: Tensor  # [rows, inner]
+    scales: Tensor  # `scale_shape(rows, inner)`, dense
 
 
-def _traced_cast_input(name: str, x: Tensor, *, wgrad: bool) -> CastInput:
-    codes, scales, turned, turned_scales = _cast_input(name, x, wgrad)
-    return CastInput(Operand(codes, scales), Operand(turned, turned_scales) if wgrad else None)
+class Cast(NamedTuple):
+    """x for the forward, and for wgrad if somebody wants it."""
+
+    forward: Operand
+    wgrad: Right | None
 
 
-def _traced_cast_gradient(name: str, dy: Tensor, *, dgrad: bool, wgrad: bool, bias: bool) -> CastGradient:
-    codes, scales, turned, turned_scales, total = _cast_gradient(name, dy, dgrad, wgrad, bias)
+def cast_input(kernels: Kernels, x: Tensor, *, wgrad: bool) -> Cast:
+    """Cast x, [tokens, K] bfloat16."""
+    if torch.compiler.is_compiling():
+        codes, scales, turned, turned_scales = _cast_input(kernels.name, x, wgrad)
+        return Cast(Operand(codes, scales), Right(turned, turned_scales) if wgrad else None)
+    cast = kernels.cast_input(x, wgrad=wgrad)
+    return Cast(cast.forward, None if cast.wgrad is None else Right(cast.wgrad.codes, _whole(cast.wgrad)))
+
+
+def cast_gradient(kernels: Kernels, dy: Tensor, *, dgrad: bool, wgrad: bool, bias: bool) -> CastGradient:
+    """Cast dy, [tokens, N] bfloat16."""
+    if not torch.compiler.is_compiling():
+        return kernels.cast_gradient(dy, dgrad=dgrad, wgrad=wgrad, bias=bias)
+    codes, scales, turned, turned_scales, total = _cast_gradient(kernels.name, dy, dgrad, wgrad, bias)
     return CastGradient(
         Operand(codes, scales) if dgrad else None,
         Operand(turned, turned_scales) if wgrad else None,
@@ -71,9 +103,56 @@ def _traced_cast_gradient(name: str, dy: Tensor, *, dgrad: bool, wgrad: bool, bi
     )
 
 
-def _traced_multiply(name: str, left: Operand, right: Operand) -> Tensor:
-    y: Tensor = _multiply(name, left.codes, left.scales, right.codes, right.scales)
-    return y
+def multiply(kernels: Kernels, left: Operand, right: Right, bias: Tensor | None = None) -> Tensor:
+    """[rows of left, rows of right] bfloat16."""
+    if torch.compiler.is_compiling():
+        y: Tensor = _multiply(kernels.name, left.codes, left.scales, right.codes, right.scales, bias)
+        return y
+    return _multiply_apart(kernels, left, right, bias)
+
+
+def transpose(kernels: Kernels, codes: Tensor) -> Tensor:
+    """Codes transposed, for one product; they are dropped after it."""
+    turned: Tensor = (_transpose if torch.compiler.is_compiling() else _run_transpose)(kernels.name, codes)
+    return turned
+
+
+def decode(kernels: Kernels, codes: Tensor, exponents: Tensor) -> Tensor:
+    """The values of a weight, bfloat16."""
+    run = _decode if torch.compiler.is_compiling() else _run_decode
+    values: Tensor = run(kernels.name, codes, exponents)
+    return values
+
+
+def _multiply_apart(kernels: Kernels, left: Operand, right: Right, bias: Tensor | None) -> Tensor:
+    """Apart from autocast: an FP32 product stays one."""
+    operand = weight_operand(right.codes, right.scales)
+    if not torch.is_autocast_enabled(left.codes.device.type):
+        return kernels.multiply(left, operand, bias)
+    with torch.autocast(left.codes.device.type, enabled=False):
+        return kernels.multiply(left, operand, bias)
+
+
+def _run_transpose(name: str, codes: Tensor) -> Tensor:
+    return _known[name].transpose(codes)
+
+
+def _run_decode(name: str, codes: Tensor, exponents: Tensor) -> Tensor:
+    out = codes.new_empty(codes.shape, dtype=torch.bfloat16)
+    _known[name].decode_weight(codes, exponents, out)
+    return out
+
+
+def _whole(operand: Operand) -> Tensor:
+    """Scales of tiles with the padding that lies behind them, or with some if there is none."""
+    scales, shape = operand.scales, scale_shape(*operand.codes.shape)
+    if scales.shape == shape:
+        return scales.contiguous()
+    if scales.stride() == (shape[1], 1):
+        return scales.as_strided(shape, (shape[1], 1))
+    whole = scales.new_ones(shape)
+    whole[:, : scales.shape[1]] = scales
+    return whole
 
 
 # The ops. Where nothing is wanted they give empty tensors, since their results are fixed in number.
@@ -82,17 +161,17 @@ def _traced_multiply(name: str, left: Operand, right: Operand) -> Tensor:
 @torch.library.custom_op("ds_fp8::cast_input", mutates_args=())
 def _cast_input(kernels: str, x: Tensor, wgrad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     cast = _known[kernels].cast_input(x, wgrad=wgrad)
-    return *_parts(cast.forward, x), *_parts(cast.wgrad, x)
+    turned = _nothing(x) if cast.wgrad is None else (cast.wgrad.codes, _whole(cast.wgrad))
+    return *_turned_scales(cast.forward, x), *turned
 
 
 @_cast_input.register_fake
 def _(kernels: str, x: Tensor, wgrad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tokens, features = padded_tokens(x.shape[0]), x.shape[1]
-    scales = (tokens, tiles(features))
-    turned_scales = (tiles(features), tiles(tokens))
+    whole = scale_shape(features, tokens)
     return (
-        *_fake_operand(x, (tokens, features), scales, True),
-        *_fake_operand(x, (features, tokens), turned_scales, wgrad),
+        *_fake(x, (tokens, features), (tiles(features), tokens), True),
+        *_fake(x, (features, tokens), whole, wgrad),
     )
 
 
@@ -102,7 +181,7 @@ def _cast_gradient(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     cast = _known[kernels].cast_gradient(dy, dgrad=dgrad, wgrad=wgrad, bias=bias)
     total = dy.new_empty(0, dtype=torch.float32) if cast.bias is None else cast.bias
-    return *_parts(cast.dgrad, dy), *_parts(cast.wgrad, dy), total
+    return *_turned_scales(cast.dgrad, dy), *_turned_scales(cast.wgrad, dy), total
 
 
 @_cast_gradient.register_fake
@@ -111,51 +190,58 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     tokens, features = padded_tokens(dy.shape[0]), dy.shape[1]
     return (
-        *_fake_operand(dy, (tokens, features), (tokens, tiles(features)), dgrad),
-        *_fake_operand(dy, (features, tokens), (features, tiles(tokens)), wgrad),
+        *_fake(dy, (tokens, features), (tiles(features), tokens), dgrad),
+        *_fake(dy, (features, tokens), (tiles(tokens), features), wgrad),
         dy.new_empty(features if bias else 0, dtype=torch.float32),
     )
 
 
 @torch.library.custom_op("ds_fp8::multiply", mutates_args=())
-def _multiply(kernels: str, left: Tensor, left_scales: Tensor, right: Tensor, right_scales: Tensor) -> Tensor:
-    return _known[kernels].multiply(Operand(left, left_scales), Operand(right, right_scales))
+def _multiply(
+    kernels: str, left: Tensor, left_scales: Tensor, right: Tensor, right_scales: Tensor, bias: Tensor | None
+) -> Tensor:
+    operand = Operand(left, _dense(left_scales).t())
+    return _multiply_apart(_known[kernels], operand, Right(right, _dense(right_scales)), bias)
 
 
 @_multiply.register_fake
-def _(kernels: str, left: Tensor, left_scales: Tensor, right: Tensor, right_scales: Tensor) -> Tensor:
+def _(
+    kernels: str, left: Tensor, left_scales: Tensor, right: Tensor, right_scales: Tensor, bias: Tensor | None
+) -> Tensor:
     return left.new_empty(left.shape[0], right.shape[0], dtype=torch.bfloat16)
 
 
-@torch.library.custom_op("ds_fp8::transpose", mutates_args=())
-def _transpose(kernels: str, codes: Tensor) -> Tensor:
-    return _known[kernels].transpose(codes)
+_transpose = torch.library.custom_op("ds_fp8::transpose", _run_transpose, mutates_args=())
 
 
 @_transpose.register_fake
-def _(kernels: str, codes: Tensor) -> Tensor:
+def _(name: str, codes: Tensor) -> Tensor:
     return codes.new_empty(codes.shape[1], codes.shape[0])
 
 
-@torch.library.custom_op("ds_fp8::decode_weight", mutates_args=())
-def decode_op(kernels: str, codes: Tensor, exponents: Tensor) -> Tensor:
-    out = codes.new_empty(codes.shape, dtype=torch.bfloat16)
-    _known[kernels].decode_weight(codes, exponents, out)
-    return out
+_decode = torch.library.custom_op("ds_fp8::decode_weight", _run_decode, mutates_args=())
 
 
-@decode_op.register_fake
-def _(kernels: str, codes: Tensor, exponents: Tensor) -> Tensor:
+@_decode.register_fake
+def _(name: str, codes: Tensor, exponents: Tensor) -> Tensor:
     return codes.new_empty(codes.shape, dtype=torch.bfloat16)
 
 
-def _parts(operand: Operand | None, like: Tensor) -> tuple[Tensor, Tensor]:
-    if operand is None:
-        return like.new_empty(0, dtype=_CODES), like.new_empty(0, dtype=torch.float32)
-    return operand.codes, operand.scales
+def _dense(scales: Tensor) -> Tensor:
+    """With the strides of a dense tensor: compilers change those of a side of one element."""
+    return scales.as_strided(scales.shape, (scales.shape[1], 1))
 
 
-def _fake_operand(
+def _nothing(like: Tensor) -> tuple[Tensor, Tensor]:
+    return like.new_empty(0, dtype=_CODES), like.new_empty(0, dtype=torch.float32)
+
+
+def _turned_scales(operand: Operand | None, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes, and scales of rows as [tiles(inner), rows]."""
+    return _nothing(like) if operand is None else (operand.codes, operand.scales.t().contiguous())
+
+
+def _fake(
     like: Tensor, codes: tuple[int, int], scales: tuple[int, int], wanted: bool
 ) -> tuple[Tensor, Tensor]:
     return (

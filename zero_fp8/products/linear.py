@@ -1,7 +1,7 @@
 """`F.linear` and `torch.addmm` with an FP8 weight, as autograd sees them.
 
 What backward needs of x is saved, codes or x itself; the weight is the owner's buffer, which must still hold
-what forward multiplied with.
+what forward multiplied with. Autograd itself casts gradients to the dtypes of x and bias.
 """
 
 from typing import Any
@@ -28,14 +28,11 @@ class Product(torch.autograd.Function):
         swapped: bool,
         wgrad: bool,
     ) -> Tensor:
-        y, saved = _multiply(x, matrix, way, swapped, wgrad)
-        if bias is not None:
-            y += bias.to(y.dtype)
+        y, saved = _multiply(x, bias, matrix, way, swapped, wgrad)
         compiling = torch.compiler.is_compiling()
         ctx.save_for_backward(*saved, *([matrix.codes] if compiling else []))
         ctx.matrix, ctx.way, ctx.swapped = matrix, way, swapped
-        ctx.input = x.shape, x.dtype
-        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.input_shape = x.shape
         ctx.generation = None if compiling else matrix.generation
         return y.view(*x.shape[:-1], y.shape[-1])
 
@@ -47,10 +44,8 @@ class Product(torch.autograd.Function):
             check_generation(ctx.matrix, ctx.generation)
         flat = dy.reshape(-1, dy.shape[-1]).contiguous()
         found = _differentiate(flat, ctx, Needs(x, weight, bias))
-        shape, dtype = ctx.input
-        dx = None if found.input is None else found.input.reshape(shape).to(dtype)
-        dbias = None if found.bias is None else found.bias.to(ctx.bias_dtype)
-        return dx, found.weight, dbias, None, None, None, None
+        dx = None if found.input is None else found.input.reshape(ctx.input_shape)
+        return dx, found.weight, found.bias, None, None, None, None
 
 
 def check_generation(matrix: Matrix, forward: int) -> None:
@@ -111,20 +106,21 @@ def check_shapes(x: Tensor, bias: Tensor | None, matrix: Matrix, swapped: bool) 
 
 
 def _multiply(
-    x: Tensor, matrix: Matrix, way: Way, swapped: bool, wgrad: bool
+    x: Tensor, bias: Tensor | None, matrix: Matrix, way: Way, swapped: bool, wgrad: bool
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """y, [tokens, N], and what backward needs; without tokens nothing is launched."""
     if x.numel() == 0:
         outputs = matrix.codes.shape[1 if swapped else 0]
         return x.new_empty(0, outputs, dtype=torch.bfloat16), ()
-    return way.forward(x, matrix, swapped=swapped, wgrad=wgrad)
+    bias = None if bias is None else bias.to(torch.bfloat16)
+    return way.forward(x, matrix, bias, swapped=swapped, wgrad=wgrad)
 
 
 def _differentiate(dy: Tensor, ctx: Any, needs: Needs) -> Gradients:
     """Gradients for dy, [tokens, N]; without tokens zeros."""
     matrix: Matrix = ctx.matrix
     if dy.numel() == 0:
-        shapes = (ctx.input[0], matrix.codes.shape, dy.shape[1:])
+        shapes = (ctx.input_shape, matrix.codes.shape, dy.shape[1:])
         return Gradients(
             *(dy.new_zeros(shape) if each else None for shape, each in zip(shapes, needs, strict=True))
         )

@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ds_fp8.ops import products
-from ds_fp8.zero_fp8.products.kernels import REFERENCE, Kernels, decode_op
+from ds_fp8.zero_fp8.products.kernels import REFERENCE, Kernels, decode
 
 
 @dataclass(eq=False)
@@ -45,19 +44,14 @@ class Matrix:
 
     def values(self) -> Tensor:
         """[rows, columns] bfloat16, decoded anew."""
-        if torch.compiler.is_compiling():
-            values: Tensor = decode_op(self.kernels.name, self.codes, self.exponents)
-            return values
-        out = self.codes.new_empty(self.codes.shape, dtype=torch.bfloat16)
-        self.kernels.decode_weight(self.codes, self.exponents, out)
-        return out
+        return decode(self.kernels, self.codes, self.exponents)
 
     def store(self, values: Tensor) -> None:
         """Encode values of the whole weight, [rows, columns]."""
         flat = values.detach().to(self.codes.device, torch.bfloat16).reshape(-1)
         columns = self.codes.shape[1]
         self.exponents.zero_()
-        products.find_exponents(flat, 0, columns, self.exponents)
-        products.encode_weight(flat, 0, columns, self.exponents, self.codes.view(-1))
-        products.expand_exponents(self.exponents, self.scales, self.transposed_scales)
+        self.kernels.find_exponents(flat, 0, columns, self.exponents)
+        self.kernels.encode_weight(flat, 0, columns, self.exponents, self.codes.view(-1))
+        self.kernels.expand_exponents(self.exponents, self.scales, self.transposed_scales)
         self.rewritten()

@@ -11,14 +11,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ds_fp8.ops.products import CastInput
+from ds_fp8.zero_fp8.products.kernels import Cast
 
 
 class Last(NamedTuple):
     input: weakref.ref[Tensor]
     version: int
     stream: int
-    cast: CastInput
+    cast: Cast
 
 
 class SharedCasts:
@@ -27,7 +27,7 @@ class SharedCasts:
     def __init__(self) -> None:
         self._last: Last | None = None  # replaced as a whole, since forwards may run in threads
 
-    def of(self, x: Tensor, wgrad: bool, make: Callable[[], CastInput]) -> CastInput:
+    def of(self, x: Tensor, wgrad: bool, make: Callable[[], Cast]) -> Cast:
         """The cast of x, from before if it is still what `make` would give."""
         if x.is_inference():  # has no version
             return make()

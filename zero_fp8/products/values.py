@@ -12,12 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from ds_fp8.zero_fp8.products.answers import PLAIN, Function
+from ds_fp8.zero_fp8.products.answers import PLAIN, WRITING, Function
 from ds_fp8.zero_fp8.products.matrix import Matrix
-
-# Of what writes into its first argument, the names without an underscore at the end.
-_OPERATORS = "add sub mul truediv floordiv mod pow and or xor lshift rshift matmul"
-WRITING = {f"__i{name}__" for name in _OPERATORS.split()} | {"__setitem__", "__set__", "__delete__"}
 
 
 class DecodedValues(Tensor):
@@ -32,7 +28,9 @@ class DecodedValues(Tensor):
     ) -> Any:
         if not all(issubclass(each, cls) or each in _ORDINARY for each in types):
             return NotImplemented  # a weight that is given beside its values decodes itself first
-        kwargs = kwargs or {}
+        kwargs = {} if kwargs is None else kwargs
+        if torch.compiler.is_dynamo_compiling():  # no graph takes what may refuse
+            return _call_outside(func, args, kwargs)
         refuse_writes(func, args, kwargs, cls)
         given = [each for each in flat((args, tuple(kwargs.values()))) if isinstance(each, cls)]
         with torch._C.DisableTorchFunctionSubclass():
@@ -52,6 +50,11 @@ class DecodedValues(Tensor):
 
 
 _ORDINARY = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _call_outside(func: Function, args: Any, kwargs: dict[str, Any]) -> Any:
+    return func(*args, **kwargs)
 
 
 def read_only(values: Tensor, matrix: Matrix, *, whole: bool = False) -> Tensor:

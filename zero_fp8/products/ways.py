@@ -4,20 +4,21 @@ cublas     x and dy are cast, FP8 products.
 emulated   the same casts, decoded and multiplied in FP32: the contract, `ops.products`.
 decoded    the weight is decoded to BF16, one at a time; x and dy stay as they are.
 
-The first two are one class that is given its kernels. Under torch.compile the kernels are custom ops.
+The first two are one class that is given its kernels.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ds_fp8.ops.products import CastInput, Operand, weight_operand
-from ds_fp8.zero_fp8.products.kernels import Kernels, traced
+from ds_fp8.zero_fp8.products import kernels
+from ds_fp8.zero_fp8.products.kernels import Cast, Kernels, Right
 from ds_fp8.zero_fp8.products.matrix import Matrix
 from ds_fp8.zero_fp8.products.shared_casts import SharedCasts
+
+Saved = tuple[Tensor, ...]  # of x, for backward
 
 
 class Needs(NamedTuple):
@@ -43,14 +44,12 @@ class Way(Protocol):
     def name(self) -> str: ...
 
     def forward(
-        self, x: Tensor, matrix: Matrix, *, swapped: bool, wgrad: bool
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """y, [tokens, N] bfloat16, and what backward needs of x; x: [..., K], of any dtype."""
+        self, x: Tensor, matrix: Matrix, bias: Tensor | None, *, swapped: bool, wgrad: bool
+    ) -> tuple[Tensor, Saved]:
+        """y, [tokens, N] bfloat16; x: [..., K], of any dtype; bias: [N] bfloat16."""
         ...
 
-    def backward(
-        self, dy: Tensor, saved: tuple[Tensor, ...], matrix: Matrix, *, needs: Needs, swapped: bool
-    ) -> Gradients:
+    def backward(self, dy: Tensor, saved: Saved, matrix: Matrix, *, needs: Needs, swapped: bool) -> Gradients:
         """dy: [tokens, N] bfloat16, contiguous."""
         ...
 
@@ -58,46 +57,40 @@ class Way(Protocol):
 class FP8Products:
     """Products of codes; its kernels cast and multiply."""
 
-    def __init__(self, name: str, kernels: Kernels) -> None:
+    def __init__(self, name: str, run: Kernels) -> None:
         self.name = name
-        self._eager = kernels
-        self._traced = traced(kernels)
         self.casts = SharedCasts()
+        self._run = run
 
     def forward(
-        self, x: Tensor, matrix: Matrix, *, swapped: bool, wgrad: bool
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        self, x: Tensor, matrix: Matrix, bias: Tensor | None, *, swapped: bool, wgrad: bool
+    ) -> tuple[Tensor, Saved]:
         cast = self._cast(x, wgrad)
-        weight = _transposed(matrix, self._kernels) if swapped else _as_stored(matrix)
-        y = _apart_from_autocast(self._kernels.multiply, cast.forward, weight)
-        saved = cast.wgrad if wgrad else None
-        return y[: x.numel() // x.shape[-1]], () if saved is None else (saved.codes, saved.scales)
+        weight = self._transposed(matrix) if swapped else _as_stored(matrix)
+        y = kernels.multiply(self._run, cast.forward, weight, bias)
+        return y[: x.numel() // x.shape[-1]], cast.wgrad if wgrad and cast.wgrad is not None else ()
 
-    def backward(
-        self, dy: Tensor, saved: tuple[Tensor, ...], matrix: Matrix, *, needs: Needs, swapped: bool
-    ) -> Gradients:
+    def backward(self, dy: Tensor, saved: Saved, matrix: Matrix, *, needs: Needs, swapped: bool) -> Gradients:
         if not torch.compiler.is_compiling():
             self.casts.clear()
-        kernels = self._kernels
-        cast = kernels.cast_gradient(dy, dgrad=needs.input, wgrad=needs.weight, bias=needs.bias)
+        cast = kernels.cast_gradient(self._run, dy, dgrad=needs.input, wgrad=needs.weight, bias=needs.bias)
         dx = dw = None
         if cast.dgrad is not None:
-            weight = _as_stored(matrix) if swapped else _transposed(matrix, kernels)
-            dx = _apart_from_autocast(kernels.multiply, cast.dgrad, weight)[: len(dy)]
+            weight = _as_stored(matrix) if swapped else self._transposed(matrix)
+            dx = kernels.multiply(self._run, cast.dgrad, weight)[: len(dy)]
         if cast.wgrad is not None:
-            dw = _apart_from_autocast(kernels.multiply, cast.wgrad, Operand(*saved))
+            dw = kernels.multiply(self._run, cast.wgrad, Right(*saved))
             dw = dw.t().contiguous() if swapped else dw
         return Gradients(dx, dw, None if cast.bias is None else cast.bias.to(torch.bfloat16))
 
-    @property
-    def _kernels(self) -> Kernels:
-        return self._traced if torch.compiler.is_compiling() else self._eager
+    def _transposed(self, matrix: Matrix) -> Right:
+        return Right(kernels.transpose(self._run, matrix.codes), matrix.transposed_scales)
 
-    def _cast(self, x: Tensor, wgrad: bool) -> CastInput:
+    def _cast(self, x: Tensor, wgrad: bool) -> Cast:
         """Common subexpressions are found by the compiler, if there is one."""
         if torch.compiler.is_compiling():
-            return self._traced.cast_input(_flat(x), wgrad=wgrad)
-        return self.casts.of(x, wgrad, lambda: self._eager.cast_input(_flat(x), wgrad=wgrad))
+            return kernels.cast_input(self._run, _flat(x), wgrad=wgrad)
+        return self.casts.of(x, wgrad, lambda: kernels.cast_input(self._run, _flat(x), wgrad=wgrad))
 
 
 class DecodedProducts:
@@ -106,44 +99,26 @@ class DecodedProducts:
     name = "decoded"
 
     def forward(
-        self, x: Tensor, matrix: Matrix, *, swapped: bool, wgrad: bool
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        self, x: Tensor, matrix: Matrix, bias: Tensor | None, *, swapped: bool, wgrad: bool
+    ) -> tuple[Tensor, Saved]:
         flat, weight = _flat(x), matrix.values()
-        y = flat @ weight if swapped else functional.linear(flat, weight)
+        y = functional.linear(flat, weight.t() if swapped else weight, bias)
         return y, (flat,) if wgrad else ()
 
-    def backward(
-        self, dy: Tensor, saved: tuple[Tensor, ...], matrix: Matrix, *, needs: Needs, swapped: bool
-    ) -> Gradients:
+    def backward(self, dy: Tensor, saved: Saved, matrix: Matrix, *, needs: Needs, swapped: bool) -> Gradients:
         dx = dw = None
         if needs.input:
             weight = matrix.values()
-            dx = functional.linear(dy, weight) if swapped else dy @ weight
+            dx = dy @ (weight.t() if swapped else weight)
         if needs.weight:
             dw = saved[0].t() @ dy if swapped else dy.t() @ saved[0]
         return Gradients(dx, dw, dy.sum(0) if needs.bias else None)
 
 
-def _as_stored(matrix: Matrix) -> Operand:
-    return weight_operand(matrix.codes, matrix.scales)
-
-
-def _transposed(matrix: Matrix, kernels: Kernels) -> Operand:
-    """The codes are transposed for one product and dropped after it."""
-    return weight_operand(kernels.transpose(matrix.codes), matrix.transposed_scales)
+def _as_stored(matrix: Matrix) -> Right:
+    return Right(matrix.codes, matrix.scales)
 
 
 def _flat(x: Tensor) -> Tensor:
     """[tokens, K] bfloat16, contiguous."""
     return x.reshape(-1, x.shape[-1]).to(torch.bfloat16).contiguous()
-
-
-def _apart_from_autocast(
-    multiply: Callable[[Operand, Operand], Tensor], left: Operand, right: Operand
-) -> Tensor:
-    """An FP32 product stays one."""
-    device = left.codes.device.type
-    if not torch.is_autocast_enabled(device):
-        return multiply(left, right)
-    with torch.autocast(device, enabled=False):
-        return multiply(left, right)
