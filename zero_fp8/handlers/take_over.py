@@ -40,7 +40,8 @@ def take_over(
     encoded = choice.parameters if choice else ()
     parameters, specs = trained_parameters(param_groups, names, fleet, encoded)
     device = next(iter(parameters.values())).device
-    check_agreement("what is trained", [str(recipe), str(settings), *map(str, specs)], device, group)
+    facts = [str(recipe), str(settings), *_of_choice(choice, names), *map(str, specs)]
+    check_agreement("what is trained", facts, device, group)
     prepare()
     if recipe.master.scaled:
         own = {index: held_of(each) for index, each in parameters.items()}
@@ -58,3 +59,10 @@ def take_over(
     return parameters, build(
         buckets, parameters, recipe, settings, fleets, backend, len(param_groups), products
     )
+
+
+def _of_choice(choice: Choice | None, names: Mapping[Parameter, str]) -> list[str]:
+    """What ranks must agree on about matrices that become codes; the first that differs is named."""
+    if choice is None:
+        return []
+    return [f"products: {choice.way.name}", *(f"FP8 weight: {names[each]}" for each in choice.parameters)]
