@@ -82,7 +82,7 @@ class TestInAPipe:
     def test_rows_are_plain_and_whole(self) -> None:
         result = piped("configs", COLUMNS="20")
         assert (result.returncode, result.stderr) == (0, "")
-        assert [len(line.split()) for line in result.stdout.splitlines()] == [8] * (1 + len(NAMES))
+        assert [len(line.split()) for line in result.stdout.splitlines()] == [9] * (1 + len(NAMES))
         assert result.stdout.isascii()
         assert "\x1b" not in result.stdout
 
