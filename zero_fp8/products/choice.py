@@ -35,7 +35,12 @@ class _User(NamedTuple):
 
 
 def eligible(
-    model: nn.Module, *, min_elements: int, exclude: Sequence[str], output_embeddings: bool = False
+    model: nn.Module,
+    *,
+    min_elements: int,
+    exclude: Sequence[str],
+    output_embeddings: bool = False,
+    dtype: torch.dtype | None = torch.bfloat16,
 ) -> tuple[list[Eligible], dict[str, str]]:
     """The weights that become FP8, and the reason of every other matrix, by name.
 
@@ -43,6 +48,7 @@ def eligible(
         min_elements: of a weight; the shorter side squared may be half as many at least.
         exclude: patterns of names, as `fnmatch` has them.
         output_embeddings: whether the model's output embedding may be one of them.
+        dtype: that a weight must have; None: any, of a model that is yet to be cast.
 
     Raises:
         ValueError: the model has modules that make FP8 products of their own.
@@ -56,7 +62,7 @@ def eligible(
         reason = (
             _reason_by_name(name, exclude)
             or _reason_by_use(uses, output)
-            or _reason_by_values(parameter)
+            or _reason_by_values(parameter, dtype)
             or _reason_by_size(parameter, min_elements)
         )
         if reason is None:
@@ -122,12 +128,12 @@ def _reason_by_use(uses: list[_User], output: nn.Module | None) -> str | None:
     return "of a parametrized module" if parametrized else None
 
 
-def _reason_by_values(parameter: Parameter) -> str | None:
+def _reason_by_values(parameter: Parameter, dtype: torch.dtype | None) -> str | None:
     if parameter.dim() != 2:
         return f"of {parameter.dim()} dimensions"
     if type(parameter) is not Parameter:
         return f"a {type(parameter).__name__}"
-    if parameter.dtype is not torch.bfloat16:
+    if dtype not in (None, parameter.dtype):
         return f"of {parameter.dtype}"
     return None if parameter.requires_grad else "frozen"
 
