@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from typing import Any
 
+from torch import Tensor
+
 from ds_fp8.ops.formats import BF16, E4M3, FP32, Format
 from ds_fp8.ops.products import TILE, scale_shape, tiles
 from ds_fp8.zero_fp8.placement.messages import Message
@@ -87,6 +89,11 @@ def weight_bytes(itemsize: int, buckets: Sequence[Bucket]) -> int:
 
 
 Shape = tuple[int, int]
+
+
+def shape_of(matrix: Tensor) -> Shape:
+    rows, columns = matrix.shape
+    return rows, columns
 
 
 def code_bytes(buckets: Sequence[Bucket], shapes: Mapping[int, Shape]) -> int:
