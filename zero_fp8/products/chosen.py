@@ -66,7 +66,8 @@ def _nothing(config: FP8Config, reasons: Mapping[str, str]) -> str:
     size = f"{SECTION}.weights.min_elements is {config.weights.min_elements:,}"
     frozen = "frozen" in reasons.values()
     base = f"; {SECTION}.weights.frozen, of a LoRA base, is not built yet" if frozen else ""
-    return f"{config.weights_key[1]} would do nothing ({told}; {size}{base})"
+    asked = "FP8 weights" if config.weights.dtype else config.opt_level
+    return f"{asked} would do nothing ({told}; {size}{base})"
 
 
 def _way(config: FP8Config, device: torch.device) -> tuple[str, str | None]:
