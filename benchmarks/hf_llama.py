@@ -100,7 +100,10 @@ def engine_of(arguments: argparse.Namespace, device: torch.device) -> Any:
         shares = (model, "sdpa", size, arguments.micro_batch)
         mpu = UlyssesSPAttentionHF.register_with_transformers(*shares)
     parameters = model.parameters()
-    return deepspeed.initialize(model=model, model_parameters=parameters, config=config, mpu=mpu)[0]
+    engine = deepspeed.initialize(model=model, model_parameters=parameters, config=config, mpu=mpu)[0]
+    if arguments.compile:
+        engine.compile()
+    return engine
 
 
 def batches(arguments: argparse.Namespace, device: torch.device) -> Iterator[Batch]:
@@ -277,6 +280,7 @@ def main() -> None:
     add("--micro_batch", type=int, default=1)
     add("--context", type=int, default=2048)
     add("--steps", type=int, default=16)
+    add("--compile", action="store_true", help="engine.compile()")
     add("--sequence_parallel", type=int, default=1, metavar="N", help="ranks that share a sequence")
     add("--sleeps", type=float, default=0.0, metavar="MS", help="of every rank before each forward, at most")
     add("--checkpointing", action="store_true", help="of every layer's activations")

@@ -121,8 +121,20 @@ def find_exponents(values: Tensor, first: int, columns: int, exponents: Tensor) 
     exponents.view(-1).scatter_reduce_(0, where, found, "amax")
 
 
-def encode_weight(values: Tensor, first: int, columns: int, exponents: Tensor, codes: Tensor) -> None:
-    """Round values to codes, [n] float8_e4m3fn, with the bytes that their tiles have. Arguments as above."""
+def encode_weight(
+    values: Tensor,
+    first: int,
+    columns: int,
+    exponents: Tensor,
+    codes: Tensor,
+    control: Tensor | None = None,
+) -> None:
+    """Round values to codes, [n] float8_e4m3fn, with the bytes that their tiles have. Arguments as above.
+
+    control: [2] float32, as `ops.adam.Sweep` has it; 0 in its second place leaves the codes as they are.
+    """
+    if control is not None and not control[1]:
+        return
     e = exponents.view(-1)[_tile_of(first, len(values), columns, exponents)].to(torch.int32)
     codes.copy_(scale_down(values.float()[:, None], e)[:, 0])
 

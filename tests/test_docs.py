@@ -37,6 +37,7 @@ RUN_BY = {
     "ds_fp8 inspect": "test_export.py::test_inspect",
     "ds_fp8 report": "test_cli_report.py::test_it_tells_what_an_engine_does",
     "benchmarks/gpu_one.py": "test_benchmarks.py::test_gpu_one_under_the_interpreter",
+    "benchmarks/gpu_products.py": "test_gpu_benchmarks.py::test_gpu_products",
     "benchmarks/gpu_many.py": "test_gpu_benchmarks.py::test_gpu_many",
     "benchmarks/gpu_train.py": "test_gpu_benchmarks.py::test_gpu_train",
     "benchmarks/adam_cpu.py": "test_benchmarks.py::test_adam_cpu",

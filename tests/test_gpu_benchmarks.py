@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -15,6 +16,9 @@ from ranks import RankPools, free_port
 
 from ds_fp8.ops.backend import REFERENCE, choose
 from ds_fp8.ops.blocks import Blocks
+from ds_fp8.ops.product_backend import MULTIPLY
+from ds_fp8.ops.product_backend import REFERENCE as PRODUCTS
+from ds_fp8.ops.products import CastGradient, Operand
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
@@ -23,8 +27,10 @@ import engine_facts  # noqa: E402
 import exchange_times  # noqa: E402
 import gpu_train  # noqa: E402
 import same_bits  # noqa: E402
+import verify_products  # noqa: E402
 
 CPU = torch.device("cpu")
+PRODUCT = MULTIPLY["emulated"]
 
 
 def without_the_last_rank(pieces: Sequence[Blocks], shard: Blocks, *, overwrite: bool) -> torch.Tensor:
@@ -234,3 +240,55 @@ def test_gpu_train(tmp_path: Path) -> None:
     assert ours["waits"] == {}
     assert stock["waits"]
     assert "waits in engine.step, tiny o2: none" in printed
+
+
+def with_another_code(codes: torch.Tensor) -> torch.Tensor:
+    wrong = PRODUCTS.transpose(codes)
+    wrong.view(torch.uint8)[3, 4] ^= 1
+    return wrong
+
+
+def with_scales_of_before(values: torch.Tensor, **wanted: bool) -> CastGradient:
+    found = PRODUCTS.cast_gradient(values, **wanted)
+    if found.wgrad is None or not len(values):
+        return found
+    return dataclasses.replace(found, wgrad=Operand(found.wgrad.codes, found.wgrad.scales.roll(1, 0)))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        (dataclasses.replace(PRODUCTS, transpose=with_another_code), "transpose"),
+        (dataclasses.replace(PRODUCTS, cast_gradient=with_scales_of_before), "dy for wgrad: other scales"),
+        (dataclasses.replace(PRODUCTS, find_exponents=lambda *_: None), "other exponents"),
+    ],
+    ids=["transpose", "cast_gradient", "find_exponents"],
+)
+def test_a_wrong_function_of_products_is_found(wrong: Any, told: str) -> None:
+    with pytest.raises(AssertionError, match=told):
+        verify_products.verify(wrong, ["emulated"], CPU, tiny=True)
+
+
+def test_a_wrong_product_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(MULTIPLY, "emulated", lambda *each: PRODUCT(*each) * 1.01)
+    with pytest.raises(AssertionError, match="allowed beyond rounding"):
+        list(verify_products.errors(PRODUCTS, ["emulated"], CPU, [(17, 208, 272)]))
+
+
+def test_the_contract_itself_passes() -> None:
+    lines, errors = verify_products.verify(PRODUCTS, ["emulated"], CPU, tiny=True)
+    assert len(lines) == 4
+    assert {each.product for each in errors} == {*verify_products.NAMES, "forward with bias"}
+
+
+@pytest.mark.slow
+def test_gpu_products(tmp_path: Path) -> None:
+    """Under Triton's interpreter, at sizes for which that takes seconds."""
+    out = tmp_path / "products.json"
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu_products.py"), "--tiny", "--out", str(out)]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    subprocess.run(command, env=environment, check=True, timeout=300)
+    result = json.loads(out.read_text())
+    assert {"dy and its sums", "encode", "transpose"} < {row["operation"] for row in result["rows"]}
+    assert result["no_cublas"] == "cuBLAS needs an NVIDIA GPU"
+    assert result["host_microseconds"]["linear"] > 0

@@ -75,9 +75,15 @@ def refusal_of(config: FP8Config, model: Model, run: Run) -> str | None:
     least = config.weights.min_elements
     if model.module is None and 2 * width_of(model.parameters) ** 2 < least:
         return f"refused for so small a model: it has no matrix of {least:,} elements"
-    if model.module is not None and not codes_of(config, model).shapes:
-        return f"refused for {model.name}: no matrix is eligible"
-    return None
+    return None if model.module is None else _refusal_of_matrices(config, model)
+
+
+def _refusal_of_matrices(config: FP8Config, model: Model) -> str | None:
+    try:
+        found = codes_of(config, model).shapes
+    except ValueError as error:  # another library makes FP8 products with it
+        return f"refused for {model.name}: {error}"
+    return None if found else f"refused for {model.name}: no matrix is eligible"
 
 
 def note_of(config: FP8Config, model: Model) -> str | None:

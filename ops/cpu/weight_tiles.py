@@ -16,9 +16,18 @@ def find_exponents(values: Tensor, first: int, columns: int, exponents: Tensor) 
     load().find_exponents(values.data_ptr(), byref(run), exponents.data_ptr(), torch.get_num_threads())
 
 
-def encode_weight(values: Tensor, first: int, columns: int, exponents: Tensor, codes: Tensor) -> None:
+def encode_weight(
+    values: Tensor,
+    first: int,
+    columns: int,
+    exponents: Tensor,
+    codes: Tensor,
+    control: Tensor | None = None,
+) -> None:
     """`ops.products.encode_weight`."""
     guards.check_run(values, first, columns, exponents, codes)
+    if control is not None and not control[1]:
+        return
     run, threads = CRun(first, values.numel(), columns), torch.get_num_threads()
     load().encode_weight(values.data_ptr(), byref(run), exponents.data_ptr(), codes.data_ptr(), threads)
 

@@ -26,12 +26,15 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 PER_WARP = 512  # elements of a tile: 16 per thread, one 16-byte access of an 8-bit format
 
 
-def launch(kernel: Any, programs: int, warps: int, /, **arguments: object) -> None:
+def launch(
+    kernel: Any, programs: int, warps: int, registers: int | None = None, /, **arguments: object
+) -> None:
     """Launch without fused multiply-adds, which round once where the reference rounds twice.
 
-    arguments: every parameter of the kernel by its name, so that none can take another's place.
+    registers: a thread's at most; None: the assembler chooses. arguments: every parameter of the kernel by
+    its name, so that none can take another's place.
     """
-    options = {} if INTERPRETED else {"num_warps": warps, "enable_fp_fusion": False}
+    options = {} if INTERPRETED else {"num_warps": warps, "enable_fp_fusion": False, "maxnreg": registers}
     kernel[(programs,)](**arguments, **options)
 
 

@@ -98,7 +98,7 @@ class Arrivals:
                     on_gradient = partial(self._on_gradient, bucket.index, index, on_leave)
                     if index in self._hooks:
                         self._hooks[index].remove()
-                    self._hooks[index] = LastHook(get_gradient_edge(parameters[index]).node, on_gradient)
+                    self._hooks[index] = LastHook(accumulating_node(parameters[index]), on_gradient)
 
     def _on_gradient(self, bucket: int, index: int, on_leave: Callable[[], None], *_: object) -> None:
         if self.open:
@@ -220,3 +220,9 @@ class ModuleEnds:
 def missing_of(buckets: Sequence[Bucket]) -> list[set[int]]:
     """The parameters whose gradients have not arrived, by bucket: all."""
     return [{slot.parameter for slot in bucket.slots} for bucket in buckets]
+
+
+def accumulating_node(parameter: Parameter) -> Node:
+    """The node that accumulates a parameter's gradient, also of one that is read in a way of its own."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return get_gradient_edge(parameter).node

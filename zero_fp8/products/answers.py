@@ -11,31 +11,35 @@ import torch
 from torch import Tensor
 
 # Of the parameter and its gradient, not of its values: answered by the tensor without values behind it.
-ASKS = """size dim numel nelement ndimension is_floating_point is_complex element_size is_contiguous stride
-get_device is_pinned is_signed is_conj is_neg is_inference is_set_to is_shared storage_offset dim_order
-requires_grad_ register_hook register_post_accumulate_grad_hook retain_grad detach_ backward __hash__ __len__
-__dlpack_device__ _is_view _is_zerotensor _has_symbolic_sizes_strides""".split()
+ASKS = """size dim numel nelement ndimension is_floating_point is_complex element_size get_device is_pinned
+is_signed is_conj is_neg is_inference is_set_to is_shared storage_offset requires_grad_ register_hook
+register_post_accumulate_grad_hook retain_grad detach_ backward __hash__ __len__ __dlpack_device__ _is_view
+_is_zerotensor _has_symbolic_sizes_strides"""
 ASKS_OF_TORCH = """is_floating_point is_complex is_conj is_neg is_inference numel is_signed _is_zerotensor
-_has_compatible_shallow_copy_type is_same_size get_device""".split()
+_has_compatible_shallow_copy_type is_same_size get_device"""
 PROPERTIES = """shape dtype device requires_grad grad is_leaf grad_fn ndim layout is_cuda is_cpu is_sparse
 is_quantized is_meta names itemsize output_nr _version _backward_hooks _grad _base name retains_grad is_xla
 is_mps is_xpu is_mkldnn is_mtia is_maia is_vulkan is_sparse_csr is_nested nbytes is_ipu is_hpu
-_post_accumulate_grad_hooks grad_dtype volatile""".split()
-SETTABLE = "requires_grad grad _backward_hooks _grad _post_accumulate_grad_hooks grad_dtype".split()
+_post_accumulate_grad_hooks grad_dtype volatile"""
+SETTABLE = "requires_grad grad _backward_hooks _grad _post_accumulate_grad_hooks grad_dtype"
+
+LAYOUT = "is_contiguous stride dim_order"  # as it would be, row by row
 
 # The parameter itself if nothing changes; its values if something does.
-CONVERSIONS = """to cpu cuda xpu type type_as float double half bfloat16 contiguous""".split()
+CONVERSIONS = "to cpu cuda xpu type type_as float double half bfloat16 contiguous"
 
 POINTERS = """data_ptr const_data_ptr mutable_data_ptr untyped_storage storage _typed_storage __dlpack__
-share_memory_ set_ resize_""".split()
+share_memory_ set_ resize_"""
+
+Function = Callable[..., Any]
 
 
-def _members(owner: Any, names: list[str]) -> set[Any]:
-    return {getattr(owner, name) for name in names if hasattr(owner, name)}
+def _members(owner: Any, names: str) -> set[Any]:
+    return {getattr(owner, name) for name in names.split() if hasattr(owner, name)}
 
 
-def _accessors(names: list[str], accessor: str) -> set[Any]:
-    found = {getattr(Tensor, name) for name in names if hasattr(Tensor, name)}
+def _accessors(names: str, accessor: str) -> set[Any]:
+    found = _members(Tensor, names)
     return {getattr(each, accessor) for each in found if hasattr(each, accessor)}
 
 
@@ -44,11 +48,12 @@ PLAIN = (
     | _members(torch, ASKS_OF_TORCH)
     | _accessors(PROPERTIES, "__get__")
     | _accessors(SETTABLE, "__set__")
-    | _accessors(["grad"], "__delete__")
+    | _accessors("grad", "__delete__")
     | {torch.autograd.grad, torch.autograd.backward}
 )
+LAYING_OUT = _members(Tensor, LAYOUT)
 CONVERTING = _members(Tensor, CONVERSIONS)
-POINTING = _members(Tensor, POINTERS) | _accessors(["__cuda_array_interface__"], "__get__")
-NODE = (Tensor.view_as, Tensor.expand_as)  # of a tensor and itself: how others find its gradient's node
-
-Function = Callable[..., Any]
+POINTING = _members(Tensor, POINTERS) | _accessors("__cuda_array_interface__", "__get__")
+DETACHING = {Tensor.detach} | _accessors("data", "__get__")
+REPLACING = _accessors("data", "__set__")
+NODE = {Tensor.view_as, Tensor.expand_as}  # of a tensor and itself: how others find its gradient's node

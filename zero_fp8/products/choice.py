@@ -6,7 +6,7 @@ logits or looks up rows.
 """
 
 import fnmatch
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,8 +16,7 @@ from torch.nn import Parameter
 MULTIPLE = 16  # cuBLAS takes sides of so many elements
 CONV1D = "transformers.pytorch_utils.Conv1D"
 HEADS = ("lm_head", "head", "output", "embed_out")
-# Modules that make FP8 products of their own: their packages, and names of classes where a package has more.
-OTHERS = (("torchao.float8", ""), ("transformer_engine", ""))
+OTHERS = ("torchao.float8", "transformer_engine")  # packages whose modules make FP8 products of their own
 
 
 class Eligible(NamedTuple):
@@ -41,6 +40,7 @@ def eligible(
     exclude: Sequence[str],
     output_embeddings: bool = False,
     dtype: torch.dtype | None = torch.bfloat16,
+    frozen: bool = False,
 ) -> tuple[list[Eligible], dict[str, str]]:
     """The weights that become FP8, and the reason of every other matrix, by name.
 
@@ -49,20 +49,21 @@ def eligible(
         exclude: patterns of names, as `fnmatch` has them.
         output_embeddings: whether the model's output embedding may be one of them.
         dtype: that a weight must have; None: any, of a model that is yet to be cast.
+        frozen: whether weights that are not trained may be, as the base under LoRA.
 
     Raises:
         ValueError: the model has modules that make FP8 products of their own.
     """
     check_modules(model)
     users = _users(model)
-    output = None if output_embeddings else output_embedding(model)
+    outputs = [] if output_embeddings else find_output_embeddings(model)
     found, reasons = [], {}
     for name, parameter in model.named_parameters():
         uses = users[id(parameter)]
         reason = (
             _reason_by_name(name, exclude)
-            or _reason_by_use(uses, output)
-            or _reason_by_values(parameter, dtype)
+            or _reason_by_use(uses, outputs)
+            or _reason_by_values(parameter, dtype, frozen)
             or _reason_by_size(parameter, min_elements)
         )
         if reason is None:
@@ -76,10 +77,10 @@ def check_modules(model: nn.Module) -> None:
     """Refuse a model that another library makes FP8 products with."""
     for name, module in model.named_modules():
         for each in type(module).__mro__:
-            if any(_within(each.__module__, package) for package, _ in OTHERS):
+            if any(_within(each.__module__, package) for package in OTHERS):
                 raise ValueError(
-                    f"FP8 products: received {name or 'a model'}, a {_qualified(type(module))}, which makes FP8 "
-                    "products of its own; allowed: nn.Linear and Conv1D"
+                    f"FP8 products: received {name or 'a model'}, a {_qualified(type(module))}, which makes "
+                    "FP8 products of its own; allowed: nn.Linear and Conv1D"
                 )
 
 
@@ -90,14 +91,14 @@ def kind_of(module: nn.Module) -> str | None:
     return "Conv1D" if _qualified(type(module)) == CONV1D else None
 
 
-def output_embedding(model: nn.Module) -> nn.Module | None:
-    """What computes logits: as the model says, else the last Linear if its name does."""
-    get = getattr(model, "get_output_embeddings", None)
-    said = get() if callable(get) else None
-    if isinstance(said, nn.Module):
-        return said
+def find_output_embeddings(model: nn.Module) -> list[nn.Module]:
+    """What computes logits: as the model or one in it says, else the last Linear if its name does."""
+    methods = [getattr(each, "get_output_embeddings", None) for each in model.modules()]
+    said = [method() for method in methods if callable(method)]
+    if any(isinstance(each, nn.Module) for each in said):
+        return [each for each in said if isinstance(each, nn.Module)]
     last = [each for each in model.named_modules() if type(each[1]) is nn.Linear][-1:]
-    return next((module for name, module in last if name.rpartition(".")[2] in HEADS), None)
+    return [module for name, module in last if name.rpartition(".")[2] in HEADS]
 
 
 def _users(model: nn.Module) -> dict[int, list[_User]]:
@@ -115,27 +116,26 @@ def _reason_by_name(name: str, exclude: Sequence[str]) -> str | None:
     return None if pattern is None else f"excluded by {pattern}"
 
 
-def _reason_by_use(uses: list[_User], output: nn.Module | None) -> str | None:
-    if any(each.module is output for each in uses):
+def _reason_by_use(uses: list[_User], outputs: list[nn.Module]) -> str | None:
+    if any(each.module is output for each in uses for output in outputs):
         return "the output embedding"
     other = next((each for each in uses if each.attribute != "weight" or not kind_of(each.module)), None)
     if other is not None:
         shared = "" if len(uses) == 1 else "shared with "
-        return f"{shared}{other.attribute} of a {type(other.module).__name__}"
+        return f"{shared}{other.attribute} of {type(other.module).__name__}"
     if len(uses) > 1:
         return f"tied: {uses[0].module_name} and {uses[1].module_name} have it"
-    parametrized = nn.utils.parametrize.is_parametrized(uses[0].module)
-    return "of a parametrized module" if parametrized else None
+    return None
 
 
-def _reason_by_values(parameter: Parameter, dtype: torch.dtype | None) -> str | None:
+def _reason_by_values(parameter: Parameter, dtype: torch.dtype | None, frozen: bool) -> str | None:
     if parameter.dim() != 2:
         return f"of {parameter.dim()} dimensions"
     if type(parameter) is not Parameter:
         return f"a {type(parameter).__name__}"
     if dtype not in (None, parameter.dtype):
         return f"of {parameter.dtype}"
-    return None if parameter.requires_grad else "frozen"
+    return None if parameter.requires_grad or frozen else "frozen"
 
 
 def _reason_by_size(parameter: Parameter, min_elements: int) -> str | None:
@@ -153,7 +153,3 @@ def _qualified(kind: type) -> str:
 
 def _within(module: str, package: str) -> bool:
     return module == package or module.startswith(package + ".")
-
-
-def names(found: Sequence[Eligible]) -> Iterator[str]:
-    return (each.name for each in found)

@@ -1,7 +1,7 @@
 """The user's own parameter, whose values are FP8 codes.
 
-The object stays, with its name, hooks, gradient, shape, dtype and device; only its class changes. Behind it is
-a single NaN, so that C++ which does not ask Python reads NaN and not something plausible. What happens to it:
+The object stays, with its name, hooks, gradient, shape, dtype and device; only its class changes. Behind it
+is a single NaN, so that C++ which does not ask Python reads NaN and not something plausible.
 
 products   `F.linear` and `torch.addmm` (Hugging Face's Conv1D) multiply codes.
 readers    get BF16 values, decoded for them, and give their gradient straight to the parameter.
@@ -51,13 +51,13 @@ class Decoded(torch.autograd.Function):
 
 
 class FP8Parameter(nn.Parameter):
-    """See above; made by `take` of a parameter, never constructed."""
+    """See above; made by `take_over` of a parameter, never constructed."""
 
     matrix: Matrix
     way: Way
 
     @staticmethod
-    def take(parameter: nn.Parameter, matrix: Matrix, way: Way) -> None:
+    def take_over(parameter: nn.Parameter, matrix: Matrix, way: Way) -> None:
         """Make a parameter read its values from `matrix`, and let its own go.
 
         Raises:
@@ -98,9 +98,9 @@ class FP8Parameter(nn.Parameter):
         return copy
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _plain_copy(self).__reduce_ex__(protocol)
+        return _plain_copy(self).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"FP8Parameter({self.matrix.name}, {list(self.shape)}, {self.way.name})"
 
     def set_(self, *_: Any) -> Any:
@@ -142,16 +142,23 @@ def _addmm(input: Any, mat1: Any, mat2: Any, **kwargs: Any) -> Any:
 
 def _answer(func: Function, args: Any, kwargs: dict[str, Any], for_state_dict: bool) -> Any:
     """Of functions that are neither products nor answered by the tensor without values."""
-    asked = next((each for each in flat((args, tuple(kwargs.values()))) if isinstance(each, FP8Parameter)))
+    asked = next(each for each in flat((args, tuple(kwargs.values()))) if isinstance(each, FP8Parameter))
     if func in answers.POINTING:
         raise _no_memory(asked, func)
-    if func == Tensor.data.__set__ and asked is args[0]:  # type: ignore[attr-defined]
+    if func in answers.REPLACING:
         return _replace(asked, args[1])
     if func is Tensor.copy_ and asked is args[0] and asked.matrix.writable:
-        return _store(asked, *args[1:], **kwargs)
+        return _store(asked, args[1])
     refuse_writes(func, args, kwargs, FP8Parameter)
-    if func is Tensor.detach or func == Tensor.data.__get__:  # type: ignore[attr-defined]
+    if func in answers.DETACHING:
         return _values(asked, plain=for_state_dict)
+    return _answer_reader(func, asked, args, kwargs)
+
+
+def _answer_reader(func: Function, asked: FP8Parameter, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Of functions that write to nothing here."""
+    if func in answers.LAYING_OUT:
+        return func(torch.empty(asked.shape, device="meta"), *args[1:], **kwargs)
     if func in answers.NODE and args[0] is args[-1]:
         return _decode(asked)
     if func in answers.CONVERTING and asked is args[0]:
@@ -240,7 +247,7 @@ def _replace(parameter: FP8Parameter, new: Tensor) -> None:
     parameter.data = new
 
 
-def _store(parameter: FP8Parameter, values: Tensor, *_: Any, **__: Any) -> Tensor:
+def _store(parameter: FP8Parameter, values: Tensor) -> Tensor:
     """`load_state_dict`, while the owner allows it."""
     parameter.matrix.store(values.expand(parameter.shape))
     return parameter

@@ -72,7 +72,8 @@ def _traced_cast_gradient(name: str, dy: Tensor, *, dgrad: bool, wgrad: bool, bi
 
 
 def _traced_multiply(name: str, left: Operand, right: Operand) -> Tensor:
-    return _multiply(name, left.codes, left.scales, right.codes, right.scales)
+    y: Tensor = _multiply(name, left.codes, left.scales, right.codes, right.scales)
+    return y
 
 
 # The ops. Where nothing is wanted they give empty tensors, since their results are fixed in number.

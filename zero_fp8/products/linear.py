@@ -31,20 +31,20 @@ class Product(torch.autograd.Function):
         y, saved = _multiply(x, matrix, way, swapped, wgrad)
         if bias is not None:
             y += bias.to(y.dtype)
-        ctx.save_for_backward(*saved)
+        compiling = torch.compiler.is_compiling()
+        ctx.save_for_backward(*saved, *([matrix.codes] if compiling else []))
         ctx.matrix, ctx.way, ctx.swapped = matrix, way, swapped
         ctx.input = x.shape, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.generation = None if torch.compiler.is_compiling() else matrix.generation
+        ctx.generation = None if compiling else matrix.generation
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, *_ = ctx.needs_input_grad
-        matrix: Matrix = ctx.matrix
-        if x and ctx.generation is not None:  # a compiled graph has the version counter of the codes
-            check_generation(matrix, ctx.generation)
+        if x and ctx.generation is not None:
+            check_generation(ctx.matrix, ctx.generation)
         flat = dy.reshape(-1, dy.shape[-1]).contiguous()
         found = _differentiate(flat, ctx, Needs(x, weight, bias))
         shape, dtype = ctx.input
@@ -128,5 +128,9 @@ def _differentiate(dy: Tensor, ctx: Any, needs: Needs) -> Gradients:
         return Gradients(
             *(dy.new_zeros(shape) if each else None for shape, each in zip(shapes, needs, strict=True))
         )
-    way: Way = ctx.way
-    return way.backward(dy, ctx.saved_tensors, matrix, needs=needs, swapped=ctx.swapped)
+    saved, way = ctx.saved_tensors, ctx.way
+    if ctx.generation is None:  # saved codes have a version, which the compiled graph checks
+        *saved, codes = saved
+        matrix = matrix.with_codes(codes)
+    found: Gradients = way.backward(dy, saved, matrix, needs=needs, swapped=ctx.swapped)
+    return found

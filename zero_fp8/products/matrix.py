@@ -36,10 +36,18 @@ class Matrix:
         self.generation += 1
         torch.autograd.graph.increment_version(self.codes)
 
+    def with_codes(self, codes: Tensor) -> "Matrix":
+        """The same weight with the codes that a graph saved.
+
+        The name and the counts are not read: a graph would hold for no other weight and no other step.
+        """
+        return Matrix("traced", codes, self.exponents, self.scales, self.transposed_scales, self.kernels)
+
     def values(self) -> Tensor:
         """[rows, columns] bfloat16, decoded anew."""
         if torch.compiler.is_compiling():
-            return decode_op(self.kernels.name, self.codes, self.exponents)
+            values: Tensor = decode_op(self.kernels.name, self.codes, self.exponents)
+            return values
         out = self.codes.new_empty(self.codes.shape, dtype=torch.bfloat16)
         self.kernels.decode_weight(self.codes, self.exponents, out)
         return out

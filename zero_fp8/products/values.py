@@ -5,21 +5,19 @@ computed from it is a plain tensor, and so is what is pickled or copied.
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from ds_fp8.zero_fp8.products.answers import PLAIN, Function
 from ds_fp8.zero_fp8.products.matrix import Matrix
 
-Function = Callable[..., Any]
-
 # Of what writes into its first argument, the names without an underscore at the end.
-WRITING_OPERATORS = {
-    f"__i{name}__" for name in "add sub mul truediv floordiv mod pow and or xor lshift rshift matmul".split()
-} | {"__setitem__", "__set__", "__delete__"}
+_OPERATORS = "add sub mul truediv floordiv mod pow and or xor lshift rshift matmul"
+WRITING = {f"__i{name}__" for name in _OPERATORS.split()} | {"__setitem__", "__set__", "__delete__"}
 
 
 class DecodedValues(Tensor):
@@ -50,7 +48,7 @@ class DecodedValues(Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
-            return self.as_subclass(Tensor).__reduce_ex__(protocol)
+            return self.as_subclass(Tensor).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
 
 _ORDINARY = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
@@ -67,7 +65,7 @@ def read_only(values: Tensor, matrix: Matrix, *, whole: bool = False) -> Tensor:
 
 def refuse_writes(func: Function, args: Any, kwargs: dict[str, Any], kind: type) -> None:
     """Raise if what the function writes to is of that kind."""
-    for each in flat(written(func, args, kwargs)):
+    for each in () if func in PLAIN else flat(written(func, args, kwargs)):
         if isinstance(each, kind):
             raise refusal(getattr(each, "matrix", None), func)
 
@@ -76,8 +74,8 @@ def refusal(matrix: Matrix | None, func: Function) -> RuntimeError:
     name = "an FP8 parameter" if matrix is None else matrix.name
     return RuntimeError(
         f"{name}: {name_of(func)} would write to an FP8 weight, which has no BF16 copy. Allowed: "
-        "deepspeed.utils.safe_set_full_fp32_param, or a new tensor by `parameter.data = ...`, as PEFT's merge "
-        "with safe_merge=True does"
+        "deepspeed.utils.safe_set_full_fp32_param, or a new tensor by `parameter.data = ...`, as PEFT's "
+        "merge with safe_merge=True does"
     )
 
 
@@ -85,7 +83,7 @@ def written(func: Function, args: Any, kwargs: dict[str, Any]) -> Iterator[Any]:
     """The arguments that a function writes to by its name; what it only reads is not among them."""
     name = name_of(func)
     in_place = name.endswith("_") and not name.endswith("__")
-    if in_place or name in WRITING_OPERATORS:
+    if in_place or name in WRITING:
         yield from [*args, *kwargs.values()][:1]  # torch.nn.init gives its tensor as a keyword
     if kwargs.get("out") is not None:
         yield kwargs["out"]

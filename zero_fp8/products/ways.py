@@ -70,16 +70,14 @@ class FP8Products:
         cast = self._cast(x, wgrad)
         weight = _transposed(matrix, self._kernels) if swapped else _as_stored(matrix)
         y = _apart_from_autocast(self._kernels.multiply, cast.forward, weight)
-        saved = cast.wgrad
-        return y[: x.numel() // x.shape[-1]], (
-            saved.codes,
-            saved.scales,
-        ) if wgrad and saved is not None else ()
+        saved = cast.wgrad if wgrad else None
+        return y[: x.numel() // x.shape[-1]], () if saved is None else (saved.codes, saved.scales)
 
     def backward(
         self, dy: Tensor, saved: tuple[Tensor, ...], matrix: Matrix, *, needs: Needs, swapped: bool
     ) -> Gradients:
-        self.casts.clear()
+        if not torch.compiler.is_compiling():
+            self.casts.clear()
         kernels = self._kernels
         cast = kernels.cast_gradient(dy, dgrad=needs.input, wgrad=needs.weight, bias=needs.bias)
         dx = dw = None

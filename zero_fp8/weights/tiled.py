@@ -194,8 +194,7 @@ class TiledWeights:
         else:
             self._exponents.copy_(torch.where(control[1] == 0, self._exponents, self._agreed))
         for part in self._parts:
-            if control is None or control[1]:
-                kernels.encode_weight(part.of(room), *part.place, part.matrix.exponents, part.codes)
+            kernels.encode_weight(part.of(room), *part.place, part.matrix.exponents, part.codes, control)
         return CodeGather(AllGather(self._codes, nodes), self)
 
     def renew(self) -> None:
@@ -206,7 +205,7 @@ class TiledWeights:
             expand(matrix.exponents, matrix.scales, matrix.transposed_scales)
             matrix.rewritten()
             if not self._encoded:
-                FP8Parameter.take(self._parameters[home.parameter], matrix, self._products.choice.way)
+                FP8Parameter.take_over(self._parameters[home.parameter], matrix, self._products.choice.way)
         self._encoded = True
 
     def write(self, index: int, parameter: Parameter, values: Tensor) -> None:
@@ -221,7 +220,7 @@ class TiledWeights:
             parameter = parameters[home.parameter]
             if home.was_left_by(parameter):
                 home.matrix.store(parameter.detach())
-                FP8Parameter.take(parameter, home.matrix, self._products.choice.way)
+                FP8Parameter.take_over(parameter, home.matrix, self._products.choice.way)
                 yield home.parameter
 
     @property

@@ -29,48 +29,41 @@ from ds_fp8.ops.triton.tiles import (
 )
 
 WARPS = 8
+REGISTERS = 128  # a thread's at most if columns are reduced, too: a multiprocessor then holds two programs
 TILE = tl.constexpr(products.TILE)
 GROUP = tl.constexpr(products.GROUP)
 
 
 @triton.jit
-def scale_of(amax, e):
-    """The float32 scale of what has these largest magnitudes; of zeros 1."""
-    return tl.where(amax == 0, 1.0, power_of_two(e))
+def scale_of(amax):
+    """What brings values with these largest magnitudes onto codes, and their scale: float32; 1 of zeros."""
+    e = exponent_of(amax, "e4m3", 0)
+    return inverse_scale(e, 0), tl.where(amax == 0, 1.0, power_of_two(e))
 
 
 @triton.jit
-def store_rows(x, codes, scales, row_tile, column_tile, rows, columns, HARDWARE: tl.constexpr):
-    """A tile of [rows, columns] with a scale per row and 128 columns."""
+def store_codes(stored, codes, first_row, first_column, rows, columns):
+    """A tile of [rows, columns]."""
     row, column = tl.arange(0, TILE), tl.arange(0, TILE)
-    first_row, first_column = row_tile * TILE, column_tile * TILE
-    there, inside = row < rows - first_row, column < columns - first_column
-    amax = tl.max(magnitude(x), axis=1)
-    e = exponent_of(amax, "e4m3", 0)
-    stored = encode(x * inverse_scale(e, 0)[:, None], "e4m3", HARDWARE)
+    inside = (row < rows - first_row)[:, None] & (column < columns - first_column)[None, :]
     codes += first_row.to(tl.int64) * columns + first_column
-    offset = row[:, None] * columns + column[None, :]
-    tl.store(codes + offset, stored, mask=there[:, None] & inside[None, :])
-    scales += column_tile.to(tl.int64) * rows + first_row
-    tl.store(scales + row, scale_of(amax, e), mask=there)
+    tl.store(codes + row[:, None] * columns + column[None, :], stored, mask=inside)
 
 
 @triton.jit
-def store_tile(x, codes, scales, row_tile, column_tile, rows, columns, groups, HARDWARE: tl.constexpr):
-    """A tile of [rows, columns] with one scale; the last of a row of tiles also pads the row's scales."""
-    row, column = tl.arange(0, TILE), tl.arange(0, TILE)
-    first_row, first_column = row_tile * TILE, column_tile * TILE
-    there, inside = row < rows - first_row, column < columns - first_column
-    amax = tl.max(tl.max(magnitude(x), axis=1), axis=0)
-    e = exponent_of(amax, "e4m3", 0)
-    stored = encode(x * inverse_scale(e, 0), "e4m3", HARDWARE)
-    codes += first_row.to(tl.int64) * columns + first_column
-    offset = row[:, None] * columns + column[None, :]
-    tl.store(codes + offset, stored, mask=there[:, None] & inside[None, :])
+def store_scales(stored, scales, first, tile, rows):
+    """Those of 128 rows; scales: [tiles, rows]."""
+    row = tl.arange(0, TILE)
+    tl.store(scales + tile.to(tl.int64) * rows + first + row, stored, mask=row < rows - first)
+
+
+@triton.jit
+def store_tile_scale(stored, scales, row, column, columns, groups):
+    """That of a tile; scales: [tiles, groups], of whose rows the last of so many columns pads the end."""
+    end = tl.where(column == columns - 1, groups, column + 1)
     place = tl.arange(0, GROUP)
-    end = tl.where(column_tile == tl.cdiv(columns, TILE) - 1, groups, column_tile + 1)
-    scales += row_tile.to(tl.int64) * groups + column_tile
-    tl.store(scales + place, tl.where(place == 0, scale_of(amax, e), 1.0), mask=column_tile + place < end)
+    scales += row.to(tl.int64) * groups + column
+    tl.store(scales + place, tl.where(place == 0, stored, 1.0), mask=column + place < end)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -100,27 +93,25 @@ def cast_kernel(
     values += first_token.to(tl.int64) * stride + first_feature
     x = tl.load(values + token[:, None] * stride + feature[None, :], mask=there, other=0.0)
     x = decode(x, "bf16", False)
+    amax = tl.max(magnitude(x), axis=1)
     if ROWS:
-        store_rows(x, codes, scales, token_tile, feature_tile, padded, features, HARDWARE)
-    if TURNED == "rows":
-        store_rows(
-            tl.trans(x), turned_codes, turned_scales, feature_tile, token_tile, features, padded, HARDWARE
-        )
-    if TURNED == "tiles":
-        store_tile(
-            tl.trans(x),
-            turned_codes,
-            turned_scales,
-            feature_tile,
-            token_tile,
-            features,
-            padded,
-            groups,
-            HARDWARE,
-        )
+        inverse, scale = scale_of(amax)
+        stored = encode(x * inverse[:, None], "e4m3", HARDWARE)
+        store_codes(stored, codes, first_token, first_feature, padded, features)
+        store_scales(scale, scales, first_token, feature_tile, padded)
     if SUM:
         sums += token_tile.to(tl.int64) * features + first_feature
         tl.store(sums + feature, tl.sum(x, axis=0), mask=inside)
+    if TURNED == "rows":
+        inverse, scale = scale_of(tl.max(magnitude(x), axis=0))
+        stored = encode(x * inverse[None, :], "e4m3", HARDWARE)
+        store_codes(tl.trans(stored), turned_codes, first_feature, first_token, features, padded)
+        store_scales(scale, turned_scales, first_feature, token_tile, features)
+    if TURNED == "tiles":
+        inverse, scale = scale_of(tl.max(amax, axis=0))
+        stored = encode(x * inverse, "e4m3", HARDWARE)
+        store_codes(tl.trans(stored), turned_codes, first_feature, first_token, features, padded)
+        store_tile_scale(scale, turned_scales, feature_tile, token_tile, tl.cdiv(padded, TILE), groups)
 
 
 def cast_input(x: Tensor, *, wgrad: bool) -> CastInput:
@@ -166,6 +157,7 @@ def _cast(
         cast_kernel,
         tiles(padded) * tiles(features),
         WARPS,
+        REGISTERS if way == "rows" else None,
         values=values,
         codes=values if rows is None else raw(rows.codes),
         scales=values if rows is None else rows.scales,

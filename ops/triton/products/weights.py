@@ -4,6 +4,9 @@ A program handles a tile of 128 x 128 alone, also where a rank has a part of it 
 one byte, and nothing is atomic.
 """
 
+import functools
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -66,12 +69,15 @@ def encode_kernel(
     values,  # as for `find_kernel`
     exponents,
     codes,  # [count] uint8, written
+    control,  # [2] float32; 0 in its second place: nothing is written
     first,
     count,
     columns,
     first_tile,
     HARDWARE: tl.constexpr,
 ):
+    if tl.load(control + 1) == 0.0:
+        return
     tile = first_tile + tl.program_id(0)
     start, offset, inside = part_of_tile(first, count, columns, tile)
     x = decode(tl.load(values + start + offset, mask=inside, other=0.0), "bf16", False)
@@ -153,12 +159,26 @@ def find_exponents(values: Tensor, first: int, columns: int, exponents: Tensor) 
         _launch_run(find_kernel, values, first, columns, exponents)
 
 
-def encode_weight(values: Tensor, first: int, columns: int, exponents: Tensor, codes: Tensor) -> None:
+def encode_weight(
+    values: Tensor,
+    first: int,
+    columns: int,
+    exponents: Tensor,
+    codes: Tensor,
+    control: Tensor | None = None,
+) -> None:
     """`ops.products.encode_weight` in one launch."""
     check_run(values, first, columns, exponents, codes)
     if values.numel():
-        more = {"codes": raw(codes), "HARDWARE": hardware_fp8(values.device)}
+        go = always(values.device) if control is None else control
+        more = {"codes": raw(codes), "control": go, "HARDWARE": hardware_fp8(values.device)}
         _launch_run(encode_kernel, values, first, columns, exponents, **more)
+
+
+@functools.cache
+def always(device: torch.device) -> Tensor:
+    """A control that lets kernels write."""
+    return torch.ones(2, device=device)
 
 
 def _launch_run(

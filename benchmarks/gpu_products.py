@@ -1,0 +1,259 @@
+"""FP8 products on one GPU: as their contract says, then timed beside BF16 products and a plain copy.
+
+    python benchmarks/gpu_products.py --out gpu_products.json
+    TRITON_INTERPRET=1 python benchmarks/gpu_products.py --tiny   # without a GPU
+
+Casts and weights are compared bit by bit with the reference, products with FP64 (`verify_products.py`); if
+one is wrong, nothing is timed. Shapes are those of a GPT layer, tokens 8,192. In every round each contestant
+is timed once, by CUDA events, after the L2 cache has been written over; figures are medians. Products by
+cuBLAS are left out where it cannot multiply so, and the reason is printed.
+
+`host`: microseconds that Python takes for the calls of one linear layer, forward and backward, at a size at
+which the GPU does not matter.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from rich.console import Console
+from timing import Clock, Contestant, event_clock, host_clock, interleave
+from torch import Tensor
+from verify_products import gaussian, pairs, verify, weight_operands
+
+from ds_fp8.ops import cublas, products
+from ds_fp8.ops.product_backend import MULTIPLY, Products, triton_products
+from ds_fp8.ops.products import Operand, scale_shape, tiles
+
+HIDDEN = {"1.3B": 2048, "7B": 4096}
+LAYERS = {"qkv": (1, 3), "proj": (1, 1), "up": (1, 4), "down": (4, 1)}  # K and N, in hidden sizes
+L2_BYTES = 1 << 28
+CONSOLE = Console(width=140, highlight=False)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One timed operation."""
+
+    model: str
+    operation: str
+    shape: str
+    microseconds: float
+    terabytes_per_second: float | None = None
+    teraflops: float | None = None
+    of_bf16: float | None = None  # its time, as a share of the BF16 product's, round by round
+
+
+def clock_of(device: torch.device) -> Clock:
+    """A clock that starts with a cold L2 cache, and with the host ahead of the GPU."""
+    if device.type != "cuda":
+        return host_clock
+    flushed = torch.empty(L2_BYTES, dtype=torch.uint8, device=device)
+
+    def cold(run: Callable[[], object]) -> float:
+        flushed.zero_()
+        return event_clock(run)
+
+    return cold
+
+
+def casts(ours: Products, values: Tensor) -> Iterator[Contestant]:
+    """Bytes: BF16 read, codes and scales of rows, transposed codes, sums."""
+    codes = values.numel()
+    scales = 4 * (codes // products.TILE)
+    both = {"dgrad": True, "wgrad": True}
+
+    def gradient(bias: bool) -> Callable[[], object]:
+        return lambda: ours.cast_gradient(values, **both, bias=bias)
+
+    yield Contestant("x, forward only", lambda: ours.cast_input(values, wgrad=False), 3 * codes + scales)
+    yield Contestant("x, also for wgrad", lambda: ours.cast_input(values, wgrad=True), 4 * codes + scales)
+    yield Contestant("dy", gradient(False), 4 * codes + 2 * scales)
+    yield Contestant("dy and its sums", gradient(True), 4 * codes + 2 * scales)
+    copy = torch.empty_like(values)
+    yield Contestant("BF16 copy", lambda: copy.copy_(values), 4 * codes)
+
+
+def weights(ours: Products, values: Tensor) -> Iterator[Contestant]:
+    rows, columns = values.shape
+    device, count, flat = values.device, values.numel(), values.view(-1)
+    exponents = torch.zeros(tiles(rows), tiles(columns), dtype=torch.uint8, device=device)
+    codes = torch.empty(rows, columns, dtype=torch.float8_e4m3fn, device=device)
+    ours.find_exponents(flat, 0, columns, exponents)
+    ours.encode_weight(flat, 0, columns, exponents, codes.view(-1))
+    scales = [torch.ones(scale_shape(*each), device=device) for each in ((rows, columns), (columns, rows))]
+    out = torch.empty_like(values)
+    runs: dict[str, tuple[Callable[[], object], int]] = {
+        "find exponents": (lambda: ours.find_exponents(flat, 0, columns, exponents), 2 * count),
+        "encode": (lambda: ours.encode_weight(flat, 0, columns, exponents, codes.view(-1)), 3 * count),
+        "decode to BF16": (lambda: ours.decode_weight(codes, exponents, out), 3 * count),
+        "transpose": (lambda: ours.transpose(codes), 2 * count),
+        "expand exponents": (
+            lambda: ours.expand_exponents(exponents, *scales),
+            exponents.nbytes + sum(each.nbytes for each in scales),
+        ),
+    }
+    for name, (run, moved) in runs.items():
+        yield Contestant(name, run, moved)
+
+
+def matmuls(x: Tensor, w: Tensor, dy: Tensor) -> Iterator[tuple[str, Callable[[], object]]]:
+    """The BF16 products of a linear layer."""
+    yield "forward", lambda: x @ w.t()
+    yield "dgrad", lambda: dy @ w
+    yield "wgrad", lambda: dy.t() @ x
+
+
+def multiplied(left: Operand | None, right: Operand | None, bias: Tensor | None) -> Callable[[], object]:
+    assert left is not None
+    assert right is not None
+    return lambda: MULTIPLY["cublas"](left, right, bias)
+
+
+def measured(
+    name: str, shape: str, contestants: list[Contestant], rounds: int, clock: Clock
+) -> Iterator[Row]:
+    """Passes over memory."""
+    times = interleave(contestants, rounds, clock)
+    for each in contestants:
+        rate = each.moved / times.median(each.name) / 1e9
+        yield Row(name, each.name, shape, times.median(each.name) * 1e3, terabytes_per_second=rate)
+
+
+def measured_products(
+    ours: Products, model: str, layer: str, operands: tuple[Tensor, Tensor, Tensor], rounds: int, clock: Clock
+) -> Iterator[Row]:
+    """Products by cuBLAS, in BF16 and with FP8's block scales."""
+    x, w, dy = operands
+    shape = f"{layer}: {len(x)} tokens, {w.shape[1]} -> {w.shape[0]}"
+    for name, run in matmuls(x, w, dy):
+        pair = pairs(ours, x, w, dy)[name]
+        contestants = [Contestant("BF16", run, 0), Contestant("FP8", multiplied(*pair, None), 0)]
+        if name == "forward":
+            bias = torch.zeros(len(w), dtype=w.dtype, device=w.device)
+            contestants.append(Contestant("FP8 with bias", multiplied(*pair, bias), 0))
+        times = interleave(contestants, rounds, clock)
+        for each in contestants:
+            median = times.median(each.name)
+            rate = 2 * len(x) * w.numel() / median / 1e9
+            share = times.ratio(each.name, "BF16")
+            yield Row(model, f"{name}, {each.name}", shape, median * 1e3, teraflops=rate, of_bf16=share)
+
+
+def rows_of(ours: Products, device: torch.device, options: argparse.Namespace) -> Iterator[Row]:
+    """Everything that is timed."""
+    clock = clock_of(device)
+    for model, hidden in {"tiny": 128}.items() if options.tiny else HIDDEN.items():
+        for factor in sorted({each for pair in LAYERS.values() for each in pair}):
+            values = gaussian(options.tokens, factor * hidden, device=device, seed=factor)
+            shape = f"{options.tokens} x {factor * hidden}"
+            yield from measured(model, shape, list(casts(ours, values)), options.rounds, clock)
+        for layer, (inner, outer) in LAYERS.items():
+            shapes = ((options.tokens, inner), (outer * hidden, inner), (options.tokens, outer))
+            x, w, dy = (
+                gaussian(rows, columns * hidden, device=device, seed=rows) for rows, columns in shapes
+            )
+            of_weight = list(weights(ours, w))
+            yield from measured(
+                model, f"{layer}: {w.shape[0]} x {w.shape[1]}", of_weight, options.rounds, clock
+            )
+            if cublas.obstacle(device) is None:
+                yield from measured_products(ours, model, layer, (x, w, dy), options.rounds, clock)
+
+
+def host_microseconds(ours: Products, device: torch.device, repeat: int) -> dict[str, float]:
+    """By call, and all that a linear layer makes in forward and backward."""
+    size = 256
+    x, w, dy = (gaussian(size, size, device=device, seed=each) for each in range(3))
+    of_x = ours.cast_input(x, wgrad=True)
+    of_dy = ours.cast_gradient(dy, dgrad=True, wgrad=True, bias=True)
+    forward, dgrad = weight_operands(ours, w)
+    assert of_dy.dgrad is not None
+    assert of_dy.wgrad is not None
+    assert of_x.wgrad is not None
+    way = "emulated" if cublas.obstacle(device) else "cublas"
+    multiply, left, right = MULTIPLY[way], of_dy.wgrad, of_x.wgrad
+    calls: dict[str, Callable[[], object]] = {
+        "cast x": lambda: ours.cast_input(x, wgrad=True),
+        f"forward, {way}": lambda: multiply(of_x.forward, forward, None),
+        "cast dy": lambda: ours.cast_gradient(dy, dgrad=True, wgrad=True, bias=False),
+        "transpose": lambda: ours.transpose(forward.codes),
+        f"dgrad, {way}": lambda: multiply(of_dy.dgrad, dgrad, None),  # type: ignore[arg-type]
+        f"wgrad, {way}": lambda: multiply(left, right, None),
+        "BF16 matmul": lambda: x @ w.t(),
+    }
+    found = {name: host_time(run, repeat, device) for name, run in calls.items()}
+    found["linear"] = sum(value for name, value in found.items() if name != "BF16 matmul")
+    return found
+
+
+def host_time(run: Callable[[], object], repeat: int, device: torch.device) -> float:
+    """Microseconds of a call that does not wait for the GPU."""
+    for _ in range(3):
+        run()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(repeat):
+        run()
+    return (time.perf_counter() - start) / repeat * 1e6
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    device = torch.device("cpu" if options.tiny else "cuda")
+    ours, obstacle = triton_products(), cublas.obstacle(device)
+    ways = ["emulated"] if obstacle else ["emulated", "cublas"]
+    lines, errors = verify(ours, ways, device, options.tiny)
+    for line in lines:
+        CONSOLE.print(line)
+    if obstacle:
+        CONSOLE.print(f"no products by cuBLAS: {obstacle}")
+    rows = []
+    for row in rows_of(ours, device, options):
+        rows.append(asdict(row))
+        print_row(row)
+    host = host_microseconds(ours, device, 1 if options.tiny else 300)
+    CONSOLE.print("host, us:", {name: round(value, 1) for name, value in host.items()})
+    return {
+        "device": "cpu" if options.tiny else torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cuda": torch.version.cuda,
+        "tokens": options.tokens,
+        "rounds": options.rounds,
+        "verified": lines,
+        "errors": [asdict(each) for each in errors],
+        "no_cublas": obstacle,
+        "rows": rows,
+        "host_microseconds": host,
+    }
+
+
+def print_row(row: Row) -> None:
+    figures = {"TB/s": row.terabytes_per_second, "TFLOP/s": row.teraflops, "of BF16": row.of_bf16}
+    shown = "".join(f"{value:10,.3f} {unit}" for unit, value in figures.items() if value is not None)
+    CONSOLE.print(f"{row.model:5} {row.shape:36} {row.operation:24} {row.microseconds:10,.1f} us{shown}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=None, help="default: 8192, or 64 with --tiny")
+    parser.add_argument("--rounds", type=int, default=None, help="default: 30, or 1 with --tiny")
+    parser.add_argument("--tiny", action="store_true", help="on the CPU, by Triton's interpreter")
+    parser.add_argument("--out", type=Path, metavar="JSON")
+    options = parser.parse_args()
+    options.tokens = options.tokens or (64 if options.tiny else 8192)
+    options.rounds = options.rounds or (1 if options.tiny else 30)
+    result = measure(options)
+    if options.out:
+        options.out.write_text(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

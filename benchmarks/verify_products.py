@@ -1,0 +1,242 @@
+"""FP8 products against their contract, before they are timed: bits of casts and weights, errors of products.
+
+The reference runs on the CPU. A product's error is its distance to the product of the same codes in FP64,
+beyond what rounding that to BF16 makes: of the contract's FP32 sums and of cuBLAS's at most BEYOND.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from ds_fp8.ops import products
+from ds_fp8.ops.product_backend import MULTIPLY, REFERENCE, Products
+from ds_fp8.ops.products import TILE, Operand, scale_shape, tiles
+
+TOKENS = (0, 1, 3, 17, 100, 4097)
+SIZES = ((208, 272), (528, 128), (2048, 1040))  # K and N
+TINY_TOKENS, TINY_SIZES = (0, 1, 17), ((208, 272),)
+BEYOND = 1e-4
+NAMES = ("forward", "dgrad", "wgrad")
+
+
+@dataclass(frozen=True)
+class Error:
+    """Of one product of one shape, as shares of the exact product's norm."""
+
+    product: str
+    multiply: str  # cublas or emulated
+    tokens: int
+    inner: int  # K
+    outer: int  # N
+    rounding: float  # of the exact product, rounded to BF16
+    beyond: float  # what the error is larger by
+
+
+def inputs(rows: int, columns: int, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """[rows, columns] bfloat16 of several kinds."""
+    generator = torch.Generator().manual_seed(seed)
+    normal = torch.randn(rows, columns, generator=generator)
+    spread = torch.randn(rows, columns, generator=generator).mul(8).exp()
+    bits = torch.randint(-(2**15), 2**15, (rows, columns), generator=generator).to(torch.int16)
+    some = torch.rand(rows, 1, generator=generator) < 0.3
+    yield "normal", normal.bfloat16()
+    yield "wide", (normal * spread).bfloat16()
+    yield "rows of zeros", torch.where(some, 0.0, normal).bfloat16()
+    yield "denormal", (bits & 0x807F - 0x10000).view(torch.bfloat16)
+    yield "any bits", bits.view(torch.bfloat16)
+
+
+def same_operand(name: str, found: Operand | None, wanted: Operand | None) -> None:
+    """Bits of codes and scales; codes of what is not finite mean nothing, but that they decode to nothing."""
+    assert found is not None, name
+    assert wanted is not None, name
+    scales, decoded = found.scales.cpu(), Operand(found.codes.cpu(), found.scales.cpu()).decode()
+    assert torch.equal(scales, wanted.scales), f"{name}: other scales"
+    finite = Operand(torch.ones_like(wanted.codes, dtype=torch.float32), wanted.scales).decode().isfinite()
+    differ = (found.codes.cpu().view(torch.uint8) != wanted.codes.view(torch.uint8)) & finite
+    assert not differ.any(), f"{name}: {int(differ.sum())} codes differ"
+    assert not decoded[~finite].isfinite().any(), f"{name}: finite values of a block that is not"
+
+
+def casts(ours: Products, device: torch.device, shapes: list[tuple[int, int]]) -> Iterator[str]:
+    """One line per case."""
+    options = {"dgrad": True, "wgrad": True, "bias": True}
+    for tokens, features in shapes:
+        for kind, values in inputs(tokens, features, tokens + features):
+            name = f"{kind}, {tokens} tokens, {features} features"
+            x, expected = (
+                ours.cast_input(values.to(device), wgrad=True),
+                REFERENCE.cast_input(values, wgrad=True),
+            )
+            dy = ours.cast_gradient(values.to(device), **options)
+            wanted = REFERENCE.cast_gradient(values, **options)
+            same_operand(f"{name}: x", x.forward, expected.forward)
+            same_operand(f"{name}: x for wgrad", x.wgrad, expected.wgrad)
+            same_operand(f"{name}: dy", dy.dgrad, wanted.dgrad)
+            same_operand(f"{name}: dy for wgrad", dy.wgrad, wanted.wgrad)
+            same_sums(f"{name}: sums", dy.bias, values)
+            yield name
+
+
+def same_sums(name: str, found: Tensor | None, values: Tensor) -> None:
+    assert found is not None, name
+    exact, size = values.double().sum(0), values.double().abs().sum(0)
+    finite = exact.isfinite() & (size < 1e38)
+    assert ((found.cpu().double() - exact).abs() <= 1e-5 * size)[finite].all(), name
+
+
+def weights(ours: Products, device: torch.device, sizes: list[tuple[int, int]]) -> Iterator[str]:
+    """One line per case: a matrix cut into three runs."""
+    for columns, rows in sizes:
+        for kind, values in inputs(rows, columns, rows):
+            flat, name = values.reshape(-1), f"{kind}, {rows} x {columns}"
+            exponents = torch.zeros(tiles(rows), tiles(columns), dtype=torch.uint8)
+            codes = torch.empty(rows, columns, dtype=torch.float8_e4m3fn)
+            products.find_exponents(flat, 0, columns, exponents)
+            products.encode_weight(flat, 0, columns, exponents, codes.view(-1))
+            ends = [0, len(flat) // 3 // TILE * TILE, len(flat) // 2 + 1, len(flat)]
+            found, made = torch.zeros_like(exponents, device=device), torch.empty_like(codes, device=device)
+            runs = [(flat[a:b].to(device, copy=True), a, b) for a, b in pairwise(ends)]
+            for run, first, _ in runs:
+                ours.find_exponents(run, first, columns, found)
+            assert torch.equal(found.cpu(), exponents), f"{name}: other exponents"
+            for run, first, last in runs:
+                ours.encode_weight(run, first, columns, found, made.view(-1)[first:last])
+            ones = Operand(codes, products.power_of_two(exponents))
+            same_operand(name, Operand(made, ones.scales.to(device)), ones)
+            decoded_and_turned(ours, name, codes, exponents, device)
+            yield name
+
+
+def decoded_and_turned(
+    ours: Products, name: str, codes: Tensor, exponents: Tensor, device: torch.device
+) -> None:
+    """Decoding, the transpose, and scales as cuBLAS reads them."""
+    rows, columns = codes.shape
+    assert torch.equal(
+        ours.transpose(codes.to(device)).cpu().view(torch.uint8), codes.t().view(torch.uint8)
+    ), f"{name}: transpose"
+    for dtype in (torch.bfloat16, torch.float32):
+        found, wanted = (torch.empty(rows, columns, dtype=dtype, device=each) for each in (device, "cpu"))
+        ours.decode_weight(codes.to(device), exponents.to(device), found)
+        products.decode_weight(codes, exponents, wanted)
+        same = (found.cpu() == wanted) | ~(found.cpu().isfinite() | wanted.isfinite())
+        assert same.all(), f"{name}: decoded to {dtype}"
+    for place in (device, torch.device("cpu")):
+        scales = [torch.ones(scale_shape(*each), device=place) for each in ((rows, columns), (columns, rows))]
+        (ours if place is device else REFERENCE).expand_exponents(exponents.to(place), *scales)
+        if place is device:
+            kept = [each.cpu() for each in scales]
+    assert all(map(torch.equal, kept, scales)), f"{name}: expanded scales"
+
+
+def weight_operands(ours: Products, values: Tensor) -> tuple[Operand, Operand]:
+    """W for the forward, and transposed for dgrad."""
+    rows, columns = values.shape
+    exponents = torch.zeros(tiles(rows), tiles(columns), dtype=torch.uint8, device=values.device)
+    codes = torch.empty(rows, columns, dtype=torch.float8_e4m3fn, device=values.device)
+    ours.find_exponents(values.view(-1), 0, columns, exponents)
+    ours.encode_weight(values.view(-1), 0, columns, exponents, codes.view(-1))
+    scales = [
+        torch.ones(scale_shape(*each), device=values.device) for each in ((rows, columns), (columns, rows))
+    ]
+    ours.expand_exponents(exponents, *scales)
+    turned = ours.transpose(codes)
+    return products.weight_operand(codes, scales[0]), products.weight_operand(turned, scales[1])
+
+
+def gaussian(*shape: int, device: torch.device, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16().to(device)
+
+
+def pairs(
+    ours: Products, x: Tensor, w: Tensor, dy: Tensor
+) -> dict[str, tuple[Operand | None, Operand | None]]:
+    """Left and right of every product of a linear layer."""
+    forward, dgrad = weight_operands(ours, w)
+    of_x = ours.cast_input(x, wgrad=True)
+    of_dy = ours.cast_gradient(dy, dgrad=True, wgrad=True, bias=False)
+    return {
+        "forward": (of_x.forward, forward),
+        "dgrad": (of_dy.dgrad, dgrad),
+        "wgrad": (of_dy.wgrad, of_x.wgrad),
+    }
+
+
+def errors(
+    ours: Products, ways: list[str], device: torch.device, shapes: list[tuple[int, int, int]]
+) -> Iterator[Error]:
+    """Of every product by every way. Raises AssertionError where one is too large."""
+    for tokens, inner, outer in shapes:
+        x, dy = (gaussian(tokens, each, device=device, seed=each) for each in (inner, outer))
+        bias = gaussian(outer, device=device, seed=1)
+        for name, (left, right) in pairs(ours, x, gaussian(outer, inner, device=device, seed=2), dy).items():
+            assert left is not None
+            assert right is not None
+            exact = left.decode().double() @ right.decode().double().t()
+            for added in (None, bias) if name == "forward" else (None,):
+                whole = exact if added is None else exact + added
+                for way in ways:
+                    yield error_of(
+                        MULTIPLY[way](left, right, added),
+                        whole,
+                        (name if added is None else f"{name} with bias", way, tokens, inner, outer),
+                    )
+
+
+def error_of(found: Tensor, exact: Tensor, case: tuple[str, str, int, int, int]) -> Error:
+    def relative(values: Tensor) -> float:
+        return float((values.double() - exact).norm() / exact.norm()) if exact.any() else 0.0
+
+    rounding = relative(exact.to(torch.bfloat16))
+    error = Error(*case, rounding, relative(found) - rounding)
+    assert found.isfinite().all(), f"{error}: values that are not finite"
+    assert found.shape == exact.shape, f"{error}: shape {tuple(found.shape)}"
+    assert error.beyond <= BEYOND, f"{error}: allowed beyond rounding: {BEYOND}"
+    return error
+
+
+def bad_values(ours: Products, ways: list[str], device: torch.device) -> Iterator[str]:
+    """One line per case: inf and NaN reach their row of every product, and rows of zeros give zeros."""
+    w = gaussian(272, 208, device=device, seed=2)
+    for way in ways:
+        for bad in (torch.inf, -torch.inf, torch.nan):
+            x, dy = (gaussian(100, each, device=device, seed=each) for each in (208, 272))
+            x[7, 5] = dy[9, 200] = bad
+            x[8] = dy[10] = 0
+            found = {name: MULTIPLY[way](*each, None) for name, each in pairs(ours, x, w, dy).items()}  # type: ignore[arg-type]
+            rows_are(found["forward"], {7}, f"{way}, {bad}: forward")
+            rows_are(found["dgrad"], {9}, f"{way}, {bad}: dgrad")
+            assert not found["forward"][8].any(), f"{way}: a row of zeros"
+            assert not found["dgrad"][10].any(), f"{way}: a row of zeros"
+            assert not found["wgrad"][200].isfinite().any(), f"{way}, {bad}: wgrad, from dy"
+            assert not found["wgrad"][:, :TILE].isfinite().any(), f"{way}, {bad}: wgrad, from x's tile"
+            yield f"{way}, {bad}"
+
+
+def rows_are(found: Tensor, bad: set[int], name: str) -> None:
+    finite = found.isfinite()
+    rows = set((~finite.all(1)).nonzero().flatten().tolist())
+    assert rows == bad, f"{name}: rows {rows} are not finite, expected {bad}"
+    assert not finite[list(bad)].any(), f"{name}: not the whole row"
+
+
+def verify(
+    ours: Products, ways: list[str], device: torch.device, tiny: bool
+) -> tuple[list[str], list[Error]]:
+    """Lines that say what was compared, and the products' errors. Raises AssertionError."""
+    tokens, sizes = (TINY_TOKENS, TINY_SIZES) if tiny else (TOKENS, SIZES)
+    shapes = [(each, features) for each in tokens for features in {size for pair in sizes for size in pair}]
+    checks: dict[str, Callable[[], Iterator[str]]] = {
+        "casts": lambda: casts(ours, device, shapes),
+        "weights": lambda: weights(ours, device, list(sizes)),
+        "inf, NaN and zeros": lambda: bad_values(ours, ways, device),
+    }
+    lines = [f"{name}: {sum(1 for _ in cases())} cases as they must be" for name, cases in checks.items()]
+    found = list(errors(ours, ways, device, [(each, *size) for each in tokens for size in sizes]))
+    worst = {way: max(each.beyond for each in found if each.multiply == way) for way in ways}
+    lines += [f"{way}: errors of products at most {most:.1e} beyond rounding" for way, most in worst.items()]
+    return lines, found

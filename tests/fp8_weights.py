@@ -1,0 +1,74 @@
+"""FP8 weights for tests: a matrix in buffers of its own, models of which every product is FP8."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ds_fp8.ops import products
+from ds_fp8.zero_fp8.products.choice import kind_of
+from ds_fp8.zero_fp8.products.fp8_parameter import FP8Parameter
+from ds_fp8.zero_fp8.products.kernels import REFERENCE
+from ds_fp8.zero_fp8.products.matrix import Matrix
+from ds_fp8.zero_fp8.products.ways import DecodedProducts, FP8Products, Way
+
+EMULATED = FP8Products("emulated", REFERENCE)
+DECODED = DecodedProducts()
+WAYS = (EMULATED, DECODED)
+
+
+def hold(values: Tensor, name: str = "weight") -> Matrix:
+    """A matrix of these values."""
+    rows, columns = values.shape
+    matrix = Matrix(
+        name,
+        torch.empty(rows, columns, dtype=torch.float8_e4m3fn),
+        torch.zeros(products.tiles(rows), products.tiles(columns), dtype=torch.uint8),
+        torch.ones(products.scale_shape(rows, columns)),
+        torch.ones(products.scale_shape(columns, rows)),
+    )
+    matrix.store(values)
+    return matrix
+
+
+def fp8_linear(
+    inputs: int = 160, outputs: int = 96, *, way: Way = EMULATED, bias: bool = True, seed: int = 0
+) -> nn.Linear:
+    torch.manual_seed(seed)
+    layer = nn.Linear(inputs, outputs, bias=bias, dtype=torch.bfloat16)
+    take_over(layer.weight, way)
+    return layer
+
+
+def take_over(parameter: nn.Parameter, way: Way, name: str = "weight") -> Matrix:
+    matrix = hold(parameter.data, name)
+    FP8Parameter.take_over(parameter, matrix, way)
+    return matrix
+
+
+def make_fp8(model: nn.Module, way: Way = EMULATED) -> dict[str, Matrix]:
+    """Every Linear and Conv1D but the head, of whatever size."""
+    return {
+        name: take_over(module.weight, way, f"{name}.weight")
+        for name, module in model.named_modules()
+        if kind_of(module) is not None and not name.endswith("lm_head") and "lora" not in name
+    }
+
+
+def fp8_parameters(model: nn.Module) -> Iterator[FP8Parameter]:
+    return (each for each in model.parameters() if isinstance(each, FP8Parameter))
+
+
+def twin(layer: nn.Linear) -> nn.Linear:
+    """A plain layer with the values that the codes have."""
+    assert isinstance(layer.weight, FP8Parameter)
+    plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, dtype=torch.bfloat16)
+    plain.weight.data = layer.weight.matrix.values()
+    if layer.bias is not None:
+        plain.bias.data = layer.bias.data.clone()
+    return plain
+
+
+def random(*shape: int, seed: int = 1) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float32).to(torch.bfloat16)

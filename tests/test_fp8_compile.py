@@ -1,0 +1,120 @@
+"""FP8 weights under torch.compile: one graph, the same bits, new codes without a new graph."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from fp8_weights import EMULATED, WAYS, fp8_linear, make_fp8, random
+from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch.nn import functional
+
+from ds_fp8.zero_fp8.products.ways import Way
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class Block(nn.Module):
+    def __init__(self, size: int = 64) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(size)
+        self.q, self.k, self.v = (nn.Linear(size, size, bias=False) for _ in range(3))
+        self.up, self.down = nn.Linear(size, 2 * size), nn.Linear(2 * size, size)
+        self.own = nn.Linear(size, size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        x = x + functional.scaled_dot_product_attention(self.q(h), self.k(h), self.v(h))
+        x = x + self.down(functional.gelu(self.up(x)))
+        return x @ self.own.weight.t() + self.own.weight.sum().to(self.own.weight.dtype)
+
+
+def block(way: Way) -> nn.Module:
+    torch.manual_seed(0)
+    model = Block().bfloat16()
+    make_fp8(model, way)
+    return model
+
+
+def gradients(model: nn.Module, call: Any, x: Tensor) -> list[Tensor]:
+    model.zero_grad()
+    x = x.clone().requires_grad_()
+    y = call(x)
+    y.float().square().mean().backward()
+    return [y.detach(), x.grad, *(each.grad for each in model.parameters() if each.grad is not None)]
+
+
+def equal(left: list[Tensor], right: list[Tensor]) -> bool:
+    return len(left) == len(right) and all(torch.equal(*each) for each in zip(left, right, strict=True))
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.name)
+def test_one_graph_gives_the_bits_of_eager(way: Way) -> None:
+    """With dynamic tokens at most one graph more, and with new codes none."""
+    model = block(way)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for tokens in (24, 40, 17, 33):
+        x = random(2, tokens, 64, seed=tokens)
+        assert equal(gradients(model, compiled, x), gradients(model, model, x))
+    assert counter.frame_count <= 2
+    graphs = counter.frame_count
+    for each in (model.q, model.own):
+        matrix = each.weight.matrix
+        with torch.no_grad():
+            matrix.store(matrix.values() * 1.5)
+    assert equal(gradients(model, compiled, x), gradients(model, model, x))
+    assert counter.frame_count == graphs
+
+
+def test_codes_rewritten_before_backward() -> None:
+    model = block(EMULATED)
+    y = torch.compile(model, backend="aot_eager", fullgraph=True)(random(2, 24, 64).requires_grad_())
+    model.q.weight.matrix.rewritten()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_a_common_input_is_cast_once() -> None:
+    """The compiler finds it: x for q, k and v, for up, for down."""
+    found: list[str] = []
+
+    def keep(graph: torch.fx.GraphModule, _: Any) -> Any:
+        found.extend(str(node.target) for node in graph.graph.nodes if "ds_fp8" in str(node.target))
+        return graph
+
+    model = block(EMULATED)
+    backend = aot_autograd(fw_compiler=keep, partition_fn=min_cut_rematerialization_partition)
+    gradients(model, torch.compile(model, backend=backend, fullgraph=True), random(2, 24, 64))
+    assert sum("cast_input" in each for each in found) == 3
+    assert sum("cast_gradient" in each for each in found) == 5
+
+
+def test_without_gradients_and_with_autocast() -> None:
+    layer, x = fp8_linear(), random(5, 160)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        assert torch.equal(compiled(x), layer(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(compiled(x.float()), layer(x))
+
+
+def test_a_graph_serves_every_layer() -> None:
+    """As layers are compiled one by one."""
+    counter = CompileCounterWithBackend("aot_eager")
+    for seed in range(4):
+        torch.manual_seed(seed)
+        model = Block().bfloat16()
+        make_fp8(model)
+        compiled = torch.compile(model, backend=counter, fullgraph=True)
+        x = random(2, 24, 64)
+        assert equal(gradients(model, compiled, x), gradients(model, model, x))
+    assert counter.frame_count == 1
