@@ -40,11 +40,7 @@ ROOMS = (
         "ds_fp8.zero_fp8.optimizer",
         "client facade replacement | fp8_adamw | standalone | edits entries hyperparameters members",
     ),
-<<<<<<< HEAD
-    ("ds_fp8.zero_fp8.weights", "binding fetch | store views slices tiled | claims home"),
-=======
     ("ds_fp8.zero_fp8.weights", "binding fetch tiled | store views slices | claims home"),
->>>>>>> o3core
     (
         "ds_fp8.zero_fp8.products",
         "chosen | fp8_parameter choice | linear | ways values | answers shared_casts matrix | kernels",

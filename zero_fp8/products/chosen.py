@@ -1,8 +1,8 @@
 """Which matrices of a run become FP8, and how they are multiplied: chosen once, when an engine is made.
 
-The device decides how: FP8 products by cuBLAS where it has them, else products of weights decoded to BF16, one
-at a time, which save the memory and not the time. DS_FP8_PRODUCTS overrides it: `emulated` computes what the
-FP8 products would, slowly, on any device.
+The device decides how: FP8 products by cuBLAS where it has them, else products of weights decoded to BF16,
+one at a time, which save the memory and not the time. DS_FP8_PRODUCTS overrides it: `emulated` computes what
+the FP8 products would, slowly, on any device.
 """
 
 import os
