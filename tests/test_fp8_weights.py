@@ -48,7 +48,7 @@ def test_describe_and_the_banner(ranks: RankPools) -> None:
     assert about["fp8_weights"] == coded != []
     assert all(name.startswith("blocks.0.") for name in coded)
     assert about["bf16_matrices"]["head.weight"] == "the output embedding"
-    assert about["bf16_matrices"]["tokens.weight"] == "weight of a Embedding"
+    assert about["bf16_matrices"]["tokens.weight"] == "weight of Embedding"
     assert about["bf16_matrices"]["blocks.1.up.weight"] == "excluded by blocks.1.*"
     assert (about["products"], about["products_instead"]) == ("emulated", None)
     (banner,) = [line for line in lines if ": ON, O3" in line]
