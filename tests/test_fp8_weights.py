@@ -101,6 +101,7 @@ ODD = {
     "products": Odd(products="emulated"),
     "a way": Odd(products="cublas"),
     "e4m3": Odd(fp8={"products": {"dtype": "e4m3"}}),
+    "pattern": Odd(fp8={"weights": {"min_elements": 256, "exclude": ["blocks.0.*", "layers.1.*"]}}),
     "class": Odd(model=with_a_linear_of_its_own),
     "optimizer": Odd(largest=1),
 }
@@ -136,6 +137,7 @@ def refused(what: str, rank: int | None = None) -> str:
         ("FP32", "of torch.float32"),
         ("no matrix", "O3 would do nothing (it has no matrix"),
         ("a way", "DS_FP8_PRODUCTS: received 'cublas', which cannot run on cpu"),
+        ("pattern", 'fp8.weights.exclude: received "layers.1.*", allowed: patterns that match a name of the'),
         ("e4m3", 'fp8.products.dtype: received "e4m3", allowed: bf16, or the key left out, on cpu'),
         ("optimizer", "optimizer: received no FP8 weight to train, allowed: some of blocks.0."),
     ],

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from torch.nn import Parameter
 
+from ds_fp8.config.refusals import refusal
+
 MULTIPLE = 16  # cuBLAS takes sides of so many elements
 CONV1D = "transformers.pytorch_utils.Conv1D"
 HEADS = ("lm_head", "head", "output", "embed_out")
@@ -52,9 +54,11 @@ def eligible(
         frozen: whether weights that are not trained may be, as the base under LoRA.
 
     Raises:
-        ValueError: the model has modules that make FP8 products of their own.
+        ValueError: the model has modules that make FP8 products of their own, or no name that a pattern of
+            `exclude` matches.
     """
     check_modules(model)
+    check_patterns(model, exclude)
     users = _users(model)
     outputs = [] if output_embeddings else find_output_embeddings(model)
     found, reasons = [], {}
@@ -82,6 +86,15 @@ def check_modules(model: nn.Module) -> None:
                     f"FP8 products: received {name or 'a model'}, a {_qualified(type(module))}, which makes "
                     "FP8 products of its own; allowed: nn.Linear and Conv1D"
                 )
+
+
+def check_patterns(model: nn.Module, exclude: Sequence[str]) -> None:
+    """Refuse a pattern that keeps nothing: it was meant for something."""
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in exclude:
+        if not fnmatch.filter(names, pattern):
+            allowed = f"patterns that match a name of the model, which begin with {', '.join(names[:3])}"
+            raise refusal("fp8.weights.exclude", pattern, allowed)
 
 
 def kind_of(module: nn.Module) -> str | None:
