@@ -17,13 +17,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
-    """Address and bytes of every storage behind the tensors, each once; on the meta device there is none."""
+    """Address and bytes of every storage behind the tensors, each once; on the meta device there is none.
+
+    FP8 weights, which give no address away, are asked past their class.
+    """
     found = {}
-    for tensor in tensors:
-        if tensor.is_meta:
-            continue
-        storage = tensor.untyped_storage()
-        found[storage.data_ptr()] = storage.nbytes()
+    with torch._C.DisableTorchFunctionSubclass():
+        for tensor in tensors:
+            if tensor.is_meta:
+                continue
+            storage = tensor.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
     return found
 
 

@@ -141,6 +141,21 @@ def test_wire_bytes(ranks: RankPools, world_size: int, stage: int) -> None:
     assert ratio == pytest.approx(1.0078 / 4, rel=0.01)
 
 
+@pytest.mark.parametrize(("world_size", "stage", "shape"), [(1, 1, SMALL), (2, 2, DIVISIBLE), (3, 1, SMALL)])
+def test_wire_bytes_of_fp8_weights(ranks: RankPools, world_size: int, stage: int, shape: Shape) -> None:
+    """An element is gathered as its code; the ranks agree on a byte per tile. Gradients travel as ever."""
+    fp8 = {"opt_level": "O3", "weights": {"min_elements": 256}}
+    found = ranks.run(world_size, count_traffic, ds_config(fp8, stage=stage), shape)[0]
+    about = found["about"]
+    verdict = 4 + (NORM_PARTS + len(Counted._fields)) * 8
+    assert found["handed"]["_allgather_base_"] == about["gather_bytes"]
+    assert found["handed"]["allreduce_"] == verdict + about["agreement_bytes"]
+    assert found["handed"]["alltoall_base_"] == found["exchange"]
+    if shape is DIVISIBLE:
+        others = found["parameters"] - about["fp8_elements"]
+        assert about["gather_bytes"] == (about["fp8_elements"] + 2 * others) // world_size
+
+
 EACH_TIME = {  # each module fetches what it needs and lets go of it
     "stage3_param_persistence_threshold": 300,
     "stage3_prefetch_bucket_size": 0,

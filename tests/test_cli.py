@@ -16,6 +16,7 @@ from ds_fp8.config.section import parse
 
 NAMES = ["zero1_bf16", "zero1_o1", "zero1_o2", "zero1_o2plus"]
 NAMES += [name.replace("zero1", stage) for stage in ("zero2", "zero3") for name in NAMES]
+NAMES = sorted([*NAMES, "zero1_o3", "zero2_o3"])
 
 
 def output(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -43,18 +44,20 @@ def piped(
 class TestConfigs:
     def test_table(self, capsys: pytest.CaptureFixture[str]) -> None:
         heading, *rows = [line.split() for line in output(capsys, "configs").splitlines()]
-        assert heading == ["name", "stage", "level", "gradients", "master", "exp_avg", "exp_avg_sq", "block"]
+        columns = "name stage level gradients master exp_avg exp_avg_sq weights block"
+        assert heading == columns.split()
         assert [row[0] for row in rows] == NAMES
         by_name = {row[0]: row[1:] for row in rows}
-        assert by_name["zero2_o2"] == ["2", "O2", "e4m3", "fp16", "e4m3", "fp16", "128"]
-        assert by_name["zero3_o2plus"] == ["3", "O2+", "e4m3", "split16", "e4m3", "ue4m4", "128"]
-        assert by_name["zero1_o1"] == ["1", "O1", "e4m3", "fp32", "fp32", "fp32", "128"]
-        assert by_name["zero1_bf16"] == ["1", *"------"]
+        assert by_name["zero2_o2"] == ["2", "O2", "e4m3", "fp16", "e4m3", "fp16", "-", "128"]
+        assert by_name["zero3_o2plus"] == ["3", "O2+", "e4m3", "split16", "e4m3", "ue4m4", "-", "128"]
+        assert by_name["zero1_o1"] == ["1", "O1", "e4m3", "fp32", "fp32", "fp32", "-", "128"]
+        assert by_name["zero2_o3"] == ["2", "O3", "e4m3", "fp16", "e4m3", "ue4m4", "e4m3", "128"]
+        assert by_name["zero1_bf16"] == ["1", *"-------"]
 
     def test_as_json(self, capsys: pytest.CaptureFixture[str]) -> None:
         listed = json.loads(output(capsys, "configs", "--json"))
         assert [each["name"] for each in listed] == NAMES
-        off = dict.fromkeys(("gradients", "master", "exp_avg", "exp_avg_sq", "block_size"))
+        off = dict.fromkeys(("gradients", "master", "exp_avg", "exp_avg_sq", "weights", "block_size"))
         assert listed[0] == {"name": "zero1_bf16", "zero_stage": 1, "opt_level": None, **off}
         for each in listed:
             ds_config: dict[str, Any] = json.loads(shipped()[each["name"]])
@@ -79,7 +82,7 @@ class TestInAPipe:
     def test_rows_are_plain_and_whole(self) -> None:
         result = piped("configs", COLUMNS="20")
         assert (result.returncode, result.stderr) == (0, "")
-        assert [len(line.split()) for line in result.stdout.splitlines()] == [8] * (1 + len(NAMES))
+        assert [len(line.split()) for line in result.stdout.splitlines()] == [9] * (1 + len(NAMES))
         assert result.stdout.isascii()
         assert "\x1b" not in result.stdout
 

@@ -21,6 +21,7 @@ from train_lm import ByteGPT, Shape
 
 import ds_fp8
 from ds_fp8.cli import main
+from ds_fp8.estimate.codes import elements_of
 from ds_fp8.estimate.methods import (
     STOCK,
     STOCK_BF16_STATES,
@@ -31,6 +32,13 @@ from ds_fp8.estimate.model_sizes import pretrained
 from ds_fp8.estimate.runs import Run, model_of_module, model_of_size
 
 G = 10**9
+
+
+def gpt_2(**config: Any) -> Any:
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**config))
+
+
+CONV1D = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")  # of a block of GPT-2
 METHODS = [STOCK, STOCK_BF16_STATES, *levels().values()]
 LLAMA = {
     "model_type": "llama",
@@ -69,8 +77,11 @@ class TestParams:
         assert methods["ds_fp8 O1"]["states"] == 12 * share
         assert methods["ds_fp8 O2"]["states"] == 5 * share + 3 * share // 128
         assert methods["ds_fp8 O2+"]["states"] == 4 * share + 2 * share // 128
-        for each in methods.values():
-            assert each["weights"] == 2 * 409_600_000
+        assert methods["ds_fp8 O3"]["states"] == 4 * share + 3 * share // 128
+        coded = elements_of(409_600_000)
+        for name, each in methods.items():
+            weights = 2 * 409_600_000 - (coded if name == "ds_fp8 O3" else 0)
+            assert each["weights"] == pytest.approx(weights, rel=0.0005 if name == "ds_fp8 O3" else 0)
             assert (each["persistent"], each["fetched"]) == (0, 0)
             assert each["total"] == sum(each[key] for key in ("weights", "states", "gradients", "buffers"))
 
@@ -128,14 +139,16 @@ class TestParams:
         assert methods["DeepSpeed BF16"]["gradients"] == 2 * 1_024_000
 
     def test_table_of_zero_3(self, capsys: pytest.CaptureFixture[str]) -> None:
-        _, _, heading, *rows = output(capsys, "estimate", "--params", "7G", "--stage", "3").splitlines()
+        _, _, heading, *rows, note = output(capsys, "estimate", "--params", "7G", "--stage", "3").splitlines()
         assert heading.split()[-4:] == ["persistent", "fetched", "per", "GPU"]
+        assert note == "ds_fp8 O3: refused under ZeRO 3: FP8 weights are not built there yet"
         assert all(row.count("B") >= 7 for row in rows)
 
     def test_table(self, capsys: pytest.CaptureFixture[str]) -> None:
-        caption, name, heading, *rows = output(
+        caption, name, heading, *rows, note = output(
             capsys, "estimate", "--params", "7G", "--gpus", "8"
         ).splitlines()
+        assert note.startswith("ds_fp8 O3: 96.1% of the parameters in FP8, as of a Llama of that size")
         assert caption == "What a GPU holds, without activations: ZeRO 2, 8 GPUs, 1 micro-step per step"
         assert "7.00 G parameters" in name
         assert heading.split() == ["weights", "states", "gradients", "buffers", "per", "GPU"]
@@ -184,6 +197,24 @@ class TestModel:
         assert found["parameters"] == sum(each.numel() for each in real.parameters())
         expected = levels()["O2"].held(model_of_module(real), Run(2))
         assert by_method(found)["ds_fp8 O2"]["states"] == expected.states
+
+    def test_fp8_weights_are_named(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """Of a model in FP32, as it comes from its config: a run casts it. GPT-2 has Conv1D."""
+        gpt2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 64}
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps(gpt2))
+        weights = {"min_elements": 256, "exclude": ["*.h.0.*"]}
+        section = written(tmp_path, ds_config({"opt_level": "O3", "weights": weights}))
+        arguments = ("--model", str(path), "--config", section)
+        (found,) = estimated(capsys, *arguments)["models"][0]["fp8_weights"].values()
+        names = [f"transformer.h.1.{name}.weight" for name in CONV1D]
+        assert found["fp8_weights"] == names
+        assert found["fp8_elements"] == 12 * 32**2
+        assert found["bf16_matrices"]["transformer.h.0.mlp.c_fc.weight"] == "excluded by *.h.0.*"
+        assert "transformer.wte.weight" in found["bf16_matrices"]
+        share = 12 * 32**2 / sum(each.numel() for each in gpt_2(**gpt2).parameters())
+        note = f"ds_fp8, ds_config.json: 4 matrices, {share:.1%} of the parameters, in FP8"
+        assert output(capsys, "estimate", *arguments).splitlines()[-1] == note
 
     def test_a_config_without_an_architecture(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -285,6 +316,8 @@ class TestLargest:
     @pytest.mark.parametrize("method", METHODS, ids=lambda each: each.name)
     def test_it_fits_and_one_percent_more_does_not(self, method: Any, stage: int) -> None:
         run, memory = Run(8, stage), 80 * G
+        if method.refusal(model_of_size(40 * G, run), run):
+            pytest.skip("refused")
         size = largest(method, run, memory)
         assert 79.9 * G < method.held(model_of_size(size, run), run).total <= memory
         assert method.held(model_of_size(size + size // 100, run), run).total > memory
@@ -298,7 +331,10 @@ class TestLargest:
         sizes = {each["method"]: each["parameters"] for each in found["largest"]}
         assert found["memory"] == 80 * G
         assert sizes["ds_fp8 O2"] == largest(levels()["O2"], Run(8), 80 * G)
-        assert sizes["DeepSpeed BF16"] < sizes["ds_fp8 O1"] < sizes["ds_fp8 O2"] < sizes["ds_fp8 O2+"]
+        ours = [sizes[f"ds_fp8 {level}"] for level in levels()]
+        assert sizes["DeepSpeed BF16"] < ours[0] < ours[1] < ours[2] < ours[3]
+        at_stage_3 = estimated(capsys, "--memory", "80", "--gpus", "8", "--stage", "3")
+        assert [*at_stage_3["refused"]] == ["ds_fp8 O3"]
         assert "ds_fp8 O2+" in output(capsys, "estimate", "--memory", "141.5")
 
 
@@ -347,7 +383,7 @@ class TestEstimators:
 
     def test_the_largest_layer_is_whole_while_it_computes(self, capsys: pytest.CaptureFixture[str]) -> None:
         ds_fp8.estimate_zero3_model_states_mem_needs_all_cold(70 * G, 2 * G, 64)
-        assert capsys.readouterr().out.splitlines()[-1].split()[-4:-2] == ["4.10", "GB"]
+        assert capsys.readouterr().out.splitlines()[-2].split()[-4:-2] == ["4.10", "GB"]
         with pytest.raises(ValueError, match="largest_layer_params: received 0, allowed"):
             ds_fp8.estimate_zero3_model_states_mem_needs_all_cold(7 * G, 0)
 
@@ -388,7 +424,7 @@ WRONG: list[tuple[list[str], str, list[str]]] = [
     (["estimate", "--params", "7G", "--gpus", "0"], "", ["--gpus", "'0'", "1 or more"]),
     (["estimate", "--params", "7G", "--micro-steps", "1.5"], "", ["--micro-steps", "'1.5'", "1 or more"]),
     (["estimate", "--params", "7G", "--stage", "4"], "", ["--stage", "4", "1", "2", "3"]),
-    (["estimate", "--params", "7G", "--opt-level", "O3"], "", ["--opt-level", "'O3'", "O1", "O2", "O2+"]),
+    (["estimate", "--params", "7G", "--opt-level", "O4"], "", ["--opt-level", "'O3'", "O1", "O2", "O2+"]),
     (["estimate", "--memory", "80GB"], "", ["--memory", "'80GB'", "as 80"]),
     (["estimate", "--memory", "-80"], "", ["--memory"]),
     (["estimate", "--model", "somebody/no-such-model"], "", ["'somebody/no-such-model'", "config.json"]),

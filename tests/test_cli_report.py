@@ -110,7 +110,7 @@ class TestMachine:
 
 
 def described(config: dict[str, Any]) -> dict[str, Any]:
-    engine = build(config, nn.Linear(8, 8))
+    engine = build(config, nn.Linear(16, 16))
     (nodes,) = (each.layout for each in engine.optimizer.parts.fleets.values())
     facts = {**ds_fp8.describe(engine), "nodes": nodes.count, "intra_node_size": nodes.size}
     engine.destroy()
@@ -122,6 +122,7 @@ CONFIGS = {
     "O1, accumulating": ds_config({"opt_level": "O1"}, micro_steps=2),
     "O2+, ZeRO 1, overlap": ds_config({"opt_level": "O2+"}, stage=1, zero={"overlap_comm": True}),
     "ZeRO 3": ds_config({}, stage=3, micro_steps=2, zero={"stage3_param_persistence_threshold": 8}),
+    "O3": ds_config({"opt_level": "O3", "weights": {"min_elements": 256}}),
     "two hops": ds_config({"gradients": {"intra_node_size": 2, "inter_node_dtype": "bf16"}}),
 }
 
@@ -134,6 +135,17 @@ OF_AN_ENGINE = {
     "persistent_bytes",
     "fetch_bytes",
     "kernels",
+    "products",
+    "products_instead",
+    "fp8_elements",
+    "fp8_share",
+    "fp8_weights",
+    "bf16_matrices",
+    "weight_bytes",
+    "weight_bytes_per_parameter",
+    "weight_room_bytes",
+    "gather_bytes",
+    "agreement_bytes",
 }
 
 
@@ -162,8 +174,12 @@ class TestConfig:
         ("changes", "words"),
         [
             (
-                {"fp8": {"enabled": True, "opt_level": "O3"}},
-                'fp8.opt_level: received "O3", allowed: "O1", "O2"',
+                {"zero_optimization": {"stage": 3}, "fp8": {"enabled": True, "opt_level": "O3"}},
+                'fp8.opt_level: received "O3", allowed: "O1", "O2", "O2+" with zero_optimization.stage 3',
+            ),
+            (
+                {"fp8": {"enabled": True, "opt_level": "O3"}, "bf16": None, "fp16": {"enabled": True}},
+                'fp16.enabled: received true, allowed: false with fp8.opt_level "O3"',
             ),
             (
                 {"fp_8": {"enabled": True}},

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,6 +17,8 @@ from ds_fp8.config.ds_config import OptimizerParams
 from ds_fp8.config.refusals import show
 from ds_fp8.config.section import BUILT, LEVELS, FP8Config, Level, parse
 from ds_fp8.estimate import dry_run
+from ds_fp8.ops.formats import E4M3
+from ds_fp8.zero_fp8.recipe import recipe_of
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -69,7 +72,8 @@ class TestSection:
                 "clamp": True,
                 "seed": 0,
             },
-            "weights": {"dtype": None},
+            "weights": {"dtype": None, "exclude": [], "min_elements": 2_097_152, "frozen": "bf16"},
+            "products": {"dtype": None},
             "checkpoint": {"fp32_master": True, "allow_conversion": False},
             "stats": {"interval": 0},
             "max_consecutive_skips": 50,
@@ -94,9 +98,15 @@ class TestSection:
             config.gradients.dtype = "bf16"
 
     @pytest.mark.parametrize(
-        ("level", "states"), [("O1", ("fp32", "fp32", "fp32")), ("O2", ("fp16", "e4m3", "fp16"))]
+        ("level", "states"),
+        [
+            ("O1", ("fp32", "fp32", "fp32", None)),
+            ("O2", ("fp16", "e4m3", "fp16", None)),
+            ("O2+", ("split16", "e4m3", "ue4m4", None)),
+            ("O3", ("fp16", "e4m3", "ue4m4", "e4m3")),
+        ],
     )
-    def test_level_table(self, level: str, states: tuple[str, str, str]) -> None:
+    def test_level_table(self, level: str, states: tuple[str, str, str, str | None]) -> None:
         config = parse({"fp8": {"enabled": True, "opt_level": level}})
         assert config is not None
         assert config.states == Level(*states)
@@ -114,6 +124,16 @@ class TestSection:
         config = parse({"fp8": {"enabled": True, "opt_level": "O2", "optimizer": {key: value}}})
         assert config is not None
         assert config.states == states
+
+    @pytest.mark.parametrize("level", ["O1", "O2", "O3"])
+    def test_fp8_weights_at_each_level(self, level: str) -> None:
+        """The states stay as the level has them."""
+        without = parse({"fp8": {"enabled": True, "opt_level": level}})
+        config = parse({"fp8": {"enabled": True, "opt_level": level, "weights": {"dtype": "e4m3"}}})
+        assert config is not None
+        assert without is not None
+        assert config.states == replace(without.states, weights="e4m3")
+        assert recipe_of(config).weights is E4M3
 
     @pytest.mark.parametrize(
         ("given", "stochastic"),
@@ -143,6 +163,7 @@ class TestSection:
 UNKNOWN = "unknown key with the value "
 
 IDLE_ROUNDING = ("fp8.optimizer.rounding", '"stochastic"', '"nearest" with the master split16')
+BESIDE_WEIGHTS = 'the key left out, or fp8.weights.dtype "e4m3" beside it'
 WRONG = [  # section, path in the message, value in the message, a part of what is allowed
     # unknown keys, at each depth
     ({"levl": "O2"}, "fp8.levl", UNKNOWN + '"O2"', "opt_level, scaling"),
@@ -278,6 +299,33 @@ WRONG = [  # section, path in the message, value in the message, a part of what 
         "true",
         "false, or the key left out",
     ),
+    # FP8 weights: what they go with, and what only they use
+    ({"weights": {"exclude": "a"}}, "fp8.weights.exclude", '"a"', "a list, each a text"),
+    ({"weights": {"exclude": [1]}}, "fp8.weights.exclude.0", "1", "a list, each a text"),
+    ({"weights": {"min_elements": 0}}, "fp8.weights.min_elements", "0", "an integer, 1 or more"),
+    ({"products": {"dtype": "fp8"}}, "fp8.products.dtype", '"fp8"', '"e4m3", "bf16"'),
+    ({"enabled": True, "weights": {"exclude": ["a"]}}, "fp8.weights.exclude", '["a"]', BESIDE_WEIGHTS),
+    ({"enabled": True, "weights": {"exclude": []}}, "fp8.weights.exclude", "[]", BESIDE_WEIGHTS),
+    ({"enabled": True, "weights": {"min_elements": 1}}, "fp8.weights.min_elements", "1", BESIDE_WEIGHTS),
+    ({"enabled": True, "products": {"dtype": "e4m3"}}, "fp8.products.dtype", '"e4m3"', BESIDE_WEIGHTS),
+    (
+        {"enabled": True, "opt_level": "O3", "scaling": "tensor"},
+        "fp8.scaling",
+        '"tensor"',
+        '"block" with fp8.opt_level "O3"',
+    ),
+    (
+        {"enabled": True, "opt_level": "O3", "optimizer": {"master_dtype": "split16"}},
+        "fp8.optimizer.master_dtype",
+        '"split16"',
+        '"fp32", "fp16", "bf16" with fp8.opt_level "O3"',
+    ),
+    (
+        {"enabled": True, "opt_level": "O2+", "weights": {"dtype": "e4m3"}},
+        "fp8.weights.dtype",
+        '"e4m3"',
+        'the key left out with fp8.opt_level "O2+"',
+    ),
     # the section is no object
     (None, "fp8", "null", "an object of enabled, opt_level"),
     (True, "fp8", "true", "an object of enabled, opt_level"),
@@ -313,8 +361,7 @@ def keys_of(model: Any, prefix: str = "") -> Iterator[str]:
 
 
 UNBUILT = [  # path, value, a part of what is allowed
-    ("opt_level", "O3", '"O2"'),
-    ("weights.dtype", "e4m3", "left out"),
+    ("weights.frozen", "e4m3", '"bf16"'),
 ]
 
 
@@ -406,7 +453,7 @@ class TestRefusals:
         assert_refusal(str(refused.value), key, '{"enabled": true}', '"fp8"')
 
     @pytest.mark.parametrize(
-        ("level", "equivalent"), [({}, "O1"), ({"opt_level": "O2"}, "O2"), ({"opt_level": "O3"}, "O2")]
+        ("level", "equivalent"), [({}, "O1"), ({"opt_level": "O2"}, "O2"), ({"opt_level": "O3"}, "O3")]
     )
     def test_msamp_is_answered_with_the_equivalent_section(
         self, level: dict[str, str], equivalent: str
@@ -442,6 +489,24 @@ REFUSED = [  # ds_config, path in the message, value in the message, a part of w
         "checkpoint.checkpoint_serialization",
         "false",
         "true",
+    ),
+    (
+        {"zero_optimization": {"stage": 3}, "fp8": {"opt_level": "O3"}},
+        "fp8.opt_level",
+        '"O3"',
+        '"O1", "O2", "O2+" with zero_optimization.stage 3',
+    ),
+    (
+        {"zero_optimization": {"stage": 3}, "fp8": {"weights": {"dtype": "e4m3"}}},
+        "fp8.weights.dtype",
+        '"e4m3"',
+        "the key left out with zero_optimization.stage 3",
+    ),
+    (
+        {**MINIMAL, "fp16": {"enabled": True}, "fp8": {"opt_level": "O3"}},
+        "fp16.enabled",
+        "true",
+        'false with fp8.opt_level "O3"',
     ),
     ({**MINIMAL, "data_types": {"grad_dtype": "fp32"}}, "data_types.grad_dtype", '"fp32"', "left out"),
     ({**MINIMAL, "tensor_parallel": {"autotp_size": 2}}, "tensor_parallel", '{"autotp_size": 2}', "left out"),
@@ -909,7 +974,10 @@ LEVEL_KINDS = [name.lower().replace("+", "plus") for name in LEVELS]
 class TestShippedConfigs:
     def test_there_is_one_a_stage_and_level(self) -> None:
         assert set(SHIPPED) >= {
-            f"zero{n}_{kind}.json" for n in ds_config.STAGES for kind in ("bf16", *LEVEL_KINDS)
+            f"zero{n}_{kind}.json"
+            for n in ds_config.STAGES
+            for kind in ("bf16", *LEVEL_KINDS)
+            if (n, kind) != (3, "o3")
         }
 
     @pytest.mark.parametrize("name", SHIPPED)

@@ -20,7 +20,10 @@ ROOMS = (
         "ds_fp8.seam",
         "registration | loading saving | engine load_checks | arguments backward builds model_file | status",
     ),
-    ("ds_fp8.estimate", "deepspeed_names | methods dry_run model_sizes | runs | fetching memory stock"),
+    (
+        "ds_fp8.estimate",
+        "deepspeed_names | methods dry_run model_sizes engine_weights | codes | runs | fetching memory stock",
+    ),
     ("ds_fp8", "output"),
     (
         "ds_fp8.zero_fp8.handlers",

@@ -92,7 +92,7 @@ def recipe_of(config: FP8Config, *, accumulating: bool = False, ranks: int = 1) 
         autoscale=(gradients.autoscale or "dynamic") if gradients.reduction == "fp8" else None,
         intra_node_size=gradients.intra_node_size or 1,
         inter_node=BY_NAME[gradients.inter_node_dtype] if gradients.inter_node_dtype else None,
-        weights=BY_NAME[config.weights.dtype] if config.weights.dtype else None,
+        weights=BY_NAME[states.weights] if states.weights else None,
     )
     if recipe.promote and accumulating:
         return replace(recipe, reduced=FP32)

@@ -65,6 +65,7 @@ class Parts:
     backend: Backend
     listens: bool  # gradients travel while backward runs
     divisor: int  # of the sum of the ranks' gradients
+    products: Products | None = None  # of matrices that are codes, if there are some
 
     @property
     def nbytes(self) -> int:
@@ -151,6 +152,7 @@ def build(
         backend=backend,
         listens=settings.stage >= 2,
         divisor=_divisor(buckets[0].fleet, settings),
+        products=products,
     )
 
 

@@ -12,7 +12,7 @@ from ds_fp8.config.refusals import refusal
 from ds_fp8.config.section import parse
 from ds_fp8.output import add_command, show_json, show_table
 
-HEADINGS = ("name", "stage", "level", "gradients", "master", "exp_avg", "exp_avg_sq", "block")
+HEADINGS = ("name", "stage", "level", "gradients", "master", "exp_avg", "exp_avg_sq", "weights", "block")
 
 
 def add_to(commands: Any) -> None:
@@ -23,7 +23,7 @@ def add_to(commands: Any) -> None:
 
 @dataclass(frozen=True)
 class Summary:
-    """A shipped ds_config; None: not with FP8."""
+    """A shipped ds_config; None: not with FP8, of weights that they are as the model has them."""
 
     name: str
     zero_stage: int
@@ -32,6 +32,7 @@ class Summary:
     master: str | None = None
     exp_avg: str | None = None
     exp_avg_sq: str | None = None
+    weights: str | None = None
     block_size: int | None = None
 
 

@@ -114,7 +114,7 @@ def _show_models(arguments: argparse.Namespace, methods: "list[Method]", run: "R
             (
                 model.name,
                 in_units(model.parameters),
-                *(in_units(method.held(model, run).total, "B") for method in methods),
+                *(_total(method, model, run) for method in methods),
             )
             for model in models
         )
@@ -125,29 +125,54 @@ def _show_models(arguments: argparse.Namespace, methods: "list[Method]", run: "R
         show(models[0], run, methods)
 
 
+def _total(method: "Method", model: "Model", run: "Run") -> str | None:
+    """None if the method refuses the model."""
+    return None if method.refusal(model, run) else in_units(method.held(model, run).total, "B")
+
+
 def _as_json(model: "Model", methods: "list[Method]", run: "Run") -> dict[str, Any]:
-    held = {method.name: method.held(model, run) for method in methods}
+    refused = {method.name: method.refusal(model, run) for method in methods}
+    held = {method.name: method.held(model, run) for method in methods if refused[method.name] is None}
     return {
         "name": model.name,
         "parameters": model.parameters,
         "frozen": model.frozen,
         "counted": model.counted or None,
         "bytes": [{"method": name, **asdict(parts), "total": parts.total} for name, parts in held.items()],
+        "refused": {name: reason for name, reason in refused.items() if reason is not None},
+        "fp8_weights": {method.name: _weights(method, model) for method in methods if method.note(model)},
     }
 
 
-def _show_largest(arguments: argparse.Namespace, methods: "list[Method]", run: "Run") -> None:
-    from ds_fp8.estimate.methods import largest
+def _weights(method: "Method", model: "Model") -> dict[str, Any]:
+    """What is FP8 and what is not, as `ds_fp8.describe` has it; empty if the shapes are unknown."""
+    from ds_fp8.estimate.codes import codes_of
 
-    parameters = {method.name: largest(method, run, arguments.memory) for method in methods}
+    assert method.config is not None
+    chosen = codes_of(method.config, model)
+    return {"fp8_weights": chosen.names, "bf16_matrices": chosen.reasons, "fp8_elements": chosen.elements}
+
+
+def _show_largest(arguments: argparse.Namespace, methods: "list[Method]", run: "Run") -> None:
+    from ds_fp8.estimate.methods import WEIGHT, largest
+    from ds_fp8.estimate.runs import model_of_size
+
+    model = model_of_size(max(1, arguments.memory // WEIGHT), run)  # its weights alone fill a GPU
+    refused = {method.name: method.refusal(model, run) for method in methods}
+    parameters = {
+        method.name: largest(method, run, arguments.memory) for method in methods if not refused[method.name]
+    }
+    refused = {name: reason for name, reason in refused.items() if reason is not None}
     if arguments.json:
         rows = [{"method": name, "parameters": count} for name, count in parameters.items()]
-        show_json({**asdict(run), "memory": arguments.memory, "largest": rows})
+        show_json({**asdict(run), "memory": arguments.memory, "largest": rows, "refused": refused})
         return
     show_line(
         f"The largest model on GPUs of {in_units(arguments.memory, 'B')}, without activations: {_words(run)}"
     )
     show_table(("", "parameters"), ((name, in_units(count)) for name, count in parameters.items()))
+    for name, reason in refused.items():
+        show_line(f"{name}: {reason}")
 
 
 def _words(run: "Run") -> str:

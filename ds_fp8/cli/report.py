@@ -13,10 +13,11 @@ from ds_fp8.config.refusals import cut
 from ds_fp8.output import add_command, add_run, in_units, show_json, show_line, show_table
 
 if TYPE_CHECKING:
+    from ds_fp8.config.section import FP8Config
     from ds_fp8.estimate.dry_run import DryRun
 
 BYTES_OF_16_BITS = 2.0
-LISTS = ("without_effect", "filled_in_by_hugging_face", "advice")
+LISTS = ("exclude", "without_effect", "filled_in_by_hugging_face", "advice")
 PACKAGES = ("torch", "deepspeed", "triton", "transformers", "accelerate")
 
 
@@ -129,10 +130,20 @@ def described(tried: "DryRun") -> dict[str, Any]:
         **memory.summary(tried.recipe, ranks=tried.run.gpus, accumulating=tried.run.accumulating),
         "overlap_comm": tried.run.overlap,
         **(fetching.summary(tried.run.fetching, itemsize) if tried.run.stage == 3 else {}),
+        **(_of_weights(tried.fp8) if tried.recipe.weights else {}),
         "without_effect": tried.idle,
         "filled_in_by_hugging_face": tried.filled_in,
         "refused_without_hugging_face": tried.refused_alone,
         "advice": dry_run.advice(tried),
+    }
+
+
+def _of_weights(fp8: "FP8Config") -> dict[str, Any]:
+    """What the section says of FP8 weights; which they are, the model decides (`ds_fp8 estimate --model`)."""
+    return {
+        "products": fp8.products.dtype or "e4m3 where the device has it, else bf16",
+        "min_elements": fp8.weights.min_elements,
+        "exclude": fp8.weights.exclude,
     }
 
 
@@ -164,7 +175,7 @@ def _config_rows(config: dict[str, Any]) -> dict[str, Any]:
     accepted = "yes" if alone is None else f"by the Trainer and accelerate only; DeepSpeed alone: {alone}"
     rates = {key: f"{value:.4f}" for key, value in run.items() if isinstance(value, float)}
     rows = {**run, "weights": run["weights"] or "as the model", **rates}
-    lists = {key: "; ".join(rows.pop(key)) for key in LISTS}
+    lists = {key: "; ".join(rows.pop(key, ())) for key in LISTS}
     del rows["refused_without_hugging_face"]
     rows |= {key: text for key, text in lists.items() if text}
     return {"accepted": accepted, **{key.replace("_", " "): value for key, value in rows.items()}}

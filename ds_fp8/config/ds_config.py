@@ -59,8 +59,11 @@ def check(ds_config: Mapping[str, Any]) -> list[str]:
     idle = _apply("", TOP_LEVEL, ds_config, stage)
     for name, rules in SECTIONS.items():
         idle += _apply(name, rules, _section(ds_config, name), stage)
+    fp8 = parse(ds_config) or FP8Config()
     if stage == 3:
-        _refuse_whole_tensors(parse(ds_config) or FP8Config())
+        _refuse_whole_tensors(fp8)
+    if fp8.states.weights is not None:
+        _refuse_with_codes(fp8, ds_config, stage)
     _check_optimizer(_section(ds_config, "optimizer"))
     _check_autocast(_section(ds_config, "torch_autocast"))
     for name in (*BATCHES, "sequence_parallel_size"):
@@ -137,6 +140,15 @@ def _refuse_whole_tensors(config: FP8Config) -> None:
     ]
     if mistakes:
         raise ValueError("\n".join(mistakes))
+
+
+def _refuse_with_codes(config: FP8Config, ds_config: Mapping[str, Any], stage: int) -> None:
+    """FP8 weights are those of BF16 models, and whole on every rank."""
+    if stage == 3:
+        raise config.refusal_of_weights("with zero_optimization.stage 3 (not built yet there)")
+    if _section(ds_config, "fp16").get("enabled", False) is True:
+        path, value = config.weights_key
+        raise refusal("fp16.enabled", True, f"false with {path} {show(value)}, which is of BF16 models")
 
 
 def _section(ds_config: Mapping[str, Any], name: str, path: str | None = None) -> Mapping[str, Any]:

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 LONGEST = 200  # characters of a value in a message
 MOST = 10  # mistakes of a section that are named
 LEFT_OUT = "the key left out"
-KINDS = {bool: "true, false", int: "an integer", float: "a number"}
+KINDS = {bool: "true, false", int: "an integer", float: "a number", str: "a text"}
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -82,7 +82,8 @@ def allowed_of(annotation: Any, limits: tuple[Any, ...] = ()) -> str:
     if kind is Literal:
         return ", ".join(map(show, inner))
     if kind is list:
-        return f"a list of {limits[0].min_length}, each {allowed_of(inner[0])}"
+        length = f" of {limits[0].min_length}" if limits else ""
+        return f"a list{length}, each {allowed_of(inner[0])}"
     if issubclass(annotation, BaseModel):
         return f"an object of {', '.join(annotation.model_fields)}"
     return ", ".join([KINDS[annotation], *map(_limit, limits)])

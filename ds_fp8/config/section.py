@@ -54,11 +54,13 @@ class WeightsSection(_Strict):
     """Formats of the weights on every rank."""
 
     dtype: Literal["e4m3"] | None = None
-    """Of matrices that only products read; left out: as the model."""
-    exclude: list[str] = Field(default=[], min_length=0)
+    """Of matrices that only products read; left out: as the level has it."""
+    exclude: list[str] = []
     """Patterns of names that stay as the model; output head, embeddings and tied weights always do."""
     min_elements: int = Field(default=2**21, ge=1)
     """Of the smallest matrix; its shorter side squared is at least half of that."""
+    frozen: Literal["bf16", "e4m3"] = "bf16"
+    """Of matrices that do not train."""
 
 
 class ProductsSection(_Strict):
@@ -83,19 +85,22 @@ class StatsSection(_Strict):
 
 @dataclass(frozen=True)
 class Level:
-    """The states of an `opt_level`."""
+    """The states of an `opt_level`, and its weights."""
 
     master: str
     exp_avg: str
     exp_avg_sq: str
+    weights: str | None = None  # of matrices that only products read; None: as the model
 
 
 LEVELS = {
     "O1": Level("fp32", "fp32", "fp32"),
     "O2": Level("fp16", "e4m3", "fp16"),
     "O2+": Level("split16", "e4m3", "ue4m4"),
+    "O3": Level("fp16", "e4m3", "ue4m4", "e4m3"),
 }
 ROUNDED = ("fp16", "bf16", "split8")  # masters that can be rounded stochastically
+WHOLE = ("fp32", "fp16", "bf16")  # masters that need nothing of the weight
 
 
 class FP8Config(_Strict):
@@ -127,13 +132,27 @@ class FP8Config(_Strict):
 
     @property
     def states(self) -> Level:
-        """Formats of the states: the level's, unless the section names others."""
+        """Formats of states and weights: the level's, unless the section names others."""
         level, given = LEVELS[self.opt_level], self.optimizer
         return Level(
             given.master_dtype or level.master,
             given.exp_avg_dtype or level.exp_avg,
             given.exp_avg_sq_dtype or level.exp_avg_sq,
+            self.weights.dtype or level.weights,
         )
+
+    @property
+    def weights_key(self) -> tuple[str, str]:
+        """The key that asks for FP8 weights, with its value."""
+        if self.weights.dtype is None:
+            return f"{SECTION}.opt_level", self.opt_level
+        return f"{SECTION}.weights.dtype", self.weights.dtype
+
+    def refusal_of_weights(self, where: str) -> ValueError:
+        """FP8 weights, which a run cannot have, refused by the key that asks for them."""
+        path, value = self.weights_key
+        levels = ", ".join(show(name) for name, level in LEVELS.items() if level.weights is None)
+        return refusal(path, value, f"{levels if value in LEVELS else LEFT_OUT} {where}")
 
     @property
     def stochastic(self) -> bool:
@@ -146,11 +165,7 @@ class FP8Config(_Strict):
 
 
 # What this version does with a key that the design gives more values; None: left out.
-BUILT: dict[str, tuple[Any, ...]] = {
-    "opt_level": tuple(LEVELS),
-    "weights.dtype": (None,),
-    "products.dtype": (None,),
-}
+BUILT: dict[str, tuple[Any, ...]] = {"weights.frozen": ("bf16",)}
 
 
 def parse(ds_config: Mapping[str, Any]) -> FP8Config | None:
@@ -164,6 +179,10 @@ def parse(ds_config: Mapping[str, Any]) -> FP8Config | None:
         _refuse_idle_rounding(config)
         _refuse_without_nodes(config.gradients)
         _refuse_fp8_sum(config)
+        if config.states.weights is None:
+            _refuse_without_codes(config)
+        else:
+            _refuse_with_codes(config)
         if config.scaling == "tensor":
             _refuse_with_tensors(config)
     return config
@@ -216,6 +235,32 @@ def _refuse_with_tensors(config: FP8Config) -> None:
         raise refusal(f"{SECTION}.optimizer.exp_avg_sq_dtype", "ue4m4", allowed)
     if optimizer.clamp and "clamp" in optimizer.model_fields_set:
         raise refusal(f"{SECTION}.optimizer.clamp", True, f"false, or the key left out, {beside}")
+
+
+def _refuse_without_codes(config: FP8Config) -> None:
+    """Keys that say nothing if no weight is FP8."""
+    weights, products = config.weights, config.products
+    given = {f"weights.{key}": getattr(weights, key) for key in ("exclude", "min_elements")}
+    idle = {path: value for path, value in given.items() if path.split(".")[1] in weights.model_fields_set}
+    if products.dtype == "e4m3":
+        idle["products.dtype"] = products.dtype
+    for path, value in idle.items():
+        allowed = f'the key left out, or {SECTION}.weights.dtype "e4m3" beside it, which is that of O3'
+        raise refusal(f"{SECTION}.{path}", value, allowed)
+
+
+def _refuse_with_codes(config: FP8Config) -> None:
+    """What is not available with FP8 weights, which are made of masters, tile by tile."""
+    path, value = config.weights_key
+    if config.scaling != "block":
+        allowed = f'"block" with {path} {show(value)}, whose weights have a scale per tile'
+        raise refusal(f"{SECTION}.scaling", config.scaling, allowed)
+    master, why = config.states.master, "a split master is what lies below a BF16 weight"
+    if master not in WHOLE and config.optimizer.master_dtype is not None:
+        allowed = f"{', '.join(map(show, WHOLE))} with {path} {show(value)}: {why}"
+        raise refusal(f"{SECTION}.optimizer.master_dtype", master, allowed)
+    if master not in WHOLE:
+        raise config.refusal_of_weights(f"with {SECTION}.opt_level {show(config.opt_level)}: {why}")
 
 
 def _refuse_fp8_sum(config: FP8Config) -> None:

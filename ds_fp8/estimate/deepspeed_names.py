@@ -74,7 +74,8 @@ def show(model: Model, run: Run, methods: Sequence[Method]) -> None:
     frozen = f", {in_units(model.frozen)} of them frozen" if model.frozen else ""
     counted = f" ({model.counted})" if model.counted else ""
     show_line(f"{model.name}: {in_units(model.parameters)} parameters{frozen}{counted}")
-    held = {method.name: method.held(model, run) for method in methods}
+    refused = {method.name: method.refusal(model, run) for method in methods}
+    held = {method.name: method.held(model, run) for method in methods if refused[method.name] is None}
     columns = [each.name for each in fields(Held) if run.stage == 3 or each.name not in ONLY_ZERO3]
     show_table(
         ("", *columns, "per GPU"),
@@ -83,6 +84,10 @@ def show(model: Model, run: Run, methods: Sequence[Method]) -> None:
             for name, parts in held.items()
         ),
     )
+    for method in methods:
+        words = refused[method.name] or method.note(model)
+        if words is not None:
+            show_line(f"{method.name}: {words}")
 
 
 def _cold(total_params: int, run: Run) -> Model:

@@ -185,7 +185,7 @@ def _model_dtype(filled_in: Collection[str], judged: Any, recipe: Recipe) -> str
     """The dtype that DeepSpeed gives the model; of two that are "auto" the first."""
     bf16 = judged.bfloat16_config.enabled or {"bf16.enabled", "bfloat16.enabled"} & {*filled_in}
     fp16 = judged.float16_config.enabled or "fp16.enabled" in filled_in
-    if fp16 and not bf16 and recipe.master.split:
-        allowed = f"false: beside a master {recipe.master.name} weights are BF16"
-        raise refusal("fp16.enabled", True, allowed)
+    if fp16 and not bf16 and (recipe.master.split or recipe.weights):
+        beside = "FP8 weights" if recipe.weights else f"a master {recipe.master.name}"
+        raise refusal("fp16.enabled", True, f"false: beside {beside} weights are BF16")
     return "bf16" if bf16 else "fp16" if fp16 else None

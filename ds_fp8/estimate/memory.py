@@ -6,10 +6,14 @@ a message.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from math import prod
 from typing import Any
 
-from ds_fp8.ops.formats import FP32, Format
+from torch import Tensor
+
+from ds_fp8.ops.formats import BF16, E4M3, FP32, Format
+from ds_fp8.ops.products import TILE, scale_shape, tiles
 from ds_fp8.zero_fp8.placement.messages import Message
 from ds_fp8.zero_fp8.placement.partition import Bucket, slice_blocks
 from ds_fp8.zero_fp8.placement.ranks import Fleet, NodeLayout
@@ -84,6 +88,53 @@ def weight_bytes(itemsize: int, buckets: Sequence[Bucket]) -> int:
     return sum(bucket.blocks * bucket.block_size * itemsize for bucket in buckets)
 
 
+Shape = tuple[int, int]
+
+
+def shape_of(matrix: Tensor) -> Shape:
+    rows, columns = matrix.shape
+    return rows, columns
+
+
+def code_bytes(buckets: Sequence[Bucket], shapes: Mapping[int, Shape]) -> int:
+    """Bytes of these buckets' weights on every rank as FP8 codes, padding and scales included.
+
+    shapes: of their matrices, by global index.
+    """
+    codes = weight_bytes(E4M3.itemsize, buckets)
+    behind = BF16.itemsize  # the value that C++ would read in a parameter's place
+    return codes + sum(tile_bytes(*shape) + behind for shape in _shapes_of(buckets, shapes))
+
+
+def tile_bytes(rows: int, columns: int) -> int:
+    """Bytes of a matrix's exponents, as they are and as the ranks agree on them, and of its FP32 scales."""
+    scales = prod(scale_shape(rows, columns)) + prod(scale_shape(columns, rows))
+    return 2 * _exponents(rows, columns) + FP32.itemsize * scales
+
+
+def agreement_bytes(buckets: Sequence[Bucket], shapes: Mapping[int, Shape]) -> int:
+    """Bytes that a rank hands to the maxima by which the ranks agree on exponents in a step."""
+    return sum(_exponents(*shape) for shape in _shapes_of(buckets, shapes))
+
+
+def room_bytes(buckets: Sequence[Bucket]) -> int:
+    """Bytes of the BF16 rows from which the fullest rank makes codes, one bucket at a time."""
+    return max((BF16.itemsize * each.blocks_per_rank * each.block_size for each in buckets), default=0)
+
+
+def handed_bytes(itemsize: int, buckets: Sequence[Bucket]) -> int:
+    """Bytes of weights that a rank hands to the gathers of a step."""
+    return sum(itemsize * each.blocks_per_rank * each.block_size for each in buckets)
+
+
+def _shapes_of(buckets: Sequence[Bucket], shapes: Mapping[int, Shape]) -> list[Shape]:
+    return [shapes[slot.parameter] for bucket in buckets for slot in bucket.slots]
+
+
+def _exponents(rows: int, columns: int) -> int:
+    return tiles(rows) * tiles(columns)
+
+
 def slice_bytes(itemsize: int, sizes: Iterable[int], block_size: int, fleet: Fleet) -> int:
     """Bytes of one rank's slices of these parameters under ZeRO 3, padding included."""
     return itemsize * block_size * sum(slice_blocks(numel, block_size, fleet.size) for numel in sizes)
@@ -143,7 +194,7 @@ def in_flight_bytes(recipe: Recipe, buckets: Sequence[Bucket], *, overlap: bool)
 
 def gather_bytes(recipe: Recipe, itemsize: int, buckets: Sequence[Bucket]) -> int:
     """Bytes that a gather of weights takes besides them, at most: slices on their way between nodes."""
-    if not recipe.two_hops(buckets[0].world_size):
+    if not buckets or not recipe.two_hops(buckets[0].world_size):
         return 0
     return max(weight_bytes(itemsize, [bucket]) for bucket in buckets) // recipe.intra_node_size
 
@@ -194,4 +245,17 @@ def summary(recipe: Recipe, *, ranks: int, accumulating: bool) -> dict[str, Any]
         "intra_node_size": nodes.size,
         "nodes": nodes.count,
         "between_nodes": recipe.between_nodes.name if nodes.count > 1 else None,
+        **(_of_codes() if recipe.weights else {}),
+    }
+
+
+LARGE = 8 * TILE  # a side of a matrix whose tiles are all full
+
+
+def _of_codes() -> dict[str, float]:
+    """Of an element of a large matrix: bytes on every rank, and on the wire from step to step."""
+    elements = LARGE * LARGE
+    return {
+        "weight_bytes_per_fp8_element": E4M3.itemsize + tile_bytes(LARGE, LARGE) / elements,
+        "wire_bytes_per_fp8_element": E4M3.itemsize + _exponents(LARGE, LARGE) / elements,
     }

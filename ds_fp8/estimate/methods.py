@@ -5,15 +5,15 @@ Weights are BF16 and in one param group. Activations are not included, nor what 
 keep for themselves.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 from ds_fp8.config.refusals import refusal
 from ds_fp8.config.section import LEVELS, FP8Config
-from ds_fp8.estimate import fetching, memory, stock
+from ds_fp8.estimate import codes, fetching, memory, stock
 from ds_fp8.estimate.runs import MOST_PARAMETERS, Model, Run, model_of_size, refuse_absurd
-from ds_fp8.ops.formats import BF16, FP32, Format
+from ds_fp8.ops.formats import BF16, E4M3, FP32, Format
 from ds_fp8.zero_fp8.placement.partition import (
     Bucket,
     ParameterSpec,
@@ -36,7 +36,7 @@ class Held:
     weights: int  # frozen ones among them; under ZeRO 3 slices
     states: int  # master weights, exp_avg, exp_avg_sq
     gradients: int  # kept from micro-step to micro-step: the reduced gradient, under ZeRO 1 every `.grad`
-    buffers: int  # what comes and goes: buckets on their way, copies for the step
+    buffers: int  # buckets on their way, copies for the step, room in which FP8 weights are made
     persistent: int = 0  # under ZeRO 3: small parameters, whole between steps, too
     fetched: int = 0  # under ZeRO 3: other parameters, whole while they are needed
 
@@ -51,11 +51,25 @@ class Method:
 
     name: str
     held: Callable[[Model, Run], Held]
+    config: FP8Config | None = None  # of ds_fp8
+
+    def refusal(self, model: Model, run: Run) -> str | None:
+        """Why no run of this model is so."""
+        return codes.refusal_of(self.config, model, run) if self.config else None
+
+    @property
+    def codes(self) -> bool:
+        """Whether weights are FP8 codes."""
+        return self.config is not None and self.config.states.weights is not None
+
+    def note(self, model: Model) -> str | None:
+        """What the bytes rest on, where that needs words."""
+        return codes.note_of(self.config, model) if self.config else None
 
 
 def with_fp8(name: str, config: FP8Config) -> Method:
     """ds_fp8 with this section."""
-    return Method(name, partial(_with_fp8, config))
+    return Method(name, partial(_with_fp8, config), config)
 
 
 def levels() -> dict[str, Method]:
@@ -74,10 +88,14 @@ def _refuse_many_shares(buckets: int, ranks: int) -> None:
 
 def _with_fp8(config: FP8Config, model: Model, run: Run) -> Held:
     refuse_absurd(model.parameters, len(model.sizes), run)
+    refused = codes.refusal_of(config, model, run)
+    if refused:
+        raise ValueError(refused)
     recipe = recipe_of(config, accumulating=run.accumulating, ranks=run.gpus)
     if recipe.by_tensor:
         _refuse_many_shares(sum(model.trained) // run.bucket_elements, run.gpus)
-    buckets = _buckets(recipe, model, run)
+    chosen = codes.codes_of(config, model)
+    buckets = _buckets(recipe, model, run, chosen)
     grad = run.grad_itemsize(WEIGHT)
     backward = memory.backward_bytes(recipe, grad, buckets, stage=run.stage, overlap=run.overlap)
     kept = memory.grad_bytes(grad, buckets) if run.stage == 1 else 0
@@ -90,17 +108,37 @@ def _with_fp8(config: FP8Config, model: Model, run: Run) -> Held:
         gradients=reduced + kept,
         buffers=max(backward, memory.gather_bytes(recipe, WEIGHT, buckets)) - kept,
     )
+    if config.states.weights is not None:
+        return _with_codes(held, config, model, buckets, chosen)
     return _with_slices(held, model, run, recipe.block_size) if run.stage == 3 else held
 
 
-def _buckets(recipe: Recipe, model: Model, run: Run) -> tuple[Bucket, ...]:
+def _buckets(recipe: Recipe, model: Model, run: Run, chosen: codes.Codes) -> tuple[Bucket, ...]:
     fleet, cut = Fleet("data", run.gpus), partition_whole if recipe.by_tensor else partition
-    specs = [ParameterSpec(index, numel, 0, BF16.name, fleet) for index, numel in enumerate(model.trained)]
+    specs = [
+        ParameterSpec(index, numel, 0, (E4M3 if index in chosen.shapes else BF16).name, fleet)
+        for index, numel in enumerate(model.sizes)
+        if index not in model.frozen_at
+    ]
     return (partition_sliced if run.stage == 3 else cut)(
         [each for each in specs if each.numel],
         bucket_elements=run.bucket_elements,
         block_size=recipe.block_size,
     )
+
+
+def _with_codes(
+    held: Held, config: FP8Config, model: Model, buckets: Sequence[Bucket], chosen: codes.Codes
+) -> Held:
+    """The same with FP8 weights, the room in which they are made, and what backward makes of the largest."""
+    if model.module is None:
+        saved, room, largest = codes.guessed(model, buckets)
+    else:
+        coded = [each for each in buckets if each.slots[0].parameter in chosen.shapes]
+        saved = memory.weight_bytes(WEIGHT, coded) - memory.code_bytes(coded, chosen.shapes)
+        room, largest = memory.room_bytes(coded), chosen.largest
+    scratch = largest * (WEIGHT if config.products.dtype == "bf16" else E4M3.itemsize)
+    return replace(held, weights=held.weights - saved, buffers=held.buffers + room + scratch)
 
 
 def _with_slices(held: Held, model: Model, run: Run, block_size: int) -> Held:
@@ -174,13 +212,18 @@ STOCK_BF16_STATES = Method("DeepSpeed BF16 states", partial(_stock, BF16))
 
 
 def largest(method: Method, run: Run, memory_bytes: int) -> int:
-    """Parameters of the largest model that fits the memory of each GPU, to a millionth; 0 if none does."""
-    low, high = 0, memory_bytes // WEIGHT  # the weights alone fill it
+    """Parameters of the largest model that fits the memory of each GPU, to a millionth; 0 if none does.
+
+    What a method refuses is taken to be small: of a large model nothing but the stage of ZeRO is refused.
+    """
+    low, high = 0, memory_bytes // (E4M3.itemsize if method.codes else WEIGHT)  # the weights alone fill it
     if run.stage == 3:
         high = min(high * run.gpus, MOST_PARAMETERS)
     while high - low > low // 1_000_000:
         middle = (low + high + 1) // 2
-        if method.held(model_of_size(middle, run), run).total <= memory_bytes:
+        model = model_of_size(middle, run)
+        small = method.refusal(model, run) is not None
+        if small or method.held(model, run).total <= memory_bytes:
             low = middle
         else:
             high = middle - 1

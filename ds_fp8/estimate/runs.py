@@ -1,7 +1,7 @@
 """Models and runs whose bytes are estimated: parameters by their sizes, and the keys that decide bytes."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -25,6 +25,7 @@ class Model:
     sizes: tuple[int, ...]
     frozen_at: frozenset[int] = frozenset()  # positions of those that do not train
     counted: str = ""  # the class whose parameters these are, and why if the config names none
+    module: Any = field(default=None, repr=False, compare=False)  # whose they are, if shapes are known
 
     def __post_init__(self) -> None:
         if not any(self.trained):
@@ -107,7 +108,8 @@ def model_of_module(module: Any) -> Model:
     """A `torch.nn.Module`, on any device; a parameter that is shared counts once."""
     parameters = list(module.parameters())
     frozen = frozenset(index for index, each in enumerate(parameters) if not each.requires_grad)
-    return Model(type(module).__name__, tuple(each.numel() for each in parameters), frozen)
+    sizes = tuple(each.numel() for each in parameters)
+    return Model(type(module).__name__, sizes, frozen, module=module)
 
 
 def paper() -> list[Model]:
@@ -116,17 +118,29 @@ def paper() -> list[Model]:
     The paper leaves the vocabulary open: here it is GPT-2's, padded to 50,304.
     """
     return [
-        Model("125M", _gpt(layers=12, width=768, tied=True)),
-        Model("7B", _gpt(layers=32, width=4096)),
-        Model("13B", _gpt(layers=40, width=5120)),
-        Model("175B", _gpt(layers=96, width=12288)),
+        _gpt("125M", layers=12, width=768, tied=True),
+        _gpt("7B", layers=32, width=4096),
+        _gpt("13B", layers=40, width=5120),
+        _gpt("175B", layers=96, width=12288),
     ]
 
 
-def _gpt(layers: int, width: int, vocabulary: int = 50304, *, tied: bool = False) -> tuple[int, ...]:
+def _gpt(name: str, layers: int, width: int, vocabulary: int = 50304, *, tied: bool = False) -> Model:
     """Parameters of a GPT with biases and layer norms; tied: the head is the embedding."""
-    matrices = [(width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)]
-    linear = [numel for rows, columns in matrices for numel in (rows * columns, columns)]
-    norm = [width, width]
-    table = [vocabulary * width]
-    return (*table, *layers * [*norm, *linear, *norm], *norm, *([] if tied else table))
+    import torch
+    from torch import nn
+
+    def block() -> nn.Module:
+        sides = [(width, 3 * width), (width, width), (width, 4 * width), (4 * width, width)]
+        matrices = [nn.Linear(inputs, outputs) for inputs, outputs in sides]
+        return nn.Sequential(nn.LayerNorm(width), *matrices, nn.LayerNorm(width))
+
+    with torch.device("meta"):
+        module = nn.Module()
+        module.tokens = nn.Embedding(vocabulary, width)
+        module.layers = nn.ModuleList(block() for _ in range(layers))
+        module.norm = nn.LayerNorm(width)
+        module.head = nn.Linear(width, vocabulary, bias=False)
+    if tied:
+        module.head.weight = module.tokens.weight
+    return replace(model_of_module(module), name=name)

@@ -18,7 +18,7 @@ from ds_fp8.config.refusals import as_json, refusal
 from ds_fp8.config.section import FP8Config
 from ds_fp8.seam.backward import divisor
 from ds_fp8.seam.status import accumulating, banner, idle, is_active, write_events
-from ds_fp8.zero_fp8.comm.agreement import check_agreement
+from ds_fp8.zero_fp8.comm.agreement import agreed, check_agreement
 from ds_fp8.zero_fp8.handlers.common import FP8ZeROOptimizer
 from ds_fp8.zero_fp8.handlers.fetching import Offload
 from ds_fp8.zero_fp8.handlers.stage3 import Stage3Optimizer
@@ -157,7 +157,10 @@ def handler_of(engine: Any, recipe: Recipe, settings: ZeroSettings) -> FP8ZeROOp
     """The handler of the engine's ZeRO stage."""
     timers = timers_of(engine)
     what = (engine.basic_optimizer, engine.param_names, recipe, settings, engine.seq_data_parallel_group)
-    choice = choose(engine.module, engine._config.ds_fp8, torch.device(engine.device))
+    section, device = engine._config.ds_fp8, torch.device(engine.device)
+    choice = None
+    if section.states.weights is not None:
+        choice = agreed(lambda: choose(engine.module, section, device), engine.seq_data_parallel_group)
     if settings.stage == 3:
         offload = functools.partial(offload_of, engine, timers)
         return Stage3Optimizer(*what, timers, loss_scaler_of(engine), offload)

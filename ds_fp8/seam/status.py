@@ -9,6 +9,7 @@ from deepspeed import comm as dist
 import ds_fp8
 from ds_fp8.config.refusals import refusal
 from ds_fp8.estimate import memory
+from ds_fp8.estimate.engine_weights import in_words, weights_of
 from ds_fp8.estimate.fetching import fetching_of, persistent, summary
 from ds_fp8.zero_fp8.handlers.common import FP8ZeROOptimizer
 from ds_fp8.zero_fp8.health import Health
@@ -38,7 +39,10 @@ def describe(engine: Any) -> dict[str, Any]:
         `wire_bytes_per_gradient_element`, hops, kernels. `grad_accum_dtype` is fp32 if `.grad` adds up the
         micro-steps of ZeRO 1 so, else None. Under ZeRO 3 also `persistent_bytes`, of parameters that stay
         whole on every rank, `fetch_bytes`, which a rank sends to fetch all others once, and
-        `wire_bytes_per_fetched_element`.
+        `wire_bytes_per_fetched_element`. With FP8 weights also `products` (cublas, emulated, decoded) and
+        `products_instead`, why they are no FP8 products; the names `fp8_weights`, and `bf16_matrices` with
+        the reason of each; `fp8_elements`, `fp8_share`; `weight_bytes` of a rank, and what of them it hands
+        to the gathers of a step.
 
     Raises:
         ValueError: the engine does not use FP8.
@@ -62,6 +66,7 @@ def describe(engine: Any) -> dict[str, Any]:
         "overlap_comm": handler.settings.overlap,
         "bytes_in_flight": memory.in_flight_bytes(recipe, buckets, overlap=handler.settings.overlap),
         **(_fetching(engine) if handler.settings.stage == 3 else {}),
+        **weights_of(engine),
         "kernels": handler.parts.backend.name,
     }
 
@@ -144,7 +149,8 @@ def banner(engine: Any) -> str:
     overlapped = "overlapped" if about["overlap_comm"] else "not overlapped"
     return (
         f"ds_fp8 {about['version']}: ON, {about['opt_level']}, ZeRO {about['zero_stage']}, {ranks} | "
-        f"{_formats(about)} | {_bytes(about)}, {_hops(about)}, {overlapped} | kernels: {about['kernels']}"
+        f"{_formats(about)} | {_bytes(about)}, {_hops(about)}, {overlapped}{in_words(about)} | "
+        f"kernels: {about['kernels']}"
     )
 
 

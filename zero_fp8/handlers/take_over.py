@@ -8,6 +8,7 @@ from deepspeed import comm as dist
 from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 
+from ds_fp8.config.refusals import naming
 from ds_fp8.ops.formats import E4M3
 from ds_fp8.zero_fp8.comm.agreement import agreed, check_agreement
 from ds_fp8.zero_fp8.placement.parameters import check_finite, held_of, trained_parameters
@@ -40,7 +41,8 @@ def take_over(
     encoded = choice.parameters if choice else ()
     parameters, specs = trained_parameters(param_groups, names, fleet, encoded)
     device = next(iter(parameters.values())).device
-    check_agreement("what is trained", [str(recipe), str(settings), *map(str, specs)], device, group)
+    facts = [str(recipe), str(settings), *_of_choice(choice, names), *map(str, specs)]
+    check_agreement("what is trained", facts, device, group)
     prepare()
     if recipe.master.scaled:
         own = {index: held_of(each) for index, each in parameters.items()}
@@ -54,7 +56,17 @@ def take_over(
     if choice:
         by_index = {index: names[each] for index, each in parameters.items()}
         chosen = frozenset(spec.index for spec in specs if spec.dtype is E4M3)
+        if not chosen:
+            eligible = naming([names[each] for each in choice.parameters])
+            raise ValueError(f"optimizer: received no FP8 weight to train, allowed: some of {eligible}")
         products = Products(by_index, chosen, choice, Room(device))
     return parameters, build(
         buckets, parameters, recipe, settings, fleets, backend, len(param_groups), products
     )
+
+
+def _of_choice(choice: Choice | None, names: Mapping[Parameter, str]) -> list[str]:
+    """What ranks must agree on about matrices that become codes; the first that differs is named."""
+    if choice is None:
+        return []
+    return [f"products: {choice.way.name}", *(f"FP8 weight: {names[each]}" for each in choice.parameters)]

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from torch.nn import Parameter
 
+from ds_fp8.config.refusals import refusal
+
 MULTIPLE = 16  # cuBLAS takes sides of so many elements
 CONV1D = "transformers.pytorch_utils.Conv1D"
 HEADS = ("lm_head", "head", "output", "embed_out")
@@ -39,6 +41,7 @@ def eligible(
     min_elements: int,
     exclude: Sequence[str],
     output_embeddings: bool = False,
+    dtype: torch.dtype | None = torch.bfloat16,
     frozen: bool = False,
 ) -> tuple[list[Eligible], dict[str, str]]:
     """The weights that become FP8, and the reason of every other matrix, by name.
@@ -47,12 +50,15 @@ def eligible(
         min_elements: of a weight; the shorter side squared may be half as many at least.
         exclude: patterns of names, as `fnmatch` has them.
         output_embeddings: whether the model's output embedding may be one of them.
+        dtype: that a weight must have; None: any, of a model that is yet to be cast.
         frozen: whether weights that are not trained may be, as the base under LoRA.
 
     Raises:
-        ValueError: the model has modules that make FP8 products of their own.
+        ValueError: the model has modules that make FP8 products of their own, or no name that a pattern of
+            `exclude` matches.
     """
     check_modules(model)
+    check_patterns(model, exclude)
     users = _users(model)
     outputs = [] if output_embeddings else find_output_embeddings(model)
     found, reasons = [], {}
@@ -61,7 +67,7 @@ def eligible(
         reason = (
             _reason_by_name(name, exclude)
             or _reason_by_use(uses, outputs)
-            or _reason_by_values(parameter, frozen)
+            or _reason_by_values(parameter, dtype, frozen)
             or _reason_by_size(parameter, min_elements)
         )
         if reason is None:
@@ -80,6 +86,15 @@ def check_modules(model: nn.Module) -> None:
                     f"FP8 products: received {name or 'a model'}, a {_qualified(type(module))}, which makes "
                     "FP8 products of its own; allowed: nn.Linear and Conv1D"
                 )
+
+
+def check_patterns(model: nn.Module, exclude: Sequence[str]) -> None:
+    """Refuse a pattern that keeps nothing: it was meant for something."""
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in exclude:
+        if not fnmatch.filter(names, pattern):
+            allowed = f"patterns that match a name of the model, which begin with {', '.join(names[:3])}"
+            raise refusal("fp8.weights.exclude", pattern, allowed)
 
 
 def kind_of(module: nn.Module) -> str | None:
@@ -126,12 +141,12 @@ def _reason_by_use(uses: list[_User], outputs: list[nn.Module]) -> str | None:
     return None
 
 
-def _reason_by_values(parameter: Parameter, frozen: bool) -> str | None:
+def _reason_by_values(parameter: Parameter, dtype: torch.dtype | None, frozen: bool) -> str | None:
     if parameter.dim() != 2:
         return f"of {parameter.dim()} dimensions"
     if type(parameter) is not Parameter:
         return f"a {type(parameter).__name__}"
-    if parameter.dtype is not torch.bfloat16:
+    if dtype not in (None, parameter.dtype):
         return f"of {parameter.dtype}"
     return None if parameter.requires_grad or frozen else "frozen"
 

@@ -1,8 +1,8 @@
 """Which matrices of a run become FP8, and how they are multiplied: chosen once, when an engine is made.
 
-The device decides how: FP8 products by cuBLAS where it has them, else products of weights that are decoded to
-BF16 one at a time, which save the memory and not the time. DS_FP8_PRODUCTS overrides it: `emulated` computes
-what the FP8 products would, slowly, on any device.
+The device decides how: FP8 products by cuBLAS where it has them, else products of weights decoded to BF16,
+one at a time, which save the memory and not the time. DS_FP8_PRODUCTS overrides it: `emulated` computes what
+the FP8 products would, slowly, on any device.
 """
 
 import os
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import Parameter
 
-from ds_fp8.config.refusals import refusal
+from ds_fp8.config.refusals import naming, refusal
 from ds_fp8.config.section import SECTION, FP8Config
 from ds_fp8.ops import cublas, product_backend
 from ds_fp8.zero_fp8.products.choice import eligible
@@ -30,37 +30,36 @@ class Choice:
 
     parameters: Sequence[Parameter]  # that become codes
     reasons: Mapping[str, str]  # why each other matrix stays, by name
-    kernels: Kernels  # for products
-    weights: product_backend.Products  # for their weights
+    kernels: Kernels
     way: Way
     instead: str | None  # why products are not FP8 ones
 
 
-def choose(model: nn.Module, config: FP8Config, device: torch.device) -> Choice | None:
-    """The matrices of a run with this section; None if it has none.
+def choose(model: nn.Module, config: FP8Config, device: torch.device) -> Choice:
+    """The matrices of a run whose section asks for FP8 weights.
 
     Raises ValueError if no matrix is eligible, or if something that is asked for is not there.
     """
-    if config.weights.dtype is None:
-        return None
     section = config.weights
     found, reasons = eligible(model, min_elements=section.min_elements, exclude=section.exclude)
     if not found:
-        told = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:3])
-        raise refusal(f"{SECTION}.weights.dtype", section.dtype, f"a model with eligible matrices ({told})")
+        raise config.refusal_of_weights(f"for this model: {_nothing(config, reasons)}")
     weights = product_backend.choose(device)
     name, instead = _way(config, device)
     multiply = product_backend.MULTIPLY["cublas" if name == "cublas" else "emulated"]
-    kernels = Kernels(
-        name=f"{weights.name} {name}",
-        cast_input=weights.cast_input,
-        cast_gradient=weights.cast_gradient,
-        multiply=multiply,
-        transpose=weights.transpose,
-        decode_weight=weights.decode_weight,
-    )
+    kernels = Kernels.of(f"{weights.name} {name}", weights, multiply)
     way: Way = DecodedProducts() if name == "decoded" else FP8Products(name, kernels)
-    return Choice([each.parameter for each in found], reasons, kernels, weights, way, instead)
+    return Choice([each.parameter for each in found], reasons, kernels, way, instead)
+
+
+def _nothing(config: FP8Config, reasons: Mapping[str, str]) -> str:
+    """Why no matrix is eligible, in words."""
+    told = naming([f"{name}: {reason}" for name, reason in reasons.items()]) or "it has no matrix"
+    size = f"{SECTION}.weights.min_elements is {config.weights.min_elements:,}"
+    frozen = "frozen" in reasons.values()
+    base = f"; {SECTION}.weights.frozen, of a LoRA base, is not built yet" if frozen else ""
+    asked = "FP8 weights" if config.weights.dtype else config.opt_level
+    return f"{asked} would do nothing ({told}; {size}{base})"
 
 
 def _way(config: FP8Config, device: torch.device) -> tuple[str, str | None]:

@@ -184,7 +184,7 @@ class TiledWeights:
 
     def gather(self, nodes: Nodes, control: Tensor | None) -> CodeGather:
         """Encode what `room` holds, and launch what brings every rank's codes to all."""
-        room, kernels = self.room, self._products.choice.weights
+        room, kernels = self.room, self._products.choice.kernels
         self._agreed.zero_()
         for part in self._parts:
             kernels.find_exponents(part.of(room), *part.place, part.agreed)
@@ -201,7 +201,7 @@ class TiledWeights:
         """Every rank's codes are here."""
         for home in self.homes:
             matrix = home.matrix
-            expand = self._products.choice.weights.expand_exponents
+            expand = self._products.choice.kernels.expand_exponents
             expand(matrix.exponents, matrix.scales, matrix.transposed_scales)
             matrix.rewritten()
             if not self._encoded:
