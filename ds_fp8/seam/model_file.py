@@ -80,7 +80,7 @@ def check(engine: Any, file: ModelFile, wanted: Wanted) -> None:
 
 def check_module(engine: Any, path: Path, saved: Mapping[str, list[int] | None], *, strict: bool) -> None:
     """Compare names and, of parameters and buffers, shapes with what a checkpoint holds."""
-    state = shapes_of(engine.module, engine.module.state_dict())
+    state = shapes_of(engine.module, engine.module.state_dict(keep_vars=True))
     members = _members(engine.module)
     missing, extra = sorted(state.keys() - saved.keys()), sorted(saved.keys() - state.keys(), key=str)
     if strict and (missing or extra):
@@ -109,7 +109,7 @@ def _members(module: nn.Module) -> set[str]:
 def _check_kinds(module: nn.Module, saved: Entry) -> None:
     """Weights are not filled from integers, nor the other way."""
     members = _members(module)
-    for name, tensor in module.state_dict().items():
+    for name, tensor in module.state_dict(keep_vars=True).items():
         if name in members and name in saved:
             check_kind(saved.at(name), tensor)
 
@@ -252,7 +252,7 @@ def given_to(engine: Any, file: ModelFile, *, weights: bool) -> Iterator[None]:
 
 def _own(module: nn.Module) -> dict[str, Tensor]:
     """The parameters as they are, by every name they have."""
-    return {name: each.detach() for name, each in module.named_parameters(remove_duplicate=False)}
+    return dict(module.named_parameters(remove_duplicate=False))
 
 
 class _Opened:

@@ -10,6 +10,7 @@ from torch.nn import Parameter
 
 from ds_fp8.ops.formats import E4M3
 from ds_fp8.zero_fp8.comm.agreement import agreed, check_agreement
+from ds_fp8.zero_fp8.handlers.model_weights import StateDictNotice
 from ds_fp8.zero_fp8.placement.parameters import check_finite, held_of, trained_parameters
 from ds_fp8.zero_fp8.placement.ranks import Fleet
 from ds_fp8.zero_fp8.products.chosen import Choice
@@ -54,7 +55,7 @@ def take_over(
     if choice:
         by_index = {index: names[each] for index, each in parameters.items()}
         chosen = frozenset(spec.index for spec in specs if spec.dtype is E4M3)
-        products = Products(by_index, chosen, choice, Room(device))
+        products = Products(by_index, chosen, choice, Room(device), StateDictNotice())
     return parameters, build(
         buckets, parameters, recipe, settings, fleets, backend, len(param_groups), products
     )
