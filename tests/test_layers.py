@@ -18,7 +18,8 @@ ROOMS = (
     ("ds_fp8.cli", "__main__ | . | checkpoints configs estimate report"),
     (
         "ds_fp8.seam",
-        "registration | loading saving | engine load_checks | arguments backward builds model_file module_state | status",
+        "registration | loading module_state saving | engine load_checks | arguments backward builds model_file | "
+        "status",
     ),
     ("ds_fp8.estimate", "deepspeed_names | methods dry_run model_sizes | runs | fetching memory stock"),
     ("ds_fp8", "output"),
@@ -31,7 +32,7 @@ ROOMS = (
     ("ds_fp8.zero_fp8.checkpoint.foreign", "stock12 stock3 universal | stock_model | stock_files"),
     (
         "ds_fp8.zero_fp8.checkpoint",
-        "export | convert reader writer | contracts model_files | files | tags | manifest",
+        "export | convert fp8_layout | reader writer | contracts model_files | files | tags | manifest",
     ),
     (
         "ds_fp8.zero_fp8.optimizer",

@@ -8,8 +8,8 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from engines import Lines, batches, build_gpt, ds_config, packed, train_losses, whole_states
 from engines import assert_same_bits as assert_same
+from engines import batches, build_gpt, ds_config, packed, train_losses, whole_states
 from ranks import RankPools
 from torch import Tensor
 

@@ -34,9 +34,9 @@ class StateDictNotice:
         if not self._given:
             self._given = True
             logger.info(
-                "FP8 weights are in this state_dict as BF16 values of their codes, with which the model computes; "
-                "their masters: fp8.checkpoint.weights masters, for save_checkpoint and save_16bit_model, or "
-                "`ds_fp8 export` of a checkpoint"
+                "FP8 weights are in this state_dict as the BF16 values of their codes, with which the model "
+                "computes; for their masters: fp8.checkpoint.weights masters (in save_checkpoint and "
+                "save_16bit_model), or `ds_fp8 export` of a checkpoint"
             )
 
 

@@ -28,10 +28,10 @@ class SavedStates:
         parts: Parts,
         parameters: Mapping[int, Parameter],
         names: Mapping[int, str],
-        settings: ZeroSettings,
         optimizer: FP8AdamW,
         loss_scaler: Any,
         master_views: MasterViews,
+        settings: ZeroSettings,
         group: ProcessGroup,
     ) -> None:
         """parameters, names: by global index. loss_scaler: DeepSpeed's."""
@@ -94,7 +94,7 @@ class SavedStates:
     def open_to_weights(self, *, keeps: bool) -> Iterator[None]:
         """While DeepSpeed loads a model file: FP8 weights can be written.
 
-        keeps: masters are to be taken from what is written; else it is dropped, as masters come from elsewhere.
+        keeps: masters are to be taken from what is written; else it is dropped: they come from elsewhere.
         """
         codes = list(tiled(self._parts.weights))
         for each in codes:

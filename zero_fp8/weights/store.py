@@ -61,7 +61,7 @@ class Weights(Protocol):
         """
 
     def given(self, piece: Piece) -> Tensor:
-        """Where new values of what this rank owns of a parameter are written, [elements]; its master follows."""
+        """Where new values of what this rank owns of a parameter go, [elements]; its master follows."""
 
     def write(self, index: int, parameter: Parameter, values: Tensor) -> None:
         """Write what there is of a parameter, whose owned rows are written; every rank gives the same.

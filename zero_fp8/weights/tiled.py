@@ -8,8 +8,8 @@ padded.
 
 A skipped step has not written the room: then exponents and codes stay as they are, which the device decides.
 
-Masters are taken from the BF16 weights before they are encoded, and decide ever after. Values that a parameter
-is given between steps are kept, as far as a rank owns them, until codes are made of masters again.
+Masters are taken from the BF16 weights before they are encoded, and decide ever after. Values that a
+parameter is given between steps are kept, as far as a rank owns them, until codes are made of masters again.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
