@@ -18,15 +18,14 @@ ROOMS = (
     ("ds_fp8.cli", "__main__ | . | checkpoints configs estimate report"),
     (
         "ds_fp8.seam",
-        "registration | loading module_state saving | engine load_checks | arguments backward builds model_file | "
-        "status",
+        "registration | loading saving | engine load_checks | arguments backward builds model_file | status",
     ),
     ("ds_fp8.estimate", "deepspeed_names | methods dry_run model_sizes | runs | fetching memory stock"),
     ("ds_fp8", "output"),
     (
         "ds_fp8.zero_fp8.handlers",
         "stage12 stage3 | common fetching slice_access | full_tensors roster saved_states take_over | "
-        "master_views model_weights",
+        "master_views",
     ),
     ("ds_fp8.zero_fp8", "step | wiring verdict"),
     ("ds_fp8.zero_fp8.checkpoint.foreign", "stock12 stock3 universal | stock_model | stock_files"),
@@ -38,7 +37,7 @@ ROOMS = (
         "ds_fp8.zero_fp8.optimizer",
         "client facade replacement | fp8_adamw | standalone | edits entries hyperparameters members",
     ),
-    ("ds_fp8.zero_fp8.weights", "binding fetch | store views slices tiled | claims home"),
+    ("ds_fp8.zero_fp8.weights", "binding fetch model_weights | store views slices tiled | claims home"),
     (
         "ds_fp8.zero_fp8.products",
         "chosen | fp8_parameter choice | linear | ways values | answers shared_casts matrix | kernels",

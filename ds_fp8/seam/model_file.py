@@ -6,7 +6,8 @@ given: it does not read the file again.
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 from deepspeed import comm as dist
 from torch import Tensor, nn
 
+from ds_fp8.seam.status import is_active
 from ds_fp8.zero_fp8.checkpoint.files import Entry, in_memory
 from ds_fp8.zero_fp8.checkpoint.foreign.stock_model import named
 from ds_fp8.zero_fp8.checkpoint.manifest import Manifest
@@ -22,6 +24,7 @@ from ds_fp8.zero_fp8.checkpoint.model_files import FRAGMENTS, ModelFile, listed,
 from ds_fp8.zero_fp8.checkpoint.reader import is_extra_state
 from ds_fp8.zero_fp8.placement.parameters import numel_of, shape_of
 
+Method = Callable[..., Any]
 KEEPS_SCHEDULER = "load_lr_scheduler_states=False keeps this run's"
 
 
@@ -230,6 +233,28 @@ def _try_extra_states(module: nn.Module, saved: Entry) -> None:
         finally:
             with suppress(Exception):  # a module that has seen nothing may not take back what it gave
                 part.set_extra_state(before)
+
+
+def module_state_dict(original: Method) -> Method:
+    """DeepSpeedEngine.module_state_dict: FP8 weights as plain BF16 tensors in host memory."""
+
+    @functools.wraps(original)
+    def method(
+        self: Any,
+        destination: Any = None,
+        prefix: str = "",
+        keep_vars: bool = False,
+        exclude_frozen_parameters: bool = False,
+    ) -> Any:
+        if keep_vars or not is_active(self) or not self.optimizer.saved.model_weights.exist:
+            return original(self, destination, prefix, keep_vars, exclude_frozen_parameters)
+        state = original(self, destination, prefix, True, exclude_frozen_parameters)
+        self.optimizer.saved.model_weights.make_plain(state, writes=self.save_non_zero_checkpoint)
+        for name, value in state.items():
+            state[name] = value.detach() if isinstance(value, Tensor) else value
+        return state
+
+    return method
 
 
 @contextmanager

@@ -12,9 +12,9 @@ from ds_fp8.ops.masters import put, rewrite_weights
 from ds_fp8.zero_fp8.checkpoint import manifest, writer
 from ds_fp8.zero_fp8.checkpoint.contracts import Restorable, WeightSource
 from ds_fp8.zero_fp8.handlers.master_views import MasterViews
-from ds_fp8.zero_fp8.handlers.model_weights import ModelWeights
 from ds_fp8.zero_fp8.optimizer.fp8_adamw import FP8AdamW
 from ds_fp8.zero_fp8.recipe import ZeroSettings
+from ds_fp8.zero_fp8.weights.model_weights import ModelWeights
 from ds_fp8.zero_fp8.weights.store import Gathers
 from ds_fp8.zero_fp8.weights.tiled import tiled
 from ds_fp8.zero_fp8.wiring import Parts
@@ -42,7 +42,9 @@ class SavedStates:
         self._optimizer = optimizer
         self._loss_scaler = loss_scaler
         self._master_views = master_views
-        self.model_weights = ModelWeights(parts, group, masters=settings.masters_in_model_files)
+        self.model_weights = ModelWeights(
+            parts.shards, parts.weights, group, masters=settings.masters_in_model_files
+        )
         self._view: dict[str, Any] | None = None  # the masters' while they are saved
 
     def masters_from_weights(self) -> None:

@@ -6,7 +6,7 @@ Either goes to host memory, one matrix after another.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,8 +18,8 @@ from ds_fp8.zero_fp8.comm.collectives import sum_over_ranks
 from ds_fp8.zero_fp8.products.fp8_parameter import FP8Parameter
 from ds_fp8.zero_fp8.products.matrix import Matrix
 from ds_fp8.zero_fp8.states.shard import Shard
+from ds_fp8.zero_fp8.weights.store import Weights
 from ds_fp8.zero_fp8.weights.tiled import TiledWeights, is_tiled, tiled
-from ds_fp8.zero_fp8.wiring import Parts
 
 logger = logging.getLogger("ds_fp8")
 
@@ -41,10 +41,14 @@ class StateDictNotice:
 
 
 class ModelWeights:
-    """FP8 weights for model files. masters: what `fp8.checkpoint.weights` says."""
+    """FP8 weights for model files."""
 
-    def __init__(self, parts: Parts, group: ProcessGroup, *, masters: bool) -> None:
-        self._parts = parts
+    def __init__(
+        self, shards: Sequence[Shard], weights: Sequence[Weights], group: ProcessGroup, *, masters: bool
+    ) -> None:
+        """masters: what `fp8.checkpoint.weights` says."""
+        self._shards = shards
+        self._weights = weights
         self._group = group
         self._masters = masters
         self._held: dict[Matrix, Tensor] | None = None  # during a save, what is collective of it
@@ -60,7 +64,7 @@ class ModelWeights:
     @property
     def exist(self) -> bool:
         """Whether there are FP8 weights."""
-        return any(True for _ in tiled(self._parts.weights))
+        return any(True for _ in tiled(self._weights))
 
     def make_plain(self, state: dict[str, Any], *, writes: bool) -> None:
         """Put plain BF16 tensors in the place of FP8 parameters. Outside a save as collective as `hold`.
@@ -86,7 +90,7 @@ class ModelWeights:
     def _gathered(self, *, keeps: bool) -> dict[Matrix, Tensor]:
         """Every matrix's masters, rounded to BF16, on the CPU. Collective."""
         found = {}
-        for shard, weights in zip(self._parts.shards, self._parts.weights, strict=True):
+        for shard, weights in zip(self._shards, self._weights, strict=True):
             masters = rounded_masters(shard, weights, self._group) if is_tiled(weights) else ()
             for matrix, values in masters:
                 if keeps:
