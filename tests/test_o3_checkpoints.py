@@ -1,5 +1,7 @@
 """Checkpoints of runs whose weights are FP8 codes: masters and codes are the same bits wherever they go."""
 
+import json
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,13 +9,21 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 import torch
+from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from engines import Lines, batches, build_gpt, ds_config, packed, train_losses, whole_states
 from engines import assert_same_bits as assert_same
-from engines import batches, build_gpt, ds_config, packed, train_losses, whole_states
 from ranks import RankPools
+from safetensors.torch import load_file
 from torch import Tensor
 
+from ds_fp8.cli import main
 from ds_fp8.config import section
+from ds_fp8.ops.masters import write_weights
+from ds_fp8.ops.products import Operand, tiles
+from ds_fp8.zero_fp8.checkpoint import manifest
 from ds_fp8.zero_fp8.products.fp8_parameter import FP8Parameter
 from ds_fp8.zero_fp8.weights.tiled import matrices_of
 
@@ -102,3 +112,181 @@ def test_a_run_goes_on_bit_for_bit(ranks: RankPools, tmp_path: Path) -> None:
     for before, now in zip(start, ranks.run(2, resume, str(tmp_path), {"stage": 2}), strict=True):
         assert now["losses"] == before["losses"]
         assert_moved([before["after"]], [now["after"]])
+
+
+MASTERS = {**O3, "checkpoint": {"weights": "masters"}}
+
+
+def rounded(values: Tensor) -> Tensor:
+    out = torch.empty(values.shape, dtype=torch.bfloat16)
+    write_weights(values, out)
+    return out
+
+
+def masters_of(engine: Any) -> dict[str, Tensor]:
+    """Every parameter's master in FP32, as bits."""
+    named = engine.module.named_parameters()
+    return {name: safe_get_full_fp32_param(each).view(torch.int32) for name, each in named}
+
+
+def save_both(folder: str) -> dict[str, Any]:
+    """Save with codes in the model file and, by a second engine of the same state, with masters in it."""
+    lines = Lines()
+    logging.getLogger("ds_fp8").addHandler(lines)
+    with engine_of(O3, bucket=10_000) as engine:
+        train_losses(engine, batches(engine), 2)
+        engine.save_checkpoint(f"{folder}/codes")
+        engine.save_16bit_model(folder, "codes.bin")
+        state = {name: each.clone() for name, each in engine.module.state_dict().items()}
+        assert {type(each) for each in engine.module.state_dict().values()} == {Tensor}
+        found = {
+            "values": state,
+            "matrices": {each.name: each.values() for each in matrices_of(engine.optimizer.parts.weights)},
+            "masters": {name: each.view(torch.float32) for name, each in masters_of(engine).items()},
+            "codes": codes_of(engine),
+        }
+    with engine_of(MASTERS, bucket=10_000) as engine:
+        engine.load_checkpoint(f"{folder}/codes")
+        engine.save_checkpoint(f"{folder}/masters")
+        engine.save_16bit_model(folder, "masters.bin")
+    logging.getLogger("ds_fp8").removeHandler(lines)
+    said = [line for line in lines.lines if "state_dict" in line]
+    return {**found, "said": said}
+
+
+@pytest.fixture(scope="module")
+def saved(ranks: RankPools, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("saved")
+    return folder, ranks.run(2, save_both, str(folder))[0]
+
+
+def model_file(folder: Path) -> dict[str, Tensor]:
+    """What the model file of the only tag holds."""
+    path = next(folder.glob("global_step*/mp_rank_00_model_states.pt"))
+    module: dict[str, Tensor] = torch.load(path, weights_only=False)["module"]
+    return module
+
+
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, each in expected.items():
+        assert found[name].dtype == each.dtype, name
+        assert torch.equal(found[name], each), name
+
+
+def test_model_files_hold_codes_values_or_masters(saved: tuple[Path, dict[str, Any]]) -> None:
+    folder, engine = saved
+    assert len(engine["matrices"]) == 8
+    assert_equal({name: engine["values"][name] for name in engine["matrices"]}, engine["matrices"])
+    expected = {name: rounded(each) for name, each in engine["masters"].items()}
+    for name, files in (("codes", engine["values"]), ("masters", expected)):
+        assert_equal(model_file(folder / name), files)
+        assert_equal(torch.load(folder / f"{name}.bin", weights_only=True), files)
+    assert any(not torch.equal(engine["values"][name], expected[name]) for name in engine["matrices"])
+    assert len(engine["said"]) == 1
+    assert "fp8.checkpoint.weights masters" in engine["said"][0]
+
+
+def load_weights(folder: str, fp8: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """What a run has from a checkpoint without its states."""
+    with engine_of(fp8, seed=7, bucket=3000) as engine:
+        engine.load_checkpoint(folder, load_optimizer_states=False, **options)
+        return {"masters": masters_of(engine), "codes": codes_of(engine)}
+
+
+def by_hand(src: dict[str, Tensor], dst: torch.nn.Module) -> None:
+    dst.load_state_dict(src)
+
+
+@pytest.mark.parametrize("options", [{}, {"load_module_only": True}, {"custom_load_fn": by_hand}])
+def test_weights_alone_make_masters_of_what_was_saved_of_masters(
+    ranks: RankPools, saved: tuple[Path, dict[str, Any]], options: dict[str, Any]
+) -> None:
+    """Not of codes, which know less; but for a function of the user's, which has the model file itself."""
+    folder, _ = saved
+    plain = ranks.run(1, load_weights, str(folder / "masters"), O2, {})[0]["masters"]
+    found = ranks.run(2, load_weights, str(folder / "masters"), O3, options)
+    if "custom_load_fn" not in options:
+        for fp8 in (O3, O2):
+            found += ranks.run(2, load_weights, str(folder / "codes"), fp8, options)
+    for each in found:
+        assert_same(each["masters"], plain)
+        assert_same(each["codes"] or found[0]["codes"], found[0]["codes"])
+
+
+def edit_and_refresh(folder: str) -> dict[str, Any]:
+    """Give two weights new values, one of them long before masters are asked to follow."""
+    with engine_of(O3, bucket=3000) as engine:
+        first, second = engine.module.blocks[0].qkv.weight, engine.module.blocks[1].qkv.weight
+        before, values = masters_of(engine), torch.linspace(-1, 1, first.numel()).view(first.shape)
+        first.data = values.bfloat16()
+        engine.save_checkpoint(folder)
+        assert_same(masters_of(engine), before)
+        second.data = values.bfloat16()
+        engine.optimizer.refresh_fp32_params()
+        after = {name: each.view(torch.float32) for name, each in masters_of(engine).items()}
+        for name in ("blocks.0.qkv.weight", "blocks.1.qkv.weight"):
+            assert torch.allclose(after[name], values.bfloat16().float(), rtol=2**-10, atol=1e-6)
+        unchanged = after.keys() - {"blocks.0.qkv.weight", "blocks.1.qkv.weight"}
+        for name in unchanged:
+            assert torch.equal(after[name].view(torch.int32), before[name]), name
+        safe_set_full_fp32_param(first, values)
+        safe_set_full_fp32_param(second, values)
+        codes = codes_of(engine)
+        engine.optimizer.saved.weights_from_masters()
+        assert_same(codes, codes_of(engine))  # as the ranks encode together what each has of it
+        return codes
+
+
+def test_edits_and_access(ranks: RankPools, tmp_path: Path) -> None:
+    first, second = ranks.run(2, edit_and_refresh, str(tmp_path))
+    assert_same(first, second)
+
+
+def read(folder: Path) -> dict[str, Tensor]:
+    return {name: each for path in folder.glob("*.safetensors") for name, each in load_file(path).items()}
+
+
+def test_the_command_line(saved: tuple[Path, dict[str, Any]], tmp_path: Path, capsys: Any) -> None:
+    folder, engine = saved
+    for kind in ("codes", "masters"):
+        source = str(folder / kind)
+        main(["export", source, str(tmp_path / kind)])
+        assert_equal(read(tmp_path / kind), engine["masters"])
+        assert_equal(get_fp32_state_dict_from_zero_checkpoint(source), engine["masters"])
+        capsys.readouterr()
+        main(["inspect", source])
+        assert f"8 tensors, of which model files hold {kind}" in capsys.readouterr().out
+        written = manifest.read(next((folder / kind).glob("global_step*")))
+        assert written is not None
+        encoded = {name for name, each in written.place.parameters.items() if each.codes_of == "Linear"}
+        assert encoded == engine["matrices"].keys()
+        sizes = {name: file.size for name, file in written.files.items()}
+        numel = sum(each.numel() for each in engine["masters"].values())
+        assert sizes["mp_rank_00_model_states.pt"] < 2 * numel + 20_000
+
+
+def test_codes_in_hugging_faces_layout(saved: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    """The very codes and scales of the run, whose product they are again."""
+    folder, engine = saved
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "anything"}))
+    arguments = ["--fp8", "--max-shard-size", "20KB", "--config", str(tmp_path / "config.json")]
+    main(["export", str(folder / "codes"), str(tmp_path / "out"), *arguments])
+    found = read(tmp_path / "out")
+    for name, values in engine["matrices"].items():
+        codes, scales = found.pop(name), found.pop(f"{name}_scale_inv")
+        assert codes.dtype is torch.float8_e4m3fn
+        assert scales.dtype is torch.float32
+        assert list(scales.shape) == [tiles(side) for side in values.shape]
+        assert torch.equal(codes.view(torch.uint8), engine["codes"][f"{name}/codes"])
+        assert torch.equal(Operand(codes, scales).decode(), values.float())
+    assert_equal(found, {name: rounded(engine["masters"][name]) for name in found})
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["model_type"] == "anything"
+    assert config["quantization_config"] == {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [128, 128],
+        "modules_to_not_convert": ["head", "positions", "tokens"],
+    }
