@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-from engines import Lines, batches, build_gpt, ds_config, packed, train_losses, whole_states
+from engines import Lines, batches, build, build_gpt, ds_config, packed, train_losses, whole_states
 from engines import assert_same_bits as assert_same
 from ranks import RankPools
 from safetensors.torch import load_file
@@ -290,3 +291,81 @@ def test_codes_in_hugging_faces_layout(saved: tuple[Path, dict[str, Any]], tmp_p
         "weight_block_size": [128, 128],
         "modules_to_not_convert": ["head", "positions", "tokens"],
     }
+
+
+def load_universal(folder: str) -> dict[str, Any]:
+    with engine_of(O3, seed=7, bucket=3000, way="decoded") as engine:
+        engine._config.load_universal_checkpoint = True
+        engine.load_checkpoint(folder)
+        return {"masters": masters_of(engine), "codes": codes_of(engine)}
+
+
+def test_universal(ranks: RankPools, saved: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    folder, engine = saved
+    main(["to-universal", str(folder / "codes"), str(tmp_path / "universal")])
+    for each in ranks.run(3, load_universal, str(tmp_path)):
+        assert_same(
+            each["masters"], {name: value.view(torch.int32) for name, value in engine["masters"].items()}
+        )
+        assert_same(each["codes"], engine["codes"])
+
+
+def writes_data(src: dict[str, Tensor], dst: torch.nn.Module) -> None:
+    for name, each in dst.named_parameters():
+        each.data.copy_(src[name])
+
+
+def test_what_cannot_be_loaded_or_exported_is_told(
+    ranks: RankPools, saved: tuple[Path, dict[str, Any]], tmp_path: Path, capsys: Any
+) -> None:
+    folder, _ = saved
+    shutil.copytree(folder / "codes", tmp_path / "cut")
+    for path in (tmp_path / "cut").glob("global_step*/*optim_states.pt"):
+        path.unlink()
+    with pytest.raises(AssertionError, match=r"optim_states\.pt: missing, but listed"):
+        ranks.run(1, load_weights, str(tmp_path / "cut"), O3, {})
+    function = {"custom_load_fn": writes_data}
+    with pytest.raises(AssertionError, match=r"qkv\.weight: copy_ would write to an FP8 weight"):
+        ranks.run(1, load_weights, str(folder / "codes"), O3, function)
+    ranks.run(1, train_and_save, str(tmp_path / "o2"), O2, {})
+    with pytest.raises(SystemExit):
+        main(["export", str(tmp_path / "o2"), str(tmp_path / "out"), "--fp8", "--tag", "start"])
+    assert "received no FP8 weights, allowed with --fp8" in capsys.readouterr().err
+
+
+def save_llama(folder: str) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """What the codes of a Hugging Face Llama say, an input, and the logits of what save_pretrained saves."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1, "vocab_size": 256}
+    config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
+    fp8 = {**O3, "weights": {"dtype": "e4m3", "min_elements": 8192}}
+    with patch.dict(section.BUILT, BUILT), patch.dict(os.environ, DS_FP8_PRODUCTS="decoded"):
+        torch.manual_seed(0)
+        engine = build(ds_config(fp8), LlamaForCausalLM(config).bfloat16())
+    tokens = torch.arange(64).view(2, 32)
+    engine.backward(engine(input_ids=tokens, labels=tokens).loss)
+    engine.step()
+    engine.save_checkpoint(folder)
+    engine.module.save_pretrained(folder)
+    saved = LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    with torch.no_grad():
+        logits = saved(input_ids=tokens).logits
+    matrices = {each.name: each.values() for each in matrices_of(engine.optimizer.parts.weights)}
+    engine.destroy()
+    return matrices, tokens, logits
+
+
+def test_transformers_loads_the_codes(ranks: RankPools, tmp_path: Path) -> None:
+    """By its own loader, which decodes them where there is no GPU."""
+    from transformers import AutoModelForCausalLM
+
+    matrices, tokens, logits = ranks.run(1, save_llama, str(tmp_path / "run"))[0]
+    main(["export", str(tmp_path / "run"), str(tmp_path / "fp8"), "--fp8"])
+    codes = {name for name, each in read(tmp_path / "fp8").items() if each.dtype is torch.float8_e4m3fn}
+    assert codes == matrices.keys()
+    assert len(codes) == 7
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "fp8", dtype=torch.bfloat16)
+    assert_equal({name: model.state_dict()[name] for name in codes}, matrices)
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=tokens).logits, logits)

@@ -250,8 +250,6 @@ def module_state_dict(original: Method) -> Method:
             return original(self, destination, prefix, keep_vars, exclude_frozen_parameters)
         state = original(self, destination, prefix, True, exclude_frozen_parameters)
         self.optimizer.saved.model_weights.make_plain(state, writes=self.save_non_zero_checkpoint)
-        for name, value in state.items():
-            state[name] = value.detach() if isinstance(value, Tensor) else value
         return state
 
     return method

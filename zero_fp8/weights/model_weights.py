@@ -67,9 +67,9 @@ class ModelWeights:
         return any(True for _ in tiled(self._weights))
 
     def make_plain(self, state: dict[str, Any], *, writes: bool) -> None:
-        """Put plain BF16 tensors in the place of FP8 parameters. Outside a save as collective as `hold`.
+        """Turn parameters into plain tensors, FP8 ones into BF16. Outside a save as collective as `hold`.
 
-        writes: as in `hold`; the others leave FP8 parameters as they are while a save goes on.
+        writes: as in `hold`; the others leave parameters as they are while a save goes on.
         """
         masters = self._held
         if masters is None:
@@ -79,6 +79,8 @@ class ModelWeights:
         for name, value in state.items():
             if isinstance(value, FP8Parameter):
                 state[name] = self._values(value.matrix, masters)
+            elif isinstance(value, Tensor):
+                state[name] = value.detach()
 
     def _values(self, matrix: Matrix, masters: dict[Matrix, Tensor]) -> Tensor:
         if self._masters:
