@@ -70,7 +70,7 @@ class TestSection:
                 "seed": 0,
             },
             "weights": {"dtype": None},
-            "checkpoint": {"fp32_master": True, "allow_conversion": False},
+            "checkpoint": {"fp32_master": True, "allow_conversion": False, "weights": "codes"},
             "stats": {"interval": 0},
             "max_consecutive_skips": 50,
         }

@@ -236,7 +236,21 @@ def edit_and_refresh(folder: str) -> dict[str, Any]:
         codes = codes_of(engine)
         engine.optimizer.saved.weights_from_masters()
         assert_same(codes, codes_of(engine))  # as the ranks encode together what each has of it
+        first.data = values.bfloat16() * 2
+        safe_set_full_fp32_param(first, values)
+        assert_refresh_leaves_masters(engine)
+        second.data = values.bfloat16() * 2
+        train_losses(engine, batches(engine), 1)
+        assert_refresh_leaves_masters(engine)
         return codes
+
+
+def assert_refresh_leaves_masters(engine: Any) -> None:
+    """Of FP8 weights, whose edits are over; the others' are made of the weights."""
+    encoded = {each.name for each in matrices_of(engine.optimizer.parts.weights)}
+    before = {name: each for name, each in masters_of(engine).items() if name in encoded}
+    engine.optimizer.refresh_fp32_params()
+    assert_same({name: each for name, each in masters_of(engine).items() if name in encoded}, before)
 
 
 def test_edits_and_access(ranks: RankPools, tmp_path: Path) -> None:
