@@ -14,11 +14,12 @@ import pytest
 import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-from engines import Lines, batches, build, build_gpt, ds_config, packed, train_losses, whole_states
+from engines import SMALL, Lines, batches, build, build_gpt, ds_config, packed, train_losses, whole_states
 from engines import assert_same_bits as assert_same
 from ranks import RankPools
 from safetensors.torch import load_file
 from torch import Tensor
+from train_lm import Shape
 
 from ds_fp8.cli import main
 from ds_fp8.config import section
@@ -34,10 +35,12 @@ BUILT = {"weights.dtype": (None, "e4m3"), "products.dtype": (None, "e4m3", "bf16
 
 
 @contextmanager
-def engine_of(fp8: dict[str, Any], *, seed: int = 0, way: str = "decoded", **options: Any) -> Iterator[Any]:
-    """An engine of the GPT, destroyed at the end."""
+def engine_of(
+    fp8: dict[str, Any], *, seed: int = 0, way: str = "decoded", shape: Shape = SMALL, **options: Any
+) -> Iterator[Any]:
+    """An engine of a GPT, destroyed at the end."""
     with patch.dict(section.BUILT, BUILT), patch.dict(os.environ, DS_FP8_PRODUCTS=way):
-        engine = build_gpt(ds_config(fp8, **options), seed=seed)
+        engine = build_gpt(ds_config(fp8, **options), shape, seed)
         yield engine
         engine.destroy()
 
@@ -276,9 +279,20 @@ def test_the_command_line(saved: tuple[Path, dict[str, Any]], tmp_path: Path, ca
         assert written is not None
         encoded = {name for name, each in written.place.parameters.items() if each.codes_of == "Linear"}
         assert encoded == engine["matrices"].keys()
-        sizes = {name: file.size for name, file in written.files.items()}
-        numel = sum(each.numel() for each in engine["masters"].values())
-        assert sizes["mp_rank_00_model_states.pt"] < 2 * numel + 20_000
+
+
+def save_a_million(folder: str) -> int:
+    with engine_of(O3, shape=Shape(layers=2, width=192, heads=2, context=32)) as engine:
+        engine.save_checkpoint(folder)
+        return sum(each.numel() for each in engine.module.parameters())
+
+
+def test_bytes(ranks: RankPools, tmp_path: Path) -> None:
+    """Codes take no room in a checkpoint: states and their FP32 view are 8 bytes, weights 2."""
+    parameters = ranks.run(2, save_a_million, str(tmp_path))[0]
+    for ending, at_most in (("optim_states", 8.1), ("model_states", 2.05)):
+        written = sum(path.stat().st_size for path in tmp_path.rglob(f"*_{ending}.pt"))
+        assert at_most - 0.15 < written / parameters <= at_most
 
 
 def test_codes_in_hugging_faces_layout(saved: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
