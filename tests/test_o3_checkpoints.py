@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -25,7 +26,7 @@ from ds_fp8.cli import main
 from ds_fp8.config import section
 from ds_fp8.ops.masters import write_weights
 from ds_fp8.ops.products import Operand, tiles
-from ds_fp8.zero_fp8.checkpoint import manifest
+from ds_fp8.zero_fp8.checkpoint import fp8_layout, manifest
 from ds_fp8.zero_fp8.products.fp8_parameter import FP8Parameter
 from ds_fp8.zero_fp8.weights.tiled import matrices_of
 
@@ -359,6 +360,13 @@ def test_what_cannot_be_loaded_or_exported_is_told(
     with pytest.raises(SystemExit):
         main(["export", str(tmp_path / "o2"), str(tmp_path / "out"), "--fp8", "--tag", "start"])
     assert "received no FP8 weights, allowed with --fp8" in capsys.readouterr().err
+
+
+def test_conv1d_is_not_part_of_the_layout() -> None:
+    weights = {"h.0.attn.c_attn.weight": SimpleNamespace(codes_of="Conv1D")}
+    checkpoint: Any = SimpleNamespace(folder="tag", parameters=weights)
+    with pytest.raises(ValueError, match="tag: received FP8 weights of Conv1D, allowed with --fp8"):
+        fp8_layout.matrices(checkpoint)
 
 
 def save_llama(folder: str) -> tuple[dict[str, Tensor], Tensor, Tensor]:
