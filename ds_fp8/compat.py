@@ -121,6 +121,7 @@ SIGNATURES: dict[tuple[type, str], tuple[str, ...]] = {
         "save_latest",
         "exclude_frozen_parameters",
     ),
+    (DeepSpeedEngine, "_get_shared_params"): ("self",),
     (DeepSpeedEngine, "_get_ckpt_name"): (
         "self",
         "checkpoints_path",
@@ -157,6 +158,13 @@ SIGNATURES: dict[tuple[type, str], tuple[str, ...]] = {
     (DeepSpeedZeRoOffload, "empty_partition_cache"): ("self",),
     (DeepSpeedZeRoOffload, "destroy"): ("self",),
     (Init, "_padding_size"): ("self", "param"),
+    (DeepSpeedEngine, "module_state_dict"): (
+        "self",
+        "destination",
+        "prefix",
+        "keep_vars",
+        "exclude_frozen_parameters",
+    ),
     (DeepSpeedEngine, "load_checkpoint"): ("self", "load_dir", "tag", *LOAD_OPTIONS),
     (DeepSpeedEngine, "_load_checkpoint"): ("self", "load_dir", "tag", *LOAD_OPTIONS),
 }

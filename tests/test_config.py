@@ -74,7 +74,7 @@ class TestSection:
             },
             "weights": {"dtype": None, "exclude": [], "min_elements": 2_097_152, "frozen": "bf16"},
             "products": {"dtype": None},
-            "checkpoint": {"fp32_master": True, "allow_conversion": False},
+            "checkpoint": {"fp32_master": True, "allow_conversion": False, "weights": "codes"},
             "stats": {"interval": 0},
             "max_consecutive_skips": 50,
         }

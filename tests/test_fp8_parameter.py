@@ -250,7 +250,7 @@ def test_load_state_dict_encodes_only_while_the_owner_allows_it() -> None:
     with pytest.raises(RuntimeError, match="safe_set_full_fp32_param"):
         layer.load_state_dict(other.state_dict())
     generation = layer.weight.matrix.generation
-    layer.weight.matrix.writable = True
+    layer.weight.matrix.writer = layer.weight.matrix.store
     layer.load_state_dict(other.state_dict())
     codes, wanted = (each.weight.matrix.codes.view(torch.uint8) for each in (layer, other))
     assert torch.equal(codes, wanted)

@@ -34,13 +34,13 @@ ROOMS = (
     ("ds_fp8.zero_fp8.checkpoint.foreign", "stock12 stock3 universal | stock_model | stock_files"),
     (
         "ds_fp8.zero_fp8.checkpoint",
-        "export | convert reader writer | contracts model_files | files | tags | manifest",
+        "export | convert fp8_layout | reader writer | contracts model_files | files | tags | manifest",
     ),
     (
         "ds_fp8.zero_fp8.optimizer",
         "client facade replacement | fp8_adamw | standalone | edits entries hyperparameters members",
     ),
-    ("ds_fp8.zero_fp8.weights", "binding fetch tiled | store views slices | claims home"),
+    ("ds_fp8.zero_fp8.weights", "binding fetch model_weights | store views slices tiled | claims home"),
     (
         "ds_fp8.zero_fp8.products",
         "chosen | fp8_parameter choice | linear | ways values | answers shared_casts matrix | kernels",

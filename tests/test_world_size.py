@@ -125,7 +125,7 @@ def inject(world_size: int) -> dict[str, Tensor]:
         reduced = [room(bucket, rank, RECIPE.reduced, cpu) for bucket in buckets]
         weights = [SimpleNamespace(room=_own_weights(bucket, rank, start)) for bucket in buckets]
         for shard, each in zip(shards, weights, strict=True):
-            shard.take_masters(each.room)
+            shard.take_masters(each.room, shard.pieces)
         optimizer = FP8AdamW([torch.zeros(1)], weight_decay=0.1, betas=(0.9, 0.95))
         for step in range(STEPS):
             scalars = optimizer.scalars(clamp=True)[0]

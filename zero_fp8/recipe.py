@@ -65,6 +65,7 @@ class ZeroSettings:
     max_consecutive_skips: int
     save_fp32_master: bool
     stats_interval: int
+    masters_in_model_files: bool = False  # of FP8 weights; else the values of their codes
     sequence_parallel_size: int = 1  # ranks that share a sequence; each has the gradient of its part
     micro_steps: int = 1  # before a step, as the config says
     accumulate_in_fp32: bool = False  # the micro-steps of ZeRO 1, in `.grad`

@@ -5,6 +5,7 @@ opened. torch is imported by the commands that need it.
 """
 
 import argparse
+import json
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
+CONFIG = "config.json"  # of a Hugging Face model
+
 
 def add_to(commands: Any) -> None:
     inspecting = _add(commands, "inspect", inspect, "what a checkpoint holds, and whether it is whole")
@@ -28,7 +31,20 @@ def add_to(commands: Any) -> None:
     exporting = _add(commands, "export", export, "write the weights as a model's files")
     exporting.add_argument("out", metavar="OUT", type=Path, help="a new folder")
     exporting.add_argument("--format", choices=("safetensors", "torch"), default="safetensors")
-    exporting.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32")
+    exporting.add_argument(
+        "--dtype",
+        choices=("fp32", "bf16", "fp16"),
+        help="default: fp32, with --fp8 bf16, for what is not FP8",
+    )
+    exporting.add_argument(
+        "--fp8", action="store_true", help="FP8 weights as codes, in Hugging Face's fine-grained FP8 layout"
+    )
+    exporting.add_argument(
+        "--config",
+        metavar="FILE",
+        type=Path,
+        help="with --fp8: the model's config.json, if not in CHECKPOINT",
+    )
     exporting.add_argument(
         "--max-shard-size", metavar="SIZE", type=byte_count, default="5GB", help="default: 5GB"
     )
@@ -101,6 +117,7 @@ def overview(folder: Path, manifest: Manifest, *, verified: bool) -> dict[str, A
     ranks = "1 rank" if manifest.world_size == 1 else f"{manifest.world_size} ranks"
     parameters = manifest.place.parameters
     numel = sum(math.prod(parameter.shape) for parameter in parameters.values())
+    encoded = sum(each.codes_of is not None for each in parameters.values())
     return {
         "folder": folder,
         "files": "whole: every size and checksum is right" if verified else "not verified",
@@ -109,6 +126,9 @@ def overview(folder: Path, manifest: Manifest, *, verified: bool) -> dict[str, A
         "with": f"ds_fp8 {manifest.ds_fp8_version}, deepspeed {manifest.deepspeed_version}",
         **manifest.recipe.model_dump(),
         "parameters": f"{numel:,} trained, in {len(parameters)} tensors",
+        "FP8 weights": f"{encoded} tensors, of which model files hold {manifest.weights}"
+        if encoded
+        else "none",
         "view of zero_to_fp32.py": "yes" if manifest.fp32_master else "no: use ds_fp8 export",
     }
 
@@ -117,18 +137,42 @@ def export(arguments: argparse.Namespace) -> None:
     from ds_fp8.zero_fp8.checkpoint.export import DTYPES, model_tensors
     from ds_fp8.zero_fp8.checkpoint.export import export as write
 
+    if arguments.config is not None and not arguments.fp8:
+        raise ValueError(f"--config: received {arguments.config}, allowed: beside --fp8")
     checkpoint = open_verified(arguments)
-    total = sum(tensor.numel for tensor in model_tensors(checkpoint, DTYPES[arguments.dtype]))
-    with advancing("exporting", total) as advance:
+    dtype = arguments.dtype or ("bf16" if arguments.fp8 else "fp32")
+    tensors = model_tensors(checkpoint, DTYPES[dtype], fp8=arguments.fp8)
+    with advancing("exporting", sum(tensor.numel for tensor in tensors)) as advance:
         files = write(
             checkpoint,
             arguments.out,
-            dtype=arguments.dtype,
+            tensors,
             kind=arguments.format,
             limit=arguments.max_shard_size,
             advance=advance,
+            texts=config_texts(arguments, checkpoint) if arguments.fp8 else {},
         )
     show_rows([{"file": str(path), "bytes": path.stat().st_size} for path in files], arguments)
+
+
+def config_texts(arguments: argparse.Namespace, checkpoint: "Checkpoint") -> dict[str, str]:
+    """config.json with what it has to say of FP8 weights; without a config.json that part alone."""
+    from ds_fp8.zero_fp8.checkpoint.fp8_layout import quantization_config
+
+    said = quantization_config(checkpoint)
+    places = [folder / CONFIG for folder in (arguments.checkpoint, checkpoint.folder.parent)]
+    path = arguments.config or next((each for each in places if each.is_file()), None)
+    if path is None:
+        return {"quantization_config.json": json.dumps(said, indent=2) + "\n"}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: not read: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(
+            f"{path}: received a {type(config).__name__}, allowed: an object, as of Hugging Face"
+        )
+    return {CONFIG: json.dumps({**config, "quantization_config": said}, indent=2) + "\n"}
 
 
 def to_universal(arguments: argparse.Namespace) -> None:

@@ -75,6 +75,8 @@ class CheckpointSection(_Strict):
 
     fp32_master: bool = True
     allow_conversion: bool = False
+    weights: Literal["codes", "masters"] = "codes"
+    """What model files hold of weights in e4m3: values of codes, as the model computes, or masters."""
 
 
 class StatsSection(_Strict):

@@ -220,6 +220,7 @@ def settings_of(config: FP8Config, engine: Any) -> ZeroSettings:
         accumulate_in_fp32=accumulates_in_fp32(engine),
         max_consecutive_skips=config.max_consecutive_skips,
         save_fp32_master=config.checkpoint.fp32_master,
+        masters_in_model_files=config.checkpoint.weights == "masters",
         stats_interval=config.stats.interval,
     )
 

@@ -46,7 +46,7 @@ def check(engine: Any, folder: Path, manifest: Manifest, wanted: Wanted) -> Chec
     model = model_file.read(engine, folder, manifest)
     model_file.check(engine, model, wanted)
     checkpoint = Checkpoint(folder, manifest, unpickle=True)
-    weights = _check_weights(engine, model, checkpoint, wanted)
+    weights = _check_weights(engine, model, checkpoint, wanted, coded=bool(manifest.coded))
     if not wanted.states:
         return Checked(model, None, weights)
     return Checked(model, *_check_ours(engine, folder / NAME, checkpoint, weights))
@@ -69,13 +69,15 @@ def _check_ours(
 
 
 def _check_weights(
-    engine: Any, model: ModelFile, source: WeightSource, wanted: Wanted
+    engine: Any, model: ModelFile, source: WeightSource, wanted: Wanted, *, coded: bool = False
 ) -> WeightSource | None:
     """Where weights come from if ranks have slices of them, or the model file no weights; else None.
 
-    Trained ones follow from the states if these are wanted.
+    Trained ones follow from the states if these are wanted. coded: the model file has no more than codes of
+    some, which a `custom_load_fn` is given all the same.
     """
-    if model.sliced is None and not engine.zero_optimization_partition_weights():
+    from_masters = coded and not wanted.states and not wanted.custom
+    if model.sliced is None and not engine.zero_optimization_partition_weights() and not from_masters:
         return None
     if wanted.custom and not wanted.states:
         raise ValueError(
@@ -128,7 +130,7 @@ def check_universal(engine: Any, folder: Path, wanted: Wanted) -> Checked:
         )
     universal = Universal(folder)
     universal.check(engine.optimizer.saved.described_parameters())
-    unknown = sorted(universal.trained - engine.module.state_dict().keys())
+    unknown = sorted(universal.trained - engine.module.state_dict(keep_vars=True).keys())
     if unknown:
         raise ValueError(f"{universal.folder}: of another model: with {unknown[:3]} (of {len(unknown)})")
     model = model_file.read(engine, folder)
@@ -198,7 +200,8 @@ def _untrained(engine: Any) -> dict[str, Any]:
     """What the module's state_dict holds beside trained parameters."""
     trained = set(engine.optimizer.parameters.values())
     parameters = dict(engine.module.named_parameters(remove_duplicate=False))
-    state = {name: parameters.get(name, value) for name, value in engine.module.state_dict().items()}
+    saved = engine.module.state_dict(keep_vars=True)
+    state = {name: parameters.get(name, value) for name, value in saved.items()}
     return {name: value for name, value in state.items() if parameters.get(name) not in trained}
 
 

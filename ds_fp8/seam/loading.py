@@ -21,6 +21,7 @@ from ds_fp8.zero_fp8.checkpoint.contracts import WeightSource
 from ds_fp8.zero_fp8.checkpoint.foreign.universal import Universal
 from ds_fp8.zero_fp8.comm.agreement import agreed, check_agreement
 from ds_fp8.zero_fp8.handlers.common import FP8ZeROOptimizer
+from ds_fp8.zero_fp8.handlers.saved_states import SavedStates
 from ds_fp8.zero_fp8.placement.parameters import held_of, part_of
 
 logger = logging.getLogger("ds_fp8")
@@ -91,7 +92,10 @@ def _load_model(engine: Any, folder: Path, checked: Checked, options: Mapping[st
     if engine.zero_optimization_partition_weights():
         # Or DeepSpeed would put the whole model together in FP32.
         options = {**options, "load_optimizer_states": True}
-    with model_file.given_to(engine, checked.model, weights=checked.weights is None):
+    saved: SavedStates = engine.optimizer.saved
+    from_file = checked.weights is None
+    written = saved.open_to_weights(keeps=from_file and checked.states is None)
+    with written, model_file.given_to(engine, checked.model, weights=from_file):
         loaded = engine._load_checkpoint(str(folder.parent), folder.name, **options)
     if engine.load_universal_checkpoint():
         others = others_of(engine, Universal(folder), checked)
@@ -125,7 +129,7 @@ def _check(engine: Any, folder: Path, wanted: Wanted) -> Checked:
     if saved is None:
         return agreed(lambda: check_stock(engine, folder, wanted), group, folder)
     place = saved.place
-    with_weights = wanted.states or not place.has_whole_weights
+    with_weights = wanted.states or not place.has_whole_weights or saved.coded
     names = {place.model_file} if not with_weights else set(saved.files)
     shared = checksum_share(engine, names, place.of_ranks)
     agreed(lambda: manifest.verify(folder, saved, shared), group, folder)

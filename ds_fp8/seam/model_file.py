@@ -6,7 +6,8 @@ given: it does not read the file again.
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 from deepspeed import comm as dist
 from torch import Tensor, nn
 
+from ds_fp8.seam.status import is_active
 from ds_fp8.zero_fp8.checkpoint.files import Entry, in_memory
 from ds_fp8.zero_fp8.checkpoint.foreign.stock_model import named
 from ds_fp8.zero_fp8.checkpoint.manifest import Manifest
@@ -22,6 +24,7 @@ from ds_fp8.zero_fp8.checkpoint.model_files import FRAGMENTS, ModelFile, listed,
 from ds_fp8.zero_fp8.checkpoint.reader import is_extra_state
 from ds_fp8.zero_fp8.placement.parameters import numel_of, shape_of
 
+Method = Callable[..., Any]
 KEEPS_SCHEDULER = "load_lr_scheduler_states=False keeps this run's"
 
 
@@ -80,7 +83,7 @@ def check(engine: Any, file: ModelFile, wanted: Wanted) -> None:
 
 def check_module(engine: Any, path: Path, saved: Mapping[str, list[int] | None], *, strict: bool) -> None:
     """Compare names and, of parameters and buffers, shapes with what a checkpoint holds."""
-    state = shapes_of(engine.module, engine.module.state_dict())
+    state = shapes_of(engine.module, engine.module.state_dict(keep_vars=True))
     members = _members(engine.module)
     missing, extra = sorted(state.keys() - saved.keys()), sorted(saved.keys() - state.keys(), key=str)
     if strict and (missing or extra):
@@ -109,7 +112,7 @@ def _members(module: nn.Module) -> set[str]:
 def _check_kinds(module: nn.Module, saved: Entry) -> None:
     """Weights are not filled from integers, nor the other way."""
     members = _members(module)
-    for name, tensor in module.state_dict().items():
+    for name, tensor in module.state_dict(keep_vars=True).items():
         if name in members and name in saved:
             check_kind(saved.at(name), tensor)
 
@@ -232,6 +235,26 @@ def _try_extra_states(module: nn.Module, saved: Entry) -> None:
                 part.set_extra_state(before)
 
 
+def module_state_dict(original: Method) -> Method:
+    """DeepSpeedEngine.module_state_dict: FP8 weights as plain BF16 tensors in host memory."""
+
+    @functools.wraps(original)
+    def method(
+        self: Any,
+        destination: Any = None,
+        prefix: str = "",
+        keep_vars: bool = False,
+        exclude_frozen_parameters: bool = False,
+    ) -> Any:
+        if keep_vars or not is_active(self) or not self.optimizer.saved.model_weights.exist:
+            return original(self, destination, prefix, keep_vars, exclude_frozen_parameters)
+        state = original(self, destination, prefix, True, exclude_frozen_parameters)
+        self.optimizer.saved.model_weights.make_plain(state, writes=self.save_non_zero_checkpoint)
+        return state
+
+    return method
+
+
 @contextmanager
 def given_to(engine: Any, file: ModelFile, *, weights: bool) -> Iterator[None]:
     """DeepSpeed's reading: of this file, that is open already; nor does it gather weights, which we do.
@@ -252,7 +275,7 @@ def given_to(engine: Any, file: ModelFile, *, weights: bool) -> Iterator[None]:
 
 def _own(module: nn.Module) -> dict[str, Tensor]:
     """The parameters as they are, by every name they have."""
-    return {name: each.detach() for name, each in module.named_parameters(remove_duplicate=False)}
+    return dict(module.named_parameters(remove_duplicate=False))
 
 
 class _Opened:

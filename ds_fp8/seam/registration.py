@@ -30,7 +30,7 @@ from ds_fp8.compat import (
 )
 from ds_fp8.config import ds_config
 from ds_fp8.ops.op_builders import FP8CPUBuilder, FP8TritonBuilder
-from ds_fp8.seam import backward, builds, engine, loading, saving
+from ds_fp8.seam import backward, builds, engine, loading, model_file, saving
 from ds_fp8.zero_fp8.weights import slices
 
 logger = logging.getLogger("ds_fp8")
@@ -70,6 +70,7 @@ SEAM = (
     (DeepSpeedEngine, "zero_grad", backward.zero_grad),
     (DeepSpeedEngine, "save_checkpoint", saving.save_checkpoint),
     (DeepSpeedEngine, "load_checkpoint", loading.load_checkpoint),
+    (DeepSpeedEngine, "module_state_dict", model_file.module_state_dict),
     (OpBuilder, "jit_load", builds.jit_load),
 )
 

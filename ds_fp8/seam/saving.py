@@ -12,6 +12,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import ds_fp8
 from ds_fp8.seam.arguments import (
     agree_on,
@@ -30,6 +32,7 @@ from ds_fp8.zero_fp8.comm.agreement import agreed, gather_objects
 from ds_fp8.zero_fp8.handlers.common import FP8ZeROOptimizer
 from ds_fp8.zero_fp8.placement.even_slices import spans
 from ds_fp8.zero_fp8.placement.parameters import held_of, numel_of, shape_of
+from ds_fp8.zero_fp8.products.fp8_parameter import FP8Parameter
 
 Method = Callable[..., Any]
 
@@ -99,7 +102,7 @@ def _write(engine: Any, save: _Save, original: Method, client_state: Mapping[str
     try:
         with (
             agreed(handler.ready_for_files, group),
-            handler.saved.ready_to_save(),
+            handler.saved.ready_to_save(writes=engine.save_non_zero_checkpoint),
             _to_the_end(engine) as failures,
         ):
             original(engine, str(save.folder), save.saving.name, client_state, False, save.exclude_frozen)
@@ -187,12 +190,24 @@ def _to_the_end(engine: Any) -> Iterator[_Failures]:
     engine.checkpoint_engine = _Writer(original)
     for name in STEPS:
         setattr(engine, name, failures.kept(getattr(engine, name)))
+    engine._get_shared_params = _by_address(engine._get_shared_params)
     try:
         yield failures
     finally:
         engine.checkpoint_engine = original
-        for name in STEPS:
+        for name in (*STEPS, "_get_shared_params"):
             delattr(engine, name)
+
+
+def _by_address(find: Method) -> Method:
+    """DeepSpeed's search for tied parameters, in which FP8 parameters have addresses: none is tied."""
+
+    @functools.wraps(find)
+    def method() -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            return find()
+
+    return method
 
 
 class _Writer:
@@ -237,14 +252,15 @@ def _manifest(engine: Any, save: _Save, written: _Written, sealed: dict[str, Fil
         autoscale=handler.parts.gradient_scales.state(handler.parameter_names),
         scheduler=engine.lr_scheduler is not None,
         fp32_master=handler.settings.save_fp32_master,
+        weights="masters" if handler.settings.masters_in_model_files else "codes",
         places=[_place(engine, save, written)],
         files=sealed,
     )
 
 
 def _place(engine: Any, save: _Save, written: _Written) -> Place:
-    parameters = engine.optimizer.saved.described_parameters()
-    saved = engine.module_state_dict(exclude_frozen_parameters=save.exclude_frozen)
+    parameters = _parameters(engine)
+    saved = engine.module_state_dict(keep_vars=True, exclude_frozen_parameters=save.exclude_frozen)
     shapes = shapes_of(engine.module, saved)
     keeps_frozen = engine.zero_optimization_partition_gradients() and not save.exclude_frozen
     in_slices = engine.zero_optimization_partition_weights()
@@ -257,6 +273,20 @@ def _place(engine: Any, save: _Save, written: _Written) -> Place:
         frozen=sorted(frozen(engine)) if keeps_frozen else None,
         sliced=_sliced(engine, len(written.models)) if keeps_frozen and in_slices else {},
     )
+
+
+def _parameters(engine: Any) -> dict[str, manifest.Parameter]:
+    """The trained parameters, and who multiplies the codes of those that have some."""
+    users = {
+        parameter.matrix.name: type(module).__name__
+        for module in engine.module.modules()
+        for parameter in module._parameters.values()
+        if isinstance(parameter, FP8Parameter)
+    }
+    return {
+        name: each.model_copy(update={"codes_of": users.get(name)})
+        for name, each in engine.optimizer.saved.described_parameters().items()
+    }
 
 
 def _sliced(engine: Any, ranks: int) -> dict[str, Sliced]:

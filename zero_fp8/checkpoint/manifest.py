@@ -59,6 +59,7 @@ class Parameter(_Part):
     shape: list[int]
     dtype: str
     group: int  # param group of the optimizer
+    codes_of: str | None = None  # class of the module that multiplies its E4M3 codes, which masters decide
     blocks: list[tuple[int, int, int]]  # index of an optimizer file, first block, the one after its last
 
 
@@ -123,6 +124,7 @@ class Manifest(_Part):
     autoscale: dict[str, float] = {}  # mu of each parameter, where gradients are added in FP8
     scheduler: bool  # whether the model file holds a scheduler's state
     fp32_master: bool  # whether the optimizer files hold the view of zero_to_fp32.py
+    weights: Literal["codes", "masters"] = "codes"  # what model files hold of parameters with codes
     places: Annotated[list[Place], Field(min_length=1, max_length=1)]
     files: dict[str, File]  # on storage of a node, those of the node
 
@@ -130,6 +132,12 @@ class Manifest(_Part):
     def place(self) -> Place:
         """The only place."""
         return self.places[0]
+
+    @property
+    def coded(self) -> set[str]:
+        """Parameters of which model files hold no more than codes say."""
+        encoded = {name for name, each in self.place.parameters.items() if each.codes_of}
+        return encoded if self.weights == "codes" else set()
 
 
 class Version1(_Part):

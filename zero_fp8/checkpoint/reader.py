@@ -48,6 +48,7 @@ class Checkpoint:
         here = [name in manifest.files for name in self._model_names]
         sliced = None if place.has_whole_weights else place.sliced
         self.model_files = ModelFiles(self._model_file, sliced, here.index(True) if any(here) else 0)
+        self._coded = manifest.coded
         self._unpickle = unpickle
         self._formats = {key: BY_NAME[getattr(manifest.recipe, key)] for key in STATES}
         self._has_upper_halves = self._formats["master"].split and not place.has_whole_weights
@@ -124,8 +125,9 @@ class Checkpoint:
             self.model_files.check_weights(name, elements)
 
     def _are_trained(self, name: str) -> bool:
-        """Whether the weights of a parameter follow from its states, as no model file has them."""
-        return name in self.parameters and not self.manifest.place.has_whole_weights
+        """Whether the weights of a parameter follow from its states, as no model file has as much of them."""
+        in_files = self.manifest.place.has_whole_weights and name not in self._coded
+        return name in self.parameters and not in_files
 
     def weights(self, name: str, elements: slice) -> Tensor:
         """Weights of some elements of a parameter, as the engine had them."""

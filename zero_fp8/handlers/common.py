@@ -80,7 +80,7 @@ class FP8ZeROOptimizer(Facade, ZeROOptimizer):
         self.gradients = self.parts.reducer
         self.stepper = Stepper(self.parts, self.parameters, optimizer, *run, timers)
         named = (self.parameters, self.parameter_names)
-        self.saved = SavedStates(self.parts, *named, settings, optimizer, loss_scaler, self.master_views)
+        self.saved = SavedStates(self.parts, *named, optimizer, loss_scaler, self.master_views, *run[1:])
         self.binding = Binding(self.parts.weights, self.parts.shards, *named, on_return=self._listen)
         self.saved.masters_from_weights()
         self._listen()

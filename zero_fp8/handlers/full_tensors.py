@@ -34,7 +34,7 @@ class Owned(NamedTuple):
 
     reduced: ReducedGradient
     shard: Shard
-    weights: Tensor  # the rows that it owns
+    weights: Tensor  # where a sweep writes the rows that it owns
 
 
 Read = Callable[[Owned, slice], Tensor]  # rows of what is owned, in FP32
@@ -191,7 +191,7 @@ class FullTensors:
         for _, reduced, shard, weights in self._parts.by_bucket():
             for piece in shard.pieces:
                 if piece.slot.parameter == index:
-                    yield Owned(reduced, shard, weights.own), piece
+                    yield Owned(reduced, shard, weights.room), piece
 
 
 def _check_key(key: str | None) -> None:

@@ -23,7 +23,7 @@ MasterViews = Callable[[Parts], dict[str, Any]]  # collective
 
 def as_groups(parts: Parts) -> dict[str, Any]:
     """Of ZeRO 1 and 2."""
-    groups = [fp32_masters(shard, weights.own).cpu() for _, _, shard, weights in parts.by_bucket()]
+    groups = [fp32_masters(shard, weights.room).cpu() for _, _, shard, weights in parts.by_bucket()]
     return {"single_partition_of_fp32_groups": groups}
 
 
@@ -31,7 +31,7 @@ def as_slices(parts: Parts) -> dict[str, Any]:
     """Of ZeRO 3."""
     slices = []
     for bucket, _, shard, weights in parts.by_bucket():
-        nodes, masters = parts.nodes_of(bucket), fp32_masters(shard, weights.own)
+        nodes, masters = parts.nodes_of(bucket), fp32_masters(shard, weights.room)
         slices.append(cut_evenly(masters, bucket, nodes.rank, nodes.group).cpu())
     return {"fp32_flat_groups": slices}
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 
 from ds_fp8.ops.blocks import chunks
@@ -13,7 +14,9 @@ from ds_fp8.zero_fp8.checkpoint.contracts import Restorable, WeightSource
 from ds_fp8.zero_fp8.handlers.master_views import MasterViews
 from ds_fp8.zero_fp8.optimizer.fp8_adamw import FP8AdamW
 from ds_fp8.zero_fp8.recipe import ZeroSettings
+from ds_fp8.zero_fp8.weights.model_weights import ModelWeights
 from ds_fp8.zero_fp8.weights.store import Gathers
+from ds_fp8.zero_fp8.weights.tiled import tiled
 from ds_fp8.zero_fp8.wiring import Parts
 
 
@@ -25,10 +28,11 @@ class SavedStates:
         parts: Parts,
         parameters: Mapping[int, Parameter],
         names: Mapping[int, str],
-        settings: ZeroSettings,
         optimizer: FP8AdamW,
         loss_scaler: Any,
         master_views: MasterViews,
+        settings: ZeroSettings,
+        group: ProcessGroup,
     ) -> None:
         """parameters, names: by global index. loss_scaler: DeepSpeed's."""
         self._parts = parts
@@ -38,13 +42,17 @@ class SavedStates:
         self._optimizer = optimizer
         self._loss_scaler = loss_scaler
         self._master_views = master_views
+        self.model_weights = ModelWeights(
+            parts.shards, parts.weights, group, masters=settings.masters_in_model_files
+        )
         self._view: dict[str, Any] | None = None  # the masters' while they are saved
 
     def masters_from_weights(self) -> None:
         """Take the weights as they are; the weights are then rounded as a step would round them."""
         for _, _, shard, weights in self._parts.by_bucket():
-            if not weights.follows_masters:
-                shard.take_masters(weights.own)
+            leading = [piece for piece in shard.pieces if weights.leads(piece.slot.parameter)]
+            if leading:
+                shard.take_masters(weights.own, leading)
         self.weights_from_masters()
 
     def weights_from_masters(self) -> None:
@@ -60,30 +68,44 @@ class SavedStates:
             gathers.wait()
 
     def take_weights(self, source: WeightSource) -> None:
-        """Write what a checkpoint has of the weights that this rank owns.
-
-        Masters do not follow yet, unless weights are made of them.
-        """
+        """Write what a checkpoint has of the weights that this rank owns; masters do not follow yet."""
         for _, _, shard, weights in self._parts.by_bucket():
-            own = weights.own
             for piece in shard.pieces:
                 name = self._names[piece.slot.parameter]
-                for part in chunks(piece.blocks, shard.block_size) if name in source else ():
-                    rows = own[piece.rows][part].view(-1)
-                    first = piece.first_element + part.start * shard.block_size
-                    elements = slice(first, min(first + len(rows), piece.elements.stop))
-                    put(source.weights(name, elements), rows[: elements.stop - first])
-            if weights.follows_masters:
-                shard.take_masters(own)
+                if name in source:
+                    given = weights.given(piece)
+                    for part in chunks(piece.numel, 1):
+                        first = piece.first_element
+                        put(source.weights(name, slice(first + part.start, first + part.stop)), given[part])
 
     @contextmanager
-    def ready_to_save(self) -> Iterator[None]:
-        """What of a save is collective is done: a rank may fail in the rest, and none waits for it."""
+    def ready_to_save(self, *, writes: bool) -> Iterator[None]:
+        """What of a save is collective is done: a rank may fail in the rest, and none waits for it.
+
+        writes: whether this rank writes the model file.
+        """
         self._view = self._masters()
+        self.model_weights.hold(writes=writes)
         try:
             yield
         finally:
             self._view = None
+            self.model_weights.let_go()
+
+    @contextmanager
+    def open_to_weights(self, *, keeps: bool) -> Iterator[None]:
+        """While DeepSpeed loads a model file: FP8 weights can be written.
+
+        keeps: masters are to be taken from what is written; else it is dropped: they come from elsewhere.
+        """
+        codes = list(tiled(self._parts.weights))
+        for each in codes:
+            each.set_writers(keeps=keeps)
+        try:
+            yield
+        finally:
+            for each in codes:
+                each.unset_writers()
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's shard: raw states for us, FP32 masters for DeepSpeed's zero_to_fp32.py. Collective."""

@@ -15,6 +15,7 @@ from ds_fp8.zero_fp8.placement.parameters import check_finite, held_of, trained_
 from ds_fp8.zero_fp8.placement.ranks import Fleet
 from ds_fp8.zero_fp8.products.chosen import Choice
 from ds_fp8.zero_fp8.recipe import Recipe, ZeroSettings
+from ds_fp8.zero_fp8.weights.model_weights import StateDictNotice
 from ds_fp8.zero_fp8.weights.tiled import Products, Room
 from ds_fp8.zero_fp8.wiring import Parts, backend_for, build, cut_buckets, nodes_of_run
 
@@ -59,7 +60,7 @@ def take_over(
         if not chosen:
             eligible = naming([names[each] for each in choice.parameters])
             raise ValueError(f"optimizer: received no FP8 weight to train, allowed: some of {eligible}")
-        products = Products(by_index, chosen, choice, Room(device))
+        products = Products(by_index, chosen, choice, Room(device), StateDictNotice())
     return parameters, build(
         buckets, parameters, recipe, settings, fleets, backend, len(param_groups), products
     )

@@ -11,7 +11,7 @@ copies     by deepcopy, pickle or state_dict are plain.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -147,10 +147,12 @@ def _answer(func: Function, args: Any, kwargs: dict[str, Any], for_state_dict: b
         raise _no_memory(asked, func)
     if func in answers.REPLACING:
         return _replace(asked, args[1])
-    if func is Tensor.copy_ and asked is args[0] and asked.matrix.writable:
-        return _store(asked, args[1])
+    if func is Tensor.copy_ and asked is args[0] and asked.matrix.writer:
+        return _write(asked, asked.matrix.writer, *args[1:], **kwargs)
     refuse_writes(func, args, kwargs, FP8Parameter)
     if func in answers.DETACHING:
+        if for_state_dict and asked.matrix.on_state_dict:
+            asked.matrix.on_state_dict()
         return _values(asked, plain=for_state_dict)
     return _answer_reader(func, asked, args, kwargs)
 
@@ -247,9 +249,11 @@ def _replace(parameter: FP8Parameter, new: Tensor) -> None:
     parameter.data = new
 
 
-def _store(parameter: FP8Parameter, values: Tensor) -> Tensor:
-    """`load_state_dict`, while the owner allows it."""
-    parameter.matrix.store(values.expand(parameter.shape))
+def _write(
+    parameter: FP8Parameter, writer: Callable[[Tensor], None], values: Tensor, *_: Any, **__: Any
+) -> Tensor:
+    """`load_state_dict`, while the owner takes it."""
+    writer(values.expand(parameter.shape))
     return parameter
 
 

@@ -4,6 +4,7 @@ The owner writes the codes and says so by `rewritten`. Everything else only read
 the weight, operands for products.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -23,7 +24,8 @@ class Matrix:
     transposed_scales: Tensor  # of the codes transposed: `scale_shape(columns, rows)` float32
     kernels: Kernels = field(default=REFERENCE, repr=False)
     generation: int = 0  # how often the codes were rewritten
-    writable: bool = False  # whether a `copy_` of a whole weight, as of load_state_dict, is encoded
+    writer: Callable[[Tensor], None] | None = None  # takes a `copy_` of a whole weight, as of load_state_dict
+    on_state_dict: Callable[[], None] | None = None  # called when a state_dict takes the values
     decodes: int = 0  # how often somebody read values
     was_named: bool = False  # as a weight that training decodes
 

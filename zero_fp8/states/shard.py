@@ -3,7 +3,7 @@
 `wiring` makes them; after that only a shard knows where they live, and all others reach them through `lend`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -68,14 +68,14 @@ class Shard:
         """
         yield self._state if rows is ALL else self._state[rows]
 
-    def take_masters(self, weights: Tensor) -> None:
-        """Round weights, [blocks, block size] of the model's dtype, into the masters."""
-        with self.lend() as state:
-            if state.master.format.split:
-                state.master.zero_()  # a BF16 weight is its master, with nothing below
-                return
-            for piece in self.pieces:
-                self._backend.quantize(weights[piece.rows].view(-1), state.master[piece.rows])
+    def take_masters(self, weights: Tensor, pieces: Iterable[Piece]) -> None:
+        """Round weights, [blocks, block size] of the model's dtype, into the masters of some pieces."""
+        for piece in pieces:
+            with self.lend(piece.rows) as state:
+                if state.master.format.split:
+                    state.master.zero_()  # a BF16 weight is its master, with nothing below
+                else:
+                    self._backend.quantize(weights[piece.rows].view(-1), state.master)
 
     def sweep(self, gradient: Blocks, weights: Room, scalars: AdamScalars, control: Tensor) -> None:
         """One Adam step, or none if `control` says so; writes the owned rows of the weights."""

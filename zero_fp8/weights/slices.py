@@ -21,7 +21,7 @@ from ds_fp8.compat import ZeroParamStatus
 from ds_fp8.zero_fp8.comm.collectives import NothingToGather
 from ds_fp8.zero_fp8.comm.groups import Nodes
 from ds_fp8.zero_fp8.placement.parameters import shape_of
-from ds_fp8.zero_fp8.placement.partition import Bucket, padding_of_slices
+from ds_fp8.zero_fp8.placement.partition import Bucket, Piece, padding_of_slices
 from ds_fp8.zero_fp8.weights.home import described
 
 BLOCK_SIZE = "ds_fp8_block_size"  # attribute of a parameter whose slices are whole blocks
@@ -107,7 +107,6 @@ class SlicedWeights:
     """The slices of one bucket's parameters that this rank owns."""
 
     saved_with_states = True
-    follows_masters = False
 
     def __init__(self, bucket: Bucket, parameters: Mapping[int, Any], rank: int) -> None:
         """Copy the slices, which `cut` has made, into a new buffer; each `ds_tensor` is a view of it."""
@@ -121,12 +120,20 @@ class SlicedWeights:
             held.data = home.view.copy_(held)
             self.homes.append(home)
 
+    def leads(self, index: int) -> bool:
+        """Always: a master is made of what a parameter is given."""
+        return True
+
     @property
     def own(self) -> Tensor:
         """The rows that this rank writes, [blocks, block size]."""
         return self._own
 
     room = own
+
+    def given(self, piece: Piece) -> Tensor:
+        """Where new values of what this rank owns of a parameter are written, [elements]."""
+        return self.own[piece.rows].view(-1)[: piece.numel]
 
     def write(self, index: int, parameter: Parameter, values: Tensor) -> None:
         """Write a parameter that is whole, [elements]; slices are owned rows."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ds_fp8.zero_fp8.comm.groups import Nodes
+from ds_fp8.zero_fp8.placement.partition import Piece
 from ds_fp8.zero_fp8.weights.home import Home
 
 
@@ -32,13 +33,18 @@ class Weights(Protocol):
     def saved_with_states(self) -> bool:
         """Whether split masters' upper halves are saved beside them, as no model file has whole weights."""
 
-    @property
-    def follows_masters(self) -> bool:
-        """Whether masters know more than the weights, which are made of them: weights say nothing new."""
+    def leads(self, index: int) -> bool:
+        """Whether a parameter, by global index, can say anything new to its master.
+
+        Not if it is codes that were made of the master, which knows more.
+        """
 
     @property
     def room(self) -> Tensor:
-        """Where this rank writes its rows, [blocks, block size] of the model's dtype; a gather follows."""
+        """Where this rank writes its rows, [blocks, block size] of the model's dtype; a gather follows.
+
+        Beside split masters it holds their upper halves.
+        """
 
     @property
     def own(self) -> Tensor:
@@ -53,6 +59,9 @@ class Weights(Protocol):
 
         control: the sweep's, which may have left `room` as it was; None: every row was written.
         """
+
+    def given(self, piece: Piece) -> Tensor:
+        """Where new values of what this rank owns of a parameter go, [elements]; its master follows."""
 
     def write(self, index: int, parameter: Parameter, values: Tensor) -> None:
         """Write what there is of a parameter, whose owned rows are written; every rank gives the same.

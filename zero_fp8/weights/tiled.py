@@ -8,11 +8,14 @@ padded.
 
 A skipped step has not written the room: then exponents and codes stay as they are, which the device decides.
 
-Masters are taken from the BF16 weights before they are encoded, and decide ever after.
+Masters are taken from the BF16 weights before they are encoded, and decide ever after. Values that a
+parameter is given between steps are kept, as far as a rank owns them, until codes are made of masters again.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -51,6 +54,7 @@ class Products:
     chosen: Collection[int]  # global indices of those that become codes
     choice: Choice
     room: Room
+    on_state_dict: Callable[[], None]  # called when a state_dict takes a weight
 
 
 @dataclass(frozen=True)
@@ -134,6 +138,7 @@ class TiledWeights:
         self._bucket, self._rank, self._products = bucket, rank, products
         self._parameters = {slot.parameter: parameters[slot.parameter] for slot in bucket.slots}
         self._encoded = False
+        self._given: dict[int, Tensor] = {}  # by parameter, the elements that this rank owns
         device = parameters[bucket.slots[0].parameter].device
         self._codes = torch.zeros(bucket.blocks * bucket.block_size, dtype=torch.uint8, device=device)
         counts = [tiles(each.shape[0]) * tiles(each.shape[1]) for each in self._parameters.values()]
@@ -161,12 +166,12 @@ class TiledWeights:
             scales=torch.ones(scale_shape(rows, columns), device=codes.device),
             transposed_scales=torch.ones(scale_shape(columns, rows), device=codes.device),
             kernels=self._products.choice.kernels,
+            on_state_dict=self._products.on_state_dict,
         )
 
-    @property
-    def follows_masters(self) -> bool:
-        """Whether the parameters are codes already."""
-        return self._encoded
+    def leads(self, index: int) -> bool:
+        """Whether a parameter has other values than codes of its master."""
+        return not self._encoded or index in self._given
 
     @property
     def room(self) -> Tensor:
@@ -178,9 +183,39 @@ class TiledWeights:
         """The rows that this rank owns, with their values, until another bucket's are asked for."""
         rows = self.room.zero_()
         for part in self._parts:
-            values = self._parameters[part.piece.slot.parameter].detach().reshape(-1)
-            part.of(rows).copy_(values[part.piece.elements])
+            index = part.piece.slot.parameter
+            given = self._given.get(index)
+            if given is None:
+                given = self._parameters[index].detach().reshape(-1)[part.piece.elements]
+            part.of(rows).copy_(given)
         return rows
+
+    def given(self, piece: Piece) -> Tensor:
+        """Room for new values of what this rank owns of a parameter, [elements]; all are to be written."""
+        room = torch.empty(piece.numel, dtype=torch.bfloat16, device=self._codes.device)
+        self._given[piece.slot.parameter] = room
+        return room
+
+    def _keep(self, index: int, values: Tensor) -> None:
+        """Values that a parameter is given, of its shape."""
+        for part in self._parts:
+            if part.piece.slot.parameter == index:
+                self.given(part.piece).copy_(values.detach().reshape(-1)[part.piece.elements])
+
+    def matrices(self) -> Iterator[tuple[Matrix, list[OwnPart]]]:
+        """Each matrix, and what this rank owns of it."""
+        for home in self.homes:
+            yield home.matrix, [part for part in self._parts if part.matrix is home.matrix]
+
+    def set_writers(self, *, keeps: bool) -> None:
+        """Let load_state_dict write; keeps: masters are to be taken from what it writes."""
+        for home in self.homes:
+            home.matrix.writer = partial(self._keep, home.parameter) if keeps else _drop
+
+    def unset_writers(self) -> None:
+        """Nobody writes any more."""
+        for home in self.homes:
+            home.matrix.writer = None
 
     def gather(self, nodes: Nodes, control: Tensor | None) -> CodeGather:
         """Encode what `room` holds, and launch what brings every rank's codes to all."""
@@ -207,12 +242,14 @@ class TiledWeights:
             if not self._encoded:
                 FP8Parameter.take_over(self._parameters[home.parameter], matrix, self._products.choice.way)
         self._encoded = True
+        self._given.clear()
 
     def write(self, index: int, parameter: Parameter, values: Tensor) -> None:
         """Encode a parameter, [elements], the same on every rank."""
         for home in self.homes:
             if home.parameter == index:
                 home.matrix.store(values.view(home.matrix.codes.shape))
+                self._given.pop(index, None)
 
     def bind(self, parameters: Mapping[int, Parameter]) -> Iterator[int]:
         """Encode parameters that have values of their own; the global index of each."""
@@ -220,6 +257,7 @@ class TiledWeights:
             parameter = parameters[home.parameter]
             if home.was_left_by(parameter):
                 home.matrix.store(parameter.detach())
+                self._keep(home.parameter, parameter)
                 FP8Parameter.take_over(parameter, home.matrix, self._products.choice.way)
                 yield home.parameter
 
@@ -232,8 +270,20 @@ class TiledWeights:
         """There is always memory: nobody else has the buffer."""
 
 
+def _drop(_: Tensor) -> None:
+    """Masters decide."""
+
+
+def is_tiled(weights: object) -> TypeGuard[TiledWeights]:
+    """Whether a bucket has matrices."""
+    return isinstance(weights, TiledWeights)
+
+
+def tiled(weights: Sequence[object]) -> Iterator[TiledWeights]:
+    """Those of buckets that have matrices."""
+    return filter(is_tiled, weights)
+
+
 def matrices_of(weights: Sequence[object]) -> Iterator[Matrix]:
     """Of all buckets that have some."""
-    for each in weights:
-        if isinstance(each, TiledWeights):
-            yield from (home.matrix for home in each.homes)
+    return (home.matrix for each in tiled(weights) for home in each.homes)

@@ -11,7 +11,7 @@ from torch.nn import Parameter
 
 from ds_fp8.zero_fp8.comm.collectives import AllGather, Broadcasts
 from ds_fp8.zero_fp8.comm.groups import Nodes
-from ds_fp8.zero_fp8.placement.partition import Bucket
+from ds_fp8.zero_fp8.placement.partition import Bucket, Piece
 from ds_fp8.zero_fp8.weights.home import WholeHome
 
 
@@ -19,7 +19,6 @@ class FlatWeights:
     """The flat weight buffer of one bucket."""
 
     saved_with_states = False
-    follows_masters = False
 
     def __init__(self, bucket: Bucket, parameters: Mapping[int, Parameter], rank: int) -> None:
         """Copy the bucket's parameters into a new buffer and make them views of it."""
@@ -53,12 +52,20 @@ class FlatWeights:
                 home.take_in(parameter)
                 yield home.parameter
 
+    def leads(self, index: int) -> bool:
+        """Always: a master is made of what a parameter is given."""
+        return True
+
     @property
     def own(self) -> Tensor:
         """The rows that this rank writes, [blocks, block size]."""
         return self._parts[self._rank]
 
     room = own
+
+    def given(self, piece: Piece) -> Tensor:
+        """Where new values of what this rank owns of a parameter are written, [elements]."""
+        return self.own[piece.rows].view(-1)[: piece.numel]
 
     def write(self, index: int, parameter: Parameter, values: Tensor) -> None:
         """Write a parameter, [elements]."""

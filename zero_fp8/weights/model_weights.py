@@ -1,0 +1,115 @@
+"""What model files hold of FP8 weights: the values of their codes, or their masters, rounded to BF16.
+
+Codes are what products multiply, so that a model that is read from their values computes what training
+computes. Masters know more: whatever quantises the model anew, or trains it on, starts better from them.
+Either goes to host memory, one matrix after another.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from ds_fp8.ops.masters import rewrite_weights
+from ds_fp8.zero_fp8.comm.collectives import sum_over_ranks
+from ds_fp8.zero_fp8.products.fp8_parameter import FP8Parameter
+from ds_fp8.zero_fp8.products.matrix import Matrix
+from ds_fp8.zero_fp8.states.shard import Shard
+from ds_fp8.zero_fp8.weights.store import Weights
+from ds_fp8.zero_fp8.weights.tiled import TiledWeights, is_tiled, tiled
+
+logger = logging.getLogger("ds_fp8")
+
+
+class StateDictNotice:
+    """A line for the log when values of codes first go into a state_dict."""
+
+    def __init__(self) -> None:
+        self._given = False
+
+    def __call__(self) -> None:
+        if not self._given:
+            self._given = True
+            logger.info(
+                "FP8 weights are in this state_dict as the BF16 values of their codes, with which the model "
+                "computes; for their masters: fp8.checkpoint.weights masters (in save_checkpoint and "
+                "save_16bit_model), or `ds_fp8 export` of a checkpoint"
+            )
+
+
+class ModelWeights:
+    """FP8 weights for model files."""
+
+    def __init__(
+        self, shards: Sequence[Shard], weights: Sequence[Weights], group: ProcessGroup, *, masters: bool
+    ) -> None:
+        """masters: what `fp8.checkpoint.weights` says."""
+        self._shards = shards
+        self._weights = weights
+        self._group = group
+        self._masters = masters
+        self._held: dict[Matrix, Tensor] | None = None  # during a save, what is collective of it
+
+    def hold(self, *, writes: bool) -> None:
+        """Gather for a save, for the rank that writes. Collective if masters are wanted."""
+        self._held = self._gathered(keeps=writes) if self._masters else {}
+
+    def let_go(self) -> None:
+        """The save has ended."""
+        self._held = None
+
+    @property
+    def exist(self) -> bool:
+        """Whether there are FP8 weights."""
+        return any(True for _ in tiled(self._weights))
+
+    def make_plain(self, state: dict[str, Any], *, writes: bool) -> None:
+        """Turn parameters into plain tensors, FP8 ones into BF16. Outside a save as collective as `hold`.
+
+        writes: as in `hold`; the others leave parameters as they are while a save goes on.
+        """
+        masters = self._held
+        if masters is None:
+            masters = self._gathered(keeps=True) if self._masters else {}
+        elif not writes:
+            return
+        for name, value in state.items():
+            if isinstance(value, FP8Parameter):
+                state[name] = self._values(value.matrix, masters)
+            elif isinstance(value, Tensor):
+                state[name] = value.detach()
+
+    def _values(self, matrix: Matrix, masters: dict[Matrix, Tensor]) -> Tensor:
+        if self._masters:
+            return masters[matrix]
+        if matrix.on_state_dict:
+            matrix.on_state_dict()
+        return matrix.values().cpu()
+
+    def _gathered(self, *, keeps: bool) -> dict[Matrix, Tensor]:
+        """Every matrix's masters, rounded to BF16, on the CPU. Collective."""
+        found = {}
+        for shard, weights in zip(self._shards, self._weights, strict=True):
+            masters = rounded_masters(shard, weights, self._group) if is_tiled(weights) else ()
+            for matrix, values in masters:
+                if keeps:
+                    found[matrix] = values.cpu()
+        return found
+
+
+def rounded_masters(
+    shard: Shard, weights: TiledWeights, group: ProcessGroup
+) -> Iterator[tuple[Matrix, Tensor]]:
+    """Each matrix of a bucket and its masters, [rows, columns] bfloat16, as they are encoded. Collective."""
+    room = weights.room
+    with shard.lend() as state:
+        rewrite_weights(state.master, room)
+    for matrix, own in weights.matrices():
+        whole = torch.zeros(matrix.codes.shape, dtype=torch.bfloat16, device=room.device)
+        for part in own:
+            whole.view(-1)[part.piece.elements] = part.of(room)
+        sum_over_ranks(whole.view(torch.uint8), group)  # one rank has each byte, the others have zeros
+        yield matrix, whole
