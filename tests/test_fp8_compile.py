@@ -1,18 +1,19 @@
 """FP8 weights under torch.compile: one graph, the same bits, new codes without a new graph."""
 
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
-from fp8_weights import DECODED, EMULATED, LAID_OUT, fp8_linear, make_fp8, random
+from fp8_weights import DECODED, EMULATED, LAID_OUT, fp8_linear, hold, make_fp8, random
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.nn import functional
 
-from ds_fp8.zero_fp8.products.ways import Way
+from ds_fp8.zero_fp8.products.ways import FP8Products, Way
 
 
 @pytest.fixture(autouse=True)
@@ -152,3 +153,21 @@ def test_values_of_a_weight_are_read_by_compiled_code() -> None:
 
     x, values = random(5, 160), layer.weight.data
     assert torch.equal(torch.compile(call, backend="aot_eager")(x, values), call(x, values))
+
+
+@pytest.mark.parametrize("tokens", [17, 150])
+@pytest.mark.parametrize("way", [EMULATED, LAID_OUT], ids=lambda way: way.name)
+def test_fakes_have_the_shapes_and_strides_of_kernels(way: FP8Products, tokens: int) -> None:
+    name, x, dy = way.kernels.name, random(tokens, 160), random(tokens, 96)
+    matrix = hold(random(96, 160))
+    ops = torch.ops.ds_fp8
+    cast = ops.cast_input(name, x, True)
+    calls = [
+        *((ops.cast_input, (name, x, wgrad)) for wgrad in (True, False)),
+        *((ops.cast_gradient, (name, dy, *wanted)) for wanted in product([True, False], repeat=3)),
+        (ops.multiply, (name, *cast[:2], matrix.codes, matrix.scales, random(96))),
+        (ops.transpose, (name, matrix.codes)),
+        (ops.decode_weight, (name, matrix.codes, matrix.exponents)),
+    ]
+    for op, arguments in calls:
+        torch.library.opcheck(op.default, arguments, test_utils="test_faketensor")

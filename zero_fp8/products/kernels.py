@@ -200,8 +200,8 @@ def _(
 def _multiply(
     kernels: str, left: Tensor, left_scales: Tensor, right: Tensor, right_scales: Tensor, bias: Tensor | None
 ) -> Tensor:
-    operand = Operand(left, _dense(left_scales).t())
-    return _multiply_apart(_known[kernels], operand, Right(right, _dense(right_scales)), bias)
+    operand = Operand(left, left_scales.t())
+    return _multiply_apart(_known[kernels], operand, Right(right, right_scales), bias)
 
 
 @_multiply.register_fake
@@ -225,11 +225,6 @@ _decode = torch.library.custom_op("ds_fp8::decode_weight", _run_decode, mutates_
 @_decode.register_fake
 def _(name: str, codes: Tensor, exponents: Tensor) -> Tensor:
     return codes.new_empty(codes.shape, dtype=torch.bfloat16)
-
-
-def _dense(scales: Tensor) -> Tensor:
-    """With the strides of a dense tensor: compilers change those of a side of one element."""
-    return scales.as_strided(scales.shape, (scales.shape[1], 1))
 
 
 def _nothing(like: Tensor) -> tuple[Tensor, Tensor]:

@@ -57,40 +57,40 @@ class Way(Protocol):
 class FP8Products:
     """Products of codes; its kernels cast and multiply."""
 
-    def __init__(self, name: str, run: Kernels) -> None:
+    def __init__(self, name: str, functions: Kernels) -> None:
         self.name = name
         self.casts = SharedCasts()
-        self._run = run
+        self.kernels = functions
 
     def forward(
         self, x: Tensor, matrix: Matrix, bias: Tensor | None, *, swapped: bool, wgrad: bool
     ) -> tuple[Tensor, Saved]:
         cast = self._cast(x, wgrad)
         weight = self._transposed(matrix) if swapped else _as_stored(matrix)
-        y = kernels.multiply(self._run, cast.forward, weight, bias)
+        y = kernels.multiply(self.kernels, cast.forward, weight, bias)
         return y[: x.numel() // x.shape[-1]], cast.wgrad if wgrad and cast.wgrad is not None else ()
 
     def backward(self, dy: Tensor, saved: Saved, matrix: Matrix, *, needs: Needs, swapped: bool) -> Gradients:
         if not torch.compiler.is_compiling():
             self.casts.clear()
-        cast = kernels.cast_gradient(self._run, dy, dgrad=needs.input, wgrad=needs.weight, bias=needs.bias)
+        cast = kernels.cast_gradient(self.kernels, dy, dgrad=needs.input, wgrad=needs.weight, bias=needs.bias)
         dx = dw = None
         if cast.dgrad is not None:
             weight = _as_stored(matrix) if swapped else self._transposed(matrix)
-            dx = kernels.multiply(self._run, cast.dgrad, weight)[: len(dy)]
+            dx = kernels.multiply(self.kernels, cast.dgrad, weight)[: len(dy)]
         if cast.wgrad is not None:
-            dw = kernels.multiply(self._run, cast.wgrad, Right(*saved))
+            dw = kernels.multiply(self.kernels, cast.wgrad, Right(*saved))
             dw = dw.t().contiguous() if swapped else dw
         return Gradients(dx, dw, None if cast.bias is None else cast.bias.to(torch.bfloat16))
 
     def _transposed(self, matrix: Matrix) -> Right:
-        return Right(kernels.transpose(self._run, matrix.codes), matrix.transposed_scales)
+        return Right(kernels.transpose(self.kernels, matrix.codes), matrix.transposed_scales)
 
     def _cast(self, x: Tensor, wgrad: bool) -> Cast:
         """Common subexpressions are found by the compiler, if there is one."""
         if torch.compiler.is_compiling():
-            return kernels.cast_input(self._run, _flat(x), wgrad=wgrad)
-        return self.casts.of(x, wgrad, lambda: kernels.cast_input(self._run, _flat(x), wgrad=wgrad))
+            return kernels.cast_input(self.kernels, _flat(x), wgrad=wgrad)
+        return self.casts.of(x, wgrad, lambda: kernels.cast_input(self.kernels, _flat(x), wgrad=wgrad))
 
 
 class DecodedProducts:
