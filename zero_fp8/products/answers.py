@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._guards import TracingContext
 
 # Of the parameter and its gradient, not of its values: answered by the tensor without values behind it.
 ASKS = """size dim numel nelement ndimension is_floating_point is_complex element_size get_device is_pinned
@@ -68,3 +69,8 @@ LEAVES_GRAPH = (
     *WRITING - {"__set__", "__delete__"},
     *POINTERS.split(),
 )
+
+
+def compiler_asks() -> bool:
+    """Whether it is torch.compile that looks at a weight, to make a fake one; older ones set no flag then."""
+    return torch.compiler.is_compiling() or TracingContext.try_get() is not None
