@@ -444,9 +444,30 @@ FAULTS = (
     Fault(
         "a save is collective where a rank may fail",
         "ds_fp8/seam/saving.py",
-        "            handler.saved.ready_to_save(),\n",
+        "            handler.saved.ready_to_save(writes=engine.save_non_zero_checkpoint),\n",
         "",
         "test_failed_saves.py 3-scheduler",
+    ),
+    Fault(
+        "masters are not made of codes in a model file",
+        "zero_fp8/checkpoint/manifest.py",
+        'return encoded if self.weights == "codes" else set()',
+        "return set()",
+        "test_o3_checkpoints.py weights_alone",
+    ),
+    Fault(
+        "values given to an FP8 weight are kept for its master",
+        "zero_fp8/weights/tiled.py",
+        "self.given(part.piece).copy_(values.detach().reshape(-1)[part.piece.elements])",
+        "pass",
+        "test_o3_checkpoints.py weights_alone",
+    ),
+    Fault(
+        "an edit of an FP8 weight is over after a step",
+        "zero_fp8/weights/tiled.py",
+        "        self._given.clear()\n",
+        "",
+        "test_o3_checkpoints.py edits",
     ),
     Fault(
         "a save drops what was gathered",

@@ -76,10 +76,13 @@ def train_and_save(folder: str, fp8: dict[str, Any], options: dict[str, Any]) ->
 
 
 def move(source: str, target: str, fp8: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
-    """Load and save, without training between."""
+    """Load and save, without training between, nor a BF16 copy of all weights on the device."""
     with engine_of(fp8, seed=7, **options) as engine:
+        matrices = list(matrices_of(engine.optimizer.parts.weights))
+        decodes = [each.decodes for each in matrices]
         assert engine.load_checkpoint(source)[0] is not None
         engine.save_checkpoint(target, tag="moved")
+        assert [each.decodes for each in matrices] == decodes
         return facts(engine)
 
 
