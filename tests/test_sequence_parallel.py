@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from engines import assert_same_bits, build, ds_config, packed, state_bits, weig
 from hf_runs import FP8, LLAMA, assert_like_bf16, result_of, trainer_of
 from hf_runs import ds_config as hf_config
 from hf_trainer import model_of
+from packaging.version import Version
 from ranks import RankPools
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
@@ -134,7 +136,7 @@ CASES = [
     pytest.param(ranks, stage, kind, id=f"{ranks}-{stage}-{kind}", marks=[] if quick else [slow])
     for ranks, stage, kind, quick in (
         *((2, 1, "local", False), (2, 2, "gathered", True), (2, 3, "gathered", True)),
-        *((4, 1, "local", True), (4, 2, "local", False), (4, 3, "local", True)),
+        *((4, 1, "local", False), (4, 2, "local", False), (4, 3, "local", True)),
     )
 ]
 
@@ -300,6 +302,10 @@ def with_positions(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
     }
 
 
+@pytest.mark.skipif(
+    Version(version("deepspeed")) < Version("0.19.8"),
+    reason="DeepSpeed's data loader of sequences cannot gather over gloo before 0.19.8",
+)
 @pytest.mark.parametrize("stage", [pytest.param(2, marks=slow), 3])
 def test_trainer(ranks: RankPools, tmp_path: Path, stage: int) -> None:
     """Beside stock; a resumed training begins with what was saved, to the bit."""

@@ -172,7 +172,8 @@ def _config_rows(config: dict[str, Any]) -> dict[str, Any]:
     if run is None:
         return {"accepted": config["off"]}
     alone = run["refused_without_hugging_face"]
-    accepted = "yes" if alone is None else f"by the Trainer and accelerate only; DeepSpeed alone: {alone}"
+    beside = "by the Trainer and accelerate only" if run["filled_in_by_hugging_face"] else "with a batch size"
+    accepted = "yes" if alone is None else f"{beside}; DeepSpeed alone: {alone}"
     rates = {key: f"{value:.4f}" for key, value in run.items() if isinstance(value, float)}
     rows = {**run, "weights": run["weights"] or "as the model", **rates}
     lists = {key: "; ".join(rows.pop(key, ())) for key in LISTS}

@@ -69,6 +69,8 @@ def check(ds_config: Mapping[str, Any]) -> list[str]:
     for name in (*BATCHES, "sequence_parallel_size"):
         _check_count(name, ds_config.get(name))
     _refuse_mesh(ds_config)
+    if _section(ds_config, "zero_optimization").get("reduce_bucket_size") == 0:
+        raise refusal("zero_optimization.reduce_bucket_size", 0, "1 or more")
     clipping = ds_config.get("gradient_clipping", 0.0)
     if isinstance(clipping, bool) or not isinstance(clipping, int | float) or not 0 <= clipping < math.inf:
         raise refusal("gradient_clipping", clipping, "a number, 0 or more")

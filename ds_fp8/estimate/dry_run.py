@@ -41,7 +41,7 @@ class DryRun:
     model_dtype: str | None  # bf16, fp16; None: as the model has it
     idle: tuple[str, ...]  # keys without effect
     filled_in: tuple[str, ...]  # keys that are "auto"
-    refused_alone: str | None  # the refusal if Hugging Face does not fill in the "auto" keys
+    refused_alone: str | None  # the refusal if nobody fills in "auto" keys, or a batch size that is missing
 
 
 def read(source: str) -> Mapping[str, Any]:
@@ -63,9 +63,11 @@ def run_dry(config: Mapping[str, Any], *, gpus: int, micro_steps: int | None = N
     refused. What only the model or a client's optimizer shows is not looked at.
     """
     known, filled_in = without_auto(config)
-    assumes = not set(known) & set(BATCHES[:2])
+    assumes = not set(known) & set(BATCHES[:2]) and (bool(filled_in) or SECTION in config)
     if assumes:
-        known[BATCHES[1]] = 1  # DeepSpeed wants one of both; Hugging Face fills it in
+        known[BATCHES[1]] = (
+            1  # DeepSpeed wants one of both; Hugging Face fills it in, or who completes a template
+        )
     judged = judge(known, gpus)
     fp8: FP8Config | None = judged.ds_fp8
     if fp8 is None or not fp8.enabled:

@@ -75,7 +75,7 @@ def _load(engine: Any, load_dir: Path, name: str, options: Mapping[str, Any]) ->
     """Load a tag; what DeepSpeed's load_checkpoint returns."""
     handler: FP8ZeROOptimizer = engine.optimizer
     group, folder = handler.dp_process_group, load_dir / name
-    with agreed(handler.ready_for_files, group):
+    with agreed(handler.ready_for_files, group), model_file.as_data_parallel(engine):
         checked = _check(engine, folder, Wanted.by(options))
         if checked.conversion:
             logger.info("%s", checked.conversion)

@@ -24,7 +24,7 @@ from ds_fp8.seam.arguments import (
     first_of,
     is_first,
 )
-from ds_fp8.seam.model_file import frozen, shapes_of
+from ds_fp8.seam.model_file import as_data_parallel, frozen, shapes_of
 from ds_fp8.seam.status import is_active
 from ds_fp8.zero_fp8.checkpoint import files, manifest, tags, writer
 from ds_fp8.zero_fp8.checkpoint.manifest import File, Manifest, Place, Sliced
@@ -102,6 +102,7 @@ def _write(engine: Any, save: _Save, original: Method, client_state: Mapping[str
     try:
         with (
             agreed(handler.ready_for_files, group),
+            as_data_parallel(engine),
             handler.saved.ready_to_save(writes=engine.save_non_zero_checkpoint),
             _to_the_end(engine) as failures,
         ):
