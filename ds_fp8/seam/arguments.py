@@ -8,8 +8,8 @@ import hashlib
 import os
 import uuid
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
@@ -187,3 +187,16 @@ def _sums(path: Path) -> list[int]:
             return [part.CRC for part in file.infolist()]
     except (OSError, zipfile.BadZipFile):
         return []
+
+
+@contextmanager
+def as_data_parallel(engine: Any) -> Iterator[None]:
+    """Let DeepSpeed name and read files without the mpu, which is none of model parallelism.
+
+    DeepSpeed before 0.19.8 takes the ranks of a sequence for those of a model.
+    """
+    mpu, engine.mpu = engine.mpu, None
+    try:
+        yield
+    finally:
+        engine.mpu = mpu

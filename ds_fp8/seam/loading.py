@@ -12,7 +12,13 @@ from typing import Any
 
 from ds_fp8.ops.masters import put
 from ds_fp8.seam import model_file
-from ds_fp8.seam.arguments import agree_on, check_place, check_same_checkpoint, checksum_share
+from ds_fp8.seam.arguments import (
+    agree_on,
+    as_data_parallel,
+    check_place,
+    check_same_checkpoint,
+    checksum_share,
+)
 from ds_fp8.seam.load_checks import Checked, check, check_stock, check_universal, others_of
 from ds_fp8.seam.model_file import Wanted, frozen
 from ds_fp8.seam.status import is_active
@@ -75,7 +81,7 @@ def _load(engine: Any, load_dir: Path, name: str, options: Mapping[str, Any]) ->
     """Load a tag; what DeepSpeed's load_checkpoint returns."""
     handler: FP8ZeROOptimizer = engine.optimizer
     group, folder = handler.dp_process_group, load_dir / name
-    with agreed(handler.ready_for_files, group), model_file.as_data_parallel(engine):
+    with agreed(handler.ready_for_files, group), as_data_parallel(engine):
         checked = _check(engine, folder, Wanted.by(options))
         if checked.conversion:
             logger.info("%s", checked.conversion)

@@ -28,19 +28,6 @@ Method = Callable[..., Any]
 KEEPS_SCHEDULER = "load_lr_scheduler_states=False keeps this run's"
 
 
-@contextmanager
-def as_data_parallel(engine: Any) -> Iterator[None]:
-    """Let DeepSpeed name and read files without the mpu, which is none of model parallelism.
-
-    DeepSpeed before 0.19.8 takes the ranks of a sequence for those of a model.
-    """
-    mpu, engine.mpu = engine.mpu, None
-    try:
-        yield
-    finally:
-        engine.mpu = mpu
-
-
 @dataclass(frozen=True)
 class Wanted:
     """The arguments of load_checkpoint that decide what must fit."""

@@ -17,6 +17,7 @@ import torch
 import ds_fp8
 from ds_fp8.seam.arguments import (
     agree_on,
+    as_data_parallel,
     check_client_state,
     check_place,
     check_same_folder,
@@ -24,7 +25,7 @@ from ds_fp8.seam.arguments import (
     first_of,
     is_first,
 )
-from ds_fp8.seam.model_file import as_data_parallel, frozen, shapes_of
+from ds_fp8.seam.model_file import frozen, shapes_of
 from ds_fp8.seam.status import is_active
 from ds_fp8.zero_fp8.checkpoint import files, manifest, tags, writer
 from ds_fp8.zero_fp8.checkpoint.manifest import File, Manifest, Place, Sliced
