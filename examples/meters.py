@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.distributed import ProcessGroup, get_process_group_ranks, get_rank
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -24,7 +25,7 @@ def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
     found = {}
     with torch._C.DisableTorchFunctionSubclass():
         for tensor in tensors:
-            if tensor.is_meta:
+            if tensor.is_meta or isinstance(tensor, FakeTensor):
                 continue
             storage = tensor.untyped_storage()
             found[storage.data_ptr()] = storage.nbytes()

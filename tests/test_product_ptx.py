@@ -37,7 +37,7 @@ DESIGN = {
     "dy": Design(2, 2, e4m3=2, narrow=2),
     "dy and sums": Design(2, 2, e4m3=2, narrow=3),
     "find": Design(2, 0, narrow=2),
-    "encode": Design(2, 1, e4m3=1, narrow=1),
+    "encode": Design(2, 1, e4m3=1, narrow=2),
     "decode": Design(1, 2, narrow=1),
     "transpose": Design(1, 1),
 }

@@ -1,7 +1,6 @@
 """save_checkpoint of an engine with FP8.
 
-DeepSpeed writes its own files; around that, a tag appears as a whole or not at all
-(`zero_fp8.checkpoint.tags`). DeepSpeed is asked which file is whose; later the manifest says it.
+DeepSpeed writes its own files, and is asked which is whose. A tag appears as a whole or not at all (`tags`).
 """
 
 import functools
