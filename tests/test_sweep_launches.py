@@ -16,7 +16,7 @@ OPS = Path(ds_fp8.__file__).parents[1] / "ops"
 SOURCES = {path.relative_to(OPS).as_posix(): path.read_text() for path in sorted(OPS.rglob("*.py"))}
 KERNELS = "".join(source for name, source in SOURCES.items() if name.startswith("triton/"))
 LAUNCH = "launch"  # ops.triton.tiles: a kernel, programs and warps, then the kernel's own arguments
-OF_LAUNCH = 4  # kernel, programs, warps, registers
+OF_LAUNCH = 3
 LONG, FIRST = 8, 3  # parameters of a device function, and how many of that many are clear by their place
 STEPS = ("adam_step", "step_tensors")
 

@@ -27,14 +27,14 @@ PER_WARP = 512  # elements of a tile: 16 per thread, one 16-byte access of an 8-
 
 
 def launch(
-    kernel: Any, programs: int, warps: int, registers: int | None = None, /, **arguments: object
+    kernel: Any, programs: int, warps: int, /, *, maxnreg: int | None = None, **arguments: object
 ) -> None:
     """Launch without fused multiply-adds, which round once where the reference rounds twice.
 
-    registers: a thread's at most; None: the assembler chooses. arguments: every parameter of the kernel by
-    its name, so that none can take another's place.
+    maxnreg: registers of a thread at most; None: the assembler chooses. arguments: every parameter of the
+    kernel by its name, so that none can take another's place.
     """
-    options = {} if INTERPRETED else {"num_warps": warps, "enable_fp_fusion": False, "maxnreg": registers}
+    options = {} if INTERPRETED else {"num_warps": warps, "enable_fp_fusion": False, "maxnreg": maxnreg}
     kernel[(programs,)](**arguments, **options)
 
 

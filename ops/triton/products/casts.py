@@ -157,7 +157,7 @@ def _cast(
         cast_kernel,
         tiles(padded) * tiles(features),
         WARPS,
-        REGISTERS if way == "rows" else None,
+        maxnreg=REGISTERS if way == "rows" else None,
         values=values,
         codes=values if rows is None else raw(rows.codes),
         scales=values if rows is None else rows.scales,
