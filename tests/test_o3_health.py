@@ -20,6 +20,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import ds_fp8
 from ds_fp8.ops.products import Operand
 from ds_fp8.zero_fp8 import product_health
+from ds_fp8.zero_fp8.health import Health
 from ds_fp8.zero_fp8.product_health import ProductCounts, ProductHealth
 from ds_fp8.zero_fp8.products.fp8_parameter import FP8Parameter
 
@@ -103,6 +104,18 @@ def test_what_is_not_training_does_not_count(layer: nn.Linear, health: ProductHe
     assert collected(health) == {"total": {}}
     health.measure(False)
     assert layer.weight.matrix.counts is None
+
+
+def test_a_sweep_that_begins_again_counts_weights_anew(layer: nn.Linear, health: ProductHealth) -> None:
+    matrix, values = layer.weight.matrix, uneven(96, 160, seed=1)
+    matrix.store(values)
+    whole = Health(1, 1, torch.device("cpu"), stores_sqrt=True, products=health)
+    whole.prepare(1)
+    for _ in range(2):
+        whole.begin_sweep()
+        assert collected(health) == {"total": {}}
+        matrix.counts.of_weight(values.view(-1), matrix.codes.view(-1), matrix.exponents)
+        assert collected(health)["weight"] == shares_by_hand({"w": by_hand(values, (128, 128))})
 
 
 def test_blocks_that_are_not_finite_do_not_count(layer: nn.Linear, health: ProductHealth) -> None:
