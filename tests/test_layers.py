@@ -50,7 +50,7 @@ ROOMS = (
         "reducer fp8_sum | pending | packing reduced schedule | exchange autoscale backwards",
     ),
     ("ds_fp8.zero_fp8.states", "shard"),
-    ("ds_fp8.zero_fp8", "health"),
+    ("ds_fp8.zero_fp8", "health | product_health"),
     ("ds_fp8.zero_fp8.comm", "collectives | agreement groups"),
     ("ds_fp8.zero_fp8.placement", "parameters even_slices | messages partition | ranks"),
     ("ds_fp8.zero_fp8", "plain_tensors recipe"),

@@ -14,6 +14,7 @@ from torch.distributed import ProcessGroup
 
 from ds_fp8.ops.health import GRADIENT_COUNTS, STATE_COUNTS, GradientCounts, StateCounts
 from ds_fp8.zero_fp8.comm.collectives import sum_over_ranks
+from ds_fp8.zero_fp8.product_health import ProductHealth
 
 Listener = Callable[[Mapping[str, Any]], None]
 
@@ -63,23 +64,41 @@ class Counts:
 class Health:
     """The counts of all param groups, and what they come to."""
 
-    def __init__(self, interval: int, groups: int, device: torch.device, *, stores_sqrt: bool) -> None:
+    def __init__(
+        self,
+        interval: int,
+        groups: int,
+        device: torch.device,
+        *,
+        stores_sqrt: bool,
+        products: ProductHealth,
+    ) -> None:
         """interval: steps from one that is measured to the next; 0: none is. stores_sqrt: as `AdamState`."""
         self.interval = interval
         self._zeros = "exp_avg_sq_rescued" if stores_sqrt else "exp_avg_sq_underflow"
         self.counts = [Counts(device if interval else None) for _ in range(groups)]
+        self._products = products
         self.last: dict[str, Any] | None = None  # of the last measured step
         self.listeners: list[Listener] = []
 
     def prepare(self, step: int) -> None:
         """Measure the coming step, counted from 1, or not."""
+        measuring = self.interval > 0 and step % self.interval == 0
         for each in self.counts:
-            each.measuring = self.interval > 0 and step % self.interval == 0
+            each.measuring = measuring
+        self._products.measure(measuring)
+
+    def forget(self) -> None:
+        """The gradients that were counted have been dropped."""
+        for each in self.counts:
+            each.forget()
+        self._products.forget()
 
     def begin_sweep(self) -> None:
         """The sweeps of a step begin, maybe again."""
         for each in self.counts:
             each.forget_sweep()
+        self._products.forget_weights()
 
     def collect(
         self, step: int, *, stepped: bool, group: ProcessGroup, more: Callable[[], dict[str, float]]
@@ -92,6 +111,7 @@ class Health:
             return
         rows = torch.stack([each.row for each in self.counts])
         sum_over_ranks(rows, group)
+        products = self._products.collect(group, stepped=stepped)
         groups = rows.tolist()
         total = [sum(column) for column in zip(*groups, strict=True)]
         self.last = {
@@ -99,6 +119,7 @@ class Health:
             "taken": stepped,
             "total": self._shares(total, stepped=stepped) | (more() if stepped else {}),
             "groups": [self._shares(each, stepped=stepped) for each in groups],
+            **({"products": products} if products else {}),
         }
         for listener in self.listeners:
             listener(self.last)

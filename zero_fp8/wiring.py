@@ -39,11 +39,12 @@ from ds_fp8.zero_fp8.placement.partition import (
     partition_whole,
 )
 from ds_fp8.zero_fp8.placement.ranks import Fleet
+from ds_fp8.zero_fp8.product_health import ProductHealth
 from ds_fp8.zero_fp8.recipe import Recipe, ZeroSettings
 from ds_fp8.zero_fp8.states.shard import Shard
 from ds_fp8.zero_fp8.weights.slices import SlicedWeights
 from ds_fp8.zero_fp8.weights.store import Weights
-from ds_fp8.zero_fp8.weights.tiled import Products, TiledWeights
+from ds_fp8.zero_fp8.weights.tiled import Products, TiledWeights, matrices_of
 from ds_fp8.zero_fp8.weights.views import FlatWeights
 
 GradientParts = tuple[Packer, GradientScales, list[ReducedGradient]]
@@ -126,9 +127,9 @@ def build(
     """
     device = next(iter(parameters.values())).device
     run = _Run(recipe, parameters, fleets, backend, device)
-    health = Health(settings.stats_interval, param_groups, device, stores_sqrt=not recipe.by_tensor)
-    counts = [health.counts[bucket.group] for bucket in buckets]
     weights = [run.weights(bucket, settings, products) for bucket in buckets]
+    health = _health(settings.stats_interval, param_groups, recipe, weights, device)
+    counts = [health.counts[bucket.group] for bucket in buckets]
     shards = [
         shard_of(bucket, run.rank_in(bucket), recipe, device, backend, each)
         for bucket, each in zip(buckets, counts, strict=True)
@@ -138,7 +139,7 @@ def build(
     pending = PendingGradients(
         parameters, adds_in_fp32=settings.accumulate_in_fp32, micro_steps=settings.micro_steps
     )
-    ways = (packer, schedule, fleets, health.counts)
+    ways = (packer, schedule, fleets, health)
     return Parts(
         buckets=buckets,
         fleets=fleets,
@@ -154,6 +155,14 @@ def build(
         divisor=_divisor(buckets[0].fleet, settings),
         products=products,
     )
+
+
+def _health(
+    interval: int, param_groups: int, recipe: Recipe, weights: Sequence[Weights], device: torch.device
+) -> Health:
+    matrices = list(matrices_of(weights)) if interval else []
+    products = ProductHealth(matrices, device)
+    return Health(interval, param_groups, device, stores_sqrt=not recipe.by_tensor, products=products)
 
 
 def _divisor(fleet: Fleet, settings: ZeroSettings) -> int:

@@ -97,7 +97,9 @@ def stats(engine: Any) -> dict[str, Any] | None:
     Returns:
         None before the first measured step. Then "step", and "total" and, for each param group, "groups" with
         shares of all elements (gradient_underflow, gradient_saturated, exp_avg_clamped, exp_avg_underflow,
-        exp_avg_sq_rescued), the count gradient_non_finite_blocks, and gradient_snr_db.
+        exp_avg_sq_rescued), the count gradient_non_finite_blocks, and gradient_snr_db. With FP8 weights
+        also "products": for the name of each, and in the mean as "total", {x,dy,w}_underflow and
+        {x,dy,w}_saturated, shares of elements that are not zero, and {x,dy,w}_amax_spread, in powers of two.
 
     Raises:
         ValueError: the engine does not use FP8, or fp8.stats.interval is 0.
@@ -120,8 +122,11 @@ def write_events(engine: Any, measured: Mapping[str, Any]) -> None:
 
 
 def by_name(measured: Mapping[str, Any]) -> dict[str, float]:
-    """The finite values of a measured step: in total and, if there are several param groups, of each."""
-    prefixed = {"": measured["total"]}
+    """The finite values of a measured step: in total and, if there are several param groups, of each.
+
+    Of FP8 products only the means: a model has hundreds of matrices.
+    """
+    prefixed = {"": measured["total"], "products/": measured.get("products", {}).get("total", {})}
     if len(measured["groups"]) > 1:
         prefixed |= {f"group{index}/": shares for index, shares in enumerate(measured["groups"])}
     return {

@@ -26,9 +26,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 PER_WARP = 512  # elements of a tile: 16 per thread, one 16-byte access of an 8-bit format
 
 
-def launch(
-    kernel: Any, programs: int, warps: int, /, *, maxnreg: int | None = None, **arguments: object
-) -> None:
+def launch(kernel: Any, programs: int, warps: int, /, *, maxnreg: object = None, **arguments: object) -> None:
     """Launch without fused multiply-adds, which round once where the reference rounds twice.
 
     maxnreg: registers of a thread at most; None: the assembler chooses. arguments: every parameter of the

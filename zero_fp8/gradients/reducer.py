@@ -34,7 +34,7 @@ from ds_fp8.zero_fp8.gradients.packing import Packer
 from ds_fp8.zero_fp8.gradients.pending import PendingGradients
 from ds_fp8.zero_fp8.gradients.reduced import ReducedGradient
 from ds_fp8.zero_fp8.gradients.schedule import Schedule
-from ds_fp8.zero_fp8.health import Counts
+from ds_fp8.zero_fp8.health import Health
 from ds_fp8.zero_fp8.placement.partition import Bucket
 from ds_fp8.zero_fp8.placement.ranks import Fleet
 
@@ -69,11 +69,11 @@ class GradientReducer:
         packer: Packer,
         schedule: Schedule,
         fleets: Mapping[Fleet, Nodes],
-        counts: Sequence[Counts],
+        health: Health,
         *,
         overlap: bool,
     ) -> None:
-        """pending: of this rank; reduced: of each bucket; counts: of each param group."""
+        """pending: of this rank; reduced: of each bucket."""
         self._buckets = buckets
         self._device = next(iter(pending.parameters.values())).device
         self.pending = pending
@@ -81,7 +81,7 @@ class GradientReducer:
         self._packer = packer
         self.schedule = schedule
         self._fleets = fleets
-        self._counts = counts
+        self._health = health
         self._overlap = overlap
         self._most = UNDER_WAY if overlap else 1
         self._under_way: deque[tuple[ReducedGradient, Exchange]] = deque()  # oldest first
@@ -108,8 +108,7 @@ class GradientReducer:
             self._under_way.popleft()[1].abandon()
         for reduced in self._reduced:
             reduced.forget()
-        for counts in self._counts:
-            counts.forget()
+        self._health.forget()
         self.pending.drop()
         self.backwards = 0  # that have come to their end since then
         self.schedule.changed = False
@@ -224,7 +223,7 @@ class GradientReducer:
             for _, earlier in self._under_way:
                 earlier.advance()
         bucket, reduced = self._buckets[index], self._reduced[index]
-        exchange = self._packer.send(bucket, self.pending.take(bucket), self._counts[bucket.group])
+        exchange = self._packer.send(bucket, self.pending.take(bucket), self._health.counts[bucket.group])
         self._under_way.append((reduced, exchange))
         if not self._overlap and (not self._must_not_wait or (exchange.progress() and exchange.done)):
             self._land()

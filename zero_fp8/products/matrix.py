@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ds_fp8.zero_fp8.product_health import ProductCounts
 from ds_fp8.zero_fp8.products.kernels import REFERENCE, Kernels, decode
 
 
@@ -28,6 +29,7 @@ class Matrix:
     on_state_dict: Callable[[], None] | None = None  # called when a state_dict takes the values
     decodes: int = 0  # how often somebody read values
     was_named: bool = False  # as a weight that training decodes
+    counts: ProductCounts | None = None  # on a measured step
 
     def rewritten(self) -> None:
         """Say that the codes are new: a backward whose forward had the old ones fails.

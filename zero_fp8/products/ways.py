@@ -65,7 +65,7 @@ class FP8Products:
     def forward(
         self, x: Tensor, matrix: Matrix, bias: Tensor | None, *, swapped: bool, wgrad: bool
     ) -> tuple[Tensor, Saved]:
-        cast = self._cast(x, wgrad)
+        cast = self._cast(x, matrix, wgrad)
         weight = self._transposed(matrix) if swapped else _as_stored(matrix)
         y = kernels.multiply(self.kernels, cast.forward, weight, bias)
         return y[: x.numel() // x.shape[-1]], cast.wgrad if wgrad and cast.wgrad is not None else ()
@@ -74,6 +74,8 @@ class FP8Products:
         if not torch.compiler.is_compiling():
             self.casts.clear()
         cast = kernels.cast_gradient(self.kernels, dy, dgrad=needs.input, wgrad=needs.weight, bias=needs.bias)
+        if matrix.counts is not None:
+            matrix.counts.of_gradient(dy, cast)
         dx = dw = None
         if cast.dgrad is not None:
             weight = _as_stored(matrix) if swapped else self._transposed(matrix)
@@ -86,11 +88,14 @@ class FP8Products:
     def _transposed(self, matrix: Matrix) -> Right:
         return Right(kernels.transpose(self.kernels, matrix.codes), matrix.transposed_scales)
 
-    def _cast(self, x: Tensor, wgrad: bool) -> Cast:
-        """Common subexpressions are found by the compiler, if there is one."""
+    def _cast(self, x: Tensor, matrix: Matrix, wgrad: bool) -> Cast:
+        """Common subexpressions are found by the compiler, if there is one, whose graphs count nothing."""
         if torch.compiler.is_compiling():
             return kernels.cast_input(self.kernels, _flat(x), wgrad=wgrad)
-        return self.casts.of(x, wgrad, lambda: kernels.cast_input(self.kernels, _flat(x), wgrad=wgrad))
+        cast = self.casts.of(x, wgrad, lambda: kernels.cast_input(self.kernels, _flat(x), wgrad=wgrad))
+        if matrix.counts is not None and wgrad:
+            matrix.counts.of_input(_flat(x), cast.forward)
+        return cast
 
 
 class DecodedProducts:

@@ -230,6 +230,8 @@ class TiledWeights:
             self._exponents.copy_(torch.where(control[1] == 0, self._exponents, self._agreed))
         for part in self._parts:
             kernels.encode_weight(part.of(room), *part.place, part.matrix.exponents, part.codes, control)
+            if part.matrix.counts is not None:
+                part.matrix.counts.of_weight(part.of(room), part.codes, part.matrix.exponents)
         return CodeGather(AllGather(self._codes, nodes), self)
 
     def renew(self) -> None:

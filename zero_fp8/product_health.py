@@ -1,0 +1,150 @@
+"""Health of FP8 products: what casting did to x, dy and w of each matrix, on the steps that are measured.
+
+On such a step a matrix has counts, to which eager products and the encoding of its codes add; on every other
+it has none, and nobody asks further. Counted in plain PyTorch on the device, nothing waits. Elements of a
+block with inf or NaN do not count.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.nn import functional
+
+from ds_fp8.ops.blocks import NOT_FINITE, power_of_two
+from ds_fp8.ops.formats import E4M3
+from ds_fp8.ops.products import TILE, CastGradient, Operand
+from ds_fp8.zero_fp8.comm.collectives import max_over_ranks, sum_over_ranks
+
+OPERANDS = ("x", "dy", "w")
+SUMS = 3  # non-zero elements; those whose code is zero; those at the largest code
+# Beside them the largest scale, and the smallest with its sign changed, so that both are maxima.
+_NOTHING = (*[0.0] * SUMS, 0.0, -math.inf)
+_ZEROS = 1  # the byte of a tile of zeros
+_LARGEST = int(torch.tensor(E4M3.max).to(E4M3.dtype).view(torch.uint8))  # the code of 448
+
+Shares = dict[str, float]
+
+
+class ProductCounts:
+    """Of one matrix."""
+
+    def __init__(self, counts: Tensor) -> None:
+        """counts: [operands, sums and extremes] float64, added to."""
+        self._x, self._dy, self._w = counts
+
+    def of_input(self, x: Tensor, cast: Operand) -> None:
+        """x: [tokens, K] bfloat16; cast: with a scale per token and 128 features."""
+        _add(self._x, *_of_rows(x, cast))
+
+    def of_gradient(self, dy: Tensor, cast: CastGradient) -> None:
+        """dy: [tokens, N] bfloat16; as cast for dgrad, or for wgrad if there is no other."""
+        if cast.dgrad is not None:
+            _add(self._dy, *_of_rows(dy, cast.dgrad))
+        elif cast.wgrad is not None:
+            _add(self._dy, *_of_rows(dy.t(), cast.wgrad))
+
+    def of_weight(self, values: Tensor, codes: Tensor, exponents: Tensor) -> None:
+        """values: [n] bfloat16, a rank's part; codes: [n]; exponents: of all tiles of the matrix, uint8."""
+        live = (exponents > _ZEROS) & (exponents < NOT_FINITE)
+        counts = torch.stack([mask.sum() for mask in _masks(values, codes)])
+        _add(self._w, counts, _extremes(power_of_two(exponents), live))
+
+
+class Measured(Protocol):
+    """What has counts on measured steps."""
+
+    name: str
+    counts: ProductCounts | None
+
+
+class ProductHealth:
+    """The counts of all matrices, and what they come to."""
+
+    def __init__(self, matrices: Sequence[Measured], device: torch.device) -> None:
+        self._matrices = matrices
+        self._nothing = torch.tensor(_NOTHING, dtype=torch.float64, device=device)
+        self._counts = self._nothing.repeat(len(matrices), len(OPERANDS), 1)
+        self._measuring = False
+
+    def measure(self, measuring: bool) -> None:
+        """Count from now on, or stop."""
+        if measuring == self._measuring:
+            return
+        self._measuring = measuring
+        for matrix, counts in zip(self._matrices, self._counts, strict=True):
+            matrix.counts = ProductCounts(counts) if measuring else None
+
+    def forget(self) -> None:
+        """What has been counted of the step was dropped."""
+        if self._measuring:
+            self._counts.copy_(self._nothing)
+
+    def forget_weights(self) -> None:
+        if self._measuring:
+            self._counts[:, OPERANDS.index("w")] = self._nothing
+
+    def collect(self, group: ProcessGroup, *, stepped: bool) -> dict[str, Shares]:
+        """Shares by name over all ranks, and their means as "total"; of weights if the step changed them.
+
+        An operand of which nothing was counted is left out; empty without matrices.
+        """
+        if not self._matrices:
+            return {}
+        sums, extremes = (each.contiguous() for each in self._counts.tensor_split([SUMS], dim=-1))
+        sum_over_ranks(sums, group)
+        max_over_ranks(extremes, group)
+        operands = OPERANDS if stepped else OPERANDS[:-1]
+        shares = {}
+        for matrix, counts in zip(self._matrices, torch.cat([sums, extremes], dim=-1).tolist(), strict=True):
+            found = dict(_shares(dict(zip(operands, counts, strict=False))))
+            if found:
+                shares[matrix.name] = found
+        return {"total": _means(list(shares.values())), **shares}
+
+
+def _masks(values: Tensor, codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Which elements are not zero, which of these became zero, which are at the largest code."""
+    nonzero, magnitude = values != 0, codes.view(torch.uint8) & 0x7F
+    return nonzero, nonzero & (magnitude == 0), magnitude == _LARGEST
+
+
+def _of_rows(values: Tensor, cast: Operand) -> tuple[Tensor, Tensor]:
+    """Sums and extremes of values, [rows, inner]; the cast may have more rows and elements, of padding."""
+    rows, inner = values.shape
+    scales = cast.scales[:rows]
+    finite = scales.isfinite()
+    by_block = [
+        functional.pad(mask, (0, -inner % TILE)).reshape(rows, -1, TILE).sum(-1) * finite
+        for mask in _masks(values, cast.codes[:rows, :inner])
+    ]
+    return torch.stack([each.sum() for each in by_block]), _extremes(scales, by_block[0] > 0)
+
+
+def _extremes(scales: Tensor, live: Tensor) -> Tensor:
+    """Of the scales of what is finite and not all zeros."""
+    largest, smallest = torch.where(live, scales, 0.0), torch.where(live, -scales, -math.inf)
+    return torch.stack([largest.amax(), smallest.amax()])
+
+
+def _add(counts: Tensor, sums: Tensor, extremes: Tensor) -> None:
+    counts[:SUMS] += sums
+    counts[SUMS:] = torch.maximum(counts[SUMS:], extremes.to(torch.float64))
+
+
+def _shares(counts: Mapping[str, Sequence[float]]) -> Iterator[tuple[str, float]]:
+    for operand, (nonzero, underflows, saturated, largest, smallest) in counts.items():
+        if nonzero and largest:
+            yield f"{operand}_underflow", underflows / nonzero
+            yield f"{operand}_saturated", saturated / nonzero
+            yield f"{operand}_amax_spread", math.log2(largest / -smallest)
+
+
+def _means(shares: Sequence[Shares]) -> Shares:
+    """Over the matrices that have each."""
+    names = dict.fromkeys(name for each in shares for name in each)
+    values = {name: [each[name] for each in shares if name in each] for name in names}
+    return {name: sum(each) / len(each) for name, each in values.items()}
