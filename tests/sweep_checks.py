@@ -34,7 +34,7 @@ from kernel_support import (
 )
 from torch import Tensor
 
-from ds_fp8.config.section import BUILT, ROUNDED, FP8Config, GradientsSection, OptimizerSection
+from ds_fp8.config.section import ROUNDED, FP8Config, GradientsSection, OptimizerSection
 from ds_fp8.ops import adam
 from ds_fp8.ops.adam import AdamScalars, AdamState, Rounding, Segment, Sweep, next_clamp
 from ds_fp8.ops.blocks import Blocks
@@ -56,7 +56,7 @@ def literals(annotation: Any) -> Iterator[Any]:
 def built(key: str) -> list[str]:
     """The formats of an optimizer state that this version takes."""
     values = literals(OptimizerSection.model_fields[key].annotation)
-    return [value for value in values if value in BUILT.get(f"optimizer.{key}", (value,))]
+    return [*values]
 
 
 DIMENSIONS: dict[str, Sequence[Any]] = {

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from ds_fp8.config import ds_config, rules
 from ds_fp8.config.ds_config import OptimizerParams
 from ds_fp8.config.refusals import show
-from ds_fp8.config.section import BUILT, LEVELS, FP8Config, Level, parse
+from ds_fp8.config.section import LEVELS, FP8Config, Level, parse
 from ds_fp8.estimate import dry_run
 from ds_fp8.ops.formats import E4M3
 from ds_fp8.zero_fp8.recipe import recipe_of
@@ -152,12 +152,6 @@ class TestSection:
         config = parse({"fp8": {"enabled": True, **given}})
         assert config is not None
         assert config.stochastic == stochastic
-
-    @pytest.mark.parametrize("path", sorted(BUILT))
-    def test_what_is_built_is_accepted(self, path: str) -> None:
-        for value in BUILT[path]:
-            given = {} if value is None else section(path, value)
-            assert parse({"fp8": {"enabled": True, **given}}) is not None
 
 
 UNKNOWN = "unknown key with the value "
@@ -360,11 +354,6 @@ def keys_of(model: Any, prefix: str = "") -> Iterator[str]:
             yield from keys_of(field.annotation, f"{prefix}{name}.")
 
 
-UNBUILT = [  # path, value, a part of what is allowed
-    ("weights.frozen", "e4m3", '"bf16"'),
-]
-
-
 def assert_refusal(message: str, path: str, received: str, allowed: str) -> None:
     """The one form of a refusal; `received` is the whole value, `allowed` a part."""
     assert re.search(rf"^{re.escape(path)}: received (an )?{re.escape(received)}, allowed: ", message), (
@@ -379,19 +368,6 @@ class TestRefusals:
         with pytest.raises(ValueError, match=re.escape(path)) as refused:
             parse({"fp8": fp8})
         assert_refusal(str(refused.value), path, received, allowed)
-
-    @pytest.mark.parametrize(("path", "value", "allowed"), UNBUILT)
-    def test_not_built_yet(self, path: str, value: Any, allowed: str) -> None:
-        with pytest.raises(ValueError, match="not built yet") as refused:
-            parse({"fp8": section(path, value, enabled=True)})
-        assert_refusal(str(refused.value), f"fp8.{path}", json.dumps(value), allowed)
-
-    @pytest.mark.parametrize(("path", "value"), [(path, value) for path, value, _ in UNBUILT])
-    def test_not_built_yet_is_fine_while_off(self, path: str, value: Any) -> None:
-        assert parse({"fp8": section(path, value, enabled=False)}) is not None
-
-    def test_every_unbuilt_key_is_tried(self) -> None:
-        assert {path for path, _, _ in UNBUILT} == set(BUILT)
 
     @pytest.mark.parametrize("value", ODD, ids=lambda value: show(value)[:20])
     def test_what_is_allowed_is_in_our_words(self, value: Any) -> None:

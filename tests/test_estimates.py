@@ -172,12 +172,20 @@ CODES = {"opt_level": "O3", "weights": {"min_elements": 256}}
 LLAMA = (144, 272)  # its matrices' tiles are not full
 
 
-def alive_between_steps(stage: int, micro_steps: int, fp8: dict[str, Any]) -> tuple[int, Any]:
+def llama(frozen: bool = False) -> nn.Module:
+    model = LlamaLike(*LLAMA)
+    model.layers[0].requires_grad_(not frozen)
+    return model
+
+
+def alive_between_steps(
+    stage: int, micro_steps: int, fp8: dict[str, Any], frozen: bool = False
+) -> tuple[int, Any]:
     """Bytes of everything that the engine has made, its model included, and what it tells."""
     alive = live_tensors()  # held until the end, so that no address of theirs is used again
     before = storages(alive)
     config = ds_config(fp8, stage=stage, micro_steps=micro_steps, bucket=BUCKET)
-    engine = build(config, LlamaLike(*LLAMA))
+    engine = build(config, llama(frozen))
     run_steps(engine, 2)
     found = sum(size for at, size in storages(live_tensors()).items() if at not in before)
     about = ds_fp8.describe(engine)
@@ -204,6 +212,20 @@ def test_fp8_weights(ranks: RankPools, count: int, when: tuple[int, int], how: t
         assert about["bf16_matrices"] == chosen.reasons
         assert about["fp8_elements"] == chosen.elements
         assert about["weight_room_bytes"] + chosen.largest <= held.buffers
+
+
+@pytest.mark.parametrize("level", ["O2+", "O3"])
+def test_frozen_fp8_weights(ranks: RankPools, level: str) -> None:
+    """Of half of the matrices, beside trained ones that are BF16 or FP8, too."""
+    fp8 = {"opt_level": level, "weights": {"min_elements": 256, "frozen": "e4m3"}}
+    config, model = FP8Config.model_validate(fp8), model_of_module(llama(frozen=True))
+    held, chosen = with_fp8("", config).held(model, Run(2, 2, 1, BUCKET)), codes_of(config, model)
+    assert len(chosen.frozen) == 5
+    for found, about in ranks.run(2, alive_between_steps, 2, 1, fp8, True):
+        assert found == held.weights + about["weight_room_bytes"] + held.states + held.gradients
+        assert about["weight_bytes"] == held.weights
+        assert (about["fp8_weights"], about["bf16_matrices"]) == (list(chosen.names), chosen.reasons)
+        assert about["fp8_elements"] == chosen.elements
 
 
 def test_fp8_weights_of_a_billion() -> None:

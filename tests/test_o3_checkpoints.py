@@ -23,7 +23,6 @@ from torch import Tensor
 from train_lm import Shape
 
 from ds_fp8.cli import main
-from ds_fp8.config import section
 from ds_fp8.ops.masters import write_weights
 from ds_fp8.ops.products import Operand, tiles
 from ds_fp8.zero_fp8.checkpoint import fp8_layout, manifest
@@ -32,7 +31,6 @@ from ds_fp8.zero_fp8.weights.tiled import matrices_of
 
 O3 = {"weights": {"dtype": "e4m3", "min_elements": 1024}, "optimizer": {"exp_avg_sq_dtype": "ue4m4"}}
 O2 = {"optimizer": {"exp_avg_sq_dtype": "ue4m4"}}
-BUILT = {"weights.dtype": (None, "e4m3"), "products.dtype": (None, "e4m3", "bf16")}
 
 
 @contextmanager
@@ -40,7 +38,7 @@ def engine_of(
     fp8: dict[str, Any], *, seed: int = 0, way: str = "decoded", shape: Shape = SMALL, **options: Any
 ) -> Iterator[Any]:
     """An engine of a GPT, destroyed at the end."""
-    with patch.dict(section.BUILT, BUILT), patch.dict(os.environ, DS_FP8_PRODUCTS=way):
+    with patch.dict(os.environ, DS_FP8_PRODUCTS=way):
         engine = build_gpt(ds_config(fp8, **options), shape, seed)
         yield engine
         engine.destroy()
@@ -379,7 +377,7 @@ def save_llama(folder: str) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1, "vocab_size": 256}
     config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
     fp8 = {**O3, "weights": {"dtype": "e4m3", "min_elements": 8192}}
-    with patch.dict(section.BUILT, BUILT), patch.dict(os.environ, DS_FP8_PRODUCTS="decoded"):
+    with patch.dict(os.environ, DS_FP8_PRODUCTS="decoded"):
         torch.manual_seed(0)
         engine = build(ds_config(fp8), LlamaForCausalLM(config).bfloat16())
     tokens = torch.arange(64).view(2, 32)

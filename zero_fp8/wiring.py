@@ -10,7 +10,7 @@ The axes of a run are fields that are composed here:
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch.distributed import ProcessGroup
@@ -42,6 +42,7 @@ from ds_fp8.zero_fp8.placement.ranks import Fleet
 from ds_fp8.zero_fp8.product_health import ProductHealth
 from ds_fp8.zero_fp8.recipe import Recipe, ZeroSettings
 from ds_fp8.zero_fp8.states.shard import Shard
+from ds_fp8.zero_fp8.weights.frozen import FrozenWeights
 from ds_fp8.zero_fp8.weights.slices import SlicedWeights
 from ds_fp8.zero_fp8.weights.store import Weights
 from ds_fp8.zero_fp8.weights.tiled import Products, TiledWeights, matrices_of
@@ -67,6 +68,7 @@ class Parts:
     listens: bool  # gradients travel while backward runs
     divisor: int  # of the sum of the ranks' gradients
     products: Products | None = None  # of matrices that are codes, if there are some
+    frozen: FrozenWeights = field(default_factory=FrozenWeights)  # those that are codes
 
     @property
     def nbytes(self) -> int:

@@ -130,7 +130,7 @@ def described(tried: "DryRun") -> dict[str, Any]:
         **memory.summary(tried.recipe, ranks=tried.run.gpus, accumulating=tried.run.accumulating),
         "overlap_comm": tried.run.overlap,
         **(fetching.summary(tried.run.fetching, itemsize) if tried.run.stage == 3 else {}),
-        **(_of_weights(tried.fp8) if tried.recipe.weights else {}),
+        **(_of_weights(tried.fp8) if tried.fp8.has_codes else {}),
         "without_effect": tried.idle,
         "filled_in_by_hugging_face": tried.filled_in,
         "refused_without_hugging_face": tried.refused_alone,
@@ -144,6 +144,7 @@ def _of_weights(fp8: "FP8Config") -> dict[str, Any]:
         "products": fp8.products.dtype or "e4m3 where the device has it, else bf16",
         "min_elements": fp8.weights.min_elements,
         "exclude": fp8.weights.exclude,
+        "frozen": fp8.weights.frozen,
     }
 
 

@@ -62,7 +62,7 @@ def check(ds_config: Mapping[str, Any]) -> list[str]:
     fp8 = parse(ds_config) or FP8Config()
     if stage == 3:
         _refuse_whole_tensors(fp8)
-    if fp8.states.weights is not None:
+    if fp8.has_codes:
         _refuse_with_codes(fp8, ds_config, stage)
     _check_optimizer(_section(ds_config, "optimizer"))
     _check_autocast(_section(ds_config, "torch_autocast"))

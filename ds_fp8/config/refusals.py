@@ -6,7 +6,7 @@ is allowed comes from the model's own fields, so that a new key needs no text of
 
 import difflib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import takewhile
 from types import NoneType
@@ -59,15 +59,12 @@ def where_they_differ(mine: str, other: str) -> tuple[str, str]:
     return first, second
 
 
-def validate(model: type[M], section: Any, path: str, words: Mapping[str, str] | None = None) -> M:
-    """A section as its model. Raises ValueError with one line per mistake.
-
-    words: what is allowed, by key, if this version accepts less than the model.
-    """
+def validate(model: type[M], section: Any, path: str) -> M:
+    """A section as its model. Raises ValueError with one line per mistake."""
     try:
         return model.model_validate(section)
     except ValidationError as error:
-        mistakes = [_explain(model, each, path, words or {}) for each in error.errors(include_url=False)]
+        mistakes = [_explain(model, each, path) for each in error.errors(include_url=False)]
     more = [f"{path}: {len(mistakes) - MOST:,} mistakes more"] if len(mistakes) > MOST else []
     raise ValueError("\n".join(mistakes[:MOST] + more))
 
@@ -94,7 +91,7 @@ def _limit(limit: Any) -> str:
     return next(text.format(getattr(limit, name)) for name, text in words.items() if hasattr(limit, name))
 
 
-def _explain(model: type[BaseModel], error: Any, section: str, words: Mapping[str, str]) -> str:
+def _explain(model: type[BaseModel], error: Any, section: str) -> str:
     """One of pydantic's errors in our form."""
     names = [str(each) for each in error["loc"]]
     key = ".".join(names)
@@ -108,7 +105,7 @@ def _explain(model: type[BaseModel], error: Any, section: str, words: Mapping[st
         if name not in keys:
             return _unknown(path, name, error["input"], [*keys])
         annotation, limits = keys[name].annotation, tuple(keys[name].metadata)
-    return str(refusal(path, error["input"], words.get(key) or allowed_of(annotation, limits)))
+    return str(refusal(path, error["input"], allowed_of(annotation, limits)))
 
 
 def _unknown(path: str, name: str, value: Any, keys: list[str]) -> str:

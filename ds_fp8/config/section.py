@@ -1,7 +1,7 @@
 """The "fp8" section of ds_config.json.
 
-Strict and frozen: an unknown key, a value of another type, a combination that is not built yet, each
-is a ValueError that gives the key's full path, the value received and what is allowed. "auto" is
+Strict and frozen: an unknown key, a value of another type, a combination that does not work, each is
+a ValueError that gives the key's full path, the value received and what is allowed. "auto" is
 no value of any key (accelerate raises on such a leaf); a key left out takes the value that its level
 and the run imply.
 """
@@ -146,9 +146,16 @@ class FP8Config(_Strict):
     @property
     def weights_key(self) -> tuple[str, str]:
         """The key that asks for FP8 weights, with its value."""
-        if self.weights.dtype is None:
-            return f"{SECTION}.opt_level", self.opt_level
-        return f"{SECTION}.weights.dtype", self.weights.dtype
+        if self.weights.dtype is not None:
+            return f"{SECTION}.weights.dtype", self.weights.dtype
+        if self.states.weights is None:
+            return f"{SECTION}.weights.frozen", self.weights.frozen
+        return f"{SECTION}.opt_level", self.opt_level
+
+    @property
+    def has_codes(self) -> bool:
+        """Whether weights are FP8, of those that train or of frozen ones."""
+        return self.states.weights is not None or self.weights.frozen == "e4m3"
 
     def refusal_of_weights(self, where: str) -> ValueError:
         """FP8 weights, which a run cannot have, refused by the key that asks for them."""
@@ -166,24 +173,19 @@ class FP8Config(_Strict):
         return self.states.master in ROUNDED and (self.optimizer.rounding or left_out) == "stochastic"
 
 
-# What this version does with a key that the design gives more values; None: left out.
-BUILT: dict[str, tuple[Any, ...]] = {"weights.frozen": ("bf16",)}
-
-
 def parse(ds_config: Mapping[str, Any]) -> FP8Config | None:
     """The section of a ds_config, or None if there is none. Raises ValueError."""
     _refuse_lookalikes(ds_config)
     if SECTION not in ds_config:
         return None
-    config = validate(FP8Config, ds_config[SECTION], SECTION, {path: _built(path) for path in BUILT})
+    config = validate(FP8Config, ds_config[SECTION], SECTION)
     if config.enabled:
-        _refuse_unbuilt(config)
         _refuse_idle_rounding(config)
         _refuse_without_nodes(config.gradients)
         _refuse_fp8_sum(config)
-        if config.states.weights is None:
+        if not config.has_codes:
             _refuse_without_codes(config)
-        else:
+        if config.states.weights is not None:
             _refuse_with_codes(config)
         if config.scaling == "tensor":
             _refuse_with_tensors(config)
@@ -200,15 +202,6 @@ def _refuse_lookalikes(ds_config: Mapping[str, Any]) -> None:
         level = msamp.get("opt_level", "O1") if isinstance(msamp, Mapping) else "O1"
         section = {SECTION: {"enabled": True, "opt_level": level if level in LEVELS else "O2"}}
         raise refusal("msamp", msamp, f"MS-AMP's section is read by MS-AMP only; write {show(section)}")
-
-
-def _refuse_unbuilt(config: FP8Config) -> None:
-    for path, built in BUILT.items():
-        value = config
-        for name in path.split("."):
-            value = getattr(value, name)
-        if value not in built:
-            raise refusal(f"{SECTION}.{path}", value, f"{_built(path)} (this value is not built yet)")
 
 
 def _refuse_idle_rounding(config: FP8Config) -> None:
@@ -247,7 +240,10 @@ def _refuse_without_codes(config: FP8Config) -> None:
     if products.dtype == "e4m3":
         idle["products.dtype"] = products.dtype
     for path, value in idle.items():
-        allowed = f'the key left out, or {SECTION}.weights.dtype "e4m3" beside it, which is that of O3'
+        allowed = (
+            f'the key left out, or {SECTION}.weights.dtype "e4m3" beside it, which is that of O3, or '
+            f'{SECTION}.weights.frozen "e4m3"'
+        )
         raise refusal(f"{SECTION}.{path}", value, allowed)
 
 
@@ -277,8 +273,3 @@ def _refuse_fp8_sum(config: FP8Config) -> None:
         raise refusal(f"{path}.reduction", "fp8", f'"fp32", or {SECTION}.scaling "tensor" beside it')
     if gradients.dtype == "bf16":
         raise refusal(f"{path}.dtype", "bf16", f'"e4m3", "e5m2" with {path}.reduction "fp8"')
-
-
-def _built(path: str) -> str:
-    """The values of a key that this version accepts."""
-    return ", ".join(LEFT_OUT if each is None else show(each) for each in BUILT[path])

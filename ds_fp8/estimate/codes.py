@@ -23,30 +23,41 @@ WIDEST = 4  # the longer side of the largest matrix over the width
 class Codes:
     """The weights of a model that are codes, and why other matrices are not."""
 
-    shapes: Mapping[int, Shape]  # by position among the model's parameters
+    shapes: Mapping[int, Shape]  # by position among the model's parameters, of those that train
+    frozen: Mapping[int, Shape]  # of those that do not
     names: Sequence[str]
     reasons: Mapping[str, str]
 
     @property
     def elements(self) -> int:
-        return sum(rows * columns for rows, columns in self.shapes.values())
+        return sum(rows * columns for rows, columns in self._all)
 
     @property
     def largest(self) -> int:
-        return max((rows * columns for rows, columns in self.shapes.values()), default=0)
+        return max((rows * columns for rows, columns in self._all), default=0)
+
+    @property
+    def _all(self) -> list[Shape]:
+        return [*self.shapes.values(), *self.frozen.values()]
 
 
 def codes_of(config: FP8Config, model: Model) -> Codes:
     """Those of a model whose shapes are known."""
-    if config.states.weights is None or model.module is None:
-        return Codes({}, (), {})
+    if not config.has_codes or model.module is None:
+        return Codes({}, {}, (), {})
     section = config.weights
     found, reasons = eligible(
-        model.module, min_elements=section.min_elements, exclude=section.exclude, dtype=None
+        model.module,
+        min_elements=section.min_elements,
+        exclude=section.exclude,
+        dtype=None,
+        trained=config.states.weights is not None,
+        frozen=section.frozen == "e4m3",
     )
     positions = {id(each): index for index, each in enumerate(model.module.parameters())}
     shapes = {positions[id(each.parameter)]: shape_of(each.parameter) for each in found}
-    return Codes(shapes, [each.name for each in found], reasons)
+    frozen = {index: shapes.pop(index) for index in model.frozen_at & shapes.keys()}
+    return Codes(shapes, frozen, [each.name for each in found], reasons)
 
 
 def width_of(parameters: int) -> int:
@@ -68,11 +79,13 @@ def guessed(model: Model, buckets: Sequence[Bucket]) -> tuple[int, int, int]:
 
 def refusal_of(config: FP8Config, model: Model, run: Run) -> str | None:
     """Why no run has FP8 weights with this model."""
-    if config.states.weights is None:
+    if not config.has_codes:
         return None
     if run.stage == 3:
         return "refused under ZeRO 3: FP8 weights are not built there yet"
     least = config.weights.min_elements
+    if model.module is None and config.states.weights is None:
+        return "refused for a model of unknown shapes: nothing says which of it is frozen"
     if model.module is None and 2 * width_of(model.parameters) ** 2 < least:
         return f"refused for so small a model: it has no matrix of {least:,} elements"
     return None if model.module is None else _refusal_of_matrices(config, model)
@@ -80,7 +93,7 @@ def refusal_of(config: FP8Config, model: Model, run: Run) -> str | None:
 
 def _refusal_of_matrices(config: FP8Config, model: Model) -> str | None:
     try:
-        found = codes_of(config, model).shapes
+        found = codes_of(config, model).names
     except ValueError as error:  # another library makes FP8 products with it
         return f"refused for {model.name}: {error}"
     return None if found else f"refused for {model.name}: no matrix is eligible"
@@ -88,10 +101,10 @@ def _refusal_of_matrices(config: FP8Config, model: Model) -> str | None:
 
 def note_of(config: FP8Config, model: Model) -> str | None:
     """What the bytes of FP8 weights rest on, in words."""
-    if config.states.weights is None:
+    if not config.has_codes:
         return None
     if model.module is None:
         share = elements_of(model.parameters) / model.parameters
         return f"{share:.1%} of the parameters in FP8, as of a Llama of that size: the shapes are unknown"
     codes = codes_of(config, model)
-    return f"{len(codes.shapes)} matrices, {codes.elements / model.parameters:.1%} of the parameters, in FP8"
+    return f"{len(codes.names)} matrices, {codes.elements / model.parameters:.1%} of the parameters, in FP8"

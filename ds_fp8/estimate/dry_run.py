@@ -81,7 +81,7 @@ def run_dry(config: Mapping[str, Any], *, gpus: int, micro_steps: int | None = N
         fp8,
         run,
         recipe,
-        model_dtype=_model_dtype(filled_in, judged, recipe),
+        model_dtype=_model_dtype(filled_in, judged, recipe, fp8),
         idle=tuple(judged.ds_fp8_idle_keys),
         filled_in=tuple(filled_in),
         refused_alone=_refused(config, gpus) if filled_in or assumes else None,
@@ -183,11 +183,11 @@ def without_auto(config: Mapping[str, Any], prefix: str = "") -> tuple[dict[str,
     return known, filled_in
 
 
-def _model_dtype(filled_in: Collection[str], judged: Any, recipe: Recipe) -> str | None:
+def _model_dtype(filled_in: Collection[str], judged: Any, recipe: Recipe, fp8: FP8Config) -> str | None:
     """The dtype that DeepSpeed gives the model; of two that are "auto" the first."""
     bf16 = judged.bfloat16_config.enabled or {"bf16.enabled", "bfloat16.enabled"} & {*filled_in}
     fp16 = judged.float16_config.enabled or "fp16.enabled" in filled_in
-    if fp16 and not bf16 and (recipe.master.split or recipe.weights):
-        beside = "FP8 weights" if recipe.weights else f"a master {recipe.master.name}"
+    if fp16 and not bf16 and (recipe.master.split or fp8.has_codes):
+        beside = "FP8 weights" if fp8.has_codes else f"a master {recipe.master.name}"
         raise refusal("fp16.enabled", True, f"false: beside {beside} weights are BF16")
     return "bf16" if bf16 else "fp16" if fp16 else None

@@ -8,6 +8,7 @@ from torch.nn import Parameter
 from ds_fp8.estimate import memory
 from ds_fp8.ops.formats import E4M3
 from ds_fp8.zero_fp8.placement.partition import Bucket
+from ds_fp8.zero_fp8.products.fp8_parameter import FP8Parameter
 from ds_fp8.zero_fp8.weights.tiled import Products
 
 NOT_OPTIMISED = "not given to the optimizer"
@@ -21,13 +22,16 @@ def weights_of(engine: Any) -> dict[str, Any]:
         return {}
     parameters: Mapping[int, Parameter] = handler.parameters
     fp8 = sum(parameters[index].numel() for index in products.chosen)
+    fp8 += sum(each.codes.numel() for each in handler.parts.frozen.matrices())
     elements = sum(each.numel() for each in engine.module.parameters())
+    names = {products.names[index] for index in products.chosen}
+    names |= {each.name for each in handler.parts.frozen.matrices()}
     return {
         "products": products.choice.way.name,
         "products_instead": products.choice.instead,
         "fp8_elements": fp8,
         "fp8_share": fp8 / elements,
-        "fp8_weights": [products.names[index] for index in sorted(products.chosen)],
+        "fp8_weights": [name for name, _ in engine.module.named_parameters() if name in names],
         "bf16_matrices": _others(engine, products),
         **_bytes(handler, engine.module.parameters(), elements, products),
     }
@@ -56,8 +60,10 @@ def _bytes(handler: Any, members: Any, elements: int, products: Products) -> dic
     shapes = {index: memory.shape_of(parameters[index]) for index in products.chosen}
     held = {id(each) for each in parameters.values()}
     plain = sum(memory.weight_bytes(itemsize(each), [each]) for each in buckets if not is_codes(each))
-    others = sum(each.numel() * each.element_size() for each in members if id(each) not in held)
-    weights = memory.code_bytes(coded, shapes) + plain + others
+    others = [each for each in members if id(each) not in held]
+    frozen = [memory.shape_of(each) for each in others if isinstance(each, FP8Parameter)]
+    plain += sum(each.numel() * each.element_size() for each in others if not isinstance(each, FP8Parameter))
+    weights = memory.code_bytes(coded, shapes) + memory.frozen_bytes(frozen) + plain
     return {
         "weight_bytes": weights,
         "weight_bytes_per_parameter": weights / elements,

@@ -106,6 +106,14 @@ def code_bytes(buckets: Sequence[Bucket], shapes: Mapping[int, Shape]) -> int:
     return codes + sum(tile_bytes(*shape) + behind for shape in _shapes_of(buckets, shapes))
 
 
+def frozen_bytes(shapes: Iterable[Shape]) -> int:
+    """Bytes of frozen matrices as FP8 codes: as `code_bytes`, without padding, and no rank has to agree."""
+    return sum(
+        rows * columns * E4M3.itemsize + tile_bytes(rows, columns) - _exponents(rows, columns) + BF16.itemsize
+        for rows, columns in shapes
+    )
+
+
 def tile_bytes(rows: int, columns: int) -> int:
     """Bytes of a matrix's exponents, as they are and as the ranks agree on them, and of its FP32 scales."""
     scales = prod(scale_shape(rows, columns)) + prod(scale_shape(columns, rows))

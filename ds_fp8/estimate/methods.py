@@ -8,6 +8,7 @@ keep for themselves.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from math import prod
 
 from ds_fp8.config.refusals import refusal
 from ds_fp8.config.section import LEVELS, FP8Config
@@ -60,7 +61,7 @@ class Method:
     @property
     def codes(self) -> bool:
         """Whether weights are FP8 codes."""
-        return self.config is not None and self.config.states.weights is not None
+        return self.config is not None and self.config.has_codes
 
     def note(self, model: Model) -> str | None:
         """What the bytes rest on, where that needs words."""
@@ -108,7 +109,7 @@ def _with_fp8(config: FP8Config, model: Model, run: Run) -> Held:
         gradients=reduced + kept,
         buffers=max(backward, memory.gather_bytes(recipe, WEIGHT, buckets)) - kept,
     )
-    if config.states.weights is not None:
+    if config.has_codes:
         return _with_codes(held, config, model, buckets, chosen)
     return _with_slices(held, model, run, recipe.block_size) if run.stage == 3 else held
 
@@ -136,6 +137,8 @@ def _with_codes(
     else:
         coded = [each for each in buckets if each.slots[0].parameter in chosen.shapes]
         saved = memory.weight_bytes(WEIGHT, coded) - memory.code_bytes(coded, chosen.shapes)
+        frozen = chosen.frozen.values()
+        saved += WEIGHT * sum(map(prod, frozen)) - memory.frozen_bytes(frozen)
         room, largest = memory.room_bytes(coded), chosen.largest
     scratch = largest * (WEIGHT if config.products.dtype == "bf16" else E4M3.itemsize)
     return replace(held, weights=held.weights - saved, buffers=held.buffers + room + scratch)

@@ -159,7 +159,7 @@ def handler_of(engine: Any, recipe: Recipe, settings: ZeroSettings) -> FP8ZeROOp
     what = (engine.basic_optimizer, engine.param_names, recipe, settings, engine.seq_data_parallel_group)
     section, device = engine._config.ds_fp8, torch.device(engine.device)
     choice = None
-    if section.states.weights is not None:
+    if section.has_codes:
         choice = agreed(lambda: choose(engine.module, section, device), engine.seq_data_parallel_group)
     if settings.stage == 3:
         offload = functools.partial(offload_of, engine, timers)

@@ -29,6 +29,7 @@ from ds_fp8.zero_fp8.comm.agreement import agreed, check_agreement
 from ds_fp8.zero_fp8.handlers.common import FP8ZeROOptimizer
 from ds_fp8.zero_fp8.handlers.saved_states import SavedStates
 from ds_fp8.zero_fp8.placement.parameters import held_of, part_of
+from ds_fp8.zero_fp8.products.fp8_parameter import FP8Parameter
 
 logger = logging.getLogger("ds_fp8")
 
@@ -103,11 +104,12 @@ def _load_model(engine: Any, folder: Path, checked: Checked, options: Mapping[st
     written = saved.open_to_weights(keeps=from_file and checked.states is None)
     with written, model_file.given_to(engine, checked.model, weights=from_file):
         loaded = engine._load_checkpoint(str(folder.parent), folder.name, **options)
-    if engine.load_universal_checkpoint():
-        others = others_of(engine, Universal(folder), checked)
-        engine.module.load_state_dict(others, strict=False)
-    if checked.weights is not None:
-        _take_weights(engine, checked.weights, states=checked.states is not None)
+    with saved.open_to_weights(keeps=False):
+        if engine.load_universal_checkpoint():
+            others = others_of(engine, Universal(folder), checked)
+            engine.module.load_state_dict(others, strict=False)
+        if checked.weights is not None:
+            _take_weights(engine, checked.weights, states=checked.states is not None)
     return loaded
 
 
@@ -121,7 +123,10 @@ def _take_weights(engine: Any, source: WeightSource, *, states: bool) -> None:
             values, held = source.weights(name, part_of(parameter)), held_of(parameter).data
             if len(values) < held.numel():  # the last slices, which are filled up
                 held = held[: len(values)]
-            put(values.view(held.shape), held)
+            if isinstance(parameter, FP8Parameter):
+                held.copy_(values.view(held.shape))
+            else:
+                put(values.view(held.shape), held)
 
 
 def _check(engine: Any, folder: Path, wanted: Wanted) -> Checked:

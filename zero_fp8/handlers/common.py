@@ -208,7 +208,7 @@ class FP8ZeROOptimizer(Facade, ZeROOptimizer):
 
     def _bring_home(self) -> str | None:
         """Bring weights to where the sweep writes them; an objection to what was done to them."""
-        return self.binding.bring_home()
+        return self.binding.bring_home() or self.parts.frozen.bring_home()
 
     def _refuse_half_a_backward(self) -> None:
         if self.in_backward:

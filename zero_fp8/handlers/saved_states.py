@@ -43,7 +43,7 @@ class SavedStates:
         self._loss_scaler = loss_scaler
         self._master_views = master_views
         self.model_weights = ModelWeights(
-            parts.shards, parts.weights, group, masters=settings.masters_in_model_files
+            parts.shards, parts.weights, parts.frozen, group, masters=settings.masters_in_model_files
         )
         self._view: dict[str, Any] | None = None  # the masters' while they are saved
 
@@ -94,16 +94,18 @@ class SavedStates:
 
     @contextmanager
     def open_to_weights(self, *, keeps: bool) -> Iterator[None]:
-        """While DeepSpeed loads a model file: FP8 weights can be written.
+        """While DeepSpeed loads a model file: FP8 weights can be written, frozen ones for good.
 
         keeps: masters are to be taken from what is written; else it is dropped: they come from elsewhere.
         """
         codes = list(tiled(self._parts.weights))
         for each in codes:
             each.set_writers(keeps=keeps)
+        self._parts.frozen.set_writers()
         try:
             yield
         finally:
+            self._parts.frozen.unset_writers()
             for each in codes:
                 each.unset_writers()
 

@@ -57,17 +57,20 @@ def take_over(
     if choice:
         by_index = {index: names[each] for index, each in parameters.items()}
         chosen = frozenset(spec.index for spec in specs if spec.dtype is E4M3)
-        if not chosen:
+        if choice.parameters and not chosen:
             eligible = naming([names[each] for each in choice.parameters])
             raise ValueError(f"optimizer: received no FP8 weight to train, allowed: some of {eligible}")
         products = Products(by_index, chosen, choice, Room(device), StateDictNotice())
-    return parameters, build(
-        buckets, parameters, recipe, settings, fleets, backend, len(param_groups), products
-    )
+    parts = build(buckets, parameters, recipe, settings, fleets, backend, len(param_groups), products)
+    if choice:
+        parts.frozen.take_over(choice, names)
+    return parameters, parts
 
 
 def _of_choice(choice: Choice | None, names: Mapping[Parameter, str]) -> list[str]:
     """What ranks must agree on about matrices that become codes; the first that differs is named."""
     if choice is None:
         return []
-    return [f"products: {choice.way.name}", *(f"FP8 weight: {names[each]}" for each in choice.parameters)]
+    weights = [f"FP8 weight: {names[each]}" for each in choice.parameters]
+    frozen = [f"frozen FP8 weight: {names[each]}" for each in choice.frozen]
+    return [f"products: {choice.way.name}", *weights, *frozen]

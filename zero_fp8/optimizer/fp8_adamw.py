@@ -292,6 +292,6 @@ def _states(fp8: Mapping[str, Any] | None) -> States:
     assert isinstance(config, FP8Config)
     if config.scaling != "block":
         raise refusal(f"{SECTION}.scaling", config.scaling, '"block" for an FP8AdamW without DeepSpeed')
-    if config.states.weights is not None:
+    if config.has_codes:
         raise config.refusal_of_weights("for an FP8AdamW without DeepSpeed")
     return States(recipe_of(config))

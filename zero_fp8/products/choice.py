@@ -42,6 +42,7 @@ def eligible(
     exclude: Sequence[str],
     output_embeddings: bool = False,
     dtype: torch.dtype | None = torch.bfloat16,
+    trained: bool = True,
     frozen: bool = False,
 ) -> tuple[list[Eligible], dict[str, str]]:
     """The weights that become FP8, and the reason of every other matrix, by name.
@@ -51,7 +52,7 @@ def eligible(
         exclude: patterns of names, as `fnmatch` has them.
         output_embeddings: whether the model's output embedding may be one of them.
         dtype: that a weight must have; None: any, of a model that is yet to be cast.
-        frozen: whether weights that are not trained may be, as the base under LoRA.
+        trained, frozen: whether weights may be that train, and such that do not, as the base under LoRA.
 
     Raises:
         ValueError: the model has modules that make FP8 products of their own, or no name that a pattern of
@@ -67,7 +68,8 @@ def eligible(
         reason = (
             _reason_by_name(name, exclude)
             or _reason_by_use(uses, outputs)
-            or _reason_by_values(parameter, dtype, frozen)
+            or _reason_by_values(parameter, dtype)
+            or _reason_by_training(parameter, trained, frozen)
             or _reason_by_size(parameter, min_elements)
         )
         if reason is None:
@@ -141,14 +143,20 @@ def _reason_by_use(uses: list[_User], outputs: list[nn.Module]) -> str | None:
     return None
 
 
-def _reason_by_values(parameter: Parameter, dtype: torch.dtype | None, frozen: bool) -> str | None:
+def _reason_by_values(parameter: Parameter, dtype: torch.dtype | None) -> str | None:
     if parameter.dim() != 2:
         return f"of {parameter.dim()} dimensions"
     if type(parameter) is not Parameter:
         return f"a {type(parameter).__name__}"
     if dtype not in (None, parameter.dtype):
         return f"of {parameter.dtype}"
-    return None if parameter.requires_grad or frozen else "frozen"
+    return None
+
+
+def _reason_by_training(parameter: Parameter, trained: bool, frozen: bool) -> str | None:
+    if parameter.requires_grad:
+        return None if trained else "trained"
+    return None if frozen else "frozen"
 
 
 def _reason_by_size(parameter: Parameter, min_elements: int) -> str | None:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import Parameter
 
 from ds_fp8.config.refusals import naming, refusal
-from ds_fp8.config.section import SECTION, FP8Config
+from ds_fp8.config.section import LEVELS, SECTION, FP8Config
 from ds_fp8.ops import cublas, product_backend
 from ds_fp8.zero_fp8.products.choice import eligible
 from ds_fp8.zero_fp8.products.kernels import Kernels
@@ -28,7 +28,8 @@ WAYS = ("cublas", "emulated", "decoded")
 class Choice:
     """The matrices of a run."""
 
-    parameters: Sequence[Parameter]  # that become codes
+    parameters: Sequence[Parameter]  # that train and become codes
+    frozen: Sequence[Parameter]  # that become codes
     reasons: Mapping[str, str]  # why each other matrix stays, by name
     kernels: Kernels
     way: Way
@@ -41,15 +42,27 @@ def choose(model: nn.Module, config: FP8Config, device: torch.device) -> Choice:
     Raises ValueError if no matrix is eligible, or if something that is asked for is not there.
     """
     section = config.weights
-    found, reasons = eligible(model, min_elements=section.min_elements, exclude=section.exclude)
+    found, reasons = eligible(
+        model,
+        min_elements=section.min_elements,
+        exclude=section.exclude,
+        trained=config.states.weights is not None,
+        frozen=section.frozen == "e4m3",
+    )
+    chosen = [each.parameter for each in found]
+    frozen = [each for each in chosen if not each.requires_grad]
     if not found:
         raise config.refusal_of_weights(f"for this model: {_nothing(config, reasons)}")
+    if section.frozen == "e4m3" and not frozen:
+        allowed = "bf16, or the key left out, for this model: no frozen matrix is eligible"
+        raise refusal(f"{SECTION}.weights.frozen", section.frozen, allowed)
     weights = product_backend.choose(device)
     name, instead = _way(config, device)
     multiply = product_backend.MULTIPLY["cublas" if name == "cublas" else "emulated"]
     kernels = Kernels.of(f"{weights.name} {name}", weights, multiply)
     way: Way = DecodedProducts() if name == "decoded" else FP8Products(name, kernels)
-    return Choice([each.parameter for each in found], reasons, kernels, way, instead)
+    trained = [each for each in chosen if each.requires_grad]
+    return Choice(trained, frozen, reasons, kernels, way, instead)
 
 
 def _nothing(config: FP8Config, reasons: Mapping[str, str]) -> str:
@@ -57,8 +70,9 @@ def _nothing(config: FP8Config, reasons: Mapping[str, str]) -> str:
     told = naming([f"{name}: {reason}" for name, reason in reasons.items()]) or "it has no matrix"
     size = f"{SECTION}.weights.min_elements is {config.weights.min_elements:,}"
     frozen = "frozen" in reasons.values()
-    base = f"; {SECTION}.weights.frozen, of a LoRA base, is not built yet" if frozen else ""
-    asked = "FP8 weights" if config.weights.dtype else config.opt_level
+    base = f'; {SECTION}.weights.frozen "e4m3" is for those that are frozen, as a LoRA base' if frozen else ""
+    value = config.weights_key[1]
+    asked = value if value in LEVELS else "FP8 weights"
     return f"{asked} would do nothing ({told}; {size}{base})"
 
 

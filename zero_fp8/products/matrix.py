@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ds_fp8.ops.products import scale_shape
 from ds_fp8.zero_fp8.product_health import ProductCounts
 from ds_fp8.zero_fp8.products.kernels import REFERENCE, Kernels, decode
 
@@ -30,6 +31,16 @@ class Matrix:
     decodes: int = 0  # how often somebody read values
     was_named: bool = False  # as a weight that training decodes
     counts: ProductCounts | None = None  # on a measured step
+
+    @classmethod
+    def of(cls, name: str, codes: Tensor, exponents: Tensor, kernels: Kernels) -> "Matrix":
+        """With scales of its own, which are not known yet."""
+        rows, columns = codes.shape
+        scales, transposed = (
+            torch.ones(scale_shape(*sides), device=codes.device)
+            for sides in ((rows, columns), (columns, rows))
+        )
+        return cls(name, codes, exponents, scales, transposed, kernels)
 
     def rewritten(self) -> None:
         """Say that the codes are new: a backward whose forward had the old ones fails.

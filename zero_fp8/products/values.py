@@ -5,7 +5,7 @@ computed from it is a plain tensor, and so is what is pickled or copied.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -31,6 +31,9 @@ class DecodedValues(Tensor):
         kwargs = {} if kwargs is None else kwargs
         if torch.compiler.is_dynamo_compiling():  # no graph takes what may refuse
             return _call_outside(func, args, kwargs)
+        if func is Tensor.copy_ and isinstance(args[0], cls) and args[0]._writer:
+            args[0]._writer(args[1])
+            return args[0]
         refuse_writes(func, args, kwargs, cls)
         given = [each for each in flat((args, tuple(kwargs.values()))) if isinstance(each, cls)]
         with torch._C.DisableTorchFunctionSubclass():
@@ -39,6 +42,11 @@ class DecodedValues(Tensor):
             if versions != [_version(each) for each in given]:  # within a function of any name
                 raise refusal(given[0].matrix, func)
             return tree_map_only(Tensor, lambda out: _view(out, given[0]), result)
+
+    @property
+    def _writer(self) -> Callable[[Tensor], None] | None:
+        """What takes a copy into all values of a weight, as DeepSpeed loads it through `.data`."""
+        return None if self.matrix is None or self.generation is None else self.matrix.writer
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         copy = memo[id(self)] = self.clone()

@@ -4,10 +4,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
+import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 from ds_fp8.zero_fp8.plain_tensors import ALLOWED, flaw_of
+from ds_fp8.zero_fp8.products.fp8_parameter import FP8Parameter
+from ds_fp8.zero_fp8.products.matrix import Matrix
 
 
 class Home(Protocol):
@@ -64,3 +67,33 @@ class WholeHome:
 
 def described(tensor: Tensor) -> str:
     return f"{list(tensor.shape)} of {tensor.dtype} on {tensor.device}"
+
+
+@dataclass(frozen=True)
+class MatrixHome:
+    """A parameter whose values are a matrix's."""
+
+    parameter: int  # global index; of a frozen one its place among the frozen
+    matrix: Matrix
+
+    @property
+    def address(self) -> int:
+        return self.matrix.codes.data_ptr()
+
+    def address_of(self, parameter: Parameter) -> int:
+        return parameter.data_ptr() if self.was_left_by(parameter) else self.address
+
+    def was_left_by(self, parameter: Parameter) -> bool:
+        """Whether the parameter has values of its own."""
+        return not isinstance(parameter, FP8Parameter) or parameter.matrix is not self.matrix
+
+    def objection(self, parameter: Parameter) -> str | None:
+        """What is wrong with the values that the parameter has now, if they cannot be encoded."""
+        if not self.was_left_by(parameter):
+            return None
+        codes = self.matrix.codes
+        allowed = f"{list(codes.shape)} of {torch.bfloat16} on {codes.device}"
+        received = described(parameter)
+        if received != allowed:
+            return f"received {received} after deepspeed.initialize, allowed: {allowed}"
+        return None

@@ -18,6 +18,7 @@ from ds_fp8.zero_fp8.comm.collectives import sum_over_ranks
 from ds_fp8.zero_fp8.products.fp8_parameter import FP8Parameter
 from ds_fp8.zero_fp8.products.matrix import Matrix
 from ds_fp8.zero_fp8.states.shard import Shard
+from ds_fp8.zero_fp8.weights.frozen import FrozenWeights
 from ds_fp8.zero_fp8.weights.store import Weights
 from ds_fp8.zero_fp8.weights.tiled import TiledWeights, is_tiled, tiled
 
@@ -44,11 +45,18 @@ class ModelWeights:
     """FP8 weights for model files."""
 
     def __init__(
-        self, shards: Sequence[Shard], weights: Sequence[Weights], group: ProcessGroup, *, masters: bool
+        self,
+        shards: Sequence[Shard],
+        weights: Sequence[Weights],
+        frozen: FrozenWeights,
+        group: ProcessGroup,
+        *,
+        masters: bool,
     ) -> None:
-        """masters: what `fp8.checkpoint.weights` says."""
+        """masters: what `fp8.checkpoint.weights` says; frozen weights have none."""
         self._shards = shards
         self._weights = weights
+        self._frozen = frozen
         self._group = group
         self._masters = masters
         self._held: dict[Matrix, Tensor] | None = None  # during a save, what is collective of it
@@ -64,7 +72,7 @@ class ModelWeights:
     @property
     def exist(self) -> bool:
         """Whether there are FP8 weights."""
-        return any(True for _ in tiled(self._weights))
+        return any(True for _ in [*tiled(self._weights), *self._frozen.matrices()])
 
     def make_plain(self, state: dict[str, Any], *, writes: bool) -> None:
         """Turn parameters into plain tensors, FP8 ones into BF16. Outside a save as collective as `hold`.
@@ -83,7 +91,7 @@ class ModelWeights:
                 state[name] = value.detach()
 
     def _values(self, matrix: Matrix, masters: dict[Matrix, Tensor]) -> Tensor:
-        if self._masters:
+        if matrix in masters:
             return masters[matrix]
         if matrix.on_state_dict:
             matrix.on_state_dict()

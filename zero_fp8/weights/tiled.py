@@ -22,14 +22,14 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ds_fp8.ops.formats import E4M3
-from ds_fp8.ops.products import scale_shape, tiles
+from ds_fp8.ops.products import tiles
 from ds_fp8.zero_fp8.comm.collectives import AllGather, max_over_ranks
 from ds_fp8.zero_fp8.comm.groups import Nodes
 from ds_fp8.zero_fp8.placement.partition import Bucket, Piece
 from ds_fp8.zero_fp8.products.chosen import Choice
 from ds_fp8.zero_fp8.products.fp8_parameter import FP8Parameter
 from ds_fp8.zero_fp8.products.matrix import Matrix
-from ds_fp8.zero_fp8.weights.home import described
+from ds_fp8.zero_fp8.weights.home import MatrixHome
 
 
 class Room:
@@ -78,36 +78,6 @@ class OwnPart:
     def codes(self) -> Tensor:
         """[elements] E4M3."""
         return self.matrix.codes.view(-1)[self.piece.elements]
-
-
-@dataclass(frozen=True)
-class MatrixHome:
-    """A parameter whose values are a matrix's."""
-
-    parameter: int  # global index
-    matrix: Matrix
-
-    @property
-    def address(self) -> int:
-        return self.matrix.codes.data_ptr()
-
-    def address_of(self, parameter: Parameter) -> int:
-        return parameter.data_ptr() if self.was_left_by(parameter) else self.address
-
-    def was_left_by(self, parameter: Parameter) -> bool:
-        """Whether the parameter has values of its own."""
-        return not isinstance(parameter, FP8Parameter) or parameter.matrix is not self.matrix
-
-    def objection(self, parameter: Parameter) -> str | None:
-        """What is wrong with the values that the parameter has now, if they cannot be encoded."""
-        if not self.was_left_by(parameter):
-            return None
-        codes = self.matrix.codes
-        allowed = f"{list(codes.shape)} of {torch.bfloat16} on {codes.device}"
-        received = described(parameter)
-        if received != allowed:
-            return f"received {received} after deepspeed.initialize, allowed: {allowed}"
-        return None
 
 
 class CodeGather:
@@ -159,15 +129,14 @@ class TiledWeights:
 
     def _matrix(self, index: int, codes: Tensor, exponents: Tensor) -> Matrix:
         rows, columns = self._parameters[index].shape
-        return Matrix(
-            name=self._products.names[index],
-            codes=codes.view(rows, columns),
-            exponents=exponents.view(tiles(rows), tiles(columns)),
-            scales=torch.ones(scale_shape(rows, columns), device=codes.device),
-            transposed_scales=torch.ones(scale_shape(columns, rows), device=codes.device),
-            kernels=self._products.choice.kernels,
-            on_state_dict=self._products.on_state_dict,
+        matrix = Matrix.of(
+            self._products.names[index],
+            codes.view(rows, columns),
+            exponents.view(tiles(rows), tiles(columns)),
+            self._products.choice.kernels,
         )
+        matrix.on_state_dict = self._products.on_state_dict
+        return matrix
 
     def leads(self, index: int) -> bool:
         """Whether a parameter has other values than codes of its master."""
