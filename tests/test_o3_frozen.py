@@ -13,7 +13,7 @@ from engines import Lines, build, ds_config
 from fp8_weights import EMULATED, fp8_parameters
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from ranks import RankPools
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -204,3 +204,24 @@ def merge() -> list[Any]:
 def test_a_base_is_merged_safely_and_encoded_again(ranks: RankPools) -> None:
     for checks in ranks.run(2, merge):
         assert checks == [True, True, 1, True]
+
+
+def save_adapter(folder: str) -> tuple[int, bool]:
+    """How many weights PEFT's save has decoded if it is given the adapter's, and whether it has the rest."""
+    engine = engine_of(FROZEN)
+    train(engine, 1)
+    matrices = [each.matrix for each in fp8_parameters(engine.module)]
+    before = sum(each.decodes for each in matrices)
+    adapter = engine.module_state_dict(exclude_frozen_parameters=True)
+    engine.module.save_pretrained(folder, state_dict=adapter)
+    decodes = sum(each.decodes for each in matrices) - before
+    other = PeftModel.from_pretrained(lora().unload(), folder)
+    loaded = {name: each for name, each in other.named_parameters() if "lora" in name}
+    trained = {name: each for name, each in engine.module.named_parameters() if "lora" in name}
+    kept = same({name: each.bfloat16() for name, each in loaded.items()}, trained)
+    engine.destroy()
+    return decodes, kept
+
+
+def test_an_adapter_is_saved_without_its_base(ranks: RankPools, tmp_path: Path) -> None:
+    assert ranks.run(1, save_adapter, str(tmp_path)) == [(0, True)]
