@@ -26,7 +26,12 @@ from ds_fp8.cli import main
 from ds_fp8.ops.masters import write_weights
 from ds_fp8.ops.products import Operand, tiles
 from ds_fp8.zero_fp8.checkpoint import fp8_layout, manifest
+from ds_fp8.zero_fp8.products.choice import eligible
+from ds_fp8.zero_fp8.products.chosen import Choice
 from ds_fp8.zero_fp8.products.fp8_parameter import FP8Parameter
+from ds_fp8.zero_fp8.products.kernels import REFERENCE
+from ds_fp8.zero_fp8.products.ways import DecodedProducts
+from ds_fp8.zero_fp8.weights.frozen import FrozenWeights
 from ds_fp8.zero_fp8.weights.tiled import matrices_of
 
 O3 = {"weights": {"dtype": "e4m3", "min_elements": 1024}, "optimizer": {"exp_avg_sq_dtype": "ue4m4"}}
@@ -399,8 +404,8 @@ def save_llama(folder: str) -> tuple[dict[str, Tensor], Tensor, Tensor]:
 
 
 def test_transformers_loads_the_codes(ranks: RankPools, tmp_path: Path) -> None:
-    """By its own loader, which decodes them where there is no GPU."""
-    from transformers import AutoModelForCausalLM
+    """By its own loader, which decodes them where there is no GPU; LoRA's base has the same values again."""
+    from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
     matrices, tokens, logits = ranks.run(1, save_llama, str(tmp_path / "run"))[0]
     main(["export", str(tmp_path / "run"), str(tmp_path / "fp8"), "--fp8"])
@@ -411,3 +416,11 @@ def test_transformers_loads_the_codes(ranks: RankPools, tmp_path: Path) -> None:
     assert_equal({name: model.state_dict()[name] for name in codes}, matrices)
     with torch.no_grad():
         assert torch.equal(model(input_ids=tokens).logits, logits)
+    base = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "fp8", dtype=torch.bfloat16, quantization_config=FineGrainedFP8Config(dequantize=True)
+    ).requires_grad_(False)
+    found, _ = eligible(base, min_elements=8192, exclude=[], trained=False, frozen=True)
+    parameters = {each.parameter: each.name for each in found}
+    frozen = FrozenWeights()
+    frozen.take_over(Choice([], [*parameters], {}, REFERENCE, DecodedProducts(), None), parameters)
+    assert_equal({each.name: each.values() for each in frozen.matrices()}, matrices)

@@ -26,6 +26,7 @@ from ds_fp8.zero_fp8.weights.frozen import FrozenWeights
 
 MATRICES = 10  # keys and values have 72 rows
 FROZEN = {"opt_level": "O2", "weights": {"frozen": "e4m3", "min_elements": 4096}}
+AT_O3 = {**FROZEN, "opt_level": "O3", "checkpoint": {"weights": "masters"}}  # none trains, none has a master
 BF16 = {"opt_level": "O2"}
 
 
@@ -125,15 +126,15 @@ def shifted() -> Any:
     return model
 
 
-def save_and_load(folder: str, stage: int, frozen: bool) -> list[bool]:
+def save_and_load(folder: str, stage: int, fp8: dict[str, Any], into: dict[str, Any]) -> list[bool]:
     """Whether an engine of another base has the first one's bits after it has loaded, and goes on alike."""
-    engine = engine_of(FROZEN, stage)
+    engine, frozen = engine_of(fp8, stage), into == fp8
     train(engine, 3)
     engine.save_checkpoint(folder)
     codes, values, saved = codes_of_base(engine), model_values(engine), engine.module_state_dict()
     after = train(engine, 2, first=3)
     engine.destroy()
-    other = engine_of(FROZEN if frozen else BF16, stage, shifted())
+    other = engine_of(into, stage, shifted())
     other.load_checkpoint(folder)
     checks = [type(each) in (Tensor, nn.Parameter) for each in saved.values()]
     checks.append(same(values, model_values(other)))
@@ -144,10 +145,14 @@ def save_and_load(folder: str, stage: int, frozen: bool) -> list[bool]:
     return checks
 
 
-@pytest.mark.parametrize(("stage", "frozen"), [(1, True), (2, True), (2, False)])
-def test_a_checkpoint_has_the_codes(ranks: RankPools, tmp_path: Path, stage: int, frozen: bool) -> None:
+@pytest.mark.parametrize(
+    ("stage", "fp8", "into"), [(1, FROZEN, FROZEN), (2, AT_O3, AT_O3), (2, FROZEN, BF16)]
+)
+def test_a_checkpoint_has_the_codes(
+    ranks: RankPools, tmp_path: Path, stage: int, fp8: dict[str, Any], into: dict[str, Any]
+) -> None:
     """DeepSpeed's model file has their values, for a BF16 base, too."""
-    for checks in ranks.run(2, save_and_load, str(tmp_path), stage, frozen):
+    for checks in ranks.run(2, save_and_load, str(tmp_path), stage, fp8, into):
         assert all(checks)
 
 
