@@ -510,6 +510,12 @@ PROVED_ELSEWHERE = {
     "O3: describe, the log line and the report say what is FP8 and why the rest is not": (
         "test_fp8_weights.py::test_describe_and_the_banner"
     ),
+    "fp8.weights.frozen e4m3: LoRA over an FP8 base": (
+        "test_o3_frozen.py::test_losses_are_those_of_a_bf16_base"
+    ),
+    "fp8.weights.frozen e4m3: load_checkpoint, codes to the bit": (
+        "test_o3_frozen.py::test_a_checkpoint_has_the_codes"
+    ),
     "O3: bytes between steps are those of the estimate": "test_estimates.py::test_fp8_weights",
     "O3: a gather sends 1.00006 bytes per element": "test_bytes.py::test_wire_bytes_of_fp8_weights",
     "ranks that disagree get an error that says so": "test_agreement.py::test_disagreement_is_told",
@@ -569,6 +575,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "O3 under ZeRO 3": (
         {"zero_optimization": {"stage": 3}, "fp8": {"opt_level": "O3"}},
         'fp8.opt_level: received "O3", allowed: "O1", "O2", "O2+" with zero_optimization.stage 3',
+    ),
+    "fp8.weights.frozen e4m3 under ZeRO 3": (
+        {"zero_optimization": {"stage": 3}, "fp8": {"enabled": True, "weights": {"frozen": "e4m3"}}},
+        'fp8.weights.frozen: received "e4m3", allowed: the key left out with zero_optimization.stage 3',
+    ),
+    "fp8.weights.frozen e4m3 with fp16": (
+        {"fp16": {"enabled": True}, "fp8": {"enabled": True, "weights": {"frozen": "e4m3"}}},
+        'fp16.enabled: received true, allowed: false with fp8.weights.frozen "e4m3"',
     ),
     "O3 with fp16, and so a dynamic loss scale": (
         {"fp16": {"enabled": True}, "fp8": {"opt_level": "O3"}},

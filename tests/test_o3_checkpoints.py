@@ -26,7 +26,12 @@ from ds_fp8.cli import main
 from ds_fp8.ops.masters import write_weights
 from ds_fp8.ops.products import Operand, tiles
 from ds_fp8.zero_fp8.checkpoint import fp8_layout, manifest
+from ds_fp8.zero_fp8.products.choice import eligible
+from ds_fp8.zero_fp8.products.chosen import Choice
 from ds_fp8.zero_fp8.products.fp8_parameter import FP8Parameter
+from ds_fp8.zero_fp8.products.kernels import REFERENCE
+from ds_fp8.zero_fp8.products.ways import DecodedProducts
+from ds_fp8.zero_fp8.weights.frozen import FrozenWeights
 from ds_fp8.zero_fp8.weights.tiled import matrices_of
 
 O3 = {"weights": {"dtype": "e4m3", "min_elements": 1024}, "optimizer": {"exp_avg_sq_dtype": "ue4m4"}}
@@ -204,7 +209,15 @@ def by_hand(src: dict[str, Tensor], dst: torch.nn.Module) -> None:
     dst.load_state_dict(src)
 
 
-@pytest.mark.parametrize("options", [{}, {"load_module_only": True}, {"custom_load_fn": by_hand}])
+def writes_data(src: dict[str, Tensor], dst: torch.nn.Module) -> None:
+    for name, each in dst.named_parameters():
+        each.data.copy_(src[name])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"load_module_only": True}, {"custom_load_fn": by_hand}, {"custom_load_fn": writes_data}],
+)
 def test_weights_alone_make_masters_of_what_was_saved_of_masters(
     ranks: RankPools, saved: tuple[Path, dict[str, Any]], options: dict[str, Any]
 ) -> None:
@@ -340,9 +353,9 @@ def test_universal(ranks: RankPools, saved: tuple[Path, dict[str, Any]], tmp_pat
         assert_same(each["codes"], engine["codes"])
 
 
-def writes_data(src: dict[str, Tensor], dst: torch.nn.Module) -> None:
+def writes_rows(src: dict[str, Tensor], dst: torch.nn.Module) -> None:
     for name, each in dst.named_parameters():
-        each.data.copy_(src[name])
+        each.data[:1].copy_(src[name][:1])
 
 
 def test_what_cannot_be_loaded_or_exported_is_told(
@@ -354,7 +367,7 @@ def test_what_cannot_be_loaded_or_exported_is_told(
         path.unlink()
     with pytest.raises(AssertionError, match=r"optim_states\.pt: missing, but listed"):
         ranks.run(1, load_weights, str(tmp_path / "cut"), O3, {})
-    function = {"custom_load_fn": writes_data}
+    function = {"custom_load_fn": writes_rows}
     with pytest.raises(AssertionError, match=r"qkv\.weight: copy_ would write to an FP8 weight"):
         ranks.run(1, load_weights, str(folder / "codes"), O3, function)
     ranks.run(1, train_and_save, str(tmp_path / "o2"), O2, {})
@@ -394,8 +407,8 @@ def save_llama(folder: str) -> tuple[dict[str, Tensor], Tensor, Tensor]:
 
 
 def test_transformers_loads_the_codes(ranks: RankPools, tmp_path: Path) -> None:
-    """By its own loader, which decodes them where there is no GPU."""
-    from transformers import AutoModelForCausalLM
+    """By its own loader, which decodes them where there is no GPU; LoRA's base has the same values again."""
+    from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 
     matrices, tokens, logits = ranks.run(1, save_llama, str(tmp_path / "run"))[0]
     main(["export", str(tmp_path / "run"), str(tmp_path / "fp8"), "--fp8"])
@@ -406,3 +419,11 @@ def test_transformers_loads_the_codes(ranks: RankPools, tmp_path: Path) -> None:
     assert_equal({name: model.state_dict()[name] for name in codes}, matrices)
     with torch.no_grad():
         assert torch.equal(model(input_ids=tokens).logits, logits)
+    base = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "fp8", dtype=torch.bfloat16, quantization_config=FineGrainedFP8Config(dequantize=True)
+    ).requires_grad_(False)
+    found, _ = eligible(base, min_elements=8192, exclude=[], trained=False, frozen=True)
+    parameters = {each.parameter: each.name for each in found}
+    frozen = FrozenWeights()
+    frozen.take_over(Choice([], [*parameters], {}, REFERENCE, DecodedProducts(), None), parameters)
+    assert_equal({each.name: each.values() for each in frozen.matrices()}, matrices)

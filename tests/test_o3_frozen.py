@@ -13,7 +13,7 @@ from engines import Lines, build, ds_config
 from fp8_weights import EMULATED, fp8_parameters
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from ranks import RankPools
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -26,6 +26,7 @@ from ds_fp8.zero_fp8.weights.frozen import FrozenWeights
 
 MATRICES = 10  # keys and values have 72 rows
 FROZEN = {"opt_level": "O2", "weights": {"frozen": "e4m3", "min_elements": 4096}}
+AT_O3 = {**FROZEN, "opt_level": "O3", "checkpoint": {"weights": "masters"}}  # none trains, none has a master
 BF16 = {"opt_level": "O2"}
 
 
@@ -125,15 +126,15 @@ def shifted() -> Any:
     return model
 
 
-def save_and_load(folder: str, stage: int, frozen: bool) -> list[bool]:
+def save_and_load(folder: str, stage: int, fp8: dict[str, Any], into: dict[str, Any]) -> list[bool]:
     """Whether an engine of another base has the first one's bits after it has loaded, and goes on alike."""
-    engine = engine_of(FROZEN, stage)
+    engine, frozen = engine_of(fp8, stage), into == fp8
     train(engine, 3)
     engine.save_checkpoint(folder)
     codes, values, saved = codes_of_base(engine), model_values(engine), engine.module_state_dict()
     after = train(engine, 2, first=3)
     engine.destroy()
-    other = engine_of(FROZEN if frozen else BF16, stage, shifted())
+    other = engine_of(into, stage, shifted())
     other.load_checkpoint(folder)
     checks = [type(each) in (Tensor, nn.Parameter) for each in saved.values()]
     checks.append(same(values, model_values(other)))
@@ -144,10 +145,14 @@ def save_and_load(folder: str, stage: int, frozen: bool) -> list[bool]:
     return checks
 
 
-@pytest.mark.parametrize(("stage", "frozen"), [(1, True), (2, True), (2, False)])
-def test_a_checkpoint_has_the_codes(ranks: RankPools, tmp_path: Path, stage: int, frozen: bool) -> None:
+@pytest.mark.parametrize(
+    ("stage", "fp8", "into"), [(1, FROZEN, FROZEN), (2, AT_O3, AT_O3), (2, FROZEN, BF16)]
+)
+def test_a_checkpoint_has_the_codes(
+    ranks: RankPools, tmp_path: Path, stage: int, fp8: dict[str, Any], into: dict[str, Any]
+) -> None:
     """DeepSpeed's model file has their values, for a BF16 base, too."""
-    for checks in ranks.run(2, save_and_load, str(tmp_path), stage, frozen):
+    for checks in ranks.run(2, save_and_load, str(tmp_path), stage, fp8, into):
         assert all(checks)
 
 
@@ -204,3 +209,24 @@ def merge() -> list[Any]:
 def test_a_base_is_merged_safely_and_encoded_again(ranks: RankPools) -> None:
     for checks in ranks.run(2, merge):
         assert checks == [True, True, 1, True]
+
+
+def save_adapter(folder: str) -> tuple[int, bool]:
+    """How many weights PEFT's save has decoded if it is given the adapter's, and whether it has the rest."""
+    engine = engine_of(FROZEN)
+    train(engine, 1)
+    matrices = [each.matrix for each in fp8_parameters(engine.module)]
+    before = sum(each.decodes for each in matrices)
+    adapter = engine.module_state_dict(exclude_frozen_parameters=True)
+    engine.module.save_pretrained(folder, state_dict=adapter)
+    decodes = sum(each.decodes for each in matrices) - before
+    other = PeftModel.from_pretrained(lora().unload(), folder)
+    loaded = {name: each for name, each in other.named_parameters() if "lora" in name}
+    trained = {name: each for name, each in engine.module.named_parameters() if "lora" in name}
+    kept = same({name: each.bfloat16() for name, each in loaded.items()}, trained)
+    engine.destroy()
+    return decodes, kept
+
+
+def test_an_adapter_is_saved_without_its_base(ranks: RankPools, tmp_path: Path) -> None:
+    assert ranks.run(1, save_adapter, str(tmp_path)) == [(0, True)]
