@@ -65,8 +65,9 @@ class ProductHealth:
     """The counts of all matrices, and what they come to."""
 
     def __init__(self, matrices: Sequence[Measured], device: torch.device) -> None:
+        """Without matrices nothing is allocated."""
         self._matrices = matrices
-        self._nothing = torch.tensor(_NOTHING, dtype=torch.float64, device=device)
+        self._nothing = torch.tensor(_NOTHING if matrices else (), dtype=torch.float64, device=device)
         self._counts = self._nothing.repeat(len(matrices), len(OPERANDS), 1)
         self._measuring = False
 
