@@ -414,7 +414,7 @@ def stock_sliced_bytes(name: str, micro_steps: int, bucket: int, bf16_states: bo
         buffers=nbytes(each.buffer for each in handler.ipg_buckets.values()),
         persistent=nbytes(each.data for each in parameters) if dist.get_world_size() > 1 else 0,
     )
-    alive = [each for each in live_tensors() if each.untyped_storage().data_ptr() not in before]
+    alive = [each for each in live_tensors() if storages([each]).keys() - before.keys()]
     assert 0 <= nbytes(alive) - held.total < SMALL
     del alive
     probe = StockSlicedProbe(engine)
