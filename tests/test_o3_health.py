@@ -3,7 +3,7 @@
 import csv
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -128,10 +128,18 @@ def test_blocks_that_are_not_finite_do_not_count(layer: nn.Linear, health: Produ
     assert collected(health)["weight"] == shares_by_hand({"x": by_hand(x)})
 
 
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """Leaves no graph behind."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("fresh_compiler")
 def test_a_compiled_graph_counts_nothing_and_is_not_made_again(
     layer: nn.Linear, health: ProductHealth
 ) -> None:
-    torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(layer, backend=counter, fullgraph=True)
     for measuring in (False, True):
