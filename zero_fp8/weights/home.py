@@ -53,9 +53,9 @@ class WholeHome:
 
     def objection(self, parameter: Parameter) -> str | None:
         """What is wrong with the values that the parameter has now, if they cannot be taken home."""
-        received, allowed = described(parameter), described(self.view)
-        if received != allowed:
-            return f"received {received} after deepspeed.initialize, allowed: {allowed}"
+        other = _another_kind(parameter, described(self.view))
+        if other is not None:
+            return other
         flaw = flaw_of(parameter.detach().resolve_neg()) if self.was_left_by(parameter) else None
         return None if flaw is None else f"received {flaw} as .data, {ALLOWED}"
 
@@ -92,8 +92,12 @@ class MatrixHome:
         if not self.was_left_by(parameter):
             return None
         codes = self.matrix.codes
-        allowed = f"{list(codes.shape)} of {torch.bfloat16} on {codes.device}"
-        received = described(parameter)
-        if received != allowed:
-            return f"received {received} after deepspeed.initialize, allowed: {allowed}"
-        return None
+        return _another_kind(parameter, f"{list(codes.shape)} of {torch.bfloat16} on {codes.device}")
+
+
+def _another_kind(parameter: Parameter, allowed: str) -> str | None:
+    """The objection if a parameter's shape, dtype or device are not those that it had."""
+    received = described(parameter)
+    if received != allowed:
+        return f"received {received} after deepspeed.initialize, allowed: {allowed}"
+    return None
