@@ -136,7 +136,7 @@ CASES = [
     pytest.param(ranks, stage, kind, id=f"{ranks}-{stage}-{kind}", marks=[] if quick else [slow])
     for ranks, stage, kind, quick in (
         *((2, 1, "local", False), (2, 2, "gathered", True), (2, 3, "gathered", True)),
-        *((4, 1, "local", False), (4, 2, "local", False), (4, 3, "local", True)),
+        *((4, 1, "local", False), (4, 2, "local", False), (4, 3, "local", False)),
     )
 ]
 

@@ -49,7 +49,7 @@ def train(name: str, stage: int, fp8: bool) -> dict[str, list[float]]:
     return result
 
 
-EARLY = {f"{O3}{name}" for name in ("gradient accumulation", "tied parameters", "engine.compile()")}
+EARLY = {f"{O3}{name}" for name in ("gradient accumulation", "tied parameters")}
 
 
 def cases() -> Iterator[Any]:
