@@ -38,6 +38,8 @@ from ds_fp8.ops.formats import BY_NAME, E4M3, FP16
 from ds_fp8.ops.masters import load_masters
 from ds_fp8.zero_fp8.optimizer.fp8_adamw import FP8AdamW
 
+# An FP8AdamW without DeepSpeed has no FP8 weights.
+ALONE = {name: level for name, level in LEVELS.items() if level.weights is None}
 LR = 1e-3
 BLOCK = 128
 BOUNDS = {  # of the error, in the order of the regimes
@@ -65,7 +67,7 @@ def ours(name: str, kind: str, level: str, **states: Any) -> Recipe:
     def make(parameter: Tensor, **hyperparameters: Any) -> Any:
         return FP8AdamW([parameter], fp8=fp8, **hyperparameters)
 
-    master = states.get("master_dtype", LEVELS[level].master)
+    master = states.get("master_dtype", ALONE[level].master)
     return Recipe(name, make, kind, states.get("clamp", True), master=master)
 
 
@@ -101,7 +103,7 @@ def pairs() -> Iterator[Recipe]:
 
 def built() -> Iterator[Recipe]:
     """The levels, and O2's states with other masters."""
-    for level in LEVELS:
+    for level in ALONE:
         yield ours(level, "as built", level)
     for master in ("bf16", "split16", "split8"):
         yield ours(f"O2, {master} master", "as built", "O2", master_dtype=master)
@@ -212,7 +214,7 @@ def level_of(row: dict[str, Any]) -> str | None:
     """The level that has the states of a row."""
     if row["kind"] != "states" or not row["clamp"]:
         return None
-    names = {f"{level.exp_avg}, {level.exp_avg_sq}": name for name, level in LEVELS.items()}
+    names = {f"{level.exp_avg}, {level.exp_avg_sq}": name for name, level in ALONE.items()}
     return names.get(row["name"])
 
 
