@@ -25,140 +25,34 @@ import argparse
 import random
 import statistics
 import time
-from collections.abc import Iterator
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from claims import Claim, print_claims
 from engine_facts import predicted_bytes, sent
 from gpu_train import CONSOLE, claims_of_memory_and_time, load
+from llama import SIZES, batches, engine_of, same_everywhere, step
 from meters import elements
 from ranks_gpu import facts, join_ranks
 from rich.table import Table
 from timing import write
-from torch import Tensor, cuda
-from torch.distributed.nn.functional import all_gather
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch import cuda
 
-from ds_fp8.estimate import dry_run
-
-SIZES = {  # hidden size, layers, heads, size between
-    "tiny": (64, 2, 4, 172),
-    "350M": (1024, 24, 16, 2736),
-    "1.3B": (2048, 24, 16, 5504),
-    "7B": (4096, 32, 32, 11008),
-    "13B": (5120, 40, 40, 13824),
-}
-VOCABULARY = 32_000
 WARM_UP = 4  # steps that are not timed: DeepSpeed's trace and the allocator settle
-KERNELS = [SDPBackend.FLASH_ATTENTION]  # which a CPU has, too
 Run = dict[str, Any]
-Batch = dict[str, Tensor]
-
-
-def model_of(arguments: argparse.Namespace, device: torch.device) -> torch.nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    hidden, layers, heads, between = SIZES[arguments.size]
-    config = LlamaConfig(
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        intermediate_size=between,
-        vocab_size=VOCABULARY,
-        max_position_embeddings=arguments.context,
-        use_cache=False,
-        attn_implementation="sdpa",
-    )
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    with device:
-        model: torch.nn.Module = LlamaForCausalLM(config)
-    torch.set_default_dtype(torch.float32)
-    if arguments.checkpointing:
-        options = {"use_reentrant": False}
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)  # type: ignore[operator]
-    return model
-
-
-def engine_of(arguments: argparse.Namespace, device: torch.device) -> Any:
-    import deepspeed
-
-    config = dict(dry_run.read(str(arguments.deepspeed_config)))
-    config["train_micro_batch_size_per_gpu"] = arguments.micro_batch
-    model, mpu = model_of(arguments, device), None
-    if arguments.sequence_parallel > 1:
-        from deepspeed.runtime.sequence_parallel.ulysses_sp import (  # noqa: TID251  # as DeepSpeed documents
-            UlyssesSPAttentionHF,
-        )
-
-        size = config["sequence_parallel_size"] = arguments.sequence_parallel
-        shares = (model, "sdpa", size, arguments.micro_batch)
-        mpu = UlyssesSPAttentionHF.register_with_transformers(*shares)
-    parameters = model.parameters()
-    engine = deepspeed.initialize(model=model, model_parameters=parameters, config=config, mpu=mpu)[0]
-    if arguments.compile:
-        engine.compile()
-    return engine
-
-
-def batches(arguments: argparse.Namespace, device: torch.device) -> Iterator[Batch]:
-    from gpt_pretrain import read_sources
-    from train_lm import Corpus
-
-    corpus, ranks = Corpus(read_sources(), arguments.context - 1), arguments.sequence_parallel
-    group, place = divmod(torch.distributed.get_rank(), ranks)
-    for batch in corpus.batches(arguments.micro_batch, group):  # a row has one token more
-        tokens = batch.to(device, torch.long)
-        whole = {"input_ids": tokens, "labels": tokens}
-        yield whole if ranks == 1 else part_of(tokens, place, ranks)
-
-
-def part_of(tokens: Tensor, place: int, ranks: int) -> Batch:
-    """A rank's part of sequences; ranks that share one are neighbours."""
-    labels = F.pad(tokens[:, 1:], (0, 1), value=-100)
-    positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-    whole = {"input_ids": tokens, "labels": labels, "position_ids": positions}
-    return {key: each.chunk(ranks, dim=1)[place].contiguous() for key, each in whole.items()}
-
-
-def step(engine: Any, batch: Batch) -> Tensor:
-    with sdpa_kernel(KERNELS) if engine.sequence_parallel_size > 1 else nullcontext():
-        loss = shared_loss(engine, batch) if engine.sequence_parallel_size > 1 else engine(**batch).loss
-        engine.backward(loss)
-    engine.step()
-    return loss.detach()
-
-
-def shared_loss(engine: Any, batch: Batch) -> Tensor:
-    """The mean over the tokens of the ranks that share a sequence."""
-    labels = batch.pop("labels").flatten()
-    logits = engine(**batch).logits.float().flatten(0, 1)
-    mine = F.cross_entropy(logits, labels, ignore_index=-100)
-    return torch.stack([*all_gather(mine, group=engine.get_sequence_parallel_group())]).mean()
-
-
-def same_everywhere(engine: Any) -> bool:
-    """Whether all ranks have the same weights, as they are gathered."""
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
-        sums = [each.detach().view(torch.int16).long().sum() for each in engine.module.parameters()]
-    mine = torch.stack(sums)
-    theirs = mine.clone()
-    torch.distributed.broadcast(theirs, 0)
-    differ = (mine != theirs).sum()
-    torch.distributed.all_reduce(differ)
-    return int(differ) == 0
 
 
 def wait(device: torch.device) -> None:
     if device.type == "cuda":
         cuda.synchronize(device)
+
+
+def forget_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        cuda.empty_cache()
+        cuda.reset_peak_memory_stats(device)
 
 
 def peak(device: torch.device) -> int:
@@ -169,9 +63,7 @@ def train(arguments: argparse.Namespace, device: torch.device) -> Run:
     """Times, losses and bytes of some steps, the same on every rank."""
     engine = engine_of(arguments, device)
     source = batches(arguments, device)
-    if device.type == "cuda":
-        cuda.empty_cache()
-        cuda.reset_peak_memory_stats(device)
+    forget_peak(device)
     milliseconds, losses, norms = [], [], []
     draw = random.Random(torch.distributed.get_rank())
     for _ in range(arguments.steps):
@@ -208,9 +100,7 @@ def probe(arguments: argparse.Namespace, device: torch.device) -> None:
     for micro_batch in arguments.probe:
         arguments.micro_batch = micro_batch
         source = batches(arguments, device)
-        if device.type == "cuda":
-            cuda.empty_cache()
-            cuda.reset_peak_memory_stats(device)
+        forget_peak(device)
         try:
             for _ in range(2):
                 step(engine, next(source))
