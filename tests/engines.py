@@ -1,7 +1,7 @@
 """Engines, batches and states for tests; everything here runs on a rank."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import deepspeed
@@ -25,6 +25,15 @@ class Lines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self.lines.append(record.getMessage())
+
+
+def refusal(act: Callable[[], Any]) -> str:
+    """The words of the ValueError; "" if there is none."""
+    try:
+        act()
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def ds_config(

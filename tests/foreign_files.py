@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from deepspeed import comm as dist
 from deepspeed.checkpoint import ds_to_universal
-from engines import assert_same_bits, build, ds_config, state_bits, weight_bits, zero3
+from engines import assert_same_bits, build, ds_config, refusal, state_bits, weight_bits, zero3
 from torch import Tensor, nn
 
 WARMUP = {"type": "WarmupLR", "params": {"warmup_max_lr": 1e-3, "warmup_num_steps": 10}}
@@ -197,11 +197,7 @@ def same(first: dict[str, Any], second: dict[str, Any], *, counters: bool = True
 
 def attempt(engine: Any, folder: Path, **options: Any) -> str:
     """The words of the ValueError; "" if it has loaded."""
-    try:
-        engine.load_checkpoint(str(folder), **options)
-    except ValueError as error:
-        return str(error)
-    return ""
+    return refusal(lambda: engine.load_checkpoint(str(folder), **options))
 
 
 def on_first(act: Callable[[], Any]) -> None:

@@ -1,11 +1,10 @@
 """Ranks that were given different arguments, or one something that is none, are all told so at once."""
 
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from deepspeed import comm as dist
+from engines import refusal
 from foreign_files import attempt, make, on_first, same, snapshot
 from ranks import RankPools
 from test_tags import tree
@@ -13,14 +12,6 @@ from test_tags import tree
 from ds_fp8.zero_fp8.checkpoint import manifest
 
 Told = list[tuple[str, str]]  # what was asked for, the error
-
-
-def refusal(act: Callable[[], Any]) -> str:
-    try:
-        act()
-    except ValueError as error:
-        return str(error)
-    return ""
 
 
 def saves(root: str) -> Told:

@@ -13,6 +13,7 @@ from engines import (
     build,
     build_gpt,
     ds_config,
+    refusal,
     state_bits,
     train_losses,
     train_run,
@@ -296,11 +297,7 @@ def test_a_checkpoint_does_not_know_the_hops(ranks: RankPools, tmp_path: Path) -
 
 
 def refuse_nodes(size: int) -> str:
-    try:
-        build_gpt(ds_config({"gradients": {"intra_node_size": size}}))
-    except ValueError as error:
-        return str(error)
-    return ""
+    return refusal(lambda: build_gpt(ds_config({"gradients": {"intra_node_size": size}})))
 
 
 def test_nodes_that_do_not_divide_the_ranks_are_refused(ranks: RankPools) -> None:
