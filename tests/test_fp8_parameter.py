@@ -16,7 +16,8 @@ from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 
-from ds_fp8.zero_fp8.products.fp8_parameter import FP8Parameter, gradient_edge
+from ds_fp8.zero_fp8.gradients.schedule import accumulating_node
+from ds_fp8.zero_fp8.products.fp8_parameter import FP8Parameter
 
 READERS: dict[str, Callable[[Any], Any]] = {
     "float": lambda w: w.float(),
@@ -329,7 +330,7 @@ def test_stale_values_are_new_data() -> None:
         lambda p: p.expand_as(p).grad_fn.next_functions[0][0],
         lambda p: p.view_as(p).grad_fn.next_functions[0][0],
         lambda p: get_gradient_edge(p).node,
-        lambda p: gradient_edge(p).node,
+        accumulating_node,
     ],
 )
 def test_the_node_of_a_gradient_is_found(find: Callable[[Any], Any]) -> None:
@@ -344,13 +345,13 @@ def test_hooks_set_before_and_after_fire_once() -> None:
     torch.manual_seed(0)
     layer = nn.Linear(160, 96, dtype=torch.bfloat16)
     layer.weight.register_post_accumulate_grad_hook(lambda p: fired.append((p is layer.weight, p.grad.dtype)))
-    edge = gradient_edge(layer.weight)
-    edge.node.register_hook(lambda *_: fired.append("node"))
+    node = accumulating_node(layer.weight)
+    node.register_hook(lambda *_: fired.append("node"))
     take_over(layer.weight, EMULATED)
     layer.weight.register_hook(lambda g: fired.append(g.shape))
     layer(random(3, 160)).sum().backward()
     assert fired == [torch.Size([96, 160]), (True, torch.bfloat16), "node"]
-    assert gradient_edge(layer.weight).node is edge.node
+    assert accumulating_node(layer.weight) is node
     assert float(clip_grad_norm_(layer.parameters(), 1.0)) > 0
 
 

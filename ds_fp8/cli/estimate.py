@@ -131,15 +131,17 @@ def _total(method: "Method", model: "Model", run: "Run") -> str | None:
 
 
 def _as_json(model: "Model", methods: "list[Method]", run: "Run") -> dict[str, Any]:
-    refused = {method.name: method.refusal(model, run) for method in methods}
-    held = {method.name: method.held(model, run) for method in methods if refused[method.name] is None}
+    from ds_fp8.estimate.methods import refusals
+
+    refused = refusals(methods, model, run)
+    held = {method.name: method.held(model, run) for method in methods if method.name not in refused}
     return {
         "name": model.name,
         "parameters": model.parameters,
         "frozen": model.frozen,
         "counted": model.counted or None,
         "bytes": [{"method": name, **asdict(parts), "total": parts.total} for name, parts in held.items()],
-        "refused": {name: reason for name, reason in refused.items() if reason is not None},
+        "refused": refused,
         "fp8_weights": {method.name: _weights(method, model) for method in methods if method.note(model)},
     }
 
@@ -154,15 +156,16 @@ def _weights(method: "Method", model: "Model") -> dict[str, Any]:
 
 
 def _show_largest(arguments: argparse.Namespace, methods: "list[Method]", run: "Run") -> None:
-    from ds_fp8.estimate.methods import WEIGHT, largest
+    from ds_fp8.estimate.methods import WEIGHT, largest, refusals
     from ds_fp8.estimate.runs import model_of_size
 
     model = model_of_size(max(1, arguments.memory // WEIGHT), run)  # its weights alone fill a GPU
-    refused = {method.name: method.refusal(model, run) for method in methods}
+    refused = refusals(methods, model, run)
     parameters = {
-        method.name: largest(method, run, arguments.memory) for method in methods if not refused[method.name]
+        method.name: largest(method, run, arguments.memory)
+        for method in methods
+        if method.name not in refused
     }
-    refused = {name: reason for name, reason in refused.items() if reason is not None}
     if arguments.json:
         rows = [{"method": name, "parameters": count} for name, count in parameters.items()]
         show_json({**asdict(run), "memory": arguments.memory, "largest": rows, "refused": refused})

@@ -16,6 +16,7 @@ from ds_fp8.estimate.methods import (
     Held,
     Method,
     levels,
+    refusals,
 )
 from ds_fp8.estimate.runs import Model, Run, model_of_module, model_of_size, run_at_defaults
 from ds_fp8.output import in_units, show_line, show_table
@@ -74,8 +75,8 @@ def show(model: Model, run: Run, methods: Sequence[Method]) -> None:
     frozen = f", {in_units(model.frozen)} of them frozen" if model.frozen else ""
     counted = f" ({model.counted})" if model.counted else ""
     show_line(f"{model.name}: {in_units(model.parameters)} parameters{frozen}{counted}")
-    refused = {method.name: method.refusal(model, run) for method in methods}
-    held = {method.name: method.held(model, run) for method in methods if refused[method.name] is None}
+    refused = refusals(methods, model, run)
+    held = {method.name: method.held(model, run) for method in methods if method.name not in refused}
     columns = [each.name for each in fields(Held) if run.stage == 3 or each.name not in ONLY_ZERO3]
     show_table(
         ("", *columns, "per GPU"),
@@ -85,7 +86,7 @@ def show(model: Model, run: Run, methods: Sequence[Method]) -> None:
         ),
     )
     for method in methods:
-        words = refused[method.name] or method.note(model)
+        words = refused.get(method.name) or method.note(model)
         if words is not None:
             show_line(f"{method.name}: {words}")
 

@@ -65,9 +65,8 @@ def run_dry(config: Mapping[str, Any], *, gpus: int, micro_steps: int | None = N
     known, filled_in = without_auto(config)
     assumes = not set(known) & set(BATCHES[:2]) and (bool(filled_in) or SECTION in config)
     if assumes:
-        known[BATCHES[1]] = (
-            1  # DeepSpeed wants one of both; Hugging Face fills it in, or who completes a template
-        )
+        # DeepSpeed wants one of both; Hugging Face fills it in, or who completes a template.
+        known[BATCHES[1]] = 1
     judged = judge(known, gpus)
     fp8: FP8Config | None = judged.ds_fp8
     if fp8 is None or not fp8.enabled:

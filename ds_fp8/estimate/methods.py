@@ -68,6 +68,12 @@ class Method:
         return codes.note_of(self.config, model) if self.config else None
 
 
+def refusals(methods: Sequence[Method], model: Model, run: Run) -> dict[str, str]:
+    """Why no run of a model is so, by the names of the methods that refuse it."""
+    reasons = {method.name: method.refusal(model, run) for method in methods}
+    return {name: reason for name, reason in reasons.items() if reason is not None}
+
+
 def with_fp8(name: str, config: FP8Config) -> Method:
     """ds_fp8 with this section."""
     return Method(name, partial(_with_fp8, config), config)

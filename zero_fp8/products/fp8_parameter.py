@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import functional
 
 from ds_fp8.zero_fp8.products import answers
@@ -107,12 +106,6 @@ class FP8Parameter(nn.Parameter):
     def set_(self, *_: Any) -> Any:
         """torch asks no override here."""
         raise _no_memory(self, Tensor.set_)
-
-
-def gradient_edge(parameter: nn.Parameter) -> GradientEdge:
-    """The node that accumulates a parameter's gradient, before or after it became FP8; nothing is decoded."""
-    with torch._C.DisableTorchFunctionSubclass():
-        return get_gradient_edge(parameter)
 
 
 def _check(parameter: nn.Parameter, matrix: Matrix) -> None:

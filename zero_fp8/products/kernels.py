@@ -11,15 +11,15 @@ scales of rows transposed.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ds_fp8.ops import products
+from ds_fp8.ops import product_backend, products
+from ds_fp8.ops.product_backend import Products
 from ds_fp8.ops.products import (
     CastGradient,
-    CastInput,
     Operand,
     padded_tokens,
     scale_shape,
@@ -32,40 +32,21 @@ _known: dict[str, "Kernels"] = {}  # an op is told by name what to run
 
 
 @dataclass(frozen=True)
-class Kernels:
-    """Functions of the names and contracts of `ds_fp8.ops.products`; a name has one set in a process."""
+class Kernels(Products):
+    """Functions that cast and encode, and how products are multiplied; a name has one set in a process."""
 
-    name: str
-    multiply: Callable[[Operand, Operand, Tensor | None], Tensor]
-    cast_input: Callable[..., CastInput]
-    cast_gradient: Callable[..., CastGradient]
-    transpose: Callable[[Tensor], Tensor]
-    find_exponents: Callable[[Tensor, int, int, Tensor], None]
-    encode_weight: Callable[..., None]
-    decode_weight: Callable[[Tensor, Tensor, Tensor], None]
-    expand_exponents: Callable[[Tensor, Tensor, Tensor], None]
+    multiply: Callable[[Operand, Operand, Tensor | None], Tensor] = products.multiply
 
     def __post_init__(self) -> None:
         known = _known.setdefault(self.name, self)
         assert known == self, f"two sets of kernels have the name {self.name}"
 
     @classmethod
-    def of(cls, name: str, functions: Any, multiply: Callable[..., Tensor]) -> "Kernels":
-        """From a module or record that has the other functions by name."""
-        return cls(
-            name,
-            multiply,
-            functions.cast_input,
-            functions.cast_gradient,
-            functions.transpose,
-            functions.find_exponents,
-            functions.encode_weight,
-            functions.decode_weight,
-            functions.expand_exponents,
-        )
+    def of(cls, name: str, functions: Products, multiply: Callable[..., Tensor]) -> "Kernels":
+        return cls(**{**vars(functions), "name": name, "instead": None, "multiply": multiply})
 
 
-REFERENCE = Kernels.of("reference", products, products.multiply)
+REFERENCE = Kernels.of("reference", product_backend.REFERENCE, products.multiply)
 
 
 class Right(NamedTuple):

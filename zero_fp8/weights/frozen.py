@@ -50,6 +50,11 @@ class FrozenWeights:
             _encode_parameter(parameter, home.matrix, choice.way)
             self._parameters.append((parameter, home, choice.way))
 
+    @property
+    def exist(self) -> bool:
+        """Whether there are some."""
+        return bool(self._parameters)
+
     def matrices(self) -> Iterator[Matrix]:
         return (home.matrix for _, home, _ in self._parameters)
 

@@ -8,9 +8,15 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from ds_fp8.zero_fp8.placement.partition import Piece
 from ds_fp8.zero_fp8.plain_tensors import ALLOWED, flaw_of
 from ds_fp8.zero_fp8.products.fp8_parameter import FP8Parameter
 from ds_fp8.zero_fp8.products.matrix import Matrix
+
+
+def elements_of(piece: Piece, rows: Tensor) -> Tensor:
+    """What a piece has of its owner's rows of the bucket, [blocks, block size], as a vector."""
+    return rows[piece.rows].view(-1)[: piece.numel]
 
 
 class Home(Protocol):

@@ -20,7 +20,7 @@ from ds_fp8.zero_fp8.products.matrix import Matrix
 from ds_fp8.zero_fp8.states.shard import Shard
 from ds_fp8.zero_fp8.weights.frozen import FrozenWeights
 from ds_fp8.zero_fp8.weights.store import Weights
-from ds_fp8.zero_fp8.weights.tiled import TiledWeights, is_tiled, tiled
+from ds_fp8.zero_fp8.weights.tiled import TiledWeights, is_tiled
 
 logger = logging.getLogger("ds_fp8")
 
@@ -72,7 +72,7 @@ class ModelWeights:
     @property
     def exist(self) -> bool:
         """Whether there are FP8 weights."""
-        return any(True for _ in [*tiled(self._weights), *self._frozen.matrices()])
+        return any(map(is_tiled, self._weights)) or self._frozen.exist
 
     def make_plain(self, state: dict[str, Any], *, writes: bool) -> None:
         """Turn parameters into plain tensors, FP8 ones into BF16. Outside a save as collective as `hold`.

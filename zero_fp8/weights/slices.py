@@ -22,7 +22,7 @@ from ds_fp8.zero_fp8.comm.collectives import NothingToGather
 from ds_fp8.zero_fp8.comm.groups import Nodes
 from ds_fp8.zero_fp8.placement.parameters import shape_of
 from ds_fp8.zero_fp8.placement.partition import Bucket, Piece, padding_of_slices
-from ds_fp8.zero_fp8.weights.home import described
+from ds_fp8.zero_fp8.weights.home import described, elements_of
 
 BLOCK_SIZE = "ds_fp8_block_size"  # attribute of a parameter whose slices are whole blocks
 FETCHED = "ds_fp8_fetched"  # address of the values that its last fetch has brought
@@ -133,7 +133,7 @@ class SlicedWeights:
 
     def given(self, piece: Piece) -> Tensor:
         """Where new values of what this rank owns of a parameter are written, [elements]."""
-        return self.own[piece.rows].view(-1)[: piece.numel]
+        return elements_of(piece, self.own)
 
     def write(self, index: int, parameter: Parameter, values: Tensor) -> None:
         """Write a parameter that is whole, [elements]; slices are owned rows."""

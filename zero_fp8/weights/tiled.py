@@ -29,7 +29,7 @@ from ds_fp8.zero_fp8.placement.partition import Bucket, Piece
 from ds_fp8.zero_fp8.products.chosen import Choice
 from ds_fp8.zero_fp8.products.fp8_parameter import FP8Parameter
 from ds_fp8.zero_fp8.products.matrix import Matrix
-from ds_fp8.zero_fp8.weights.home import MatrixHome
+from ds_fp8.zero_fp8.weights.home import MatrixHome, elements_of
 
 
 class Room:
@@ -67,7 +67,7 @@ class OwnPart:
 
     def of(self, rows: Tensor) -> Tensor:
         """This part of a rank's rows of the bucket, as a vector."""
-        return rows[self.piece.rows].view(-1)[: self.piece.numel]
+        return elements_of(self.piece, rows)
 
     @property
     def place(self) -> tuple[int, int]:

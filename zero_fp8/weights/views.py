@@ -12,7 +12,7 @@ from torch.nn import Parameter
 from ds_fp8.zero_fp8.comm.collectives import AllGather, Broadcasts
 from ds_fp8.zero_fp8.comm.groups import Nodes
 from ds_fp8.zero_fp8.placement.partition import Bucket, Piece
-from ds_fp8.zero_fp8.weights.home import WholeHome
+from ds_fp8.zero_fp8.weights.home import WholeHome, elements_of
 
 
 class FlatWeights:
@@ -65,7 +65,7 @@ class FlatWeights:
 
     def given(self, piece: Piece) -> Tensor:
         """Where new values of what this rank owns of a parameter are written, [elements]."""
-        return self.own[piece.rows].view(-1)[: piece.numel]
+        return elements_of(piece, self.own)
 
     def write(self, index: int, parameter: Parameter, values: Tensor) -> None:
         """Write a parameter, [elements]."""
