@@ -20,14 +20,15 @@ from ds_fp8.ops.triton import adam as adam_triton
 from ds_fp8.ops.triton import blocks as blocks_triton
 from ds_fp8.ops.triton import reduction as reduction_triton
 from ds_fp8.ops.triton import tiles as tiles_triton
+from ds_fp8.ops.triton.launch import INTERPRETED
 from ds_fp8.ops.triton.products import casts as casts_triton
 from ds_fp8.ops.triton.products import weights as weights_triton
 
-DEVICE = torch.device("cpu" if tiles_triton.INTERPRETED else "cuda")
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 TRITON = Kernels(triton_backend(), DEVICE)
 FP8 = {tl.float8e4nv: torch.float8_e4m3fn, tl.float8e5: torch.float8_e5m2}
 
-CONVERSIONS = (False, True) if tiles_triton.INTERPRETED or tiles_triton.hardware_fp8(DEVICE) else (False,)
+CONVERSIONS = (False, True) if INTERPRETED or tiles_triton.hardware_fp8(DEVICE) else (False,)
 
 
 def each_conversion(*formats: Format) -> pytest.MarkDecorator:

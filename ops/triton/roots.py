@@ -3,9 +3,9 @@
 import triton
 import triton.language as tl
 
-from ds_fp8.ops.triton import tiles as tiles_triton
+from ds_fp8.ops.triton import launch
 
-INTERPRETED = tl.constexpr(tiles_triton.INTERPRETED)
+INTERPRETED = tl.constexpr(launch.INTERPRETED)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Tiles of blocks on a GPU: the device functions that all Triton kernels share, and how they are launched.
+"""Tiles of blocks on a GPU: the device functions that all Triton kernels share.
 
 A tile is [ROWS, BLOCK]: a block is a row, so its amax is a reduction in registers. Formats are compile-time
 constants. From sm_89 on the hardware converts FP8; before, integer arithmetic does, to the same bits.
@@ -6,9 +6,6 @@ constants. From sm_89 on the hardware converts FP8; before, integer arithmetic d
 Kernels are bound by instructions as much as by memory. So a scale is multiplied with a row's other factors
 before the row is, and a tile's address is one 64-bit base and 32-bit offsets.
 """
-
-import os
-from typing import Any
 
 import torch
 import triton
@@ -22,18 +19,7 @@ from ds_fp8.ops.formats import BY_NAME
 # First compute capability whose own conversion is used: on sm_89 Triton before 3.9 goes through FP16 and
 # so rounds twice.
 FIRST_WITH_FP8 = (8, 9) if Version(triton.__version__) >= Version("3.9") else (9, 0)
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 PER_WARP = 512  # elements of a tile: 16 per thread, one 16-byte access of an 8-bit format
-
-
-def launch(kernel: Any, programs: int, warps: int, /, *, maxnreg: object = None, **arguments: object) -> None:
-    """Launch without fused multiply-adds, which round once where the reference rounds twice.
-
-    maxnreg: registers of a thread at most; None: the assembler chooses. arguments: every parameter of the
-    kernel by its name, so that none can take another's place.
-    """
-    options = {} if INTERPRETED else {"num_warps": warps, "enable_fp_fusion": False, "maxnreg": maxnreg}
-    kernel[(programs,)](**arguments, **options)
 
 
 def tile_of(blocks: int, block_size: int, warps: int, tiles: int = 1) -> tuple[int, int]:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ds_fp8.zero_fp8.products.kernels import Gradients, Needs
 from ds_fp8.zero_fp8.products.matrix import Matrix
-from ds_fp8.zero_fp8.products.ways import Gradients, Needs, Way
+from ds_fp8.zero_fp8.products.ways import Way
 
 
 class Product(torch.autograd.Function):

@@ -7,34 +7,19 @@ decoded    the weight is decoded to BF16, one at a time; x and dy stay as they a
 The first two are one class that is given its kernels.
 """
 
-from typing import NamedTuple, Protocol
+from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ds_fp8.zero_fp8.products import kernels
-from ds_fp8.zero_fp8.products.kernels import Cast, Kernels, Right
+from ds_fp8.zero_fp8.products import operations
+from ds_fp8.zero_fp8.products.kernels import Cast, Gradients, Kernels, Needs, Right
 from ds_fp8.zero_fp8.products.matrix import Matrix
 from ds_fp8.zero_fp8.products.shared_casts import SharedCasts
 
 Saved = tuple[Tensor, ...]  # of x, for backward
-
-
-class Needs(NamedTuple):
-    """Of what a gradient is wanted."""
-
-    input: bool
-    weight: bool
-    bias: bool
-
-
-class Gradients(NamedTuple):
-    """None where none is wanted."""
-
-    input: Tensor | None  # [tokens, K] bfloat16
-    weight: Tensor | None  # as the matrix is stored, bfloat16
-    bias: Tensor | None  # [N] bfloat16
 
 
 class Way(Protocol):
@@ -66,33 +51,26 @@ class FP8Products:
         self, x: Tensor, matrix: Matrix, bias: Tensor | None, *, swapped: bool, wgrad: bool
     ) -> tuple[Tensor, Saved]:
         cast = self._cast(x, matrix, wgrad)
-        weight = self._transposed(matrix) if swapped else _as_stored(matrix)
-        y = kernels.multiply(self.kernels, cast.forward, weight, bias)
+        weight = Right(matrix.codes, matrix.scales)
+        if swapped:
+            weight = Right(operations.transpose(self.kernels, matrix.codes), matrix.transposed_scales)
+        y = operations.multiply(self.kernels, cast.forward, weight, bias)
         return y[: x.numel() // x.shape[-1]], cast.wgrad if wgrad and cast.wgrad is not None else ()
 
     def backward(self, dy: Tensor, saved: Saved, matrix: Matrix, *, needs: Needs, swapped: bool) -> Gradients:
+        count = None
         if not torch.compiler.is_compiling():
             self.casts.clear()
-        cast = kernels.cast_gradient(self.kernels, dy, dgrad=needs.input, wgrad=needs.weight, bias=needs.bias)
-        if matrix.counts is not None:
-            matrix.counts.of_gradient(dy, cast)
-        dx = dw = None
-        if cast.dgrad is not None:
-            weight = _as_stored(matrix) if swapped else self._transposed(matrix)
-            dx = kernels.multiply(self.kernels, cast.dgrad, weight)[: len(dy)]
-        if cast.wgrad is not None:
-            dw = kernels.multiply(self.kernels, cast.wgrad, Right(*saved))
-            dw = dw.t().contiguous() if swapped else dw
-        return Gradients(dx, dw, None if cast.bias is None else cast.bias.to(torch.bfloat16))
-
-    def _transposed(self, matrix: Matrix) -> Right:
-        return Right(kernels.transpose(self.kernels, matrix.codes), matrix.transposed_scales)
+            count = None if matrix.counts is None else partial(matrix.counts.of_gradient, dy)
+        scales = matrix.scales if swapped else matrix.transposed_scales
+        weight, x = Right(matrix.codes, scales), Right(*saved) if needs.weight else None
+        return operations.differentiate(self.kernels, dy, weight, x, needs, swapped, count)
 
     def _cast(self, x: Tensor, matrix: Matrix, wgrad: bool) -> Cast:
         """Common subexpressions are found by the compiler, if there is one, whose graphs count nothing."""
         if torch.compiler.is_compiling():
-            return kernels.cast_input(self.kernels, _flat(x), wgrad=wgrad)
-        cast = self.casts.of(x, wgrad, lambda: kernels.cast_input(self.kernels, _flat(x), wgrad=wgrad))
+            return operations.cast_input(self.kernels, _flat(x), wgrad=wgrad)
+        cast = self.casts.of(x, wgrad, lambda: operations.cast_input(self.kernels, _flat(x), wgrad=wgrad))
         if matrix.counts is not None and wgrad:
             matrix.counts.of_input(_flat(x), cast.forward)
         return cast
@@ -118,10 +96,6 @@ class DecodedProducts:
         if needs.weight:
             dw = saved[0].t() @ dy if swapped else dy.t() @ saved[0]
         return Gradients(dx, dw, dy.sum(0) if needs.bias else None)
-
-
-def _as_stored(matrix: Matrix) -> Right:
-    return Right(matrix.codes, matrix.scales)
 
 
 def _flat(x: Tensor) -> Tensor:

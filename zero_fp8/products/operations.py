@@ -1,0 +1,183 @@
+"""The functions of `kernels`, called eagerly or, in a compiled graph, as custom ops.
+
+torch.compile sees names and shapes of the ops and looks into none. They are functional, so that it finds
+common casts and drops what nobody uses, and sizes may be symbols. Backward is one op: were its transposed
+weight a value of the graph, the compiler would make it in forward, where all that it depends on is known, and
+keep it until backward.
+
+What a graph passes on is dense: scales of rows transposed, those of tiles with their padding.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_fp8.ops.products import CastGradient, Operand, padded_tokens, scale_shape, tiles
+from ds_fp8.zero_fp8.products import kernels as eager
+from ds_fp8.zero_fp8.products.kernels import Cast, Gradients, Kernels, Needs, Right, named
+
+_CODES = torch.float8_e4m3fn
+
+
+def cast_input(kernels: Kernels, x: Tensor, *, wgrad: bool) -> Cast:
+    if not torch.compiler.is_compiling():
+        return eager.cast_input(kernels, x, wgrad=wgrad)
+    codes, scales, turned, turned_scales = _cast_input(kernels.name, x, wgrad)
+    return Cast(Operand(codes, scales), Right(turned, turned_scales) if wgrad else None)
+
+
+def multiply(kernels: Kernels, left: Operand, right: Right, bias: Tensor | None = None) -> Tensor:
+    if not torch.compiler.is_compiling():
+        return eager.multiply(kernels, left, right, bias)
+    y: Tensor = _multiply(kernels.name, left.codes, left.scales, right.codes, right.scales, bias)
+    return y
+
+
+def transpose(kernels: Kernels, codes: Tensor) -> Tensor:
+    if not torch.compiler.is_compiling():
+        return eager.transpose(kernels, codes)
+    turned: Tensor = _transpose(kernels.name, codes)
+    return turned
+
+
+def differentiate(
+    kernels: Kernels,
+    dy: Tensor,
+    weight: Right,
+    x: Right | None,
+    needs: Needs,
+    swapped: bool,
+    count: Callable[[CastGradient], None] | None = None,
+) -> Gradients:
+    """As `kernels.differentiate`; a graph counts nothing."""
+    if not torch.compiler.is_compiling():
+        return eager.differentiate(kernels, dy, weight, x, needs, swapped, count)
+    codes, scales = (None, None) if x is None else x
+    found = _differentiate(kernels.name, dy, *weight, codes, scales, [*needs], swapped)
+    return Gradients(*(each if wanted else None for each, wanted in zip(found, needs, strict=True)))
+
+
+def decode(kernels: Kernels, codes: Tensor, exponents: Tensor) -> Tensor:
+    if not torch.compiler.is_compiling():
+        return eager.decode(kernels, codes, exponents)
+    values: Tensor = _decode(kernels.name, codes, exponents)
+    return values
+
+
+# The ops. Where nothing is wanted they give empty tensors, since their results are fixed in number.
+
+
+def _op(name: str, signature: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """An op without what `torch.library.custom_op` wraps around each call; autograd never sees it."""
+    torch.library.define(f"ds_fp8::{name}", signature, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.impl(f"ds_fp8::{name}", "default", run)
+    torch.library.register_fake(f"ds_fp8::{name}", fake)
+    op: Callable[..., Any] = getattr(torch.ops.ds_fp8, name).default
+    return op
+
+
+def _run_cast_input(kernels: str, x: Tensor, wgrad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    cast = eager.cast_input(named(kernels), x, wgrad=wgrad)
+    turned = _nothing(x) if cast.wgrad is None else cast.wgrad
+    return cast.forward.codes, cast.forward.scales.t().contiguous(), *turned
+
+
+def _fake_cast_input(kernels: str, x: Tensor, wgrad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tokens, features = padded_tokens(x.shape[0]), x.shape[1]
+    whole = scale_shape(features, tokens)
+    return (
+        *_fake(x, (tokens, features), (tiles(features), tokens), True),
+        *_fake(x, (features, tokens), whole, wgrad),
+    )
+
+
+def _run_multiply(
+    kernels: str, left: Tensor, left_scales: Tensor, right: Tensor, right_scales: Tensor, bias: Tensor | None
+) -> Tensor:
+    operand = Operand(left, left_scales.t())
+    return eager.multiply(named(kernels), operand, Right(right, right_scales), bias)
+
+
+def _fake_multiply(
+    kernels: str, left: Tensor, left_scales: Tensor, right: Tensor, right_scales: Tensor, bias: Tensor | None
+) -> Tensor:
+    return left.new_empty(left.shape[0], right.shape[0], dtype=torch.bfloat16)
+
+
+def _run_differentiate(
+    kernels: str,
+    dy: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    x: Tensor | None,
+    x_scales: Tensor | None,
+    needs: list[bool],
+    swapped: bool,
+) -> tuple[Tensor, ...]:
+    right = None if x is None or x_scales is None else Right(x, x_scales)
+    found = eager.differentiate(named(kernels), dy, Right(codes, scales), right, Needs(*needs), swapped)
+    return tuple(dy.new_empty(0) if each is None else each for each in found)
+
+
+def _fake_differentiate(
+    kernels: str,
+    dy: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    x: Tensor | None,
+    x_scales: Tensor | None,
+    needs: list[bool],
+    swapped: bool,
+) -> tuple[Tensor, ...]:
+    features = codes.shape[0 if swapped else 1]
+    shapes = ((dy.shape[0], features), codes.shape, (dy.shape[1],))
+    return tuple(dy.new_empty(shape if each else 0) for shape, each in zip(shapes, needs, strict=True))
+
+
+def _nothing(like: Tensor) -> tuple[Tensor, Tensor]:
+    return like.new_empty(0, dtype=_CODES), like.new_empty(0, dtype=torch.float32)
+
+
+def _fake(
+    like: Tensor, codes: tuple[int, int], scales: tuple[int, int], wanted: bool
+) -> tuple[Tensor, Tensor]:
+    return (
+        like.new_empty(codes if wanted else 0, dtype=_CODES),
+        like.new_empty(scales if wanted else 0, dtype=torch.float32),
+    )
+
+
+_cast_input = _op(
+    "cast_input",
+    "(str kernels, Tensor x, bool wgrad) -> (Tensor, Tensor, Tensor, Tensor)",
+    _run_cast_input,
+    _fake_cast_input,
+)
+_multiply = _op(
+    "multiply",
+    "(str kernels, Tensor left, Tensor left_scales, Tensor right, Tensor right_scales, Tensor? bias) "
+    "-> Tensor",
+    _run_multiply,
+    _fake_multiply,
+)
+_differentiate = _op(
+    "differentiate",
+    "(str kernels, Tensor dy, Tensor codes, Tensor scales, Tensor? x, Tensor? x_scales, bool[] needs, "
+    "bool swapped) -> (Tensor, Tensor, Tensor)",
+    _run_differentiate,
+    _fake_differentiate,
+)
+_transpose = _op(
+    "transpose",
+    "(str kernels, Tensor codes) -> Tensor",
+    lambda kernels, codes: eager.transpose(named(kernels), codes),
+    lambda kernels, codes: codes.new_empty(codes.shape[1], codes.shape[0]),
+)
+_decode = _op(
+    "decode_weight",
+    "(str kernels, Tensor codes, Tensor exponents) -> Tensor",
+    lambda kernels, codes, exponents: eager.decode(named(kernels), codes, exponents),
+    lambda kernels, codes, exponents: codes.new_empty(codes.shape, dtype=torch.bfloat16),
+)
