@@ -78,7 +78,7 @@ def train(arguments: argparse.Namespace, device: torch.device) -> Run:
     mean = torch.stack(losses).float()
     torch.distributed.all_reduce(mean)
     return {
-        "config": arguments.deepspeed_config.stem,
+        "config": name_of(arguments),
         "model": arguments.size,
         "world_size": torch.distributed.get_world_size(),
         "options": {key: str(value) for key, value in vars(arguments).items() if key != "out"},
@@ -92,6 +92,10 @@ def train(arguments: argparse.Namespace, device: torch.device) -> Run:
         "sent": {} if arguments.sequence_parallel > 1 else sent(lambda: step(engine, next(source))),
         **facts(device),
     }
+
+
+def name_of(arguments: argparse.Namespace) -> str:
+    return arguments.deepspeed_config.stem + ("+float8" if arguments.float8 else "")
 
 
 def probe(arguments: argparse.Namespace, device: torch.device) -> None:
@@ -171,6 +175,7 @@ def main() -> None:
     add("--context", type=int, default=2048)
     add("--steps", type=int, default=16)
     add("--compile", action="store_true", help="engine.compile()")
+    add("--float8", action="store_true", help="products by torchao's tensorwise float8; named +float8")
     add("--sequence_parallel", type=int, default=1, metavar="N", help="ranks that share a sequence")
     add("--sleeps", type=float, default=0.0, metavar="MS", help="of every rank before each forward, at most")
     add("--checkpointing", action="store_true", help="of every layer's activations")
@@ -182,7 +187,7 @@ def main() -> None:
         probe(arguments, device)
         return
     runs = load(arguments.out)
-    if arguments.again or arguments.deepspeed_config.stem not in [run["config"] for run in runs]:
+    if arguments.again or name_of(arguments) not in [run["config"] for run in runs]:
         runs.append(train(arguments, device))
         write(arguments.out if torch.distributed.get_rank() == 0 else None, {"runs": runs})
     report(runs)

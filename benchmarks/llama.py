@@ -64,6 +64,10 @@ def engine_of(arguments: argparse.Namespace, device: torch.device) -> Any:
         size = config["sequence_parallel_size"] = arguments.sequence_parallel
         shares = (model, "sdpa", size, arguments.micro_batch)
         mpu = UlyssesSPAttentionHF.register_with_transformers(*shares)
+    if arguments.float8:
+        from torchao.float8 import convert_to_float8_training
+
+        convert_to_float8_training(model, module_filter_fn=lambda _, name: "lm_head" not in name)
     parameters = model.parameters()
     engine = deepspeed.initialize(model=model, model_parameters=parameters, config=config, mpu=mpu)[0]
     if arguments.compile:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from ctypes import byref, c_float, c_int, c_int8, c_int32, c_int64, c_size_t, c_uint32, c_uint64, c_void_p
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from packaging.version import Version
@@ -135,9 +136,13 @@ class Plan:
         self._set(FAST_ACCUM, c_int8(0))
         self._set(A_SCALE_MODE, c_int32(OF_TILES if shape.right_in_tiles else OF_ROWS))
         self._set(B_SCALE_MODE, c_int32(OF_ROWS))
+        pointers = [A_SCALE_POINTER, B_SCALE_POINTER]
         if shape.with_bias:
             self._set(EPILOGUE, c_int32(EPILOGUE_BIAS))
             self._set(BIAS_DATA_TYPE, c_int32(BF16))
+            pointers.append(BIAS_POINTER)
+        for each in pointers:  # no address yet, but what divides it
+            self._set(each, c_void_p(shape.alignment))
 
     def _find(self, shape: Shape) -> _Found:
         """The first algorithm that cuBLASLt proposes, always the same for a shape."""
@@ -159,7 +164,7 @@ class Plan:
         self._pointer.value = tensor.data_ptr()
         self._set_pointer(self._matmul, which, byref(self._pointer), c_size_t(8))
 
-    def _set(self, which: int, value: "ctypes._SimpleCData[int]") -> None:
+    def _set(self, which: int, value: "ctypes._SimpleCData[Any]") -> None:
         size = c_size_t(ctypes.sizeof(value))
         _check(self._set_pointer(self._matmul, which, byref(value), size), f"attribute {which}")
 

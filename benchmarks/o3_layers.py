@@ -1,0 +1,140 @@
+"""Forward and backward of GPT layers in an engine of O3, beside stock DeepSpeed's in BF16.
+
+    torchrun --nproc_per_node 1 benchmarks/o3_layers.py --out o3_layers.json
+    torchrun --nproc_per_node 1 benchmarks/o3_layers.py --tiny       # without a GPU, `emulated`
+
+Everything that an engine does between the beginning of forward and the end of backward is in the time:
+hooks, casts, transposes, gradients that are copied or quantised into buckets. Tokens are 8,192, in sequences
+of 2,048. Engines take turns within every round; each round times forward and backward once, by CUDA events
+and with the L2 cache written over, and then makes a step, untimed. Figures are medians, and shares medians of
+the ratios within rounds.
+"""
+
+import argparse
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+from ranks_gpu import facts, join_ranks
+from rich.console import Console
+from timing import event_clock, host_clock, write
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ds_fp8.estimate import dry_run
+
+SIZES = {"1.3B": (2048, 16, 4), "7B": (4096, 32, 2), "13B": (5120, 40, 2)}  # hidden size, heads, layers
+TINY = {"tiny": (1024, 8, 1)}
+LIMITS = {"1.3B": (0.84, 0.80), "7B": (0.72, 0.70), "13B": (0.74, 0.72)}  # eager, compiled: by arithmetic
+CONFIGS = {"BF16": "bf16_torch", "O3": "o3"}
+L2_BYTES = 1 << 28
+CONSOLE = Console(width=140, highlight=False)
+
+
+class Layer(nn.Module):
+    """LayerNorm, causal attention, LayerNorm, GELU."""
+
+    def __init__(self, hidden: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.before_attention, self.before_mlp = nn.LayerNorm(hidden), nn.LayerNorm(hidden)
+        self.qkv, self.projection = nn.Linear(hidden, 3 * hidden, False), nn.Linear(hidden, hidden, False)
+        self.up, self.down = nn.Linear(hidden, 4 * hidden, False), nn.Linear(4 * hidden, hidden, False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, hidden = x.shape
+        parts = self.qkv(self.before_attention(x)).view(batch, tokens, 3, self.heads, hidden // self.heads)
+        q, k, v = parts.permute(2, 0, 3, 1, 4)
+        attended = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.projection(attended.transpose(1, 2).reshape(batch, tokens, hidden))
+        return x + self.down(functional.gelu(self.up(self.before_mlp(x)), approximate="tanh"))
+
+
+class Layers(nn.Module):
+    def __init__(self, hidden: int, heads: int, layers: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*(Layer(hidden, heads) for _ in range(layers)))
+
+    def forward(self, x: Tensor, dy: Tensor) -> Tensor:
+        """A loss whose gradient is dy."""
+        return torch.dot(self.layers(x).flatten(), dy.flatten())
+
+
+def engine_of(config: str, size: tuple[int, int, int], device: torch.device, compiled: bool) -> Any:
+    import deepspeed
+
+    torch.manual_seed(0)
+    with device:
+        model = Layers(*size).bfloat16()
+    path = Path(__file__).with_name("gpu") / f"{CONFIGS[config]}.json"
+    parameters = model.parameters()
+    engine = deepspeed.initialize(
+        model=model, model_parameters=parameters, config=dict(dry_run.read(str(path)))
+    )[0]
+    if compiled:
+        engine.compile()
+    return engine
+
+
+def measure(
+    size: tuple[int, int, int], shape: tuple[int, int], rounds: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Milliseconds of forward and backward of all layers, by engine."""
+    x, dy = (torch.randn(*shape, size[0], device=device, dtype=torch.bfloat16) for _ in range(2))
+    dy *= 1e-3
+    flushed = torch.empty(L2_BYTES if device.type == "cuda" else 1, dtype=torch.uint8, device=device)
+    clock = event_clock if device.type == "cuda" else host_clock
+    engines = {
+        f"{config}{', compiled' if compiled else ''}": engine_of(config, size, device, compiled)
+        for config in CONFIGS
+        for compiled in (False, True)
+    }
+
+    def both_ways(engine: Any) -> None:
+        engine.backward(engine(x, dy))
+
+    times: dict[str, list[float]] = {name: [] for name in engines}
+    for number in range(-3, rounds):
+        names = [*engines][number % len(engines) :] + [*engines][: number % len(engines)]
+        for name in names:
+            flushed.zero_()
+            milliseconds = clock(lambda name=name: both_ways(engines[name]))  # type: ignore[misc]
+            engines[name].step()
+            if number >= 0:
+                times[name].append(milliseconds)
+    for engine in engines.values():
+        engine.destroy()
+    return times
+
+
+def share(times: dict[str, list[float]], kind: str) -> float:
+    pairs = zip(times[f"O3{kind}"], times[f"BF16{kind}"], strict=True)
+    return statistics.median(ours / theirs for ours, theirs in pairs)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--models", nargs="+", choices=SIZES, default=[*SIZES])
+    parser.add_argument("--tiny", action="store_true", help="one small layer, two rounds")
+    parser.add_argument("--out", type=Path, metavar="JSON")
+    arguments = parser.parse_args()
+    device = join_ranks()
+    sizes = TINY if arguments.tiny else {name: SIZES[name] for name in arguments.models}
+    shape, rounds = ((1, 64), 2) if arguments.tiny else ((4, 2048), arguments.rounds)
+    found = []
+    for model, size in sizes.items():
+        times = measure(size, shape, rounds, device)
+        medians = {name: statistics.median(each) / size[2] for name, each in times.items()}
+        shares = {"eager": share(times, ""), "compiled": share(times, ", compiled")}
+        limits = dict(zip(shares, LIMITS.get(model, (None, None)), strict=True))
+        found.append({"model": model, "ms_per_layer": medians, "of_bf16": shares, "limits": limits})
+        CONSOLE.print(found[-1])
+        write(arguments.out, {"rounds": rounds, "shape": shape, "layers": found, **facts(device)})
+
+
+if __name__ == "__main__":
+    main()
