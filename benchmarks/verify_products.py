@@ -156,7 +156,7 @@ def weight_operands(ours: Products, values: Tensor) -> tuple[Operand, Operand]:
     ]
     ours.expand_exponents(exponents, *scales)
     turned = ours.transpose(codes)
-    return products.weight_operand(codes, scales[0]), products.weight_operand(turned, scales[1])
+    return Operand(codes, scales[0]), Operand(turned, scales[1])
 
 
 def gaussian(*shape: int, device: torch.device, seed: int) -> Tensor:

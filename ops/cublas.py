@@ -97,7 +97,7 @@ def _plan(
             "right scales",
             right_scales,
             torch.float32,
-            (tiles(columns) if in_tiles else columns, tiles(inner)),
+            whole if in_tiles else (columns, tiles(inner)),
             (whole[1], 1) if in_tiles else (1, columns),
         ),
     ]

@@ -103,7 +103,7 @@ class Plan:
         workspace = None
         if self._workspace:
             workspace = torch.empty(self._workspace, dtype=torch.uint8, device=self._device)
-        stream = torch.cuda.current_stream(self._device).cuda_stream
+        stream = torch._C._cuda_getCurrentRawStream(self._device.index)  # as Triton asks: cheaper
         address = product.data_ptr()
         with self._lock:
             self._point(A_SCALE_POINTER, right_scales)

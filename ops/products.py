@@ -48,7 +48,7 @@ class Operand:
     """One side of a product, [rows, inner]: the sum goes over `inner`."""
 
     codes: Tensor  # [rows, inner] float8_e4m3fn, contiguous
-    scales: Tensor  # float32 powers of two: [rows, tiles(inner)], or [tiles(rows), tiles(inner)]
+    scales: Tensor  # float32 powers of two: [rows, tiles(inner)], or of tiles: `scale_shape(rows, inner)`
 
     def decode(self) -> Tensor:
         """The values, [rows, inner] float32."""
@@ -97,7 +97,8 @@ def multiply(left: Operand, right: Operand, bias: Tensor | None = None) -> Tenso
 
     bias: [rows of right] bfloat16, added in FP32.
     """
-    product = left.decode() @ right.decode().t()
+    with torch.autocast(left.codes.device.type, enabled=False):  # an FP32 product stays one
+        product = left.decode() @ right.decode().t()
     return (product if bias is None else product + bias.float()).to(torch.bfloat16)
 
 
@@ -144,11 +145,6 @@ def decode_weight(codes: Tensor, exponents: Tensor, out: Tensor) -> None:
     out.copy_(Operand(codes, power_of_two(exponents)).decode())
 
 
-def weight_operand(codes: Tensor, scales: Tensor) -> Operand:
-    """W for the forward; scales: of `expand_exponents`."""
-    return Operand(codes, scales[:, : tiles(codes.shape[1])])
-
-
 def expand_exponents(exponents: Tensor, forward: Tensor, dgrad: Tensor) -> None:
     """Scales as cuBLAS reads them: FP32, the inner dimension padded to a multiple of four tiles.
 
@@ -161,7 +157,7 @@ def expand_exponents(exponents: Tensor, forward: Tensor, dgrad: Tensor) -> None:
 
 
 def scale_shape(rows: int, inner: int) -> tuple[int, int]:
-    """Of the scales of a weight's operand."""
+    """Of the scales of an operand in tiles: cuBLAS reads groups of them, and the last is filled up with 1."""
     return tiles(rows), -(-tiles(inner) // GROUP) * GROUP
 
 
@@ -194,7 +190,9 @@ def _in_tiles(values: Tensor) -> Operand:
     e = scale_exponents(parts, E4M3)
     down = scale_down(parts, e).view(shape[0], shape[2], TILE, TILE).transpose(1, 2).reshape(whole.shape)
     codes = down[:rows, :inner].to(E4M3.dtype).contiguous()
-    return Operand(codes, _scales(e, parts).view(shape[0], shape[2]))
+    scales = values.new_ones(scale_shape(rows, inner))
+    scales[:, : shape[2]] = _scales(e, parts).view(shape[0], shape[2])
+    return Operand(codes, scales)
 
 
 def _scales(e: Tensor, parts: Tensor) -> Tensor:

@@ -26,8 +26,9 @@ def as_cublas_reads(operand: Operand | None) -> Operand | None:
         turned = torch.empty(scales.shape[1], rows)
         return Operand(operand.codes, turned.copy_(scales.t()).t())
     padded = torch.full(products.scale_shape(rows, inner), NOTHING)
-    padded[:, : scales.shape[1]] = scales
-    return Operand(operand.codes, padded[:, : scales.shape[1]])
+    real = products.tiles(inner)
+    padded[:, :real] = scales[:, :real]
+    return Operand(operand.codes, padded)
 
 
 def _cast_input(x: Tensor, *, wgrad: bool) -> CastInput:
@@ -47,9 +48,8 @@ def _multiply(left: Operand, right: Operand, bias: Tensor | None = None) -> Tens
     rows, inner = left.codes.shape
     groups = products.scale_shape(*right.codes.shape)[1]
     assert (left.scales.shape, left.scales.stride()) == ((rows, products.tiles(inner)), (1, rows))
-    assert right.scales.shape == (products.tiles(len(right.codes)), products.tiles(inner))
-    assert right.scales.stride() == (groups, 1)
-    assert right.scales.untyped_storage().nbytes() >= 4 * groups * len(right.scales)
+    assert right.scales.shape == (products.tiles(len(right.codes)), groups)
+    assert right.scales.is_contiguous()
     assert left.codes.is_contiguous()
     assert right.codes.is_contiguous()
     return products.multiply(left, right, bias)

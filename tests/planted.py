@@ -633,10 +633,17 @@ FAULTS = (
         "test_cpu_products.py test_weights finite",
     ),
     Fault(
-        "cuBLAS is given scales of tiles without their padding",
+        "cuBLAS is given the scales of the other operand",
+        "ops/cublas_lt.py",
+        "self._point(A_SCALE_POINTER, right_scales)",
+        "self._point(A_SCALE_POINTER, left_scales)",
+        "test_triton_products.py cublas",
+    ),
+    Fault(
+        "a plan serves a product with a bias that it was not made for",
         "ops/cublas.py",
-        "return scales.as_strided(whole, (whole[1], 1))",
-        "return scales",
+        "layout = None if bias is None else Layout.of(bias)",
+        "layout = None",
         "test_triton_products.py cublas",
     ),
     Fault(

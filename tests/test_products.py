@@ -11,7 +11,7 @@ from kernel_support import assert_same
 from product_checks import KINDS, WITH_BAD, Weight, check_runs, matrix, padding_is_neutral
 from torch import Tensor
 
-from ds_fp8.ops import cublas, product_backend, products
+from ds_fp8.ops import cublas, cublas_lt, product_backend, products
 from ds_fp8.ops.product_backend import REFERENCE
 from ds_fp8.ops.products import Operand, cast_gradient, cast_input, multiply, padded_tokens
 
@@ -37,7 +37,7 @@ def operands_of(weight: Weight) -> tuple[Operand, Operand]:
     dgrad = torch.ones(products.scale_shape(columns, rows))
     products.expand_exponents(weight.exponents, forward, dgrad)
     turned = products.transpose(weight.codes)
-    return products.weight_operand(weight.codes, forward), products.weight_operand(turned, dgrad)
+    return Operand(weight.codes, forward), Operand(turned, dgrad)
 
 
 def test_the_error_of_a_weight() -> None:
@@ -196,20 +196,29 @@ def test_what_keeps_cublas_from_multiplying(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(cublas_lt, "find_library", object)
     assert cublas.obstacle(CPU) == "cuBLAS needs an NVIDIA GPU"
     found = cublas.obstacle(torch.device("cuda", 0))
     assert found is None if why is None else found is not None and found.startswith(why)
 
 
-def test_scales_that_cublas_would_misread_are_refused() -> None:
-    """Those of the reference lie row by row."""
+def test_operands_that_cublas_would_misread_are_refused() -> None:
+    """The reference's scales lie row by row."""
     x = cast_input(gaussian(32, 272), wgrad=False).forward
     forward, _ = operands_of(Weight.of(gaussian(208, 272)))
-    told = r"left: received scales of shape \(32, 3\) and strides \(3, 1\), allowed: shape \(32, 3\) and"
+    told = r"left scales: received shape \(32, 3\) and strides \(3, 1\) .*; allowed: .* strides \(1, 32\)"
     with pytest.raises(ValueError, match=told):
         cublas.multiply(x, forward)
     left = Operand(x.codes, x.scales.t().contiguous().t())
-    unpadded = Operand(forward.codes, forward.scales.contiguous())
-    told = r"right: received scales of shape \(2, 3\) and strides \(3, 1\), allowed: .* strides \(4, 1\)"
-    with pytest.raises(ValueError, match=told):
+    unpadded = Operand(forward.codes, forward.scales[:, :3].contiguous())
+    with pytest.raises(
+        ValueError, match=r"right scales: received shape \(2, 3\) .*; allowed: shape \(2, 4\)"
+    ):
         cublas.multiply(left, unpadded)
+    with pytest.raises(
+        ValueError, match=r"bias: received shape \(208,\) .* of torch.float32 on cpu; allowed"
+    ):
+        cublas.multiply(left, forward, torch.zeros(208))
+    moved = torch.empty(32 * 272 + 1, dtype=torch.uint8)[1:].view(torch.float8_e4m3fn).view(32, 272)
+    with pytest.raises(ValueError, match=r"addresses that are multiples of 1: allowed are multiples of 16"):
+        cublas.multiply(Operand(moved, left.scales), forward)

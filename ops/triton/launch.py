@@ -2,7 +2,7 @@
 
 Triton looks up a compiled kernel by the types of all arguments and by what they are divisible by, which
 takes it tens of microseconds of Python. Here the same is asked once per argument, and pointers are passed as
-integers: a few microseconds.
+integers: a few microseconds. Codes of 8 bits are bytes to a kernel, which every architecture can load.
 """
 
 import os
@@ -24,9 +24,9 @@ def launch(kernel: Any, programs: int, warps: int, /, *, maxnreg: object = None,
     kernel by its name, so that none can take another's place.
     """
     if INTERPRETED:
-        kernel[(programs,)](**arguments)
+        kernel[(programs,)](**as_bytes(arguments))
         return
-    kind: list[object] = [kernel.fn, warps, maxnreg, torch.cuda.current_device()]
+    kind: list[object] = [kernel.fn, warps, maxnreg, torch._C._cuda_getDevice()]
     values = [_describe(arguments[each.name], each, kind) for each in kernel.params]
     key = tuple(kind)
     compiled = _compiled.get(key)
@@ -34,14 +34,23 @@ def launch(kernel: Any, programs: int, warps: int, /, *, maxnreg: object = None,
         compiled[(programs, 1, 1)](*values)
         return
     options = {"num_warps": warps, "enable_fp_fusion": False, "maxnreg": maxnreg}
-    _compiled[key] = kernel[(programs,)](**arguments, **options)
+    _compiled[key] = kernel[(programs,)](**as_bytes(arguments), **options)
+
+
+def as_bytes(arguments: dict[str, object]) -> dict[str, object]:
+    return {name: raw(each) if isinstance(each, Tensor) else each for name, each in arguments.items()}
+
+
+def raw(codes: Tensor) -> Tensor:
+    return codes.view(torch.uint8) if codes.element_size() == 1 else codes
 
 
 def _describe(value: Any, parameter: Any, kind: list[object]) -> object:
     """An argument as a compiled kernel takes it; into `kind` goes what Triton compiles a kernel for."""
     if isinstance(value, Tensor):
         pointer = value.data_ptr()
-        kind += (value.dtype, pointer % ALIGNMENT)
+        dtype = value.dtype
+        kind += (torch.uint8 if dtype.itemsize == 1 else dtype, pointer % ALIGNMENT)
         return pointer
     kind.append(type(value))
     if parameter.is_constexpr:

@@ -16,7 +16,7 @@ from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.guards import check_quantize
 from ds_fp8.ops.triton.blocks import WARPS, quantize_tile
 from ds_fp8.ops.triton.launch import launch
-from ds_fp8.ops.triton.tiles import hardware_fp8, partials, raw, scales_of, tile_of
+from ds_fp8.ops.triton.tiles import hardware_fp8, partials, scales_of, tile_of
 
 LOG_VECTORS = tl.constexpr(6)
 VECTORS = tl.constexpr(2**6)  # of a launch, at most
@@ -96,7 +96,7 @@ def launch_vectors(pairs: Sequence[tuple[Tensor, Blocks]], counts: Tensor | None
         programs,
         WARPS,
         values=values,
-        codes=raw(out.codes),
+        codes=out.codes,
         scales=scales_of(out),
         partial=partial,
         places=on_device(places, values.device),

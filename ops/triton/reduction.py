@@ -16,7 +16,7 @@ from ds_fp8.ops import exact
 from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.guards import check_accumulate, check_distances
 from ds_fp8.ops.reduction import NORM_PARTS
-from ds_fp8.ops.triton.launch import launch
+from ds_fp8.ops.triton.launch import launch, raw
 from ds_fp8.ops.triton.tiles import (
     decode,
     hardware_fp8,
@@ -24,7 +24,6 @@ from ds_fp8.ops.triton.tiles import (
     load_codes,
     load_scales,
     magnitude,
-    raw,
     scales_of,
     store_blocks,
     tile_of,
@@ -204,11 +203,11 @@ def launch_sum(
         accumulate_kernel,
         programs,
         WARPS,
-        codes=raw(first.codes),
+        codes=first.codes,
         scales=scales_of(first),
         stride=second.codes.storage_offset() - first.codes.storage_offset(),
         scale_stride=scales_of(second).storage_offset() - scales_of(first).storage_offset(),
-        shard_codes=raw(shard.codes),
+        shard_codes=shard.codes,
         shard_scales=scales_of(shard),
         squares=squares,
         amax=amax,

@@ -33,14 +33,9 @@ def hardware_fp8(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= FIRST_WITH_FP8
 
 
-def raw(codes: Tensor) -> Tensor:
-    """Codes as kernels take them: FP8 as bytes, which every architecture can load."""
-    return codes.view(torch.uint8) if codes.element_size() == 1 else codes
-
-
 def scales_of(blocks: Blocks) -> Tensor:
     """The scales, or the codes if there are none: a kernel's pointer needs an address."""
-    return raw(blocks.codes) if blocks.scales is None else blocks.scales
+    return blocks.codes if blocks.scales is None else blocks.scales
 
 
 def partials(counts: Tensor | None, programs: int, otherwise: Tensor) -> Tensor:

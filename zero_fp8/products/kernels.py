@@ -1,8 +1,4 @@
-"""The functions that cast, multiply and decode a product's operands, as one value.
-
-Kernels lay scales as cuBLAS reads them, padded or transposed, and want them back so. What autograd saves and
-somebody moves to the host is dense: tiles with their padding.
-"""
+"""The functions that cast, multiply and decode a product's operands, as one value."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +9,7 @@ from torch import Tensor
 
 from ds_fp8.ops import product_backend, products
 from ds_fp8.ops.product_backend import Products
-from ds_fp8.ops.products import CastGradient, Operand, scale_shape, weight_operand
+from ds_fp8.ops.products import CastGradient, Operand
 
 _known: dict[str, "Kernels"] = {}
 
@@ -57,45 +53,11 @@ class Gradients(NamedTuple):
     bias: Tensor | None  # [N] bfloat16
 
 
-class Right(NamedTuple):
-    """The right side of a product, in tiles."""
-
-    codes: Tensor  # [rows, inner]
-    scales: Tensor  # `scale_shape(rows, inner)`, dense
-
-
-class Cast(NamedTuple):
-    """x for the forward, and for wgrad if somebody wants it."""
-
-    forward: Operand
-    wgrad: Right | None
-
-
-def cast_input(kernels: Kernels, x: Tensor, *, wgrad: bool) -> Cast:
-    """Cast x, [tokens, K] bfloat16."""
-    cast = kernels.cast_input(x, wgrad=wgrad)
-    return Cast(cast.forward, None if cast.wgrad is None else Right(cast.wgrad.codes, _whole(cast.wgrad)))
-
-
-def multiply(kernels: Kernels, left: Operand, right: Right, bias: Tensor | None = None) -> Tensor:
-    """[rows of left, rows of right] bfloat16, apart from autocast: an FP32 product stays one."""
-    operand = weight_operand(right.codes, right.scales)
-    if not torch.is_autocast_enabled(left.codes.device.type):
-        return kernels.multiply(left, operand, bias)
-    with torch.autocast(left.codes.device.type, enabled=False):
-        return kernels.multiply(left, operand, bias)
-
-
-def transpose(kernels: Kernels, codes: Tensor) -> Tensor:
-    """Codes transposed, for one product; they are dropped after it."""
-    return kernels.transpose(codes)
-
-
 def differentiate(
     kernels: Kernels,
     dy: Tensor,
-    weight: Right,
-    x: Right | None,
+    weight: Operand,
+    x: Operand | None,
     needs: Needs,
     swapped: bool,
     count: Callable[[CastGradient], None] | None = None,
@@ -110,12 +72,18 @@ def differentiate(
         count(cast)
     dx = dw = None
     if cast.dgrad is not None:
-        right = weight if swapped else Right(kernels.transpose(weight.codes), weight.scales)
-        dx = multiply(kernels, cast.dgrad, right)[: len(dy)]
+        right = weight if swapped else Operand(kernels.transpose(weight.codes), weight.scales)
+        dx = without_padding(kernels.multiply(cast.dgrad, right, None), len(dy))
     if cast.wgrad is not None and x is not None:
-        dw = multiply(kernels, cast.wgrad, x)
+        dw = kernels.multiply(cast.wgrad, x, None)
         dw = dw.t().contiguous() if swapped else dw
     return Gradients(dx, dw, None if cast.bias is None else cast.bias.to(torch.bfloat16))
+
+
+def without_padding(product: Tensor, tokens: int) -> Tensor:
+    if not torch.compiler.is_compiling() and len(product) == tokens:  # a graph is one for all tokens
+        return product
+    return product[:tokens]
 
 
 def decode(kernels: Kernels, codes: Tensor, exponents: Tensor) -> Tensor:
@@ -123,15 +91,3 @@ def decode(kernels: Kernels, codes: Tensor, exponents: Tensor) -> Tensor:
     out = codes.new_empty(codes.shape, dtype=torch.bfloat16)
     kernels.decode_weight(codes, exponents, out)
     return out
-
-
-def _whole(operand: Operand) -> Tensor:
-    """Scales of tiles with the padding that lies behind them, or with some if there is none."""
-    scales, shape = operand.scales, scale_shape(*operand.codes.shape)
-    if scales.shape == shape:
-        return scales.contiguous()
-    if scales.stride() == (shape[1], 1):
-        return scales.as_strided(shape, (shape[1], 1))
-    whole = scales.new_ones(shape)
-    whole[:, : scales.shape[1]] = scales
-    return whole

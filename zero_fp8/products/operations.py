@@ -5,7 +5,7 @@ common casts and drops what nobody uses, and sizes may be symbols. Backward is o
 weight a value of the graph, the compiler would make it in forward, where all that it depends on is known, and
 keep it until backward.
 
-What a graph passes on is dense: scales of rows transposed, those of tiles with their padding.
+What a graph passes on is contiguous: scales of rows are transposed.
 """
 
 from collections.abc import Callable
@@ -14,30 +14,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_fp8.ops.products import CastGradient, Operand, padded_tokens, scale_shape, tiles
+from ds_fp8.ops.products import CastGradient, CastInput, Operand, padded_tokens, scale_shape, tiles
 from ds_fp8.zero_fp8.products import kernels as eager
-from ds_fp8.zero_fp8.products.kernels import Cast, Gradients, Kernels, Needs, Right, named
+from ds_fp8.zero_fp8.products.kernels import Gradients, Kernels, Needs, named
 
 _CODES = torch.float8_e4m3fn
 
 
-def cast_input(kernels: Kernels, x: Tensor, *, wgrad: bool) -> Cast:
+def cast_input(kernels: Kernels, x: Tensor, *, wgrad: bool) -> CastInput:
     if not torch.compiler.is_compiling():
-        return eager.cast_input(kernels, x, wgrad=wgrad)
+        return kernels.cast_input(x, wgrad=wgrad)
     codes, scales, turned, turned_scales = _cast_input(kernels.name, x, wgrad)
-    return Cast(Operand(codes, scales), Right(turned, turned_scales) if wgrad else None)
+    return CastInput(Operand(codes, scales), Operand(turned, turned_scales) if wgrad else None)
 
 
-def multiply(kernels: Kernels, left: Operand, right: Right, bias: Tensor | None = None) -> Tensor:
+def multiply(kernels: Kernels, left: Operand, right: Operand, bias: Tensor | None = None) -> Tensor:
     if not torch.compiler.is_compiling():
-        return eager.multiply(kernels, left, right, bias)
+        return kernels.multiply(left, right, bias)
     y: Tensor = _multiply(kernels.name, left.codes, left.scales, right.codes, right.scales, bias)
     return y
 
 
 def transpose(kernels: Kernels, codes: Tensor) -> Tensor:
     if not torch.compiler.is_compiling():
-        return eager.transpose(kernels, codes)
+        return kernels.transpose(codes)
     turned: Tensor = _transpose(kernels.name, codes)
     return turned
 
@@ -45,8 +45,8 @@ def transpose(kernels: Kernels, codes: Tensor) -> Tensor:
 def differentiate(
     kernels: Kernels,
     dy: Tensor,
-    weight: Right,
-    x: Right | None,
+    weight: Operand,
+    x: Operand | None,
     needs: Needs,
     swapped: bool,
     count: Callable[[CastGradient], None] | None = None,
@@ -54,8 +54,9 @@ def differentiate(
     """As `kernels.differentiate`; a graph counts nothing."""
     if not torch.compiler.is_compiling():
         return eager.differentiate(kernels, dy, weight, x, needs, swapped, count)
-    codes, scales = (None, None) if x is None else x
-    found = _differentiate(kernels.name, dy, *weight, codes, scales, [*needs], swapped)
+    codes, scales = (None, None) if x is None else (x.codes, x.scales)
+    of_weight = weight.codes, weight.scales
+    found = _differentiate(kernels.name, dy, *of_weight, codes, scales, [*needs], swapped)
     return Gradients(*(each if wanted else None for each, wanted in zip(found, needs, strict=True)))
 
 
@@ -79,8 +80,8 @@ def _op(name: str, signature: str, run: Callable[..., Any], fake: Callable[..., 
 
 
 def _run_cast_input(kernels: str, x: Tensor, wgrad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    cast = eager.cast_input(named(kernels), x, wgrad=wgrad)
-    turned = _nothing(x) if cast.wgrad is None else cast.wgrad
+    cast = named(kernels).cast_input(x, wgrad=wgrad)
+    turned = _nothing(x) if cast.wgrad is None else (cast.wgrad.codes, cast.wgrad.scales)
     return cast.forward.codes, cast.forward.scales.t().contiguous(), *turned
 
 
@@ -97,7 +98,7 @@ def _run_multiply(
     kernels: str, left: Tensor, left_scales: Tensor, right: Tensor, right_scales: Tensor, bias: Tensor | None
 ) -> Tensor:
     operand = Operand(left, left_scales.t())
-    return eager.multiply(named(kernels), operand, Right(right, right_scales), bias)
+    return named(kernels).multiply(operand, Operand(right, right_scales), bias)
 
 
 def _fake_multiply(
@@ -116,8 +117,8 @@ def _run_differentiate(
     needs: list[bool],
     swapped: bool,
 ) -> tuple[Tensor, ...]:
-    right = None if x is None or x_scales is None else Right(x, x_scales)
-    found = eager.differentiate(named(kernels), dy, Right(codes, scales), right, Needs(*needs), swapped)
+    right = None if x is None or x_scales is None else Operand(x, x_scales)
+    found = eager.differentiate(named(kernels), dy, Operand(codes, scales), right, Needs(*needs), swapped)
     return tuple(dy.new_empty(0) if each is None else each for each in found)
 
 
@@ -172,7 +173,7 @@ _differentiate = _op(
 _transpose = _op(
     "transpose",
     "(str kernels, Tensor codes) -> Tensor",
-    lambda kernels, codes: eager.transpose(named(kernels), codes),
+    lambda kernels, codes: named(kernels).transpose(codes),
     lambda kernels, codes: codes.new_empty(codes.shape[1], codes.shape[0]),
 )
 _decode = _op(

@@ -11,14 +11,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ds_fp8.zero_fp8.products.kernels import Cast
+from ds_fp8.ops.products import CastInput
 
 
 class Last(NamedTuple):
     input: weakref.ref[Tensor]
     version: int
     stream: int
-    cast: Cast
+    cast: CastInput
 
 
 class SharedCasts:
@@ -27,7 +27,7 @@ class SharedCasts:
     def __init__(self) -> None:
         self._last: Last | None = None  # replaced as a whole, since forwards may run in threads
 
-    def of(self, x: Tensor, wgrad: bool, make: Callable[[], Cast]) -> Cast:
+    def of(self, x: Tensor, wgrad: bool, make: Callable[[], CastInput]) -> CastInput:
         """The cast of x, from before if it is still what `make` would give."""
         if x.is_inference():  # has no version
             return make()
@@ -50,4 +50,4 @@ class SharedCasts:
 
 def _stream(x: Tensor) -> int:
     """What is cast on one stream may not be there yet for another."""
-    return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
+    return torch._C._cuda_getCurrentRawStream(x.get_device()) if x.is_cuda else 0

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ds_fp8.ops.products import CastInput, Operand
 from ds_fp8.zero_fp8.products import operations
-from ds_fp8.zero_fp8.products.kernels import Cast, Gradients, Kernels, Needs, Right
+from ds_fp8.zero_fp8.products.kernels import Gradients, Kernels, Needs, without_padding
 from ds_fp8.zero_fp8.products.matrix import Matrix
 from ds_fp8.zero_fp8.products.shared_casts import SharedCasts
 
@@ -51,11 +52,13 @@ class FP8Products:
         self, x: Tensor, matrix: Matrix, bias: Tensor | None, *, swapped: bool, wgrad: bool
     ) -> tuple[Tensor, Saved]:
         cast = self._cast(x, matrix, wgrad)
-        weight = Right(matrix.codes, matrix.scales)
+        weight = Operand(matrix.codes, matrix.scales)
         if swapped:
-            weight = Right(operations.transpose(self.kernels, matrix.codes), matrix.transposed_scales)
+            weight = Operand(operations.transpose(self.kernels, matrix.codes), matrix.transposed_scales)
         y = operations.multiply(self.kernels, cast.forward, weight, bias)
-        return y[: x.numel() // x.shape[-1]], cast.wgrad if wgrad and cast.wgrad is not None else ()
+        tokens = x.numel() // x.shape[-1]
+        saved = (cast.wgrad.codes, cast.wgrad.scales) if wgrad and cast.wgrad is not None else ()
+        return without_padding(y, tokens), saved
 
     def backward(self, dy: Tensor, saved: Saved, matrix: Matrix, *, needs: Needs, swapped: bool) -> Gradients:
         count = None
@@ -63,10 +66,10 @@ class FP8Products:
             self.casts.clear()
             count = None if matrix.counts is None else partial(matrix.counts.of_gradient, dy)
         scales = matrix.scales if swapped else matrix.transposed_scales
-        weight, x = Right(matrix.codes, scales), Right(*saved) if needs.weight else None
+        weight, x = Operand(matrix.codes, scales), Operand(*saved) if needs.weight else None
         return operations.differentiate(self.kernels, dy, weight, x, needs, swapped, count)
 
-    def _cast(self, x: Tensor, matrix: Matrix, wgrad: bool) -> Cast:
+    def _cast(self, x: Tensor, matrix: Matrix, wgrad: bool) -> CastInput:
         """Common subexpressions are found by the compiler, if there is one, whose graphs count nothing."""
         if torch.compiler.is_compiling():
             return operations.cast_input(self.kernels, _flat(x), wgrad=wgrad)
@@ -100,4 +103,5 @@ class DecodedProducts:
 
 def _flat(x: Tensor) -> Tensor:
     """[tokens, K] bfloat16, contiguous."""
-    return x.reshape(-1, x.shape[-1]).to(torch.bfloat16).contiguous()
+    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    return flat.to(torch.bfloat16).contiguous()

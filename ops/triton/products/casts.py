@@ -4,7 +4,7 @@ A program holds a tile of 128 tokens x 128 features in registers, reads it once 
 of it: codes in rows, codes transposed, sums over its tokens. A scale needs no other program's values.
 
 Scales lie as cuBLAS reads them: those of rows [tiles(inner), rows], returned as its transpose; those of tiles
-with the inner dimension padded to a multiple of four, returned without the padding.
+with the inner dimension padded to a multiple of four.
 """
 
 import torch
@@ -25,7 +25,6 @@ from ds_fp8.ops.triton.tiles import (
     inverse_scale,
     magnitude,
     power_of_two,
-    raw,
 )
 
 WARPS = 8
@@ -142,7 +141,7 @@ def _in_rows(rows: int, inner: int, device: torch.device) -> Operand:
 
 def _in_tiles(rows: int, inner: int, device: torch.device) -> Operand:
     codes = torch.empty(rows, inner, dtype=E4M3.dtype, device=device)
-    return Operand(codes, torch.empty(scale_shape(rows, inner), device=device)[:, : tiles(inner)])
+    return Operand(codes, torch.empty(scale_shape(rows, inner), device=device))
 
 
 def _cast(
@@ -159,9 +158,9 @@ def _cast(
         WARPS,
         maxnreg=REGISTERS if way == "rows" else None,
         values=values,
-        codes=values if rows is None else raw(rows.codes),
+        codes=values if rows is None else rows.codes,
         scales=values if rows is None else rows.scales,
-        turned_codes=values if turned is None else raw(turned.codes),
+        turned_codes=values if turned is None else turned.codes,
         turned_scales=values if turned is None else turned.scales,
         sums=values if sums is None else sums,
         tokens=tokens,

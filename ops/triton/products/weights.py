@@ -23,7 +23,6 @@ from ds_fp8.ops.triton.tiles import (
     inverse_scale,
     magnitude,
     power_of_two,
-    raw,
     round_to_bf16,
 )
 
@@ -171,7 +170,7 @@ def encode_weight(
     check_run(values, first, columns, exponents, codes)
     if values.numel():
         go = always(values.device) if control is None else control
-        more = {"codes": raw(codes), "control": go, "HARDWARE": hardware_fp8(values.device)}
+        more = {"codes": codes, "control": go, "HARDWARE": hardware_fp8(values.device)}
         _launch_run(encode_kernel, values, first, columns, exponents, **more)
 
 
@@ -210,7 +209,7 @@ def decode_weight(codes: Tensor, exponents: Tensor, out: Tensor) -> None:
         decode_kernel,
         tiles(rows) * tiles(columns),
         WARPS,
-        codes=raw(codes),
+        codes=codes,
         exponents=exponents,
         out=out,
         rows=rows,
@@ -228,8 +227,8 @@ def transpose(codes: Tensor) -> Tensor:
         transpose_kernel,
         tiles(rows) * tiles(columns),
         WARPS,
-        codes=raw(codes),
-        turned=raw(turned),
+        codes=codes,
+        turned=turned,
         rows=rows,
         columns=columns,
     )
