@@ -125,9 +125,8 @@ def _differentiate(dy: Tensor, ctx: Any, needs: Needs) -> Gradients:
         return Gradients(
             *(dy.new_zeros(shape) if each else None for shape, each in zip(shapes, needs, strict=True))
         )
-    saved, way = ctx.saved_tensors, ctx.way
+    saved, codes, way = ctx.saved_tensors, matrix.codes, ctx.way
     if ctx.generation is None:  # saved codes have a version, which the compiled graph checks
         *saved, codes = saved
-        matrix = matrix.with_codes(codes)
-    found: Gradients = way.backward(dy, saved, matrix, needs=needs, swapped=ctx.swapped)
+    found: Gradients = way.backward(dy, saved, matrix, codes, needs=needs, swapped=ctx.swapped)
     return found

@@ -51,16 +51,9 @@ class Matrix:
         self.generation += 1
         torch.autograd.graph.increment_version(self.codes)
 
-    def with_codes(self, codes: Tensor) -> "Matrix":
-        """The same weight with the codes that a graph saved.
-
-        The name and the counts are not read: a graph would hold for no other weight and no other step.
-        """
-        return Matrix("traced", codes, self.exponents, self.scales, self.transposed_scales, self.kernels)
-
-    def values(self) -> Tensor:
-        """[rows, columns] bfloat16, decoded anew."""
-        return decode(self.kernels, self.codes, self.exponents)
+    def values(self, codes: Tensor | None = None) -> Tensor:
+        """[rows, columns] bfloat16, decoded anew; codes: those of a graph, if it saved them."""
+        return decode(self.kernels, self.codes if codes is None else codes, self.exponents)
 
     def store(self, values: Tensor) -> None:
         """Encode values of the whole weight, [rows, columns]."""

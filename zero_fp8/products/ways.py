@@ -35,8 +35,10 @@ class Way(Protocol):
         """y, [tokens, N] bfloat16; x: [..., K], of any dtype; bias: [N] bfloat16."""
         ...
 
-    def backward(self, dy: Tensor, saved: Saved, matrix: Matrix, *, needs: Needs, swapped: bool) -> Gradients:
-        """dy: [tokens, N] bfloat16, contiguous."""
+    def backward(
+        self, dy: Tensor, saved: Saved, matrix: Matrix, codes: Tensor, *, needs: Needs, swapped: bool
+    ) -> Gradients:
+        """dy: [tokens, N] bfloat16, contiguous; codes: the matrix's, or those that a graph saved."""
         ...
 
 
@@ -60,13 +62,15 @@ class FP8Products:
         saved = (cast.wgrad.codes, cast.wgrad.scales) if wgrad and cast.wgrad is not None else ()
         return without_padding(y, tokens), saved
 
-    def backward(self, dy: Tensor, saved: Saved, matrix: Matrix, *, needs: Needs, swapped: bool) -> Gradients:
+    def backward(
+        self, dy: Tensor, saved: Saved, matrix: Matrix, codes: Tensor, *, needs: Needs, swapped: bool
+    ) -> Gradients:
         count = None
         if not torch.compiler.is_compiling():
             self.casts.clear()
             count = None if matrix.counts is None else partial(matrix.counts.of_gradient, dy)
         scales = matrix.scales if swapped else matrix.transposed_scales
-        weight, x = Operand(matrix.codes, scales), Operand(*saved) if needs.weight else None
+        weight, x = Operand(codes, scales), Operand(*saved) if needs.weight else None
         return operations.differentiate(self.kernels, dy, weight, x, needs, swapped, count)
 
     def _cast(self, x: Tensor, matrix: Matrix, wgrad: bool) -> CastInput:
@@ -91,10 +95,12 @@ class DecodedProducts:
         y = functional.linear(flat, weight.t() if swapped else weight, bias)
         return y, (flat,) if wgrad else ()
 
-    def backward(self, dy: Tensor, saved: Saved, matrix: Matrix, *, needs: Needs, swapped: bool) -> Gradients:
+    def backward(
+        self, dy: Tensor, saved: Saved, matrix: Matrix, codes: Tensor, *, needs: Needs, swapped: bool
+    ) -> Gradients:
         dx = dw = None
         if needs.input:
-            weight = matrix.values()
+            weight = matrix.values(codes)
             dx = dy @ (weight.t() if swapped else weight)
         if needs.weight:
             dw = saved[0].t() @ dy if swapped else dy.t() @ saved[0]
