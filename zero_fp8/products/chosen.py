@@ -18,7 +18,7 @@ from ds_fp8.config.section import LEVELS, SECTION, FP8Config
 from ds_fp8.ops import cublas, product_backend
 from ds_fp8.zero_fp8.products.choice import eligible
 from ds_fp8.zero_fp8.products.kernels import Kernels
-from ds_fp8.zero_fp8.products.ways import DecodedProducts, FP8Products, Way
+from ds_fp8.zero_fp8.products.ways import Way, way_of
 
 VARIABLE = "DS_FP8_PRODUCTS"
 WAYS = ("cublas", "emulated", "decoded")
@@ -60,7 +60,7 @@ def choose(model: nn.Module, config: FP8Config, device: torch.device) -> Choice:
     name, instead = _way(config, device)
     multiply = product_backend.MULTIPLY["cublas" if name == "cublas" else "emulated"]
     kernels = Kernels.of(f"{weights.name} {name}", weights, multiply)
-    way: Way = DecodedProducts() if name == "decoded" else FP8Products(name, kernels)
+    way = way_of(name, kernels)
     trained = [each for each in chosen if each.requires_grad]
     return Choice(trained, frozen, reasons, kernels, way, instead)
 

@@ -73,17 +73,12 @@ def differentiate(
     dx = dw = None
     if cast.dgrad is not None:
         right = weight if swapped else Operand(kernels.transpose(weight.codes), weight.scales)
-        dx = without_padding(kernels.multiply(cast.dgrad, right, None), len(dy))
+        dx = kernels.multiply(cast.dgrad, right, None)
+        dx = dx if len(dx) == len(dy) else dx[: len(dy)]
     if cast.wgrad is not None and x is not None:
         dw = kernels.multiply(cast.wgrad, x, None)
         dw = dw.t().contiguous() if swapped else dw
     return Gradients(dx, dw, None if cast.bias is None else cast.bias.to(torch.bfloat16))
-
-
-def without_padding(product: Tensor, tokens: int) -> Tensor:
-    if not torch.compiler.is_compiling() and len(product) == tokens:  # a graph is one for all tokens
-        return product
-    return product[:tokens]
 
 
 def decode(kernels: Kernels, codes: Tensor, exponents: Tensor) -> Tensor:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ds_fp8.zero_fp8.products.kernels import Gradients, Needs
+from ds_fp8.zero_fp8.products.kernels import Gradients, Needs, named
 from ds_fp8.zero_fp8.products.matrix import Matrix
-from ds_fp8.zero_fp8.products.ways import Way
+from ds_fp8.zero_fp8.products.operations import in_graph, tracing
+from ds_fp8.zero_fp8.products.ways import Way, way_of
 
 
 class Product(torch.autograd.Function):
@@ -30,7 +31,7 @@ class Product(torch.autograd.Function):
         wgrad: bool,
     ) -> Tensor:
         y, saved = _multiply(x, bias, matrix, way, swapped, wgrad)
-        compiling = torch.compiler.is_compiling()
+        compiling = in_graph()
         ctx.save_for_backward(*saved, *([matrix.codes] if compiling else []))
         ctx.matrix, ctx.way, ctx.swapped = matrix, way, swapped
         ctx.input_shape = x.shape
@@ -44,7 +45,8 @@ class Product(torch.autograd.Function):
         if x and ctx.generation is not None:
             check_generation(ctx.matrix, ctx.generation)
         flat = dy.reshape(-1, dy.shape[-1]).contiguous()
-        found = _differentiate(flat, ctx, Needs(x, weight, bias))
+        with tracing(ctx.generation is None):
+            found = _differentiate(flat, ctx, Needs(x, weight, bias))
         dx = None if found.input is None else found.input.reshape(ctx.input_shape)
         return dx, found.weight, found.bias, None, None, None, None
 
@@ -72,7 +74,32 @@ def multiply_input(
         check_dtypes(x, bias, matrix)
     check_shapes(x, bias, matrix, swapped)
     wgrad = torch.is_grad_enabled() and weight.requires_grad
+    if torch.compiler.is_dynamo_compiling():
+        buffers = matrix.codes, matrix.exponents, matrix.scales, matrix.transposed_scales
+        with torch._C.DisableTorchFunctionSubclass():
+            y: Tensor = _trace(x, weight, bias, buffers, (matrix.kernels.name, way.name), swapped, wgrad)
+            return y
     return Product.apply(x, weight, bias, matrix, way, swapped, wgrad)  # type: ignore[no-any-return,no-untyped-call]
+
+
+@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
+def _trace(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    buffers: tuple[Tensor, Tensor, Tensor, Tensor],  # of the matrix
+    names: tuple[str, str],  # of kernels and way
+    swapped: bool,
+    wgrad: bool,
+) -> Tensor:
+    """A product as one call in Dynamo's graph, which does not look into it, for a weight of any name.
+
+    What is in it is traced with autograd, by far the faster part.
+    """
+    kernels = named(names[0])
+    matrix, way = Matrix("traced", *buffers, kernels), way_of(names[1], kernels)
+    with tracing():
+        return Product.apply(x, weight, bias, matrix, way, swapped, wgrad)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def check_autocast(x: Tensor, matrix: Matrix) -> None:

@@ -8,7 +8,9 @@ keep it until backward.
 What a graph passes on is contiguous: scales of rows are transposed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -19,24 +21,40 @@ from ds_fp8.zero_fp8.products import kernels as eager
 from ds_fp8.zero_fp8.products.kernels import Gradients, Kernels, Needs, named
 
 _CODES = torch.float8_e4m3fn
+_tracing = ContextVar("tracing", default=False)
+
+
+def in_graph() -> bool:
+    """Whether what is called now becomes part of a compiled graph."""
+    return torch.compiler.is_compiling() or _tracing.get()
+
+
+@contextmanager
+def tracing(on: bool = True) -> Iterator[None]:
+    """For code that the compiler runs to see its ops; torch before 2.12 says nothing of it."""
+    token = _tracing.set(on)
+    try:
+        yield
+    finally:
+        _tracing.reset(token)
 
 
 def cast_input(kernels: Kernels, x: Tensor, *, wgrad: bool) -> CastInput:
-    if not torch.compiler.is_compiling():
+    if not in_graph():
         return kernels.cast_input(x, wgrad=wgrad)
     codes, scales, turned, turned_scales = _cast_input(kernels.name, x, wgrad)
     return CastInput(Operand(codes, scales), Operand(turned, turned_scales) if wgrad else None)
 
 
 def multiply(kernels: Kernels, left: Operand, right: Operand, bias: Tensor | None = None) -> Tensor:
-    if not torch.compiler.is_compiling():
+    if not in_graph():
         return kernels.multiply(left, right, bias)
     y: Tensor = _multiply(kernels.name, left.codes, left.scales, right.codes, right.scales, bias)
     return y
 
 
 def transpose(kernels: Kernels, codes: Tensor) -> Tensor:
-    if not torch.compiler.is_compiling():
+    if not in_graph():
         return kernels.transpose(codes)
     turned: Tensor = _transpose(kernels.name, codes)
     return turned
@@ -52,7 +70,7 @@ def differentiate(
     count: Callable[[CastGradient], None] | None = None,
 ) -> Gradients:
     """As `kernels.differentiate`; a graph counts nothing."""
-    if not torch.compiler.is_compiling():
+    if not in_graph():
         return eager.differentiate(kernels, dy, weight, x, needs, swapped, count)
     codes, scales = (None, None) if x is None else (x.codes, x.scales)
     of_weight = weight.codes, weight.scales
@@ -61,7 +79,7 @@ def differentiate(
 
 
 def decode(kernels: Kernels, codes: Tensor, exponents: Tensor) -> Tensor:
-    if not torch.compiler.is_compiling():
+    if not in_graph():
         return eager.decode(kernels, codes, exponents)
     values: Tensor = _decode(kernels.name, codes, exponents)
     return values

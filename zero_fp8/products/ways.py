@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from ds_fp8.ops.products import CastInput, Operand
 from ds_fp8.zero_fp8.products import operations
-from ds_fp8.zero_fp8.products.kernels import Gradients, Kernels, Needs, without_padding
+from ds_fp8.zero_fp8.products.kernels import Gradients, Kernels, Needs
 from ds_fp8.zero_fp8.products.matrix import Matrix
 from ds_fp8.zero_fp8.products.shared_casts import SharedCasts
 
@@ -59,14 +59,16 @@ class FP8Products:
             weight = Operand(operations.transpose(self.kernels, matrix.codes), matrix.transposed_scales)
         y = operations.multiply(self.kernels, cast.forward, weight, bias)
         tokens = x.numel() // x.shape[-1]
+        if operations.in_graph() or len(y) != tokens:  # a graph is one for all numbers of tokens
+            y = y[:tokens]
         saved = (cast.wgrad.codes, cast.wgrad.scales) if wgrad and cast.wgrad is not None else ()
-        return without_padding(y, tokens), saved
+        return y, saved
 
     def backward(
         self, dy: Tensor, saved: Saved, matrix: Matrix, codes: Tensor, *, needs: Needs, swapped: bool
     ) -> Gradients:
         count = None
-        if not torch.compiler.is_compiling():
+        if not operations.in_graph():
             self.casts.clear()
             count = None if matrix.counts is None else partial(matrix.counts.of_gradient, dy)
         scales = matrix.scales if swapped else matrix.transposed_scales
@@ -75,7 +77,7 @@ class FP8Products:
 
     def _cast(self, x: Tensor, matrix: Matrix, wgrad: bool) -> CastInput:
         """Common subexpressions are found by the compiler, if there is one, whose graphs count nothing."""
-        if torch.compiler.is_compiling():
+        if operations.in_graph():
             return operations.cast_input(self.kernels, _flat(x), wgrad=wgrad)
         cast = self.casts.of(x, wgrad, lambda: operations.cast_input(self.kernels, _flat(x), wgrad=wgrad))
         if matrix.counts is not None and wgrad:
@@ -105,6 +107,11 @@ class DecodedProducts:
         if needs.weight:
             dw = saved[0].t() @ dy if swapped else dy.t() @ saved[0]
         return Gradients(dx, dw, dy.sum(0) if needs.bias else None)
+
+
+def way_of(name: str, kernels: Kernels) -> Way:
+    """One that has seen nothing yet."""
+    return DecodedProducts() if name == DecodedProducts.name else FP8Products(name, kernels)
 
 
 def _flat(x: Tensor) -> Tensor:
