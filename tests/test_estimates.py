@@ -196,7 +196,7 @@ def alive_between_steps(
 
 @grid(count=[1, 2, 3], when=[(1, 2), (2, 1)], how=[(128, []), (32, ["layers.0.*"])])
 def test_fp8_weights(ranks: RankPools, count: int, when: tuple[int, int], how: tuple[int, list[str]]) -> None:
-    """To the byte: codes, scales and exponents on every rank, and the room in which codes are made."""
+    """To the byte: codes, scales and exponents on every rank; the room in which codes are made is given back."""
     block_size, exclude = how
     fp8 = {**CODES, "block_size": block_size}
     fp8["weights"] = {**CODES["weights"], "exclude": exclude}
@@ -205,7 +205,7 @@ def test_fp8_weights(ranks: RankPools, count: int, when: tuple[int, int], how: t
     held = with_fp8("", config).held(model, run)
     waiting = 2 * sum(model.trained) if when[0] == 1 else 0
     for found, about in ranks.run(count, alive_between_steps, *when, fp8):
-        assert found == held.weights + about["weight_room_bytes"] + held.states + held.gradients - waiting
+        assert found == held.weights + held.states + held.gradients - waiting
         assert about["weight_bytes"] == held.weights
         chosen = codes_of(config, model)
         assert about["fp8_weights"] == list(chosen.names)
@@ -222,7 +222,7 @@ def test_frozen_fp8_weights(ranks: RankPools, level: str) -> None:
     held, chosen = with_fp8("", config).held(model, Run(2, 2, 1, BUCKET)), codes_of(config, model)
     assert len(chosen.frozen) == 5
     for found, about in ranks.run(2, alive_between_steps, 2, 1, fp8, True):
-        assert found == held.weights + about["weight_room_bytes"] + held.states + held.gradients
+        assert found == held.weights + held.states + held.gradients
         assert about["weight_bytes"] == held.weights
         assert (about["fp8_weights"], about["bf16_matrices"]) == (list(chosen.names), chosen.reasons)
         assert about["fp8_elements"] == chosen.elements

@@ -45,6 +45,10 @@ class Room:
             self._rows = self._rows.new_empty(wanted)
         return self._rows[:wanted].view(rows, block_size)
 
+    def drop(self) -> None:
+        """Hold no memory while nothing is swept."""
+        self._rows = self._rows.new_empty(0)
+
 
 @dataclass(frozen=True)
 class Products:
@@ -201,6 +205,7 @@ class TiledWeights:
             kernels.encode_weight(part.of(room), *part.place, part.matrix.exponents, part.codes, control)
             if part.matrix.counts is not None:
                 part.matrix.counts.of_weight(part.of(room), part.codes, part.matrix.exponents)
+        self._products.room.drop()
         return CodeGather(AllGather(self._codes, nodes), self)
 
     def renew(self) -> None:
