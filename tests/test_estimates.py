@@ -196,7 +196,7 @@ def alive_between_steps(
 
 @grid(count=[1, 2, 3], when=[(1, 2), (2, 1)], how=[(128, []), (32, ["layers.0.*"])])
 def test_fp8_weights(ranks: RankPools, count: int, when: tuple[int, int], how: tuple[int, list[str]]) -> None:
-    """To the byte: codes, scales and exponents on every rank; the room in which codes are made is given back."""
+    """To the byte: codes, scales and exponents on every rank; no room in which codes are made."""
     block_size, exclude = how
     fp8 = {**CODES, "block_size": block_size}
     fp8["weights"] = {**CODES["weights"], "exclude": exclude}
