@@ -46,8 +46,7 @@ ROOMS = (
     ),
     (
         "ds_fp8.zero_fp8.products",
-        "chosen | fp8_parameter choice | linear | ways values | answers shared_casts matrix | operations | "
-        "kernels",
+        "chosen | fp8_parameter choice | linear | ways values | answers shared_casts matrix | kernels",
     ),
     (
         "ds_fp8.zero_fp8.gradients",
@@ -59,10 +58,11 @@ ROOMS = (
     ("ds_fp8.zero_fp8.placement", "parameters even_slices | messages partition | ranks"),
     ("ds_fp8.zero_fp8", "plain_tensors recipe"),
     ("ds_fp8.ops", "op_builders product_backend | backend"),
+    ("ds_fp8.ops.hopper", "functions | build"),
     ("ds_fp8.ops.triton.products", "casts weights"),
     (
         "ds_fp8.ops.triton",
-        "per_tensor quantize_many | adam reduction blocks | masters moments roots | rounding | launch tiles",
+        "per_tensor quantize_many | adam reduction blocks | masters moments roots | rounding | tiles",
     ),
     ("ds_fp8.ops.cpu", "weight_tiles | kernels | build"),
     (

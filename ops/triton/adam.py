@@ -18,7 +18,6 @@ from ds_fp8.ops import health
 from ds_fp8.ops.adam import Segment, Sweep
 from ds_fp8.ops.guards import check_segments, check_step
 from ds_fp8.ops.rounding import EXP_AVG_SQ, MASTER, signed, stream
-from ds_fp8.ops.triton.launch import launch
 from ds_fp8.ops.triton.masters import load_masters, store_masters
 from ds_fp8.ops.triton.moments import (
     UNIT,
@@ -34,6 +33,7 @@ from ds_fp8.ops.triton.tiles import (
     deciding_magnitudes,
     decode,
     hardware_fp8,
+    launch,
     load_codes,
     load_scales,
     magnitude,

@@ -3,9 +3,9 @@
 import triton
 import triton.language as tl
 
-from ds_fp8.ops.triton import launch
+from ds_fp8.ops.triton import tiles
 
-INTERPRETED = tl.constexpr(launch.INTERPRETED)
+INTERPRETED = tl.constexpr(tiles.INTERPRETED)
 
 
 @triton.jit
