@@ -444,6 +444,9 @@ PROVED_ELSEWHERE = {
     ),
     "fp8.stats.interval: health on monitors": "test_health.py::test_events_reach_the_monitor",
     "csv and tensorboard monitors": "test_engine.py::test_monitors",
+    "compile.deepcompile: engine.compile() is torch.compile": (
+        "test_engine.py::test_deepcompile_is_torch_compile"
+    ),
     "engine.destroy(), several engines in a process": "test_engine.py::test_engines_side_by_side",
     "save_checkpoint, load_checkpoint, bit-exact": "test_checkpoint.py::test_resume_is_exact",
     "load_checkpoint at another world size": "test_reshard.py::test_4_to_2_to_1_to_3_to_4_ranks",
@@ -605,7 +608,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         'torch_autocast.dtype: received "float16", allowed: "bfloat16"',
     ),
     "communication_data_type": ({"communication_data_type": "fp32"}, "communication_data_type: received"),
-    "DeepCompile": ({"compile": {"deepcompile": True}}, "compile.deepcompile: received true"),
+    "DeepCompile's passes autosp and autotp": (
+        {"compile": {"deepcompile": True, "passes": ["autosp"]}},
+        'compile.passes: received ["autosp"], allowed: the key left out',
+    ),
     "hybrid engine": ({"hybrid_engine": {"enabled": True}}, "hybrid_engine: received"),
     "tensor parallelism": ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel: received"),
     "sequence parallelism by a mesh": (

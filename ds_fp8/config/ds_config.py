@@ -66,6 +66,7 @@ def check(ds_config: Mapping[str, Any]) -> list[str]:
         _refuse_with_codes(fp8, ds_config, stage)
     _check_optimizer(_section(ds_config, "optimizer"))
     _check_autocast(_section(ds_config, "torch_autocast"))
+    _check_passes(_section(ds_config, "compile"))
     for name in (*BATCHES, "sequence_parallel_size"):
         _check_count(name, ds_config.get(name))
     _refuse_mesh(ds_config)
@@ -225,6 +226,15 @@ def _check_autocast(section: Mapping[str, Any]) -> None:
         raise refusal("torch_autocast.dtype", dtype, allowed)
 
 
+def _check_passes(section: Mapping[str, Any]) -> None:
+    """Passes of DeepCompile that split sequences or layers over ranks change what is trained."""
+    passes = section.get("passes")
+    names = passes if isinstance(passes, list) else []
+    if section.get("deepcompile", False) and {"autosp", "autotp"} & {str(each) for each in names}:
+        allowed = 'the key left out ("autosp" and "autotp" split the model, torch.compile does not)'
+        raise refusal("compile.passes", passes, allowed)
+
+
 def _refuse_mesh(ds_config: Mapping[str, Any]) -> None:
     """DeepSpeed makes a mesh of both sizes; its ZeRO then adds gradients over data-parallel ranks only."""
     size = ds_config.get("sequence_parallel_size", 1)
@@ -240,7 +250,7 @@ def initialize_params(original: Callable[..., Any]) -> Callable[..., Any]:
         config = parse(param_dict)
         enabled = config is not None and config.enabled
         idle = check_before_engine(param_dict) if enabled else []
-        original(self, _without_old_keys(param_dict) if enabled else param_dict)
+        original(self, _without_unread_keys(param_dict) if enabled else param_dict)
         self.ds_fp8, self.ds_fp8_idle_keys = config, idle
         if config is not None and config.enabled and str(self.optimizer_name).lower() == "fp8adamw":
             self.optimizer_name = (
@@ -250,10 +260,10 @@ def initialize_params(original: Callable[..., Any]) -> Callable[..., Any]:
     return method
 
 
-def _without_old_keys(ds_config: dict[str, Any]) -> dict[str, Any]:
-    """The config without the keys at which DeepSpeed would raise although nothing reads them."""
-    old = OLD_COMPILE.keys() & _section(ds_config, "compile").keys()
-    if not old:
+def _without_unread_keys(ds_config: dict[str, Any]) -> dict[str, Any]:
+    """The config without keys of no effect at which DeepSpeed would raise, or which it would obey."""
+    unread = (OLD_COMPILE.keys() | {"deepcompile"}) & _section(ds_config, "compile").keys()
+    if not unread:
         return ds_config
-    known = {key: value for key, value in ds_config["compile"].items() if key not in old}
+    known = {key: value for key, value in ds_config["compile"].items() if key not in unread}
     return {**ds_config, "compile": known}

@@ -231,10 +231,13 @@ OLD_COMPILE: Rules = dict.fromkeys(
 
 COMPILE: Rules = {
     **OLD_COMPILE,
-    "deepcompile": Refused(NOT_WITH_FP8, (False,)),
+    "deepcompile": NoEffect(
+        "engine.compile() is torch.compile; DeepCompile's passes act on buffers of DeepSpeed's own ZeRO",
+        (False,),
+    ),
+    "autoep_non_moe": Refused("compiles around layers of AutoEP, which fp8 refuses", (False,)),
     **dict.fromkeys(
         (
-            "autoep_non_moe",
             "free_activation",
             "free_activation_threshold",
             "offload_activation",
