@@ -24,6 +24,7 @@ NULLABLE = ("bf16", "fp16")  # sections that DeepSpeed takes as absent if they a
 COMMENTS = ("comment", "comments")
 CLOSE = 0.75  # of difflib's ratios: a key that is spelled like another is a mistake
 BF16_NAMES = ("bfloat16", "bf16", "torch.bfloat16")
+NODE_SIZE = "gradients.intra_node_size"
 MESH_INSTEAD = (
     "the key left out beside sequence_parallel_size: with both DeepSpeed makes a mesh, under which gradients "
     "are not added over sequence-parallel ranks; give deepspeed.initialize the mpu of "
@@ -61,7 +62,10 @@ def check(ds_config: Mapping[str, Any]) -> list[str]:
         idle += _apply(name, rules, _section(ds_config, name), stage)
     fp8 = parse(ds_config) or FP8Config()
     if stage == 3:
-        _refuse_whole_tensors(fp8)
+        _refuse_whole_tensors(fp8, "with zero_optimization.stage 3, which cuts every tensor into slices")
+    autotp_size = _section(ds_config, "tensor_parallel").get("autotp_size", 0)
+    if isinstance(autotp_size, int) and autotp_size > 1:
+        refuse_beside_peers(fp8, ds_config, f"with tensor_parallel.autotp_size {autotp_size}")
     if fp8.has_codes:
         _refuse_with_codes(fp8, ds_config, stage)
     _check_optimizer(_section(ds_config, "optimizer"))
@@ -131,9 +135,20 @@ def _has_a_dot(key: Any) -> bool:
     return bool(dot) and field in SECTIONS.get(name, {})
 
 
-def _refuse_whole_tensors(config: FP8Config) -> None:
-    """One scale per tensor, and sums with it, require whole tensors on a rank."""
-    beside = "with zero_optimization.stage 3, which cuts every tensor into slices"
+def refuse_beside_peers(config: FP8Config, ds_config: Mapping[str, Any], where: str) -> None:
+    """What does not go with a model that is split over ranks, by AutoTP or an mpu; where: which of them."""
+    _refuse_whole_tensors(config, f"{where}, under which ranks have parts of a tensor")
+    if config.has_codes:
+        raise config.refusal_of_weights(f"{where} (not measured yet there)")
+    if config.gradients.intra_node_size not in (None, 1):
+        raise refusal(f"{SECTION}.{NODE_SIZE}", config.gradients.intra_node_size, f"the key left out {where}")
+    for key in ("use_node_local_storage", "load_universal"):
+        if _section(ds_config, "checkpoint").get(key, False):
+            raise refusal(f"checkpoint.{key}", True, f"false {where}")
+
+
+def _refuse_whole_tensors(config: FP8Config, beside: str) -> None:
+    """One scale per tensor, and sums with it, require whole tensors on a rank. beside: what lacks them."""
     given = {"scaling": config.scaling, "gradients.reduction": config.gradients.reduction}
     allowed = {"scaling": "block", "gradients.reduction": "fp32"}
     mistakes = [

@@ -86,7 +86,9 @@ TOP_LEVEL: Rules = {
     "datastates_ckpt": Refused(NOT_YET),
     "hybrid_engine": Refused(NOT_WITH_FP8),
     "pipeline": NoEffect("the model is no PipelineModule"),
-    "tensor_parallel": Refused(NOT_WITH_FP8, ({}, {"autotp_size": 0}, {"autotp_size": 1})),
+    "tensor_parallel": ByStage(
+        HONOURED, Refused(f"{NOT_WITH_FP8} under ZeRO 3", ({}, {"autotp_size": 0}, {"autotp_size": 1}))
+    ),
     "expert_parallel": Refused(NOT_WITH_FP8),
     "sequence_parallel_size": HONOURED,
     "data_parallel_size": NoEffect("the number of ranks says it", (1,)),

@@ -21,6 +21,21 @@ class Fleet:
         return self.size // ranks_per_sequence
 
 
+@dataclass(frozen=True)
+class Grid:
+    """Ranks of model parallelism and of data parallelism, in order: place after place."""
+
+    places: int  # ranks that hold parts of one replica of the model
+    replicas: int
+
+    @property
+    def size(self) -> int:
+        return self.places * self.replicas
+
+    def rank_of(self, place: int, replica: int) -> int:
+        return place * self.replicas + replica
+
+
 def turn_of(index: int, ranks: int) -> int:
     """The rank that does the work of an index if ranks take turns."""
     return index % ranks
