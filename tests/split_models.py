@@ -101,7 +101,10 @@ class SplitMLP(nn.Module):
         self.group = mpu.get_model_parallel_group()
         place, places = mpu.get_model_parallel_rank(), mpu.get_model_parallel_world_size()
         self.norm = nn.LayerNorm(WIDTH)
-        up, down = torch.randn(4 * WIDTH, WIDTH) / WIDTH**0.5, torch.randn(WIDTH, 4 * WIDTH) / (4 * WIDTH) ** 0.5
+        up, down = (
+            torch.randn(4 * WIDTH, WIDTH) / WIDTH**0.5,
+            torch.randn(WIDTH, 4 * WIDTH) / (4 * WIDTH) ** 0.5,
+        )
         self.up = nn.Parameter(up.chunk(places)[place].clone())
         self.down = nn.Parameter(down.chunk(places, dim=1)[place].clone())
         self.bias = nn.Parameter(torch.zeros(WIDTH))

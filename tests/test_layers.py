@@ -33,9 +33,10 @@ ROOMS = (
     ),
     ("ds_fp8.zero_fp8", "step | wiring verdict"),
     ("ds_fp8.zero_fp8.checkpoint.foreign", "stock12 stock3 universal | stock_model | stock_files"),
+    ("ds_fp8.zero_fp8.checkpoint.whole", "export | fp8_layout | merged"),
     (
         "ds_fp8.zero_fp8.checkpoint",
-        "export | convert fp8_layout | reader writer | contracts model_files | files | tags | manifest",
+        "convert | reader writer | contracts model_files | files | tags | manifest",
     ),
     (
         "ds_fp8.zero_fp8.optimizer",

@@ -44,6 +44,26 @@ def is_sharded(parameter: Tensor) -> bool:
     return any(bool(getattr(parameter, mark, False)) for mark in marks)
 
 
+AUTOTP = "ds_autotp_universal_checkpoint_meta"  # DeepSpeed's attribute
+PIECEWISE = ("sub_param_shape", "sub_param_sizes", "sub_param_shard_widths")
+
+
+def cut_of(parameter: Tensor) -> int | None:
+    """The dimension along which peers' parts of a sharded parameter follow each other; None: not known.
+
+    As AutoTP or Megatron says of it. Fused parameters, cut in several places, are not known.
+    """
+    said: Mapping[str, Any] | None = getattr(parameter, AUTOTP, None)
+    if said is None:
+        stride = getattr(parameter, "partition_stride", 1)
+        said = {"partition_dim": getattr(parameter, "partition_dim", None) if stride == 1 else None}
+    reason = said.get("conversion", {}).get("unsupported_reason")
+    dimension = said.get("partition_dim")
+    fused = any(said.get(key) for key in PIECEWISE)
+    known = isinstance(dimension, int) and 0 <= dimension < parameter.ndim
+    return dimension if known and not fused and not reason else None
+
+
 def trained_parameters(
     param_groups: Sequence[Mapping[str, Any]],
     names: Mapping[Parameter, str],
