@@ -15,7 +15,14 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ds_fp8.config.refusals import LONGEST, cut, refusal, show, validate
 from ds_fp8.config.rule_kinds import Honoured, Refused, asks_for_nothing, rule_at
-from ds_fp8.config.rules import OLD_COMPILE, SECTIONS, SECTIONS_WITH_NOTES, TOP_LEVEL, Rules
+from ds_fp8.config.rules import (
+    GATHERED_FOR_A_SAVE,
+    OLD_COMPILE,
+    SECTIONS,
+    SECTIONS_WITH_NOTES,
+    TOP_LEVEL,
+    Rules,
+)
 from ds_fp8.config.section import SECTION, FP8Config, parse
 
 STAGES = (1, 2, 3)
@@ -57,14 +64,15 @@ def optimizer_params(params: Mapping[str, Any]) -> OptimizerParams:
 def check(ds_config: Mapping[str, Any]) -> list[str]:
     """Refuse, by a ValueError, what does not go with FP8; the keys that have no effect are returned."""
     stage = check_stage(ds_config)
+    autotp_size = _autotp_size(ds_config)
     idle = _apply("", TOP_LEVEL, ds_config, stage)
     for name, rules in SECTIONS.items():
         idle += _apply(name, rules, _section(ds_config, name), stage)
     fp8 = parse(ds_config) or FP8Config()
     if stage == 3:
         _refuse_whole_tensors(fp8, "with zero_optimization.stage 3, which cuts every tensor into slices")
-    autotp_size = _section(ds_config, "tensor_parallel").get("autotp_size", 0)
-    if isinstance(autotp_size, int) and autotp_size > 1:
+    if autotp_size > 1:
+        idle = [each for each in idle if not any(key in each for key in GATHERED_FOR_A_SAVE)]
         refuse_beside_peers(fp8, ds_config, f"with tensor_parallel.autotp_size {autotp_size}")
     if fp8.has_codes:
         _refuse_with_codes(fp8, ds_config, stage)
@@ -133,6 +141,14 @@ def _has_a_dot(key: Any) -> bool:
     """Whether this is a path, such as "zero_optimization.reduce_bucket_size", in place of a key."""
     name, dot, field = str(key).partition(".")
     return bool(dot) and field in SECTIONS.get(name, {})
+
+
+def _autotp_size(ds_config: Mapping[str, Any]) -> int:
+    """Over how many ranks DeepSpeed splits the model."""
+    size = _section(ds_config, "tensor_parallel").get("autotp_size", 0)
+    if isinstance(size, bool) or not isinstance(size, int) or size < 0:
+        raise refusal("tensor_parallel.autotp_size", size, "an integer, 0 or more")
+    return size
 
 
 def refuse_beside_peers(config: FP8Config, ds_config: Mapping[str, Any], where: str) -> None:

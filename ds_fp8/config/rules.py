@@ -19,6 +19,11 @@ GATHERED = ByStage(
     NoEffect("weights are gathered one bucket at a time"),
     NoEffect("weights are fetched when a module needs them"),
 )
+GATHERED_FOR_A_SAVE = (
+    "gather_16bit_weights_on_model_save",
+    "stage3_gather_16bit_weights_on_model_save",
+    "stage3_gather_fp16_weights_on_model_save",
+)
 NOT_WITH_FP8 = "does not work with fp8 enabled"
 NOT_YET = "is not built yet with fp8 enabled"
 AS_THE_MODEL = f"{NOT_WITH_FP8}: weights travel in the model's dtype"
@@ -156,9 +161,6 @@ ZERO: Rules = {
             "stage3_max_live_parameters",
             "max_reuse_distance",
             "stage3_max_reuse_distance",
-            "gather_16bit_weights_on_model_save",
-            "stage3_gather_16bit_weights_on_model_save",
-            "stage3_gather_fp16_weights_on_model_save",
             "module_granularity_threshold",
             "stage3_module_granularity_threshold",
             "memory_efficient_linear",
@@ -168,6 +170,7 @@ ZERO: Rules = {
         ),
         only_zero3(HONOURED),
     ),
+    **dict.fromkeys(GATHERED_FOR_A_SAVE, ByStage(NoEffect("a key of ZeRO 3 and of AutoTP"), HONOURED)),
     **dict.fromkeys(
         ("use_all_reduce_for_fetch_params", "stage3_use_all_reduce_for_fetch_params"),
         only_zero3(Refused(f"{NOT_WITH_FP8}: slices are fetched by all-gather", (False,))),

@@ -168,6 +168,55 @@ def configure_zero_optimizer(original: Method) -> Method:
     return method
 
 
+def consolidated_16bit_state_dict(original: Method) -> Method:
+    """DeepSpeedEngine._consolidated_16bit_state_dict: AutoTP leaves weights outside their buffers."""
+
+    @functools.wraps(original)
+    def method(self: Any, exclude_frozen_parameters: bool = False) -> Any:
+        state = original(self, exclude_frozen_parameters)
+        if is_active(self) and self.optimizer.ranks.peers is not None:
+            self.optimizer.binding.require()
+        return state
+
+    return method
+
+
+def save_16bit_model(original: Method) -> Method:
+    """DeepSpeedEngine.save_16bit_model: of a model that AutoTP has split the whole, not rank 0's part."""
+
+    @functools.wraps(original)
+    def method(self: Any, *arguments: Any, **options: Any) -> Any:
+        if not is_active(self) or self.optimizer.ranks.peers is None:
+            return original(self, *arguments, **options)
+        if self.autotp_size() <= 1:
+            raise ValueError(
+                "save_16bit_model: received a model that an mpu has split, of which rank 0 would save its "
+                "part, allowed: save_checkpoint, from which `ds_fp8 export` writes the whole model"
+            )
+        self.module_state_dict = functools.partial(_whole_state_dict, self)
+        try:
+            return original(self, *arguments, **options)
+        finally:
+            del self.module_state_dict
+
+    return method
+
+
+def _whole_state_dict(engine: Any, exclude_frozen_parameters: bool = False) -> dict[str, Any] | None:
+    """Weights and buffers of a model that AutoTP has split, on rank 0; None elsewhere. Collective."""
+    whole: dict[str, Any] | None = engine._consolidated_16bit_state_dict()
+    if whole is None:
+        return None
+    module = engine.module
+    left_out = set()
+    if exclude_frozen_parameters:
+        named = module.named_parameters(remove_duplicate=False)
+        left_out = {name for name, each in named if not each.requires_grad}
+    # DeepSpeed gathers parameters only.
+    state = {name: whole.get(name, value) for name, value in module.state_dict().items()}
+    return {name: value for name, value in state.items() if name not in left_out}
+
+
 def handler_of(engine: Any, recipe: Recipe, settings: ZeroSettings) -> FP8ZeROOptimizer:
     """The handler of the engine's ZeRO stage."""
     timers = timers_of(engine)

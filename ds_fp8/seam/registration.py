@@ -72,6 +72,8 @@ SEAM = (
     (DeepSpeedEngine, "save_checkpoint", saving.save_checkpoint),
     (DeepSpeedEngine, "load_checkpoint", loading.load_checkpoint),
     (DeepSpeedEngine, "module_state_dict", model_file.module_state_dict),
+    (DeepSpeedEngine, "_consolidated_16bit_state_dict", engine.consolidated_16bit_state_dict),
+    (DeepSpeedEngine, "save_16bit_model", engine.save_16bit_model),
     (OpBuilder, "jit_load", builds.jit_load),
 )
 

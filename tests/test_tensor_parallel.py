@@ -1,0 +1,221 @@
+"""Models split over ranks, by AutoTP and by an mpu, under ZeRO 1 and 2: training beside stock, and refusals."""
+
+import logging
+import statistics
+from typing import Any
+
+import pytest
+import torch
+from deepspeed import comm as dist
+from engines import Lines, assert_same_bits, build, packed, refusal
+from ranks import RankPools
+from split_models import (
+    NEAREST,
+    SIZE,
+    Mpu,
+    SplitModel,
+    bits_of,
+    config_of,
+    engine_of,
+    llama,
+    loss_of,
+    run,
+    splits_forgotten,
+    train,
+)
+from torch import Tensor, nn
+
+import ds_fp8
+
+SECONDS = 120.0
+slow = pytest.mark.slow
+EVERYTHING = {"micro_steps": 2, "clipping": 0.5, "zero": {"overlap_comm": True}}
+
+
+@pytest.mark.parametrize(
+    ("kind", "number", "stage", "options"),
+    [
+        pytest.param("autotp", 2, 1, {}, marks=slow),
+        pytest.param("autotp", 2, 2, {}),
+        pytest.param("autotp", 4, 1, {}, marks=slow),
+        pytest.param("autotp", 4, 2, {}, marks=slow),
+        pytest.param("autotp", 4, 2, EVERYTHING, marks=slow),
+        pytest.param("mpu", 2, 2, EVERYTHING, marks=slow),
+        pytest.param("mpu", 4, 1, {}, marks=slow),
+        pytest.param("mpu", 4, 2, {}),
+        pytest.param("mpu", 4, 1, EVERYTHING),
+    ],
+)
+def test_equals_stock(ranks: RankPools, kind: str, number: int, stage: int, options: dict[str, Any]) -> None:
+    """Losses and norms of stock ZeRO; what peers hold alike stays alike to the bit."""
+    configs = (config_of(kind, fp8, stage=stage, **options) for fp8 in (NEAREST, None))
+    runs, stock = (ranks.run(number, train, kind, each, seconds=SECONDS) for each in configs)
+    ours, expected = runs[0], stock[0]
+    assert ours["about"]["model_parallel_size"] == SIZE
+    for step, (loss, other) in enumerate(zip(ours["losses"], expected["losses"], strict=True)):
+        assert abs(loss - other) < 0.01, f"step {step}: loss {loss:.4f} and {other:.4f}"
+    for step, (norm, other) in enumerate(zip(ours["norms"][:10], expected["norms"][:10], strict=True)):
+        assert abs(norm / other - 1) < 0.02, f"step {step}: norm {norm:.4f} and {other:.4f}"
+    assert statistics.fmean(ours["losses"][-5:]) < ours["losses"][0] - 0.3, "it does not learn"
+    assert len(ours["whole"]) > 3
+    for other in runs:
+        assert other["norms"] == ours["norms"]
+        assert_same_bits(*({name: each["weights"][name] for name in ours["whole"]} for each in (ours, other)))
+
+
+def test_norms_are_those_of_data_parallelism(ranks: RankPools) -> None:
+    """What peers hold alike counts once."""
+    fp8 = {"gradients": {"dtype": "bf16"}}
+    split = ranks.run(4, train, "autotp", config_of("autotp", fp8), 3, seconds=SECONDS)[0]
+    whole = ranks.run(2, train, "autotp", config_of("autotp", fp8, 1), 3, 1, seconds=SECONDS)[0]
+    assert whole["about"]["model_parallel_size"] == 1
+    for norm, expected in zip(split["norms"], whole["norms"], strict=True):
+        assert abs(norm / expected - 1) < 0.005, (split["norms"], whole["norms"])
+
+
+def states_of(mpu: bool, stage: int) -> dict[str, Tensor]:
+    """After 3 steps of the model, whole on every rank."""
+    with splits_forgotten():
+        alone = Mpu(1)
+        options = {"mpu": alone} if mpu else {}
+        engine = build(config_of("mpu", {}, 1, stage=stage), SplitModel(alone), **options)
+        run(engine, 0, 3, 1)
+        states = {
+            f"{name} {key}": each
+            for name, entry in packed(engine.optimizer).items()
+            for key, each in entry.items()
+            if isinstance(each, Tensor)
+        }
+        engine.destroy()
+        return states | bits_of(engine)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_an_mpu_of_one_rank_changes_no_bit(ranks: RankPools, stage: int) -> None:
+    with_mpu, without = (ranks.run(2, states_of, mpu, stage)[0] for mpu in (True, False))
+    assert_same_bits(with_mpu, without)
+
+
+def spoil(kind: str, name: str, spoiled: tuple[int, ...]) -> dict[str, Any]:
+    """A step with an infinite gradient on some ranks, between two others."""
+    with splits_forgotten():
+        engine = engine_of(kind, config_of(kind, {"stats": {"interval": 1}}))
+        found: dict[str, Any] = run(engine, 0, 1)
+        before, lines = bits_of(engine), Lines()
+        logging.getLogger("ds_fp8").addHandler(lines)
+        parameter = dict(engine.module.named_parameters())[name]
+        handle = None
+        if dist.get_rank() in spoiled:
+            handle = parameter.register_hook(lambda gradient: torch.full_like(gradient, torch.inf))
+        engine.backward(loss_of(engine, 1, SIZE))
+        engine.step()
+        logging.getLogger("ds_fp8").removeHandler(lines)
+        unchanged = all(torch.equal(each, before[key]) for key, each in bits_of(engine).items())
+        stats = ds_fp8.stats(engine)
+        assert stats is not None
+        found |= {
+            "unchanged": unchanged,
+            "skipped": [float(engine.get_global_grad_norm()), engine.skipped_steps],
+            "blocks": stats["total"]["gradient_non_finite_blocks"],
+            "lines": [each for each in lines.lines if "skipped" in each],
+        }
+        if handle is not None:
+            handle.remove()
+        found["after"] = run(engine, 2, 1)["norms"]
+        engine.destroy()
+        return found
+
+
+def test_every_rank_skips(ranks: RankPools) -> None:
+    """An infinite gradient of one peer's part: all replicas and peers skip, and rank 0 names it."""
+    found = ranks.run(4, spoil, "mpu", "blocks.1.up", (3,), seconds=SECONDS)
+    for each in found:
+        assert each["unchanged"]
+        assert each["skipped"] == [float("inf"), 1]
+        assert each["after"] == found[0]["after"]
+    assert "blocks.1.up" in found[0]["lines"][0]
+
+
+def test_health_counts_once_what_peers_hold_alike(ranks: RankPools) -> None:
+    """The bias has one block; both peers of both replicas have an infinite gradient in it."""
+    found = ranks.run(4, spoil, "mpu", "blocks.1.bias", (0, 1, 2, 3), seconds=SECONDS)
+    assert [each["blocks"] for each in found] == [2, 2, 2, 2]
+
+
+def test_is_said(ranks: RankPools) -> None:
+    lines = ranks.run(4, said, "autotp")[0]
+    assert "ZeRO 2, 4 ranks, model parallel 2 |" in lines
+
+
+def said(kind: str) -> str:
+    lines = Lines()
+    logging.getLogger("ds_fp8").addHandler(lines)
+    with splits_forgotten():
+        engine_of(kind, config_of(kind, {})).destroy()
+    logging.getLogger("ds_fp8").removeHandler(lines)
+    return "\n".join(lines.lines)
+
+
+# Refused
+
+
+class Pipeline(Mpu):
+    def get_pipeline_model_parallel_world_size(self) -> int:
+        return 2
+
+
+class NoGrid(Mpu):
+    def get_model_parallel_group(self) -> Any:
+        return self.get_data_parallel_group()
+
+
+class Unequal(SplitModel):
+    """Made of another seed on every rank."""
+
+    def __init__(self, mpu: Mpu) -> None:
+        super().__init__(mpu)
+        torch.manual_seed(dist.get_rank())
+        nn.init.normal_(self.tokens.weight)
+
+
+class Adapted(nn.Module):
+    """A Llama in the arms of PEFT."""
+
+    @staticmethod
+    def make() -> nn.Module:
+        from peft import LoraConfig, get_peft_model
+
+        model: Any = llama()
+        return get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"]))
+
+
+def words_of(what: str) -> str:
+    """The refusal of an engine."""
+    with splits_forgotten():
+        if what == "lora":
+            return refusal(lambda: build(config_of("autotp", {}), Adapted.make()))
+        mpu = {"pipeline": Pipeline, "no grid": NoGrid}.get(what, Mpu)(SIZE)
+        model = Unequal(mpu) if what == "unequal" else SplitModel(mpu)
+        options: dict[str, Any] = {"O3": {"opt_level": "O3"}, "tensor": {"scaling": "tensor"}}.get(what, {})
+        config = config_of("mpu", options, stage=3 if what == "stage" else 2)
+        return refusal(lambda: build(config, model, mpu=mpu))
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        (
+            "O3",
+            'fp8.opt_level: received "O3", allowed: "O1", "O2", "O2+" with an mpu of model parallel size 2',
+        ),
+        ("tensor", 'fp8.scaling: received "tensor", allowed: "block" with an mpu of model parallel size 2'),
+        ("stage", "zero_optimization.stage: received 3, allowed: 1, 2 with an mpu of model parallel size 2"),
+        ("pipeline", "deepspeed.initialize: received an mpu with pipeline stages"),
+        ("no grid", "deepspeed.initialize: received an mpu whose groups hold the ranks"),
+        ("unequal", "rank 0: tokens.weight: received other values than on the first model-parallel rank"),
+        ("lora", "received adapters of PEFT, allowed with tensor_parallel.autotp_size 2: none"),
+    ],
+)
+def test_refused(ranks: RankPools, what: str, words: str) -> None:
+    for message in ranks.run(2, words_of, what, seconds=SECONDS):
+        assert words in message
