@@ -11,8 +11,6 @@ from deepspeed import set_autotp_mode
 from deepspeed.runtime.tensor_parallel import init_utils
 from deepspeed.utils import groups
 from engines import build, ds_config, packed
-from hf_runs import LLAMA
-from hf_trainer import model_of
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
@@ -20,7 +18,6 @@ import ds_fp8
 
 # Without a warm-up exp_avg in E4M3 lags behind: docs/precision.md, "The first steps".
 NEAREST: dict[str, Any] = {"optimizer": {"rounding": "nearest"}}
-SMALL_LLAMA = replace(LLAMA, width=64)
 MICRO_BATCH = 4
 LENGTH = 32  # tokens of a sequence
 VOCABULARY, WIDTH = 64, 48
@@ -150,9 +147,17 @@ def splits_forgotten() -> Iterator[None]:
         set_autotp_mode(training=False)
 
 
-def llama(seed: int = 0) -> nn.Module:
-    torch.manual_seed(seed)
-    return model_of(SMALL_LLAMA)
+def llama() -> nn.Module:
+    """With a frozen matrix, of which ranks have parts, and a frozen norm."""
+    from hf_runs import LLAMA
+    from hf_trainer import model_of
+
+    torch.manual_seed(0)
+    model: Any = model_of(replace(LLAMA, width=64))
+    for name in ("self_attn.q_proj.weight", "input_layernorm.weight"):
+        model.model.layers[0].get_parameter(name).requires_grad_(False)
+    whole: nn.Module = model
+    return whole
 
 
 def config_of(kind: str, fp8: dict[str, Any] | None, size: int = SIZE, **options: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Models split over ranks, by AutoTP and by an mpu, under ZeRO 1 and 2: training beside stock, and refusals."""
+"""Models split over ranks, by AutoTP and by an mpu: training beside stock DeepSpeed, and refusals."""
 
 import logging
 import statistics

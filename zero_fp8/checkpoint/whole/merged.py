@@ -15,11 +15,11 @@ from ds_fp8.config.refusals import naming
 from ds_fp8.zero_fp8.checkpoint.contracts import Progress
 from ds_fp8.zero_fp8.checkpoint.files import Entry
 from ds_fp8.zero_fp8.checkpoint.manifest import NAME, Manifest, Parameter
-from ds_fp8.zero_fp8.checkpoint.model_files import ModelFiles
+from ds_fp8.zero_fp8.checkpoint.model_files import FRAGMENTS, ModelFiles
 from ds_fp8.zero_fp8.checkpoint.reader import Checkpoint
 
-# What DeepSpeed's model file says of parts: how they are put together, and their shapes.
-OF_PLACES = ("universal_checkpoint_info", "param_shapes", "frozen_param_shapes", "frozen_param_fragments")
+LAYOUT = "universal_checkpoint_info"  # DeepSpeed's key: how parts are put together
+FROZEN_SHAPES = "frozen_param_shapes"
 States = tuple[Tensor, Tensor, Tensor]  # master, exp_avg and exp_avg_sq, float32 vectors
 
 
@@ -119,12 +119,18 @@ class Merged:
 
     def whole_model_file(self) -> dict[str, Any]:
         """DeepSpeed's model file as one of a model that was not split."""
-        content = {key: value for key, value in self.model_file.items() if key not in OF_PLACES}
-        module = {
-            name: self.model_files.whole(name) if name in self.model_files else value
-            for name, value in self.module.items()
-        }
-        return {**content, "module": module, "mp_world_size": 1}
+        content = {key: value for key, value in self.model_file.items() if key != LAYOUT}
+        module = {name: self._entry(name, value) for name, value in self.module.items()}
+        shapes = {name: torch.Size(each.shape) for name, each in self.parameters.items()}
+        whole = {**content, "module": module, "param_shapes": [shapes], "mp_world_size": 1}
+        frozen = content.get(FRAGMENTS)
+        if frozen is not None:
+            whole[FRAGMENTS] = {name: self._entry(name, value) for name, value in frozen.items()}
+            whole[FROZEN_SHAPES] = {name: each.shape for name, each in whole[FRAGMENTS].items()}
+        return whole
+
+    def _entry(self, name: str, value: Any) -> Any:
+        return self.model_files.whole(name) if name in self.model_files else value
 
 
 def joined(shapes: Sequence[list[int]], dimension: int | None) -> list[int]:
