@@ -100,6 +100,19 @@ def of_place(found: list[Result], key: str, place: int) -> tuple[dict[str, Tenso
     return whole_states([each["states"] for each in mine]), mine[0]["weights"]
 
 
+def test_what_peers_hold_alike_is_rounded_alike(tag: tuple[str, Path, list[Result]]) -> None:
+    """Masters are rounded stochastically, by the same random bits on every peer."""
+    _, folder, saved = tag
+    found = manifest.read(folder / TAG)
+    assert found is not None
+    alike = [name for name in saved[0]["saved"]["weights"] if name not in found.places[0].cuts]
+    assert len(alike) > 3
+    for other in saved[1:]:
+        assert_same_bits(
+            *({name: each["saved"]["weights"][name] for name in alike} for each in (saved[0], other))
+        )
+
+
 def test_another_number_of_replicas(ranks: RankPools, tag: tuple[str, Path, list[Result]]) -> None:
     kind, folder, saved = tag
     loaded = ranks.run(2, load, str(folder), kind, seconds=SECONDS)
