@@ -21,6 +21,7 @@ NEAREST: dict[str, Any] = {"optimizer": {"rounding": "nearest"}}
 MICRO_BATCH = 4
 LENGTH = 32  # tokens of a sequence
 VOCABULARY, WIDTH = 64, 48
+BUCKET = 20_000
 SIZE = 2  # ranks that hold parts of one replica
 
 Result = dict[str, Any]
@@ -162,7 +163,7 @@ def llama() -> nn.Module:
 
 def config_of(kind: str, fp8: dict[str, Any] | None, size: int = SIZE, **options: Any) -> dict[str, Any]:
     """kind: "autotp" or "mpu"."""
-    config = ds_config(fp8, micro_batch=MICRO_BATCH, **{"bucket": 20_000, **options})
+    config = ds_config(fp8, micro_batch=MICRO_BATCH, **{"bucket": BUCKET, **options})
     if kind == "autotp":
         config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
     return config | ({"tensor_parallel": {"autotp_size": size}} if kind == "autotp" and size > 1 else {})

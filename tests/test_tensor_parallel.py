@@ -2,14 +2,18 @@
 
 import logging
 import statistics
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from deepspeed import comm as dist
 from engines import Lines, assert_same_bits, build, packed, refusal
+from hf_runs import FP8, LLAMA, assert_like_bf16, assert_same_run, result_of, trainer_of
+from hf_runs import ds_config as hf_config
 from ranks import RankPools
 from split_models import (
+    BUCKET,
     NEAREST,
     SIZE,
     Mpu,
@@ -24,8 +28,11 @@ from split_models import (
     train,
 )
 from torch import Tensor, nn
+from transformers import LlamaForCausalLM
 
 import ds_fp8
+from ds_fp8.estimate.methods import levels
+from ds_fp8.estimate.runs import Run, model_of_module
 
 SECONDS = 120.0
 slow = pytest.mark.slow
@@ -156,6 +163,25 @@ def said(kind: str) -> str:
     return "\n".join(lines.lines)
 
 
+def bytes_of() -> tuple[int, int]:
+    """Of this rank's states and reduced gradients, and of its weights."""
+    with splits_forgotten():
+        engine = engine_of("autotp", config_of("autotp", {}))
+        held = engine.optimizer.nbytes
+        buffers = sum(each.buffer.nbytes for each in engine.optimizer.parts.weights)
+        frozen = sum(each.nbytes for each in engine.module.parameters() if not each.requires_grad)
+        engine.destroy()
+        return held, buffers + frozen
+
+
+def test_bytes_are_those_of_the_estimate(ranks: RankPools) -> None:
+    found = ranks.run(4, bytes_of, seconds=SECONDS)
+    run_of = Run(4, 2, bucket_elements=BUCKET, model_parallel_size=SIZE)
+    held = levels()["O2"].held(model_of_module(llama()), run_of)
+    assert max(each[0] for each in found) == held.states + held.gradients
+    assert {each[1] for each in found} == {held.weights}
+
+
 # Refused
 
 
@@ -219,3 +245,41 @@ def words_of(what: str) -> str:
 def test_refused(ranks: RankPools, what: str, words: str) -> None:
     for message in ranks.run(2, words_of, what, seconds=SECONDS):
         assert words in message
+
+
+# The Trainer, whose accelerate makes the groups
+
+
+def train_by_trainer(
+    folder: str, fp8: dict[str, Any] | None, steps: int, resume: str | None = None
+) -> dict[str, Any]:
+    with splits_forgotten():
+        keys = {"tensor_parallel": {"autotp_size": SIZE}}
+        config = hf_config(fp8, **keys)
+        config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
+        options = {"max_steps": steps, "logging_steps": 1, "save_strategy": "steps", "save_steps": 6}
+        trainer = trainer_of(folder, config, shape=LLAMA, bf16=True, per_device_train_batch_size=4, **options)
+        trainer.train(resume_from_checkpoint=resume)
+        result = result_of(trainer) | {"weights": bits_of(trainer.model_wrapped)}
+        trainer.save_model(f"{folder}/model")
+        trainer.model_wrapped.destroy()
+        return result
+
+
+def test_trainer(ranks: RankPools, tmp_path: Path) -> None:
+    """Beside stock; a resumed training is the unbroken one; the saved model is whole."""
+    ours, again = str(tmp_path / "ours"), str(tmp_path / "again")
+    unbroken = ranks.run(2, train_by_trainer, ours, FP8 | NEAREST, 12, seconds=SECONDS)
+    stock = ranks.run(2, train_by_trainer, str(tmp_path / "stock"), None, 12, seconds=SECONDS)[0]
+    assert_like_bf16(unbroken[0], stock, last=6)
+    checkpoint = f"{ours}/checkpoint-6"
+    resumed = ranks.run(2, train_by_trainer, again, FP8 | NEAREST, 12, checkpoint, seconds=SECONDS)
+    for before, after in zip(unbroken, resumed, strict=True):
+        assert_same_run(after, before)
+    model = LlamaForCausalLM.from_pretrained(f"{ours}/model", dtype=torch.bfloat16)
+    parts = [each["weights"] for each in unbroken]
+    for name, tensor in model.state_dict().items():
+        shapes = zip(tensor.shape, parts[0][name].shape, strict=True)
+        cut = next((at for at, (whole, part) in enumerate(shapes) if whole != part), None)
+        expected = parts[0][name] if cut is None else torch.cat([part[name] for part in parts], cut)
+        assert torch.equal(tensor, expected), name

@@ -64,16 +64,16 @@ def optimizer_params(params: Mapping[str, Any]) -> OptimizerParams:
 def check(ds_config: Mapping[str, Any]) -> list[str]:
     """Refuse, by a ValueError, what does not go with FP8; the keys that have no effect are returned."""
     stage = check_stage(ds_config)
-    autotp_size = _autotp_size(ds_config)
+    parts = autotp_size(ds_config)
     idle = _apply("", TOP_LEVEL, ds_config, stage)
     for name, rules in SECTIONS.items():
         idle += _apply(name, rules, _section(ds_config, name), stage)
     fp8 = parse(ds_config) or FP8Config()
     if stage == 3:
         _refuse_whole_tensors(fp8, "with zero_optimization.stage 3, which cuts every tensor into slices")
-    if autotp_size > 1:
+    if parts > 1:
         idle = [each for each in idle if not any(key in each for key in GATHERED_FOR_A_SAVE)]
-        refuse_beside_peers(fp8, ds_config, f"with tensor_parallel.autotp_size {autotp_size}")
+        refuse_beside_peers(fp8, ds_config, f"with tensor_parallel.autotp_size {parts}")
     if fp8.has_codes:
         _refuse_with_codes(fp8, ds_config, stage)
     _check_optimizer(_section(ds_config, "optimizer"))
@@ -143,7 +143,7 @@ def _has_a_dot(key: Any) -> bool:
     return bool(dot) and field in SECTIONS.get(name, {})
 
 
-def _autotp_size(ds_config: Mapping[str, Any]) -> int:
+def autotp_size(ds_config: Mapping[str, Any]) -> int:
     """Over how many ranks DeepSpeed splits the model."""
     size = _section(ds_config, "tensor_parallel").get("autotp_size", 0)
     if isinstance(size, bool) or not isinstance(size, int) or size < 0:

@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from ds_fp8.compat import DeepSpeedConfig, deepspeed_logger, load_ds_config
-from ds_fp8.config.ds_config import BATCHES, initialize_params, never_trains
+from ds_fp8.config.ds_config import BATCHES, autotp_size, initialize_params, never_trains
 from ds_fp8.config.refusals import cut, refusal, show
 from ds_fp8.config.section import SECTION, FP8Config
 from ds_fp8.estimate.fetching import fetching_of
@@ -74,7 +74,7 @@ def run_dry(config: Mapping[str, Any], *, gpus: int, micro_steps: int | None = N
     if never_trains(known):
         return IDLE
     run = _run_of(judged, gpus, micro_steps)
-    recipe = recipe_of(fp8, accumulating=run.accumulating, ranks=gpus)
+    recipe = recipe_of(fp8, accumulating=run.accumulating, ranks=run.replicas)
     check_divides(NODE_SIZE, recipe.intra_node_size, gpus)
     return DryRun(
         fp8,
@@ -95,6 +95,7 @@ def _run_of(judged: Any, gpus: int, micro_steps: int | None) -> Run:
         bucket_elements=int(judged.zero_config.reduce_bucket_size),
         overlap=bool(judged.zero_config.overlap_comm),
         fetching=fetching_of(judged.zero_config),
+        model_parallel_size=max(1, autotp_size(judged._param_dict)),
         sequence_parallel_size=_sequence_parallel_size(judged._param_dict),
         accumulate_in_fp32=judged.grad_accum_dtype in FP32_NAMES,
     )
@@ -112,6 +113,7 @@ def judge(config: Mapping[str, Any], gpus: int) -> Any:
             initialize_params(DeepSpeedConfig._initialize_params)(self, param_dict)
             size = _sequence_parallel_size(param_dict)
             check_divides(SEQUENCE_SIZE, size, gpus)
+            check_divides("tensor_parallel.autotp_size", max(1, autotp_size(param_dict)), gpus)
             self.world_size = Fleet("data", gpus).sequences(size)
 
     try:
