@@ -1,6 +1,7 @@
 """Checkpoints of models that are split over ranks: every rank goes on from its own part, or all refuse."""
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 import torch
 from deepspeed import comm as dist
 from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_dict
-from engines import assert_same_bits, packed, refusal, state_bits, whole_states
+from engines import Lines, assert_same_bits, packed, refusal, state_bits, whole_states
 from ranks import RankPools
 from safetensors.torch import load_file
 from split_models import SIZE, bits_of, config_of, engine_of, run, splits_forgotten
@@ -111,6 +112,26 @@ def test_what_peers_hold_alike_is_rounded_alike(tag: tuple[str, Path, list[Resul
         assert_same_bits(
             *({name: each["saved"]["weights"][name] for name in alike} for each in (saved[0], other))
         )
+
+
+def part_and_save(folder: str) -> list[str]:
+    """What is logged by a save after one peer has edited what both hold alike."""
+    lines = Lines()
+    with splits_forgotten():
+        engine = engine_of("mpu", config("mpu"))
+        if dist.get_rank() == 0:
+            engine.module.blocks[1].norm.weight.data[3] += 1
+        logging.getLogger("ds_fp8").addHandler(lines)
+        engine.save_checkpoint(folder, TAG)
+        logging.getLogger("ds_fp8").removeHandler(lines)
+        engine.destroy()
+    return lines.lines
+
+
+def test_a_save_names_what_has_parted(ranks: RankPools, tmp_path: Path) -> None:
+    first, second = ranks.run(2, part_and_save, str(tmp_path), seconds=SECONDS)
+    assert "other values of what they should hold alike: blocks.1.norm.weight; each" in first[0]
+    assert not second
 
 
 def test_another_number_of_replicas(ranks: RankPools, tag: tuple[str, Path, list[Result]]) -> None:

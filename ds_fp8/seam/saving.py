@@ -30,6 +30,7 @@ from ds_fp8.seam.status import is_active
 from ds_fp8.zero_fp8.checkpoint import files, manifest, tags, writer
 from ds_fp8.zero_fp8.checkpoint.manifest import File, Manifest, Place
 from ds_fp8.zero_fp8.comm.agreement import agreed, gather_objects
+from ds_fp8.zero_fp8.comm.replicas import warn_if_parted
 from ds_fp8.zero_fp8.handlers.common import FP8ZeROOptimizer
 
 Method = Callable[..., Any]
@@ -97,6 +98,7 @@ def _write(engine: Any, save: _Save, original: Method, client_state: Mapping[str
     """Let DeepSpeed write the tag, and publish it; what a save that failed has written is removed."""
     handler: FP8ZeROOptimizer = engine.optimizer
     ranks = handler.ranks
+    warn_if_parted(engine.param_names, ranks)
     try:
         with (
             agreed(handler.ready_for_files, ranks),

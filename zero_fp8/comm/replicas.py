@@ -1,9 +1,11 @@
 """What model-parallel peers hold alike, such as layer norms: it must be the same, and stay so.
 
 Nothing sends it from peer to peer: peers compute the same gradients and round them alike, since the random
-bits of a parameter follow from its place in the model. So both are checked before training begins.
+bits of a parameter follow from its place in the model. So both are checked before training begins, and the
+weights again when they are saved.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -17,6 +19,8 @@ from ds_fp8.zero_fp8.comm.collectives import max_over_ranks
 from ds_fp8.zero_fp8.comm.groups import Ranks
 from ds_fp8.zero_fp8.placement.parameters import is_sharded
 from ds_fp8.zero_fp8.placement.partition import ParameterSpec
+
+logger = logging.getLogger("ds_fp8")
 
 MARK = "parameter.tensor_model_parallel = True marks one of which each rank has a part"
 
@@ -47,6 +51,30 @@ def check_replicated(names: Mapping[Parameter, str], specs: Sequence[ParameterSp
     objection = first_objection(objection, ranks)
     if objection is not None:
         raise ValueError(objection)
+
+
+def warn_if_parted(names: Mapping[Parameter, str], ranks: Ranks) -> None:
+    """Name parameters in the log, before they are saved, that are no longer the same on all peers. Collective."""
+    if ranks.peers is None:
+        return
+    whole = [each for each in names if not is_sharded(each) and each.numel()]
+    first = torch.stack([_sum_of_bits(each.detach()) for each in whole])
+    largest, smallest = first.clone(), -first
+    for each in (largest, smallest):
+        max_over_ranks(each, ranks.peers)
+    parted = [
+        names[each] for each, apart in zip(whole, (largest != -smallest).tolist(), strict=True) if apart
+    ]
+    if parted and ranks.place == 0:
+        logger.warning(
+            "model-parallel ranks hold other values of what they should hold alike: %s; each is saved with its "
+            "own, and `ds_fp8 export` takes those of the first rank",
+            naming(parted),
+        )
+
+
+def _sum_of_bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(-1).view(torch.uint8).sum(dtype=torch.int64)
 
 
 def _differs(own: Tensor, peers: ProcessGroup) -> bool:
