@@ -61,7 +61,9 @@ def positive(text: str) -> int:
 
 def add_run(parser: argparse.ArgumentParser) -> None:
     """The arguments for what a ds_config leaves open: GPUs and micro-steps."""
-    parser.add_argument("--gpus", metavar="N", type=positive, default=1, help="world size; default: 1")
+    parser.add_argument(
+        "--gpus", metavar="N", type=positive, help="world size; default: 1, or what the model is split over"
+    )
     help_text = "per step; default: as the config, else 1"
     parser.add_argument("--micro-steps", metavar="N", type=positive, help=help_text)
 

@@ -75,9 +75,9 @@ def _run(arguments: argparse.Namespace) -> "tuple[Run, list[Method]]":
     from ds_fp8.estimate import methods, runs
 
     if arguments.config is None:
-        run = _split(
-            runs.run_at_defaults(arguments.gpus, arguments.stage or 2, arguments.micro_steps or 1), arguments
-        )
+        parts = arguments.tensor_parallel or 1
+        at_defaults = (arguments.gpus or parts, arguments.stage or 2, arguments.micro_steps or 1)
+        run = _split(runs.run_at_defaults(*at_defaults), parts)
         levels = methods.levels()
         return run, [levels[arguments.opt_level]] if arguments.opt_level else [*levels.values()]
     from ds_fp8.estimate import dry_run
@@ -97,15 +97,14 @@ def _run(arguments: argparse.Namespace) -> "tuple[Run, list[Method]]":
     return tried.run, [methods.with_fp8(f"ds_fp8, {name}", tried.fp8)]
 
 
-def _split(run: "Run", arguments: argparse.Namespace) -> "Run":
-    """The run with the model split as the arguments say."""
+def _split(run: "Run", parts: int) -> "Run":
+    """The run with the model split over so many GPUs."""
     from ds_fp8.zero_fp8.placement.ranks import check_divides
 
-    size = arguments.tensor_parallel or 1
-    check_divides("--tensor-parallel", size, run.gpus)
-    if size > 1 and run.stage == 3:
-        raise refusal("--tensor-parallel", size, "1 under ZeRO 3")
-    return replace(run, model_parallel_size=size)
+    check_divides("--tensor-parallel", parts, run.gpus)
+    if parts > 1 and run.stage == 3:
+        raise refusal("--tensor-parallel", parts, "1 under ZeRO 3")
+    return replace(run, model_parallel_size=parts)
 
 
 def _models(arguments: argparse.Namespace, run: "Run") -> "list[Model]":

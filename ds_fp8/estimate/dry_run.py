@@ -8,7 +8,7 @@ import io
 import logging
 import os
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,17 +56,21 @@ def read(source: str) -> Mapping[str, Any]:
     return loaded
 
 
-def run_dry(config: Mapping[str, Any], *, gpus: int, micro_steps: int | None = None) -> DryRun | str:
+def run_dry(
+    config: Mapping[str, Any], *, gpus: int | None = None, micro_steps: int | None = None
+) -> DryRun | str:
     """What ds_fp8 would do; if it would do nothing, the reason. Raises ValueError with the refusal.
 
-    micro_steps: instead of the config's. Keys that are "auto" count as left out, but in the section they are
-    refused. What only the model or a client's optimizer shows is not looked at.
+    gpus: if left out, as many as AutoTP splits the model over. micro_steps: instead of the config's. Keys
+    that are "auto" count as left out, but in the section they are refused. What only the model or a client's
+    optimizer shows is not looked at.
     """
     known, filled_in = without_auto(config)
     assumes = not set(known) & set(BATCHES[:2]) and (bool(filled_in) or SECTION in config)
     if assumes:
         # DeepSpeed wants one of both; Hugging Face fills it in, or who completes a template.
         known[BATCHES[1]] = 1
+    gpus = gpus or _fewest_gpus(known)
     judged = judge(known, gpus)
     fp8: FP8Config | None = judged.ds_fp8
     if fp8 is None or not fp8.enabled:
@@ -85,6 +89,12 @@ def run_dry(config: Mapping[str, Any], *, gpus: int, micro_steps: int | None = N
         filled_in=tuple(filled_in),
         refused_alone=_refused(config, gpus) if filled_in or assumes else None,
     )
+
+
+def _fewest_gpus(config: Mapping[str, Any]) -> int:
+    with suppress(ValueError):  # which `judge` raises, too
+        return max(1, autotp_size(config))
+    return 1
 
 
 def _run_of(judged: Any, gpus: int, micro_steps: int | None) -> Run:

@@ -54,21 +54,20 @@ def check_replicated(names: Mapping[Parameter, str], specs: Sequence[ParameterSp
 
 
 def warn_if_parted(names: Mapping[Parameter, str], ranks: Ranks) -> None:
-    """Name parameters in the log, before they are saved, that are no longer the same on all peers. Collective."""
+    """Name what is no longer the same on all peers in the log, before it is saved. Collective."""
     if ranks.peers is None:
         return
     whole = [each for each in names if not is_sharded(each) and each.numel()]
-    first = torch.stack([_sum_of_bits(each.detach()) for each in whole])
-    largest, smallest = first.clone(), -first
+    sums = torch.stack([_sum_of_bits(each.detach()) for each in whole])
+    largest, smallest = sums.clone(), -sums
     for each in (largest, smallest):
         max_over_ranks(each, ranks.peers)
-    parted = [
-        names[each] for each, apart in zip(whole, (largest != -smallest).tolist(), strict=True) if apart
-    ]
+    apart = (largest != -smallest).tolist()
+    parted = [names[each] for each, differs in zip(whole, apart, strict=True) if differs]
     if parted and ranks.place == 0:
         logger.warning(
-            "model-parallel ranks hold other values of what they should hold alike: %s; each is saved with its "
-            "own, and `ds_fp8 export` takes those of the first rank",
+            "model-parallel ranks hold other values of what they should hold alike: %s; each is saved with "
+            "its own, and `ds_fp8 export` takes those of the first rank",
             naming(parted),
         )
 
