@@ -485,7 +485,32 @@ REFUSED = [  # ds_config, path in the message, value in the message, a part of w
         'false with fp8.opt_level "O3"',
     ),
     ({**MINIMAL, "data_types": {"grad_dtype": "fp32"}}, "data_types.grad_dtype", '"fp32"', "left out"),
-    ({**MINIMAL, "tensor_parallel": {"autotp_size": 2}}, "tensor_parallel", '{"autotp_size": 2}', "left out"),
+    (
+        {"zero_optimization": {"stage": 3}, "tensor_parallel": {"autotp_size": 2}},
+        "tensor_parallel",
+        '{"autotp_size": 2}',
+        "left out",
+    ),
+    (
+        {**MINIMAL, "tensor_parallel": {"autotp_size": 2.0}},
+        "tensor_parallel.autotp_size",
+        "2.0",
+        "an integer",
+    ),
+    *(
+        ({**MINIMAL, "tensor_parallel": {"autotp_size": 2}, **keys}, path, value, "autotp_size 2")
+        for keys, path, value in (
+            ({"fp8": {"enabled": True, "opt_level": "O3"}}, "fp8.opt_level", '"O3"'),
+            ({"fp8": {"enabled": True, "scaling": "tensor"}}, "fp8.scaling", '"tensor"'),
+            (
+                {"fp8": {"enabled": True, "gradients": {"intra_node_size": 2}}},
+                "fp8.gradients.intra_node_size",
+                "2",
+            ),
+            ({"checkpoint": {"use_node_local_storage": True}}, "checkpoint.use_node_local_storage", "true"),
+            ({"checkpoint": {"load_universal": True}}, "checkpoint.load_universal", "true"),
+        )
+    ),
     ({**MINIMAL, "gradient_clipping": -1.0}, "gradient_clipping", "-1.0", "0 or more"),
     ({**MINIMAL, "gradient_clipping": "auto"}, "gradient_clipping", '"auto"', "0 or more"),
     (
@@ -647,6 +672,11 @@ HARMLESS: list[dict[str, Any]] = [
     {"fp16": {"enabled": True, "loss_scale": 0, "initial_scale_power": 16}},
     {"managed_gradient_accumulation": False, "gradient_allreduce_op": "sum", "sequence_parallel_size": 1},
     {"bf16": None, "tensor_parallel": {"autotp_size": 1}},
+    {"zero_optimization": {"stage": 3}, "tensor_parallel": {"autotp_size": 1}},
+    {  # LLaMA-Factory's ds_z2_autotp, but for what the Trainer fills in
+        "zero_optimization": {"stage": 2, "stage3_gather_16bit_weights_on_model_save": True},
+        "tensor_parallel": {"autotp_size": 2, "tp_overlap_comm": True},
+    },
     {"_comment": "ours", "comment": "too"},
     {"data_types": {"grad_accum_dtype": "fp32"}, "checkpoint": {"tag_validation": "Fail"}},
     {"optimizer": {"type": "adam", "params": {"lr": 1e-3}}},
@@ -766,7 +796,8 @@ class TestRestOfTheConfig:
     def test_keys_of_zero_3_have_no_effect_below(self, stage: int) -> None:
         of_3 = {key: value for key, value in ZERO_3.items() if key.startswith("stage3_")} | ONLY_UNDER_3
         assert ds_config.check({"zero_optimization": {"stage": stage, **of_3}}) == [
-            f"zero_optimization.{key} (a key of ZeRO 3)" for key in of_3
+            f"zero_optimization.{key} (a key of ZeRO 3{' and of AutoTP' if '16' in key else ''})"
+            for key in of_3
         ]
 
     def test_keys_of_zero_1_and_2_have_no_effect_under_3(self) -> None:
@@ -821,7 +852,9 @@ class TestRestOfTheConfig:
 
     def test_what_accelerate_makes(self) -> None:
         idle = ds_config.check({"zero_optimization": MADE_BY_ACCELERATE})
-        assert idle == ["zero_optimization.stage3_gather_16bit_weights_on_model_save (a key of ZeRO 3)"]
+        assert idle == [
+            "zero_optimization.stage3_gather_16bit_weights_on_model_save (a key of ZeRO 3 and of AutoTP)"
+        ]
 
     def test_keys_without_effect_are_returned_with_the_reason(self) -> None:
         idle = ds_config.check(
