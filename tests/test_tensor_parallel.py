@@ -143,6 +143,46 @@ def test_every_rank_skips(ranks: RankPools) -> None:
     assert "blocks.1.up" in found[0]["lines"][0]
 
 
+def late() -> dict[str, Any]:
+    """A gradient that one peer is given after backward."""
+    with splits_forgotten():
+        engine = engine_of("mpu", config_of("mpu", {}))
+        engine.backward(loss_of(engine, 0, SIZE))
+        if dist.get_rank() == 3:
+            up = engine.module.blocks[1].up
+            up.grad = torch.full_like(up, 0.1)
+        engine.step()
+        found: dict[str, Any] = {"norm": float(engine.get_global_grad_norm())}
+        found |= run(engine, 1, 1)
+        engine.destroy()
+        return found
+
+
+def test_a_late_gradient_of_one_peer_counts(ranks: RankPools) -> None:
+    found = ranks.run(4, late, seconds=SECONDS)
+    plain = ranks.run(4, train, "mpu", config_of("mpu", {}), 1, seconds=SECONDS)[0]
+    assert found[0]["norm"] > 1.1 * plain["norms"][0]
+    for each in found:
+        assert each == found[0]
+
+
+def objected() -> str:
+    """The words of a step after one peer has replaced a weight by another shape."""
+    with splits_forgotten():
+        engine = engine_of("mpu", config_of("mpu", {}))
+        engine.backward(loss_of(engine, 0, SIZE))
+        if dist.get_rank() == 3:
+            engine.module.blocks[1].up.data = torch.zeros(3)
+        words = refusal(engine.step)
+        engine.destroy()
+        return words
+
+
+def test_an_objection_of_one_peer_is_everyones(ranks: RankPools) -> None:
+    for words in ranks.run(4, objected, seconds=SECONDS):
+        assert words.startswith("rank 3: blocks.1.up: received")
+
+
 def test_health_counts_once_what_peers_hold_alike(ranks: RankPools) -> None:
     """The bias has one block; both peers of both replicas have an infinite gradient in it."""
     found = ranks.run(4, spoil, "mpu", "blocks.1.bias", (0, 1, 2, 3), seconds=SECONDS)
