@@ -558,14 +558,14 @@ FAULTS = (
     Fault(
         "split: every rank is given the states of the first",
         "ds_fp8/seam/load_checks.py",
-        "Checkpoint(folder, manifest, engine.optimizer.ranks.place, unpickle=True)",
+        "Checkpoint(folder, manifest, engine.optimizer.ranks.part, unpickle=True)",
         "Checkpoint(folder, manifest, 0, unpickle=True)",
         "test_split_checkpoints.py test_resume_is_exact autotp",
     ),
     Fault(
         "split: every rank is given the model file of the first",
         "ds_fp8/seam/model_file.py",
-        "return listed(folder, manifest, ranks.place,",
+        "return listed(folder, manifest, ranks.part,",
         "return listed(folder, manifest, 0,",
         "test_split_checkpoints.py test_resume_is_exact autotp",
     ),

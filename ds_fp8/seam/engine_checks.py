@@ -53,10 +53,10 @@ def ranks_of(engine: Any) -> Ranks:
     """All ranks of the engine's run. Collective. Raises ValueError if an mpu's groups are no grid."""
     ranks = Ranks(engine.seq_data_parallel_group, peers_of(engine))
     expected = 1 if ranks.peers is None else engine.mpu.get_model_parallel_world_size()
-    if ranks.places != expected or len({*ranks.numbers}) != ranks.size:
+    if ranks.parts != expected or len({*ranks.numbers}) != ranks.size:
         raise ValueError(
             f"deepspeed.initialize: received an mpu whose groups hold the ranks {ranks.numbers} for a model "
-            f"parallel size of {expected}, allowed: every rank once, in as many places as the size says"
+            f"parallel size of {expected}, allowed: every rank once, in as many parts as the size says"
         )
     return ranks
 

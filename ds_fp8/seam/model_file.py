@@ -59,7 +59,7 @@ def read(engine: Any, folder: Path, manifest: Manifest | None = None) -> ModelFi
     if manifest is None:
         return named(folder, universal=engine.load_universal_checkpoint())
     ranks = engine.optimizer.ranks
-    return listed(folder, manifest, ranks.place, dist.get_rank(ranks.group))
+    return listed(folder, manifest, ranks.part, dist.get_rank(ranks.group))
 
 
 def check(engine: Any, file: ModelFile, wanted: Wanted) -> None:

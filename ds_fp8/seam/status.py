@@ -59,7 +59,7 @@ def describe(engine: Any) -> dict[str, Any]:
         "opt_level": engine._config.ds_fp8.opt_level,
         "zero_stage": handler.settings.stage,
         "world_size": handler.ranks.size,
-        "model_parallel_size": handler.ranks.places,
+        "model_parallel_size": handler.ranks.parts,
         "sequence_parallel_size": handler.settings.sequence_parallel_size,
         "grad_accum_dtype": "fp32" if handler.settings.accumulate_in_fp32 else None,
         **memory.summary(recipe, ranks=replicas, accumulating=several_micro_steps),

@@ -12,7 +12,7 @@ class Ranks:
 
     With model parallelism the ranks are a grid: `group` has one of every replica of the model, `peers` those
     of one replica. What goes over both, one after the other, goes over all ranks. Their order is that of the
-    places (ranks in `peers`), and within a place that of `group`.
+    parts (ranks in `peers`), and within a part that of `group`.
     """
 
     def __init__(self, group: ProcessGroup, peers: ProcessGroup | None = None) -> None:
@@ -20,15 +20,15 @@ class Ranks:
         self.group = group
         self.groups = (group,) if peers is None else (group, peers)
         self.peers = peers
-        self.place = 0 if peers is None else dist.get_rank(peers)
-        self.places = 1 if peers is None else dist.get_world_size(peers)
-        grid = Grid(self.places, dist.get_world_size(group))
-        self.rank, self.size = grid.rank_of(self.place, dist.get_rank(group)), grid.size
+        self.part = 0 if peers is None else dist.get_rank(peers)
+        self.parts = 1 if peers is None else dist.get_world_size(peers)
+        grid = Grid(self.parts, dist.get_world_size(group))
+        self.rank, self.size = grid.rank_of(self.part, dist.get_rank(group)), grid.size
         self.numbers = torch.distributed.get_process_group_ranks(group)  # in the world, in order
         if peers is not None:
-            by_place: list[list[int]] = [[] for _ in range(self.places)]
-            torch.distributed.all_gather_object(by_place, self.numbers, group=peers)
-            self.numbers = [number for numbers in by_place for number in numbers]
+            by_part: list[list[int]] = [[] for _ in range(self.parts)]
+            torch.distributed.all_gather_object(by_part, self.numbers, group=peers)
+            self.numbers = [number for numbers in by_part for number in numbers]
 
 
 def groups_of(ranks: ProcessGroup | Ranks) -> tuple[ProcessGroup, ...]:

@@ -64,7 +64,7 @@ def warn_if_parted(names: Mapping[Parameter, str], ranks: Ranks) -> None:
         max_over_ranks(each, ranks.peers)
     apart = (largest != -smallest).tolist()
     parted = [names[each] for each, differs in zip(whole, apart, strict=True) if differs]
-    if parted and ranks.place == 0:
+    if parted and ranks.part == 0:
         logger.warning(
             "model-parallel ranks hold other values of what they should hold alike: %s; each is saved with "
             "its own, and `ds_fp8 export` takes those of the first rank",

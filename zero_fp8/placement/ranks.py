@@ -23,17 +23,17 @@ class Fleet:
 
 @dataclass(frozen=True)
 class Grid:
-    """Ranks of model parallelism and of data parallelism, in order: place after place."""
+    """Ranks of model parallelism and of data parallelism, in order: part after part."""
 
-    places: int  # ranks that hold parts of one replica of the model
+    parts: int  # ranks that hold parts of one replica of the model
     replicas: int
 
     @property
     def size(self) -> int:
-        return self.places * self.replicas
+        return self.parts * self.replicas
 
-    def rank_of(self, place: int, replica: int) -> int:
-        return place * self.replicas + replica
+    def rank_of(self, part: int, replica: int) -> int:
+        return part * self.replicas + replica
 
 
 def turn_of(index: int, ranks: int) -> int:
