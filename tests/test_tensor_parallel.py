@@ -2,6 +2,7 @@
 
 import logging
 import statistics
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from deepspeed import comm as dist
 from engines import Lines, assert_same_bits, build, packed, refusal
 from hf_runs import FP8, LLAMA, assert_like_bf16, assert_same_run, result_of, trainer_of
 from hf_runs import ds_config as hf_config
+from packaging.version import Version
 from ranks import RankPools
 from split_models import (
     BUCKET,
@@ -214,6 +216,9 @@ def bytes_of() -> tuple[int, int]:
         return held, buffers + frozen
 
 
+@pytest.mark.skipif(
+    Version(version("deepspeed")) < Version("0.19.8"), reason="AutoTP leaves the head whole before 0.19.8"
+)
 def test_bytes_are_those_of_the_estimate(ranks: RankPools) -> None:
     found = ranks.run(4, bytes_of, seconds=SECONDS)
     run_of = Run(4, 2, bucket_elements=BUCKET, model_parallel_size=SIZE)
