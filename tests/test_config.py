@@ -796,8 +796,7 @@ class TestRestOfTheConfig:
     def test_keys_of_zero_3_have_no_effect_below(self, stage: int) -> None:
         of_3 = {key: value for key, value in ZERO_3.items() if key.startswith("stage3_")} | ONLY_UNDER_3
         assert ds_config.check({"zero_optimization": {"stage": stage, **of_3}}) == [
-            f"zero_optimization.{key} (a key of ZeRO 3{', honoured with AutoTP' if '16' in key else ''})"
-            for key in of_3
+            f"zero_optimization.{key} (a key of ZeRO 3{' and AutoTP' if '16' in key else ''})" for key in of_3
         ]
 
     def test_keys_of_zero_1_and_2_have_no_effect_under_3(self) -> None:
@@ -853,7 +852,7 @@ class TestRestOfTheConfig:
     def test_what_accelerate_makes(self) -> None:
         idle = ds_config.check({"zero_optimization": MADE_BY_ACCELERATE})
         assert idle == [
-            "zero_optimization.stage3_gather_16bit_weights_on_model_save (a key of ZeRO 3, honoured with AutoTP)"
+            "zero_optimization.stage3_gather_16bit_weights_on_model_save (a key of ZeRO 3 and AutoTP)"
         ]
 
     def test_keys_without_effect_are_returned_with_the_reason(self) -> None:

@@ -170,7 +170,7 @@ ZERO: Rules = {
         ),
         only_zero3(HONOURED),
     ),
-    **dict.fromkeys(GATHERED_FOR_A_SAVE, ByStage(NoEffect("a key of ZeRO 3, honoured with AutoTP"), HONOURED)),
+    **dict.fromkeys(GATHERED_FOR_A_SAVE, ByStage(NoEffect("a key of ZeRO 3 and AutoTP"), HONOURED)),
     **dict.fromkeys(
         ("use_all_reduce_for_fetch_params", "stage3_use_all_reduce_for_fetch_params"),
         only_zero3(Refused(f"{NOT_WITH_FP8}: slices are fetched by all-gather", (False,))),
