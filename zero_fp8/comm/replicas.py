@@ -55,9 +55,9 @@ def check_replicated(names: Mapping[Parameter, str], specs: Sequence[ParameterSp
 
 def warn_if_parted(names: Mapping[Parameter, str], ranks: Ranks) -> None:
     """Name what is no longer the same on all peers in the log, before it is saved. Collective."""
-    if ranks.peers is None:
-        return
     whole = [each for each in names if not is_sharded(each) and each.numel()]
+    if ranks.peers is None or not whole:
+        return
     sums = torch.stack([_sum_of_bits(each.detach()) for each in whole])
     largest, smallest = sums.clone(), -sums
     for each in (largest, smallest):
