@@ -139,7 +139,7 @@ def _check(engine: Any, folder: Path, wanted: Wanted) -> Checked:
         return agreed(lambda: check_universal(engine, folder, wanted), ranks, folder)
     if saved is None:
         return agreed(lambda: check_stock(engine, folder, wanted), ranks, folder)
-    check_places(engine, folder, saved)
+    agreed(lambda: check_places(engine, folder, saved), ranks, folder)
     with_weights = wanted.states or not saved.places[0].has_whole_weights or saved.coded
     names = {place.model_file for place in saved.places} if not with_weights else set(saved.files)
     shared = checksum_share(engine, names, saved.of_ranks)
