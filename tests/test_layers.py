@@ -18,13 +18,14 @@ ROOMS = (
     ("ds_fp8.cli", "__main__ | . | checkpoints configs estimate report"),
     (
         "ds_fp8.seam",
-        "registration | loading saving | engine load_checks | arguments backward builds model_file | status",
+        "registration | loading saving | engine load_checks | "
+        "arguments backward engine_checks model_file | status",
     ),
     (
         "ds_fp8.estimate",
         "deepspeed_names | methods dry_run model_sizes engine_weights | codes | runs | fetching memory stock",
     ),
-    ("ds_fp8", "output"),
+    ("ds_fp8", "builds output"),
     (
         "ds_fp8.zero_fp8.handlers",
         "stage12 stage3 | common fetching slice_access | full_tensors roster saved_states take_over | "
@@ -32,9 +33,10 @@ ROOMS = (
     ),
     ("ds_fp8.zero_fp8", "step | wiring verdict"),
     ("ds_fp8.zero_fp8.checkpoint.foreign", "stock12 stock3 universal | stock_model | stock_files"),
+    ("ds_fp8.zero_fp8.checkpoint.whole", "export | fp8_layout | merged"),
     (
         "ds_fp8.zero_fp8.checkpoint",
-        "export | convert fp8_layout | reader writer | contracts model_files | files | tags | manifest",
+        "convert | reader writer | contracts model_files | files | tags | manifest",
     ),
     (
         "ds_fp8.zero_fp8.optimizer",
@@ -54,7 +56,7 @@ ROOMS = (
     ),
     ("ds_fp8.zero_fp8.states", "shard"),
     ("ds_fp8.zero_fp8", "health | product_health"),
-    ("ds_fp8.zero_fp8.comm", "collectives | agreement groups"),
+    ("ds_fp8.zero_fp8.comm", "replicas | collectives | agreement | groups"),
     ("ds_fp8.zero_fp8.placement", "parameters even_slices | messages partition | ranks"),
     ("ds_fp8.zero_fp8", "plain_tensors recipe"),
     ("ds_fp8.ops", "op_builders product_backend | backend"),

@@ -69,6 +69,9 @@ class ZeroSettings:
     sequence_parallel_size: int = 1  # ranks that share a sequence; each has the gradient of its part
     micro_steps: int = 1  # before a step, as the config says
     accumulate_in_fp32: bool = False  # the micro-steps of ZeRO 1, in `.grad`
+    counts_replicated: bool = (
+        True  # in norm and health: what model-parallel peers hold alike, one of them counts
+    )
 
 
 def recipe_of(config: FP8Config, *, accumulating: bool = False, ranks: int = 1) -> Recipe:

@@ -59,6 +59,7 @@ class Parts:
     fleets: Mapping[Fleet, Nodes]
     weights: Sequence[Weights]
     reduced: list[ReducedGradient]
+    counted: Sequence[bool]  # of each bucket, whether this rank counts it: a model-parallel peer may
     shards: list[Shard]
     packer: Packer
     reducer: GradientReducer
@@ -130,11 +131,12 @@ def build(
     device = next(iter(parameters.values())).device
     run = _Run(recipe, parameters, fleets, backend, device)
     weights = [run.weights(bucket, settings, products) for bucket in buckets]
+    counted = [settings.counts_replicated or not bucket.replicated for bucket in buckets]
     health = _health(settings.stats_interval, param_groups, recipe, weights, device)
-    counts = [health.counts[bucket.group] for bucket in buckets]
+    health.follow([bucket.group for bucket in buckets], counted)
     shards = [
         shard_of(bucket, run.rank_in(bucket), recipe, device, backend, each)
-        for bucket, each in zip(buckets, counts, strict=True)
+        for bucket, each in zip(buckets, health.by_bucket, strict=True)
     ]
     packer, scales, reduced = run.gradient_parts(buckets)
     schedule = run.schedule(buckets, settings)
@@ -147,6 +149,7 @@ def build(
         fleets=fleets,
         weights=weights,
         reduced=reduced,
+        counted=counted,
         shards=shards,
         packer=packer,
         reducer=GradientReducer(buckets, pending, reduced, *ways, overlap=settings.overlap),
