@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from ds_fp8.config.section import ROUNDED
-from ds_fp8.ops.adam import AdamScalars, AdamState, Rounding, Segment, Sweep
+from ds_fp8.ops.adam import AdamScalars, AdamState, Segment, Sweep
 from ds_fp8.ops.backend import Backend
 from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.formats import E4M3, FP16, FP32, SPLIT16, UE4M4, Format
+from ds_fp8.ops.rounding import Rounding
 
 BLOCK = 128
 LEVELS = {"O1": (FP32, FP32, FP32), "O2": (FP16, E4M3, FP16), "O2+": (SPLIT16, E4M3, UE4M4)}

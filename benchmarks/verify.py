@@ -6,7 +6,7 @@ from itertools import accumulate, pairwise, product
 import torch
 from torch import Tensor
 
-from ds_fp8.ops.adam import AdamScalars, AdamState, Rounding, Segment, Sweep
+from ds_fp8.ops.adam import AdamScalars, AdamState, Segment, Sweep
 from ds_fp8.ops.backend import REFERENCE, Backend
 from ds_fp8.ops.blocks import NOT_FINITE, Blocks
 from ds_fp8.ops.formats import (
@@ -23,6 +23,7 @@ from ds_fp8.ops.formats import (
 )
 from ds_fp8.ops.health import GRADIENT_COUNTS, STATE_COUNTS
 from ds_fp8.ops.masters import store_masters
+from ds_fp8.ops.rounding import Rounding
 
 TO_NEAREST = [fmt for fmt in BY_NAME.values() if fmt.dtype.is_floating_point]
 BLOCK = 128

@@ -25,22 +25,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_fp8.ops.blocks import Blocks, chunks, decode, encode, fit, scale_down, to_float32
-from ds_fp8.ops.formats import FP32
+from ds_fp8.ops.blocks import Blocks, chunks, decode, encode, scale_down, to_float32
+from ds_fp8.ops.formats import FP32, INT8
 from ds_fp8.ops.masters import decode_masters, encode_masters
-from ds_fp8.ops.rounding import (
-    EXP_AVG_SQ,
-    HALF,
-    MASTER,
-    key,
-    random_bits,
-    round_stochastically,
-    round_up_from_zero,
-    stream,
+from ds_fp8.ops.moments import (
+    LOG_UNIT,
+    UNIT,
+    decode_second_moment,
+    encode_quotient,
+    encode_second_moment,
+    quotient,
+    square_root,
 )
-
-LOG_UNIT = 24
-UNIT = 2.0**LOG_UNIT  # factor of the gradient, m and sqrt(v) inside the sweep
+from ds_fp8.ops.rounding import (
+    EXP_AVG,
+    EXP_AVG_SQ,
+    MASTER,
+    Rounding,
+    key,
+    lower_bits,
+    random_words,
+    round_stochastically,
+    upper_bits,
+)
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,29 @@ class AdamState:
         return replace(
             self, master=self.master[rows], exp_avg=self.exp_avg[rows], exp_avg_sq=self.exp_avg_sq[rows]
         )
+
+    @property
+    def stores_quotient(self) -> bool:
+        """Whether exp_avg holds m over the root of v."""
+        return self.exp_avg.format is INT8
+
+    def first_moment(self, factor: float = 1.0) -> Tensor:
+        """m of a chunk times UNIT and a factor, [rows, block size] float32."""
+        if not self.stores_quotient:
+            return decode(self.exp_avg, UNIT * factor)
+        return decode(self.exp_avg, factor) * self.root()
+
+    def root(self) -> Tensor:
+        """sqrt(v) of a chunk times UNIT, [rows, block size] float32."""
+        v = self.exp_avg_sq
+        return square_root(decode(v, UNIT**2)) if v.format is FP32 else decode(v, UNIT)
+
+    def set_first_moment(self, m: Tensor, root: Tensor) -> None:
+        """Store m, rounded to nearest. root: sqrt(v) of the same unit, where it is 0 so is what is stored."""
+        if self.stores_quotient:
+            encode_quotient(quotient(torch.where(root == 0, 0.0, m), root), self.exp_avg)
+        else:
+            encode(m, self.exp_avg)
 
     def second_moment(self, factor: float = 1.0) -> Tensor:
         """v of a chunk times UNIT^2 and a factor, [rows, block size] float32."""
@@ -122,14 +152,6 @@ class AdamScalars:
 
 
 @dataclass(frozen=True)
-class Rounding:
-    """The seed of a run's random bits, and whether masters too are rounded stochastically."""
-
-    seed: int
-    stochastic: bool = False
-
-
-@dataclass(frozen=True)
 class Sweep:
     """One sweep over the rows of a shard: what it reads, what it writes, what it computes with.
 
@@ -152,10 +174,10 @@ class Sweep:
 
     def noise(self, parameter: int, first: int, like: Tensor) -> "Noise":
         """Random bits for rows of a parameter, of which `first` is the first element's index."""
-        return partial(noise_of, self.rounding.seed, self.scalars.step, parameter, first, like)
+        return partial(noise_of, self.rounding, self.scalars.step, parameter, first, like)
 
 
-Noise = Callable[[int], Tensor]  # 24 random bits per element of a state's rows, int32; of MASTER, EXP_AVG_SQ
+Noise = Callable[[int], Tensor]  # random bits per element of a state's rows, int32: 24, of EXP_AVG 16
 
 
 def next_clamp(previous: float | None, betas: tuple[float, float]) -> float:
@@ -196,10 +218,14 @@ def adam_step(sweep: Sweep) -> None:
             store(values, rows, noise)
 
 
-def noise_of(seed: int, step: int, parameter: int, first: int, like: Tensor, state: int) -> Tensor:
-    """24 random bits for each element of a state's rows, int32; `first` is the first element's index."""
-    word = key(stream(seed, step, state), parameter)
-    return random_bits(word, first, like.numel(), like.device).view_as(like)
+def noise_of(rounding: Rounding, step: int, parameter: int, first: int, like: Tensor, state: int) -> Tensor:
+    """Random bits for each element of a state's rows, int32; `first` is the first element's index.
+
+    They are the upper 24 of a word; exp_avg has the lower 16 of exp_avg_sq's.
+    """
+    word = key(rounding.stream(step, EXP_AVG_SQ if state == EXP_AVG else state), parameter)
+    words = random_words(word, first, like.numel(), like.device, rounding.turn(step)).view_as(like)
+    return lower_bits(words) if state == EXP_AVG else upper_bits(words)
 
 
 @dataclass(frozen=True)
@@ -226,7 +252,7 @@ def update(rows: Sweep) -> Update:
     else:
         p = decode_masters(state.master, rows.weights)
         g = g + p * (s.weight_decay * UNIT)
-    m = m_unclamped = decode(state.exp_avg, s.beta1 * UNIT) + g * (1 - s.beta1)
+    m = m_unclamped = state.first_moment(s.beta1) + g * (1 - s.beta1)
     v = state.second_moment(s.beta2) + g * g * (1 - s.beta2)
     v = v.clamp(max=FP32.max)
     root = square_root(v)
@@ -240,7 +266,10 @@ def store(values: Update, rows: Sweep, noise: Noise) -> None:
     """Round the values of a step into the states and the weights of their rows."""
     state = rows.state
     encode_masters(values.p, state.master, rows.weights, noise(MASTER) if rows.rounding.stochastic else None)
-    encode(values.m, state.exp_avg, LOG_UNIT)
+    if state.stores_quotient:
+        encode_quotient(quotient(values.m, values.root), state.exp_avg, noise(EXP_AVG))
+    else:
+        encode(values.m, state.exp_avg, LOG_UNIT)
     bits = noise(EXP_AVG_SQ) if state.stores_sqrt else None
     state.set_second_moment(values.v, values.root, bits, LOG_UNIT)
     if rows.counts is not None:
@@ -250,7 +279,8 @@ def store(values: Update, rows: Sweep, noise: Noise) -> None:
 def _count(values: Update, state: AdamState, bits: Tensor | None) -> Tensor:
     """`StateCounts` of values and of the state that holds them; bits: those given to `set_second_moment`."""
     clamped = (values.m_unclamped.abs() > values.m.abs()).sum()
-    underflows = (values.m.bool() & (to_float32(state.exp_avg.codes, state.exp_avg.format) == 0)).sum()
+    m = quotient(values.m, values.root) if state.stores_quotient else values.m
+    underflows = (m.bool() & (to_float32(state.exp_avg.codes, state.exp_avg.format) == 0)).sum()
     lost, v = torch.zeros_like(clamped), state.exp_avg_sq
     if bits is not None and v.format is not FP32:
         root = values.root * UNIT**-1
@@ -259,34 +289,3 @@ def _count(values: Update, state: AdamState, bits: Tensor | None) -> Tensor:
     elif bits is None:
         lost = (values.v.bool() & (to_float32(v.codes, v.format) == 0)).sum()
     return torch.stack([clamped, underflows, lost]).to(torch.float64)
-
-
-def square_root(v: Tensor) -> Tensor:
-    """FP32 square roots, correctly rounded: torch's own on a CPU may be off by one in the last place.
-
-    A float64 root has more than twice the digits, so rounding it again changes nothing.
-    """
-    return v.to(torch.float64).sqrt().to(torch.float32)
-
-
-def decode_second_moment(blocks: Blocks, factor: float = 1.0) -> Tensor:
-    """v of a chunk times UNIT^2 and a factor, [rows, block size] float32.
-
-    A stored root is multiplied with the root of the factor, then squared: so nothing leaves FP32's range.
-    """
-    if blocks.format is FP32:
-        return decode(blocks, UNIT**2 * factor)
-    return decode(blocks, UNIT * math.sqrt(factor)).square()
-
-
-def encode_second_moment(v: Tensor, root: Tensor, out: Blocks, bits: Tensor | None = None) -> None:
-    """Store v in FP32, or sqrt(v), non-zero values never as zero.
-
-    bits: 24 random bits per element, int32, for stochastic rounding; None rounds to nearest.
-    """
-    if out.format is FP32:
-        encode(v, out)
-        return
-    if bits is None:
-        bits = torch.full_like(root, HALF, dtype=torch.int32)
-    out.codes.copy_(round_up_from_zero(fit(root, out), bits, out.format))

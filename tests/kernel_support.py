@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from ds_fp8.ops.adam import encode_second_moment
 from ds_fp8.ops.backend import Backend
 from ds_fp8.ops.blocks import NOT_FINITE, Blocks, quantize, to_float32
 from ds_fp8.ops.cpu import build
 from ds_fp8.ops.formats import BF16, BY_NAME, E4M3, E5M2, FP16, FP32, UE4M4, Format
+from ds_fp8.ops.moments import encode_second_moment
 
 CPU = torch.device("cpu")
 GARBAGE = 0xA5

@@ -36,11 +36,12 @@ from torch import Tensor
 
 from ds_fp8.config.section import ROUNDED, FP8Config, GradientsSection, OptimizerSection
 from ds_fp8.ops import adam
-from ds_fp8.ops.adam import AdamScalars, AdamState, Rounding, Segment, Sweep, next_clamp
+from ds_fp8.ops.adam import AdamScalars, AdamState, Segment, Sweep, next_clamp
 from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.formats import BF16, BY_NAME, FP32, Format
 from ds_fp8.ops.health import STATE_COUNTS
 from ds_fp8.ops.masters import store_masters
+from ds_fp8.ops.rounding import Rounding
 
 BETAS = (0.9, 0.95)
 FORMATS = ("gradient", "master", "exp_avg", "exp_avg_sq")

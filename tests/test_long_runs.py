@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from ds_fp8.ops.adam import AdamScalars, AdamState, Rounding, Segment, Sweep, next_clamp
+from ds_fp8.ops.adam import AdamScalars, AdamState, Segment, Sweep, next_clamp
 from ds_fp8.ops.backend import choose
 from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.formats import BF16, E4M3, E5M2, FP16, FP32, UE4M4, Format
 from ds_fp8.ops.health import STATE_COUNTS
+from ds_fp8.ops.rounding import Rounding
 
 CPU = torch.device("cpu")
 BLOCK = 128

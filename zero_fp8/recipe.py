@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from ds_fp8.config.section import FP8Config
-from ds_fp8.ops.adam import Rounding
 from ds_fp8.ops.formats import BF16, BY_NAME, FP32, Format
+from ds_fp8.ops.rounding import Rounding
 
 
 @dataclass(frozen=True)

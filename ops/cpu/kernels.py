@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from ds_fp8.ops import guards
-from ds_fp8.ops.adam import UNIT, AdamScalars, Segment, Sweep
+from ds_fp8.ops.adam import AdamScalars, Segment, Sweep
 from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.cpu import build
 from ds_fp8.ops.formats import BY_NAME
+from ds_fp8.ops.moments import UNIT
 from ds_fp8.ops.reduction import NORM_PARTS
-from ds_fp8.ops.rounding import EXP_AVG_SQ, MASTER, stream
+from ds_fp8.ops.rounding import EXP_AVG_SQ, MASTER
 
 VARIABLE = "DS_FP8_CPU_ISA"
 FORMATS = {fmt: index for index, fmt in enumerate(BY_NAME.values())}  # the order of csrc/formats.h
@@ -79,6 +80,7 @@ class CSweep(Structure):
         ("control", c_void_p),
         ("exp_avg_sq_stream", c_uint32),
         ("master_stream", c_uint32),
+        ("turn", c_uint32),
         ("block_size", c_int32),
         ("stochastic", c_int32),
         ("stores_sqrt", c_int32),
@@ -248,7 +250,7 @@ def _step(kernel: Any, sweep: Sweep) -> None:
 
 def _sweep(sweep: Sweep, counts: int | None) -> CSweep:
     """counts: their address."""
-    state, plan, seed = sweep.state, sweep.plan, sweep.rounding.seed
+    state, plan, rounding, step = sweep.state, sweep.plan, sweep.rounding, sweep.scalars.step
     return CSweep(
         gradient=_blocks(sweep.gradient),
         master=_blocks(state.master),
@@ -260,8 +262,9 @@ def _sweep(sweep: Sweep, counts: int | None) -> CSweep:
         segment_count=len(plan.segments),
         counts=counts,
         control=sweep.control.data_ptr(),
-        exp_avg_sq_stream=stream(seed, sweep.scalars.step, EXP_AVG_SQ),
-        master_stream=stream(seed, sweep.scalars.step, MASTER),
+        exp_avg_sq_stream=rounding.stream(step, EXP_AVG_SQ),
+        master_stream=rounding.stream(step, MASTER),
+        turn=rounding.turn(step),
         block_size=sweep.gradient.block_size,
         stochastic=sweep.rounding.stochastic,
         stores_sqrt=state.stores_sqrt,

@@ -45,6 +45,9 @@ inline To same_bits(From from) {
     return load<To>(&from);
 }
 
+inline f32 from_integer(i8 x) { return __builtin_convertvector(x, f32); }
+inline i32 to_integer(f32 x) { return __builtin_convertvector(x, i32); }  // cut
+
 inline f64 doubles(const float* from) {  // HALF_LANES of them
     using half = float __attribute__((vector_size(4 * HALF_LANES)));
     return __builtin_convertvector(load<half>(from), f64);
@@ -62,6 +65,7 @@ inline float power_of_two(int field) {  // 2^(field - 127); 255 gives inf, 0 giv
 
 inline f32 square_root(f32 x) { return (f32)_mm512_sqrt_ps((__m512)x); }
 inline f32 at_most(f32 x, f32 bound) { return (f32)_mm512_min_ps((__m512)bound, (__m512)x); }  // NaN stays
+inline f32 at_least(f32 x, f32 bound) { return (f32)_mm512_max_ps((__m512)bound, (__m512)x); }
 inline u32 larger(u32 a, u32 b) { return (u32)_mm512_max_epu32((__m512i)a, (__m512i)b); }
 inline u32 pick(uint32_t mask, u32 ones, u32 zeros) {  // bit by bit
     return (u32)_mm512_ternarylogic_epi32(_mm512_set1_epi32(int(mask)), (__m512i)ones, (__m512i)zeros, 0xCA);
@@ -84,6 +88,7 @@ inline uint32_t largest(u32 x) { return _mm512_reduce_max_epu32((__m512i)x); }
 
 inline f32 square_root(f32 x) { return (f32)_mm256_sqrt_ps((__m256)x); }
 inline f32 at_most(f32 x, f32 bound) { return (f32)_mm256_min_ps((__m256)bound, (__m256)x); }  // NaN stays
+inline f32 at_least(f32 x, f32 bound) { return (f32)_mm256_max_ps((__m256)bound, (__m256)x); }
 inline u32 larger(u32 a, u32 b) { return (u32)_mm256_max_epu32((__m256i)a, (__m256i)b); }
 inline u32 pick(uint32_t mask, u32 ones, u32 zeros) { return (ones & mask) | (zeros & ~mask); }
 inline u32 widen(u16 x) { return (u32)_mm256_cvtepu16_epi32((__m128i)x); }
@@ -118,6 +123,7 @@ inline f32 square_root(f32 x) {
     return x;
 }
 inline f32 at_most(f32 x, f32 bound) { return bound < x ? bound : x; }  // NaN stays
+inline f32 at_least(f32 x, f32 bound) { return bound > x ? bound : x; }
 inline u32 larger(u32 a, u32 b) { return a > b ? a : b; }
 inline u32 pick(uint32_t mask, u32 ones, u32 zeros) { return (ones & mask) | (zeros & ~mask); }
 inline u32 widen(u16 x) { return __builtin_convertvector(x, u32); }

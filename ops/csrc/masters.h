@@ -22,7 +22,7 @@ template <>
 constexpr int64_t number<SPLIT8> = 7;
 
 template <typename F>
-constexpr bool split = number<F> >= number<SPLIT16>;
+constexpr bool split = number<F> == number<SPLIT16> || number<F> == number<SPLIT8>;
 
 // Split masters, read where they lie, as a Reader.
 template <typename S>

@@ -6,7 +6,7 @@ The counts of both moments are here too: `ops.health.StateCounts`, three per pro
 import triton
 import triton.language as tl
 
-from ds_fp8.ops import adam
+from ds_fp8.ops import moments
 from ds_fp8.ops.triton.rounding import (
     as_half,
     dropped_bits,
@@ -16,7 +16,7 @@ from ds_fp8.ops.triton.rounding import (
 )
 from ds_fp8.ops.triton.tiles import decode, inverse_scale, is_scaled, scale_exponent, two_to_the
 
-UNIT = tl.constexpr(adam.LOG_UNIT)
+UNIT = tl.constexpr(moments.LOG_UNIT)
 
 
 @triton.jit

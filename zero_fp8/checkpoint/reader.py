@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_fp8.ops.adam import AdamState, square_root
+from ds_fp8.ops.adam import AdamState
 from ds_fp8.ops.blocks import CHUNK, Blocks, decode, padded
 from ds_fp8.ops.formats import BY_NAME, FP32
 from ds_fp8.ops.masters import decode_masters, write_weights
+from ds_fp8.ops.moments import square_root
 from ds_fp8.zero_fp8.checkpoint.contracts import (
     STATES,
     WEIGHT,

@@ -15,9 +15,10 @@ from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 
 from ds_fp8.config.refusals import cut
-from ds_fp8.ops.adam import UNIT, AdamState, square_root
+from ds_fp8.ops.adam import AdamState
 from ds_fp8.ops.blocks import Blocks, chunks, decode, padded, quantize
 from ds_fp8.ops.masters import decode_masters, store_masters
+from ds_fp8.ops.moments import UNIT, square_root
 from ds_fp8.zero_fp8.comm.collectives import sum_over_ranks
 from ds_fp8.zero_fp8.gradients.reduced import ReducedGradient
 from ds_fp8.zero_fp8.placement.parameters import numel_of, shape_of
