@@ -69,16 +69,19 @@ class AdamState:
         """Whether exp_avg holds m over the root of v."""
         return self.exp_avg.format is INT8
 
-    def first_moment(self, factor: float = 1.0) -> Tensor:
-        """m of a chunk times UNIT and a factor, [rows, block size] float32."""
+    def moments(self, beta1: float, beta2: float) -> tuple[Tensor, Tensor]:
+        """m times UNIT and beta1, v times UNIT^2 and beta2, of a chunk: [rows, block size] float32 each."""
         if not self.stores_quotient:
-            return decode(self.exp_avg, UNIT * factor)
-        return decode(self.exp_avg, factor) * self.root()
+            return decode(self.exp_avg, UNIT * beta1), self.second_moment(beta2)
+        if self.exp_avg_sq.format is FP32:
+            v = decode(self.exp_avg_sq, UNIT**2)
+            return decode(self.exp_avg, beta1) * square_root(v), v * beta2
+        root = decode(self.exp_avg_sq, UNIT)
+        return decode(self.exp_avg, beta1) * root, (root * math.sqrt(beta2)).square()
 
-    def root(self) -> Tensor:
-        """sqrt(v) of a chunk times UNIT, [rows, block size] float32."""
-        v = self.exp_avg_sq
-        return square_root(decode(v, UNIT**2)) if v.format is FP32 else decode(v, UNIT)
+    def first_moment(self) -> Tensor:
+        """m of a chunk, [rows, block size] float32."""
+        return self.moments(1.0, 1.0)[0] * UNIT**-1 if self.stores_quotient else decode(self.exp_avg)
 
     def set_first_moment(self, m: Tensor, root: Tensor) -> None:
         """Store m, rounded to nearest. root: sqrt(v) of the same unit, where it is 0 so is what is stored."""
@@ -252,9 +255,9 @@ def update(rows: Sweep) -> Update:
     else:
         p = decode_masters(state.master, rows.weights)
         g = g + p * (s.weight_decay * UNIT)
-    m = m_unclamped = state.first_moment(s.beta1) + g * (1 - s.beta1)
-    v = state.second_moment(s.beta2) + g * g * (1 - s.beta2)
-    v = v.clamp(max=FP32.max)
+    m, v = state.moments(s.beta1, s.beta2)
+    m = m_unclamped = m + g * (1 - s.beta1)
+    v = (v + g * g * (1 - s.beta2)).clamp(max=FP32.max)
     root = square_root(v)
     if s.clamp is not None:
         m = torch.copysign(torch.minimum(m_unclamped.abs(), root * s.clamp), m_unclamped)

@@ -77,6 +77,7 @@ DIMENSIONS: dict[str, Sequence[Any]] = {
     "clamped": [True, False],
     "bias_correction": [True, False],
     "counted": [False, True],
+    "spread": [False, True],
 }
 
 
@@ -94,11 +95,12 @@ class Case:
     clamped: bool = True
     bias_correction: bool = True
     counted: bool = False
+    spread: bool = False
     weight_decay: float = 0.1
     betas: tuple[float, float] = BETAS
 
     def __str__(self) -> str:
-        switches = ("decoupled", "clamped", "bias_correction", "counted")
+        switches = ("decoupled", "clamped", "bias_correction", "counted", "spread")
         names = (self.gradient, self.master, self.exp_avg, self.exp_avg_sq, self.block_size, self.weights)
         return "-".join(map(str, [*names, *(each for each in switches if getattr(self, each))]))
 
@@ -185,7 +187,7 @@ class Twins:
             plan=plan,
             scalars=case.scalars(step),
             control=control,
-            rounding=Rounding(seed, case.stochastic),
+            rounding=Rounding(seed, case.stochastic, case.spread),
             counts=counts,
         )
         adam.adam_step(sweep)

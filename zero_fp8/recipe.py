@@ -18,7 +18,7 @@ class Recipe:
     reduced: Format  # the reduced gradient
     promote: bool  # a second micro-step turns the reduced gradient FP32
     master: Format
-    rounding: Rounding  # of the masters
+    rounding: Rounding
     exp_avg: Format
     exp_avg_sq: Format
     clamp: bool
@@ -85,7 +85,7 @@ def recipe_of(config: FP8Config, *, accumulating: bool = False, ranks: int = 1) 
         reduced=BY_NAME[gradients.accum_dtype or gradients.dtype],
         promote=gradients.accum_dtype is None,
         master=BY_NAME[states.master],
-        rounding=Rounding(config.optimizer.seed, config.stochastic),
+        rounding=Rounding(config.optimizer.seed, config.stochastic, config.spread),
         exp_avg=BY_NAME[states.exp_avg],
         exp_avg_sq=BY_NAME[states.exp_avg_sq],
         clamp=config.optimizer.clamp and config.scaling == "block",

@@ -143,8 +143,8 @@ void sweep_in_place(const Sweep& sweep, int64_t row, int rows, Draws draws, int)
     Batch batch;
     const int n = sweep.n;
     adam<ROOT, RATIO>(reader<G>(sweep.gradient, row, n, sweep.by.g), master_reader<P>(sweep, row),
-               reader<M>(sweep.m, row, n, sweep.by.m), reader<V>(sweep.v, row, n, sweep.by.v), batch, rows, n,
-               sweep.scalars);
+                      reader<M>(sweep.m, row, n, sweep.by.m), reader<V>(sweep.v, row, n, sweep.by.v), batch,
+                      rows, n, sweep.scalars);
     MasterWriter<P> masters = {sweep.master.at(row, n), sweep.weights.at(row * n), sweep.master.scale(row)};
     char *m = sweep.m.at(row, n), *v = sweep.v.at(row, n);
     uint8_t *m_scales = sweep.m.scale(row), *v_scales = sweep.v.scale(row);
@@ -184,8 +184,8 @@ Work with_gradient(const Sweep& sweep) {
         if (holds<FP16, E4M3, FP16>(sweep)) return sweep_in_place<G, FP16, E4M3, FP16>;    // FP8-LM's formats
         return sweep_by_pointer<false>;
     }
-    if (holds<FP32, FP32, FP32>(sweep)) return sweep_in_place<G, FP32, FP32, FP32>;              // O1
-    if (holds<SPLIT16, INT8, UE4M4>(sweep)) return sweep_in_place<G, SPLIT16, INT8, UE4M4>;      // O2+
+    if (holds<FP32, FP32, FP32>(sweep)) return sweep_in_place<G, FP32, FP32, FP32>;          // O1
+    if (holds<SPLIT16, INT8, UE4M4>(sweep)) return sweep_in_place<G, SPLIT16, INT8, UE4M4>;  // O2+
     if (holds<SPLIT16, E4M3, UE4M4>(sweep)) return sweep_in_place<G, SPLIT16, E4M3, UE4M4>;
     return sweep_by_pointer<false>;
 }

@@ -46,9 +46,9 @@ constexpr Format beside_weights(int itemsize) {  // split masters; masters.h
     return all;
 }
 // By number.
-constexpr Format FORMATS[] = {by_pointer<FP32>(), by_pointer<BF16>(),  by_pointer<FP16>(),
-                              by_pointer<E4M3>(), by_pointer<E5M2>(),  by_pointer<UE4M4>(),
-                              beside_weights(2),  beside_weights(1),   by_pointer<INT8>()};
+constexpr Format FORMATS[] = {by_pointer<FP32>(), by_pointer<BF16>(), by_pointer<FP16>(),
+                              by_pointer<E4M3>(), by_pointer<E5M2>(), by_pointer<UE4M4>(),
+                              beside_weights(2),  beside_weights(1),  by_pointer<INT8>()};
 
 struct Blocks {  // as ops.blocks.Blocks: codes [blocks, n], scales [blocks] or null
     char* codes;

@@ -95,7 +95,7 @@ void encode_noisily(const float* x, Random random, const uint32_t* amax, int uni
     char* to = static_cast<char*>(codes);
     for (int row = 0, i = 0; row < rows; ++row) {
         const float inverse = scale_down<F>(amax[row], unit, scales + row);
-        for (; i < (row + 1) * n; i += 2 * LANES) 
+        for (; i < (row + 1) * n; i += 2 * LANES)
             PUT(to + i * itemsize<F>, load_two(x + i), inverse, Words(random));
     }
 }

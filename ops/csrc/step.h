@@ -58,8 +58,8 @@ struct Ready {  // values that have been decoded, as a Reader
 
 constexpr int SMALLEST_ROOT = 127 - 75;  // ops.moments.SMALLEST_ROOT
 
-// The arithmetic, from codes or decoded values to what is encoded; g becomes the root of v, and m, if RATIO, is
-// over the root before and after; the factor of v is then not in what is read.
+// The arithmetic, from codes or decoded values to what is encoded; g becomes the root of v, and m, if RATIO,
+// is over the root before and after; the factor of v is then not in what is read.
 template <bool ROOT, bool RATIO, bool COUNT = false, typename G, typename P, typename M, typename V>
 void adam(G g_in, P p_in, M m_in, V v_in, Batch& out, int rows, int n, const Scalars s) {
     const float l2 = s.decay * power_of_two(127 + UNIT);
