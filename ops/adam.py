@@ -35,6 +35,7 @@ from ds_fp8.ops.moments import (
     encode_quotient,
     encode_second_moment,
     quotient,
+    quotient_beta,
     square_root,
 )
 from ds_fp8.ops.rounding import (
@@ -73,11 +74,12 @@ class AdamState:
         """m times UNIT and beta1, v times UNIT^2 and beta2, of a chunk: [rows, block size] float32 each."""
         if not self.stores_quotient:
             return decode(self.exp_avg, UNIT * beta1), self.second_moment(beta2)
+        m = decode(self.exp_avg, quotient_beta(beta1, beta2))
         if self.exp_avg_sq.format is FP32:
-            v = decode(self.exp_avg_sq, UNIT**2)
-            return decode(self.exp_avg, beta1) * square_root(v), v * beta2
-        root = decode(self.exp_avg_sq, UNIT)
-        return decode(self.exp_avg, beta1) * root, (root * math.sqrt(beta2)).square()
+            v = self.second_moment(beta2)
+            return m * square_root(v), v
+        root = decode(self.exp_avg_sq, UNIT * math.sqrt(beta2))
+        return m * root, root.square()
 
     def first_moment(self) -> Tensor:
         """m of a chunk, [rows, block size] float32."""
@@ -148,6 +150,7 @@ class AdamScalars:
             "beta2": self.beta2,
             "one_minus_beta2": 1 - self.beta2,
             "root_beta2": math.sqrt(self.beta2),
+            "quotient_beta": quotient_beta(self.beta1, self.beta2),
             "step_size": self.step_size,
             "root_correction": self.root_correction,
             "decay": 1 - self.lr * self.weight_decay if self.decoupled else self.weight_decay,

@@ -19,13 +19,13 @@ import math
 import torch
 from torch import Tensor
 
-from ds_fp8.ops.blocks import Blocks, decode, encode, fit
+from ds_fp8.ops.blocks import NOT_FINITE, Blocks, decode, encode, fit, power_of_two, scale_exponents
 from ds_fp8.ops.formats import FP32
 from ds_fp8.ops.rounding import HALF, LOWER_BITS, LOWER_HALF, round_up_from_zero
 
 LOG_UNIT = 24
 UNIT = 2.0**LOG_UNIT  # factor of the gradient, m and sqrt(v) inside the sweep
-SMALLEST_ROOT = 2.0**-75  # below that of the smallest FP32 number: only a root of zero is less
+NEXT_TO_ZERO = 2.0**-110  # added to the root of an FP32 number it changes nothing, unless that is 0
 
 
 def square_root(v: Tensor) -> Tensor:
@@ -38,7 +38,15 @@ def square_root(v: Tensor) -> Tensor:
 
 def quotient(m: Tensor, root: Tensor) -> Tensor:
     """m over the root of v, of the same unit; 0 if both are 0."""
-    return m / root.clamp(min=SMALLEST_ROOT)
+    return m / (root + NEXT_TO_ZERO)
+
+
+def quotient_beta(beta1: float, beta2: float) -> float:
+    """The factor of a quotient by which m decays by beta1, if the root that it is multiplied with has by beta2's.
+
+    With a beta2 of 0 there is none, but where beta1 is 0.
+    """
+    return beta1 / math.sqrt(beta2) if beta2 else 0.0
 
 
 def encode_quotient(values: Tensor, out: Blocks, bits: Tensor | None = None) -> None:
@@ -46,7 +54,11 @@ def encode_quotient(values: Tensor, out: Blocks, bits: Tensor | None = None) -> 
 
     bits: 16 random bits per element, int32, for stochastic rounding; None rounds to nearest.
     """
-    fixed = (fit(values, out) * 2.0**LOWER_BITS).to(torch.int32)
+    assert out.scales is not None
+    e = scale_exponents(values, out.format)
+    out.scales.copy_(e)
+    factor = (power_of_two(torch.where(e < NOT_FINITE, 254 - e, 0)) * 2.0**LOWER_BITS).clamp(max=2.0**127)
+    fixed = (values * factor[:, None]).to(torch.int32)
     out.codes.copy_((fixed + (LOWER_HALF if bits is None else bits)) >> LOWER_BITS)
 
 

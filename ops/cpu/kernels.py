@@ -48,7 +48,8 @@ class CScalars(Structure):
 
     _fields_ = [
         *((name, c_float) for name in ("beta1", "one_minus_beta1", "beta2", "one_minus_beta2", "root_beta2")),
-        *((name, c_float) for name in ("step_size", "root_correction", "eps", "decay", "clamp")),
+        *((name, c_float) for name in ("quotient_beta", "step_size", "root_correction", "eps", "decay")),
+        ("clamp", c_float),
         ("decoupled", c_int32),
     ]
 

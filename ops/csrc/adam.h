@@ -43,10 +43,10 @@ void decode_gradient(const Sweep& sweep, int64_t row, int rows, float* g) {
                                   sweep.gradient_scales[row + i] * sweep.by.g, g + i * sweep.n, 1, sweep.n);
 }
 
-template <bool ROOT, bool RATIO, bool COUNT>
+template <bool ROOT, bool QUOTIENT, bool COUNT>
 void adam_of(Batch& batch, int rows, int n, const Scalars& s) {
-    adam<ROOT, RATIO, COUNT, Ready, Ready, Ready, Ready>({batch.g}, {batch.p}, {batch.m}, {batch.v}, batch,
-                                                         rows, n, s);
+    adam<ROOT, QUOTIENT, COUNT, Ready, Ready, Ready, Ready>({batch.g}, {batch.p}, {batch.m}, {batch.v}, batch,
+                                                            rows, n, s);
 }
 
 // A batch of any formats.
@@ -58,11 +58,11 @@ void compute(const Sweep& sweep, int64_t row, int rows, Batch& batch) {
     read_masters(sweep.master, sweep.weights, row, rows, n, sweep.by.p, batch.p);
     sweep.m.decode(row, rows, n, sweep.by.m, batch.m);
     v.decode(row, rows, n, sweep.by.v, batch.v);
-    constexpr auto by = [](bool root, bool ratio) {
-        if (ratio) return root ? adam_of<true, true, COUNT> : adam_of<false, true, COUNT>;
+    constexpr auto by = [](bool root, bool quotient) {
+        if (quotient) return root ? adam_of<true, true, COUNT> : adam_of<false, true, COUNT>;
         return root ? adam_of<true, false, COUNT> : adam_of<false, false, COUNT>;
     };
-    by(sweep.root(), sweep.ratio())(batch, rows, n, sweep.scalars);
+    by(sweep.root(), sweep.quotient())(batch, rows, n, sweep.scalars);
 }
 
 // Encodes a batch by the largest values in it; root_amax is that of v where v holds no root.
@@ -70,7 +70,7 @@ template <bool COUNT>
 void keep(const Sweep& sweep, Batch& batch, int64_t row, int rows, Draws draws, int part) {
     const int n = sweep.n;
     const Blocks& v = sweep.v;
-    if (sweep.ratio())
+    if (sweep.quotient())
         sweep.m.f().encode_either_way(batch.m, draws.v(), batch.m_amax, 0, sweep.m.at(row, n),
                                       sweep.m.scale(row), rows, n);
     else
@@ -139,26 +139,26 @@ struct MasterWriter {
 // The formats of a shipped level, with BF16 weights: codes are read and written in the loops that compute.
 template <typename G, typename P, typename M, typename V>
 void sweep_in_place(const Sweep& sweep, int64_t row, int rows, Draws draws, int) {
-    constexpr bool ROOT = dropped<V> != 0, RATIO = number<M> == number<INT8>;
+    constexpr bool ROOT = dropped<V> != 0, QUOTIENT = number<M> == number<INT8>;
     Batch batch;
     const int n = sweep.n;
-    adam<ROOT, RATIO>(reader<G>(sweep.gradient, row, n, sweep.by.g), master_reader<P>(sweep, row),
-                      reader<M>(sweep.m, row, n, sweep.by.m), reader<V>(sweep.v, row, n, sweep.by.v), batch,
-                      rows, n, sweep.scalars);
+    adam<ROOT, QUOTIENT>(reader<G>(sweep.gradient, row, n, sweep.by.g), master_reader<P>(sweep, row),
+                         reader<M>(sweep.m, row, n, sweep.by.m), reader<V>(sweep.v, row, n, sweep.by.v),
+                         batch, rows, n, sweep.scalars);
     MasterWriter<P> masters = {sweep.master.at(row, n), sweep.weights.at(row * n), sweep.master.scale(row)};
     char *m = sweep.m.at(row, n), *v = sweep.v.at(row, n);
     uint8_t *m_scales = sweep.m.scale(row), *v_scales = sweep.v.scale(row);
     Random of_v = draws.v(), of_p = draws.p();
     for (int each = 0, i = 0; each < rows; ++each) {
         masters.begin_row(each, batch.p_amax[each]);
-        const float m_inverse = scale_down<M>(batch.m_amax[each], RATIO ? 0 : UNIT, m_scales + each);
+        const float m_inverse = onto_codes<M>(batch.m_amax[each], QUOTIENT ? 0 : UNIT, m_scales + each);
         const float v_inverse = scale_down<V>(batch.root_amax[each], ROOT ? UNIT : 2 * UNIT, v_scales + each);
         for (; i < (each + 1) * n; i += 2 * LANES) {
             masters.put(i, load_two(batch.p + i), of_p);
             if constexpr (ROOT) {
                 const Words words(of_v);
-                if constexpr (RATIO)
-                    put_ratio(m + i, load_two(batch.m + i), m_inverse, words);
+                if constexpr (QUOTIENT)
+                    put_whole(m + i, load_two(batch.m + i), m_inverse, words);
                 else
                     put<M>(m + i * itemsize<M>, load_two(batch.m + i) * m_inverse);
                 put_up<V>(v + i * itemsize<V>, load_two(batch.g + i), v_inverse, words);
@@ -223,9 +223,9 @@ void adam_rows(const Sweep& sweep, int64_t first, int64_t last, int part) {
 void prepare(Sweep& sweep) {
     const Scalars& s = sweep.scalars;
     const float unit = power_of_two(127 + UNIT);
-    sweep.by = {sweep.control[0] * unit, s.decoupled ? s.decay : 1.0f, s.beta1 * unit,
+    sweep.by = {sweep.control[0] * unit, s.decoupled ? s.decay : 1.0f,
+                sweep.quotient() ? s.quotient_beta : s.beta1 * unit,
                 sweep.root() ? unit * s.root_beta2 : unit * unit * s.beta2};
-    if (sweep.ratio()) sweep.by.m = s.beta1, sweep.by.v = sweep.root() ? unit : unit * unit;
 }
 
 void adam_step(Sweep& sweep, int threads) {

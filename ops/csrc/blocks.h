@@ -31,7 +31,7 @@ constexpr Format by_pointer() {
     all.itemsize = itemsize<F>;
     all.max = largest_value<F>();
     if constexpr (number<F> == number<INT8>) {
-        all.encode_either_way = encode_noisily<F, put_ratio>;
+        all.encode_either_way = encode_noisily<F, put_whole>;
     } else {
         if constexpr (signs<F>) all.encode = encode<F>, all.encode_and_square = encode_and_square<F>;
         if constexpr (dropped<F> != 0) all.encode_up = encode_noisily<F, put_up<F>>, all.rescued = rescued<F>;

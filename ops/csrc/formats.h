@@ -34,7 +34,7 @@ struct INT8 {  // whole numbers: exp_avg over the root of exp_avg_sq
     using Code = u8;
     static constexpr int exponent_bits = 1, mantissa_bits = 6, lost_codes = 1;
     static constexpr int unit = 0;
-    static f32 decode(u8 code) { return from_integer((i8)code); }
+    static f32 decode(u8 code) { return from_integer(widen_twice((i8)code)); }
 };
 
 struct FP16 {

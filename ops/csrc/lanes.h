@@ -45,8 +45,8 @@ inline To same_bits(From from) {
     return load<To>(&from);
 }
 
-inline f32 from_integer(i8 x) { return __builtin_convertvector(x, f32); }
 inline i32 to_integer(f32 x) { return __builtin_convertvector(x, i32); }  // cut
+inline f32 from_integer(i32 x) { return __builtin_convertvector(x, f32); }
 
 inline f64 doubles(const float* from) {  // HALF_LANES of them
     using half = float __attribute__((vector_size(4 * HALF_LANES)));
@@ -65,13 +65,13 @@ inline float power_of_two(int field) {  // 2^(field - 127); 255 gives inf, 0 giv
 
 inline f32 square_root(f32 x) { return (f32)_mm512_sqrt_ps((__m512)x); }
 inline f32 at_most(f32 x, f32 bound) { return (f32)_mm512_min_ps((__m512)bound, (__m512)x); }  // NaN stays
-inline f32 at_least(f32 x, f32 bound) { return (f32)_mm512_max_ps((__m512)bound, (__m512)x); }
 inline u32 larger(u32 a, u32 b) { return (u32)_mm512_max_epu32((__m512i)a, (__m512i)b); }
 inline u32 pick(uint32_t mask, u32 ones, u32 zeros) {  // bit by bit
     return (u32)_mm512_ternarylogic_epi32(_mm512_set1_epi32(int(mask)), (__m512i)ones, (__m512i)zeros, 0xCA);
 }
 inline u32 widen(u16 x) { return (u32)_mm512_cvtepu16_epi32((__m256i)x); }
 inline u16 widen_signed(i8 x) { return (u16)_mm256_cvtepi8_epi16((__m128i)x); }
+inline i32 widen_twice(i8 x) { return (i32)_mm512_cvtepi8_epi32((__m128i)x); }
 inline u16 low_half(u32 x) { return (u16)_mm512_cvtepi32_epi16((__m512i)x); }
 inline void store_low_halves(void* to, u32 a, u32 b) {
     alignas(64) static const uint16_t EVEN[32] = {0,  2,  4,  6,  8,  10, 12, 14, 16, 18, 20,
@@ -88,11 +88,11 @@ inline uint32_t largest(u32 x) { return _mm512_reduce_max_epu32((__m512i)x); }
 
 inline f32 square_root(f32 x) { return (f32)_mm256_sqrt_ps((__m256)x); }
 inline f32 at_most(f32 x, f32 bound) { return (f32)_mm256_min_ps((__m256)bound, (__m256)x); }  // NaN stays
-inline f32 at_least(f32 x, f32 bound) { return (f32)_mm256_max_ps((__m256)bound, (__m256)x); }
 inline u32 larger(u32 a, u32 b) { return (u32)_mm256_max_epu32((__m256i)a, (__m256i)b); }
 inline u32 pick(uint32_t mask, u32 ones, u32 zeros) { return (ones & mask) | (zeros & ~mask); }
 inline u32 widen(u16 x) { return (u32)_mm256_cvtepu16_epi32((__m128i)x); }
 inline u16 widen_signed(i8 x) { return (u16)_mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i*)&x)); }
+inline i32 widen_twice(i8 x) { return (i32)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)&x)); }
 inline u16 low_half(u32 x) {
     const __m256i pick = _mm256_set1_epi64x(0x0D0C090805040100);
     __m256i halves = _mm256_shuffle_epi8((__m256i)x, pick);
@@ -123,7 +123,6 @@ inline f32 square_root(f32 x) {
     return x;
 }
 inline f32 at_most(f32 x, f32 bound) { return bound < x ? bound : x; }  // NaN stays
-inline f32 at_least(f32 x, f32 bound) { return bound > x ? bound : x; }
 inline u32 larger(u32 a, u32 b) { return a > b ? a : b; }
 inline u32 pick(uint32_t mask, u32 ones, u32 zeros) { return (ones & mask) | (zeros & ~mask); }
 inline u32 widen(u16 x) { return __builtin_convertvector(x, u32); }
@@ -131,6 +130,7 @@ inline u16 widen_signed(i8 x) {
     using i16 = int16_t __attribute__((vector_size(2 * LANES)));
     return (u16) __builtin_convertvector(x, i16);
 }
+inline i32 widen_twice(i8 x) { return __builtin_convertvector(x, i32); }
 inline u16 low_half(u32 x) { return __builtin_convertvector(x, u16); }
 inline void store_low_halves(void* to, u32 a, u32 b) {
     store(to, low_half(a));

@@ -70,9 +70,15 @@ inline void put_up(char* to, Pair x, float inverse, Words words) {
     store_codes<F>(to, x.a == f32{} ? u32{} : a, x.b == f32{} ? u32{} : b);
 }
 
+// Brings values onto whole numbers, times 2^LOWER_BITS; inverse: of their scale.
+inline float onto_fixed(float inverse) {
+    const float factor = inverse * (1 << LOWER_BITS), most = power_of_two(254);
+    return factor < most ? factor : most;
+}
+
 // Stores whole numbers, rounded stochastically.
-inline void put_ratio(char* to, Pair x, float inverse, Words words) {
-    const Pair fixed = x * inverse * power_of_two(127 + LOWER_BITS);
+inline void put_whole(char* to, Pair x, float inverse, Words words) {
+    const Pair fixed = x * inverse;
     const i32 a = to_integer(fixed.a) + (i32)Random::lower(words.a);
     const i32 b = to_integer(fixed.b) + (i32)Random::lower(words.b);
     store_low_bytes(to, (u32)a >> LOWER_BITS, (u32)b >> LOWER_BITS);
@@ -89,12 +95,19 @@ inline void put_either_way(char* to, Pair x, float inverse, Words words) {
 
 using Put = void (*)(char* to, Pair x, float inverse, Words words);
 
+// What brings 2^unit times the values onto what is rounded; writes the scale.
+template <typename F>
+inline float onto_codes(uint32_t amax, int unit, uint8_t* scale) {
+    const float inverse = scale_down<F>(amax, unit, scale);
+    return number<F> == number<INT8> ? onto_fixed(inverse) : inverse;
+}
+
 template <typename F, Put PUT>
 void encode_noisily(const float* x, Random random, const uint32_t* amax, int unit, void* codes,
                     uint8_t* scales, int rows, int n) {
     char* to = static_cast<char*>(codes);
     for (int row = 0, i = 0; row < rows; ++row) {
-        const float inverse = scale_down<F>(amax[row], unit, scales + row);
+        const float inverse = onto_codes<F>(amax[row], unit, scales + row);
         for (; i < (row + 1) * n; i += 2 * LANES)
             PUT(to + i * itemsize<F>, load_two(x + i), inverse, Words(random));
     }

@@ -7,7 +7,8 @@ namespace ISA {
 constexpr int UNIT = 24;  // ops.adam.LOG_UNIT
 
 struct Scalars {
-    float beta1, one_minus_beta1, beta2, one_minus_beta2, root_beta2, step_size, root_correction;
+    float beta1, one_minus_beta1, beta2, one_minus_beta2, root_beta2, quotient_beta, step_size;
+    float root_correction;
     float eps;  // in the unit of the sweep
     float decay;
     float clamp;  // inf: none
@@ -40,7 +41,7 @@ struct Sweep {
     Factors by;  // filled in here
 
     bool root() const { return stores_sqrt && v.f().encode_up; }  // whether v holds its root
-    bool ratio() const { return m.is<INT8>(); }                   // whether m is held over it
+    bool quotient() const { return m.is<INT8>(); }                // whether m is held over it
 };
 
 struct Batch {
@@ -56,11 +57,11 @@ struct Ready {  // values that have been decoded, as a Reader
     f32 at(int i, float) const { return load<f32>(values + i); }
 };
 
-constexpr int SMALLEST_ROOT = 127 - 75;  // ops.moments.SMALLEST_ROOT
+constexpr int NEXT_TO_ZERO = 127 - 110;  // ops.moments.NEXT_TO_ZERO
 
-// The arithmetic, from codes or decoded values to what is encoded; g becomes the root of v, and m, if RATIO,
-// is over the root before and after; the factor of v is then not in what is read.
-template <bool ROOT, bool RATIO, bool COUNT = false, typename G, typename P, typename M, typename V>
+// The arithmetic, from codes or decoded values to what is encoded; g becomes the root of v. If QUOTIENT, m is
+// over the root of v, before and after.
+template <bool ROOT, bool QUOTIENT, bool COUNT = false, typename G, typename P, typename M, typename V>
 void adam(G g_in, P p_in, M m_in, V v_in, Batch& out, int rows, int n, const Scalars s) {
     const float l2 = s.decay * power_of_two(127 + UNIT);
     u32 clamped = {};
@@ -72,10 +73,7 @@ void adam(G g_in, P p_in, M m_in, V v_in, Batch& out, int rows, int n, const Sca
             f32 g = g_in.at(i, g_scale), p = p_in.at(i, p_scale), v = v_in.at(i, v_scale);
             if (!s.decoupled) g = g + p * l2;
             f32 m = m_in.at(i, m_scale);
-            if (RATIO) {
-                m = m * (ROOT ? v : square_root(v));
-                v = v * (ROOT ? s.root_beta2 : s.beta2);
-            }
+            if (QUOTIENT) m = m * (ROOT ? v : square_root(v));
             m = m + g * s.one_minus_beta1;
             if (ROOT) v = v * v;
             v = at_most(v + g * g * s.one_minus_beta2, f32{} + 3.4028234663852886e38f);
@@ -83,7 +81,7 @@ void adam(G g_in, P p_in, M m_in, V v_in, Batch& out, int rows, int n, const Sca
             if constexpr (COUNT) clamped += (u32)(absolute(m) > magnitude) & 1;
             m = float_of(pick(SIGN, bits_of(m), bits_of(magnitude)));
             p = p - m / (root * s.root_correction + s.eps) * s.step_size;
-            if (RATIO) m = m / at_least(root, f32{} + power_of_two(SMALLEST_ROOT)), magnitude = absolute(m);
+            if (QUOTIENT) m = m / (root + power_of_two(NEXT_TO_ZERO)), magnitude = absolute(m);
             p_amax = larger(p_amax, bits_of(absolute(p)));
             m_amax = larger(m_amax, bits_of(magnitude));
             root_amax = larger(root_amax, bits_of(root));
