@@ -42,7 +42,7 @@ def quotient(m: Tensor, root: Tensor) -> Tensor:
 
 
 def quotient_beta(beta1: float, beta2: float) -> float:
-    """The factor of a quotient by which m decays by beta1, if the root that it is multiplied with has by beta2's.
+    """The factor of a quotient by which m decays by beta1, where its root has decayed by that of beta2.
 
     With a beta2 of 0 there is none, but where beta1 is 0.
     """

@@ -17,21 +17,19 @@ from torch import Tensor
 from ds_fp8.ops import health
 from ds_fp8.ops.adam import Segment, Sweep
 from ds_fp8.ops.guards import check_segments, check_step
-from ds_fp8.ops.rounding import EXP_AVG_SQ, MASTER, signed, stream
+from ds_fp8.ops.rounding import EXP_AVG_SQ, MASTER, signed
 from ds_fp8.ops.triton.masters import load_masters, store_masters
 from ds_fp8.ops.triton.moments import (
     UNIT,
-    count_rescued,
-    count_state,
-    count_zeros,
+    first_moment,
     second_moment,
+    store_first_moment,
     store_second_moment,
 )
 from ds_fp8.ops.triton.roots import divide, minimum, square_root
-from ds_fp8.ops.triton.rounding import key_of, random_bits, row_places
+from ds_fp8.ops.triton.rounding import key_of, random_words, row_places
 from ds_fp8.ops.triton.tiles import (
     deciding_magnitudes,
-    decode,
     hardware_fp8,
     launch,
     load_codes,
@@ -40,7 +38,6 @@ from ds_fp8.ops.triton.tiles import (
     partials,
     raw,
     scales_of,
-    store_blocks,
     tile_of,
     tile_rows,
     two_to_the,
@@ -50,7 +47,7 @@ WARPS = 2
 STATE_COUNTS = tl.constexpr(health.STATE_COUNTS)
 
 
-@triton.jit(do_not_specialize=["v_stream", "p_stream", "segments"])
+@triton.jit(do_not_specialize=["v_stream", "p_stream", "turn", "segments"])
 def adam_kernel(
     control,  # [2] float32: what the gradient is multiplied with; 0 if the step is skipped
     gradient_codes,
@@ -69,12 +66,14 @@ def adam_kernel(
     segments,
     v_stream,  # words of the step's random bits
     p_stream,
+    turn,  # added to every random word
     blocks,
     beta1,
     one_minus_beta1,
     beta2,
     one_minus_beta2,
     root_beta2,
+    quotient_beta,
     step_size,
     root_correction,
     eps,
@@ -125,8 +124,8 @@ def adam_kernel(
     # Update: m, v and p after the step.
     if not DECOUPLED:
         g = g + p * (decay * unit)
-    m = m * (m_scale * (beta1 * unit))[:, None] + g * one_minus_beta1
-    v = second_moment(v, v_scale, unit * unit * beta2, unit * root_beta2, V, SWEEP)
+    v, root = second_moment(v, v_scale, unit * unit * beta2, unit * root_beta2, M, V, SWEEP)
+    m = first_moment(m, m_scale, beta1 * unit, quotient_beta, root, M) + g * one_minus_beta1
     v = minimum(v + g * g * one_minus_beta2, 3.4028234663852886e38)
     root = square_root(v)
     m_unclamped = m
@@ -147,56 +146,50 @@ def adam_kernel(
         return
 
     # Store: m, v, then the master with its weight.
-    stored, _ = store_blocks(
+    place = partial + tile * STATE_COUNTS
+    clamped = tl.abs(m_unclamped) > tl.abs(m)
+    random = offset  # not read: of states that are rounded to nearest
+    if M == "int8":
+        parameter, element = row_places(first, rows, table, tile_segments, tile, segments, BLOCK)
+        random = random_words(key_of(v_stream, parameter)[:, None], element, turn)
+    store_first_moment(
         m,
         m_magnitudes,
+        root,
+        random,
+        clamped,
+        place=place,
         codes=m_codes + start,
         scales=m_scales + first,
         rows=rows,
         offset=offset,
         inside=inside,
+        COUNT=COUNT,
         FORMAT=M,
         HARDWARE=HARDWARE,
-        UNIT=UNIT,
     )
-    place = partial + tile * STATE_COUNTS
-    if COUNT:
-        count_state(place, tl.abs(m_unclamped) > tl.abs(m), m, stored, M, HARDWARE)
-    if V == "fp32" or SWEEP == "write":
-        stored, _ = store_blocks(
-            v,
-            v_magnitudes,
-            codes=v_codes + start,
-            scales=v_scales + first,
-            rows=rows,
-            offset=offset,
-            inside=inside,
-            FORMAT=V,
-            HARDWARE=HARDWARE,
-            UNIT=2 * UNIT,
-        )
-        if COUNT and SWEEP == "write":
-            count_zeros(place, v, decode(stored, V, HARDWARE))
-    else:
+    if V != "fp32" and SWEEP == "blocks" and M != "int8":
         parameter, element = row_places(first, rows, table, tile_segments, tile, segments, BLOCK)
-        random = random_bits(key_of(v_stream, parameter)[:, None], element)
-        on_codes = store_second_moment(
-            root,
-            random,
-            codes=v_codes + start,
-            scales=v_scales + first,
-            rows=rows,
-            offset=offset,
-            inside=inside,
-            FORMAT=V,
-        )
-        if COUNT:
-            count_rescued(place, root, on_codes, random, V)
-
-    random = offset  # not read: of masters that are rounded to nearest
+        random = random_words(key_of(v_stream, parameter)[:, None], element, turn)
+    store_second_moment(
+        v,
+        v_magnitudes,
+        root,
+        random,
+        place=place,
+        codes=v_codes + start,
+        scales=v_scales + first,
+        rows=rows,
+        offset=offset,
+        inside=inside,
+        COUNT=COUNT,
+        FORMAT=V,
+        SWEEP=SWEEP,
+        HARDWARE=HARDWARE,
+    )
     if STOCHASTIC:
         parameter, element = row_places(first, rows, table, tile_segments, tile, segments, BLOCK)
-        random = random_bits(key_of(p_stream, parameter)[:, None], element)
+        random = random_words(key_of(p_stream, parameter)[:, None], element, turn)
     store_masters(
         p,
         p_magnitudes,
@@ -264,8 +257,9 @@ def launch_sweep(sweep: Sweep, which: str, amax: Tensor) -> None:
         partial=partial,
         amax=amax,
         segments=plan.table.shape[1],
-        v_stream=signed(stream(sweep.rounding.seed, s.step, EXP_AVG_SQ)),
-        p_stream=signed(stream(sweep.rounding.seed, s.step, MASTER)),
+        v_stream=signed(sweep.rounding.stream(s.step, EXP_AVG_SQ)),
+        p_stream=signed(sweep.rounding.stream(s.step, MASTER)),
+        turn=signed(sweep.rounding.turn(s.step)),
         blocks=len(gradient),
         **s.factors,
         eps=s.eps,

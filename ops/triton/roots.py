@@ -3,8 +3,10 @@
 import triton
 import triton.language as tl
 
+from ds_fp8.ops import moments
 from ds_fp8.ops.triton import tiles as tiles_triton
 
+NEXT_TO_ZERO = tl.constexpr(moments.NEXT_TO_ZERO)
 INTERPRETED = tl.constexpr(tiles_triton.INTERPRETED)
 
 
@@ -28,6 +30,12 @@ def square_root(v):
     )
     s = v * y
     return tl.fma(tl.fma(s * -1.0, s, v), y * 0.5, s)
+
+
+@triton.jit
+def quotient(m, root):
+    """`ops.moments.quotient`."""
+    return divide(m, root + NEXT_TO_ZERO)
 
 
 @triton.jit

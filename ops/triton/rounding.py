@@ -9,6 +9,8 @@ from ds_fp8.ops.triton.tiles import is_scaled
 
 SPREAD = tl.constexpr(rounding.SPREAD)
 FIRST_MULTIPLIER = tl.constexpr(rounding.MULTIPLIERS[0])
+LOWER_BITS = tl.constexpr(rounding.LOWER_BITS)
+LOWER_MASK = tl.constexpr((1 << rounding.LOWER_BITS) - 1)
 SECOND_MULTIPLIER = tl.constexpr(rounding.MULTIPLIERS[1])
 
 
@@ -55,9 +57,9 @@ def key_of(stream, parameter):
 
 
 @triton.jit
-def random_bits(key, element):
-    """24 random bits of an element, the upper ones of a uint32."""
-    return mix(element * SPREAD + key)
+def random_words(key, element, turn):
+    """A random word of an element, uint32, of which the upper bits are drawn; `ops.rounding.lower_bits`."""
+    return mix(element * SPREAD + key) + turn.to(tl.uint32)
 
 
 @triton.jit
@@ -88,6 +90,12 @@ def round_either_way(values, random, FORMAT: tl.constexpr):
     DROPPED: tl.constexpr = dropped_bits(FORMAT)
     bits = values.to(tl.int32, bitcast=True)
     return (with_noise(bits & 0x7FFFFFFF, random, FORMAT) >> DROPPED) | ((bits >> 16) & 0x8000)
+
+
+@triton.jit
+def round_to_whole(fixed, random):
+    """Values times 2^LOWER_BITS to whole numbers, int32, up with the probability of the remainder."""
+    return (fixed.to(tl.int32) + (random & LOWER_MASK).to(tl.int32)) >> LOWER_BITS
 
 
 @triton.jit
