@@ -29,13 +29,13 @@ from ds_fp8.ops.blocks import Blocks, chunks, decode, encode, scale_down, to_flo
 from ds_fp8.ops.formats import FP32, INT8
 from ds_fp8.ops.masters import decode_masters, encode_masters
 from ds_fp8.ops.moments import (
+    LEAST_BETA2,
     LOG_UNIT,
     UNIT,
     decode_second_moment,
     encode_quotient,
     encode_second_moment,
     quotient,
-    quotient_beta,
     square_root,
 )
 from ds_fp8.ops.rounding import (
@@ -74,19 +74,24 @@ class AdamState:
         """m times UNIT and beta1, v times UNIT^2 and beta2, of a chunk: [rows, block size] float32 each."""
         if not self.stores_quotient:
             return decode(self.exp_avg, UNIT * beta1), self.second_moment(beta2)
-        m = decode(self.exp_avg, quotient_beta(beta1, beta2))
+        beta2 = max(beta2, LEAST_BETA2)
+        m, v = decode(self.exp_avg, beta1 / math.sqrt(beta2)), self.second_moment(beta2)
         if self.exp_avg_sq.format is FP32:
-            v = self.second_moment(beta2)
             return m * square_root(v), v
-        root = decode(self.exp_avg_sq, UNIT * math.sqrt(beta2))
-        return m * root, root.square()
+        return m * decode(self.exp_avg_sq, UNIT * math.sqrt(beta2)), v
 
     def first_moment(self) -> Tensor:
         """m of a chunk, [rows, block size] float32."""
-        return self.moments(1.0, 1.0)[0] * UNIT**-1 if self.stores_quotient else decode(self.exp_avg)
+        stored = decode(self.exp_avg)
+        return stored * self.root() if self.stores_quotient else stored
+
+    def root(self) -> Tensor:
+        """sqrt(v) of a chunk, [rows, block size] float32."""
+        v = decode(self.exp_avg_sq)
+        return v if self.stores_sqrt and self.exp_avg_sq.format is not FP32 else square_root(v)
 
     def set_first_moment(self, m: Tensor, root: Tensor) -> None:
-        """Store m, rounded to nearest. root: sqrt(v) of the same unit, where it is 0 so is what is stored."""
+        """Store m, rounded to nearest. root: sqrt(v); a quotient where it is 0 is stored as 0."""
         if self.stores_quotient:
             encode_quotient(quotient(torch.where(root == 0, 0.0, m), root), self.exp_avg)
         else:
@@ -99,10 +104,7 @@ class AdamState:
         return decode(self.exp_avg_sq, UNIT**2 * factor)
 
     def set_second_moment(self, v: Tensor, root: Tensor, bits: Tensor | None = None, unit: int = 0) -> None:
-        """Store v, rounded to nearest, or its root, as `encode_second_moment` does.
-
-        v: 4^unit, root: 2^unit times what is stored.
-        """
+        """Store v, rounded to nearest, or its root; v: 4^unit, root: 2^unit times what is stored."""
         if self.stores_sqrt:
             encode_second_moment(v * 4.0**-unit, root * 2.0**-unit, self.exp_avg_sq, bits)
         else:
@@ -141,16 +143,16 @@ class AdamScalars:
         """Bias correction of sqrt(v): 1 / sqrt(1 - beta2^step)."""
         return 1 / math.sqrt(1 - self.beta2**self.step) if self.bias_correction else 1.0
 
-    @property
-    def factors(self) -> dict[str, float]:
-        """The factors that kernels are given, by their names there."""
+    def factors(self, *, quotient: bool) -> dict[str, float]:
+        """The factors that kernels are given, by their names there; quotient: `AdamState.stores_quotient`."""
+        beta2 = max(self.beta2, LEAST_BETA2) if quotient else self.beta2
         return {
             "beta1": self.beta1,
             "one_minus_beta1": 1 - self.beta1,
-            "beta2": self.beta2,
+            "beta2": beta2,
             "one_minus_beta2": 1 - self.beta2,
-            "root_beta2": math.sqrt(self.beta2),
-            "quotient_beta": quotient_beta(self.beta1, self.beta2),
+            "root_beta2": math.sqrt(beta2),
+            "quotient_beta": self.beta1 / math.sqrt(beta2) if quotient else 0.0,
             "step_size": self.step_size,
             "root_correction": self.root_correction,
             "decay": 1 - self.lr * self.weight_decay if self.decoupled else self.weight_decay,

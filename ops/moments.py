@@ -25,6 +25,7 @@ from ds_fp8.ops.rounding import HALF, LOWER_BITS, LOWER_HALF, round_up_from_zero
 
 LOG_UNIT = 24
 UNIT = 2.0**LOG_UNIT  # factor of the gradient, m and sqrt(v) inside the sweep
+LEAST_BETA2 = 2.0**-80  # beside quotients: with a root that is gone m would be, too
 NEXT_TO_ZERO = 2.0**-110  # added to the root of an FP32 number it changes nothing, unless that is 0
 
 
@@ -41,25 +42,25 @@ def quotient(m: Tensor, root: Tensor) -> Tensor:
     return m / (root + NEXT_TO_ZERO)
 
 
-def quotient_beta(beta1: float, beta2: float) -> float:
-    """The factor of a quotient by which m decays by beta1, where its root has decayed by that of beta2.
-
-    With a beta2 of 0 there is none, but where beta1 is 0.
-    """
-    return beta1 / math.sqrt(beta2) if beta2 else 0.0
-
-
 def encode_quotient(values: Tensor, out: Blocks, bits: Tensor | None = None) -> None:
     """Round quotients, [rows, block size] float32, to whole numbers times a scale.
 
-    bits: 16 random bits per element, int32, for stochastic rounding; None rounds to nearest.
+    bits: 16 random bits per element, int32, for stochastic rounding; None rounds to nearest, and before to 12
+    bits, so that the quotient of what was decoded is the code again.
     """
     assert out.scales is not None
+    if bits is None:
+        values = torch.where(values.isfinite(), _of_twelve_bits(values), values)
     e = scale_exponents(values, out.format)
     out.scales.copy_(e)
     factor = (power_of_two(torch.where(e < NOT_FINITE, 254 - e, 0)) * 2.0**LOWER_BITS).clamp(max=2.0**127)
     fixed = (values * factor[:, None]).to(torch.int32)
     out.codes.copy_((fixed + (LOWER_HALF if bits is None else bits)) >> LOWER_BITS)
+
+
+def _of_twelve_bits(values: Tensor) -> Tensor:
+    dropped = FP32.mantissa_bits - 11
+    return (values.view(torch.int32) + (1 << dropped - 1) >> dropped << dropped).view(torch.float32)
 
 
 def decode_second_moment(blocks: Blocks, factor: float = 1.0) -> Tensor:

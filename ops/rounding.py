@@ -70,6 +70,11 @@ class Rounding:
     stochastic: bool = False
     spread: bool = False  # an element's draws spread over the interval from step to step (`ops.rounding`)
 
+    @property
+    def draws(self) -> str:
+        """As `fp8.optimizer.draws` names them."""
+        return "spread" if self.spread else "independent"
+
     def stream(self, step: int, state: int) -> int:
         """The word of a state's random bits at a step, of which `turn` takes the next step's on."""
         return stream(self.seed, step, state, self.spread)

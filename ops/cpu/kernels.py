@@ -269,13 +269,13 @@ def _sweep(sweep: Sweep, counts: int | None) -> CSweep:
         block_size=sweep.gradient.block_size,
         stochastic=sweep.rounding.stochastic,
         stores_sqrt=state.stores_sqrt,
-        scalars=_scalars(sweep.scalars),
+        scalars=_scalars(sweep.scalars, state.stores_quotient),
     )
 
 
-def _scalars(s: AdamScalars) -> CScalars:
+def _scalars(s: AdamScalars, quotient: bool) -> CScalars:
     clamp = math.inf if s.clamp is None else s.clamp
-    return CScalars(**s.factors, eps=s.eps * UNIT, clamp=clamp, decoupled=s.decoupled)
+    return CScalars(**s.factors(quotient=quotient), eps=s.eps * UNIT, clamp=clamp, decoupled=s.decoupled)
 
 
 def _fine_scales(blocks: Blocks) -> int | None:

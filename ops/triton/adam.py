@@ -261,7 +261,7 @@ def launch_sweep(sweep: Sweep, which: str, amax: Tensor) -> None:
         p_stream=signed(sweep.rounding.stream(s.step, MASTER)),
         turn=signed(sweep.rounding.turn(s.step)),
         blocks=len(gradient),
-        **s.factors,
+        **s.factors(quotient=state.stores_quotient),
         eps=s.eps,
         clamp=s.clamp or 0.0,
         SWEEP=which,
