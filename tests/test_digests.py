@@ -25,7 +25,7 @@ SAVED_MODES = ("O2", "O2+", "a sum in FP8")
 STEPS, SAVED = 20, 5
 SIZES = (700, 129, 1, 4096, 33)
 
-# What is not said is O2 under ZeRO 2 on two ranks, with BF16 weights and a clip that acts.
+# What is not said is O2 under ZeRO 2 on two ranks, with exp_avg in E4M3, BF16 weights and a clip that acts.
 MODES: dict[str, dict[str, Any]] = {
     "O1": {"fp8": {"opt_level": "O1"}},
     "O2": {},
@@ -54,6 +54,12 @@ MODES: dict[str, dict[str, Any]] = {
     "a sum in FP8, four micro-steps": {
         "micro_steps": 4,
         "fp8": {"scaling": "tensor", "gradients": {"reduction": "fp8"}},
+    },
+    "O2, INT8": {"exp_avg": "int8"},
+    "O2+, INT8, three ranks": {"fp8": {"opt_level": "O2+"}, "exp_avg": "int8", "ranks": 3},
+    "O2+, INT8, independent draws": {
+        "fp8": {"opt_level": "O2+", "optimizer": {"draws": "independent"}},
+        "exp_avg": "int8",
     },
 }
 
@@ -88,7 +94,10 @@ def train(mode: dict[str, Any], tag: str = "", *, save: bool = False) -> str:
     """
     options = {key: value for key, value in mode.items() if key != "ranks"}
     options = {"stage": 2, "fp8": {}, "bucket": 2000, "clipping": 1e-2, "micro_batch": 1, **options}
-    engine = build(ds_config(options.pop("fp8"), **options), Given())
+    fp8, exp_avg = options.pop("fp8"), options.pop("exp_avg", "e4m3")
+    if fp8.get("opt_level") != "O1":
+        fp8 = {**fp8, "optimizer": {"exp_avg_dtype": exp_avg, **fp8.get("optimizer", {})}}
+    engine = build(ds_config(fp8, **options), Given())
     generator = torch.Generator().manual_seed(100 + dist.get_rank())
     if tag and not save:
         engine.load_checkpoint(TAGS, tag)
