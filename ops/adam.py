@@ -43,8 +43,8 @@ from ds_fp8.ops.rounding import (
     EXP_AVG_SQ,
     MASTER,
     Rounding,
+    fewer_bits,
     key,
-    lower_bits,
     random_words,
     round_stochastically,
     upper_bits,
@@ -229,11 +229,12 @@ def adam_step(sweep: Sweep) -> None:
 def noise_of(rounding: Rounding, step: int, parameter: int, first: int, like: Tensor, state: int) -> Tensor:
     """Random bits for each element of a state's rows, int32; `first` is the first element's index.
 
-    They are the upper 24 of a word; exp_avg has the lower 16 of exp_avg_sq's.
+    They are 24 of a word; exp_avg has 16 of exp_avg_sq's word.
     """
     word = key(rounding.stream(step, EXP_AVG_SQ if state == EXP_AVG else state), parameter)
-    words = random_words(word, first, like.numel(), like.device, rounding.turn(step)).view_as(like)
-    return lower_bits(words) if state == EXP_AVG else upper_bits(words)
+    last = rounding.multiplier(step), int(rounding.spread)
+    words = random_words(word, first, like.numel(), like.device, *last).view_as(like)
+    return fewer_bits(words) if state == EXP_AVG else upper_bits(words)
 
 
 @dataclass(frozen=True)

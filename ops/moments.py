@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ds_fp8.ops.blocks import NOT_FINITE, Blocks, decode, encode, fit, power_of_two, scale_exponents
 from ds_fp8.ops.formats import FP32
-from ds_fp8.ops.rounding import HALF, LOWER_BITS, LOWER_HALF, round_up_from_zero
+from ds_fp8.ops.rounding import FEWER_BITS, HALF, HALF_OF_FEWER, round_up_from_zero
 
 LOG_UNIT = 24
 UNIT = 2.0**LOG_UNIT  # factor of the gradient, m and sqrt(v) inside the sweep
@@ -53,9 +53,9 @@ def encode_quotient(values: Tensor, out: Blocks, bits: Tensor | None = None) -> 
         values = torch.where(values.isfinite(), _of_twelve_bits(values), values)
     e = scale_exponents(values, out.format)
     out.scales.copy_(e)
-    factor = (power_of_two(torch.where(e < NOT_FINITE, 254 - e, 0)) * 2.0**LOWER_BITS).clamp(max=2.0**127)
+    factor = (power_of_two(torch.where(e < NOT_FINITE, 254 - e, 0)) * 2.0**FEWER_BITS).clamp(max=2.0**127)
     fixed = (values * factor[:, None]).to(torch.int32)
-    out.codes.copy_((fixed + (LOWER_HALF if bits is None else bits)) >> LOWER_BITS)
+    out.codes.copy_((fixed + (HALF_OF_FEWER if bits is None else bits)) >> FEWER_BITS)
 
 
 def _of_twelve_bits(values: Tensor) -> Tensor:

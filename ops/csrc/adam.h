@@ -5,11 +5,13 @@
 namespace ISA {
 
 struct Draws {  // of random bits, from an element of a parameter on
-    uint32_t v_key, p_key, turn, element;
+    uint32_t v_key, p_key;
+    Last last;
+    uint32_t element;
 
-    Draws after(int64_t elements) const { return {v_key, p_key, turn, uint32_t(element + elements)}; }
-    Random v() const { return Random(v_key, element, turn); }
-    Random p() const { return Random(p_key, element, turn); }
+    Draws after(int64_t elements) const { return {v_key, p_key, last, uint32_t(element + elements)}; }
+    Random v() const { return Random(v_key, element, last); }
+    Random p() const { return Random(p_key, element, last); }
 };
 
 // Decodes, computes and encodes a batch; a state's formats choose one.
@@ -199,7 +201,9 @@ Work work_of(const Sweep& sweep) {
 }
 
 Draws draws_of(const Sweep& sweep, const Segment& segment) {
-    return {key_of(sweep.v_stream, segment.parameter), key_of(sweep.p_stream, segment.parameter), sweep.turn,
+    return {key_of(sweep.v_stream, segment.parameter),
+            key_of(sweep.p_stream, segment.parameter),
+            {sweep.multiplier, sweep.odd},
             uint32_t(segment.first_element)};
 }
 

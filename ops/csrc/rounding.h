@@ -6,12 +6,19 @@ namespace ISA {
 
 // The upper RANDOM_BITS of 32 hashed bits are the random ones.
 constexpr int RANDOM_BITS = 24;  // more than any format drops
-constexpr int LOWER_BITS = 16;   // of the same 32, for a second draw
+constexpr int FEWER_BITS = 16;   // of the same 32, for a second draw
 constexpr uint32_t SPREAD = 0x9E3779B9;
+constexpr uint32_t APART = 0x361962EB;
+constexpr uint32_t MULTIPLIERS[] = {0x21F0AAAD, 0xD35A2D97};
+
+struct Last {  // of the mixer: what is multiplied, made odd or not, and with what
+    uint32_t multiplier, odd;
+};
+
 template <typename T>
-inline T mix_but_for_the_end(T x) {
-    x = (x ^ x >> 16) * 0x21F0AAADu;
-    return (x ^ x >> 15) * 0xD35A2D97u;
+inline T mix_but_for_the_end(T x, Last last = {MULTIPLIERS[1], 0}) {
+    x = (x ^ x >> 16) * MULTIPLIERS[0];
+    return (x ^ x >> 15 | last.odd) * last.multiplier;
 }
 
 uint32_t key_of(uint32_t stream, int64_t parameter) {
@@ -21,20 +28,20 @@ uint32_t key_of(uint32_t stream, int64_t parameter) {
 
 struct Random {  // of elements one after the other
     u32 index;
-    uint32_t turn;
+    Last last;
 
-    Random(uint32_t key, uint32_t element, uint32_t turn) : turn(turn) {
+    Random(uint32_t key, uint32_t element, Last last) : last(last) {
         for (int i = 0; i < LANES; ++i) index[i] = (element + uint32_t(i)) * SPREAD + key;
     }
     u32 next_word() {
-        const u32 word = mix_but_for_the_end(index) + turn;
+        const u32 word = mix_but_for_the_end(index, last);
         index += LANES * SPREAD;
         return word;
     }
     u32 next() { return upper(next_word()); }
 
     static u32 upper(u32 word) { return word >> (32 - RANDOM_BITS); }
-    static u32 lower(u32 word) { return word & ((1u << LOWER_BITS) - 1); }
+    static u32 fewer(u32 word) { return (word + APART) >> (32 - FEWER_BITS); }
 };
 
 // Codes of |value|, which `onto_codes` is on the scale of FP32's exponents: the bits below the code are cut,
@@ -70,18 +77,18 @@ inline void put_up(char* to, Pair x, float inverse, Words words) {
     store_codes<F>(to, x.a == f32{} ? u32{} : a, x.b == f32{} ? u32{} : b);
 }
 
-// Brings values onto whole numbers, times 2^LOWER_BITS; inverse: of their scale.
+// Brings values onto whole numbers, times 2^FEWER_BITS; inverse: of their scale.
 inline float onto_fixed(float inverse) {
-    const float factor = inverse * (1 << LOWER_BITS), most = power_of_two(254);
+    const float factor = inverse * (1 << FEWER_BITS), most = power_of_two(254);
     return factor < most ? factor : most;
 }
 
 // Stores whole numbers, rounded stochastically.
 inline void put_whole(char* to, Pair x, float inverse, Words words) {
     const Pair fixed = x * inverse;
-    const i32 a = to_integer(fixed.a) + (i32)Random::lower(words.a);
-    const i32 b = to_integer(fixed.b) + (i32)Random::lower(words.b);
-    store_low_bytes(to, (u32)a >> LOWER_BITS, (u32)b >> LOWER_BITS);
+    const i32 a = to_integer(fixed.a) + (i32)Random::fewer(words.a);
+    const i32 b = to_integer(fixed.b) + (i32)Random::fewer(words.b);
+    store_low_bytes(to, (u32)a >> FEWER_BITS, (u32)b >> FEWER_BITS);
 }
 
 // Stores codes of values of either sign, rounded stochastically.

@@ -35,7 +35,7 @@ struct Sweep {
     int64_t segment_count;
     StateCounts* counts;   // one per thread, or null
     const float* control;  // what the gradient is multiplied with; 0 if the step is skipped
-    uint32_t v_stream, p_stream, turn;
+    uint32_t v_stream, p_stream, multiplier, odd;
     int32_t n, stochastic, stores_sqrt;
     Scalars scalars;
     Factors by;  // filled in here

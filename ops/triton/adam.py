@@ -47,7 +47,7 @@ WARPS = 2
 STATE_COUNTS = tl.constexpr(health.STATE_COUNTS)
 
 
-@triton.jit(do_not_specialize=["v_stream", "p_stream", "turn", "segments"])
+@triton.jit(do_not_specialize=["v_stream", "p_stream", "multiplier", "odd", "segments"])
 def adam_kernel(
     control,  # [2] float32: what the gradient is multiplied with; 0 if the step is skipped
     gradient_codes,
@@ -66,7 +66,8 @@ def adam_kernel(
     segments,
     v_stream,  # words of the step's random bits
     p_stream,
-    turn,  # added to every random word
+    multiplier,  # the last of random words
+    odd,  # 1: of odd numbers
     blocks,
     beta1,
     one_minus_beta1,
@@ -151,7 +152,7 @@ def adam_kernel(
     random = offset  # not read: of states that are rounded to nearest
     if M == "int8":
         parameter, element = row_places(first, rows, table, tile_segments, tile, segments, BLOCK)
-        random = random_words(key_of(v_stream, parameter)[:, None], element, turn)
+        random = random_words(key_of(v_stream, parameter)[:, None], element, multiplier, odd)
     store_first_moment(
         m,
         m_magnitudes,
@@ -170,7 +171,7 @@ def adam_kernel(
     )
     if V != "fp32" and SWEEP == "blocks" and M != "int8":
         parameter, element = row_places(first, rows, table, tile_segments, tile, segments, BLOCK)
-        random = random_words(key_of(v_stream, parameter)[:, None], element, turn)
+        random = random_words(key_of(v_stream, parameter)[:, None], element, multiplier, odd)
     store_second_moment(
         v,
         v_magnitudes,
@@ -189,7 +190,7 @@ def adam_kernel(
     )
     if STOCHASTIC:
         parameter, element = row_places(first, rows, table, tile_segments, tile, segments, BLOCK)
-        random = random_words(key_of(p_stream, parameter)[:, None], element, turn)
+        random = random_words(key_of(p_stream, parameter)[:, None], element, multiplier, odd)
     store_masters(
         p,
         p_magnitudes,
@@ -259,7 +260,8 @@ def launch_sweep(sweep: Sweep, which: str, amax: Tensor) -> None:
         segments=plan.table.shape[1],
         v_stream=signed(sweep.rounding.stream(s.step, EXP_AVG_SQ)),
         p_stream=signed(sweep.rounding.stream(s.step, MASTER)),
-        turn=signed(sweep.rounding.turn(s.step)),
+        multiplier=signed(sweep.rounding.multiplier(s.step)),
+        odd=int(sweep.rounding.spread),
         blocks=len(gradient),
         **s.factors(quotient=state.stores_quotient),
         eps=s.eps,

@@ -9,7 +9,7 @@ import triton.language as tl
 from ds_fp8.ops import moments
 from ds_fp8.ops.triton.roots import quotient, square_root
 from ds_fp8.ops.triton.rounding import (
-    LOWER_BITS,
+    FEWER_BITS,
     as_half,
     dropped_bits,
     exponent_shift,
@@ -100,7 +100,7 @@ def store_quotients(values, random, codes, scales, rows, offset, inside):
     """`ops.moments.encode_quotient`; returns the codes."""
     e = scale_exponent(magnitude(values), "int8", 0)
     tl.store(scales + rows, e.to(tl.uint8), mask=inside)
-    factor = tl.minimum(inverse_scale(e, 0) * two_to_the(LOWER_BITS), 1.7014118346046923e38)  # 2^127
+    factor = tl.minimum(inverse_scale(e, 0) * two_to_the(FEWER_BITS), 1.7014118346046923e38)  # 2^127
     stored = round_to_whole(values * factor[:, None], random).to(tl.uint8)
     tl.store(codes + offset, stored, mask=inside[:, None])
     return stored

@@ -9,8 +9,8 @@ from ds_fp8.ops.triton.tiles import is_scaled
 
 SPREAD = tl.constexpr(rounding.SPREAD)
 FIRST_MULTIPLIER = tl.constexpr(rounding.MULTIPLIERS[0])
-LOWER_BITS = tl.constexpr(rounding.LOWER_BITS)
-LOWER_MASK = tl.constexpr((1 << rounding.LOWER_BITS) - 1)
+FEWER_BITS = tl.constexpr(rounding.FEWER_BITS)
+APART = tl.constexpr(rounding.APART)
 SECOND_MULTIPLIER = tl.constexpr(rounding.MULTIPLIERS[1])
 
 
@@ -57,9 +57,11 @@ def key_of(stream, parameter):
 
 
 @triton.jit
-def random_words(key, element, turn):
-    """A random word of an element, uint32, of which the upper bits are drawn; `ops.rounding.lower_bits`."""
-    return mix(element * SPREAD + key) + turn.to(tl.uint32)
+def random_words(key, element, multiplier, odd):
+    """`ops.rounding.random_words`, uint32: the upper bits of each are drawn."""
+    x = element * SPREAD + key
+    x = (x ^ (x >> 16)) * FIRST_MULTIPLIER
+    return (x ^ (x >> 15) | odd.to(tl.uint32)) * multiplier.to(tl.uint32)
 
 
 @triton.jit
@@ -94,8 +96,8 @@ def round_either_way(values, random, FORMAT: tl.constexpr):
 
 @triton.jit
 def round_to_whole(fixed, random):
-    """Values times 2^LOWER_BITS to whole numbers, int32, up with the probability of the remainder."""
-    return (fixed.to(tl.int32) + (random & LOWER_MASK).to(tl.int32)) >> LOWER_BITS
+    """Values times 2^FEWER_BITS to whole numbers, int32, up with the probability of the remainder."""
+    return (fixed.to(tl.int32) + ((random + APART) >> (32 - FEWER_BITS)).to(tl.int32)) >> FEWER_BITS
 
 
 @triton.jit
