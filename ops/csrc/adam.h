@@ -47,8 +47,8 @@ void decode_gradient(const Sweep& sweep, int64_t row, int rows, float* g) {
 
 template <bool ROOT, bool QUOTIENT, bool COUNT>
 void adam_of(Batch& batch, int rows, int n, const Scalars& s) {
-    adam<ROOT, QUOTIENT, COUNT, Ready, Ready, Ready, Ready>({batch.g}, {batch.p}, {batch.m}, {batch.v}, batch,
-                                                            rows, n, s);
+    adam<ROOT, QUOTIENT, true, COUNT, Ready, Ready, Ready, Ready>({batch.g}, {batch.p}, {batch.m}, {batch.v},
+                                                                  batch, rows, n, s);
 }
 
 // A batch of any formats.
@@ -144,9 +144,9 @@ void sweep_in_place(const Sweep& sweep, int64_t row, int rows, Draws draws, int)
     constexpr bool ROOT = dropped<V> != 0, QUOTIENT = number<M> == number<INT8>;
     Batch batch;
     const int n = sweep.n;
-    adam<ROOT, QUOTIENT>(reader<G>(sweep.gradient, row, n, sweep.by.g), master_reader<P>(sweep, row),
-                         reader<M>(sweep.m, row, n, sweep.by.m), reader<V>(sweep.v, row, n, sweep.by.v),
-                         batch, rows, n, sweep.scalars);
+    adam<ROOT, QUOTIENT, scaled<P>>(reader<G>(sweep.gradient, row, n, sweep.by.g),
+                                    master_reader<P>(sweep, row), reader<M>(sweep.m, row, n, sweep.by.m),
+                                    reader<V>(sweep.v, row, n, sweep.by.v), batch, rows, n, sweep.scalars);
     MasterWriter<P> masters = {sweep.master.at(row, n), sweep.weights.at(row * n), sweep.master.scale(row)};
     char *m = sweep.m.at(row, n), *v = sweep.v.at(row, n);
     uint8_t *m_scales = sweep.m.scale(row), *v_scales = sweep.v.scale(row);

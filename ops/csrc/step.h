@@ -60,8 +60,9 @@ struct Ready {  // values that have been decoded, as a Reader
 constexpr int NEXT_TO_ZERO = 127 - 110;  // ops.moments.NEXT_TO_ZERO
 
 // The arithmetic, from codes or decoded values to what is encoded; g becomes the root of v. If QUOTIENT, m is
-// over the root of v, before and after.
-template <bool ROOT, bool QUOTIENT, bool COUNT = false, typename G, typename P, typename M, typename V>
+// over the root of v, before and after. SCALED: whether masters have scales, which need their largest value.
+template <bool ROOT, bool QUOTIENT, bool SCALED, bool COUNT = false, typename G, typename P, typename M,
+          typename V>
 void adam(G g_in, P p_in, M m_in, V v_in, Batch& out, int rows, int n, const Scalars s) {
     const float l2 = s.decay * power_of_two(127 + UNIT);
     u32 clamped = {};
@@ -82,7 +83,7 @@ void adam(G g_in, P p_in, M m_in, V v_in, Batch& out, int rows, int n, const Sca
             m = float_of(pick(SIGN, bits_of(m), bits_of(magnitude)));
             p = p - m / (root * s.root_correction + s.eps) * s.step_size;
             if (QUOTIENT) m = m / (root + power_of_two(NEXT_TO_ZERO)), magnitude = absolute(m);
-            p_amax = larger(p_amax, bits_of(absolute(p)));
+            if (SCALED) p_amax = larger(p_amax, bits_of(absolute(p)));
             m_amax = larger(m_amax, bits_of(magnitude));
             root_amax = larger(root_amax, bits_of(root));
             store(out.p + i, p);
