@@ -22,6 +22,7 @@ BLOCK = 128
 MANTISSAS = torch.exp2(torch.arange(8) / 8)  # gradients that are constant, one each
 PER_MANTISSA = 79 * BLOCK  # 10,112 elements
 ROOTS = {FP16: 0.01, BF16: 0.01, UE4M4: 0.01, E4M3: 0.01, E5M2: 0.03}  # and how far their mean may be off
+SPREAD = {**ROOTS, E4M3: 0.02, E5M2: 0.04}  # the same with draws that spread
 
 each_root = pytest.mark.parametrize("fmt", ROOTS, ids=lambda fmt: fmt.name)
 
@@ -82,7 +83,7 @@ def to_nearest(root: Tensor, fmt: Format) -> Tensor:
 def check_second_moment(fmt: Format, beta2: float, *, spread: bool) -> None:
     """Mean of v at its fixed point, and at the new one when the gradient has halved."""
     run = Run(len(MANTISSAS) * PER_MANTISSA, fmt, spread=spread)
-    bound, steps = ROOTS[fmt], round(8 / (1 - beta2))
+    bound, steps = (SPREAD if spread else ROOTS)[fmt], round(8 / (1 - beta2))
     gradient = MANTISSAS.repeat_interleave(PER_MANTISSA)
     following = run.settle(gradient, 1, steps, beta2)
     error = (run.mean_by_mantissa() / MANTISSAS.square() - 1).abs()
@@ -109,18 +110,20 @@ def test_v_follows_its_gradient_slowly(fmt: Format, beta2: float, spread: bool) 
     check_second_moment(fmt, beta2, spread=spread)
 
 
-@pytest.mark.parametrize("every", [2, 34])
-def test_v_follows_gradients_that_come_seldom(every: int) -> None:
-    """34 steps turn spread draws by .01: so many of an element come from nearly one place."""
-    run = Run(len(MANTISSAS) * PER_MANTISSA, UE4M4, spread=True)
+@pytest.mark.parametrize("every", [2, 3, 34])
+@each_draw
+def test_v_follows_gradients_with_a_rhythm(every: int, spread: bool) -> None:
+    """The mean over mantissas within 3 %, each within 6 %; with the golden ratio for all it was 13 % off."""
+    run = Run(len(MANTISSAS) * PER_MANTISSA, UE4M4, spread=spread)
     gradient, control = MANTISSAS.repeat_interleave(PER_MANTISSA), torch.ones(2)
     zeros, beta2, exact = torch.zeros_like(gradient), 0.99, 0.0
-    for step in range(1, 1001):
+    for step in range(1, 1021):
         given = step % every == 0
         run.step(gradient if given else zeros, scalars(step, (0.0, beta2)), control)
         exact = beta2 * exact + (1 - beta2) * given
-    error = (run.mean_by_mantissa() / (MANTISSAS.square() * exact) - 1).abs()
-    assert error.max() < 0.01, error.tolist()
+    error = run.mean_by_mantissa() / (MANTISSAS.square() * exact) - 1
+    assert abs(float(error.mean())) < 0.03
+    assert error.abs().max() < 0.06, error.tolist()
 
 
 @each_draw

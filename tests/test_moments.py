@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from itertools import pairwise
 
 import pytest
 import torch
@@ -17,11 +16,12 @@ from ds_fp8.ops.formats import BF16, E4M3, E5M2, FP16, FP32, INT8, UE4M4, Format
 from ds_fp8.ops.moments import encode_quotient, quotient, square_root
 from ds_fp8.ops.rounding import (
     EXP_AVG_SQ,
-    LOWER_BITS,
+    FEWER_BITS,
     PERIOD,
     Rounding,
+    fewer_bits,
     key,
-    lower_bits,
+    random_bits,
     random_words,
     stream,
     upper_bits,
@@ -64,7 +64,7 @@ def test_the_scale_is_that_of_the_largest(largest: float, code: int) -> None:
     assert codes_of(values).codes[0, 5] == -code
 
 
-@pytest.mark.parametrize("bits", [0, 1 << LOWER_BITS - 1, (1 << LOWER_BITS) - 1])
+@pytest.mark.parametrize("bits", [0, 1 << FEWER_BITS - 1, (1 << FEWER_BITS) - 1])
 def test_zeros_stay_zeros_with_every_draw(bits: int) -> None:
     blocks = codes_of(torch.zeros(2, 32), torch.full((2, 32), bits, dtype=torch.int32))
     assert not blocks.codes.any()
@@ -75,7 +75,7 @@ def test_zeros_stay_zeros_with_every_draw(bits: int) -> None:
 def test_quotients_of_every_size(value: float) -> None:
     """Nearest and with any draw: no code turns over, and below 2^-104 what is lost is lost towards 0."""
     values = torch.tensor([[value, -value, value / 2, 0.0] * 8])
-    most = (1 << LOWER_BITS) - 1
+    most = (1 << FEWER_BITS) - 1
     for bits in (None, torch.zeros(1, 32, dtype=torch.int32), torch.full((1, 32), most, dtype=torch.int32)):
         stored = decode(codes_of(values, bits))
         assert ((stored - values).abs() <= max(value / 63, 2.0**-104)).all()
@@ -99,9 +99,9 @@ def test_draws_round_up_with_the_probability_of_the_remainder() -> None:
             values = torch.full((count // 32, 32), sign * (40 + remainder))
             values[:, 0] = 127.0
             words = random_words(key(stream(1, 1, EXP_AVG_SQ), 0), 0, count, CPU)
-            codes = codes_of(values, lower_bits(words).view(-1, 32)).codes[:, 1:].float()
+            codes = codes_of(values, fewer_bits(words).view(-1, 32)).codes[:, 1:].float()
             sigma = math.sqrt(remainder * (1 - remainder) / codes.numel())
-            assert abs(float(codes.mean()) - sign * (40 + remainder)) <= 4 * sigma + 2.0**-LOWER_BITS
+            assert abs(float(codes.mean()) - sign * (40 + remainder)) <= 4 * sigma + 2.0**-FEWER_BITS
             assert codes.unique().numel() <= 2
 
 
@@ -177,13 +177,13 @@ def test_a_step_divides_the_quotient_out_of_both() -> None:
 # Draws
 
 
-def draws(rounding: Rounding, first: int, steps: int, *, elements: int = 256, lower: bool = False) -> Tensor:
+def draws(rounding: Rounding, first: int, steps: int, *, elements: int = 256, fewer: bool = False) -> Tensor:
     """[steps, elements] in [0, 1)."""
     rows = []
     for step in range(first, first + steps):
         word = key(rounding.stream(step, EXP_AVG_SQ), 3)
-        words = random_words(word, 0, elements, CPU, rounding.turn(step))
-        rows.append(lower_bits(words) / 2.0**LOWER_BITS if lower else upper_bits(words) / 2.0**24)
+        words = random_words(word, 0, elements, CPU, rounding.multiplier(step), int(rounding.spread))
+        rows.append(fewer_bits(words) / 2.0**FEWER_BITS if fewer else upper_bits(words) / 2.0**24)
     return torch.stack(rows)
 
 
@@ -194,47 +194,65 @@ def largest_gap(values: Tensor) -> Tensor:
     return torch.cat([ordered.diff(dim=0), around]).amax(dim=0)
 
 
-@pytest.mark.parametrize("lower", [False, True], ids=["upper", "lower"])
-@pytest.mark.parametrize("steps", [5, 34, 100])
-def test_spread_draws_leave_no_gap(steps: int, lower: bool) -> None:
-    """Less than 2 / steps anywhere; of independent draws hardly an element's are so even."""
-    spread, independent = (
-        largest_gap(draws(Rounding(7, spread=each), 40, steps, lower=lower)) for each in (True, False)
-    )
-    assert (spread <= 2 / steps).all()
-    assert (independent > 2 / steps).float().mean() > 0.5
+each_draw = pytest.mark.parametrize("fewer", [False, True], ids=["24 bits", "16 bits"])
 
 
-@pytest.mark.parametrize("lower", [False, True], ids=["upper", "lower"])
-@pytest.mark.parametrize("step", [1, 500, PERIOD - 1, PERIOD, 10 * PERIOD + 3])
-def test_draws_of_a_step_are_uniform_over_the_elements(step: int, lower: bool) -> None:
+@each_draw
+@pytest.mark.parametrize("steps", [2, 4, 16, 128, PERIOD])
+def test_spread_draws_fill_the_interval_evenly(steps: int, fewer: bool) -> None:
+    """From a multiple of their number on; independent ones do so by accident."""
+    for first in (0, steps, 5 * steps):
+        gaps = largest_gap(draws(Rounding(7, spread=True), first, steps, fewer=fewer))
+        assert ((gaps - 1 / steps).abs() <= 2.0**-15).all()
+    independent = largest_gap(draws(Rounding(7), 0, steps, fewer=fewer))
+    assert ((independent - 1 / steps).abs() > 2.0**-15).float().mean() > 0.99
+
+
+@each_draw
+@pytest.mark.parametrize("step", [1, 100, PERIOD - 1, PERIOD, 10 * PERIOD + 3])
+def test_draws_of_a_step_are_uniform_over_the_elements(step: int, fewer: bool) -> None:
     count = 1 << 16
-    values = draws(Rounding(7, spread=True), step, 1, elements=count, lower=lower)[0]
+    values = draws(Rounding(7, spread=True), step, 1, elements=count, fewer=fewer)[0]
     observed = torch.histc(values, 64, 0, 1)
     chi_square = float(((observed - count / 64) ** 2 / (count / 64)).sum())
     assert abs(chi_square - 63) / math.sqrt(2 * 63) < 4
     assert abs(float((values[1:] * values[:-1]).mean()) - 0.25) < 4 * math.sqrt(7 / 144 / count)
 
 
-def test_both_draws_of_a_word_are_on_their_own() -> None:
-    upper, lower = (draws(Rounding(7), 1, 1, elements=1 << 16, lower=each)[0] - 0.5 for each in (False, True))
-    assert abs(float((upper * lower).mean()) * 12) < 4 / math.sqrt(1 << 16)
+def correlation(one: Tensor, other: Tensor) -> float:
+    return float(((one - 0.5) * (other - 0.5)).mean()) * 12
+
+
+@pytest.mark.parametrize("spread", [False, True])
+def test_what_is_rounded_with_both_draws_of_a_word_goes_up_together_as_often_as_apart(spread: bool) -> None:
+    """Over all pairs of remainders; with one draw for both the correlation is 1."""
+    both = [
+        draws(Rounding(7, spread=spread), 1, 1, elements=1 << 16, fewer=each)[0] for each in (False, True)
+    ]
+    assert abs(correlation(*both)) < 4 / math.sqrt(1 << 16)
+
+
+@pytest.mark.parametrize("apart", [16, 34, 128])
+def test_steps_that_are_alike_for_one_element_are_not_for_another(apart: int) -> None:
+    """What the odd numbers are for: between two steps elements turn by angles of their own."""
+    values = draws(Rounding(7, spread=True), 0, apart + 1, elements=1 << 14)
+    turns = (values[apart] - values[0]) % 1.0
+    assert turns.mul(PERIOD).round().unique().numel() >= 16
 
 
 def test_starts_are_drawn_anew_after_a_period() -> None:
     rounding = Rounding(7, spread=True)
-    before, after = (draws(rounding, step, 1, elements=1 << 14)[0] for step in (PERIOD - 1, PERIOD))
-    assert abs(float(((before - 0.5) * (after - 0.5)).mean()) * 12) < 4 / math.sqrt(1 << 14)
-    within = draws(rounding, PERIOD, 3, elements=64)
-    turns = [(later - earlier) % 1.0 for earlier, later in pairwise(within)]
-    assert all(torch.allclose(turn, torch.tensor(0.618033), atol=1e-5) for turn in turns)
+    before, after = (draws(rounding, step, 1, elements=1 << 14)[0] for step in (0, PERIOD))
+    assert abs(correlation(before, after)) < 4 / math.sqrt(1 << 14)
 
 
 def test_independent_draws_are_those_of_before() -> None:
     rounding = Rounding(7)
     for step in (1, PERIOD):
-        assert rounding.stream(step, EXP_AVG_SQ) == stream(7, step, EXP_AVG_SQ)
-        assert rounding.turn(step) == 0
+        word = rounding.stream(step, EXP_AVG_SQ)
+        assert word == stream(7, step, EXP_AVG_SQ)
+        words = random_words(word, 0, 64, CPU, rounding.multiplier(step), int(rounding.spread))
+        assert torch.equal(upper_bits(words), random_bits(word, 0, 64, CPU))
 
 
 def test_blocks_of_helpers_hold_quotients() -> None:
