@@ -61,13 +61,13 @@ ROOMS = (
     ("ds_fp8.ops.triton.products", "casts weights"),
     (
         "ds_fp8.ops.triton",
-        "per_tensor quantize_many | adam reduction blocks | masters moments roots | rounding | tiles",
+        "per_tensor quantize_many | adam reduction blocks | masters moments | roots | rounding | tiles",
     ),
     ("ds_fp8.ops.cpu", "weight_tiles | kernels | build"),
     (
         "ds_fp8.ops",
-        "fp8_sum per_tensor cublas | guards | adam reduction products | masters exact | rounding blocks | "
-        "health | formats",
+        "fp8_sum per_tensor cublas | guards | adam reduction products | masters moments exact | "
+        "rounding blocks | health | formats",
     ),
     ("ds_fp8.config", "ds_config | rules section | rule_kinds"),
     ("ds_fp8", "compat"),
