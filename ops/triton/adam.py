@@ -26,7 +26,7 @@ from ds_fp8.ops.triton.moments import (
     store_first_moment,
     store_second_moment,
 )
-from ds_fp8.ops.triton.roots import divide, minimum, square_root
+from ds_fp8.ops.triton.roots import divide, minimum, root_and_inverse
 from ds_fp8.ops.triton.rounding import key_of, random_words, row_places
 from ds_fp8.ops.triton.tiles import (
     deciding_magnitudes,
@@ -128,7 +128,7 @@ def adam_kernel(
     v, root = second_moment(v, v_scale, unit * unit * beta2, unit * root_beta2, M, V, SWEEP)
     m = first_moment(m, m_scale, beta1 * unit, quotient_beta, root, M) + g * one_minus_beta1
     v = minimum(v + g * g * one_minus_beta2, 3.4028234663852886e38)
-    root = square_root(v)
+    root, inverse = root_and_inverse(v)
     m_unclamped = m
     if CLAMPED:
         bounded = minimum(tl.abs(m), root * clamp).to(tl.int32, bitcast=True)
@@ -156,9 +156,10 @@ def adam_kernel(
     store_first_moment(
         m,
         m_magnitudes,
-        root,
         random,
-        clamped,
+        root=root,
+        inverse=inverse,
+        clamped=clamped,
         place=place,
         codes=m_codes + start,
         scales=m_scales + first,
@@ -175,8 +176,8 @@ def adam_kernel(
     store_second_moment(
         v,
         v_magnitudes,
-        root,
         random,
+        root=root,
         place=place,
         codes=v_codes + start,
         scales=v_scales + first,

@@ -58,8 +58,9 @@ def first_moment(m, scale, factor, quotient_factor, root, M: tl.constexpr):
 def store_first_moment(
     m,
     magnitudes,
-    root,
     random,
+    root,
+    inverse,
     clamped,
     place,
     codes,
@@ -73,11 +74,14 @@ def store_first_moment(
 ):
     """Store m, given times 2^UNIT, to nearest, or m over the root of v, stochastically.
 
-    magnitudes: the largest of a row decides m's scale. clamped, place: to be counted, and where.
+    magnitudes: the largest of a row decides m's scale. root, inverse: as `root_and_inverse` gives them.
+    clamped, place: to be counted, and where.
     """
     if FORMAT == "int8":
-        m = quotient(m, root)
-        stored = store_quotients(m, random, codes, scales, rows, offset, inside)
+        m = quotient(m, root, inverse)
+        stored = store_quotients(
+            m, random, codes=codes, scales=scales, rows=rows, offset=offset, inside=inside
+        )
     else:
         stored, _ = store_blocks(
             m,
@@ -110,8 +114,8 @@ def store_quotients(values, random, codes, scales, rows, offset, inside):
 def store_second_moment(
     v,
     magnitudes,
-    root,
     random,
+    root,
     place,
     codes,
     scales,
@@ -143,7 +147,16 @@ def store_second_moment(
         if COUNT and SWEEP == "write":
             count_zeros(place, v, decode(stored, FORMAT, HARDWARE))
     else:
-        on_codes = store_roots(root, random, codes, scales, rows, offset, inside, FORMAT)
+        on_codes = store_roots(
+            root,
+            random,
+            codes=codes,
+            scales=scales,
+            rows=rows,
+            offset=offset,
+            inside=inside,
+            FORMAT=FORMAT,
+        )
         if COUNT:
             count_rescued(place, root, on_codes, random, FORMAT)
 
