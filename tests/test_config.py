@@ -69,6 +69,7 @@ class TestSection:
                 "exp_avg_dtype": None,
                 "exp_avg_sq_dtype": None,
                 "rounding": None,
+                "draws": None,
                 "clamp": True,
                 "seed": 0,
             },
@@ -101,9 +102,9 @@ class TestSection:
         ("level", "states"),
         [
             ("O1", ("fp32", "fp32", "fp32", None)),
-            ("O2", ("fp16", "e4m3", "fp16", None)),
-            ("O2+", ("split16", "e4m3", "ue4m4", None)),
-            ("O3", ("fp16", "e4m3", "ue4m4", "e4m3")),
+            ("O2", ("fp16", "int8", "fp16", None)),
+            ("O2+", ("split16", "int8", "ue4m4", None)),
+            ("O3", ("fp16", "int8", "ue4m4", "e4m3")),
         ],
     )
     def test_level_table(self, level: str, states: tuple[str, str, str, str | None]) -> None:
@@ -115,15 +116,37 @@ class TestSection:
     @pytest.mark.parametrize(
         ("key", "value", "states"),
         [
-            ("master_dtype", "bf16", Level("bf16", "e4m3", "fp16")),
+            ("master_dtype", "bf16", Level("bf16", "int8", "fp16")),
             ("exp_avg_dtype", "e5m2", Level("fp16", "e5m2", "fp16")),
-            ("exp_avg_sq_dtype", "fp32", Level("fp16", "e4m3", "fp32")),
+            ("exp_avg_sq_dtype", "fp32", Level("fp16", "int8", "fp32")),
         ],
     )
     def test_a_named_format_goes_before_the_level(self, key: str, value: str, states: Level) -> None:
         config = parse({"fp8": {"enabled": True, "opt_level": "O2", "optimizer": {key: value}}})
         assert config is not None
         assert config.states == states
+
+    def test_one_scale_per_tensor_has_the_published_exp_avg(self) -> None:
+        config = parse({"fp8": {"enabled": True, "scaling": "tensor"}})
+        assert config is not None
+        assert config.states == Level("fp16", "e4m3", "fp16")
+        assert not config.spread
+
+    @pytest.mark.parametrize(
+        ("section", "spread"),
+        [
+            ({}, True),
+            ({"opt_level": "O1"}, False),
+            ({"optimizer": {"exp_avg_dtype": "e4m3"}}, False),
+            ({"optimizer": {"exp_avg_dtype": "e4m3", "draws": "spread"}}, True),
+            ({"optimizer": {"draws": "independent"}}, False),
+            ({"scaling": "tensor", "optimizer": {"rounding": "stochastic", "draws": "spread"}}, True),
+        ],
+    )
+    def test_draws_spread_beside_int8(self, section: dict[str, Any], spread: bool) -> None:
+        config = parse({"fp8": {"enabled": True, **section}})
+        assert config is not None
+        assert config.spread == spread
 
     @pytest.mark.parametrize("level", ["O1", "O2", "O3"])
     def test_fp8_weights_at_each_level(self, level: str) -> None:
@@ -286,6 +309,25 @@ WRONG = [  # section, path in the message, value in the message, a part of what 
         "fp8.optimizer.exp_avg_sq_dtype",
         '"ue4m4"',
         "fp32, bf16, fp16, e4m3, e5m2",
+    ),
+    (
+        {"enabled": True, "scaling": "tensor", "optimizer": {"exp_avg_dtype": "int8"}},
+        "fp8.optimizer.exp_avg_dtype",
+        '"int8"',
+        "fp32, bf16, fp16, e4m3, e5m2",
+    ),
+    ({"optimizer": {"draws": "golden"}}, "fp8.optimizer.draws", '"golden"', '"independent", "spread"'),
+    (
+        {"enabled": True, "opt_level": "O1", "optimizer": {"draws": "spread"}},
+        "fp8.optimizer.draws",
+        '"spread"',
+        "the key left out",
+    ),
+    (
+        {"enabled": True, "scaling": "tensor", "optimizer": {"draws": "spread"}},
+        "fp8.optimizer.draws",
+        '"spread"',
+        "the key left out",
     ),
     (
         {"enabled": True, "scaling": "tensor", "optimizer": {"clamp": True}},

@@ -64,12 +64,12 @@ ROOMS = (
     ("ds_fp8.ops.triton.products", "casts weights"),
     (
         "ds_fp8.ops.triton",
-        "per_tensor quantize_many | adam reduction blocks | masters moments roots | rounding | tiles",
+        "per_tensor quantize_many | adam reduction blocks | masters moments | roots | rounding | tiles",
     ),
     ("ds_fp8.ops.cpu", "weight_tiles | kernels | build"),
     (
         "ds_fp8.ops",
-        "fp8_sum per_tensor cublas | guards cublas_lt | adam reduction products | masters exact | "
+        "fp8_sum per_tensor cublas | guards cublas_lt | adam reduction products | masters moments exact | "
         "rounding blocks | health | formats",
     ),
     ("ds_fp8.config", "ds_config | rules section | rule_kinds"),

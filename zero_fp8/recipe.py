@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from ds_fp8.config.section import FP8Config
-from ds_fp8.ops.adam import Rounding
 from ds_fp8.ops.formats import BF16, BY_NAME, FP32, Format
+from ds_fp8.ops.rounding import Rounding
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Recipe:
     reduced: Format  # the reduced gradient
     promote: bool  # a second micro-step turns the reduced gradient FP32
     master: Format
-    rounding: Rounding  # of the masters
+    rounding: Rounding
     exp_avg: Format
     exp_avg_sq: Format
     clamp: bool
@@ -88,7 +88,7 @@ def recipe_of(config: FP8Config, *, accumulating: bool = False, ranks: int = 1) 
         reduced=BY_NAME[gradients.accum_dtype or gradients.dtype],
         promote=gradients.accum_dtype is None,
         master=BY_NAME[states.master],
-        rounding=Rounding(config.optimizer.seed, config.stochastic),
+        rounding=Rounding(config.optimizer.seed, config.stochastic, config.spread),
         exp_avg=BY_NAME[states.exp_avg],
         exp_avg_sq=BY_NAME[states.exp_avg_sq],
         clamp=config.optimizer.clamp and config.scaling == "block",

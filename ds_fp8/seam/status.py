@@ -166,11 +166,12 @@ def banner(engine: Any) -> str:
 def _formats(about: Mapping[str, Any]) -> str:
     how = f", added in fp8 with {about['autoscale']} scaling" if about["autoscale"] else ""
     rounding = ", rounded stochastically" if about["rounding"] == "stochastic" else ""
+    draws = ", draws spread" if about["draws"] == "spread" else ""
     scales = f"block {about['block_size']}" if about["scaling"] == "block" else "one scale per tensor"
     return (
         f"gradients {about['gradients']}{how}, reduced {about['reduced_gradient']}, "
-        f"master {about['master']}{rounding}, exp_avg {about['exp_avg']}, exp_avg_sq {about['exp_avg_sq']}, "
-        f"{scales}"
+        f"master {about['master']}{rounding}, exp_avg {about['exp_avg']}, exp_avg_sq {about['exp_avg_sq']}"
+        f"{draws}, {scales}"
     )
 
 

@@ -156,6 +156,8 @@ def decode(codes, FORMAT: tl.constexpr, HARDWARE: tl.constexpr):
     elif FORMAT == "bf16":  # the upper half of an FP32
         return (codes.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
     else:
+        if FORMAT == "int8":
+            codes = codes.to(tl.int8, bitcast=True)
         return codes.to(tl.float32)
 
 

@@ -51,6 +51,7 @@ class Recipe(_Part):
     exp_avg: str
     exp_avg_sq: str
     seed: int
+    draws: str = "independent"  # of stochastic rounding, from step to step
     scaling: str = "block"  # what has a scale; of "tensor" exp_avg_sq holds v itself
 
 

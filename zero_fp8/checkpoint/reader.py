@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_fp8.ops.adam import AdamState, square_root
+from ds_fp8.ops.adam import AdamState
 from ds_fp8.ops.blocks import CHUNK, Blocks, decode, padded
-from ds_fp8.ops.formats import BY_NAME, FP32
+from ds_fp8.ops.formats import BY_NAME
 from ds_fp8.ops.masters import decode_masters, write_weights
+from ds_fp8.ops.moments import UNIT
 from ds_fp8.zero_fp8.checkpoint.contracts import (
     STATES,
     WEIGHT,
@@ -277,13 +278,8 @@ class Checkpoint:
 
 def _decode(state: AdamState, weights: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The rows' master, exp_avg, exp_avg_sq and its root, [elements] each."""
-    if state.exp_avg_sq.format is FP32 or not state.stores_sqrt:
-        v = decode(state.exp_avg_sq)
-        root = square_root(v)
-    else:
-        root = decode(state.exp_avg_sq)
-        v = root.square()
-    decoded = (decode_masters(state.master, weights), decode(state.exp_avg), v, root)
+    v, root = state.second_moment(UNIT**-2), state.root()
+    decoded = (decode_masters(state.master, weights), state.first_moment(), v, root)
     master, exp_avg, exp_avg_sq, root = (rows.view(-1) for rows in decoded)
     return master, exp_avg, exp_avg_sq, root
 

@@ -113,6 +113,7 @@ def describe_recipe(recipe: Recipe) -> manifest.Recipe:
         exp_avg=recipe.exp_avg.name,
         exp_avg_sq=recipe.exp_avg_sq.name,
         seed=recipe.rounding.seed,
+        draws=recipe.rounding.draws,
         scaling="tensor" if recipe.by_tensor else "block",
     )
 
