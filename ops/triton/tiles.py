@@ -45,8 +45,7 @@ def launch(kernel: Any, programs: int, warps: int, /, *, maxnreg: object = None,
         kernel[(programs,)](**as_bytes(arguments))
         return
     kind: list[object] = [kernel.fn, warps, maxnreg, torch._C._cuda_getDevice()]
-    values = [_describe(arguments[each.name], each, kind) for each in kernel.params]
-    key = tuple(kind)
+    values, key = [_describe(arguments[each.name], each, kind) for each in kernel.params], tuple(kind)
     _thread.compiled = _compiled.get(key)
     if _thread.compiled is not None:
         _thread.compiled[(programs, 1, 1)](*values)
@@ -71,8 +70,7 @@ def raw(codes: Tensor) -> Tensor:
 def _describe(value: Any, parameter: Any, kind: list[object]) -> object:
     """An argument as a compiled kernel takes it; into `kind` goes what Triton compiles a kernel for."""
     if isinstance(value, Tensor):
-        pointer = value.data_ptr()
-        dtype = value.dtype
+        pointer, dtype = value.data_ptr(), value.dtype
         kind += (torch.uint8 if dtype.itemsize == 1 else dtype, pointer % ALIGNMENT)
         return pointer
     kind.append(type(value))
