@@ -53,7 +53,7 @@ ROOMS = (
         "ds_fp8.zero_fp8.gradients",
         "reducer fp8_sum | pending | packing reduced schedule | exchange autoscale backwards",
     ),
-    ("ds_fp8.zero_fp8.states", "shard"),
+    ("ds_fp8.zero_fp8.states", "shard | residence | arena ring | host_memory"),
     ("ds_fp8.zero_fp8", "health | product_health"),
     ("ds_fp8.zero_fp8.comm", "collectives | agreement groups"),
     ("ds_fp8.zero_fp8.placement", "parameters even_slices | messages partition | ranks"),
@@ -70,7 +70,7 @@ ROOMS = (
         "fp8_sum per_tensor cublas | guards cublas_lt | adam reduction products | masters exact | "
         "rounding blocks | health | formats",
     ),
-    ("ds_fp8.config", "ds_config | rules section | rule_kinds"),
+    ("ds_fp8.config", "ds_config | offload | rules section | rule_kinds"),
     ("ds_fp8", "compat"),
     ("ds_fp8.config", "refusals"),
 )

@@ -6,6 +6,7 @@ The axes of a run are fields that are composed here:
 - when gradients travel: as buckets fill (ZeRO 2), where modules end (ZeRO 3) or at the accumulation boundary
   (ZeRO 1);
 - what a rank holds of the weights: all of them, in the model's dtype or as codes, or its slices (ZeRO 3);
+- where the states live: on the device, or in host memory, from where they visit it;
 - kernels: those of the device.
 """
 
@@ -16,7 +17,6 @@ import torch
 from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 
-from ds_fp8.ops.adam import AdamState
 from ds_fp8.ops.backend import Backend, choose, choose_for_tensors
 from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.formats import Format
@@ -41,6 +41,7 @@ from ds_fp8.zero_fp8.placement.partition import (
 from ds_fp8.zero_fp8.placement.ranks import Fleet
 from ds_fp8.zero_fp8.product_health import ProductHealth
 from ds_fp8.zero_fp8.recipe import Recipe, ZeroSettings
+from ds_fp8.zero_fp8.states.residence import Residence, in_host_memory
 from ds_fp8.zero_fp8.states.shard import Shard
 from ds_fp8.zero_fp8.weights.frozen import FrozenWeights
 from ds_fp8.zero_fp8.weights.slices import SlicedWeights
@@ -65,6 +66,7 @@ class Parts:
     gradient_scales: GradientScales
     health: Health
     backend: Backend
+    residence: Residence  # of the states, if they are not moved
     listens: bool  # gradients travel while backward runs
     divisor: int  # of the sum of the ranks' gradients
     products: Products | None = None  # of matrices that are codes, if there are some
@@ -75,10 +77,16 @@ class Parts:
         """Bytes of this rank's states and reduced gradients."""
         return sum(each.nbytes for each in self.reduced) + sum(each.nbytes for each in self.shards)
 
+    @property
+    def host_nbytes(self) -> int:
+        """Bytes of host memory that this rank's states take."""
+        return sum(each.host_nbytes for each in self.shards)
+
     def close(self) -> None:
         """Give up states, reduced gradients and process groups."""
         self.shards.clear()
         self.reduced.clear()
+        self.residence.close()
         for nodes in self.fleets.values():
             nodes.close()
 
@@ -132,8 +140,9 @@ def build(
     weights = [run.weights(bucket, settings, products) for bucket in buckets]
     health = _health(settings.stats_interval, param_groups, recipe, weights, device)
     counts = [health.counts[bucket.group] for bucket in buckets]
+    residence = residence_of(recipe, device, settings, run.rows(buckets))
     shards = [
-        shard_of(bucket, run.rank_in(bucket), recipe, device, backend, each)
+        shard_of(bucket, run.rank_in(bucket), recipe, residence, backend, each)
         for bucket, each in zip(buckets, counts, strict=True)
     ]
     packer, scales, reduced = run.gradient_parts(buckets)
@@ -153,6 +162,7 @@ def build(
         gradient_scales=scales,
         health=health,
         backend=backend,
+        residence=residence,
         listens=settings.stage >= 2,
         divisor=_divisor(buckets[0].fleet, settings),
         products=products,
@@ -182,15 +192,25 @@ def room(bucket: Bucket, rank: int, fmt: Format, device: torch.device) -> Blocks
     return Blocks.zeros(bucket.blocks_of(rank), bucket.block_size, fmt, device)
 
 
+def residence_of(
+    recipe: Recipe, device: torch.device, settings: ZeroSettings | None = None, rows: Sequence[int] = ()
+) -> Residence:
+    """Where states live. rows: of each of the rank's shards. Raises RuntimeError without enough memory."""
+    formats = (recipe.master, recipe.exp_avg, recipe.exp_avg_sq)
+    offload = settings.offload if settings else None
+    if offload is None:
+        return Residence(recipe.block_size, formats, device, stores_sqrt=not recipe.by_tensor)
+    return in_host_memory(
+        rows, recipe.block_size, formats, device, pinned=offload.pinned, ratio=offload.ratio
+    )
+
+
 def shard_of(
-    bucket: Bucket, rank: int, recipe: Recipe, device: torch.device, backend: Backend, counts: Counts
+    bucket: Bucket, rank: int, recipe: Recipe, residence: Residence, backend: Backend, counts: Counts
 ) -> Shard:
     """A rank's states of a bucket, zeros. counts: of the bucket's param group."""
-    master, exp_avg, exp_avg_sq = (
-        room(bucket, rank, fmt, device) for fmt in (recipe.master, recipe.exp_avg, recipe.exp_avg_sq)
-    )
-    state = AdamState(master, exp_avg, exp_avg_sq, stores_sqrt=not recipe.by_tensor)
-    return Shard(tuple(bucket.pieces(rank)), state, recipe.rounding, backend, counts)
+    parts = residence.parts(bucket.blocks_of(rank))
+    return Shard(tuple(bucket.pieces(rank)), parts, recipe.rounding, backend, counts)
 
 
 @dataclass(frozen=True)
@@ -216,6 +236,10 @@ class _Run:
     def pieces(self, bucket: Bucket) -> list[Piece]:
         """What this rank owns of a bucket."""
         return list(bucket.pieces(self.rank_in(bucket)))
+
+    def rows(self, buckets: Sequence[Bucket]) -> list[int]:
+        """How many rows this rank owns of each."""
+        return [bucket.blocks_of(self.rank_in(bucket)) for bucket in buckets]
 
     def rooms(self, buckets: Sequence[Bucket]) -> list[Blocks]:
         """For this rank's reduced gradients."""

@@ -62,8 +62,10 @@ class SavedStates:
         """
         gathers = Gathers()
         for bucket, _, shard, weights in self._parts.by_bucket():
-            with shard.lend() as state:
-                rewrite_weights(state.master, weights.room)
+            room = weights.room
+            for rows in shard.cut():
+                with shard.lend(rows) as state:
+                    rewrite_weights(state.master, room[rows])
             gathers.launch(weights, self._parts.nodes_of(bucket))
             gathers.wait()
 
