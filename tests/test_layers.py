@@ -30,7 +30,7 @@ ROOMS = (
         "stage12 stage3 | common fetching slice_access | full_tensors roster saved_states take_over | "
         "master_views",
     ),
-    ("ds_fp8.zero_fp8", "step | wiring verdict"),
+    ("ds_fp8.zero_fp8", "step moves | wiring verdict"),
     ("ds_fp8.zero_fp8.checkpoint.foreign", "stock12 stock3 universal | stock_model | stock_files"),
     (
         "ds_fp8.zero_fp8.checkpoint",

@@ -1,12 +1,25 @@
 """States in host memory: the same bits as on the device, whatever else a run does."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 import torch
-from engines import assert_same_bits, build, ds_config, packed, weight_bits, whole_states, zero3
+from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum
+from engines import (
+    Lines,
+    assert_same_bits,
+    build,
+    ds_config,
+    packed,
+    state_bits,
+    weight_bits,
+    whole_states,
+    zero3,
+)
 from grids import pairwise, some_of
 from ranks import RankPools
 from torch import Tensor, nn
@@ -150,3 +163,64 @@ def test_offloaded_runs_are_the_same_bits(
     assert len({norm for _, norm, _ in seen if norm < torch.inf}) >= 3, "a norm that stands still"
     assert max(norm for _, norm, _ in seen if norm < torch.inf) > CLIPPING, "the clip was not active"
     assert seen[-1][2] == (event == "skip")
+
+
+@contextmanager
+def logged() -> Iterator[list[str]]:
+    """What ds_fp8 logs meanwhile."""
+    lines, logger = Lines(), logging.getLogger("ds_fp8")
+    logger.addHandler(lines)
+    try:
+        yield lines.lines
+    finally:
+        logger.removeHandler(lines)
+
+
+def offloading(level: str = "O2", stage: int = 2, **options: Any) -> dict[str, Any]:
+    return config_of(level, stage, 1, options)
+
+
+def make(config: dict[str, Any], event: str = "clip") -> Any:
+    torch.manual_seed(0)
+    with small_chunks():
+        return build(config, Model(event))
+
+
+def moved_and_back(level: str, stage: int) -> list[str]:
+    """A plain run beside one whose states go to host memory and come back, with a step in between."""
+    plain, moved = (make(config_of(level, stage, 1, None)) for _ in range(2))
+    with logged() as log, small_chunks():
+        for engine in (plain, moved):
+            train(engine, "clip", range(2))
+        bytes_before = moved.optimizer.nbytes
+        moved.offload_states()
+        host = moved.optimizer.parts.host_nbytes
+        assert 0 < host < bytes_before
+        moved.offload_states()  # once more: nothing happens
+        assert state_bits(moved.optimizer).keys() == state_bits(plain.optimizer).keys()
+        assert_same_bits(state_bits(moved.optimizer), state_bits(plain.optimizer))
+        seen = [train(engine, "clip", range(2)) for engine in (plain, moved)]
+        assert seen[0] == seen[1]
+        moved.reload_states()
+        assert moved.optimizer.parts.host_nbytes == 0
+        assert moved.optimizer.nbytes == bytes_before
+        seen = [train(engine, "clip", range(2)) for engine in (plain, moved)]
+        assert seen[0] == seen[1]
+        moved.offload_states(include=[OffloadStateTypeEnum.hp_params], pin_memory=False, non_blocking=True)
+        assert moved.optimizer.parts.host_nbytes == host
+        moved.reload_states()
+        moved.offload_states(include=[OffloadStateTypeEnum.lp_params])
+        assert moved.optimizer.parts.host_nbytes == 0
+    assert_same_bits(weight_bits(moved), weight_bits(plain))
+    assert_same_bits(state_bits(moved.optimizer), state_bits(plain.optimizer))
+    moved.offload_states()
+    for engine in (plain, moved):
+        engine.destroy()
+    return [line for line in log if "stay" in line]
+
+
+@pytest.mark.parametrize(("level", "stage"), [("O2", 2), ("O2+", 3), ("O3", 1)])
+def test_states_go_to_host_memory_and_come_back(level: str, stage: int, ranks: RankPools) -> None:
+    lines = ranks.run(2, moved_and_back, level, stage, seconds=SECONDS)[0]
+    both = "offload_states: weights and reduced gradients stay on the device"
+    assert lines == [both, both, "offload_states: weights stay on the device"]

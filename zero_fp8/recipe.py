@@ -58,10 +58,10 @@ class Recipe:
 class Offload:
     """States in host memory, as plain values."""
 
-    executor: str  # auto, stream or host
-    pinned: bool  # if CUDA lets it
-    ratio: float  # share of the states, by rows
-    threads: int | None  # of the host executor; None: as many as there are cores for a rank
+    executor: str = "auto"  # or stream, host
+    pinned: bool = True  # if CUDA lets it
+    ratio: float = 1.0  # share of the states, by rows
+    threads: int | None = None  # of the host executor; None: as many as there are cores for a rank
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ from ds_fp8.zero_fp8.placement.partition import (
 )
 from ds_fp8.zero_fp8.placement.ranks import Fleet
 from ds_fp8.zero_fp8.product_health import ProductHealth
-from ds_fp8.zero_fp8.recipe import Recipe, ZeroSettings
+from ds_fp8.zero_fp8.recipe import Offload, Recipe, ZeroSettings
 from ds_fp8.zero_fp8.states.residence import Residence, in_host_memory
 from ds_fp8.zero_fp8.states.shard import Shard
 from ds_fp8.zero_fp8.weights.frozen import FrozenWeights
@@ -66,7 +66,7 @@ class Parts:
     gradient_scales: GradientScales
     health: Health
     backend: Backend
-    residence: Residence  # of the states, if they are not moved
+    residence: Residence  # of the states, unless they are moved
     listens: bool  # gradients travel while backward runs
     divisor: int  # of the sum of the ranks' gradients
     products: Products | None = None  # of matrices that are codes, if there are some
@@ -140,7 +140,7 @@ def build(
     weights = [run.weights(bucket, settings, products) for bucket in buckets]
     health = _health(settings.stats_interval, param_groups, recipe, weights, device)
     counts = [health.counts[bucket.group] for bucket in buckets]
-    residence = residence_of(recipe, device, settings, run.rows(buckets))
+    residence = residence_of(recipe, device, settings.offload, run.rows(buckets))
     shards = [
         shard_of(bucket, run.rank_in(bucket), recipe, residence, backend, each)
         for bucket, each in zip(buckets, counts, strict=True)
@@ -193,13 +193,17 @@ def room(bucket: Bucket, rank: int, fmt: Format, device: torch.device) -> Blocks
 
 
 def residence_of(
-    recipe: Recipe, device: torch.device, settings: ZeroSettings | None = None, rows: Sequence[int] = ()
+    recipe: Recipe, device: torch.device, offload: Offload | None = None, rows: Sequence[int] = ()
 ) -> Residence:
-    """Where states live. rows: of each of the rank's shards. Raises RuntimeError without enough memory."""
+    """Where states live. rows: of each of the rank's shards.
+
+    Raises RuntimeError without enough host memory, ValueError for what cannot live there.
+    """
     formats = (recipe.master, recipe.exp_avg, recipe.exp_avg_sq)
-    offload = settings.offload if settings else None
     if offload is None:
         return Residence(recipe.block_size, formats, device, stores_sqrt=not recipe.by_tensor)
+    if recipe.by_tensor:
+        raise ValueError('fp8.scaling: received "tensor", allowed for states in host memory: "block"')
     return in_host_memory(
         rows, recipe.block_size, formats, device, pinned=offload.pinned, ratio=offload.ratio
     )

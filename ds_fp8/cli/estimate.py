@@ -15,6 +15,7 @@ from ds_fp8.output import add_command, add_run, in_units, show_json, show_line, 
 if TYPE_CHECKING:
     from ds_fp8.estimate.methods import Method
     from ds_fp8.estimate.runs import Model, Run
+    from ds_fp8.zero_fp8.recipe import Offload
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
 GB = 10**9
@@ -33,6 +34,7 @@ def add_to(commands: Any) -> None:
     add_run(parser)
     parser.add_argument("--stage", type=int, choices=STAGES, help="of ZeRO; default: 2")
     parser.add_argument("--opt-level", choices=tuple(LEVELS), help="default: all of them")
+    parser.add_argument("--offload", action="store_true", help="states in host memory, a column of its own")
     parser.add_argument("--config", metavar="DS_CONFIG", help="take stage, level and formats from this file")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -73,12 +75,12 @@ def _run(arguments: argparse.Namespace) -> "tuple[Run, list[Method]]":
 
     if arguments.config is None:
         run = runs.run_at_defaults(arguments.gpus, arguments.stage or 2, arguments.micro_steps or 1)
-        levels = methods.levels()
+        levels = methods.levels(_offload(arguments))
         return run, [levels[arguments.opt_level]] if arguments.opt_level else [*levels.values()]
     from ds_fp8.estimate import dry_run
 
-    for option in ("stage", "opt_level"):
-        if getattr(arguments, option) is not None:
+    for option in ("stage", "opt_level", "offload"):
+        if getattr(arguments, option):
             raise ValueError(f"--{option.replace('_', '-')}: not allowed with --config, which decides it")
     config = dry_run.read(arguments.config)
     tried = dry_run.run_dry(config, gpus=arguments.gpus, micro_steps=arguments.micro_steps)
@@ -89,7 +91,13 @@ def _run(arguments: argparse.Namespace) -> "tuple[Run, list[Method]]":
     if tried.model_dtype is None:
         raise refusal("bf16.enabled", False, "true, or fp16.enabled: the estimate is of 16-bit weights")
     name = cut(os.path.basename(arguments.config))
-    return tried.run, [methods.with_fp8(f"ds_fp8, {name}", tried.fp8)]
+    return tried.run, [methods.with_fp8(f"ds_fp8, {name}", tried.fp8, tried.offload)]
+
+
+def _offload(arguments: argparse.Namespace) -> "Offload | None":
+    from ds_fp8.zero_fp8.recipe import Offload
+
+    return Offload() if arguments.offload else None
 
 
 def _models(arguments: argparse.Namespace, run: "Run") -> "list[Model]":

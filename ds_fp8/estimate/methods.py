@@ -6,7 +6,7 @@ keep for themselves.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from math import prod
 
@@ -23,7 +23,7 @@ from ds_fp8.zero_fp8.placement.partition import (
     partition_whole,
 )
 from ds_fp8.zero_fp8.placement.ranks import Fleet
-from ds_fp8.zero_fp8.recipe import Recipe, recipe_of
+from ds_fp8.zero_fp8.recipe import Offload, Recipe, recipe_of
 
 WEIGHT = BF16.itemsize
 # Beyond these an estimate would take minutes.
@@ -40,10 +40,11 @@ class Held:
     buffers: int  # buckets on their way, copies for the step, room in which FP8 weights are made
     persistent: int = 0  # under ZeRO 3: small parameters, whole between steps, too
     fetched: int = 0  # under ZeRO 3: other parameters, whole while they are needed
+    host: int = 0  # in host memory, and so not in the total: offloaded states
 
     @property
     def total(self) -> int:
-        return sum(vars(self).values())
+        return sum(getattr(self, each.name) for each in fields(self) if each.name != "host")
 
 
 @dataclass(frozen=True)
@@ -74,15 +75,18 @@ def refusals(methods: Sequence[Method], model: Model, run: Run) -> dict[str, str
     return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
-def with_fp8(name: str, config: FP8Config) -> Method:
+def with_fp8(name: str, config: FP8Config, offload: Offload | None = None) -> Method:
     """ds_fp8 with this section."""
-    return Method(name, partial(_with_fp8, config), config)
+    return Method(name, partial(_with_fp8, config, offload), config)
 
 
-def levels() -> dict[str, Method]:
+def levels(offload: Offload | None = None) -> dict[str, Method]:
     """ds_fp8 at each of its levels."""
+    how = ", offloaded" if offload else ""
     return {
-        level: with_fp8(f"ds_fp8 {level}", FP8Config.model_validate({"enabled": True, "opt_level": level}))
+        level: with_fp8(
+            f"ds_fp8 {level}{how}", FP8Config.model_validate({"enabled": True, "opt_level": level}), offload
+        )
         for level in LEVELS
     }
 
@@ -93,7 +97,7 @@ def _refuse_many_shares(buckets: int, ranks: int) -> None:
         raise refusal('buckets with fp8.scaling "tensor"', buckets, allowed)
 
 
-def _with_fp8(config: FP8Config, model: Model, run: Run) -> Held:
+def _with_fp8(config: FP8Config, offload: Offload | None, model: Model, run: Run) -> Held:
     refuse_absurd(model.parameters, len(model.sizes), run)
     refused = codes.refusal_of(config, model, run)
     if refused:
@@ -115,9 +119,18 @@ def _with_fp8(config: FP8Config, model: Model, run: Run) -> Held:
         gradients=reduced + kept,
         buffers=max(backward, memory.gather_bytes(recipe, WEIGHT, buckets)) - kept,
     )
+    if offload is not None:
+        held = _with_offload(held, memory.offloaded_bytes(recipe, buckets, fullest, offload))
     if config.has_codes:
         return _with_codes(held, config, model, buckets, chosen)
     return _with_slices(held, model, run, recipe.block_size) if run.stage == 3 else held
+
+
+def _with_offload(held: Held, offloaded: memory.Offloaded) -> Held:
+    """The same with states in host memory."""
+    return replace(
+        held, states=offloaded.resident, buffers=held.buffers + offloaded.ring, host=offloaded.host
+    )
 
 
 def _buckets(recipe: Recipe, model: Model, run: Run, chosen: codes.Codes) -> tuple[Bucket, ...]:

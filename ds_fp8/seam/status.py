@@ -42,7 +42,8 @@ def describe(engine: Any) -> dict[str, Any]:
         `wire_bytes_per_fetched_element`. With FP8 weights also `products` (cublas, emulated, decoded) and
         `products_instead`, why they are no FP8 products; the names `fp8_weights`, and `bf16_matrices` with
         the reason of each; `fp8_elements`, `fp8_share`; `weight_bytes` of a rank, and what of them it hands
-        to the gathers of a step.
+        to the gathers of a step. `offload` is None, or what offloaded states take on this rank: `host_bytes`,
+        `pinned_bytes` of them, `ring_bytes` of chunks on the device, `executor` and `ratio`.
 
     Raises:
         ValueError: the engine does not use FP8.
@@ -67,7 +68,22 @@ def describe(engine: Any) -> dict[str, Any]:
         "bytes_in_flight": memory.in_flight_bytes(recipe, buckets, overlap=handler.settings.overlap),
         **(_fetching(engine) if handler.settings.stage == 3 else {}),
         **weights_of(engine),
+        "offload": _offload(handler),
         "kernels": handler.parts.backend.name,
+    }
+
+
+def _offload(handler: FP8ZeROOptimizer) -> dict[str, Any] | None:
+    """Where offloaded states are, and what they take on this rank; None if there are none."""
+    residence = handler.parts.residence
+    if residence.arena is None or residence.ring is None:
+        return None
+    return {
+        "executor": "stream",
+        "ratio": residence.ratio,
+        "host_bytes": residence.arena.nbytes,
+        "pinned_bytes": residence.arena.nbytes if residence.arena.pinned else 0,
+        "ring_bytes": residence.ring.nbytes,
     }
 
 
@@ -154,7 +170,8 @@ def banner(engine: Any) -> str:
     overlapped = "overlapped" if about["overlap_comm"] else "not overlapped"
     return (
         f"ds_fp8 {about['version']}: ON, {about['opt_level']}, ZeRO {about['zero_stage']}, {ranks} | "
-        f"{_formats(about)} | {_bytes(about)}, {_hops(about)}, {overlapped}{in_words(about)} | "
+        f"{_formats(about)} | {_bytes(about)}, {_hops(about)}, {overlapped}{in_words(about)}"
+        f"{_offloaded(about['offload'])} | "
         f"kernels: {about['kernels']}"
     )
 
@@ -186,6 +203,17 @@ def _fetches(about: Mapping[str, Any]) -> str:
         f" and {about['wire_bytes_per_fetched_element']:.4f} per fetched element, "
         f"{about['persistent_bytes'] / 2**20:.2f} MiB persistent "
         f"(parameters of {about['param_persistence_threshold']:,} elements at most)"
+    )
+
+
+def _offloaded(offload: Mapping[str, Any] | None) -> str:
+    if offload is None:
+        return ""
+    host, ring = (offload[f"{each}_bytes"] / 2**20 for each in ("host", "ring"))
+    pinned = "pinned" if offload["pinned_bytes"] else "pageable"
+    return (
+        f" | states offloaded, executor {offload['executor']}: {host:.2f} MiB of host memory per rank, "
+        f"{pinned}, {ring:.2f} MiB of chunks on the device"
     )
 
 

@@ -85,15 +85,15 @@ class Residence:
         ring: Ring | None = None,
         ratio: float = 1.0,
     ) -> None:
-        self._block_size, self._formats, self._device = block_size, formats, device
+        self._block_size, self._formats, self.device = block_size, formats, device
         self._stores_sqrt = stores_sqrt
-        self.arena, self.ring, self._ratio = arena, ring, ratio
+        self.arena, self.ring, self.ratio = arena, ring, ratio
 
     def parts(self, rows: int) -> tuple[Part, ...]:
         """Room for a shard of so many rows: zeros."""
-        away = offloaded_rows(rows, self._ratio) if self.arena else 0
+        away = offloaded_rows(rows, self.ratio) if self.arena else 0
         here = slice(0, rows - away)
-        parts = [Part(here, self._states(partial(_zeros, self._device), here.stop))]
+        parts = [Part(here, self._states(partial(_zeros, self.device), here.stop))]
         if self.arena is not None and away:
             parts.append(Part(slice(here.stop, rows), self._states(self.arena.blocks, away), self.ring))
         return tuple(each for each in parts if each.rows.stop > each.rows.start or not rows)
