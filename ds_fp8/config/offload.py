@@ -20,7 +20,7 @@ OFFLOAD: Mapping[str, Honoured | NoEffect | Refused] = {
     "pipeline_read": ALWAYS,
     "pipeline_write": ALWAYS,
     "fast_init": NoEffect("states are made where they live", (False,)),
-    "ratio": Refused("is fp8.offload.ratio with fp8 enabled, at every stage", (1, 1.0)),
+    "ratio": Refused("is fp8.offload.ratio with fp8 enabled, at every stage", (1.0,)),
     "super_offload": Refused("does not work with fp8 enabled", (False,)),
     "cpuadam_cores_perc": NoEffect("a key of super_offload"),
 }

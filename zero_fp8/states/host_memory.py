@@ -27,10 +27,10 @@ def refuse_too_much(nbytes: int) -> None:
     Raises RuntimeError.
     """
     processes = local_processes()
-    wanted, limits = nbytes * processes, list(_limits())
-    if not limits:
+    wanted, found = nbytes * processes, list(limits())
+    if not found:
         return
-    limit, free = min(each for each, _ in limits), min(each for _, each in limits)
+    limit, free = (min(each) for each in zip(*found, strict=True))
     asked = f'{KEY}: "cpu" takes {nbytes / 1e9:.2f} GB of host memory per rank, {processes} on this machine'
     if wanted > limit:
         raise RuntimeError(f"{asked}; it, or this container, has {limit / 1e9:.2f} GB")
@@ -43,7 +43,7 @@ def local_processes() -> int:
     return next((int(os.environ[name]) for name in LOCAL_RANKS if os.environ.get(name, "").isdigit()), 1)
 
 
-def _limits() -> Iterator[tuple[int, int]]:
+def limits() -> Iterator[tuple[int, int]]:
     """Bytes that can be had at most, and that are free, of the machine and of this process's container."""
     with suppress(OSError, KeyError, ValueError):
         lines = dict(line.split(":", 1) for line in MEMORY.read_text().splitlines())
