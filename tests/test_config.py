@@ -956,8 +956,10 @@ class TestShippedConfigs:
     @pytest.mark.parametrize("name", SHIPPED)
     def test_parses_and_passes(self, name: str) -> None:
         config = strict_json(resources.files("ds_fp8.configs").joinpath(name).read_text())
-        stage, kind = re.fullmatch(r"zero(\d)_(\w+)\.json", name).groups()  # type: ignore[union-attr]
+        stage, kind = re.fullmatch(r"zero(\d)_(\w+?)(?:_offload)?\.json", name).groups()  # type: ignore[union-attr]
         assert config["zero_optimization"]["stage"] == int(stage)
+        offloaded = config["zero_optimization"].get("offload_optimizer")
+        assert offloaded == ({"device": "cpu"} if name.endswith("_offload.json") else None)
         fp8 = parse(config)
         if kind == "bf16":
             assert fp8 is None
