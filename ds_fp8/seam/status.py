@@ -42,8 +42,8 @@ def describe(engine: Any) -> dict[str, Any]:
         `wire_bytes_per_fetched_element`. With FP8 weights also `products` (cublas, emulated, decoded) and
         `products_instead`, why they are no FP8 products; the names `fp8_weights`, and `bf16_matrices` with
         the reason of each; `fp8_elements`, `fp8_share`; `weight_bytes` of a rank, and what of them it hands
-        to the gathers of a step. `offload` is None, or what offloaded states take on this rank: `host_bytes`,
-        `pinned_bytes` of them, `ring_bytes` of chunks on the device, `executor` and `ratio`.
+        to the gathers of a step. With offload also `offload`, the executor, `offload_ratio`, and what states
+        take on this rank: `host_bytes`, `pinned_bytes` of them, `ring_bytes` of chunks on the device.
 
     Raises:
         ValueError: the engine does not use FP8.
@@ -68,19 +68,19 @@ def describe(engine: Any) -> dict[str, Any]:
         "bytes_in_flight": memory.in_flight_bytes(recipe, buckets, overlap=handler.settings.overlap),
         **(_fetching(engine) if handler.settings.stage == 3 else {}),
         **weights_of(engine),
-        "offload": _offload(handler),
+        **_offload(handler),
         "kernels": handler.parts.backend.name,
     }
 
 
-def _offload(handler: FP8ZeROOptimizer) -> dict[str, Any] | None:
-    """Where offloaded states are, and what they take on this rank; None if there are none."""
+def _offload(handler: FP8ZeROOptimizer) -> dict[str, Any]:
+    """How offloaded states are stepped, and what they take on this rank; empty if there are none."""
     residence = handler.parts.residence
     if residence.arena is None or residence.ring is None:
-        return None
+        return {}
     return {
-        "executor": "stream",
-        "ratio": residence.ratio,
+        "offload": "stream",
+        "offload_ratio": residence.ratio,
         "host_bytes": residence.arena.nbytes,
         "pinned_bytes": residence.arena.nbytes if residence.arena.pinned else 0,
         "ring_bytes": residence.ring.nbytes,
@@ -171,7 +171,7 @@ def banner(engine: Any) -> str:
     return (
         f"ds_fp8 {about['version']}: ON, {about['opt_level']}, ZeRO {about['zero_stage']}, {ranks} | "
         f"{_formats(about)} | {_bytes(about)}, {_hops(about)}, {overlapped}{in_words(about)}"
-        f"{_offloaded(about['offload'])} | "
+        f"{_offloaded(about)} | "
         f"kernels: {about['kernels']}"
     )
 
@@ -206,13 +206,13 @@ def _fetches(about: Mapping[str, Any]) -> str:
     )
 
 
-def _offloaded(offload: Mapping[str, Any] | None) -> str:
-    if offload is None:
+def _offloaded(about: Mapping[str, Any]) -> str:
+    if "offload" not in about:
         return ""
-    host, ring = (offload[f"{each}_bytes"] / 2**20 for each in ("host", "ring"))
-    pinned = "pinned" if offload["pinned_bytes"] else "pageable"
+    host, ring = (about[f"{each}_bytes"] / 2**20 for each in ("host", "ring"))
+    pinned = "pinned" if about["pinned_bytes"] else "pageable"
     return (
-        f" | states offloaded, executor {offload['executor']}: {host:.2f} MiB of host memory per rank, "
+        f" | states offloaded, executor {about['offload']}: {host:.2f} MiB of host memory per rank, "
         f"{pinned}, {ring:.2f} MiB of chunks on the device"
     )
 
