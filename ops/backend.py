@@ -10,6 +10,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ class Backend:
     dequantize: Callable[[blocks.Blocks, Tensor], None]  # no step calls it: for tests of decoding, benchmarks
     accumulate: Callable[..., Tensor]
     plan: Callable[..., Any]
-    adam_step: Callable[[adam.Sweep], None]
+    adam_step: Callable[..., None]
     quantize_together: Callable[..., None] | None = None  # `quantize_vectors` in fewer launches
     instead: str | None = None  # why this backend runs although a faster one was wanted
 
@@ -97,6 +98,21 @@ def choose_for_tensors(device: torch.device) -> Backend:
     if chosen.name == REFERENCE.name:
         return replace(TENSOR_REFERENCE, instead=chosen.instead)
     return FOR_TENSORS[chosen.name]()
+
+
+def choose_for_host(threads: int) -> Backend:
+    """The backend for states in host memory beside any device, on so many threads.
+
+    Raises RuntimeError if the C++ kernels cannot be built: the reference is asked for by DS_FP8_BACKEND only.
+    """
+    if os.environ.get(VARIABLE) == REFERENCE.name:
+        return REFERENCE
+    obstacle = cpu_obstacle(torch.device("cpu"))
+    if obstacle is not None:
+        raise RuntimeError(obstacle)
+    cpp = cpu_backend()
+    step, accumulate = partial(cpp.adam_step, threads=threads), partial(cpp.accumulate, threads=threads)
+    return replace(cpp, adam_step=step, accumulate=accumulate)
 
 
 def cpu_obstacle(device: torch.device) -> str | None:

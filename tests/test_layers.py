@@ -30,7 +30,7 @@ ROOMS = (
         "stage12 stage3 | common fetching slice_access | full_tensors roster saved_states take_over | "
         "master_views",
     ),
-    ("ds_fp8.zero_fp8", "step moves | wiring verdict"),
+    ("ds_fp8.zero_fp8", "step moves | wiring verdict | parts"),
     ("ds_fp8.zero_fp8.checkpoint.foreign", "stock12 stock3 universal | stock_model | stock_files"),
     (
         "ds_fp8.zero_fp8.checkpoint",
@@ -49,11 +49,15 @@ ROOMS = (
         "chosen | fp8_parameter choice | linear | ways values | answers shared_casts matrix | operations | "
         "kernels",
     ),
+    ("ds_fp8.zero_fp8", "offloading"),
     (
         "ds_fp8.zero_fp8.gradients",
-        "reducer fp8_sum | pending | packing reduced schedule | exchange autoscale backwards",
+        "reducer fp8_sum landing | pending | packing reduced schedule | exchange autoscale backwards",
     ),
-    ("ds_fp8.zero_fp8.states", "shard | residence | arena ring | host_memory"),
+    (
+        "ds_fp8.zero_fp8.states",
+        "shard | residence | host_sweep ring | arena choice visits | host_memory lanes",
+    ),
     ("ds_fp8.zero_fp8", "health | product_health"),
     ("ds_fp8.zero_fp8.comm", "collectives | agreement groups"),
     ("ds_fp8.zero_fp8.placement", "parameters even_slices | messages partition | ranks"),

@@ -24,11 +24,13 @@ from grids import pairwise, some_of
 from ranks import RankPools
 from torch import Tensor, nn
 
+import ds_fp8
+
 SECONDS = 120.0  # until a run that should take some counts as a hang
 WIDTH = 32
 LEVELS = ("O1", "O2", "O2+", "O3")
 EVENTS = ("clip", "skip", "late", "unused", "tied")
-EXECUTORS = ("stream",)
+EXECUTORS = ("stream", "host")
 CLIPPING = 0.05
 CHUNK = 48 * 128  # elements: chunks cut parameters, and buckets have several
 
@@ -69,7 +71,7 @@ def config_of(level: str, stage: int, micro_steps: int, offload: dict[str, Any] 
 
 @contextmanager
 def small_chunks() -> Iterator[None]:
-    with patch("ds_fp8.zero_fp8.states.ring.CHUNK", CHUNK):
+    with patch("ds_fp8.zero_fp8.states.visits.CHUNK", CHUNK):
         yield
 
 
@@ -108,6 +110,7 @@ def run(
         "weights": weight_bits(engine),
         "health": engine.optimizer.parts.health.last,
         "host": engine.optimizer.parts.host_nbytes,
+        "executor": ds_fp8.describe(engine).get("offload"),
     }
     engine.destroy()
     return result
@@ -115,8 +118,10 @@ def run(
 
 def both(level: str, stage: int, executor: str, micro_steps: int, event: str, ratio: float) -> dict[str, Any]:
     plain = run(level, stage, micro_steps, event, None)
-    away = run(level, stage, micro_steps, event, {"executor": executor, "ratio": ratio})
-    assert plain["host"] == 0
+    offload = {"executor": executor, **({"ratio": ratio} if executor == "stream" else {"threads": 2})}
+    away = run(level, stage, micro_steps, event, offload)
+    assert (plain["host"], plain["executor"]) == (0, None)
+    assert away["executor"] == executor
     assert (away["host"] > 0) is (len(away["states"]) > 0)
     assert away["seen"] == plain["seen"]
     assert_same_bits(away["weights"], plain["weights"])

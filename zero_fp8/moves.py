@@ -11,9 +11,10 @@ from typing import Any
 
 from deepspeed.accelerator import get_accelerator
 
+from ds_fp8.zero_fp8.parts import Parts
 from ds_fp8.zero_fp8.recipe import Offload, Recipe
 from ds_fp8.zero_fp8.states.residence import Residence
-from ds_fp8.zero_fp8.wiring import Parts, residence_of
+from ds_fp8.zero_fp8.wiring import in_host_memory
 
 logger = logging.getLogger("ds_fp8")
 
@@ -50,11 +51,11 @@ class MovableStates:
         if stays:
             logger.info("offload_states: %s stay on the device", " and ".join(stays))
         asked = include is None or any(name in include for name in MOVED)
-        if not asked or self._away is not None or self.parts.residence.arena is not None:
+        if not asked or self._away is not None or self.parts.residence.away is not None:
             return
-        device = self.parts.residence.device
-        rows = [shard.rows for shard in self.parts.shards]
-        self._away = residence_of(self.recipe, device, Offload(pinned=pin_memory), rows)
+        device, rows = self.parts.residence.device, [shard.rows for shard in self.parts.shards]
+        offload = Offload(pinned=pin_memory)
+        self._away = in_host_memory(self.recipe, offload, rows, device, self.parts.backend)
         self._move(self._away)
 
     def reload_states(self, non_blocking: bool = False) -> None:

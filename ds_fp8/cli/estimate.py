@@ -3,7 +3,7 @@
 import argparse
 import os
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
@@ -75,8 +75,9 @@ def _run(arguments: argparse.Namespace) -> "tuple[Run, list[Method]]":
 
     if arguments.config is None:
         run = runs.run_at_defaults(arguments.gpus, arguments.stage or 2, arguments.micro_steps or 1)
-        levels = methods.levels(_offload(arguments))
-        return run, [levels[arguments.opt_level]] if arguments.opt_level else [*levels.values()]
+        found = [methods.levels(each) for each in (_executors() if arguments.offload else [None])]
+        names = [arguments.opt_level] if arguments.opt_level else list(LEVELS)
+        return run, [levels[name] for name in names for levels in found]
     from ds_fp8.estimate import dry_run
 
     for option in ("stage", "opt_level", "offload"):
@@ -91,13 +92,22 @@ def _run(arguments: argparse.Namespace) -> "tuple[Run, list[Method]]":
     if tried.model_dtype is None:
         raise refusal("bf16.enabled", False, "true, or fp16.enabled: the estimate is of 16-bit weights")
     name = cut(os.path.basename(arguments.config))
-    return tried.run, [methods.with_fp8(f"ds_fp8, {name}", tried.fp8, tried.offload)]
+    if tried.offload is None:
+        return tried.run, [methods.with_fp8(f"ds_fp8, {name}", tried.fp8)]
+    ways = [each for each in _executors() if tried.offload.executor in ("auto", each.executor)]
+    return tried.run, [
+        methods.with_fp8(
+            f"ds_fp8, {name}, {each.executor}", tried.fp8, replace(each, ratio=tried.offload.ratio)
+        )
+        for each in ways
+    ]
 
 
-def _offload(arguments: argparse.Namespace) -> "Offload | None":
+def _executors() -> "list[Offload]":
+    """Of offload, one and the other."""
     from ds_fp8.zero_fp8.recipe import Offload
 
-    return Offload() if arguments.offload else None
+    return [Offload("stream"), Offload("host")]
 
 
 def _models(arguments: argparse.Namespace, run: "Run") -> "list[Model]":

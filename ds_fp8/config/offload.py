@@ -57,8 +57,9 @@ def check_offload(fp8: FP8Config, *, offloaded: bool) -> None:
     if fp8.scaling != "block":
         allowed = f'"block" with {PATH}: a scale per tensor takes two sweeps over it'
         raise refusal(f"{SECTION}.scaling", fp8.scaling, allowed)
-    if given.executor == "host":
-        raise refusal(f"{SECTION}.offload.executor", "host", '"auto", "stream" (host is not built yet)')
+    if given.executor == "host" and given.ratio < 1:
+        allowed = f'1.0 with {SECTION}.offload.executor "host"'
+        raise refusal(f"{SECTION}.offload.ratio", given.ratio, allowed)
     if given.executor == "stream" and given.threads is not None:
         allowed = f'the key left out with {SECTION}.offload.executor "stream", which sweeps on the device'
         raise refusal(f"{SECTION}.offload.threads", given.threads, allowed)

@@ -8,18 +8,17 @@ a message.
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
 from ds_fp8.ops.formats import BF16, E4M3, FP32, Format
 from ds_fp8.ops.products import TILE, scale_shape, tiles
+from ds_fp8.zero_fp8.offloading import Crossing, Expected, expected
 from ds_fp8.zero_fp8.placement.messages import Message
 from ds_fp8.zero_fp8.placement.partition import Bucket, slice_blocks
 from ds_fp8.zero_fp8.placement.ranks import Fleet, NodeLayout
 from ds_fp8.zero_fp8.recipe import Offload, Recipe
-from ds_fp8.zero_fp8.states.residence import arena_bytes, offloaded_rows
-from ds_fp8.zero_fp8.states.ring import BUFFERS, chunk_rows
 
 
 def bytes_per_element(fmt: Format, block_size: int, scale_bytes: int = 1) -> float:
@@ -85,25 +84,13 @@ def rank_bytes(recipe: Recipe, buckets: Sequence[Bucket], *, accumulating: bool)
     return [even for _ in range(ranks)]
 
 
-class Offloaded(NamedTuple):
-    """Bytes of one rank whose states live in host memory."""
-
-    host: int  # the arena
-    resident: int  # states that stay on the device
-    ring: int  # chunks on the device
-
-
-def offloaded_bytes(recipe: Recipe, buckets: Sequence[Bucket], rank: int, offload: Offload) -> Offloaded:
-    """What one rank's states take in host memory, and on the device."""
-    formats, size = _state_formats(recipe), recipe.block_size
+def offloaded_bytes(
+    recipe: Recipe, offload: Offload, itemsize: int, buckets: Sequence[Bucket], rank: int, *, several: bool
+) -> Expected:
+    """What a rank takes in host memory and on the device. several: exchanges reach a gradient in a step."""
+    layout = NodeLayout.of(buckets[0].world_size, recipe.intra_node_size)
     rows = [bucket.blocks_of(rank) for bucket in buckets]
-    away = [offloaded_rows(each, offload.ratio) for each in rows]
-    chunk = chunk_rows(size, max(away))
-    return Offloaded(
-        host=arena_bytes(rows, size, formats, offload.ratio),
-        resident=sum(block_bytes(sum(rows) - sum(away), size, fmt) for fmt in formats),
-        ring=BUFFERS * sum(block_bytes(chunk, size, fmt) for fmt in formats),
-    )
+    return expected(recipe, offload, Crossing(rows, itemsize * recipe.block_size, layout, several))
 
 
 def weight_bytes(itemsize: int, buckets: Sequence[Bucket]) -> int:

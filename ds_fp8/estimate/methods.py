@@ -15,6 +15,7 @@ from ds_fp8.config.section import LEVELS, FP8Config
 from ds_fp8.estimate import codes, fetching, memory, stock
 from ds_fp8.estimate.runs import MOST_PARAMETERS, Model, Run, model_of_size, refuse_absurd
 from ds_fp8.ops.formats import BF16, E4M3, FP32, Format
+from ds_fp8.zero_fp8.offloading import Expected
 from ds_fp8.zero_fp8.placement.partition import (
     Bucket,
     ParameterSpec,
@@ -82,7 +83,7 @@ def with_fp8(name: str, config: FP8Config, offload: Offload | None = None) -> Me
 
 def levels(offload: Offload | None = None) -> dict[str, Method]:
     """ds_fp8 at each of its levels."""
-    how = ", offloaded" if offload else ""
+    how = f", {offload.executor}" if offload else ""
     return {
         level: with_fp8(
             f"ds_fp8 {level}{how}", FP8Config.model_validate({"enabled": True, "opt_level": level}), offload
@@ -120,16 +121,22 @@ def _with_fp8(config: FP8Config, offload: Offload | None, model: Model, run: Run
         buffers=max(backward, memory.gather_bytes(recipe, WEIGHT, buckets)) - kept,
     )
     if offload is not None:
-        held = _with_offload(held, memory.offloaded_bytes(recipe, buckets, fullest, offload))
+        several = run.accumulating
+        away = memory.offloaded_bytes(recipe, offload, WEIGHT, buckets, fullest, several=several)
+        held = _with_offload(held, away, reduced)
     if config.has_codes:
         return _with_codes(held, config, model, buckets, chosen)
     return _with_slices(held, model, run, recipe.block_size) if run.stage == 3 else held
 
 
-def _with_offload(held: Held, offloaded: memory.Offloaded) -> Held:
-    """The same with states in host memory."""
+def _with_offload(held: Held, away: Expected, reduced: int) -> Held:
+    """The same with states in host memory. reduced: bytes of the reduced gradient."""
     return replace(
-        held, states=offloaded.resident, buffers=held.buffers + offloaded.ring, host=offloaded.host
+        held,
+        states=away.resident,
+        gradients=held.gradients - (0 if away.gradient_on_device else reduced),
+        buffers=held.buffers + away.buffers,
+        host=away.host + away.landing,
     )
 
 

@@ -43,7 +43,8 @@ def describe(engine: Any) -> dict[str, Any]:
         `products_instead`, why they are no FP8 products; the names `fp8_weights`, and `bf16_matrices` with
         the reason of each; `fp8_elements`, `fp8_share`; `weight_bytes` of a rank, and what of them it hands
         to the gathers of a step. With offload also `offload`, the executor, `offload_ratio`, and what states
-        take on this rank: `host_bytes`, `pinned_bytes` of them, `ring_bytes` of chunks on the device.
+        take on this rank: `host_bytes`; `landing_bytes` of host memory for what crosses if the host sweeps,
+        the reduced gradient among it; `pinned_bytes` of both; `ring_bytes` of buffers on the device.
 
     Raises:
         ValueError: the engine does not use FP8.
@@ -75,15 +76,16 @@ def describe(engine: Any) -> dict[str, Any]:
 
 def _offload(handler: FP8ZeROOptimizer) -> dict[str, Any]:
     """How offloaded states are stepped, and what they take on this rank; empty if there are none."""
-    residence = handler.parts.residence
-    if residence.arena is None or residence.ring is None:
+    away, landing = handler.parts.residence.away, handler.parts.offloaded.landing
+    if away is None:
         return {}
     return {
-        "offload": "stream",
-        "offload_ratio": residence.ratio,
-        "host_bytes": residence.arena.nbytes,
-        "pinned_bytes": residence.arena.nbytes if residence.arena.pinned else 0,
-        "ring_bytes": residence.ring.nbytes,
+        "offload": away.executor.name,
+        "offload_ratio": handler.parts.residence.ratio,
+        "host_bytes": away.host_bytes,
+        "landing_bytes": away.landing_bytes,
+        "pinned_bytes": away.pinned_bytes,
+        "ring_bytes": landing.nbytes if landing else away.executor.nbytes,
     }
 
 
@@ -209,11 +211,11 @@ def _fetches(about: Mapping[str, Any]) -> str:
 def _offloaded(about: Mapping[str, Any]) -> str:
     if "offload" not in about:
         return ""
-    host, ring = (about[f"{each}_bytes"] / 2**20 for each in ("host", "ring"))
-    pinned = "pinned" if about["pinned_bytes"] else "pageable"
+    host, ring = (about["host_bytes"] + about["landing_bytes"]) / 2**20, about["ring_bytes"] / 2**20
+    pinned = f"{about['pinned_bytes'] / 2**20:.2f} pinned" if about["pinned_bytes"] else "pageable"
     return (
         f" | states offloaded, executor {about['offload']}: {host:.2f} MiB of host memory per rank, "
-        f"{pinned}, {ring:.2f} MiB of chunks on the device"
+        f"{pinned}, {ring:.2f} MiB of buffers on the device"
     )
 
 

@@ -161,12 +161,12 @@ def c_values(values: Tensor) -> CValues:
 
 
 @contextmanager
-def _counted(counts: Tensor | None) -> Iterator[int | None]:
+def _counted(counts: Tensor | None, threads: int) -> Iterator[int | None]:
     """The address of zeros, one row of counts per thread; at the end they are added to the counts."""
     if counts is None:
         yield None
         return
-    by_thread = torch.zeros(torch.get_num_threads(), counts.numel(), dtype=torch.float64)
+    by_thread = torch.zeros(threads, counts.numel(), dtype=torch.float64)
     yield by_thread.data_ptr()
     counts += by_thread.sum(dim=0)
 
@@ -183,14 +183,15 @@ def quantize_tensor(values: Tensor, out: Blocks, counts: Tensor | None = None) -
 
 def _quantize(kernel: Any, values: Tensor, out: Blocks, counts: Tensor | None) -> None:
     guards.check_quantize(values, out, counts)
-    with _counted(counts) as address:
+    threads = torch.get_num_threads()
+    with _counted(counts, threads) as address:
         kernel(
             byref(c_values(values)),
             values.numel(),
             byref(_blocks(out)),
             len(out),
             out.block_size,
-            torch.get_num_threads(),
+            threads,
             address,
         )
 
@@ -203,9 +204,11 @@ def dequantize(blocks: Blocks, out: Tensor) -> None:
     load().dequantize(byref(_blocks(blocks)), byref(c_values(out)), count, blocks.block_size, threads)
 
 
-def accumulate(pieces: Sequence[Blocks], shard: Blocks, *, overwrite: bool) -> Tensor:
-    """`ops.reduction.accumulate`."""
-    return _accumulate(load().accumulate, pieces, shard, overwrite)
+def accumulate(
+    pieces: Sequence[Blocks], shard: Blocks, *, overwrite: bool, threads: int | None = None
+) -> Tensor:
+    """`ops.reduction.accumulate`. threads: None: torch's."""
+    return _accumulate(load().accumulate, pieces, shard, overwrite, threads)
 
 
 def accumulate_tensor(pieces: Sequence[Blocks], shard: Blocks, *, overwrite: bool) -> Tensor:
@@ -213,9 +216,11 @@ def accumulate_tensor(pieces: Sequence[Blocks], shard: Blocks, *, overwrite: boo
     return _accumulate(load().accumulate_tensor, pieces, shard, overwrite)
 
 
-def _accumulate(kernel: Any, pieces: Sequence[Blocks], shard: Blocks, overwrite: bool) -> Tensor:
+def _accumulate(
+    kernel: Any, pieces: Sequence[Blocks], shard: Blocks, overwrite: bool, threads: int | None = None
+) -> Tensor:
     guards.check_accumulate(pieces, shard)
-    threads = torch.get_num_threads()
+    threads = threads or torch.get_num_threads()
     parts = torch.zeros(threads, NORM_PARTS, dtype=torch.int64)
     array = (CBlocks * len(pieces))(*map(_blocks, pieces))
     rows, size = len(shard), shard.block_size
@@ -230,9 +235,9 @@ def plan(segments: Sequence[Segment], blocks: int, block_size: int, device: torc
     return Plan((CSegment * len(rows))(*rows), blocks)
 
 
-def adam_step(sweep: Sweep) -> None:
-    """`ops.adam.adam_step`."""
-    _step(load().adam_step, sweep)
+def adam_step(sweep: Sweep, *, threads: int | None = None) -> None:
+    """`ops.adam.adam_step`. threads: None: torch's."""
+    _step(load().adam_step, sweep, threads)
 
 
 def step_tensors(sweep: Sweep) -> None:
@@ -240,10 +245,11 @@ def step_tensors(sweep: Sweep) -> None:
     _step(load().step_tensors, sweep)
 
 
-def _step(kernel: Any, sweep: Sweep) -> None:
+def _step(kernel: Any, sweep: Sweep, threads: int | None = None) -> None:
     guards.check_step(sweep, sweep.plan.blocks)
-    with _counted(sweep.counts) as address:
-        kernel(byref(_sweep(sweep, address)), torch.get_num_threads())
+    threads = threads or torch.get_num_threads()
+    with _counted(sweep.counts, threads) as address:
+        kernel(byref(_sweep(sweep, address)), threads)
 
 
 def _sweep(sweep: Sweep, counts: int | None) -> CSweep:

@@ -13,11 +13,11 @@ from ds_fp8.zero_fp8.checkpoint import manifest, writer
 from ds_fp8.zero_fp8.checkpoint.contracts import Restorable, WeightSource
 from ds_fp8.zero_fp8.handlers.master_views import MasterViews
 from ds_fp8.zero_fp8.optimizer.fp8_adamw import FP8AdamW
+from ds_fp8.zero_fp8.parts import Parts
 from ds_fp8.zero_fp8.recipe import ZeroSettings
 from ds_fp8.zero_fp8.weights.model_weights import ModelWeights
 from ds_fp8.zero_fp8.weights.store import Gathers
 from ds_fp8.zero_fp8.weights.tiled import tiled
-from ds_fp8.zero_fp8.wiring import Parts
 
 
 class SavedStates:

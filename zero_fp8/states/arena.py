@@ -47,7 +47,7 @@ class Arena:
         Raises RuntimeError if the machine, or this process's container, has less than that.
         """
         refuse_too_much(nbytes)
-        self.nbytes, self._used = nbytes, 0
+        self.nbytes, self.used = nbytes, 0
         self.pinned = False
         self._memory = mapped(nbytes) if nbytes else None
         if self._memory is not None and device is not None and device.type == "cuda":
@@ -73,8 +73,8 @@ class Arena:
         nbytes = torch.Size(shape).numel() * dtype.itemsize
         if not nbytes or self._memory is None:
             return torch.zeros(*shape, dtype=dtype)
-        taken = torch.frombuffer(self._memory, dtype=torch.uint8, count=nbytes, offset=self._used)
-        self._used += aligned(nbytes)
+        taken = torch.frombuffer(self._memory, dtype=torch.uint8, count=nbytes, offset=self.used)
+        self.used += aligned(nbytes)
         return taken.view(dtype).view(*shape)
 
     def blocks(self, rows: int, block_size: int, fmt: Format) -> Blocks:

@@ -17,7 +17,7 @@ from ds_fp8.ops.formats import Format
 from ds_fp8.zero_fp8.health import Counts
 from ds_fp8.zero_fp8.placement.partition import Piece
 from ds_fp8.zero_fp8.states.residence import Part, Residence, move, nbytes_of
-from ds_fp8.zero_fp8.states.ring import copy
+from ds_fp8.zero_fp8.states.visits import Target, copy, room_like
 
 ALL = slice(None)  # rows
 
@@ -64,7 +64,10 @@ class Shard:
             for piece, each in cut
             if each.start < each.stop
         ]
-        return self._backend.plan(segments, rows.stop - rows.start, self.block_size, part.device)
+        backend, memory = self._backend, part.state.master.codes.device
+        if part.executor is not None:
+            backend, memory = part.executor.backend, part.executor.memory
+        return backend.plan(segments, rows.stop - rows.start, self.block_size, memory)
 
     @property
     def rows(self) -> int:
@@ -77,8 +80,8 @@ class Shard:
 
     @property
     def host_nbytes(self) -> int:
-        """Those of states that visit the device."""
-        return sum(nbytes_of(each.state) for each in self._parts if each.ring is not None)
+        """Those in host memory."""
+        return sum(nbytes_of(each.state) for each in self._parts if each.executor is not None)
 
     @property
     def master_format(self) -> Format:
@@ -107,11 +110,11 @@ class Shard:
         inside = [(part, part.among(wanted)) for part in self._parts]
         inside = [(part, each) for part, each in inside if each.start < each.stop] or inside[:1]
         first, its_rows = inside[0]
-        if len(inside) == 1 and first.ring is None:
+        if len(inside) == 1 and first.executor is None:
             yield first.state[its_rows]
             return
-        ring = next(part.ring for part, _ in inside if part.ring is not None)
-        lent = ring.room(wanted.stop - wanted.start)
+        device = next(part.executor.device for part, _ in inside if part.executor is not None)
+        lent = room_like(first.state, wanted.stop - wanted.start, device)
         lots = []
         for part, each in inside:
             part.settle()
@@ -152,12 +155,17 @@ class Shard:
                     self._backend.quantize(weights[rows].view(-1), state.master)
 
     def sweep(self, gradient: Blocks, weights: Room, scalars: AdamScalars, control: Tensor) -> None:
-        """One Adam step, or none if `control` says so; writes the owned rows of the weights."""
+        """One Adam step, or none if `control` says so; writes the owned rows of the weights.
+
+        gradient: where the states are swept.
+        """
         counts = self._counts.of_state(sum(piece.numel for piece in self.pieces))
-        room, plans = weights.room, iter(self._plans)
-        for rows, state in (each for part in self._parts for each in part.visits()):
-            swept = (state, gradient[rows], room[rows], next(plans), scalars, control)
-            self._backend.adam_step(Sweep(*swept, self._rounding, counts))
+        target, plans = Target(weights.room, control, counts), iter(self._plans)
+        for part in self._parts:
+            backend = self._backend if part.executor is None else part.executor.backend
+            for visit in part.visits(target):
+                swept = (visit.state, gradient[visit.rows], visit.target.weights, next(plans), scalars)
+                backend.adam_step(Sweep(*swept, visit.target.control, self._rounding, visit.target.counts))
 
 
 def _overlap(first: slice, second: slice) -> slice:
