@@ -175,9 +175,12 @@ def logged() -> Iterator[list[str]]:
     """What ds_fp8 logs meanwhile."""
     lines, logger = Lines(), logging.getLogger("ds_fp8")
     logger.addHandler(lines)
+    level = logger.level
+    logger.setLevel("INFO")
     try:
         yield lines.lines
     finally:
+        logger.setLevel(level)
         logger.removeHandler(lines)
 
 

@@ -65,7 +65,7 @@ class Arena:
                 memlock_limit(),
             )
             return False
-        self._unpin = weakref.finalize(self, unregister, address, self.nbytes, self._memory)
+        self._unpin = weakref.finalize(self, _let_go, address, self.nbytes, device, self._memory)
         return True
 
     def tensor(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -118,8 +118,15 @@ def register(address: int, nbytes: int, device: torch.device) -> str | None:
     return None
 
 
-def unregister(address: int, nbytes: int, memory: object = None) -> None:
-    """Undo `register`; memory: kept alive until then."""
+def _let_go(address: int, nbytes: int, device: torch.device, memory: object) -> None:
+    """Undo `register` when no copy is under way; memory: kept alive until then."""
+    with suppress(Exception):  # of a driver that has shut down
+        torch.cuda.synchronize(device)
+    unregister(address, nbytes)
+
+
+def unregister(address: int, nbytes: int) -> None:
+    """Undo `register`."""
     cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     for first, _ in pieces(nbytes):
         cudart.cudaHostUnregister(address + first)
