@@ -409,8 +409,8 @@ FAULTS = (
     Fault(
         "upper halves of split masters are not restored",
         "zero_fp8/checkpoint/reader.py",
-        "                        if saved.master.format.split:\n",
-        "                        if False:\n",
+        "                    if saved.master.format.split:\n",
+        "                    if False:\n",
         "test_zero3_checkpoints.py stages_ranks",
     ),
     Fault(
