@@ -136,7 +136,7 @@ CORNERS = (0, 2, 5, 7, 9, 10, 13, 19)  # of the cells: every value, and a skippe
 def cells() -> list[tuple[Any, ...]]:
     """Every pair of values, corners first.
 
-    FP8 weights are not built under ZeRO 3, whose pairs go to two other cells; the host has no use for a ratio.
+    FP8 weights are not built under ZeRO 3, whose pairs go to two other cells; a ratio is for streaming only.
     """
     chosen = pairwise(
         {
