@@ -518,7 +518,7 @@ PROVED_ELSEWHERE = {
     ),
     "O3: bytes between steps are those of the estimate": "test_estimates.py::test_fp8_weights",
     "O3: a gather sends 1.00006 bytes per element": "test_bytes.py::test_wire_bytes_of_fp8_weights",
-    "offload_optimizer cpu: the same bits as without, at every level": (
+    "offload_optimizer cpu, executors stream and host: the same bits as without, at every level": (
         "test_offload.py::test_offloaded_runs_are_the_same_bits"
     ),
     "offload_optimizer cpu: load_checkpoint to and from other runs, at any number of ranks": (
@@ -529,6 +529,15 @@ PROVED_ELSEWHERE = {
     ),
     "offload_optimizer cpu: safe_get_full_*, safe_set_full_*": (
         "test_offload_checkpoints.py::test_whole_tensors_are_read_and_written"
+    ),
+    "fp8.offload.executor auto: link, cores and level decide": (
+        "test_offload_executors.py::test_the_faster_one_is_chosen"
+    ),
+    "fp8.offload.threads, whatever OMP_NUM_THREADS says": (
+        "test_offload_executors.py::test_threads_are_those_of_the_section"
+    ),
+    "offload_optimizer cpu: no wait of the host per parameter": (
+        "test_offload_executors.py::test_the_host_waits_for_no_parameter"
     ),
     "offload_optimizer cpu: bytes are those of the estimate": (
         "test_offload_users.py::test_bytes_are_those_of_the_estimate"

@@ -30,7 +30,8 @@ ROOMS = (
         "stage12 stage3 | common fetching slice_access | full_tensors roster saved_states take_over | "
         "master_views",
     ),
-    ("ds_fp8.zero_fp8", "step moves | wiring verdict | parts"),
+    ("ds_fp8.zero_fp8.offload", "moves"),
+    ("ds_fp8.zero_fp8", "step | wiring verdict | parts"),
     ("ds_fp8.zero_fp8.checkpoint.foreign", "stock12 stock3 universal | stock_model | stock_files"),
     (
         "ds_fp8.zero_fp8.checkpoint",
@@ -49,11 +50,12 @@ ROOMS = (
         "chosen | fp8_parameter choice | linear | ways values | answers shared_casts matrix | operations | "
         "kernels",
     ),
-    ("ds_fp8.zero_fp8", "offloading"),
+    ("ds_fp8.zero_fp8.offload", "place"),
     (
         "ds_fp8.zero_fp8.gradients",
         "reducer fp8_sum landing | pending | packing reduced schedule | exchange autoscale backwards",
     ),
+    ("ds_fp8.zero_fp8.offload", "sizes"),
     (
         "ds_fp8.zero_fp8.states",
         "shard | residence | host_sweep ring | arena choice visits | host_memory lanes",

@@ -22,11 +22,11 @@ from ds_fp8.ops.adam import AdamScalars, Rounding
 from ds_fp8.ops.backend import REFERENCE
 from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.formats import BY_NAME, E4M3, FP32
-from ds_fp8.zero_fp8 import offloading
 from ds_fp8.zero_fp8.gradients import landing as landings
 from ds_fp8.zero_fp8.gradients.landing import HostSum, Landing
 from ds_fp8.zero_fp8.gradients.reduced import BlockSum
 from ds_fp8.zero_fp8.health import Counts
+from ds_fp8.zero_fp8.offload import place
 from ds_fp8.zero_fp8.placement.partition import ParameterSpec, partition
 from ds_fp8.zero_fp8.placement.ranks import Fleet
 from ds_fp8.zero_fp8.recipe import Offload
@@ -49,20 +49,20 @@ def chosen(
     """Whether the host sweeps, and what is logged. found: what is measured; None: it fails."""
     offload = Offload(executor, ratio=ratio)
     measured = patch.object(
-        offloading,
+        place,
         "measure",
         return_value=found,
         side_effect=None if found else RuntimeError("out of memory"),
     )
     alone = (
-        patch.object(offloading, "gather_objects", lambda value, group: [value]),
+        patch.object(place, "gather_objects", lambda value, group: [value]),
         patch("torch.distributed.get_rank", return_value=0),
     )
     with measured, alone[0], alone[1], logged() as log:
-        recipe = offloading.Recipe(
+        recipe = place.Recipe(
             128, E4M3, E4M3, True, BY_NAME["fp16"], Rounding(0, True), E4M3, BY_NAME["fp16"], True
         )
-        host = offloading._host_if_wanted(recipe, offload, device, None)  # type: ignore[arg-type]
+        host = place._host_if_wanted(recipe, offload, device, None)  # type: ignore[arg-type]
     return host is not None, log
 
 

@@ -10,7 +10,7 @@ from ds_fp8.zero_fp8.gradients.packing import Packer
 from ds_fp8.zero_fp8.gradients.reduced import ReducedGradient
 from ds_fp8.zero_fp8.gradients.reducer import GradientReducer
 from ds_fp8.zero_fp8.health import Health
-from ds_fp8.zero_fp8.offloading import Offloaded
+from ds_fp8.zero_fp8.offload.place import Offloaded
 from ds_fp8.zero_fp8.placement.partition import Bucket
 from ds_fp8.zero_fp8.placement.ranks import Fleet
 from ds_fp8.zero_fp8.states.residence import Residence

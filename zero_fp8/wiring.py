@@ -31,7 +31,8 @@ from ds_fp8.zero_fp8.gradients.reduced import BlockSum, ReducedGradient, Sum, Te
 from ds_fp8.zero_fp8.gradients.reducer import GradientReducer
 from ds_fp8.zero_fp8.gradients.schedule import Arrivals, ModuleEnds, Schedule
 from ds_fp8.zero_fp8.health import Counts, Health
-from ds_fp8.zero_fp8.offloading import Crossing, Offloaded, formats_of, offloaded, stream
+from ds_fp8.zero_fp8.offload.place import Offloaded, offloaded, stream
+from ds_fp8.zero_fp8.offload.sizes import Crossing, formats_of
 from ds_fp8.zero_fp8.parts import Parts
 from ds_fp8.zero_fp8.placement.partition import (
     Bucket,

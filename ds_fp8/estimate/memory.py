@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ds_fp8.ops.formats import BF16, E4M3, FP32, Format
 from ds_fp8.ops.products import TILE, scale_shape, tiles
-from ds_fp8.zero_fp8.offloading import Crossing, Expected, expected
+from ds_fp8.zero_fp8.offload.sizes import Crossing, Expected, expected
 from ds_fp8.zero_fp8.placement.messages import Message
 from ds_fp8.zero_fp8.placement.partition import Bucket, slice_blocks
 from ds_fp8.zero_fp8.placement.ranks import Fleet, NodeLayout

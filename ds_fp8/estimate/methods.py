@@ -15,7 +15,7 @@ from ds_fp8.config.section import LEVELS, FP8Config
 from ds_fp8.estimate import codes, fetching, memory, stock
 from ds_fp8.estimate.runs import MOST_PARAMETERS, Model, Run, model_of_size, refuse_absurd
 from ds_fp8.ops.formats import BF16, E4M3, FP32, Format
-from ds_fp8.zero_fp8.offloading import Expected
+from ds_fp8.zero_fp8.offload.sizes import Expected
 from ds_fp8.zero_fp8.placement.partition import (
     Bucket,
     ParameterSpec,

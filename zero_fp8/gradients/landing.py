@@ -21,11 +21,10 @@ from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.formats import FP32
 from ds_fp8.zero_fp8.gradients.exchange import blocks_in
 from ds_fp8.zero_fp8.gradients.reduced import Sum
+from ds_fp8.zero_fp8.offload.sizes import LANDING
 from ds_fp8.zero_fp8.placement.messages import Message
 from ds_fp8.zero_fp8.states.arena import Arena
 from ds_fp8.zero_fp8.states.lanes import Event, Lane, follow, mark, wait
-
-BUFFERS = 2
 
 
 @dataclass
@@ -55,9 +54,9 @@ class Landing:
         self.lane = Lane(device)
         self._on_device = [
             DeviceBuffer(torch.empty(on_device, dtype=torch.uint8, device=device), mark(device))
-            for _ in range(BUFFERS)
+            for _ in range(LANDING)
         ]
-        self._on_host = [HostBuffer(arena.tensor((on_host,), torch.uint8)) for _ in range(BUFFERS)]
+        self._on_host = [HostBuffer(arena.tensor((on_host,), torch.uint8)) for _ in range(LANDING)]
         self._worker = ThreadPoolExecutor(1, "ds_fp8 adds gradients")
 
     @property

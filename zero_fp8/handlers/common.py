@@ -23,7 +23,7 @@ from ds_fp8.zero_fp8.handlers.master_views import MasterViews, as_groups
 from ds_fp8.zero_fp8.handlers.roster import Members, Roster
 from ds_fp8.zero_fp8.handlers.saved_states import SavedStates
 from ds_fp8.zero_fp8.handlers.take_over import take_over
-from ds_fp8.zero_fp8.moves import MovableStates
+from ds_fp8.zero_fp8.offload.moves import MovableStates
 from ds_fp8.zero_fp8.optimizer.client import Client
 from ds_fp8.zero_fp8.optimizer.facade import Facade
 from ds_fp8.zero_fp8.optimizer.fp8_adamw import FP8AdamW
