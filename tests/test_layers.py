@@ -58,7 +58,7 @@ ROOMS = (
     ("ds_fp8.zero_fp8.offload", "sizes"),
     (
         "ds_fp8.zero_fp8.states",
-        "shard | residence | host_sweep ring | arena choice visits | host_memory lanes",
+        "shard | residence | host_sweep ring choice | arena visits | host_memory lanes",
     ),
     ("ds_fp8.zero_fp8", "health | product_health"),
     ("ds_fp8.zero_fp8.comm", "collectives | agreement groups"),

@@ -20,7 +20,8 @@ from ds_fp8.zero_fp8.offload.sizes import Crossing, formats_of
 from ds_fp8.zero_fp8.recipe import Offload, Recipe
 from ds_fp8.zero_fp8.states.arena import Arena
 from ds_fp8.zero_fp8.states.choice import Estimate, cores_of_a_rank, measure
-from ds_fp8.zero_fp8.states.residence import Residence, streamed, swept_on_host
+from ds_fp8.zero_fp8.states.host_memory import refuse_too_much
+from ds_fp8.zero_fp8.states.residence import Residence, arena_bytes, streamed, swept_on_host
 
 logger = logging.getLogger("ds_fp8")
 
@@ -72,7 +73,9 @@ def offloaded(
 def _on_host(
     recipe: Recipe, offload: Offload, crossing: Crossing, device: torch.device, host: Backend
 ) -> Offloaded:
-    arena = Arena(crossing.landing_bytes(recipe), device if offload.pinned else None)
+    landing = crossing.landing_bytes(recipe)
+    refuse_too_much(landing + arena_bytes(crossing.rows, recipe.block_size, formats_of(recipe), 1.0))
+    arena = Arena(landing, device if offload.pinned else None)
     size, formats = recipe.block_size, formats_of(recipe)
     residence = swept_on_host(crossing.rows, size, formats, device, host, arena, crossing.row_bytes)
     buffers = crossing.device_buffer(recipe), crossing.host_buffer(recipe)
@@ -110,6 +113,9 @@ def _faster(
     found = gather_objects(own, group)
     known = [each for each in found if each is not None]
     if len(known) < len(found):
+        logger.info(
+            "fp8.offload.executor auto: stream, as a rank's host has no kernels or no memory to be measured"
+        )
         return "stream"
     slowest = Estimate(max(each.stream for each in known), max(each.host for each in known))
     if torch.distributed.get_rank(group) == 0:

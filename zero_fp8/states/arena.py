@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.formats import Format
-from ds_fp8.zero_fp8.states.host_memory import memlock_limit, refuse_too_much
+from ds_fp8.zero_fp8.states.host_memory import memlock_limit
 
 logger = logging.getLogger("ds_fp8")
 
@@ -42,11 +42,7 @@ class Arena:
     """Memory that is handed out once, from its first byte to its last."""
 
     def __init__(self, nbytes: int, device: torch.device | None) -> None:
-        """Reserve the memory, zeros. device: a GPU that copies from and to it; None: leave it pageable.
-
-        Raises RuntimeError if the machine, or this process's container, has less than that.
-        """
-        refuse_too_much(nbytes)
+        """Reserve the memory, zeros. device: a GPU that copies from and to it; None: leave it pageable."""
         self.nbytes, self.used = nbytes, 0
         self.pinned = False
         self._memory = mapped(nbytes) if nbytes else None

@@ -17,6 +17,7 @@ from ds_fp8.ops.adam import AdamScalars, AdamState, Rounding, Segment, Sweep
 from ds_fp8.ops.backend import Backend
 from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.formats import E4M3, Format
+from ds_fp8.zero_fp8.states.arena import Arena
 from ds_fp8.zero_fp8.states.host_memory import local_processes
 from ds_fp8.zero_fp8.states.lanes import Lane, mark
 
@@ -71,8 +72,9 @@ def _best(act: Callable[[], None]) -> float:
 
 def _link(device: torch.device) -> float:
     """Nanoseconds per byte, both ways at once."""
+    arena = Arena(2 * LINK_BYTES, device)
     there = [torch.empty(LINK_BYTES, dtype=torch.uint8, device=device) for _ in range(2)]
-    here = [torch.empty(LINK_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+    here = [arena.tensor((LINK_BYTES,), torch.uint8) for _ in range(2)]
     up, down = Lane(device), Lane(device)
 
     def act() -> None:
@@ -84,7 +86,9 @@ def _link(device: torch.device) -> float:
         up.wait()
         down.wait()
 
-    return _best(act) / LINK_BYTES
+    taken = _best(act) / LINK_BYTES
+    arena.close()
+    return taken
 
 
 def _sweep(formats: Sequence[Format], block_size: int, rounding: Rounding, host: Backend) -> float:

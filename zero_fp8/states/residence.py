@@ -16,16 +16,23 @@ from ds_fp8.ops.backend import Backend
 from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.formats import Format
 from ds_fp8.zero_fp8.states.arena import Arena, aligned, room_of
+from ds_fp8.zero_fp8.states.host_memory import refuse_too_much
 from ds_fp8.zero_fp8.states.host_sweep import BUFFERS as STAGED
 from ds_fp8.zero_fp8.states.host_sweep import HostSweep
 from ds_fp8.zero_fp8.states.lanes import Event
 from ds_fp8.zero_fp8.states.ring import Ring
 from ds_fp8.zero_fp8.states.visits import STATES, Executor, Target, Visit, chunk_rows, chunks_of, copy
 
+ROWS_AT_ONCE = 16
+
 
 def offloaded_rows(rows: int, ratio: float) -> int:
-    """How many of a shard's rows, its last ones, live in host memory."""
-    return min(rows, math.ceil(rows * ratio))
+    """How many of a shard's rows, its last ones, live in host memory.
+
+    They begin at a multiple of 16: kernels read the scales of 16 rows at a time.
+    """
+    resident = math.floor(rows * (1 - ratio))
+    return rows - resident // ROWS_AT_ONCE * ROWS_AT_ONCE
 
 
 @dataclass
@@ -153,7 +160,9 @@ def streamed(
 
     Raises RuntimeError if there is not that much memory.
     """
-    arena = Arena(arena_bytes(rows, block_size, formats, ratio), device if pinned else None)
+    nbytes = arena_bytes(rows, block_size, formats, ratio)
+    refuse_too_much(nbytes)
+    arena = Arena(nbytes, device if pinned else None)
     longest = max((offloaded_rows(each, ratio) for each in rows), default=0)
     ring = Ring(chunk_rows(block_size, longest), block_size, formats, device, backend)
     return Residence(block_size, formats, device, away=Away(arena, ring), ratio=ratio)
@@ -170,7 +179,7 @@ def swept_on_host(
 ) -> Residence:
     """For shards of so many rows each, whose states the host sweeps. backend: the host's.
 
-    landing: has room for `staging_bytes`; row_bytes: of a row of weights. Raises as `streamed`.
+    landing: has room for `staging_bytes`; row_bytes: of a row of weights.
     """
     arena = Arena(arena_bytes(rows, block_size, formats, 1.0), None)
     host = HostSweep(chunk_rows(block_size, max(rows)), row_bytes, device, backend, landing)
