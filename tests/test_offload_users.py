@@ -96,6 +96,12 @@ def test_keys_without_effect_are_named() -> None:
     ]
 
 
+def test_an_optimizer_alone_has_no_host_memory() -> None:
+    weight = torch.nn.Parameter(torch.ones(3))
+    said = refusal(lambda: ds_fp8.FP8AdamW([weight], fp8={"offload": {"executor": "host"}}))
+    assert 'fp8.offload.executor: received "host", allowed: the key left out' in said
+
+
 def test_every_field_of_deepspeeds_section_is_classed() -> None:
     from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig
 
