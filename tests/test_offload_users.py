@@ -1,5 +1,6 @@
 """Offload as users turn it on: keys, optimizers, Hugging Face, bytes, and the memory of the machine."""
 
+import json
 import os
 import re
 from pathlib import Path
@@ -19,6 +20,7 @@ from ranks import RankPools
 from test_offload import LEVELS, Model, config_of, logged, make, small_chunks, train
 
 import ds_fp8
+from ds_fp8.cli import main
 from ds_fp8.config import ds_config, offload
 from ds_fp8.config.rules import Rules
 from ds_fp8.estimate import memory
@@ -393,3 +395,36 @@ def test_limits_of_a_container(tmp_path: Path) -> None:
         assert 0 < machine[1] <= machine[0]
         limit.write_text("max\n")
         assert len(list(host_memory.limits())) == 1
+
+
+# The command line
+
+
+def output(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    main(["estimate", *arguments])
+    return capsys.readouterr().out
+
+
+def test_estimate_has_a_row_for_each_executor(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    size = ("--params", "7G", "--gpus", "4")
+    told = json.loads(output(capsys, *size, "--offload", "--opt-level", "O2", "--json"))["models"][0]["bytes"]
+    rows = {each["method"]: each for each in told}
+    assert [name for name in rows if "ds_fp8" in name] == ["ds_fp8 O2, stream", "ds_fp8 O2, host"]
+    stream, host = rows["ds_fp8 O2, stream"], rows["ds_fp8 O2, host"]
+    plain = json.loads(output(capsys, *size, "--opt-level", "O2", "--json"))["models"][0]["bytes"][-1]
+    assert stream["host"] > 0.99 * plain["states"] > 10**9
+    assert host["host"] > stream["host"] + 0.99 * plain["gradients"]
+    assert (stream["gradients"], host["gradients"]) == (plain["gradients"], 0)
+    assert all(each["total"] == sum(each[key] for key in PARTS) for each in (stream, host, plain))
+    assert " host " in output(capsys, *size, "--offload")
+    assert " host " not in output(capsys, *size)
+    config = tmp_path / "ds_config.json"
+    for executor, names in (("auto", ["stream", "host"]), ("host", ["host"])):
+        fp8 = {"enabled": True, "offload": {"executor": executor}}
+        zero = {"stage": 2, "offload_optimizer": CPU}
+        config.write_text(json.dumps({"bf16": {"enabled": True}, "zero_optimization": zero, "fp8": fp8}))
+        told = json.loads(output(capsys, *size, "--config", str(config), "--json"))["models"][0]["bytes"]
+        assert [each["method"].rpartition(", ")[2] for each in told[2:]] == names
+
+
+PARTS = ("weights", "states", "gradients", "buffers", "persistent", "fetched")
