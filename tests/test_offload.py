@@ -15,6 +15,7 @@ from engines import (
     build,
     ds_config,
     packed,
+    refusal,
     state_bits,
     weight_bits,
     whole_states,
@@ -238,3 +239,17 @@ def test_states_go_to_host_memory_and_come_back(level: str, stage: int, ranks: R
     lines = ranks.run(2, moved_and_back, level, stage, seconds=SECONDS)[0]
     both = "offload_states: weights and reduced gradients stay on the device"
     assert lines == [both, both, "offload_states: weights stay on the device"]
+
+
+def moved_with_a_scale_per_tensor() -> str:
+    engine = make(ds_config({"scaling": "tensor"}, bucket=15_000))
+    said = refusal(engine.offload_states)
+    host = engine.optimizer.parts.host_nbytes
+    engine.destroy()
+    return f"{said} {host}"
+
+
+def test_states_with_a_scale_per_tensor_stay(ranks: RankPools) -> None:
+    """Their two sweeps need the whole of a tensor."""
+    (said,) = ranks.run(1, moved_with_a_scale_per_tensor, seconds=SECONDS)
+    assert said == 'fp8.scaling: received "tensor", allowed for states in host memory: "block" 0'

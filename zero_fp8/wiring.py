@@ -159,7 +159,7 @@ def in_host_memory(
 ) -> Residence:
     """States visit the device. rows: of each of the rank's shards.
 
-    Raises RuntimeError without enough host memory, ValueError for states that cannot live there.
+    Raises ValueError without enough host memory, and for states that cannot live there.
     """
     if recipe.by_tensor:
         raise ValueError('fp8.scaling: received "tensor", allowed for states in host memory: "block"')

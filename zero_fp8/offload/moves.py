@@ -44,8 +44,8 @@ class MovableStates:
         """Move master weights and moments to host memory, if `include` has one of them; wait for it.
 
         include: members of DeepSpeed's OffloadStateTypeEnum; None: all. Weights and reduced gradients stay on
-        the device, which is logged if they are asked for. Raises RuntimeError without enough host memory,
-        ValueError with one scale per tensor.
+        the device, which is logged if they are asked for. Raises ValueError without enough host memory,
+        and with one scale per tensor.
         """
         stays = [words for name, words in STAYS.items() if include is None or name in include]
         if stays:

@@ -47,7 +47,7 @@ class Offloaded:
 def stream(
     recipe: Recipe, offload: Offload, rows: Sequence[int], device: torch.device, backend: Backend
 ) -> Residence:
-    """For shards of so many rows. Raises RuntimeError if there is not that much memory."""
+    """For shards of so many rows. Raises ValueError if there is not that much memory."""
     how = (recipe.block_size, formats_of(recipe), device, backend)
     return streamed(rows, *how, pinned=offload.pinned, ratio=offload.ratio)
 

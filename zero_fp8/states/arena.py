@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.formats import Format
-from ds_fp8.zero_fp8.states.host_memory import memlock_limit
+from ds_fp8.zero_fp8.states.host_memory import WHAT, memlock_limit
 
 logger = logging.getLogger("ds_fp8")
 
@@ -87,8 +87,14 @@ class Arena:
 
 
 def mapped(nbytes: int) -> mmap.mmap:
-    """Zeros in private pages, large ones where the kernel has them; a forked process has none of them."""
-    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    """Zeros in private pages, large ones where the kernel has them; a forked process has none of them.
+
+    Raises ValueError if the kernel refuses.
+    """
+    try:
+        memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise ValueError(f"{WHAT}: {nbytes / 1e9:.2f} GB of host memory: {error}") from error
     for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):  # a kernel may lack the first
         with suppress(AttributeError, OSError):
             memory.madvise(getattr(mmap, advice))

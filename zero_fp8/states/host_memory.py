@@ -18,22 +18,22 @@ GROUPS = (  # of version 2 and of version 1 of Linux's control groups: limit and
     ),
 )
 LOCAL_RANKS = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")  # of launchers
-KEY = "zero_optimization.offload_optimizer.device"
+WHAT = "offloaded states (zero_optimization.offload_optimizer)"
 
 
 def refuse_too_much(nbytes: int) -> None:
     """Refuse what this machine can never hold; warn of what it cannot hold now. Each rank asks for as much.
 
-    Raises RuntimeError.
+    Raises ValueError.
     """
     processes = local_processes()
     wanted, found = nbytes * processes, list(limits())
     if not found:
         return
     limit, free = (min(each) for each in zip(*found, strict=True))
-    asked = f'{KEY}: "cpu" takes {nbytes / 1e9:.2f} GB of host memory per rank, {processes} on this machine'
+    asked = f"{WHAT} take {nbytes / 1e9:.2f} GB of host memory per rank, {processes} on this machine"
     if wanted > limit:
-        raise RuntimeError(f"{asked}; it, or this container, has {limit / 1e9:.2f} GB")
+        raise ValueError(f"{asked}, allowed: {limit / 1e9:.2f} GB, which it, or this container, has")
     if wanted > free:
         logger.warning("%s; %.2f GB are free: the kernel may kill this process", asked, free / 1e9)
 

@@ -158,7 +158,7 @@ def streamed(
 ) -> Residence:
     """For shards of so many rows each, whose states visit the device. backend: the device's.
 
-    Raises RuntimeError if there is not that much memory.
+    Raises ValueError if there is not that much memory.
     """
     nbytes = arena_bytes(rows, block_size, formats, ratio)
     refuse_too_much(nbytes)
