@@ -253,3 +253,25 @@ def test_states_with_a_scale_per_tensor_stay(ranks: RankPools) -> None:
     """Their two sweeps need the whole of a tensor."""
     (said,) = ranks.run(1, moved_with_a_scale_per_tensor, seconds=SECONDS)
     assert said == 'fp8.scaling: received "tensor", allowed for states in host memory: "block" 0'
+
+
+def with_two_hops(executor: str) -> None:
+    """Sums of nodes arrive, in 16 bits, and add up in 16 bits."""
+    gradients = {"intra_node_size": 2, "inter_node_dtype": "bf16", "accum_dtype": "bf16"}
+    runs = []
+    for offload in (None, {"executor": executor}):
+        config = config_of("O2", 2, 3, offload)
+        config["fp8"]["gradients"] = gradients
+        engine = make(config)
+        runs.append((train(engine, "late", range(3)), weight_bits(engine), state_bits(engine.optimizer)))
+        engine.destroy()
+    (seen, *bits), (expected, *expected_bits) = runs
+    assert seen == expected
+    for found, other in zip(bits, expected_bits, strict=True):
+        assert_same_bits(found, other)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_two_hops(ranks: RankPools, executor: str) -> None:
+    ranks.run(4, with_two_hops, executor, seconds=SECONDS)
