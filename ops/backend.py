@@ -10,7 +10,6 @@ import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -32,7 +31,7 @@ class Backend:
     dequantize: Callable[[blocks.Blocks, Tensor], None]  # no step calls it: for tests of decoding, benchmarks
     accumulate: Callable[..., Tensor]
     plan: Callable[..., Any]
-    adam_step: Callable[..., None]
+    adam_step: Callable[[adam.Sweep], None]
     quantize_together: Callable[..., None] | None = None  # `quantize_vectors` in fewer launches
     instead: str | None = None  # why this backend runs although a faster one was wanted
 
@@ -111,8 +110,21 @@ def choose_for_host(threads: int) -> Backend:
     if obstacle is not None:
         raise RuntimeError(obstacle)
     cpp = cpu_backend()
-    step, accumulate = partial(cpp.adam_step, threads=threads), partial(cpp.accumulate, threads=threads)
-    return replace(cpp, adam_step=step, accumulate=accumulate)
+    return replace(
+        cpp,
+        adam_step=_on_threads(threads, cpp.adam_step),
+        accumulate=_on_threads(threads, cpp.accumulate),
+    )
+
+
+def _on_threads(threads: int, function: Callable[..., Any]) -> Callable[..., Any]:
+    from ds_fp8.ops.cpu import kernels
+
+    def run(*arguments: Any, **named: Any) -> Any:
+        with kernels.on_threads(threads):
+            return function(*arguments, **named)
+
+    return run
 
 
 def cpu_obstacle(device: torch.device) -> str | None:

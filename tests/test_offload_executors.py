@@ -137,14 +137,14 @@ def threads_used(config: dict[str, Any]) -> tuple[set[int], set[int]]:
     swept, added = set(), set()
     step, accumulate = kernels._step, kernels._accumulate
 
-    def stepped(kernel: Any, sweep: Any, threads: int | None = None) -> None:
-        swept.add(threads or torch.get_num_threads())
-        step(kernel, sweep, threads)
+    def stepped(*arguments: Any) -> None:
+        swept.add(kernels.thread_count())
+        step(*arguments)
 
-    def summed(kernel: Any, pieces: Any, shard: Any, overwrite: bool, threads: int | None = None) -> Tensor:
+    def summed(kernel: Any, pieces: Any, shard: Any, overwrite: bool) -> Tensor:
         if not overwrite:
-            added.add(threads or torch.get_num_threads())
-        return accumulate(kernel, pieces, shard, overwrite, threads)
+            added.add(kernels.thread_count())
+        return accumulate(kernel, pieces, shard, overwrite)
 
     with patch.object(kernels, "_step", stepped), patch.object(kernels, "_accumulate", summed):
         engine = make(config)

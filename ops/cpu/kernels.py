@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from ctypes import POINTER, Structure, byref, c_char_p, c_float, c_int32, c_int64, c_uint32, c_void_p
 from dataclasses import dataclass
 from typing import Any
@@ -160,6 +161,24 @@ def c_values(values: Tensor) -> CValues:
     return CValues(values.data_ptr(), DTYPES[values.dtype])
 
 
+_asked: ContextVar[int | None] = ContextVar("threads", default=None)
+
+
+@contextmanager
+def on_threads(count: int) -> Iterator[None]:
+    """Kernels that are called within run on so many threads, whatever torch and OMP_NUM_THREADS say."""
+    token = _asked.set(count)
+    try:
+        yield
+    finally:
+        _asked.reset(token)
+
+
+def thread_count() -> int:
+    """Of a kernel that is called now."""
+    return _asked.get() or torch.get_num_threads()
+
+
 @contextmanager
 def _counted(counts: Tensor | None, threads: int) -> Iterator[int | None]:
     """The address of zeros, one row of counts per thread; at the end they are added to the counts."""
@@ -183,7 +202,7 @@ def quantize_tensor(values: Tensor, out: Blocks, counts: Tensor | None = None) -
 
 def _quantize(kernel: Any, values: Tensor, out: Blocks, counts: Tensor | None) -> None:
     guards.check_quantize(values, out, counts)
-    threads = torch.get_num_threads()
+    threads = thread_count()
     with _counted(counts, threads) as address:
         kernel(
             byref(c_values(values)),
@@ -204,11 +223,9 @@ def dequantize(blocks: Blocks, out: Tensor) -> None:
     load().dequantize(byref(_blocks(blocks)), byref(c_values(out)), count, blocks.block_size, threads)
 
 
-def accumulate(
-    pieces: Sequence[Blocks], shard: Blocks, *, overwrite: bool, threads: int | None = None
-) -> Tensor:
-    """`ops.reduction.accumulate`. threads: None: torch's."""
-    return _accumulate(load().accumulate, pieces, shard, overwrite, threads)
+def accumulate(pieces: Sequence[Blocks], shard: Blocks, *, overwrite: bool) -> Tensor:
+    """`ops.reduction.accumulate`."""
+    return _accumulate(load().accumulate, pieces, shard, overwrite)
 
 
 def accumulate_tensor(pieces: Sequence[Blocks], shard: Blocks, *, overwrite: bool) -> Tensor:
@@ -216,11 +233,9 @@ def accumulate_tensor(pieces: Sequence[Blocks], shard: Blocks, *, overwrite: boo
     return _accumulate(load().accumulate_tensor, pieces, shard, overwrite)
 
 
-def _accumulate(
-    kernel: Any, pieces: Sequence[Blocks], shard: Blocks, overwrite: bool, threads: int | None = None
-) -> Tensor:
+def _accumulate(kernel: Any, pieces: Sequence[Blocks], shard: Blocks, overwrite: bool) -> Tensor:
     guards.check_accumulate(pieces, shard)
-    threads = threads or torch.get_num_threads()
+    threads = thread_count()
     parts = torch.zeros(threads, NORM_PARTS, dtype=torch.int64)
     array = (CBlocks * len(pieces))(*map(_blocks, pieces))
     rows, size = len(shard), shard.block_size
@@ -235,9 +250,9 @@ def plan(segments: Sequence[Segment], blocks: int, block_size: int, device: torc
     return Plan((CSegment * len(rows))(*rows), blocks)
 
 
-def adam_step(sweep: Sweep, *, threads: int | None = None) -> None:
-    """`ops.adam.adam_step`. threads: None: torch's."""
-    _step(load().adam_step, sweep, threads)
+def adam_step(sweep: Sweep) -> None:
+    """`ops.adam.adam_step`."""
+    _step(load().adam_step, sweep)
 
 
 def step_tensors(sweep: Sweep) -> None:
@@ -245,9 +260,9 @@ def step_tensors(sweep: Sweep) -> None:
     _step(load().step_tensors, sweep)
 
 
-def _step(kernel: Any, sweep: Sweep, threads: int | None = None) -> None:
+def _step(kernel: Any, sweep: Sweep) -> None:
     guards.check_step(sweep, sweep.plan.blocks)
-    threads = threads or torch.get_num_threads()
+    threads = thread_count()
     with _counted(sweep.counts, threads) as address:
         kernel(byref(_sweep(sweep, address)), threads)
 
