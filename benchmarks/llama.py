@@ -19,8 +19,10 @@ SIZES = {  # hidden size, layers, heads, size between
     "tiny": (64, 2, 4, 172),
     "350M": (1024, 24, 16, 2736),
     "1.3B": (2048, 24, 16, 5504),
+    "3B": (3200, 26, 32, 8640),
     "7B": (4096, 32, 32, 11008),
     "13B": (5120, 40, 40, 13824),
+    "20B": (6144, 44, 48, 16384),
 }
 VOCABULARY = 32_000
 SPLIT = "tensor_model_parallel"  # DeepSpeed's mark of a parameter of which ranks have parts

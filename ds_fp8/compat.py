@@ -88,6 +88,8 @@ __all__ = [
     "fragment_address",
     "is_functorch_transforming",
     "load_ds_config",
+    "loss_scaler_of",
+    "timers_of",
     "warn_of_newer_torch",
 ]
 
@@ -108,6 +110,7 @@ SIGNATURES: dict[tuple[type, str], tuple[str, ...]] = {
     (DeepSpeedEngine, "_configure_basic_optimizer"): ("self", "model_parameters"),
     (DeepSpeedEngine, "_do_optimizer_sanity_check"): ("self", "basic_optimizer"),
     (DeepSpeedEngine, "_configure_zero_optimizer"): ("self", "optimizer"),
+    (DeepSpeedEngine, "zero_force_ds_cpu_optimizer"): ("self",),
     (DeepSpeedEngine, "backward"): ("args", "kwargs"),  # DeepSpeed's profiling decorator hides the others
     (DeepSpeedEngine, "_backward_prologue"): ("self",),
     (DeepSpeedEngine, "_backward_prologue_per_tensor"): ("self", "grad"),
@@ -206,3 +209,18 @@ def check_signatures(signatures: dict[tuple[type, str], tuple[str, ...]] = SIGNA
                 f"deepspeed {version('deepspeed')}: {owner.__name__}.{name}: expected "
                 f"({', '.join(expected)}), found {received}"
             )
+
+
+def timers_of(engine: Any) -> Any:
+    """DeepSpeed's timers, if they are on."""
+    return engine.timers if engine.wall_clock_breakdown() else NoopTimer()
+
+
+def loss_scaler_of(engine: Any) -> Any:
+    """DeepSpeed's loss scaler for the engine's config."""
+    return CreateLossScaler(
+        torch.float16 if engine.fp16_enabled() else torch.float32,
+        static_loss_scale=engine.loss_scale(),
+        dynamic_scaling=engine.dynamic_loss_scale(),
+        dynamic_loss_args=engine.dynamic_loss_scale_args(),
+    )

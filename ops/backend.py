@@ -99,6 +99,34 @@ def choose_for_tensors(device: torch.device) -> Backend:
     return FOR_TENSORS[chosen.name]()
 
 
+def choose_for_host(threads: int) -> Backend:
+    """The backend for states in host memory beside any device, on so many threads.
+
+    Raises RuntimeError if the C++ kernels cannot be built: the reference is asked for by DS_FP8_BACKEND only.
+    """
+    if os.environ.get(VARIABLE) == REFERENCE.name:
+        return REFERENCE
+    obstacle = cpu_obstacle(torch.device("cpu"))
+    if obstacle is not None:
+        raise RuntimeError(obstacle)
+    cpp = cpu_backend()
+    return replace(
+        cpp,
+        adam_step=_on_threads(threads, cpp.adam_step),
+        accumulate=_on_threads(threads, cpp.accumulate),
+    )
+
+
+def _on_threads(threads: int, function: Callable[..., Any]) -> Callable[..., Any]:
+    from ds_fp8.ops.cpu import kernels
+
+    def run(*arguments: Any, **named: Any) -> Any:
+        with kernels.on_threads(threads):
+            return function(*arguments, **named)
+
+    return run
+
+
 def cpu_obstacle(device: torch.device) -> str | None:
     """Why the C++ kernels cannot run on this device; None if they can. Builds them."""
     from ds_fp8.ops.cpu import kernels

@@ -1,5 +1,6 @@
 """docs/keys.md: what becomes of every key of a ds_config that ds_fp8 knows, from the tables themselves."""
 
+from ds_fp8.config import offload
 from ds_fp8.config.refusals import show
 from ds_fp8.config.rule_kinds import ByStage, Honoured, NoEffect, Rule, rule_at
 from ds_fp8.config.rules import SECTIONS, TOP_LEVEL, Rules
@@ -49,6 +50,7 @@ def markdown() -> str:
     for name, rules in SECTIONS.items():
         if name not in same:
             parts += [f"## {name}", "", *table(rules)]
+    parts += [f"## {offload.PATH}", "", "If its device is `cpu`.", "", *table(offload.OFFLOAD)]
     return "\n".join(parts)
 
 

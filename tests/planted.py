@@ -409,8 +409,8 @@ FAULTS = (
     Fault(
         "upper halves of split masters are not restored",
         "zero_fp8/checkpoint/reader.py",
-        "                        if saved.master.format.split:\n",
-        "                        if False:\n",
+        "                    if saved.master.format.split:\n",
+        "                    if False:\n",
         "test_zero3_checkpoints.py stages_ranks",
     ),
     Fault(
@@ -695,6 +695,49 @@ FAULTS = (
         "sums.sum(0)",
         "sums[:1].sum(0)",
         "test_triton_products.py test_casts normal",
+    ),
+    # Offload
+    Fault(
+        "a chunk comes up before it has gone down",
+        "zero_fp8/states/ring.py",
+        "self._up.after(written, buffer.free)",
+        "self._up.after(buffer.free)",
+        "test_offload_executors.py no_state",
+    ),
+    Fault(
+        "a chunk is swept before it has come",
+        "zero_fp8/states/ring.py",
+        "            follow(self.device, self._up.mark())\n",
+        "",
+        "test_offload_executors.py no_state",
+    ),
+    Fault(
+        "weights are written over on their way up",
+        "zero_fp8/states/host_sweep.py",
+        "        wait(buffer.free)\n",
+        "",
+        "test_offload_executors.py no_weight",
+    ),
+    Fault(
+        "the host adds messages that have not come",
+        "zero_fp8/gradients/landing.py",
+        "        wait(came)\n",
+        "",
+        "test_offload_executors.py no_gradient",
+    ),
+    Fault(
+        "a skipped step uploads what the host has left",
+        "zero_fp8/states/host_sweep.py",
+        "        if not control[1]:\n            return\n",
+        "",
+        "test_offload.py same_bits",
+    ),
+    Fault(
+        "a chunk's random bits begin anew",
+        "zero_fp8/states/shard.py",
+        "piece.first_element + (each.start - piece.rows.start) * self.block_size,",
+        "piece.first_element,",
+        "test_offload.py same_bits",
     ),
 )
 

@@ -541,6 +541,37 @@ PROVED_ELSEWHERE = {
     ),
     "O3: bytes between steps are those of the estimate": "test_estimates.py::test_fp8_weights",
     "O3: a gather sends 1.00006 bytes per element": "test_bytes.py::test_wire_bytes_of_fp8_weights",
+    "offload_optimizer cpu, executors stream and host: the same bits as without, at every level": (
+        "test_offload.py::test_offloaded_runs_are_the_same_bits"
+    ),
+    "offload_optimizer cpu: load_checkpoint to and from other runs, at any number of ranks": (
+        "test_offload_checkpoints.py::test_to_an_offloaded_run_and_back"
+    ),
+    "offload_optimizer cpu: universal checkpoints, zero_to_fp32.py": (
+        "test_offload_checkpoints.py::test_an_offloaded_run_saves_and_goes_on_as_any"
+    ),
+    "offload_optimizer cpu: safe_get_full_*, safe_set_full_*": (
+        "test_offload_checkpoints.py::test_whole_tensors_are_read_and_written"
+    ),
+    "fp8.offload.executor auto: link, cores and level decide": (
+        "test_offload_executors.py::test_the_faster_one_is_chosen"
+    ),
+    "fp8.offload.threads, whatever OMP_NUM_THREADS says": (
+        "test_offload_executors.py::test_threads_are_those_of_the_section"
+    ),
+    "offload_optimizer cpu: no wait of the host per parameter": (
+        "test_offload_executors.py::test_the_host_waits_for_no_parameter"
+    ),
+    "offload_optimizer cpu: bytes are those of the estimate": (
+        "test_offload_users.py::test_bytes_are_those_of_the_estimate"
+    ),
+    "offload_optimizer cpu: a client's AdamW and DeepSpeedCPUAdam": (
+        "test_offload_users.py::test_an_optimizer_of_the_client_is_replaced"
+    ),
+    "offload_optimizer cpu: Hugging Face Trainer, without compiling cpu_adam": (
+        "test_offload_users.py::test_hugging_face"
+    ),
+    "engine.offload_states, reload_states": ("test_offload.py::test_states_go_to_host_memory_and_come_back"),
     "ranks that disagree get an error that says so": "test_agreement.py::test_disagreement_is_told",
 }
 
@@ -572,16 +603,21 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"zero_optimization": {"stage": 3, "stage3_use_all_reduce_for_fetch_params": True}},
         "zero_optimization.stage3_use_all_reduce_for_fetch_params: received true",
     ),
-    **{
-        f"zero_optimization.{key}": (
-            {"zero_optimization": {"stage": 2, key: value}},
-            f"zero_optimization.{key}: received",
-        )
-        for key, value in {
-            "offload_optimizer": {"device": "cpu"},
-            "zenflow": {"topk_ratio": 0.1},
-        }.items()
-    },
+    "zero_optimization.offload_optimizer to NVMe": (
+        {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme", "nvme_path": "/nvme"}}},
+        'zero_optimization.offload_optimizer.device: received "nvme", allowed: "cpu", "none"',
+    ),
+    "zero_optimization.zenflow": (
+        {"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}},
+        "zero_optimization.zenflow: received",
+    ),
+    "offload_optimizer with one scale per tensor": (
+        {
+            "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+            "fp8": {"scaling": "tensor"},
+        },
+        'fp8.scaling: received "tensor", allowed: "block" with zero_optimization.offload_optimizer',
+    ),
     **{
         f"zero_optimization.{key} under ZeRO 3": (
             {"zero_optimization": {"stage": 3, key: value}},

@@ -22,7 +22,7 @@ from ds_fp8.zero_fp8.placement.partition import ParameterSpec, partition
 from ds_fp8.zero_fp8.placement.ranks import Fleet
 from ds_fp8.zero_fp8.recipe import recipe_of
 from ds_fp8.zero_fp8.verdict import Counted
-from ds_fp8.zero_fp8.wiring import room, shard_of
+from ds_fp8.zero_fp8.wiring import resident, room, shard_of
 
 DIVISIBLE = Shape(layers=1, width=128, heads=4, context=49)  # 2112 blocks: 16 n on each of 2 or 4 ranks
 
@@ -234,7 +234,7 @@ def test_every_recipe_allocates_its_bytes() -> None:
         buckets = partition(specs, bucket_elements=10**6, block_size=block_size)
         blocks = buckets[0].blocks_per_rank
         by_hand = sum(blocks * (block_size * BITS[each] // 8 + (each not in UNSCALED)) for each in formats)
-        shard = shard_of(buckets[0], 0, recipe, torch.device("cpu"), REFERENCE, Counts())
+        shard = shard_of(buckets[0], 0, recipe, resident(recipe, torch.device("cpu")), REFERENCE, Counts())
         assert memory.state_bytes(recipe, buckets) == by_hand
         assert shard.nbytes == by_hand
         reduced = room(buckets[0], 0, recipe.reduced, torch.device("cpu"))

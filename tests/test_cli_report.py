@@ -123,6 +123,9 @@ CONFIGS = {
     "O2+, ZeRO 1, overlap": ds_config({"opt_level": "O2+"}, stage=1, zero={"overlap_comm": True}),
     "ZeRO 3": ds_config({}, stage=3, micro_steps=2, zero={"stage3_param_persistence_threshold": 8}),
     "O3": ds_config({"opt_level": "O3", "weights": {"min_elements": 256}}),
+    "offloaded": ds_config(
+        {"offload": {"ratio": 0.5}}, zero={"offload_optimizer": {"device": "cpu", "pin_memory": False}}
+    ),
     "two hops": ds_config({"gradients": {"intra_node_size": 2, "inter_node_dtype": "bf16"}}),
 }
 
@@ -146,6 +149,10 @@ OF_AN_ENGINE = {
     "weight_room_bytes",
     "gather_bytes",
     "agreement_bytes",
+    "offload",
+    "host_bytes",
+    "pinned_bytes",
+    "ring_bytes",
 }
 
 

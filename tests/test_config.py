@@ -75,6 +75,7 @@ class TestSection:
             },
             "weights": {"dtype": None, "exclude": [], "min_elements": 2_097_152, "frozen": "bf16"},
             "products": {"dtype": None},
+            "offload": {"executor": "auto", "threads": None, "ratio": 1.0},
             "checkpoint": {"fp32_master": True, "allow_conversion": False, "weights": "codes"},
             "stats": {"interval": 0},
             "max_consecutive_skips": 50,
@@ -636,9 +637,6 @@ REFUSED = [  # ds_config, path in the message, value in the message, a part of w
 ]
 
 REFUSED_IN_ZERO = [  # field, value, a part of what is allowed
-    ("offload_optimizer", {"device": "cpu"}, '{"device": "none"}'),
-    ("offload_optimizer", {"device": "nvme", "nvme_path": "/x"}, '{"device": "none"}'),
-    ("cpu_offload", True, "false"),
     ("zenflow", {"topk_ratio": 0.05}, "null"),
     ("overlap_com", True, "left out"),
 ]
@@ -654,7 +652,6 @@ REFUSED_IN_ZERO_3 = [  # field, value, a part of what is allowed
     ("mics_hierarchical_params_gather", True, "false"),
     ("zeropp_loco_param", {"err_beta": 0.8}, "null"),
     ("zenflow", {"topk_ratio": 0.05}, "null"),
-    ("offload_optimizer", {"device": "cpu"}, '{"device": "none"}'),
     ("offload_param", {"device": "cpu"}, '{"device": "none"}'),
     ("cpu_offload_param", True, "false"),
     ("stage3_prefetch_bucket", 1, "left out"),
@@ -907,7 +904,7 @@ class TestRestOfTheConfig:
             }
         )
         assert idle == [
-            "aio (nothing is offloaded)",
+            "aio (states go to no file)",
             "zero_optimization.reduce_scatter (gradients go to their owners by all-to-all)",
             "zero_optimization.allgather_partitions (weights are gathered one bucket at a time)",
             "bf16.immediate_grad_update (a key of DeepSpeed's BF16 optimizer)",
@@ -1045,8 +1042,10 @@ class TestShippedConfigs:
     @pytest.mark.parametrize("name", SHIPPED)
     def test_parses_and_passes(self, name: str) -> None:
         config = strict_json(resources.files("ds_fp8.configs").joinpath(name).read_text())
-        stage, kind = re.fullmatch(r"zero(\d)_(\w+)\.json", name).groups()  # type: ignore[union-attr]
+        stage, kind = re.fullmatch(r"zero(\d)_(\w+?)(?:_offload)?\.json", name).groups()  # type: ignore[union-attr]
         assert config["zero_optimization"]["stage"] == int(stage)
+        offloaded = config["zero_optimization"].get("offload_optimizer")
+        assert offloaded == ({"device": "cpu"} if name.endswith("_offload.json") else None)
         fp8 = parse(config)
         if kind == "bf16":
             assert fp8 is None

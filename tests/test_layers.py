@@ -31,7 +31,8 @@ ROOMS = (
         "stage12 stage3 | common fetching slice_access | full_tensors roster saved_states take_over | "
         "master_views",
     ),
-    ("ds_fp8.zero_fp8", "step | wiring verdict"),
+    ("ds_fp8.zero_fp8.offload", "moves"),
+    ("ds_fp8.zero_fp8", "step | wiring verdict | parts"),
     ("ds_fp8.zero_fp8.checkpoint.foreign", "stock12 stock3 universal | stock_model | stock_files"),
     ("ds_fp8.zero_fp8.checkpoint.whole", "export | fp8_layout | merged"),
     (
@@ -50,11 +51,16 @@ ROOMS = (
         "ds_fp8.zero_fp8.products",
         "chosen | fp8_parameter choice | linear | ways values | answers shared_casts matrix | kernels",
     ),
+    ("ds_fp8.zero_fp8.offload", "place"),
     (
         "ds_fp8.zero_fp8.gradients",
-        "reducer fp8_sum | pending | packing reduced schedule | exchange autoscale backwards",
+        "reducer fp8_sum landing | pending | packing reduced schedule | exchange autoscale backwards",
     ),
-    ("ds_fp8.zero_fp8.states", "shard"),
+    ("ds_fp8.zero_fp8.offload", "sizes"),
+    (
+        "ds_fp8.zero_fp8.states",
+        "shard | residence | host_sweep ring choice | arena visits | host_memory lanes",
+    ),
     ("ds_fp8.zero_fp8", "health | product_health"),
     ("ds_fp8.zero_fp8.comm", "replicas | collectives | agreement | groups"),
     ("ds_fp8.zero_fp8.placement", "parameters even_slices | messages partition | ranks"),
@@ -72,7 +78,7 @@ ROOMS = (
         "fp8_sum per_tensor cublas | guards cublas_lt | adam reduction products | masters moments exact | "
         "rounding blocks | health | formats",
     ),
-    ("ds_fp8.config", "ds_config | rules section | rule_kinds"),
+    ("ds_fp8.config", "ds_config | offload | rules section | rule_kinds"),
     ("ds_fp8", "compat"),
     ("ds_fp8.config", "refusals"),
 )

@@ -36,6 +36,19 @@ class Elsewhere:
             Blocks.zeros(rows, bucket.block_size, BY_NAME[name], torch.device("cpu")) for name in formats
         )
         self._home = AdamState(*blocks)
+        self.rows = rows
+
+    def cut(self, rows: slice) -> Iterator[slice]:
+        for first in range(rows.start, rows.stop, 3):
+            yield slice(first, min(first + 3, rows.stop))
+
+    def where_they_are(self, rows: slice = slice(None)) -> Iterator[tuple[slice, AdamState]]:
+        """In two lots."""
+        start, stop, _ = rows.indices(self.rows)
+        middle = (start + stop) // 2
+        for first, last in ((start, middle), (middle, stop)):
+            if first < last:
+                yield slice(first - start, last - start), self._home[first:last]
 
     @contextmanager
     def lend(self, rows: slice = slice(None)) -> Iterator[AdamState]:

@@ -20,7 +20,7 @@ from ds_fp8.zero_fp8.optimizer.fp8_adamw import FP8AdamW
 from ds_fp8.zero_fp8.placement.partition import Bucket, ParameterSpec, partition
 from ds_fp8.zero_fp8.placement.ranks import Fleet
 from ds_fp8.zero_fp8.recipe import Recipe
-from ds_fp8.zero_fp8.wiring import room, shard_of
+from ds_fp8.zero_fp8.wiring import resident, room, shard_of
 
 SIZES = (1, 7, 129, 1000, 333, 128, 2047)  # nothing divides, blocks of 128 among 4 ranks
 STEPS = 20
@@ -121,7 +121,9 @@ def inject(world_size: int) -> dict[str, Tensor]:
     pieces = []
     for rank in range(world_size):
         cpu = torch.device("cpu")
-        shards = [shard_of(bucket, rank, RECIPE, cpu, REFERENCE, Counts()) for bucket in buckets]
+        shards = [
+            shard_of(bucket, rank, RECIPE, resident(RECIPE, cpu), REFERENCE, Counts()) for bucket in buckets
+        ]
         reduced = [room(bucket, rank, RECIPE.reduced, cpu) for bucket in buckets]
         weights = [SimpleNamespace(room=_own_weights(bucket, rank, start)) for bucket in buckets]
         for shard, each in zip(shards, weights, strict=True):

@@ -11,7 +11,8 @@ A weight's way: shard -> sweep -> gather -> parameter.
 `wiring` builds the parts of both ways and alone chooses which; `handlers` answers DeepSpeed's engine, and
 `handlers.take_over` makes fleets and process groups. `placement` says who owns what, `comm` has groups and
 collectives, `recipe` is the config as plain values, `health` counts what rounding did, `checkpoint` writes
-and reads the states, `optimizer` holds the hyperparameters and is FP8AdamW without DeepSpeed.
+and reads the states, `offload` places them in host memory, `optimizer` holds the hyperparameters and is
+FP8AdamW without DeepSpeed.
 
 One meaning per word:
 
@@ -39,6 +40,10 @@ One meaning per word:
     verdict            norm, clip factor and whether to step, the same on every rank
     settle             count a step or a skip, once the host knows the verdict
     lend               give access to states for as long as a `with` lasts, wherever they live
+    residence          where shards' states live: on the device, or in host memory (offload)
+    executor           who sweeps states that live in host memory: the device (stream) or the host
+    chunk              rows of a shard that an executor sweeps at a time; a visit is one that is ready
+    landing            a reduced gradient's way to host memory, if the host sweeps
 
 Invariants, each with a test: integers decide who owns what (`placement`); a block is the same bytes wherever
 it lives; a value goes one way; axes are fields that `wiring` composes, not subclasses; the device decides

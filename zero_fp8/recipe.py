@@ -1,6 +1,7 @@
 """The formats and rules of a run, as plain values: what the layers below see of fp8 section and ds_config."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -54,6 +55,16 @@ class Recipe:
 
 
 @dataclass(frozen=True)
+class Offload:
+    """States in host memory, as plain values."""
+
+    executor: str = "auto"  # or stream, host
+    pinned: bool = True  # if CUDA lets it
+    ratio: float = 1.0  # share of the states, by rows
+    threads: int | None = None  # of the host executor; None: as many as there are cores for a rank
+
+
+@dataclass(frozen=True)
 class ZeroSettings:
     """What of the ds_config the handler obeys, as plain values."""
 
@@ -69,9 +80,18 @@ class ZeroSettings:
     sequence_parallel_size: int = 1  # ranks that share a sequence; each has the gradient of its part
     micro_steps: int = 1  # before a step, as the config says
     accumulate_in_fp32: bool = False  # the micro-steps of ZeRO 1, in `.grad`
-    counts_replicated: bool = (
-        True  # in norm and health: what model-parallel peers hold alike, one of them counts
-    )
+    # In norm and health: what model-parallel peers hold alike, one of them counts.
+    counts_replicated: bool = True
+    offload: Offload | None = None  # None: states live on the device
+
+
+def offload_from(config: FP8Config, zero_config: Any) -> Offload | None:
+    """What section and ds_config say of offload. zero_config: DeepSpeed's, of "zero_optimization"."""
+    optimizer = zero_config.offload_optimizer
+    if optimizer is None or optimizer.device == "none":
+        return None
+    given = config.offload
+    return Offload(given.executor, bool(optimizer.pin_memory), given.ratio, given.threads)
 
 
 def recipe_of(config: FP8Config, *, accumulating: bool = False, ranks: int = 1) -> Recipe:

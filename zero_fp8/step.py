@@ -13,10 +13,10 @@ from torch.nn import Parameter
 
 from ds_fp8.zero_fp8.comm.groups import Ranks
 from ds_fp8.zero_fp8.optimizer.fp8_adamw import FP8AdamW
+from ds_fp8.zero_fp8.parts import Parts
 from ds_fp8.zero_fp8.recipe import Recipe, ZeroSettings
 from ds_fp8.zero_fp8.verdict import Counted, Verdict, non_finite_parameters
 from ds_fp8.zero_fp8.weights.store import Gathers
-from ds_fp8.zero_fp8.wiring import Parts
 
 logger = logging.getLogger("ds_fp8")
 
@@ -107,7 +107,7 @@ class Stepper:
         """Log whose gradient was not finite. Raises RuntimeError after too many skips in a row."""
         parts = self._parts
         owned = [(reduced, shard.pieces) for _, reduced, shard, _ in parts.by_bucket()]
-        culprits = non_finite_parameters(owned, names, self._ranks)
+        culprits = non_finite_parameters(owned, names, self._ranks, parts.residence.device)
         if self._ranks.rank == 0:
             logger.warning("step skipped: the gradient of %s is not finite", culprits)
         if self.consecutive_skips >= self._settings.max_consecutive_skips:

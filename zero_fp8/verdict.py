@@ -103,11 +103,14 @@ def clip_factor(norm: Tensor, limit: float) -> Tensor:
 
 
 def non_finite_parameters(
-    reduced: Sequence[tuple[ReducedGradient, Sequence[Piece]]], names: Mapping[int, str], ranks: Ranks
+    reduced: Sequence[tuple[ReducedGradient, Sequence[Piece]]],
+    names: Mapping[int, str],
+    ranks: Ranks,
+    device: torch.device,
 ) -> str:
     """Names of the first parameters, in the model's order, whose gradient on any rank is not finite."""
     order = {index: place for place, index in enumerate(names)}
-    flags = torch.zeros(len(order), dtype=torch.uint8, device=reduced[0][0].blocks.codes.device)
+    flags = torch.zeros(len(order), dtype=torch.uint8, device=device)
     for gradient, pieces in reduced:
         for piece in pieces:
             if first_non_finite_block(gradient.blocks[piece.rows]) is not None:

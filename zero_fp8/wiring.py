@@ -6,17 +6,17 @@ The axes of a run are fields that are composed here:
 - when gradients travel: as buckets fill (ZeRO 2), where modules end (ZeRO 3) or at the accumulation boundary
   (ZeRO 1);
 - what a rank holds of the weights: all of them, in the model's dtype or as codes, or its slices (ZeRO 3);
+- where the states live: on the device, or in host memory, from where they visit it or where the host sweeps;
 - kernels: those of the device.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 
-from ds_fp8.ops.adam import AdamState
 from ds_fp8.ops.backend import Backend, choose, choose_for_tensors
 from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.formats import Format
@@ -24,12 +24,16 @@ from ds_fp8.zero_fp8.comm.groups import Nodes
 from ds_fp8.zero_fp8.gradients.autoscale import Autoscale, FixedScales, GradientScales
 from ds_fp8.zero_fp8.gradients.exchange import launch_even, launch_uneven
 from ds_fp8.zero_fp8.gradients.fp8_sum import FP8Packer, FP8Sum
+from ds_fp8.zero_fp8.gradients.landing import HostSum
 from ds_fp8.zero_fp8.gradients.packing import Packer, ScaledPacker
 from ds_fp8.zero_fp8.gradients.pending import PendingGradients
 from ds_fp8.zero_fp8.gradients.reduced import BlockSum, ReducedGradient, Sum, TensorSum
 from ds_fp8.zero_fp8.gradients.reducer import GradientReducer
 from ds_fp8.zero_fp8.gradients.schedule import Arrivals, ModuleEnds, Schedule
 from ds_fp8.zero_fp8.health import Counts, Health
+from ds_fp8.zero_fp8.offload.place import Offloaded, offloaded, stream
+from ds_fp8.zero_fp8.offload.sizes import Crossing, formats_of
+from ds_fp8.zero_fp8.parts import Parts
 from ds_fp8.zero_fp8.placement.partition import (
     Bucket,
     ParameterSpec,
@@ -40,55 +44,15 @@ from ds_fp8.zero_fp8.placement.partition import (
 )
 from ds_fp8.zero_fp8.placement.ranks import Fleet
 from ds_fp8.zero_fp8.product_health import ProductHealth
-from ds_fp8.zero_fp8.recipe import Recipe, ZeroSettings
+from ds_fp8.zero_fp8.recipe import Offload, Recipe, ZeroSettings
+from ds_fp8.zero_fp8.states.residence import Residence
 from ds_fp8.zero_fp8.states.shard import Shard
-from ds_fp8.zero_fp8.weights.frozen import FrozenWeights
 from ds_fp8.zero_fp8.weights.slices import SlicedWeights
 from ds_fp8.zero_fp8.weights.store import Weights
 from ds_fp8.zero_fp8.weights.tiled import Products, TiledWeights, matrices_of
 from ds_fp8.zero_fp8.weights.views import FlatWeights
 
 GradientParts = tuple[Packer, GradientScales, list[ReducedGradient]]
-
-
-@dataclass(frozen=True)
-class Parts:
-    """The parts of a run. Of each bucket there is one of `weights`, `reduced` and `shards`."""
-
-    buckets: Sequence[Bucket]
-    fleets: Mapping[Fleet, Nodes]
-    weights: Sequence[Weights]
-    reduced: list[ReducedGradient]
-    counted: Sequence[bool]  # of each bucket, whether this rank counts it: a model-parallel peer may
-    shards: list[Shard]
-    packer: Packer
-    reducer: GradientReducer
-    gradient_scales: GradientScales
-    health: Health
-    backend: Backend
-    listens: bool  # gradients travel while backward runs
-    divisor: int  # of the sum of the ranks' gradients
-    products: Products | None = None  # of matrices that are codes, if there are some
-    frozen: FrozenWeights = field(default_factory=FrozenWeights)  # those that are codes
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of this rank's states and reduced gradients."""
-        return sum(each.nbytes for each in self.reduced) + sum(each.nbytes for each in self.shards)
-
-    def close(self) -> None:
-        """Give up states, reduced gradients and process groups."""
-        self.shards.clear()
-        self.reduced.clear()
-        for nodes in self.fleets.values():
-            nodes.close()
-
-    def nodes_of(self, bucket: Bucket) -> Nodes:
-        return self.fleets[bucket.fleet]
-
-    def by_bucket(self) -> Iterator[tuple[Bucket, ReducedGradient, Shard, Weights]]:
-        """What there is of each bucket."""
-        return zip(self.buckets, self.reduced, self.shards, self.weights, strict=True)
 
 
 def cut_buckets(specs: Sequence[ParameterSpec], recipe: Recipe, settings: ZeroSettings) -> tuple[Bucket, ...]:
@@ -134,11 +98,12 @@ def build(
     counted = [settings.counts_replicated or not bucket.replicated for bucket in buckets]
     health = _health(settings.stats_interval, param_groups, recipe, weights, device)
     health.follow([bucket.group for bucket in buckets], counted)
+    away = run.offloaded(buckets, settings)
     shards = [
-        shard_of(bucket, run.rank_in(bucket), recipe, device, backend, each)
+        shard_of(bucket, run.rank_in(bucket), recipe, away.residence, backend, each)
         for bucket, each in zip(buckets, health.by_bucket, strict=True)
     ]
-    packer, scales, reduced = run.gradient_parts(buckets)
+    packer, scales, reduced = run.gradient_parts(buckets, away)
     schedule = run.schedule(buckets, settings)
     pending = PendingGradients(
         parameters, adds_in_fp32=settings.accumulate_in_fp32, micro_steps=settings.micro_steps
@@ -156,6 +121,7 @@ def build(
         gradient_scales=scales,
         health=health,
         backend=backend,
+        offloaded=away,
         listens=settings.stage >= 2,
         divisor=_divisor(buckets[0].fleet, settings),
         products=products,
@@ -185,15 +151,29 @@ def room(bucket: Bucket, rank: int, fmt: Format, device: torch.device) -> Blocks
     return Blocks.zeros(bucket.blocks_of(rank), bucket.block_size, fmt, device)
 
 
+def resident(recipe: Recipe, device: torch.device) -> Residence:
+    """States live on the device."""
+    return Residence(recipe.block_size, formats_of(recipe), device, stores_sqrt=not recipe.by_tensor)
+
+
+def in_host_memory(
+    recipe: Recipe, offload: Offload, rows: Sequence[int], device: torch.device, backend: Backend
+) -> Residence:
+    """States visit the device. rows: of each of the rank's shards.
+
+    Raises ValueError without enough host memory, and for states that cannot live there.
+    """
+    if recipe.by_tensor:
+        raise ValueError('fp8.scaling: received "tensor", allowed for states in host memory: "block"')
+    return stream(recipe, offload, rows, device, backend)
+
+
 def shard_of(
-    bucket: Bucket, rank: int, recipe: Recipe, device: torch.device, backend: Backend, counts: Counts
+    bucket: Bucket, rank: int, recipe: Recipe, residence: Residence, backend: Backend, counts: Counts
 ) -> Shard:
     """A rank's states of a bucket, zeros. counts: of the bucket's param group."""
-    master, exp_avg, exp_avg_sq = (
-        room(bucket, rank, fmt, device) for fmt in (recipe.master, recipe.exp_avg, recipe.exp_avg_sq)
-    )
-    state = AdamState(master, exp_avg, exp_avg_sq, stores_sqrt=not recipe.by_tensor)
-    return Shard(tuple(bucket.pieces(rank)), state, recipe.rounding, backend, counts)
+    parts = residence.parts(bucket.blocks_of(rank))
+    return Shard(tuple(bucket.pieces(rank)), parts, recipe.rounding, backend, counts)
 
 
 @dataclass(frozen=True)
@@ -220,6 +200,25 @@ class _Run:
         """What this rank owns of a bucket."""
         return list(bucket.pieces(self.rank_in(bucket)))
 
+    def rows(self, buckets: Sequence[Bucket]) -> list[int]:
+        """How many rows this rank owns of each."""
+        return [bucket.blocks_of(self.rank_in(bucket)) for bucket in buckets]
+
+    def offloaded(self, buckets: Sequence[Bucket], settings: ZeroSettings) -> Offloaded:
+        """Where states live. Collective if that is host memory."""
+        if settings.offload is None:
+            return Offloaded(resident(self.recipe, self.device))
+        first = next(iter(self.fleets.values()))
+        itemsize = max(each.element_size() for each in self.parameters.values())
+        crossing = Crossing(
+            self.rows(buckets),
+            row_bytes=itemsize * self.recipe.block_size,
+            nodes=first.layout,
+            several=settings.stage > 1 and settings.micro_steps > 1,
+        )
+        what = (self.recipe, settings.offload, crossing, self.device, self.backend)
+        return offloaded(*what, first.group)
+
     def rooms(self, buckets: Sequence[Bucket]) -> list[Blocks]:
         """For this rank's reduced gradients."""
         return [room(bucket, self.rank_in(bucket), self.recipe.reduced, self.device) for bucket in buckets]
@@ -230,7 +229,7 @@ class _Run:
             return Arrivals(buckets)
         return ModuleEnds(buckets, next(iter(self.fleets.values())).group, self.device)
 
-    def gradient_parts(self, buckets: Sequence[Bucket]) -> GradientParts:
+    def gradient_parts(self, buckets: Sequence[Bucket], offloaded: Offloaded) -> GradientParts:
         """How gradients are packed, scaled and added up."""
         recipe, backend = self.recipe, self.backend
         if recipe.autoscale is not None:
@@ -241,7 +240,10 @@ class _Run:
             TensorSum(backend, self.pieces(bucket)) if recipe.by_tensor else BlockSum(backend)
             for bucket in buckets
         ]
-        return packer, FixedScales(), self._reduced(self.rooms(buckets), totals)
+        if offloaded.landing is not None and offloaded.host is not None:
+            on_host = [HostSum(total, offloaded.landing) for total in totals]
+            return packer, FixedScales(), self._reduced(offloaded.reduced, on_host, offloaded.host)
+        return packer, FixedScales(), self._reduced(self.rooms(buckets), totals, backend)
 
     def _fp8_sum(self, buckets: Sequence[Bucket], policy: str) -> GradientParts:
         """The paper's: sums in FP8, whose scales are FP32."""
@@ -250,12 +252,19 @@ class _Run:
         totals = [FP8Sum(self.pieces(bucket), self.device) for bucket in buckets]
         scales = Autoscale(policy, sizes, totals, nodes.group, fleet.mean_factor(), self.device)
         packer = FP8Packer(self.recipe.wire, self.fleets, self.device, scales)
-        return packer, scales, self._reduced(map(_with_fp32_scales, self.rooms(buckets)), totals)
+        return (
+            packer,
+            scales,
+            self._reduced(map(_with_fp32_scales, self.rooms(buckets)), totals, self.backend),
+        )
 
-    def _reduced(self, rooms: Iterable[Blocks], totals: Sequence[Sum]) -> list[ReducedGradient]:
+    def _reduced(
+        self, rooms: Iterable[Blocks], totals: Sequence[Sum], backend: Backend
+    ) -> list[ReducedGradient]:
+        """backend: for where the rooms are."""
         promotes = self.recipe.promote
         return [
-            ReducedGradient(blocks, total, self.backend, promotes=promotes)
+            ReducedGradient(blocks, total, backend, self.device, promotes=promotes)
             for blocks, total in zip(rooms, totals, strict=True)
         ]
 

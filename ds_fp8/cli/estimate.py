@@ -15,6 +15,7 @@ from ds_fp8.output import add_command, add_run, in_units, positive, show_json, s
 if TYPE_CHECKING:
     from ds_fp8.estimate.methods import Method
     from ds_fp8.estimate.runs import Model, Run
+    from ds_fp8.zero_fp8.recipe import Offload
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9, "T": 10**12}
 GB = 10**9
@@ -36,6 +37,7 @@ def add_to(commands: Any) -> None:
         "--tensor-parallel", metavar="N", type=positive, help="GPUs over which the model is split; default: 1"
     )
     parser.add_argument("--opt-level", choices=tuple(LEVELS), help="default: all of them")
+    parser.add_argument("--offload", action="store_true", help="states in host memory, a column of its own")
     parser.add_argument("--config", metavar="DS_CONFIG", help="take stage, level and formats from this file")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -78,12 +80,13 @@ def _run(arguments: argparse.Namespace) -> "tuple[Run, list[Method]]":
         parts = arguments.tensor_parallel or 1
         at_defaults = (arguments.gpus or parts, arguments.stage or 2, arguments.micro_steps or 1)
         run = _split(runs.run_at_defaults(*at_defaults), parts)
-        levels = methods.levels()
-        return run, [levels[arguments.opt_level]] if arguments.opt_level else [*levels.values()]
+        found = [methods.levels(each) for each in (_executors() if arguments.offload else [None])]
+        names = [arguments.opt_level] if arguments.opt_level else list(LEVELS)
+        return run, [levels[name] for name in names for levels in found]
     from ds_fp8.estimate import dry_run
 
-    for option in ("stage", "opt_level", "tensor_parallel"):
-        if getattr(arguments, option) is not None:
+    for option in ("stage", "opt_level", "tensor_parallel", "offload"):
+        if getattr(arguments, option) not in (None, False):
             raise ValueError(f"--{option.replace('_', '-')}: not allowed with --config, which decides it")
     config = dry_run.read(arguments.config)
     tried = dry_run.run_dry(config, gpus=arguments.gpus, micro_steps=arguments.micro_steps)
@@ -94,7 +97,22 @@ def _run(arguments: argparse.Namespace) -> "tuple[Run, list[Method]]":
     if tried.model_dtype is None:
         raise refusal("bf16.enabled", False, "true, or fp16.enabled: the estimate is of 16-bit weights")
     name = cut(os.path.basename(arguments.config))
-    return tried.run, [methods.with_fp8(f"ds_fp8, {name}", tried.fp8)]
+    if tried.offload is None:
+        return tried.run, [methods.with_fp8(f"ds_fp8, {name}", tried.fp8)]
+    ways = [each for each in _executors() if tried.offload.executor in ("auto", each.executor)]
+    return tried.run, [
+        methods.with_fp8(
+            f"ds_fp8, {name}, {each.executor}", tried.fp8, replace(each, ratio=tried.offload.ratio)
+        )
+        for each in ways
+    ]
+
+
+def _executors() -> "list[Offload]":
+    """Of offload, one and the other."""
+    from ds_fp8.zero_fp8.recipe import Offload
+
+    return [Offload("stream"), Offload("host")]
 
 
 def _split(run: "Run", parts: int) -> "Run":

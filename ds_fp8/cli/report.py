@@ -132,6 +132,9 @@ def described(tried: "DryRun") -> dict[str, Any]:
         "overlap_comm": tried.run.overlap,
         **(fetching.summary(tried.run.fetching, itemsize) if tried.run.stage == 3 else {}),
         **(_of_weights(tried.fp8) if tried.fp8.has_codes else {}),
+        **(
+            {"offload": tried.offload.executor, "offload_ratio": tried.offload.ratio} if tried.offload else {}
+        ),
         "without_effect": tried.idle,
         "filled_in_by_hugging_face": tried.filled_in,
         "refused_without_hugging_face": tried.refused_alone,

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from ds_fp8.config import offload
 from ds_fp8.config.refusals import LONGEST, cut, refusal, show, validate
 from ds_fp8.config.rule_kinds import Honoured, Refused, asks_for_nothing, rule_at
 from ds_fp8.config.rules import (
@@ -69,6 +70,9 @@ def check(ds_config: Mapping[str, Any]) -> list[str]:
     for name, rules in SECTIONS.items():
         idle += _apply(name, rules, _section(ds_config, name), stage)
     fp8 = parse(ds_config) or FP8Config()
+    offloaded = offload.section_of(_section(ds_config, "zero_optimization"))
+    idle += _apply(offload.PATH, offload.OFFLOAD, offloaded or {}, stage)
+    offload.check_offload(fp8, offloaded=offloaded is not None)
     if stage == 3:
         _refuse_whole_tensors(fp8, "with zero_optimization.stage 3, which cuts every tensor into slices")
     if parts > 1:

@@ -71,7 +71,7 @@ TOP_LEVEL: Rules = {
     "msamp": NoEffect("MS-AMP's section, switched off"),
     "zero_allow_untested_optimizer": OTHER_OPTIMIZER,
     "zero_force_ds_cpu_optimizer": OTHER_OPTIMIZER,
-    "aio": NoEffect("nothing is offloaded"),
+    "aio": NoEffect("states go to no file"),
     "seq_parallel_communication_data_type": NoEffect(
         "gradients travel in fp8.gradients.dtype and are added in FP32"
     ),
@@ -133,10 +133,10 @@ ZERO: Rules = {
     "parameter_alignment": only_below_3(Refused(NOT_WITH_FP8, (False,))),
     "elastic_checkpoint": NoEffect("checkpoints load at any world size", (False,)),
     "offload_param": only_zero3(Refused(NOT_YET, (None, {"device": "none"}))),
-    "offload_optimizer": Refused(NOT_YET, (None, {"device": "none"})),
-    "cpu_offload": Refused(NOT_YET, (None, False)),
+    "offload_optimizer": HONOURED,
+    "cpu_offload": HONOURED,
     "cpu_offload_param": only_zero3(Refused(NOT_YET, (None, False))),
-    "cpu_offload_use_pin_memory": Refused(NOT_YET, (None, False)),
+    "cpu_offload_use_pin_memory": NoEffect("is offload_optimizer.pin_memory in DeepSpeed", (None,)),
     "zenflow": Refused(NOT_WITH_FP8, (None,)),
     "zero_hpz_partition_size": only_zero3(
         Refused(f"{NOT_WITH_FP8}; gradients go node by node with fp8.gradients.intra_node_size", (0, 1))

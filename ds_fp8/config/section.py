@@ -73,6 +73,17 @@ class ProductsSection(_Strict):
     """Of their operands, with weights in e4m3; left out: e4m3 where the device has it, else bf16."""
 
 
+class OffloadSection(_Strict):
+    """How states in host memory are stepped."""
+
+    executor: Literal["auto", "stream", "host"] = "auto"
+    """stream: they visit the device; host: gradients come to them; auto: what is faster here."""
+    threads: int | None = Field(default=None, ge=1)
+    """Of the host's sweep; left out: as many as there are cores for a rank."""
+    ratio: float = Field(default=1.0, gt=0, le=1)
+    """Share of the states that lives in host memory, by rows."""
+
+
 class CheckpointSection(_Strict):
     """What checkpoints hold and which are loaded."""
 
@@ -124,6 +135,7 @@ class FP8Config(_Strict):
     optimizer: OptimizerSection = OptimizerSection()
     weights: WeightsSection = WeightsSection()
     products: ProductsSection = ProductsSection()
+    offload: OffloadSection = OffloadSection()
     checkpoint: CheckpointSection = CheckpointSection()
     stats: StatsSection = StatsSection()
     max_consecutive_skips: int = Field(default=50, ge=1)

@@ -78,6 +78,8 @@ def show(model: Model, run: Run, methods: Sequence[Method]) -> None:
     refused = refusals(methods, model, run)
     held = {method.name: method.held(model, run) for method in methods if method.name not in refused}
     columns = [each.name for each in fields(Held) if run.stage == 3 or each.name not in ONLY_ZERO3]
+    if not any(parts.host for parts in held.values()):
+        columns.remove("host")
     show_table(
         ("", *columns, "per GPU"),
         (

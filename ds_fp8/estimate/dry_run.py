@@ -21,7 +21,7 @@ from ds_fp8.config.section import SECTION, FP8Config
 from ds_fp8.estimate.fetching import fetching_of
 from ds_fp8.estimate.runs import Run
 from ds_fp8.zero_fp8.placement.ranks import NODE_SIZE, SEQUENCE_SIZE, Fleet, check_divides
-from ds_fp8.zero_fp8.recipe import Recipe, recipe_of
+from ds_fp8.zero_fp8.recipe import Offload, Recipe, offload_from, recipe_of
 
 FASTER_FROM = 16_000_000  # elements of a bucket, on one node with NVLink; docs/communication.md
 MOST_WORDS = 500  # characters of DeepSpeed's own words; they repeat what was given
@@ -39,6 +39,7 @@ class DryRun:
     run: Run
     recipe: Recipe
     model_dtype: str | None  # bf16, fp16; None: as the model has it
+    offload: Offload | None
     idle: tuple[str, ...]  # keys without effect
     filled_in: tuple[str, ...]  # keys that are "auto"
     refused_alone: str | None  # the refusal if nobody fills in "auto" keys, or a batch size that is missing
@@ -85,6 +86,7 @@ def run_dry(
         run,
         recipe,
         model_dtype=_model_dtype(filled_in, judged, recipe, fp8),
+        offload=offload_from(fp8, judged.zero_config),
         idle=tuple(judged.ds_fp8_idle_keys),
         filled_in=tuple(filled_in),
         refused_alone=_refused(config, gpus) if filled_in or assumes else None,

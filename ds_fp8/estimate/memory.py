@@ -14,10 +14,11 @@ from torch import Tensor
 
 from ds_fp8.ops.formats import BF16, E4M3, FP32, Format
 from ds_fp8.ops.products import TILE, scale_shape, tiles
+from ds_fp8.zero_fp8.offload.sizes import Crossing, Expected, expected
 from ds_fp8.zero_fp8.placement.messages import Message
 from ds_fp8.zero_fp8.placement.partition import Bucket, slice_blocks
 from ds_fp8.zero_fp8.placement.ranks import Fleet, NodeLayout
-from ds_fp8.zero_fp8.recipe import Recipe
+from ds_fp8.zero_fp8.recipe import Offload, Recipe
 
 
 def bytes_per_element(fmt: Format, block_size: int, scale_bytes: int = 1) -> float:
@@ -81,6 +82,15 @@ def rank_bytes(recipe: Recipe, buckets: Sequence[Bucket], *, accumulating: bool)
         return [block * sum(bucket.blocks_of(rank) for bucket in buckets) for rank in range(ranks)]
     even = block * sum(bucket.blocks_per_rank for bucket in buckets)
     return [even for _ in range(ranks)]
+
+
+def offloaded_bytes(
+    recipe: Recipe, offload: Offload, itemsize: int, buckets: Sequence[Bucket], rank: int, *, several: bool
+) -> Expected:
+    """What a rank takes in host memory and on the device. several: exchanges reach a gradient in a step."""
+    layout = NodeLayout.of(buckets[0].world_size, recipe.intra_node_size)
+    rows = [bucket.blocks_of(rank) for bucket in buckets]
+    return expected(recipe, offload, Crossing(rows, itemsize * recipe.block_size, layout, several))
 
 
 def weight_bytes(itemsize: int, buckets: Sequence[Bucket]) -> int:

@@ -6,7 +6,7 @@ keep for themselves.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from math import prod
 
@@ -15,6 +15,7 @@ from ds_fp8.config.section import LEVELS, FP8Config
 from ds_fp8.estimate import codes, fetching, memory, stock
 from ds_fp8.estimate.runs import MOST_PARAMETERS, Model, Run, model_of_size, of_rank, refuse_absurd
 from ds_fp8.ops.formats import BF16, E4M3, FP32, Format
+from ds_fp8.zero_fp8.offload.sizes import Expected
 from ds_fp8.zero_fp8.placement.partition import (
     Bucket,
     ParameterSpec,
@@ -23,7 +24,7 @@ from ds_fp8.zero_fp8.placement.partition import (
     partition_whole,
 )
 from ds_fp8.zero_fp8.placement.ranks import Fleet
-from ds_fp8.zero_fp8.recipe import Recipe, recipe_of
+from ds_fp8.zero_fp8.recipe import Offload, Recipe, recipe_of
 
 WEIGHT = BF16.itemsize
 # Beyond these an estimate would take minutes.
@@ -40,10 +41,11 @@ class Held:
     buffers: int  # buckets on their way, copies for the step, room in which FP8 weights are made
     persistent: int = 0  # under ZeRO 3: small parameters, whole between steps, too
     fetched: int = 0  # under ZeRO 3: other parameters, whole while they are needed
+    host: int = 0  # in host memory, and so not in the total: offloaded states
 
     @property
     def total(self) -> int:
-        return sum(vars(self).values())
+        return sum(getattr(self, each.name) for each in fields(self) if each.name != "host")
 
 
 @dataclass(frozen=True)
@@ -78,15 +80,18 @@ def refusals(methods: Sequence[Method], model: Model, run: Run) -> dict[str, str
     return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
-def with_fp8(name: str, config: FP8Config) -> Method:
+def with_fp8(name: str, config: FP8Config, offload: Offload | None = None) -> Method:
     """ds_fp8 with this section."""
-    return Method(name, partial(_with_fp8, config), config)
+    return Method(name, partial(_with_fp8, config, offload), config)
 
 
-def levels() -> dict[str, Method]:
+def levels(offload: Offload | None = None) -> dict[str, Method]:
     """ds_fp8 at each of its levels."""
+    how = f", {offload.executor}" if offload else ""
     return {
-        level: with_fp8(f"ds_fp8 {level}", FP8Config.model_validate({"enabled": True, "opt_level": level}))
+        level: with_fp8(
+            f"ds_fp8 {level}{how}", FP8Config.model_validate({"enabled": True, "opt_level": level}), offload
+        )
         for level in LEVELS
     }
 
@@ -97,7 +102,7 @@ def _refuse_many_shares(buckets: int, ranks: int) -> None:
         raise refusal('buckets with fp8.scaling "tensor"', buckets, allowed)
 
 
-def _with_fp8(config: FP8Config, model: Model, run: Run) -> Held:
+def _with_fp8(config: FP8Config, offload: Offload | None, model: Model, run: Run) -> Held:
     refuse_absurd(model.parameters, len(model.sizes), run)
     refused = codes.refusal_of(config, model, run)
     if refused:
@@ -119,9 +124,24 @@ def _with_fp8(config: FP8Config, model: Model, run: Run) -> Held:
         gradients=reduced + kept,
         buffers=max(backward, memory.gather_bytes(recipe, WEIGHT, buckets)) - kept,
     )
+    if offload is not None:
+        several = run.accumulating
+        away = memory.offloaded_bytes(recipe, offload, WEIGHT, buckets, fullest, several=several)
+        held = _with_offload(held, away, reduced)
     if config.has_codes:
         return _with_codes(held, config, model, buckets, chosen)
     return _with_slices(held, model, run, recipe.block_size) if run.stage == 3 else held
+
+
+def _with_offload(held: Held, away: Expected, reduced: int) -> Held:
+    """The same with states in host memory. reduced: bytes of the reduced gradient."""
+    return replace(
+        held,
+        states=away.resident,
+        gradients=held.gradients - (0 if away.gradient_on_device else reduced),
+        buffers=held.buffers + away.buffers,
+        host=away.host + away.landing,
+    )
 
 
 def _buckets(recipe: Recipe, model: Model, run: Run, chosen: codes.Codes) -> tuple[Bucket, ...]:

@@ -12,7 +12,7 @@ import torch
 from deepspeed import comm as dist
 
 import ds_fp8
-from ds_fp8.compat import ZERO_OPTIMIZATION, CreateLossScaler, NoopTimer
+from ds_fp8.compat import ZERO_OPTIMIZATION, loss_scaler_of, timers_of
 from ds_fp8.config import ds_config
 from ds_fp8.config.refusals import as_json
 from ds_fp8.config.section import FP8Config
@@ -34,7 +34,7 @@ from ds_fp8.zero_fp8.optimizer.fp8_adamw import FP8AdamW
 from ds_fp8.zero_fp8.optimizer.replacement import replace_optimizer
 from ds_fp8.zero_fp8.placement.parameters import shape_of
 from ds_fp8.zero_fp8.products.chosen import choose
-from ds_fp8.zero_fp8.recipe import Recipe, ZeroSettings, recipe_of
+from ds_fp8.zero_fp8.recipe import Recipe, ZeroSettings, offload_from, recipe_of
 
 logger = logging.getLogger("ds_fp8")
 
@@ -142,6 +142,16 @@ def do_optimizer_sanity_check(original: Method) -> Method:
     return method
 
 
+def zero_force_ds_cpu_optimizer(original: Method) -> Method:
+    """DeepSpeedEngine.zero_force_ds_cpu_optimizer: with offload, too, any Adam of a client will do."""
+
+    @functools.wraps(original)
+    def method(self: Any) -> Any:
+        return False if _fp8(self) is not None else original(self)
+
+    return method
+
+
 def configure_zero_optimizer(original: Method) -> Method:
     """DeepSpeedEngine._configure_zero_optimizer: our handler instead of DeepSpeed's."""
 
@@ -231,11 +241,6 @@ def handler_of(engine: Any, recipe: Recipe, settings: ZeroSettings) -> FP8ZeROOp
     return Stage12Optimizer(*what, timers, loss_scaler_of(engine), choice=choice)
 
 
-def timers_of(engine: Any) -> Any:
-    """DeepSpeed's timers, if they are on."""
-    return engine.timers if engine.wall_clock_breakdown() else NoopTimer()
-
-
 def offload_of(engine: Any, timers: Any) -> Offload:
     """DeepSpeed's fetching, as the engine's config has it; the model's parameters are converted."""
     return Offload(
@@ -252,16 +257,6 @@ def offload_of(engine: Any, timers: Any) -> Offload:
         mpu=engine.mpu,
         zero_module_granularity_threshold=engine.zero_module_granularity_threshold(),
         log_trace_cache_warnings=engine.zero_log_trace_cache_warnings(),
-    )
-
-
-def loss_scaler_of(engine: Any) -> Any:
-    """DeepSpeed's loss scaler for the engine's config."""
-    return CreateLossScaler(
-        torch.float16 if engine.fp16_enabled() else torch.float32,
-        static_loss_scale=engine.loss_scale(),
-        dynamic_scaling=engine.dynamic_loss_scale(),
-        dynamic_loss_args=engine.dynamic_loss_scale_args(),
     )
 
 
@@ -288,4 +283,5 @@ def settings_of(config: FP8Config, engine: Any) -> ZeroSettings:
         save_fp32_master=config.checkpoint.fp32_master and peers_of(engine) is None,
         masters_in_model_files=config.checkpoint.weights == "masters",
         stats_interval=config.stats.interval,
+        offload=offload_from(config, engine._config.zero_config),
     )

@@ -63,6 +63,7 @@ SEAM = (
     (DeepSpeedEngine, "_configure_basic_optimizer", engine.configure_basic_optimizer),
     (DeepSpeedEngine, "_do_optimizer_sanity_check", engine.do_optimizer_sanity_check),
     (DeepSpeedEngine, "_configure_zero_optimizer", engine.configure_zero_optimizer),
+    (DeepSpeedEngine, "zero_force_ds_cpu_optimizer", engine.zero_force_ds_cpu_optimizer),
     (DeepSpeedEngine, "_scheduler_from_config", engine.scheduler_from_config),
     (DeepSpeedEngine, "backward", backward.backward),
     (DeepSpeedEngine, "_backward_prologue", backward.backward_prologue),

@@ -43,7 +43,9 @@ def describe(engine: Any) -> dict[str, Any]:
         `wire_bytes_per_fetched_element`. With FP8 weights also `products` (cublas, emulated, decoded) and
         `products_instead`, why they are no FP8 products; the names `fp8_weights`, and `bf16_matrices` with
         the reason of each; `fp8_elements`, `fp8_share`; `weight_bytes` of a rank, and what of them it hands
-        to the gathers of a step.
+        to the gathers of a step. With offload also `offload`, the executor, `offload_ratio`, and what states
+        take on this rank: `host_bytes`; `landing_bytes` of host memory for what crosses if the host sweeps,
+        the reduced gradient among it; `pinned_bytes` of both; `ring_bytes` of buffers on the device.
 
     Raises:
         ValueError: the engine does not use FP8.
@@ -69,7 +71,23 @@ def describe(engine: Any) -> dict[str, Any]:
         "bytes_in_flight": memory.in_flight_bytes(recipe, buckets, overlap=handler.settings.overlap),
         **(_fetching(engine) if handler.settings.stage == 3 else {}),
         **weights_of(engine),
+        **_offload(handler),
         "kernels": handler.parts.backend.name,
+    }
+
+
+def _offload(handler: FP8ZeROOptimizer) -> dict[str, Any]:
+    """How offloaded states are stepped, and what they take on this rank; empty if there are none."""
+    away, landing = handler.parts.residence.away, handler.parts.offloaded.landing
+    if away is None:
+        return {}
+    return {
+        "offload": away.executor.name,
+        "offload_ratio": handler.parts.residence.ratio,
+        "host_bytes": away.host_bytes,
+        "landing_bytes": away.landing_bytes,
+        "pinned_bytes": away.pinned_bytes,
+        "ring_bytes": landing.nbytes if landing else away.executor.nbytes,
     }
 
 
@@ -158,7 +176,8 @@ def banner(engine: Any) -> str:
     overlapped = "overlapped" if about["overlap_comm"] else "not overlapped"
     return (
         f"ds_fp8 {about['version']}: ON, {about['opt_level']}, ZeRO {about['zero_stage']}, {ranks} | "
-        f"{_formats(about)} | {_bytes(about)}, {_hops(about)}, {overlapped}{in_words(about)} | "
+        f"{_formats(about)} | {_bytes(about)}, {_hops(about)}, {overlapped}{in_words(about)}"
+        f"{_offloaded(about)} | "
         f"kernels: {about['kernels']}"
     )
 
@@ -191,6 +210,17 @@ def _fetches(about: Mapping[str, Any]) -> str:
         f" and {about['wire_bytes_per_fetched_element']:.4f} per fetched element, "
         f"{about['persistent_bytes'] / 2**20:.2f} MiB persistent "
         f"(parameters of {about['param_persistence_threshold']:,} elements at most)"
+    )
+
+
+def _offloaded(about: Mapping[str, Any]) -> str:
+    if "offload" not in about:
+        return ""
+    host, ring = (about["host_bytes"] + about["landing_bytes"]) / 2**20, about["ring_bytes"] / 2**20
+    pinned = f"{about['pinned_bytes'] / 2**20:.2f} pinned" if about["pinned_bytes"] else "pageable"
+    return (
+        f" | states offloaded, executor {about['offload']}: {host:.2f} MiB of host memory per rank, "
+        f"{pinned}, {ring:.2f} MiB of buffers on the device"
     )
 
 

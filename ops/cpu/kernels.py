@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from ctypes import POINTER, Structure, byref, c_char_p, c_float, c_int32, c_int64, c_uint32, c_void_p
 from dataclasses import dataclass
 from typing import Any
@@ -164,13 +165,31 @@ def c_values(values: Tensor) -> CValues:
     return CValues(values.data_ptr(), DTYPES[values.dtype])
 
 
+_asked: ContextVar[int | None] = ContextVar("threads", default=None)
+
+
 @contextmanager
-def _counted(counts: Tensor | None) -> Iterator[int | None]:
+def on_threads(count: int) -> Iterator[None]:
+    """Kernels that are called within run on so many threads, whatever torch and OMP_NUM_THREADS say."""
+    token = _asked.set(count)
+    try:
+        yield
+    finally:
+        _asked.reset(token)
+
+
+def thread_count() -> int:
+    """Of a kernel that is called now."""
+    return _asked.get() or torch.get_num_threads()
+
+
+@contextmanager
+def _counted(counts: Tensor | None, threads: int) -> Iterator[int | None]:
     """The address of zeros, one row of counts per thread; at the end they are added to the counts."""
     if counts is None:
         yield None
         return
-    by_thread = torch.zeros(torch.get_num_threads(), counts.numel(), dtype=torch.float64)
+    by_thread = torch.zeros(threads, counts.numel(), dtype=torch.float64)
     yield by_thread.data_ptr()
     counts += by_thread.sum(dim=0)
 
@@ -187,14 +206,15 @@ def quantize_tensor(values: Tensor, out: Blocks, counts: Tensor | None = None) -
 
 def _quantize(kernel: Any, values: Tensor, out: Blocks, counts: Tensor | None) -> None:
     guards.check_quantize(values, out, counts)
-    with _counted(counts) as address:
+    threads = thread_count()
+    with _counted(counts, threads) as address:
         kernel(
             byref(c_values(values)),
             values.numel(),
             byref(_blocks(out)),
             len(out),
             out.block_size,
-            torch.get_num_threads(),
+            threads,
             address,
         )
 
@@ -219,7 +239,7 @@ def accumulate_tensor(pieces: Sequence[Blocks], shard: Blocks, *, overwrite: boo
 
 def _accumulate(kernel: Any, pieces: Sequence[Blocks], shard: Blocks, overwrite: bool) -> Tensor:
     guards.check_accumulate(pieces, shard)
-    threads = torch.get_num_threads()
+    threads = thread_count()
     parts = torch.zeros(threads, NORM_PARTS, dtype=torch.int64)
     array = (CBlocks * len(pieces))(*map(_blocks, pieces))
     rows, size = len(shard), shard.block_size
@@ -246,8 +266,9 @@ def step_tensors(sweep: Sweep) -> None:
 
 def _step(kernel: Any, sweep: Sweep) -> None:
     guards.check_step(sweep, sweep.plan.blocks)
-    with _counted(sweep.counts) as address:
-        kernel(byref(_sweep(sweep, address)), torch.get_num_threads())
+    threads = thread_count()
+    with _counted(sweep.counts, threads) as address:
+        kernel(byref(_sweep(sweep, address)), threads)
 
 
 def _sweep(sweep: Sweep, counts: int | None) -> CSweep:

@@ -94,14 +94,14 @@ class Checkpoint:
         for shard, own in zip(shards, weights, strict=True):
             for piece in shard.pieces:
                 name, (first, end) = names[piece.slot.parameter], self._blocks_of(piece.elements)
-                with shard.lend(piece.rows) as state:
-                    for row, saved in self.rows(name, first, end):
-                        rows = slice(row, row + len(saved.master))
+                for row, saved in self.rows(name, first, end):
+                    start = piece.first_row + row
+                    rows = slice(start, start + len(saved.master))
+                    for lot, state in shard.where_they_are(rows):
                         for key in STATES:
-                            getattr(state, key)[rows].copy_(getattr(saved, key))
-                        if saved.master.format.split:
-                            upper = self._upper_halves(name, first + row, len(saved.master))
-                            own[piece.rows][rows].copy_(upper)
+                            getattr(state, key).copy_(getattr(saved, key)[lot])
+                    if saved.master.format.split:
+                        own[rows].copy_(self._upper_halves(name, first + row, len(saved.master)))
 
     def values(self, name: str, elements: slice) -> Values:
         """States of some elements of a parameter, in FP32."""

@@ -50,18 +50,31 @@ def optimizer_state(parameters: Mapping[str, Any], optimizer: FP8AdamW) -> dict[
 def pack(shards: Sequence[Shard], names: Names) -> dict[str, Any]:
     """Every piece of the shards as raw bytes: name -> blocks, codes and scales of each state.
 
-    On a CPU they are views of the shards, saved without a copy.
+    Where states are in host memory they are views of the shards, saved without a copy: good until a step.
     """
     packed: dict[str, Any] = {}
     for shard in shards:
-        with shard.lend() as state:
-            tensors = _state_tensors(state)
+        lots = [(rows, _state_tensors(state)) for rows, state in shard.where_they_are()]
         for piece in shard.pieces:
             packed[names[piece.slot.parameter]] = {
                 "blocks": list(block_range(piece, shard.block_size)),
-                **{key: tensor[piece.rows] for key, tensor in tensors.items()},
+                **_piece_of(piece, lots),
             }
     return packed
+
+
+def _piece_of(piece: Piece, lots: Sequence[tuple[slice, dict[str, Tensor]]]) -> dict[str, Tensor]:
+    """A piece's rows of a shard's tensors, copied only where they are in two lots."""
+    (rows, tensors), *more = lots
+    if not more or piece.rows.stop <= rows.stop:
+        return {key: tensor[piece.rows] for key, tensor in tensors.items()}
+    starts = [max(piece.rows.start - each.start, 0) for each, _ in lots]
+    stops = [max(piece.rows.stop - each.start, 0) for each, _ in lots]
+    parts = [
+        [held[key][first:stop] for (_, held), first, stop in zip(lots, starts, stops, strict=True)]
+        for key in tensors
+    ]
+    return {key: torch.cat(each) for key, each in zip(tensors, parts, strict=True)}
 
 
 def add_upper_halves(packed: dict[str, Any], shard: Shard, weights: Tensor, names: Names) -> None:
@@ -96,8 +109,11 @@ def fp32_masters(shard: Shard, weights: Tensor) -> Tensor:
     values = torch.empty(numel, dtype=torch.float32, device=weights.device)
     first = 0
     for piece in shard.pieces:
-        with shard.lend(piece.rows) as state:
-            load_masters(state.master, weights[piece.rows], values[first : first + piece.numel])
+        masters = values[first : first + piece.numel]
+        for rows in shard.cut(piece.rows):
+            with shard.lend(rows) as state:
+                load_masters(state.master, weights[rows], masters)
+            masters = masters[(rows.stop - rows.start) * shard.block_size :]
         first += piece.numel
     return values
 

@@ -110,6 +110,9 @@ class FP8Sum:
         self._exchanges += 1
         return norm_parts(gradient)
 
+    def settle(self) -> None:
+        pass
+
     def forget(self) -> None:
         self._saturated = torch.zeros_like(self._saturated)
         self._exchanges = 0

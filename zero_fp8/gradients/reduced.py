@@ -1,6 +1,10 @@
-"""The reduced gradient: one rank's blocks of a bucket, added up over ranks and rounds since the last step."""
+"""The reduced gradient: one rank's blocks of a bucket, added up over ranks and rounds since the last step.
+
+It lives on the device or, if the host sweeps, in host memory; then `Sum` brings there what has arrived.
+"""
 
 from collections.abc import Sequence
+from concurrent.futures import Future
 from typing import Protocol
 
 import torch
@@ -16,14 +20,19 @@ from ds_fp8.zero_fp8.placement.partition import Piece
 class Sum(Protocol):
     """How what arrives adds up."""
 
-    def add(self, arrived: Sequence[Blocks], gradient: Blocks, *, overwrite: bool) -> Tensor:
+    def add(
+        self, arrived: Sequence[Blocks], gradient: Blocks, *, overwrite: bool
+    ) -> "Tensor | Future[Tensor]":
         """Add one exchange's messages, in the order given, to the gradient, or in its place.
 
-        Returns the norm's parts of the result, as `ops.reduction.norm_parts` gives them.
+        Returns the norm's parts of the result, as `ops.reduction.norm_parts` gives them, on the device.
         """
 
     def forget(self) -> None:
         """What has been added was dropped."""
+
+    def settle(self) -> None:
+        """Wait until what has been added is in the gradient, as far as the host has a part in it."""
 
 
 class BlockSum:
@@ -36,6 +45,9 @@ class BlockSum:
         return self._backend.accumulate(arrived, gradient, overwrite=overwrite)
 
     def forget(self) -> None:
+        pass
+
+    def settle(self) -> None:
         pass
 
 
@@ -55,46 +67,69 @@ class TensorSum:
     def forget(self) -> None:
         pass
 
+    def settle(self) -> None:
+        pass
+
 
 class ReducedGradient:
     """What the owners add up, until a step takes it or it is dropped."""
 
-    def __init__(self, blocks: Blocks, total: Sum, backend: Backend, *, promotes: bool) -> None:
-        """blocks: room for it. promotes: it turns FP32 before a second arrival."""
-        self.blocks = blocks
+    def __init__(
+        self, blocks: Blocks, total: Sum, backend: Backend, device: torch.device, *, promotes: bool
+    ) -> None:
+        """blocks: room for it; backend: for where that is; device: of the run.
+
+        promotes: it turns FP32 before a second arrival.
+        """
+        self._blocks = blocks
         self._sum = total
         self._backend = backend
+        self._device = device
         self._promotes = promotes
         self.forget()
 
     @property
+    def blocks(self) -> Blocks:
+        """What has arrived, added up."""
+        self._sum.settle()
+        return self._blocks
+
+    @property
     def nbytes(self) -> int:
-        return self.blocks.nbytes
+        return self._blocks.nbytes
 
     def forget(self) -> None:
         """Let the next arrival replace what has been reduced."""
         self._arrivals = 0  # exchanges since the last step
         self._sum.forget()
-        self.norm_parts: Tensor | None = None  # `ops.reduction.norm_parts`; None: nothing arrived
+        self._norm_parts: Tensor | Future[Tensor] | None = None
+
+    @property
+    def norm_parts(self) -> Tensor | None:
+        """`ops.reduction.norm_parts`, on the device; None: nothing arrived."""
+        found = self._norm_parts
+        return found.result() if isinstance(found, Future) else found
 
     @property
     def must_promote(self) -> bool:
         """Whether the next arrival would be rounded into a format that the config did not ask for."""
-        return self._promotes and self._arrivals > 0 and self.blocks.format is not FP32
+        return self._promotes and self._arrivals > 0 and self._blocks.format is not FP32
 
     def promote(self) -> None:
         """Turn FP32, keeping the values."""
-        wide = Blocks.zeros(len(self.blocks), self.blocks.block_size, FP32, self.blocks.codes.device)
+        narrow = self.blocks
+        wide = Blocks.zeros(len(narrow), narrow.block_size, FP32, narrow.codes.device)
         for part in chunks(len(wide), wide.block_size):
-            encode(decode(self.blocks[part]), wide[part])
-        self.blocks = wide
+            encode(decode(narrow[part]), wide[part])
+        self._blocks = wide
 
     def receive(self, arrived: Sequence[Blocks]) -> None:
         """Add one exchange's messages, in the order given."""
-        self.norm_parts = self._sum.add(arrived, self.blocks, overwrite=self._arrivals == 0)
+        self._norm_parts = self._sum.add(arrived, self._blocks, overwrite=self._arrivals == 0)
         self._arrivals += 1
 
     def set(self, values: Tensor, rows: slice) -> None:
         """Round a vector into rows."""
-        self._backend.quantize(values, self.blocks[rows])
-        self.norm_parts = norm_parts(self.blocks)
+        blocks = self.blocks
+        self._backend.quantize(values.to(blocks.codes.device), blocks[rows])
+        self._norm_parts = norm_parts(blocks).to(self._device)

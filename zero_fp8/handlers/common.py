@@ -22,6 +22,7 @@ from ds_fp8.zero_fp8.handlers.master_views import MasterViews, as_groups
 from ds_fp8.zero_fp8.handlers.roster import Members, Roster
 from ds_fp8.zero_fp8.handlers.saved_states import SavedStates
 from ds_fp8.zero_fp8.handlers.take_over import take_over
+from ds_fp8.zero_fp8.offload.moves import MovableStates
 from ds_fp8.zero_fp8.optimizer.client import Client
 from ds_fp8.zero_fp8.optimizer.facade import Facade
 from ds_fp8.zero_fp8.optimizer.fp8_adamw import FP8AdamW
@@ -35,7 +36,7 @@ from ds_fp8.zero_fp8.weights.claims import claim, release
 logger = logging.getLogger("ds_fp8")
 
 
-class FP8ZeROOptimizer(Facade, ZeROOptimizer):
+class FP8ZeROOptimizer(Facade, MovableStates, ZeROOptimizer):
     """ZeRO over FP8 gradients, FP8 communication and low-precision Adam states."""
 
     custom_loss_scaler = False
@@ -124,19 +125,19 @@ class FP8ZeROOptimizer(Facade, ZeROOptimizer):
 
     def _let_go(self) -> None:
         """Once: another engine may have the parameters then."""
-        if self._has_let_go:
-            return
-        self._has_let_go = True
-        self._unbind()
-        self.gradients.let_go()
-        if self.arrivals:
-            self.arrivals.remove()
-        if self.client:
-            self.client.let_go()
+        if not self._has_let_go:
+            self._has_let_go = True
+            self._unbind()
+            self.gradients.let_go()
+            if self.arrivals:
+                self.arrivals.remove()
+            if self.client:
+                self.client.let_go()
 
     def destroy(self) -> None:
         """Let go of the parameters, which keep their weights, and free the states."""
         self._let_go()
+        self._forget_moves()
         self.parts.close()
 
     # Backward
@@ -255,11 +256,6 @@ class FP8ZeROOptimizer(Facade, ZeROOptimizer):
         if not self.gradients.has_gradients:
             raise ValueError("gradients are there only between engine.backward() and engine.step()")
         self.gradients.bring()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of this rank's states and reduced gradient."""
-        return self.parts.nbytes
 
     # Masters, weights and checkpoints
 

@@ -21,10 +21,10 @@ from ds_fp8.ops.masters import decode_masters, store_masters
 from ds_fp8.ops.moments import UNIT, square_root
 from ds_fp8.zero_fp8.comm.collectives import sum_over_ranks
 from ds_fp8.zero_fp8.gradients.reduced import ReducedGradient
+from ds_fp8.zero_fp8.parts import Parts
 from ds_fp8.zero_fp8.placement.parameters import numel_of, shape_of
 from ds_fp8.zero_fp8.placement.partition import Piece
 from ds_fp8.zero_fp8.states.shard import Shard
-from ds_fp8.zero_fp8.wiring import Parts
 
 BOUND = ("_hp_mapping", "get_full_hp_param", "set_full_hp_param", "get_full_hp_grad", "set_full_hp_grad")
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -14,9 +14,9 @@ from torch.distributed import ProcessGroup
 
 from ds_fp8.zero_fp8.checkpoint.writer import fp32_masters
 from ds_fp8.zero_fp8.comm.collectives import exchange
+from ds_fp8.zero_fp8.parts import Parts
 from ds_fp8.zero_fp8.placement.even_slices import length_of, moves
 from ds_fp8.zero_fp8.placement.partition import Bucket
-from ds_fp8.zero_fp8.wiring import Parts
 
 MasterViews = Callable[[Parts], dict[str, Any]]  # collective
 

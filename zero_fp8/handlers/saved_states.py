@@ -13,11 +13,11 @@ from ds_fp8.zero_fp8.checkpoint.contracts import Restorable, WeightSource
 from ds_fp8.zero_fp8.comm.groups import Ranks
 from ds_fp8.zero_fp8.handlers.master_views import MasterViews
 from ds_fp8.zero_fp8.optimizer.fp8_adamw import FP8AdamW
+from ds_fp8.zero_fp8.parts import Parts
 from ds_fp8.zero_fp8.recipe import ZeroSettings
 from ds_fp8.zero_fp8.weights.model_weights import ModelWeights
 from ds_fp8.zero_fp8.weights.store import Gathers
 from ds_fp8.zero_fp8.weights.tiled import tiled
-from ds_fp8.zero_fp8.wiring import Parts
 
 
 class SavedStates:
@@ -62,8 +62,10 @@ class SavedStates:
         """
         gathers = Gathers()
         for bucket, _, shard, weights in self._parts.by_bucket():
-            with shard.lend() as state:
-                rewrite_weights(state.master, weights.room)
+            room = weights.room
+            for rows in shard.cut():
+                with shard.lend(rows) as state:
+                    rewrite_weights(state.master, room[rows])
             gathers.launch(weights, self._parts.nodes_of(bucket))
             gathers.wait()
 

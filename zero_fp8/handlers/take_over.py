@@ -12,13 +12,14 @@ from ds_fp8.ops.formats import E4M3
 from ds_fp8.zero_fp8.comm.agreement import agreed, check_agreement
 from ds_fp8.zero_fp8.comm.groups import Ranks
 from ds_fp8.zero_fp8.comm.replicas import check_replicated
+from ds_fp8.zero_fp8.parts import Parts
 from ds_fp8.zero_fp8.placement.parameters import check_finite, held_of, trained_parameters
 from ds_fp8.zero_fp8.placement.ranks import Fleet
 from ds_fp8.zero_fp8.products.chosen import Choice
 from ds_fp8.zero_fp8.recipe import Recipe, ZeroSettings
 from ds_fp8.zero_fp8.weights.model_weights import StateDictNotice
 from ds_fp8.zero_fp8.weights.tiled import Products, Room
-from ds_fp8.zero_fp8.wiring import Parts, backend_for, build, cut_buckets, nodes_of_run
+from ds_fp8.zero_fp8.wiring import backend_for, build, cut_buckets, nodes_of_run
 
 logger = logging.getLogger("ds_fp8")
 

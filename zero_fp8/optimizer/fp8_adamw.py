@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ds_fp8.config.offload import check_offload
 from ds_fp8.config.refusals import refusal
 from ds_fp8.config.section import SECTION, FP8Config, parse
 from ds_fp8.ops.adam import AdamScalars, next_clamp
@@ -290,6 +291,7 @@ def _states(fp8: Mapping[str, Any] | None) -> States:
     """For the formats that the argument `fp8` names. Raises ValueError."""
     config = parse({SECTION: {**(fp8 or {}), "enabled": True}})
     assert isinstance(config, FP8Config)
+    check_offload(config, offloaded=False)
     if config.scaling != "block":
         raise refusal(f"{SECTION}.scaling", config.scaling, '"block" for an FP8AdamW without DeepSpeed')
     if config.has_codes:

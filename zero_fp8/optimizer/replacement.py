@@ -1,5 +1,6 @@
 """FP8AdamW in place of the Adam that a client gave to `deepspeed.initialize`."""
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +9,8 @@ from deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 
 from ds_fp8.config.refusals import show
 from ds_fp8.zero_fp8.optimizer.fp8_adamw import FP8AdamW
+
+logger = logging.getLogger("ds_fp8")
 
 
 def replace_optimizer(optimizer: Any) -> FP8AdamW:
@@ -34,6 +37,11 @@ def replace_optimizer(optimizer: Any) -> FP8AdamW:
     for group in optimizer.param_groups:
         group["adam_w_mode"] = decoupled[type(optimizer)](group)
     replaced = FP8AdamW(optimizer.param_groups)
+    if type(optimizer) is DeepSpeedCPUAdam:
+        logger.info(
+            "FP8AdamW replaces DeepSpeedCPUAdam, for which cpu_adam was compiled in vain; "
+            'if accelerate made it, "zero_force_ds_cpu_optimizer": false saves that'
+        )
     optimizer._opt_called = True  # or a scheduler made with it warns that it was never stepped
     return replaced
 

@@ -64,6 +64,11 @@ class NodeLayout:
         """All ranks by place, then by node: the order in which messages lie when they leave."""
         return [node * self.size + place for place in range(self.size) for node in range(self.count)]
 
+    @property
+    def messages(self) -> int:
+        """How many reach an owner on the last hop."""
+        return self.count if self.count > 1 else self.size
+
     def where(self, rank: int) -> tuple[int, int]:
         """A rank's node, and its place in it."""
         return divmod(rank, self.size)

@@ -11,10 +11,11 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from torch import Tensor
 from torch.nn import Parameter
 
 from ds_fp8.config.refusals import naming
-from ds_fp8.ops.blocks import chunks, decode
+from ds_fp8.ops.blocks import Blocks, chunks, decode
 from ds_fp8.ops.masters import write_weights
 from ds_fp8.zero_fp8.comm.agreement import gather_objects
 from ds_fp8.zero_fp8.comm.groups import Ranks
@@ -129,14 +130,20 @@ class Binding:
 
 def _differs(shard: Shard, weights: Weights, piece: Piece) -> bool:
     """Whether owned weights are other than their rounded masters; split masters have no other weight."""
-    own = weights.own[piece.rows]
-    with shard.lend(piece.rows) as state:
-        master = state.master
-        if master.format.split:
-            return False
-        for part in chunks(len(master), master.block_size):
-            rounded = torch.empty_like(own[part])
-            write_weights(decode(master[part]), rounded)
-            if not torch.equal(rounded, own[part]):
+    if shard.master_format.split:
+        return False
+    own = weights.own
+    for rows in shard.cut(piece.rows):
+        with shard.lend(rows) as state:
+            if _differ(state.master, own[rows]):
                 return True
+    return False
+
+
+def _differ(master: Blocks, weights: Tensor) -> bool:
+    for part in chunks(len(master), master.block_size):
+        rounded = torch.empty_like(weights[part])
+        write_weights(decode(master[part]), rounded)
+        if not torch.equal(rounded, weights[part]):
+            return True
     return False

@@ -113,8 +113,9 @@ def rounded_masters(
 ) -> Iterator[tuple[Matrix, Tensor]]:
     """Each matrix of a bucket and its masters, [rows, columns] bfloat16, as they are encoded. Collective."""
     room = weights.room
-    with shard.lend() as state:
-        rewrite_weights(state.master, room)
+    for rows in shard.cut():
+        with shard.lend(rows) as state:
+            rewrite_weights(state.master, room[rows])
     for matrix, own in weights.matrices():
         whole = torch.zeros(matrix.codes.shape, dtype=torch.bfloat16, device=room.device)
         for part in own:

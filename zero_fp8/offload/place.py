@@ -1,0 +1,128 @@
+"""Host memory for a run's offloaded states: who steps them, and what must come and go for that.
+
+With the executor host the reduced gradient lives in host memory, too (`gradients.landing`).
+"""
+
+import logging
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+import torch
+from torch.distributed import ProcessGroup
+
+from ds_fp8.config.refusals import refusal
+from ds_fp8.ops.backend import Backend, choose_for_host
+from ds_fp8.ops.blocks import Blocks
+from ds_fp8.zero_fp8.comm.agreement import agreed, gather_objects
+from ds_fp8.zero_fp8.gradients.landing import Landing
+from ds_fp8.zero_fp8.offload.sizes import Crossing, formats_of
+from ds_fp8.zero_fp8.recipe import Offload, Recipe
+from ds_fp8.zero_fp8.states.arena import Arena
+from ds_fp8.zero_fp8.states.choice import Estimate, cores_of_a_rank, measure
+from ds_fp8.zero_fp8.states.host_memory import refuse_too_much
+from ds_fp8.zero_fp8.states.residence import Residence, arena_bytes, streamed, swept_on_host
+
+logger = logging.getLogger("ds_fp8")
+
+EXECUTOR = "fp8.offload.executor"
+
+
+@dataclass(frozen=True)
+class Offloaded:
+    """Where states live, and the reduced gradient if that is in host memory, too."""
+
+    residence: Residence
+    landing: Landing | None = None
+    reduced: Sequence[Blocks] = ()  # room for it, by bucket
+    host: Backend | None = None  # kernels there
+
+    def close(self) -> None:
+        """When no copy is under way."""
+        if self.landing:
+            self.landing.close()
+        self.residence.close()
+
+
+def stream(
+    recipe: Recipe, offload: Offload, rows: Sequence[int], device: torch.device, backend: Backend
+) -> Residence:
+    """For shards of so many rows. Raises ValueError if there is not that much memory."""
+    how = (recipe.block_size, formats_of(recipe), device, backend)
+    return streamed(rows, *how, pinned=offload.pinned, ratio=offload.ratio)
+
+
+def offloaded(
+    recipe: Recipe,
+    offload: Offload,
+    crossing: Crossing,
+    device: torch.device,
+    backend: Backend,
+    group: ProcessGroup,
+) -> Offloaded:
+    """Host memory for what a rank owns. Collective.
+
+    Raises ValueError, on every rank, if one has too little memory, or lacks what the executor needs.
+    """
+    host = agreed(lambda: _host_if_wanted(recipe, offload, device, group), group)
+    if host is None:
+        return Offloaded(agreed(lambda: stream(recipe, offload, crossing.rows, device, backend), group))
+    return agreed(lambda: _on_host(recipe, offload, crossing, device, host), group)
+
+
+def _on_host(
+    recipe: Recipe, offload: Offload, crossing: Crossing, device: torch.device, host: Backend
+) -> Offloaded:
+    landing = crossing.landing_bytes(recipe)
+    refuse_too_much(landing + arena_bytes(crossing.rows, recipe.block_size, formats_of(recipe), 1.0))
+    arena = Arena(landing, device if offload.pinned else None)
+    size, formats = recipe.block_size, formats_of(recipe)
+    residence = swept_on_host(crossing.rows, size, formats, device, host, arena, crossing.row_bytes)
+    buffers = crossing.device_buffer(recipe), crossing.host_buffer(recipe)
+    reduced = [arena.blocks(rows, size, recipe.reduced) for rows in crossing.rows]
+    return Offloaded(residence, Landing(device, host, arena, *buffers), reduced, host)
+
+
+def _host_if_wanted(
+    recipe: Recipe, offload: Offload, device: torch.device, group: ProcessGroup
+) -> Backend | None:
+    """The host's kernels, if the config says so or it is faster; None: states visit the device."""
+    if offload.executor == "stream":
+        return None
+    threads, auto = offload.threads or cores_of_a_rank(), offload.executor == "auto"
+    if auto and (device.type != "cuda" or offload.ratio < 1):
+        return None
+    try:
+        host: Backend | None = choose_for_host(threads)
+    except RuntimeError as error:
+        if not auto:
+            raise refusal(EXECUTOR, "host", f'"stream", "auto": the host has no kernels: {error}') from error
+        host = None
+    if not auto:
+        return host
+    return host if _faster(recipe, device, host, threads, group) == "host" else None
+
+
+def _faster(
+    recipe: Recipe, device: torch.device, host: Backend | None, threads: int, group: ProcessGroup
+) -> str:
+    """The executor that is faster for the slowest rank; said by the first. Collective."""
+    own: Estimate | None = None
+    with suppress(RuntimeError):  # of a device or host without memory for it
+        own = measure(formats_of(recipe), recipe.block_size, recipe.rounding, device, host) if host else None
+    found = gather_objects(own, group)
+    known = [each for each in found if each is not None]
+    if len(known) < len(found):
+        logger.info(
+            "fp8.offload.executor auto: stream, as a rank's host has no kernels or no memory to be measured"
+        )
+        return "stream"
+    slowest = Estimate(max(each.stream for each in known), max(each.host for each in known))
+    if torch.distributed.get_rank(group) == 0:
+        logger.info(
+            "fp8.offload.executor auto: %s, with %s threads for the host: %s",
+            slowest,
+            threads,
+            slowest.faster,
+        )
+    return slowest.faster

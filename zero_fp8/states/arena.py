@@ -1,0 +1,134 @@
+"""Host memory for states: one mapping per rank, of the bytes that they take, pinned where a GPU reads it.
+
+torch rounds each of its pinned blocks up to a power of two, so up to twice what is wanted. Here the kernel
+gives the pages and CUDA registers them as they are. A process that is forked, such as a data loader's worker,
+does not get them: pinned pages would be copied for it.
+
+CUDA may refuse to register them. Then they stay pageable: copies are three to six times slower and hold up
+the host, with the same results, and a warning says so.
+"""
+
+import logging
+import mmap
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_fp8.ops.blocks import Blocks
+from ds_fp8.ops.formats import Format
+from ds_fp8.zero_fp8.states.host_memory import WHAT, memlock_limit
+
+logger = logging.getLogger("ds_fp8")
+
+ALIGNMENT = 64  # bytes; every tensor begins at a multiple
+MOST_AT_ONCE = 1 << 36  # bytes that CUDA is asked to register in one call; from 2^39 on it fails
+
+
+def aligned(nbytes: int) -> int:
+    """Bytes of the arena that a tensor takes."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def room_of(rows: int, block_size: int, fmt: Format) -> int:
+    """Bytes of the arena that blocks take."""
+    return aligned(rows * block_size * fmt.itemsize) + (aligned(rows) if fmt.scaled else 0)
+
+
+class Arena:
+    """Memory that is handed out once, from its first byte to its last."""
+
+    def __init__(self, nbytes: int, device: torch.device | None) -> None:
+        """Reserve the memory, zeros. device: a GPU that copies from and to it; None: leave it pageable."""
+        self.nbytes, self.used = nbytes, 0
+        self.pinned = False
+        self._memory = mapped(nbytes) if nbytes else None
+        if self._memory is not None and device is not None and device.type == "cuda":
+            self.pinned = self._pin(torch.frombuffer(self._memory, dtype=torch.uint8).data_ptr(), device)
+
+    def _pin(self, address: int, device: torch.device) -> bool:
+        with torch.cuda.device(device):
+            reason = register(address, self.nbytes, device)
+        if reason is not None:
+            logger.warning(
+                "offloaded states are NOT pinned: %.2f GB of host memory could not be registered with CUDA "
+                "(%s); copies between host and GPU will be 3 to 6 times slower. The process may lock %s",
+                self.nbytes / 1e9,
+                reason,
+                memlock_limit(),
+            )
+            return False
+        self._unpin = weakref.finalize(self, _let_go, address, self.nbytes, device, self._memory)
+        return True
+
+    def tensor(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Zeros of the next bytes, with a storage of their own."""
+        nbytes = torch.Size(shape).numel() * dtype.itemsize
+        if not nbytes or self._memory is None:
+            return torch.zeros(*shape, dtype=dtype)
+        taken = torch.frombuffer(self._memory, dtype=torch.uint8, count=nbytes, offset=self.used)
+        self.used += aligned(nbytes)
+        return taken.view(dtype).view(*shape)
+
+    def blocks(self, rows: int, block_size: int, fmt: Format) -> Blocks:
+        """As `Blocks.zeros`."""
+        codes = self.tensor((rows, block_size), fmt.dtype)
+        scales = self.tensor((rows,), torch.uint8).fill_(1) if fmt.scaled else None
+        return Blocks(codes, scales, fmt)
+
+    def close(self) -> None:
+        """Unpin; the memory goes when the last of its tensors does."""
+        if self.pinned:
+            self._unpin()
+        self._memory = None
+
+
+def mapped(nbytes: int) -> mmap.mmap:
+    """Zeros in private pages, large ones where the kernel has them; a forked process has none of them.
+
+    Raises ValueError if the kernel refuses.
+    """
+    try:
+        memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise ValueError(f"{WHAT}: {nbytes / 1e9:.2f} GB of host memory: {error}") from error
+    for advice in ("MADV_HUGEPAGE", "MADV_DONTFORK"):  # a kernel may lack the first
+        with suppress(AttributeError, OSError):
+            memory.madvise(getattr(mmap, advice))
+    return memory
+
+
+def pieces(nbytes: int) -> Iterator[tuple[int, int]]:
+    """First byte and length of what is registered in one call."""
+    for first in range(0, nbytes, MOST_AT_ONCE):
+        yield first, min(MOST_AT_ONCE, nbytes - first)
+
+
+def register(address: int, nbytes: int, device: torch.device) -> str | None:
+    """Register memory with CUDA; if it refuses, why, and nothing is registered."""
+    cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    for first, length in pieces(nbytes):
+        code = int(cudart.cudaHostRegister(address + first, length, 0))
+        if code:
+            unregister(address, first)
+            with suppress(RuntimeError):  # CUDA keeps the error for whoever asks next
+                torch.zeros(1, device=device)
+            return f"cudaHostRegister gave error {code}"
+    return None
+
+
+def _let_go(address: int, nbytes: int, device: torch.device, memory: object) -> None:
+    """Undo `register` when no copy is under way; memory: kept alive until then."""
+    with suppress(Exception):  # of a driver that has shut down
+        torch.cuda.synchronize(device)
+    unregister(address, nbytes)
+
+
+def unregister(address: int, nbytes: int) -> None:
+    """Undo `register`."""
+    cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    for first, _ in pieces(nbytes):
+        cudart.cudaHostUnregister(address + first)

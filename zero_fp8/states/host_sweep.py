@@ -1,0 +1,109 @@
+"""Offloaded states stay where they are: the host sweeps them, and only weights and gradients cross.
+
+The reduced gradient has come down while backward ran (`gradients.landing`). When the host knows whether the
+step is taken, it sweeps chunk after chunk on its own cores, whatever OMP_NUM_THREADS says, into one of three
+buffers of pinned memory, from which weights go up while the next chunk is swept. A split master needs
+the weight that it lies below, which comes down while the chunk before is swept: so an edit of a weight
+counts, as it does on the device.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ds_fp8.ops.adam import AdamState
+from ds_fp8.ops.backend import Backend
+from ds_fp8.zero_fp8.states.arena import Arena
+from ds_fp8.zero_fp8.states.lanes import Event, Lane, follow, mark, wait
+from ds_fp8.zero_fp8.states.visits import Target, Visit, chunks_of
+
+BUFFERS = 3
+HOST = torch.device("cpu")
+
+
+@dataclass
+class Buffer:
+    """Room for the weights of a chunk in host memory."""
+
+    room: Tensor  # uint8
+    free: Event = None  # when they have gone up
+    filled: Event = None  # when the weights that are read have come down
+
+    def rows(self, like: Tensor) -> Tensor:
+        """As many rows of the same dtype."""
+        return self.room[: like.nbytes].view(like.dtype).view(like.shape)
+
+
+class HostSweep:
+    """The executor *host*."""
+
+    name = "host"
+    memory = HOST
+    nbytes = 0  # of the device's memory
+
+    def __init__(
+        self, rows: int, row_bytes: int, device: torch.device, backend: Backend, arena: Arena
+    ) -> None:
+        """rows: of a chunk; row_bytes: of a row of weights; backend: of the host; arena: for its buffers."""
+        self.rows, self.device, self.backend = rows, device, backend
+        self._buffers = [Buffer(arena.tensor((rows * row_bytes,), torch.uint8)) for _ in range(BUFFERS)]
+        self._turn = 0
+        self._up, self._down = Lane(device), Lane(device)
+        self._control: tuple[Tensor, Tensor] | None = None  # the device's and the host's
+
+    def _on_host(self, control: Tensor) -> Tensor:
+        """The host waits for the verdict, once per step."""
+        if self._control is None or self._control[0] is not control:
+            self._control = control, control.to(HOST)
+        return self._control[1]
+
+    def visits(self, home: AdamState, first: int, target: Target, written: Event) -> Iterator[Visit]:
+        """As `Executor.visits`; none if the step is skipped."""
+        control = self._on_host(target.control)
+        if not control[1]:
+            return
+        before, counts = mark(self.device), None
+        if target.counts is not None:
+            counts = torch.zeros_like(target.counts, device=HOST)
+        reads = home.master.format.split
+        all_rows = list(chunks_of(len(home.master), self.rows))
+        weights = [target.weights[first + rows.start : first + rows.stop] for rows in all_rows]
+        ready = [self._prepare(weights[0], before, reads=reads)] if weights else []
+        for number, rows in enumerate(all_rows):
+            ready += [self._prepare(each, before, reads=reads) for each in weights[number + 1 :][:1]]
+            buffer = ready.pop(0)
+            wait(buffer.filled)
+            here = buffer.rows(weights[number])
+            of_shard = slice(first + rows.start, first + rows.stop)
+            yield Visit(of_shard, home[rows], Target(here, control, counts))
+            with self._up.after(before):
+                weights[number].copy_(here, non_blocking=True)
+            buffer.free = self._up.mark()
+        follow(self.device, self._up.mark())
+        if target.counts is not None and counts is not None:
+            target.counts.add_(counts.to(self.device))
+
+    def _prepare(self, weights: Tensor, before: Event, *, reads: bool) -> Buffer:
+        """The next buffer, when it is free, with the weights on their way if they are read."""
+        buffer = self._buffers[self._turn]
+        self._turn = (self._turn + 1) % BUFFERS
+        wait(buffer.free)
+        if reads:
+            with self._down.after(before):
+                buffer.rows(weights).copy_(weights, non_blocking=True)
+            buffer.filled = self._down.mark()
+        return buffer
+
+    def mark(self) -> Event:
+        """As `Executor.mark`: the host has swept."""
+        return None
+
+    def settle(self) -> None:
+        """As `Executor.settle`."""
+
+    def close(self) -> None:
+        """As `Executor.close`."""
+        self._up.wait()
+        self._buffers.clear()
