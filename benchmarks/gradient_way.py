@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ds_fp8.config.section import parse
+from ds_fp8.config.parsing import parse
 from ds_fp8.ops.backend import Backend
 from ds_fp8.zero_fp8.comm.groups import Nodes
 from ds_fp8.zero_fp8.placement.partition import ParameterSpec

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from train_lm import ByteGPT, Shape
 
 import ds_fp8
-from ds_fp8.config.section import parse
+from ds_fp8.config.parsing import parse
 from ds_fp8.estimate import memory
 from ds_fp8.ops.backend import REFERENCE
 from ds_fp8.ops.reduction import NORM_PARTS

@@ -12,7 +12,7 @@ import pytest
 import ds_fp8
 from ds_fp8.cli import main
 from ds_fp8.cli.configs import shipped
-from ds_fp8.config.section import parse
+from ds_fp8.config.parsing import parse
 
 NAMES = ["zero1_bf16", "zero1_o1", "zero1_o2", "zero1_o2plus"]
 NAMES += [name.replace("zero1", stage) for stage in ("zero2", "zero3") for name in NAMES]

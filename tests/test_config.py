@@ -13,9 +13,10 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from ds_fp8.config import ds_config, rules
-from ds_fp8.config.ds_config import OptimizerParams
+from ds_fp8.config.optimizer_params import OptimizerParams
+from ds_fp8.config.parsing import parse
 from ds_fp8.config.refusals import show
-from ds_fp8.config.section import LEVELS, FP8Config, Level, parse
+from ds_fp8.config.section import LEVELS, FP8Config, Level
 from ds_fp8.estimate import dry_run
 from ds_fp8.ops.formats import E4M3
 from ds_fp8.zero_fp8.recipe import recipe_of

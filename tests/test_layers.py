@@ -72,13 +72,13 @@ ROOMS = (
         "ds_fp8.ops.triton",
         "per_tensor quantize_many | adam reduction blocks | masters moments | roots | rounding | tiles",
     ),
-    ("ds_fp8.ops.cpu", "weight_tiles | kernels | build"),
+    ("ds_fp8.ops.cpu", "weight_tiles | kernels | build structures"),
     (
         "ds_fp8.ops",
         "fp8_sum per_tensor cublas | guards cublas_lt | adam reduction products | masters moments exact | "
         "rounding blocks | health | formats",
     ),
-    ("ds_fp8.config", "ds_config | offload | rules section | rule_kinds"),
+    ("ds_fp8.config", "ds_config | offload parsing | optimizer_params rules section | rule_kinds"),
     ("ds_fp8", "compat"),
     ("ds_fp8.config", "refusals"),
 )
@@ -225,7 +225,7 @@ def test_the_package_itself_imports_ours_only_on_demand() -> None:
             "from ds_fp8.zero_fp8.placement.partition import Piece",
             "ops imports from ops only",
         ),
-        ("ds_fp8.ops.blocks", "from ds_fp8.config.section import parse", "ops imports from ops only"),
+        ("ds_fp8.ops.blocks", "from ds_fp8.config.parsing import parse", "ops imports from ops only"),
         ("ds_fp8.ops.blocks", "from ds_fp8.ops import adam", "not a layer below"),
         ("ds_fp8.ops.formats", "import ds_fp8.ops.blocks", "not a layer below"),
         ("ds_fp8.ops.rounding", "from ds_fp8.ops.blocks import encode", "not a layer below"),

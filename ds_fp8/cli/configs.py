@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from importlib import resources
 from typing import Any
 
+from ds_fp8.config.parsing import parse
 from ds_fp8.config.refusals import refusal
-from ds_fp8.config.section import parse
 from ds_fp8.output import add_command, show_json, show_table
 
 HEADINGS = ("name", "stage", "level", "gradients", "master", "exp_avg", "exp_avg_sq", "weights", "block")

@@ -9,12 +9,12 @@ import difflib
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal
-
-from pydantic import BaseModel, ConfigDict, Field
+from typing import Any
 
 from ds_fp8.config import offload
-from ds_fp8.config.refusals import LONGEST, cut, refusal, show, validate
+from ds_fp8.config.optimizer_params import OptimizerParams, optimizer_params
+from ds_fp8.config.parsing import parse
+from ds_fp8.config.refusals import LONGEST, cut, refusal, show
 from ds_fp8.config.rule_kinds import Honoured, Refused, asks_for_nothing, rule_at
 from ds_fp8.config.rules import (
     GATHERED_FOR_A_SAVE,
@@ -24,7 +24,7 @@ from ds_fp8.config.rules import (
     TOP_LEVEL,
     Rules,
 )
-from ds_fp8.config.section import SECTION, FP8Config, parse
+from ds_fp8.config.section import SECTION, FP8Config
 
 STAGES = (1, 2, 3)
 OPTIMIZER_TYPES = ("Adam", "AdamW", "FP8AdamW")
@@ -39,27 +39,6 @@ MESH_INSTEAD = (
     "UlyssesSPAttentionHF.register_with_transformers"
 )
 BATCHES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-
-
-class OptimizerParams(BaseModel):
-    """The "params" of the "optimizer" section."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-    lr: float = Field(default=1e-3, ge=0)
-    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(default=[0.9, 0.999], min_length=2, max_length=2)
-    eps: float = Field(default=1e-8, gt=0)
-    weight_decay: float | None = Field(default=None, ge=0)
-    bias_correction: bool = True
-    adam_w_mode: bool = True
-    torch_adam: bool = False
-    amsgrad: Literal[False] = False
-
-
-def optimizer_params(params: Mapping[str, Any]) -> OptimizerParams:
-    """Checked hyperparameters of ds_config's optimizer. Raises ValueError."""
-    known = {key: list(value) if isinstance(value, tuple) else value for key, value in params.items()}
-    return validate(OptimizerParams, known, "optimizer.params")
 
 
 def check(ds_config: Mapping[str, Any]) -> list[str]:

@@ -13,7 +13,7 @@ from deepspeed import comm as dist
 
 import ds_fp8
 from ds_fp8.compat import ZERO_OPTIMIZATION, loss_scaler_of, timers_of
-from ds_fp8.config import ds_config
+from ds_fp8.config import ds_config, optimizer_params
 from ds_fp8.config.refusals import as_json
 from ds_fp8.config.section import FP8Config
 from ds_fp8.seam.backward import divisor
@@ -111,7 +111,7 @@ def configure_basic_optimizer(original: Method) -> Method:
     def method(self: Any, model_parameters: Any) -> Any:
         if _fp8(self) is None:
             return original(self, model_parameters)
-        params = ds_config.optimizer_params(self.optimizer_params() or {})
+        params = optimizer_params.optimizer_params(self.optimizer_params() or {})
         decoupled = self.optimizer_name() == "adamw" or params.adam_w_mode
         # The default of DeepSpeed's fused Adam is no decay; that of torch's AdamW is .01.
         default_decay = 0.01 if params.torch_adam and decoupled else 0.0

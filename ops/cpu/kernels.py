@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from ctypes import POINTER, Structure, byref, c_char_p, c_float, c_int32, c_int64, c_uint32, c_void_p
+from ctypes import POINTER, byref, c_char_p, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from ds_fp8.ops import guards
 from ds_fp8.ops.adam import AdamScalars, Segment, Sweep
 from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.cpu import build
+from ds_fp8.ops.cpu.structures import CBlocks, CRun, CScalars, CSegment, CSweep, CValues
 from ds_fp8.ops.formats import BY_NAME
 from ds_fp8.ops.moments import UNIT
 from ds_fp8.ops.reduction import NORM_PARTS
@@ -32,70 +33,12 @@ FORMATS = {fmt: index for index, fmt in enumerate(BY_NAME.values())}  # the orde
 DTYPES = {fmt.dtype: index for fmt, index in FORMATS.items() if fmt.dtype.is_floating_point}
 
 
-class CBlocks(Structure):
-    """`Blocks` of csrc/blocks.h."""
-
-    _fields_ = [("codes", c_void_p), ("scales", c_void_p), ("format", c_int64)]
-
-
-class CValues(Structure):
-    """`Values` of csrc/blocks.h."""
-
-    _fields_ = [("data", c_void_p), ("dtype", c_int64)]
-
-
-class CScalars(Structure):
-    """`Scalars` of csrc/adam.h."""
-
-    _fields_ = [
-        *((name, c_float) for name in ("beta1", "one_minus_beta1", "beta2", "one_minus_beta2", "root_beta2")),
-        *((name, c_float) for name in ("quotient_beta", "step_size", "root_correction", "eps", "decay")),
-        ("clamp", c_float),
-        ("decoupled", c_int32),
-    ]
-
-
-class CSegment(Structure):
-    """`Segment` of csrc/adam.h."""
-
-    _fields_ = [(name, c_int64) for name in ("first_row", "last_row", "first_element", "parameter")]
-
-
 @dataclass(frozen=True)
 class Plan:
     """The segments of a shard, as the kernel reads them."""
 
     segments: ctypes.Array[CSegment]
     blocks: int
-
-
-class CSweep(Structure):
-    """`Sweep` of csrc/adam.h."""
-
-    _fields_ = [
-        *((name, CBlocks) for name in ("gradient", "master", "exp_avg", "exp_avg_sq")),
-        ("gradient_scales", c_void_p),
-        ("weights", CValues),
-        ("segments", c_void_p),
-        ("segment_count", c_int64),
-        ("counts", c_void_p),
-        ("control", c_void_p),
-        ("exp_avg_sq_stream", c_uint32),
-        ("master_stream", c_uint32),
-        ("multiplier", c_uint32),
-        ("odd", c_uint32),
-        ("block_size", c_int32),
-        ("stochastic", c_int32),
-        ("stores_sqrt", c_int32),
-        ("scalars", CScalars),
-        ("factors", c_float * 4),  # for the kernel's own use
-    ]
-
-
-class CRun(Structure):
-    """`Run` of csrc/weights.h."""
-
-    _fields_ = [(name, c_int64) for name in ("first", "count", "columns")]
 
 
 class Kernels:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ds_fp8.ops import guards
-from ds_fp8.ops.cpu.kernels import CRun, c_values, load
+from ds_fp8.ops.cpu.kernels import c_values, load
+from ds_fp8.ops.cpu.structures import CRun
 
 
 def find_exponents(values: Tensor, first: int, columns: int, exponents: Tensor) -> None:

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from ds_fp8.config.offload import check_offload
+from ds_fp8.config.parsing import parse
 from ds_fp8.config.refusals import refusal
-from ds_fp8.config.section import SECTION, FP8Config, parse
+from ds_fp8.config.section import SECTION, FP8Config
 from ds_fp8.ops.adam import AdamScalars, next_clamp
 from ds_fp8.zero_fp8.optimizer.hyperparameters import (
     HYPERPARAMETERS,
