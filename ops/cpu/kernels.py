@@ -127,12 +127,12 @@ def thread_count() -> int:
 
 
 @contextmanager
-def _counted(counts: Tensor | None, threads: int) -> Iterator[int | None]:
+def _counted(counts: Tensor | None) -> Iterator[int | None]:
     """The address of zeros, one row of counts per thread; at the end they are added to the counts."""
     if counts is None:
         yield None
         return
-    by_thread = torch.zeros(threads, counts.numel(), dtype=torch.float64)
+    by_thread = torch.zeros(thread_count(), counts.numel(), dtype=torch.float64)
     yield by_thread.data_ptr()
     counts += by_thread.sum(dim=0)
 
@@ -149,15 +149,14 @@ def quantize_tensor(values: Tensor, out: Blocks, counts: Tensor | None = None) -
 
 def _quantize(kernel: Any, values: Tensor, out: Blocks, counts: Tensor | None) -> None:
     guards.check_quantize(values, out, counts)
-    threads = thread_count()
-    with _counted(counts, threads) as address:
+    with _counted(counts) as address:
         kernel(
             byref(c_values(values)),
             values.numel(),
             byref(_blocks(out)),
             len(out),
             out.block_size,
-            threads,
+            thread_count(),
             address,
         )
 
@@ -166,8 +165,7 @@ def dequantize(blocks: Blocks, out: Tensor) -> None:
     """`ops.blocks.dequantize`."""
     guards.check_dequantize(blocks, out)
     count = min(out.numel(), blocks.codes.numel())
-    threads = torch.get_num_threads()
-    load().dequantize(byref(_blocks(blocks)), byref(c_values(out)), count, blocks.block_size, threads)
+    load().dequantize(byref(_blocks(blocks)), byref(c_values(out)), count, blocks.block_size, thread_count())
 
 
 def accumulate(pieces: Sequence[Blocks], shard: Blocks, *, overwrite: bool) -> Tensor:
@@ -209,9 +207,8 @@ def step_tensors(sweep: Sweep) -> None:
 
 def _step(kernel: Any, sweep: Sweep) -> None:
     guards.check_step(sweep, sweep.plan.blocks)
-    threads = thread_count()
-    with _counted(sweep.counts, threads) as address:
-        kernel(byref(_sweep(sweep, address)), threads)
+    with _counted(sweep.counts) as address:
+        kernel(byref(_sweep(sweep, address)), thread_count())
 
 
 def _sweep(sweep: Sweep, counts: int | None) -> CSweep:
