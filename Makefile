@@ -44,7 +44,7 @@ check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror ops/csrc/*
+	$(BIN)/clang-format --dry-run --Werror ops/csrc/* ops/hopper/*.cpp
 
 clean:
 	rm -rf $(VENV) build dist demo site *.egg-info

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import cuda
 from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -39,7 +38,7 @@ def predicted_bytes(engine: Any) -> float:
     parameters = elements(engine.module)
     low = engine._config._param_dict["bf16"].get("bf16_optimizer_states", False)
     gradient = 2 if engine.zero_optimization_stage() == 3 else 0  # it is kept between steps, too
-    return ((6 if low else 12) + gradient) * parameters / torch.distributed.get_world_size()
+    return ((6 if low else 12) + gradient) * parameters / engine.seq_dp_world_size
 
 
 def waits(step: Callable[[], object]) -> dict[str, int]:

@@ -13,7 +13,15 @@ The second prints the peak by micro-batch, until memory ends. With
         --sequence_parallel 2 --steps 200 --sleeps 20 --deepspeed_config benchmarks/gpu/zero3_o2.json
 
 two ranks share each sequence (DeepSpeed's ALST), attention is flash attention, and every rank sleeps up to
-20 ms before each forward; then a step's time says nothing, and what is sent is not counted.
+20 ms before each forward; then a step's time says nothing, and what is sent is not counted. With
+
+    for config in bf16_torch o2_overlap; do
+        torchrun --nproc_per_node 2 benchmarks/hf_llama.py --out autotp.json --size 350M --micro_batch 4 \\
+            --tensor_parallel 2 --steps 200 --sleeps 20 --deepspeed_config benchmarks/gpu/$config.json
+    done
+
+AutoTP splits the model over two ranks, its all-reduces overlap (tp_overlap_comm), and every rank sleeps
+before one in 20 collectives, too.
 
 One configuration per process group, in any order and as often as wanted: --out gathers them (`--again` runs
 what it has once more), and the table shows the medians of all steps of all runs of a configuration. "States
@@ -33,7 +41,7 @@ import torch
 from claims import Claim, print_claims
 from engine_facts import predicted_bytes, sent
 from gpu_train import CONSOLE, claims_of_memory_and_time, load
-from llama import SIZES, batches, engine_of, same_everywhere, step
+from llama import SIZES, batches, engine_of, same_everywhere, sleepy_collectives, step
 from meters import elements
 from ranks_gpu import facts, join_ranks
 from rich.table import Table
@@ -71,7 +79,8 @@ def train(arguments: argparse.Namespace, device: torch.device) -> Run:
         wait(device)
         time.sleep(draw.uniform(0, arguments.sleeps) / 1000)
         start = time.perf_counter()
-        losses.append(step(engine, batch))
+        with sleepy_collectives(draw, arguments.sleeps if arguments.tensor_parallel > 1 else 0):
+            losses.append(step(engine, batch))
         norms.append(engine.get_global_grad_norm())
         wait(device)
         milliseconds.append((time.perf_counter() - start) * 1000)
@@ -89,13 +98,17 @@ def train(arguments: argparse.Namespace, device: torch.device) -> Run:
         "same_everywhere": same_everywhere(engine),
         "peak_bytes_allocated": peak(device),
         "predicted_bytes": predicted_bytes(engine),
-        "sent": {} if arguments.sequence_parallel > 1 else sent(lambda: step(engine, next(source))),
+        "sent": {} if _is_split(arguments) else sent(lambda: step(engine, next(source))),
         **facts(device),
     }
 
 
 def name_of(arguments: argparse.Namespace) -> str:
     return arguments.deepspeed_config.stem + ("+float8" if arguments.float8 else "")
+
+
+def _is_split(arguments: argparse.Namespace) -> bool:
+    return max(arguments.sequence_parallel, arguments.tensor_parallel) > 1
 
 
 def probe(arguments: argparse.Namespace, device: torch.device) -> None:
@@ -143,7 +156,8 @@ def report(runs: list[Run]) -> None:
         )
     CONSOLE.print(table)
     ours = [run for run in compared if run is not stock] if stock else []
-    shared = int(runs[0]["options"].get("sequence_parallel", 1)) > 1
+    options = runs[0]["options"]
+    shared = any(int(options.get(key, 1)) > 1 for key in ("sequence_parallel", "tensor_parallel"))
     claims = claims_of_a_training if shared else partial(claims_of_memory_and_time, most=0.92)
     print_claims([claim for run in ours for claim in claims(run, stock)], CONSOLE)
 
@@ -177,6 +191,9 @@ def main() -> None:
     add("--compile", action="store_true", help="engine.compile()")
     add("--float8", action="store_true", help="products by torchao's tensorwise float8; named +float8")
     add("--sequence_parallel", type=int, default=1, metavar="N", help="ranks that share a sequence")
+    add(
+        "--tensor_parallel", type=int, default=1, metavar="N", help="ranks over which AutoTP splits the model"
+    )
     add("--sleeps", type=float, default=0.0, metavar="MS", help="of every rank before each forward, at most")
     add("--checkpointing", action="store_true", help="of every layer's activations")
     add("--probe", type=int, nargs="+", metavar="N", help="micro-batches to try")

@@ -1,8 +1,10 @@
 """A Hugging Face Llama with random weights in an engine, and its steps on real text, whole or in shares."""
 
 import argparse
-from collections.abc import Iterator
-from contextlib import nullcontext
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -23,6 +25,8 @@ SIZES = {  # hidden size, layers, heads, size between
     "20B": (6144, 44, 48, 16384),
 }
 VOCABULARY = 32_000
+SPLIT = "tensor_model_parallel"  # DeepSpeed's mark of a parameter of which ranks have parts
+COLLECTIVES = ("all_reduce", "all_to_all_single", "all_gather_into_tensor")
 KERNELS = [SDPBackend.FLASH_ATTENTION]  # which a CPU has, too
 Batch = dict[str, Tensor]
 
@@ -70,6 +74,8 @@ def engine_of(arguments: argparse.Namespace, device: torch.device) -> Any:
         from torchao.float8 import convert_to_float8_training
 
         convert_to_float8_training(model, module_filter_fn=lambda _, name: "lm_head" not in name)
+    if arguments.tensor_parallel > 1:
+        config["tensor_parallel"] = {"autotp_size": arguments.tensor_parallel, "tp_overlap_comm": True}
     parameters = model.parameters()
     engine = deepspeed.initialize(model=model, model_parameters=parameters, config=config, mpu=mpu)[0]
     if arguments.compile:
@@ -83,6 +89,7 @@ def batches(arguments: argparse.Namespace, device: torch.device) -> Iterator[Bat
 
     corpus, ranks = Corpus(read_sources(), arguments.context - 1), arguments.sequence_parallel
     group, place = divmod(torch.distributed.get_rank(), ranks)
+    group //= arguments.tensor_parallel  # whose ranks see the same text
     for batch in corpus.batches(arguments.micro_batch, group):  # a row has one token more
         tokens = batch.to(device, torch.long)
         whole = {"input_ids": tokens, "labels": tokens}
@@ -113,12 +120,37 @@ def shared_loss(engine: Any, batch: Batch) -> Tensor:
     return torch.stack([*all_gather(mine, group=engine.get_sequence_parallel_group())]).mean()
 
 
+@contextmanager
+def sleepy_collectives(draw: random.Random, most: float) -> Iterator[None]:
+    """Sleep before one in 20 of the collectives that go through DeepSpeed, up to `most` milliseconds."""
+    from deepspeed import comm
+
+    originals = {name: getattr(comm, name) for name in COLLECTIVES} if most else {}
+
+    def sleepy(original: Callable[..., Any]) -> Callable[..., Any]:
+        def act(*arguments: Any, **options: Any) -> Any:
+            if draw.random() < 0.05:
+                time.sleep(draw.uniform(0, most) / 1000)
+            return original(*arguments, **options)
+
+        return act
+
+    for name, original in originals.items():
+        setattr(comm, name, sleepy(original))
+    try:
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(comm, name, original)
+
+
 def same_everywhere(engine: Any) -> bool:
-    """Whether all ranks have the same weights, as they are gathered."""
+    """Whether all ranks have the same weights, as they are gathered; parts of split ones are left out."""
     import deepspeed
 
     with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
-        sums = [each.detach().view(torch.int16).long().sum() for each in engine.module.parameters()]
+        whole = [each for each in engine.module.parameters() if not getattr(each, SPLIT, False)]
+        sums = [each.detach().view(torch.int16).long().sum() for each in whole]
     mine = torch.stack(sums)
     theirs = mine.clone()
     torch.distributed.broadcast(theirs, 0)

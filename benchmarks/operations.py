@@ -7,13 +7,20 @@ import torch
 from torch import Tensor
 
 from ds_fp8.config.section import ROUNDED
-from ds_fp8.ops.adam import AdamScalars, AdamState, Rounding, Segment, Sweep
+from ds_fp8.ops.adam import AdamScalars, AdamState, Segment, Sweep
 from ds_fp8.ops.backend import Backend
 from ds_fp8.ops.blocks import Blocks
-from ds_fp8.ops.formats import E4M3, FP16, FP32, SPLIT16, UE4M4, Format
+from ds_fp8.ops.formats import E4M3, FP16, FP32, INT8, SPLIT16, UE4M4, Format
+from ds_fp8.ops.rounding import Rounding
 
 BLOCK = 128
-LEVELS = {"O1": (FP32, FP32, FP32), "O2": (FP16, E4M3, FP16), "O2+": (SPLIT16, E4M3, UE4M4)}
+LEVELS = {  # master, exp_avg, exp_avg_sq
+    "O1": (FP32, FP32, FP32),
+    "O2": (FP16, INT8, FP16),
+    "O2+": (SPLIT16, INT8, UE4M4),
+    "O2 of e4m3": (FP16, E4M3, FP16),
+    "O2+ of e4m3": (SPLIT16, E4M3, UE4M4),
+}
 
 Operation = tuple[str, Any, int]  # its name, what runs it, bytes read and written
 
@@ -66,7 +73,7 @@ def sweep(
     state = AdamState(*(zeros(fmt, blocks, device) for fmt in formats))
     if not state.master.format.split:
         backend.quantize(weights.view(-1), state.master)
-    rounding = Rounding(0, state.master.format.name in ROUNDED)
+    rounding = Rounding(0, state.master.format.name in ROUNDED, spread=state.stores_quotient)
     held = sum(each.nbytes for each in (state.master, state.exp_avg, state.exp_avg_sq))
 
     def run() -> None:

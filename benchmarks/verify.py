@@ -6,7 +6,7 @@ from itertools import accumulate, pairwise, product
 import torch
 from torch import Tensor
 
-from ds_fp8.ops.adam import AdamScalars, AdamState, Rounding, Segment, Sweep
+from ds_fp8.ops.adam import AdamScalars, AdamState, Segment, Sweep
 from ds_fp8.ops.backend import REFERENCE, Backend
 from ds_fp8.ops.blocks import NOT_FINITE, Blocks
 from ds_fp8.ops.formats import (
@@ -16,6 +16,7 @@ from ds_fp8.ops.formats import (
     E5M2,
     FP16,
     FP32,
+    INT8,
     SPLIT8,
     SPLIT16,
     UE4M4,
@@ -23,21 +24,30 @@ from ds_fp8.ops.formats import (
 )
 from ds_fp8.ops.health import GRADIENT_COUNTS, STATE_COUNTS
 from ds_fp8.ops.masters import store_masters
+from ds_fp8.ops.rounding import Rounding
 
 TO_NEAREST = [fmt for fmt in BY_NAME.values() if fmt.dtype.is_floating_point]
 BLOCK = 128
 BLOCKS = 300 if torch.cuda.is_available() else 16  # the interpreter is slow
 STATES = {
     "O1": (FP32, FP32, FP32),
-    "O2": (FP16, E4M3, FP16),
+    "O2": (FP16, INT8, FP16),
+    "O2 of e4m3": (FP16, E4M3, FP16),
     "bf16, e5m2, bf16": (BF16, E5M2, BF16),
     "fp16, fp16, fp32": (FP16, FP16, FP32),
     "fp32, bf16, fp16": (FP32, BF16, FP16),
-    "O2+": (SPLIT16, E4M3, UE4M4),
+    "O2+": (SPLIT16, INT8, UE4M4),
+    "O2+ of e4m3": (SPLIT16, E4M3, UE4M4),
+    "fp32, int8, fp32": (FP32, INT8, FP32),
     "split8, e4m3, e4m3": (SPLIT8, E4M3, E4M3),
     "fp32, e4m3, e5m2": (FP32, E4M3, E5M2),
 }
-ROUNDED = ("O2", "bf16, e5m2, bf16", "split8, e4m3, e4m3")  # masters are also rounded stochastically
+ROUNDED = (
+    "O2",
+    "O2 of e4m3",
+    "bf16, e5m2, bf16",
+    "split8, e4m3, e4m3",
+)  # masters are also rounded stochastically
 
 
 def verify(backend: Backend, device: torch.device) -> list[str]:
@@ -175,7 +185,8 @@ def stepped(backend: Backend, device: torch.device) -> Iterator[None]:
         if (stochastic and name not in ROUNDED) or (formats[0].split and dtype is not torch.bfloat16):
             continue
         what = f"adam_step {name}, gradient {wire.name}, decoupled {decoupled}, weights {dtype}"
-        how = (device, formats, wire, decoupled, dtype, Rounding(5, stochastic))
+        spread = formats[1] is INT8
+        how = (device, formats, wire, decoupled, dtype, Rounding(5, stochastic, spread))
         expected, counts = take_steps(REFERENCE, *how)
         found, found_counts = take_steps(backend, *how)
         assert torch.equal(found_counts, counts), f"{what}: counts {found_counts}, expected {counts}"

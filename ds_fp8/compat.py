@@ -168,6 +168,13 @@ SIGNATURES: dict[tuple[type, str], tuple[str, ...]] = {
         "keep_vars",
         "exclude_frozen_parameters",
     ),
+    (DeepSpeedEngine, "_consolidated_16bit_state_dict"): ("self", "exclude_frozen_parameters"),
+    (DeepSpeedEngine, "save_16bit_model"): (
+        "self",
+        "save_dir",
+        "save_filename",
+        "exclude_frozen_parameters",
+    ),
     (DeepSpeedEngine, "load_checkpoint"): ("self", "load_dir", "tag", *LOAD_OPTIONS),
     (DeepSpeedEngine, "_load_checkpoint"): ("self", "load_dir", "tag", *LOAD_OPTIONS),
 }

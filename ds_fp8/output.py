@@ -61,7 +61,8 @@ def positive(text: str) -> int:
 
 def add_run(parser: argparse.ArgumentParser) -> None:
     """The arguments for what a ds_config leaves open: GPUs and micro-steps."""
-    parser.add_argument("--gpus", metavar="N", type=positive, default=1, help="world size; default: 1")
+    default = "1, or as many as a model is split over"
+    parser.add_argument("--gpus", metavar="N", type=positive, help=f"world size; default: {default}")
     help_text = "per step; default: as the config, else 1"
     parser.add_argument("--micro-steps", metavar="N", type=positive, help=help_text)
 

@@ -25,22 +25,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_fp8.ops.blocks import Blocks, chunks, decode, encode, fit, scale_down, to_float32
-from ds_fp8.ops.formats import FP32
+from ds_fp8.ops.blocks import Blocks, chunks, decode, encode, scale_down, to_float32
+from ds_fp8.ops.formats import FP32, INT8
 from ds_fp8.ops.masters import decode_masters, encode_masters
-from ds_fp8.ops.rounding import (
-    EXP_AVG_SQ,
-    HALF,
-    MASTER,
-    key,
-    random_bits,
-    round_stochastically,
-    round_up_from_zero,
-    stream,
+from ds_fp8.ops.moments import (
+    LEAST_BETA2,
+    LOG_UNIT,
+    UNIT,
+    decode_second_moment,
+    encode_quotient,
+    encode_second_moment,
+    quotient,
+    square_root,
 )
-
-LOG_UNIT = 24
-UNIT = 2.0**LOG_UNIT  # factor of the gradient, m and sqrt(v) inside the sweep
+from ds_fp8.ops.rounding import (
+    EXP_AVG,
+    EXP_AVG_SQ,
+    MASTER,
+    Rounding,
+    fewer_bits,
+    key,
+    random_words,
+    round_stochastically,
+    upper_bits,
+)
 
 
 @dataclass(frozen=True)
@@ -57,6 +65,38 @@ class AdamState:
             self, master=self.master[rows], exp_avg=self.exp_avg[rows], exp_avg_sq=self.exp_avg_sq[rows]
         )
 
+    @property
+    def stores_quotient(self) -> bool:
+        """Whether exp_avg holds m over the root of v."""
+        return self.exp_avg.format is INT8
+
+    def moments(self, beta1: float, beta2: float) -> tuple[Tensor, Tensor]:
+        """m times UNIT and beta1, v times UNIT^2 and beta2, of a chunk: [rows, block size] float32 each."""
+        if not self.stores_quotient:
+            return decode(self.exp_avg, UNIT * beta1), self.second_moment(beta2)
+        beta2 = max(beta2, LEAST_BETA2)
+        m, v = decode(self.exp_avg, beta1 / math.sqrt(beta2)), self.second_moment(beta2)
+        if self.exp_avg_sq.format is FP32:
+            return m * square_root(v), v
+        return m * decode(self.exp_avg_sq, UNIT * math.sqrt(beta2)), v
+
+    def first_moment(self) -> Tensor:
+        """m of a chunk, [rows, block size] float32."""
+        stored = decode(self.exp_avg)
+        return stored * self.root() if self.stores_quotient else stored
+
+    def root(self) -> Tensor:
+        """sqrt(v) of a chunk, [rows, block size] float32."""
+        v = decode(self.exp_avg_sq)
+        return v if self.stores_sqrt and self.exp_avg_sq.format is not FP32 else square_root(v)
+
+    def set_first_moment(self, m: Tensor, root: Tensor) -> None:
+        """Store m, rounded to nearest. root: sqrt(v); a quotient where it is 0 is stored as 0."""
+        if self.stores_quotient:
+            encode_quotient(quotient(torch.where(root == 0, 0.0, m), root), self.exp_avg)
+        else:
+            encode(m, self.exp_avg)
+
     def second_moment(self, factor: float = 1.0) -> Tensor:
         """v of a chunk times UNIT^2 and a factor, [rows, block size] float32."""
         if self.stores_sqrt:
@@ -64,10 +104,7 @@ class AdamState:
         return decode(self.exp_avg_sq, UNIT**2 * factor)
 
     def set_second_moment(self, v: Tensor, root: Tensor, bits: Tensor | None = None, unit: int = 0) -> None:
-        """Store v, rounded to nearest, or its root, as `encode_second_moment` does.
-
-        v: 4^unit, root: 2^unit times what is stored.
-        """
+        """Store v, rounded to nearest, or its root; v: 4^unit, root: 2^unit times what is stored."""
         if self.stores_sqrt:
             encode_second_moment(v * 4.0**-unit, root * 2.0**-unit, self.exp_avg_sq, bits)
         else:
@@ -106,27 +143,20 @@ class AdamScalars:
         """Bias correction of sqrt(v): 1 / sqrt(1 - beta2^step)."""
         return 1 / math.sqrt(1 - self.beta2**self.step) if self.bias_correction else 1.0
 
-    @property
-    def factors(self) -> dict[str, float]:
-        """The factors that kernels are given, by their names there."""
+    def factors(self, *, quotient: bool) -> dict[str, float]:
+        """The factors that kernels are given, by their names there; quotient: `AdamState.stores_quotient`."""
+        beta2 = max(self.beta2, LEAST_BETA2) if quotient else self.beta2
         return {
             "beta1": self.beta1,
             "one_minus_beta1": 1 - self.beta1,
-            "beta2": self.beta2,
+            "beta2": beta2,
             "one_minus_beta2": 1 - self.beta2,
-            "root_beta2": math.sqrt(self.beta2),
+            "root_beta2": math.sqrt(beta2),
+            "quotient_beta": self.beta1 / math.sqrt(beta2) if quotient else 0.0,
             "step_size": self.step_size,
             "root_correction": self.root_correction,
             "decay": 1 - self.lr * self.weight_decay if self.decoupled else self.weight_decay,
         }
-
-
-@dataclass(frozen=True)
-class Rounding:
-    """The seed of a run's random bits, and whether masters too are rounded stochastically."""
-
-    seed: int
-    stochastic: bool = False
 
 
 @dataclass(frozen=True)
@@ -152,10 +182,10 @@ class Sweep:
 
     def noise(self, parameter: int, first: int, like: Tensor) -> "Noise":
         """Random bits for rows of a parameter, of which `first` is the first element's index."""
-        return partial(noise_of, self.rounding.seed, self.scalars.step, parameter, first, like)
+        return partial(noise_of, self.rounding, self.scalars.step, parameter, first, like)
 
 
-Noise = Callable[[int], Tensor]  # 24 random bits per element of a state's rows, int32; of MASTER, EXP_AVG_SQ
+Noise = Callable[[int], Tensor]  # random bits per element of a state's rows, int32: 24, of EXP_AVG 16
 
 
 def next_clamp(previous: float | None, betas: tuple[float, float]) -> float:
@@ -196,10 +226,15 @@ def adam_step(sweep: Sweep) -> None:
             store(values, rows, noise)
 
 
-def noise_of(seed: int, step: int, parameter: int, first: int, like: Tensor, state: int) -> Tensor:
-    """24 random bits for each element of a state's rows, int32; `first` is the first element's index."""
-    word = key(stream(seed, step, state), parameter)
-    return random_bits(word, first, like.numel(), like.device).view_as(like)
+def noise_of(rounding: Rounding, step: int, parameter: int, first: int, like: Tensor, state: int) -> Tensor:
+    """Random bits for each element of a state's rows, int32; `first` is the first element's index.
+
+    They are 24 of a word; exp_avg has 16 of exp_avg_sq's word.
+    """
+    word = key(rounding.stream(step, EXP_AVG_SQ if state == EXP_AVG else state), parameter)
+    last = rounding.multiplier(step), int(rounding.spread)
+    words = random_words(word, first, like.numel(), like.device, *last).view_as(like)
+    return fewer_bits(words) if state == EXP_AVG else upper_bits(words)
 
 
 @dataclass(frozen=True)
@@ -226,9 +261,9 @@ def update(rows: Sweep) -> Update:
     else:
         p = decode_masters(state.master, rows.weights)
         g = g + p * (s.weight_decay * UNIT)
-    m = m_unclamped = decode(state.exp_avg, s.beta1 * UNIT) + g * (1 - s.beta1)
-    v = state.second_moment(s.beta2) + g * g * (1 - s.beta2)
-    v = v.clamp(max=FP32.max)
+    m, v = state.moments(s.beta1, s.beta2)
+    m = m_unclamped = m + g * (1 - s.beta1)
+    v = (v + g * g * (1 - s.beta2)).clamp(max=FP32.max)
     root = square_root(v)
     if s.clamp is not None:
         m = torch.copysign(torch.minimum(m_unclamped.abs(), root * s.clamp), m_unclamped)
@@ -240,7 +275,10 @@ def store(values: Update, rows: Sweep, noise: Noise) -> None:
     """Round the values of a step into the states and the weights of their rows."""
     state = rows.state
     encode_masters(values.p, state.master, rows.weights, noise(MASTER) if rows.rounding.stochastic else None)
-    encode(values.m, state.exp_avg, LOG_UNIT)
+    if state.stores_quotient:
+        encode_quotient(quotient(values.m, values.root), state.exp_avg, noise(EXP_AVG))
+    else:
+        encode(values.m, state.exp_avg, LOG_UNIT)
     bits = noise(EXP_AVG_SQ) if state.stores_sqrt else None
     state.set_second_moment(values.v, values.root, bits, LOG_UNIT)
     if rows.counts is not None:
@@ -250,7 +288,8 @@ def store(values: Update, rows: Sweep, noise: Noise) -> None:
 def _count(values: Update, state: AdamState, bits: Tensor | None) -> Tensor:
     """`StateCounts` of values and of the state that holds them; bits: those given to `set_second_moment`."""
     clamped = (values.m_unclamped.abs() > values.m.abs()).sum()
-    underflows = (values.m.bool() & (to_float32(state.exp_avg.codes, state.exp_avg.format) == 0)).sum()
+    m = quotient(values.m, values.root) if state.stores_quotient else values.m
+    underflows = (m.bool() & (to_float32(state.exp_avg.codes, state.exp_avg.format) == 0)).sum()
     lost, v = torch.zeros_like(clamped), state.exp_avg_sq
     if bits is not None and v.format is not FP32:
         root = values.root * UNIT**-1
@@ -259,34 +298,3 @@ def _count(values: Update, state: AdamState, bits: Tensor | None) -> Tensor:
     elif bits is None:
         lost = (values.v.bool() & (to_float32(v.codes, v.format) == 0)).sum()
     return torch.stack([clamped, underflows, lost]).to(torch.float64)
-
-
-def square_root(v: Tensor) -> Tensor:
-    """FP32 square roots, correctly rounded: torch's own on a CPU may be off by one in the last place.
-
-    A float64 root has more than twice the digits, so rounding it again changes nothing.
-    """
-    return v.to(torch.float64).sqrt().to(torch.float32)
-
-
-def decode_second_moment(blocks: Blocks, factor: float = 1.0) -> Tensor:
-    """v of a chunk times UNIT^2 and a factor, [rows, block size] float32.
-
-    A stored root is multiplied with the root of the factor, then squared: so nothing leaves FP32's range.
-    """
-    if blocks.format is FP32:
-        return decode(blocks, UNIT**2 * factor)
-    return decode(blocks, UNIT * math.sqrt(factor)).square()
-
-
-def encode_second_moment(v: Tensor, root: Tensor, out: Blocks, bits: Tensor | None = None) -> None:
-    """Store v in FP32, or sqrt(v), non-zero values never as zero.
-
-    bits: 24 random bits per element, int32, for stochastic rounding; None rounds to nearest.
-    """
-    if out.format is FP32:
-        encode(v, out)
-        return
-    if bits is None:
-        bits = torch.full_like(root, HALF, dtype=torch.int32)
-    out.codes.copy_(round_up_from_zero(fit(root, out), bits, out.format))

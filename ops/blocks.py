@@ -140,7 +140,7 @@ def encode(values: Tensor, out: Blocks, unit: int = 0) -> None:
 def to_float32(codes: Tensor, fmt: Format) -> Tensor:
     """Codes as numbers, without their scale; split codes are not numbers."""
     assert not fmt.split
-    if codes.is_floating_point():
+    if codes.is_floating_point() or fmt.integer:
         return codes.to(torch.float32)
     # Shifted to their place in FP32, the bits are an FP32 number; the biases' distance corrects its exponent.
     bits = codes.to(torch.int32) << fmt.dropped_bits

@@ -47,14 +47,19 @@ def multiply(left: Operand, right: Operand, bias: Tensor | None = None) -> Tenso
         ValueError: operands that do not lie as cuBLAS reads them.
         RuntimeError: cuBLAS has no algorithm for their shapes.
     """
-    operands = left.codes, left.scales, right.codes, right.scales
     if not left.codes.numel():  # no tokens
         return left.codes.new_zeros(len(left.codes), len(right.codes), dtype=torch.bfloat16)
     if bias is not None and bias.data_ptr() % LEAST_ALIGNMENT:
         bias = bias.clone()
+    plan = plan_of(left, right, bias)
+    return plan(left.codes, left.scales, right.codes, right.scales, bias)
+
+
+def plan_of(left: Operand, right: Operand, bias: Tensor | None) -> Plan:
+    """The plan for operands that lie like these; raises as `multiply` does."""
+    operands = left.codes, left.scales, right.codes, right.scales
     layout = None if bias is None else Layout.of(bias)
-    plan = _plan(*map(Layout.of, operands), layout, _alignment(*operands))
-    return plan(*operands, bias)
+    return _plan(*map(Layout.of, operands), layout, _alignment(*operands))
 
 
 class Layout(NamedTuple):

@@ -11,7 +11,7 @@ import ctypes
 import threading
 from collections.abc import Callable
 from ctypes import byref, c_float, c_int, c_int8, c_int32, c_int64, c_size_t, c_uint32, c_uint64, c_void_p
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import cache
 from typing import Any
 
@@ -93,7 +93,7 @@ class Plan:
         found = self._find(shape)
         self._algorithm, self._workspace = found.algorithm, int(found.workspace)
         self._pointer = c_void_p()
-        self._columns = shape.columns
+        self._shape, self._columns = shape, shape.columns
 
     def __call__(
         self, left: Tensor, left_scales: Tensor, right: Tensor, right_scales: Tensor, bias: Tensor | None
@@ -130,6 +130,16 @@ class Plan:
             )
         _check(status, "cublasLtMatmul")
         return product
+
+    def described(self) -> tuple[list[int], list[int], list[int], int]:
+        """The device and the shape, handles, the algorithm and the bytes of its workspace, as numbers."""
+        handles = self._handle, self._matmul, self._right, self._left, self._product
+        return (
+            [-1 if self._device.index is None else self._device.index, *map(int, astuple(self._shape))],
+            [each.value or 0 for each in handles],
+            [c_int64(each).value for each in self._algorithm],
+            self._workspace,
+        )
 
     def _describe(self, shape: Shape) -> None:
         self._set(TRANSA, c_int32(TRANSPOSED))

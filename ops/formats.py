@@ -5,8 +5,9 @@ last code to NaN and so reaches 448, E5M2 keeps the IEEE infinities and stops at
 A format with fewer exponent bits than FP32 cannot hold every FP32 value, so a block of it
 carries a scale (`ops.blocks`); FP32 and BF16 carry none.
 
-Two kinds of format are ours. UE4M4 has no sign and no code for inf or NaN: a byte for the root of a
-second moment, with a mantissa bit more than E4M3. Of a master in SPLIT16 or SPLIT8 the BF16 weight is the
+Three kinds of format are ours. UE4M4 has no sign and no code for inf or NaN: a byte for the root of a
+second moment, with a mantissa bit more than E4M3. INT8, whole numbers from -127 to 127, holds exp_avg over
+the root of exp_avg_sq (`ops.moments`). Of a master in SPLIT16 or SPLIT8 the BF16 weight is the
 upper half; its code is what lies below, all 16 bits (the master is FP32) or the upper 8.
 """
 
@@ -30,11 +31,12 @@ class Format:
     reserved: Literal["exponent", "code", "nothing"]
     dtype: torch.dtype  # of a code; an integer type if torch does not know the format
     signed: bool = True
+    integer: bool = False  # the code is the value: one exponent bit, whose two binades have one step
     split: bool = False  # the code is what lies below the bits of the BF16 weight (`ops.masters`)
 
     @property
     def bias(self) -> int:
-        return int(2 ** (self.exponent_bits - 1)) - 1
+        return 1 - self.mantissa_bits if self.integer else int(2 ** (self.exponent_bits - 1)) - 1
 
     @property
     def max_exponent(self) -> int:
@@ -85,7 +87,8 @@ FP16 = Format("fp16", 5, 10, "exponent", torch.float16)
 E4M3 = Format("e4m3", 4, 3, "code", torch.float8_e4m3fn)
 E5M2 = Format("e5m2", 5, 2, "exponent", torch.float8_e5m2)
 UE4M4 = Format("ue4m4", 4, 4, "nothing", torch.uint8, signed=False)
+INT8 = Format("int8", 1, 6, "nothing", torch.int8, integer=True)
 SPLIT16 = Format("split16", 8, 23, "exponent", torch.int16, split=True)
 SPLIT8 = Format("split8", 8, 15, "exponent", torch.int8, split=True)
 
-BY_NAME = {fmt.name: fmt for fmt in (FP32, BF16, FP16, E4M3, E5M2, UE4M4, SPLIT16, SPLIT8)}
+BY_NAME = {fmt.name: fmt for fmt in (FP32, BF16, FP16, E4M3, E5M2, UE4M4, SPLIT16, SPLIT8, INT8)}

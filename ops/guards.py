@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ds_fp8.ops.adam import AdamState, Segment, Sweep
 from ds_fp8.ops.blocks import Blocks
-from ds_fp8.ops.formats import E4M3, UE4M4
+from ds_fp8.ops.formats import E4M3, INT8, UE4M4
 from ds_fp8.ops.health import GRADIENT_COUNTS, STATE_COUNTS
 from ds_fp8.ops.products import TILE, TOKENS, tiles
 
@@ -152,7 +152,8 @@ def _states(state: AdamState, device: torch.device, shape: torch.Size, stochasti
         _blocks(name, blocks, device)
         _same(name, blocks.codes.shape, shape, "the gradient's shape")
     _format("master", state.master, state.master.format.name in (ROUNDED if stochastic else MASTERS))
-    _format("exp_avg", state.exp_avg, state.exp_avg.format.dtype.is_floating_point)
+    whole = state.stores_sqrt and state.exp_avg.format is INT8
+    _format("exp_avg", state.exp_avg, state.exp_avg.format.dtype.is_floating_point or whole)
     unsigned = state.stores_sqrt and state.exp_avg_sq.format is UE4M4
     _format("exp_avg_sq", state.exp_avg_sq, state.exp_avg_sq.format.dtype.is_floating_point or unsigned)
 

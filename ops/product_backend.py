@@ -3,10 +3,11 @@
 The device decides, as for `ops.backend`, and DS_FP8_BACKEND overrides it: Triton on a GPU; on a CPU C++ for
 the weights, which offload needs, and the reference for what only tests of training run there.
 
-How to multiply is another choice, by name: `cublas` is fast and needs Hopper (`ops.cublas.obstacle`);
-`emulated` decodes and multiplies in FP32, on any device.
+How to multiply is another choice, by name: `cublas` is fast and needs Hopper (`ops.cublas.obstacle`), where
+`ops.hopper` launches it and the casts around it; `emulated` decodes and multiplies in FP32, on any device.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -14,7 +15,11 @@ import torch
 from torch import Tensor
 
 from ds_fp8.ops import backend, cublas, products
-from ds_fp8.ops.products import CastGradient, CastInput
+from ds_fp8.ops.products import CastGradient, CastInput, Operand
+
+logger = logging.getLogger("ds_fp8")
+
+Multiply = Callable[[Operand, Operand, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True)
@@ -42,10 +47,28 @@ REFERENCE = Products(
     decode_weight=products.decode_weight,
     expand_exponents=products.expand_exponents,
 )
-MULTIPLY: dict[str, Callable[..., Tensor]] = {
-    "cublas": cublas.multiply,
-    "emulated": products.multiply,
-}
+
+
+MULTIPLY: dict[str, Multiply] = {"cublas": cublas.multiply, "emulated": products.multiply}
+
+
+def by_way(name: str, functions: Products) -> tuple[Products, Multiply]:
+    """The functions of a way to multiply, and its product; functions: of the device."""
+    if name != "cublas":
+        return functions, MULTIPLY["emulated"]
+    from ds_fp8.ops.hopper import functions as hopper
+
+    obstacle = hopper.obstacle()
+    if obstacle is None:
+        launched = replace(
+            functions,
+            cast_input=hopper.cast_input,
+            cast_gradient=hopper.cast_gradient,
+            transpose=hopper.transpose,
+        )
+        return launched, hopper.multiply
+    logger.warning("FP8 products are launched from Python, which takes the host far longer: %s", obstacle)
+    return functions, MULTIPLY["cublas"]
 
 
 def choose(device: torch.device) -> Products:

@@ -4,10 +4,13 @@ import os
 import random
 import signal
 import time
+from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import deepspeed
+import split_models
 import torch
 from engines import batches, build_gpt, ds_config, train_losses, zero3
 from ranks import FORKED, free_port, rank_environment, start_server
@@ -16,6 +19,17 @@ import ds_fp8
 
 WARMUP = {"type": "WarmupLR", "params": {"warmup_max_lr": 1e-3, "warmup_num_steps": 10}}
 WORLD_SIZE = 2
+SPLIT = ", split"  # after the level: a model that is split over the two ranks
+
+
+def steps_of(engine: Any, *, split: bool) -> Callable[[], float]:
+    """What takes the next step after those that the engine has, and returns its loss."""
+    if split:
+        return lambda: float(split_models.run(engine, engine.global_steps, 1)["losses"][0])
+    source = batches(engine)
+    for _ in range(engine.global_steps):
+        next(source)
+    return lambda: train_losses(engine, source, 1)[0]
 
 
 def trace_file(folder: Path) -> Path:
@@ -30,10 +44,11 @@ def run(rank: int, port: int, folder: Path, level: str, stage: int, steps: int) 
     deepspeed.utils.logger.setLevel("ERROR")
     deepspeed.init_distributed("gloo")
     ds_fp8.register()
-    zero = zero3() if stage == 3 else {}
-    engine = build_gpt(
-        ds_config({"opt_level": level}, stage=stage, zero=zero, bucket=10_000, scheduler=WARMUP)
+    split, zero = level.endswith(SPLIT), zero3() if stage == 3 else {}
+    config = ds_config(
+        {"opt_level": level.removesuffix(SPLIT)}, stage=stage, zero=zero, bucket=10_000, scheduler=WARMUP
     )
+    engine = split_models.engine_of("mpu", config) if split else build_gpt(config)
     with open(trace_file(folder), "a") as trace:
 
         def tell(text: str) -> None:
@@ -43,11 +58,9 @@ def run(rank: int, port: int, folder: Path, level: str, stage: int, steps: int) 
 
         engine.load_checkpoint(str(folder))
         tell(f"loaded {engine.global_steps}")
-        source = batches(engine)
-        for _ in range(engine.global_steps):
-            next(source)
+        step = steps_of(engine, split=split)
         while engine.global_steps < steps:
-            loss = train_losses(engine, source, 1)[0]
+            loss = step()
             tell(f"{engine.global_steps} {loss.hex()}")
             # Every other tag is new, every other replaces the one that `latest` names, or the one before.
             engine.save_checkpoint(str(folder), tag=(None, "again", "again")[engine.global_steps % 3])

@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from ds_fp8.ops.adam import encode_second_moment
 from ds_fp8.ops.backend import Backend
 from ds_fp8.ops.blocks import NOT_FINITE, Blocks, quantize, to_float32
 from ds_fp8.ops.cpu import build
-from ds_fp8.ops.formats import BF16, BY_NAME, E4M3, E5M2, FP16, FP32, UE4M4, Format
+from ds_fp8.ops.formats import BF16, BY_NAME, E4M3, E5M2, FP16, FP32, INT8, UE4M4, Format
+from ds_fp8.ops.moments import encode_quotient, encode_second_moment
 
 CPU = torch.device("cpu")
 GARBAGE = 0xA5
@@ -126,10 +126,12 @@ def guarded(values: Tensor, fmt: Format) -> Blocks:
 
 def round_to_nearest(values: Tensor, out: Blocks) -> None:
     """Rows of values into blocks; of an unsigned format their magnitudes."""
-    if out.format.signed:
+    if out.format is INT8:
+        encode_quotient(values, out)
+    elif out.format.signed:
         quantize(values.reshape(-1), out)
-        return
-    encode_second_moment(values, values.abs(), out)
+    else:
+        encode_second_moment(values, values.abs(), out)
 
 
 def every_code(fmt: Format) -> Tensor:

@@ -36,11 +36,12 @@ from torch import Tensor
 
 from ds_fp8.config.section import ROUNDED, FP8Config, GradientsSection, OptimizerSection
 from ds_fp8.ops import adam
-from ds_fp8.ops.adam import AdamScalars, AdamState, Rounding, Segment, Sweep, next_clamp
+from ds_fp8.ops.adam import AdamScalars, AdamState, Segment, Sweep, next_clamp
 from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.formats import BF16, BY_NAME, FP32, Format
 from ds_fp8.ops.health import STATE_COUNTS
 from ds_fp8.ops.masters import store_masters
+from ds_fp8.ops.rounding import Rounding
 
 BETAS = (0.9, 0.95)
 FORMATS = ("gradient", "master", "exp_avg", "exp_avg_sq")
@@ -76,6 +77,7 @@ DIMENSIONS: dict[str, Sequence[Any]] = {
     "clamped": [True, False],
     "bias_correction": [True, False],
     "counted": [False, True],
+    "spread": [False, True],
 }
 
 
@@ -93,11 +95,12 @@ class Case:
     clamped: bool = True
     bias_correction: bool = True
     counted: bool = False
+    spread: bool = False
     weight_decay: float = 0.1
     betas: tuple[float, float] = BETAS
 
     def __str__(self) -> str:
-        switches = ("decoupled", "clamped", "bias_correction", "counted")
+        switches = ("decoupled", "clamped", "bias_correction", "counted", "spread")
         names = (self.gradient, self.master, self.exp_avg, self.exp_avg_sq, self.block_size, self.weights)
         return "-".join(map(str, [*names, *(each for each in switches if getattr(self, each))]))
 
@@ -184,7 +187,7 @@ class Twins:
             plan=plan,
             scalars=case.scalars(step),
             control=control,
-            rounding=Rounding(seed, case.stochastic),
+            rounding=Rounding(seed, case.stochastic, case.spread),
             counts=counts,
         )
         adam.adam_step(sweep)

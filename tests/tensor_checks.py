@@ -8,11 +8,12 @@ import torch
 from kernel_support import CPU, Kernels, assert_same, assert_same_blocks, dirty, inner, to
 from torch import Tensor
 
-from ds_fp8.ops.adam import AdamScalars, AdamState, Rounding, Segment, Sweep
+from ds_fp8.ops.adam import AdamScalars, AdamState, Segment, Sweep
 from ds_fp8.ops.backend import TENSOR_REFERENCE
 from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.formats import BY_NAME, E4M3, Format
 from ds_fp8.ops.health import GRADIENT_COUNTS, STATE_COUNTS
+from ds_fp8.ops.rounding import Rounding
 from ds_fp8.zero_fp8.gradients.exchange import blocks_in
 from ds_fp8.zero_fp8.placement.messages import Message
 from ds_fp8.zero_fp8.recipe import weight_dtypes

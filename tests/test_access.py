@@ -81,7 +81,7 @@ def write_and_read(level: str) -> None:
     engine = build_gpt(ds_config({"opt_level": level}))
     source = batches(engine)
     train_losses(engine, source, 2)
-    exact = 1e-6 if level == "O1" else 0.07  # half a code of E4M3 and a little
+    exact = 1e-6 if level == "O1" else 0.07  # half a code of E4M3 and a little, more than of UE4M4
     generator = torch.Generator().manual_seed(1)
     for name, parameter in engine.module.named_parameters():
         value = torch.randn(parameter.shape, generator=generator)
@@ -89,7 +89,7 @@ def write_and_read(level: str) -> None:
         read = safe_get_full_fp32_param(parameter)
         assert torch.allclose(read, value, rtol=1e-3, atol=1e-6), name
         assert torch.allclose(parameter.float(), value, rtol=1e-2, atol=1e-6), name
-        for key in STATES:
+        for key in reversed(STATES):  # exp_avg lies over the root of exp_avg_sq
             wanted = value.abs() if key == "exp_avg_sq" else value
             safe_set_full_optimizer_state(parameter, wanted, key)
             read = safe_get_full_optimizer_state(parameter, key)
@@ -127,6 +127,7 @@ def misuse() -> list[str]:
         lambda: safe_set_full_grad(parameter, torch.zeros_like(parameter)),
         lambda: safe_get_full_optimizer_state(parameter, "momentum"),
         lambda: safe_set_full_fp32_param(parameter, torch.zeros(3)),
+        lambda: safe_set_full_optimizer_state(parameter, torch.ones_like(parameter).float(), "exp_avg"),
     ]
     for attempt in attempts:
         try:
@@ -134,6 +135,15 @@ def misuse() -> list[str]:
             messages.append("")
         except ValueError as error:
             messages.append(str(error))
+    for key in ("exp_avg_sq", "exp_avg"):
+        safe_set_full_optimizer_state(parameter, torch.ones_like(parameter).float(), key)
+    try:
+        safe_set_full_optimizer_state(parameter, torch.zeros_like(parameter).float(), "exp_avg_sq")
+    except ValueError as error:
+        messages.append(str(error))
+    for key in ("exp_avg_sq", "exp_avg"):
+        read = safe_get_full_optimizer_state(parameter, key)
+        assert torch.allclose(read, torch.ones_like(read), rtol=0.01), "what is refused changes nothing"
     engine.destroy()
     assert safe_get_full_fp32_param(parameter) is None
     assert dist.get_world_size() == 2
@@ -141,11 +151,18 @@ def misuse() -> list[str]:
 
 
 def test_misuse_is_told(ranks: RankPools) -> None:
-    for messages in ranks.run(2, misuse):
+    told = ranks.run(2, misuse)
+    for messages in told:
         assert "between engine.backward() and engine.step()" in messages[0]
         assert "between engine.backward() and engine.step()" in messages[1]
         assert "'momentum', allowed: exp_avg, exp_avg_sq" in messages[2]
         assert "received shape [3], allowed: [256, 32]" in messages[3]
+    owners = [each for each in told if each[4]]
+    assert owners, "no rank refused moments without a quotient"
+    for messages in owners:
+        assert "exp_avg: received values that leave exp_avg_sq 0" in messages[4]
+        assert "exp_avg_sq: received values that leave exp_avg_sq 0" in messages[5]
+        assert "set exp_avg after exp_avg_sq, and zeros before" in messages[5]
 
 
 # ZeRO 3

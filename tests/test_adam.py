@@ -15,24 +15,12 @@ from test_masters import bf16_of
 from torch import Tensor
 
 from ds_fp8.ops import blocks as blocks_module
-from ds_fp8.ops.adam import (
-    UNIT,
-    AdamScalars,
-    AdamState,
-    Rounding,
-    Segment,
-    Sweep,
-    adam_step,
-    decode_second_moment,
-    encode_second_moment,
-    next_clamp,
-    plan,
-    square_root,
-)
+from ds_fp8.ops.adam import AdamScalars, AdamState, Segment, Sweep, adam_step, next_clamp, plan
 from ds_fp8.ops.blocks import Blocks, decode, dequantize, quantize
 from ds_fp8.ops.formats import BF16, E4M3, E5M2, FP16, FP32, SPLIT8, SPLIT16, UE4M4, Format
 from ds_fp8.ops.masters import decode_masters, load_masters, store_masters
-from ds_fp8.ops.rounding import EXP_AVG_SQ, key, random_bits, round_up_from_zero, stream
+from ds_fp8.ops.moments import UNIT, decode_second_moment, encode_second_moment, square_root
+from ds_fp8.ops.rounding import EXP_AVG_SQ, Rounding, key, random_bits, round_up_from_zero, stream
 
 CPU = torch.device("cpu")
 EXP_AVGS = (FP32, BF16, FP16, E4M3, E5M2)

@@ -14,10 +14,11 @@ import pytest
 import torch
 from kernel_support import needs_compiler
 
-from ds_fp8.ops.adam import Rounding, Sweep
+from ds_fp8.ops.adam import Sweep
 from ds_fp8.ops.backend import REFERENCE, Backend
 from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.cpu import build
+from ds_fp8.ops.rounding import Rounding
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.append(str(BENCHMARKS))

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 import ds_fp8
+from ds_fp8 import builds
 from ds_fp8.compat import OpBuilder
-from ds_fp8.seam import builds
 
 
 @pytest.fixture

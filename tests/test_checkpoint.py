@@ -136,7 +136,11 @@ def load_into(folder: str, config: dict[str, Any], **options: Any) -> tuple[str,
 @pytest.mark.parametrize(
     ("fp8", "word"),
     [
-        ({"opt_level": "O1"}, "master fp16 -> fp32, exp_avg e4m3 -> fp32, exp_avg_sq fp16 -> fp32"),
+        (
+            {"opt_level": "O1"},
+            "master fp16 -> fp32, exp_avg int8 -> fp32, exp_avg_sq fp16 -> fp32, draws spread -> independent",
+        ),
+        ({"optimizer": {"draws": "independent"}}, "draws spread -> independent"),
         ({"block_size": 64}, "block_size 128 -> 64"),
         ({"optimizer": {"seed": 1}}, "seed 0 -> 1"),
     ],

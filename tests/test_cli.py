@@ -48,10 +48,10 @@ class TestConfigs:
         assert heading == columns.split()
         assert [row[0] for row in rows] == NAMES
         by_name = {row[0]: row[1:] for row in rows}
-        assert by_name["zero2_o2"] == ["2", "O2", "e4m3", "fp16", "e4m3", "fp16", "-", "128"]
-        assert by_name["zero3_o2plus"] == ["3", "O2+", "e4m3", "split16", "e4m3", "ue4m4", "-", "128"]
+        assert by_name["zero2_o2"] == ["2", "O2", "e4m3", "fp16", "int8", "fp16", "-", "128"]
+        assert by_name["zero3_o2plus"] == ["3", "O2+", "e4m3", "split16", "int8", "ue4m4", "-", "128"]
         assert by_name["zero1_o1"] == ["1", "O1", "e4m3", "fp32", "fp32", "fp32", "-", "128"]
-        assert by_name["zero2_o3"] == ["2", "O3", "e4m3", "fp16", "e4m3", "ue4m4", "e4m3", "128"]
+        assert by_name["zero2_o3"] == ["2", "O3", "e4m3", "fp16", "int8", "ue4m4", "e4m3", "128"]
         assert by_name["zero1_bf16"] == ["1", *"-------"]
 
     def test_as_json(self, capsys: pytest.CaptureFixture[str]) -> None:

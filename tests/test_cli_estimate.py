@@ -395,6 +395,30 @@ class TestEstimators:
             ds_fp8.estimate_zero1_model_states_mem_needs_all_live(frozen)
 
 
+def test_tensor_parallel(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Half of everything; of known shapes embeddings and norms stay whole."""
+    once, split = (
+        by_method(estimated(capsys, "--params", "1G", "--gpus", gpus, *more)["models"][0])
+        for gpus, more in (("4", ()), ("8", ("--tensor-parallel", "2")))
+    )
+    for key in ("weights", "states", "gradients"):
+        assert split["ds_fp8 O2"][key] == pytest.approx(once["ds_fp8 O2"][key] / 2, rel=0.001)
+    assert "ds_fp8 O3" not in split
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    model = ("--model", str(tmp_path / "config.json"), "--opt-level", "O2")
+    found = by_method(estimated(capsys, *model, "--tensor-parallel", "2")["models"][0])["ds_fp8 O2"]
+    # Of two layers attention, MLP and, beside the embedding, the head; five norms, a block each.
+    matrices = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 176) + 256 * 64
+    assert found["weights"] == pytest.approx(2 * (matrices / 2 + 256 * 64 + 5 * 128))
+    for options, words in (
+        (("--gpus", "3"), "--tensor-parallel: received 2, allowed: divisors"),
+        (("--stage", "3"), "--tensor-parallel: received 2, allowed: 1 under ZeRO 3"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["estimate", "--params", "1G", "--tensor-parallel", "2", *options])
+        assert words in capsys.readouterr().err
+
+
 def test_deepspeed_is_not_imported() -> None:
     code = (
         "import sys; from ds_fp8.cli import main; main(['estimate', '--params', '7G', '--json']);"

@@ -272,6 +272,16 @@ class TestConfig:
             main(["report", "--config", written(tmp_path, config), "--gpus", "3"])
         assert "sequence_parallel_size: received 2, allowed: divisors" in capsys.readouterr().out
 
+    def test_a_model_that_autotp_splits(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        """By default on as many ranks as it is split over."""
+        config = written(tmp_path, {**ds_config({}), "tensor_parallel": {"autotp_size": 2}})
+        for options, ranks in (((), 2), (("--gpus", "8"), 8)):
+            run = judged(capsys, "--config", config, *options)["run"]
+            assert (run["world_size"], run["model_parallel_size"]) == (ranks, 2)
+        with pytest.raises(SystemExit):
+            main(["report", "--config", config, "--gpus", "3"])
+        assert "tensor_parallel.autotp_size: received 2, allowed: divisors" in capsys.readouterr().out
+
     def test_where_micro_steps_add_up(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         for stage, dtype in ((1, "fp32"), (2, None)):
             config = {**ds_config({}, stage=stage), "data_types": {"grad_accum_dtype": "fp32"}}

@@ -13,7 +13,7 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from ds_fp8.config import ds_config, rules
-from ds_fp8.config.ds_config import OptimizerParams
+from ds_fp8.config.optimizer_params import OptimizerParams, optimizer_params
 from ds_fp8.config.refusals import show
 from ds_fp8.config.section import LEVELS, FP8Config, Level, parse
 from ds_fp8.estimate import dry_run
@@ -69,6 +69,7 @@ class TestSection:
                 "exp_avg_dtype": None,
                 "exp_avg_sq_dtype": None,
                 "rounding": None,
+                "draws": None,
                 "clamp": True,
                 "seed": 0,
             },
@@ -102,9 +103,9 @@ class TestSection:
         ("level", "states"),
         [
             ("O1", ("fp32", "fp32", "fp32", None)),
-            ("O2", ("fp16", "e4m3", "fp16", None)),
-            ("O2+", ("split16", "e4m3", "ue4m4", None)),
-            ("O3", ("fp16", "e4m3", "ue4m4", "e4m3")),
+            ("O2", ("fp16", "int8", "fp16", None)),
+            ("O2+", ("split16", "int8", "ue4m4", None)),
+            ("O3", ("fp16", "int8", "ue4m4", "e4m3")),
         ],
     )
     def test_level_table(self, level: str, states: tuple[str, str, str, str | None]) -> None:
@@ -116,15 +117,37 @@ class TestSection:
     @pytest.mark.parametrize(
         ("key", "value", "states"),
         [
-            ("master_dtype", "bf16", Level("bf16", "e4m3", "fp16")),
+            ("master_dtype", "bf16", Level("bf16", "int8", "fp16")),
             ("exp_avg_dtype", "e5m2", Level("fp16", "e5m2", "fp16")),
-            ("exp_avg_sq_dtype", "fp32", Level("fp16", "e4m3", "fp32")),
+            ("exp_avg_sq_dtype", "fp32", Level("fp16", "int8", "fp32")),
         ],
     )
     def test_a_named_format_goes_before_the_level(self, key: str, value: str, states: Level) -> None:
         config = parse({"fp8": {"enabled": True, "opt_level": "O2", "optimizer": {key: value}}})
         assert config is not None
         assert config.states == states
+
+    def test_one_scale_per_tensor_has_the_published_exp_avg(self) -> None:
+        config = parse({"fp8": {"enabled": True, "scaling": "tensor"}})
+        assert config is not None
+        assert config.states == Level("fp16", "e4m3", "fp16")
+        assert not config.spread
+
+    @pytest.mark.parametrize(
+        ("section", "spread"),
+        [
+            ({}, True),
+            ({"opt_level": "O1"}, False),
+            ({"optimizer": {"exp_avg_dtype": "e4m3"}}, False),
+            ({"optimizer": {"exp_avg_dtype": "e4m3", "draws": "spread"}}, True),
+            ({"optimizer": {"draws": "independent"}}, False),
+            ({"scaling": "tensor", "optimizer": {"rounding": "stochastic", "draws": "spread"}}, True),
+        ],
+    )
+    def test_draws_spread_beside_int8(self, section: dict[str, Any], spread: bool) -> None:
+        config = parse({"fp8": {"enabled": True, **section}})
+        assert config is not None
+        assert config.spread == spread
 
     @pytest.mark.parametrize("level", ["O1", "O2", "O3"])
     def test_fp8_weights_at_each_level(self, level: str) -> None:
@@ -289,6 +312,25 @@ WRONG = [  # section, path in the message, value in the message, a part of what 
         "fp32, bf16, fp16, e4m3, e5m2",
     ),
     (
+        {"enabled": True, "scaling": "tensor", "optimizer": {"exp_avg_dtype": "int8"}},
+        "fp8.optimizer.exp_avg_dtype",
+        '"int8"',
+        "fp32, bf16, fp16, e4m3, e5m2",
+    ),
+    ({"optimizer": {"draws": "golden"}}, "fp8.optimizer.draws", '"golden"', '"independent", "spread"'),
+    (
+        {"enabled": True, "opt_level": "O1", "optimizer": {"draws": "spread"}},
+        "fp8.optimizer.draws",
+        '"spread"',
+        "the key left out",
+    ),
+    (
+        {"enabled": True, "scaling": "tensor", "optimizer": {"draws": "spread"}},
+        "fp8.optimizer.draws",
+        '"spread"',
+        "the key left out",
+    ),
+    (
         {"enabled": True, "scaling": "tensor", "optimizer": {"clamp": True}},
         "fp8.optimizer.clamp",
         "true",
@@ -375,7 +417,7 @@ class TestRefusals:
         """Every key, with a value that hardly any takes; pydantic's sentences are not ours."""
         for model, path, judge in (
             (FP8Config, "fp8", lambda given: parse({"fp8": given})),
-            (OptimizerParams, "optimizer.params", ds_config.optimizer_params),
+            (OptimizerParams, "optimizer.params", optimizer_params),
         ):
             for key in keys_of(model):
                 try:
@@ -486,7 +528,32 @@ REFUSED = [  # ds_config, path in the message, value in the message, a part of w
         'false with fp8.opt_level "O3"',
     ),
     ({**MINIMAL, "data_types": {"grad_dtype": "fp32"}}, "data_types.grad_dtype", '"fp32"', "left out"),
-    ({**MINIMAL, "tensor_parallel": {"autotp_size": 2}}, "tensor_parallel", '{"autotp_size": 2}', "left out"),
+    (
+        {"zero_optimization": {"stage": 3}, "tensor_parallel": {"autotp_size": 2}},
+        "tensor_parallel",
+        '{"autotp_size": 2}',
+        "left out",
+    ),
+    (
+        {**MINIMAL, "tensor_parallel": {"autotp_size": 2.0}},
+        "tensor_parallel.autotp_size",
+        "2.0",
+        "an integer",
+    ),
+    *(
+        ({**MINIMAL, "tensor_parallel": {"autotp_size": 2}, **keys}, path, value, "autotp_size 2")
+        for keys, path, value in (
+            ({"fp8": {"enabled": True, "opt_level": "O3"}}, "fp8.opt_level", '"O3"'),
+            ({"fp8": {"enabled": True, "scaling": "tensor"}}, "fp8.scaling", '"tensor"'),
+            (
+                {"fp8": {"enabled": True, "gradients": {"intra_node_size": 2}}},
+                "fp8.gradients.intra_node_size",
+                "2",
+            ),
+            ({"checkpoint": {"use_node_local_storage": True}}, "checkpoint.use_node_local_storage", "true"),
+            ({"checkpoint": {"load_universal": True}}, "checkpoint.load_universal", "true"),
+        )
+    ),
     ({**MINIMAL, "gradient_clipping": -1.0}, "gradient_clipping", "-1.0", "0 or more"),
     ({**MINIMAL, "gradient_clipping": "auto"}, "gradient_clipping", '"auto"', "0 or more"),
     (
@@ -536,7 +603,13 @@ REFUSED = [  # ds_config, path in the message, value in the message, a part of w
     ),
     ({**MINIMAL, "optimiser": {}}, "optimiser", "{}", 'did you mean "optimizer"'),
     ({**MINIMAL, "hybrid_engine": {"enabled": True}}, "hybrid_engine", '{"enabled": true}', "left out"),
-    ({**MINIMAL, "compile": {"deepcompile": True}}, "compile.deepcompile", "true", "false"),
+    (
+        {**MINIMAL, "compile": {"deepcompile": True, "passes": ["autosp"]}},
+        "compile.passes",
+        '["autosp"]',
+        "left out",
+    ),
+    ({**MINIMAL, "compile": {"autoep_non_moe": True}}, "compile.autoep_non_moe", "true", "false"),
     ({**MINIMAL, "optimizer": {"type": "SGD"}}, "optimizer.type", '"SGD"', "Adam, AdamW, FP8AdamW"),
     ({**MINIMAL, "optimizer": {"type": "Lamb"}}, "optimizer.type", '"Lamb"', "Adam, AdamW, FP8AdamW"),
     (
@@ -638,6 +711,11 @@ HARMLESS: list[dict[str, Any]] = [
     {"fp16": {"enabled": True, "loss_scale": 0, "initial_scale_power": 16}},
     {"managed_gradient_accumulation": False, "gradient_allreduce_op": "sum", "sequence_parallel_size": 1},
     {"bf16": None, "tensor_parallel": {"autotp_size": 1}},
+    {"zero_optimization": {"stage": 3}, "tensor_parallel": {"autotp_size": 1}},
+    {  # LLaMA-Factory's ds_z2_autotp, but for what the Trainer fills in
+        "zero_optimization": {"stage": 2, "stage3_gather_16bit_weights_on_model_save": True},
+        "tensor_parallel": {"autotp_size": 2, "tp_overlap_comm": True},
+    },
     {"_comment": "ours", "comment": "too"},
     {"data_types": {"grad_accum_dtype": "fp32"}, "checkpoint": {"tag_validation": "Fail"}},
     {"optimizer": {"type": "adam", "params": {"lr": 1e-3}}},
@@ -661,6 +739,12 @@ IDLE: list[tuple[dict[str, Any], str]] = [
     ({"data_parallel_size": 8}, "data_parallel_size (the number of ranks says it)"),
     ({"comms_config": {"verbose": False}}, "comms_config (DeepSpeed does not read it)"),
     ({"monitor_config": {"enabled": True}}, "monitor_config (DeepSpeed does not read it)"),
+    (
+        {"compile": {"deepcompile": True, "passes": ["z3"], "free_activation": False}},
+        "compile.deepcompile (engine.compile() is torch.compile; DeepCompile's passes act on buffers of "
+        "DeepSpeed's own ZeRO); compile.passes (a key of DeepCompile); "
+        "compile.free_activation (a key of DeepCompile)",
+    ),
     ({"my_project": "a name"}, "my_project (DeepSpeed does not read it)"),
     ({"optimizer": {"no_decay": ["bias"]}}, "optimizer.no_decay (DeepSpeed does not read it)"),
     ({"checkpoint": {"save_states": False}}, "checkpoint.save_states (DeepSpeed does not read it)"),
@@ -751,7 +835,7 @@ class TestRestOfTheConfig:
     def test_keys_of_zero_3_have_no_effect_below(self, stage: int) -> None:
         of_3 = {key: value for key, value in ZERO_3.items() if key.startswith("stage3_")} | ONLY_UNDER_3
         assert ds_config.check({"zero_optimization": {"stage": stage, **of_3}}) == [
-            f"zero_optimization.{key} (a key of ZeRO 3)" for key in of_3
+            f"zero_optimization.{key} (a key of ZeRO 3{' and AutoTP' if '16' in key else ''})" for key in of_3
         ]
 
     def test_keys_of_zero_1_and_2_have_no_effect_under_3(self) -> None:
@@ -783,7 +867,7 @@ class TestRestOfTheConfig:
     @pytest.mark.parametrize(("given", "said"), IDLE)
     @pytest.mark.parametrize("stage", [1, 2])
     def test_idle(self, given: dict[str, Any], said: str, stage: int) -> None:
-        assert ds_config.check({"zero_optimization": {"stage": stage}, **given}) == [said]
+        assert "; ".join(ds_config.check({"zero_optimization": {"stage": stage}, **given})) == said
 
     @pytest.mark.parametrize(("field", "value", "why"), IDLE_IN_ZERO)
     @pytest.mark.parametrize("stage", [1, 2])
@@ -791,8 +875,8 @@ class TestRestOfTheConfig:
         zero = {"stage": stage, field: value}
         assert ds_config.check({"zero_optimization": zero}) == [f"zero_optimization.{field} ({why})"]
 
-    def test_deepspeed_does_not_see_keys_that_it_no_longer_reads(self) -> None:
-        compiled = {"disable": False, "backend": "inductor", "deepcompile": False}
+    def test_deepspeed_does_not_see_keys_of_compile_that_have_no_effect(self) -> None:
+        compiled = {"disable": False, "backend": "inductor", "deepcompile": True}
         given = {"train_batch_size": 1, "fp8": {"enabled": True}, **MINIMAL, "compile": compiled}
         assert dry_run.judge(given, gpus=1).compile_config.deepcompile is False
         assert given["compile"] is compiled
@@ -806,7 +890,9 @@ class TestRestOfTheConfig:
 
     def test_what_accelerate_makes(self) -> None:
         idle = ds_config.check({"zero_optimization": MADE_BY_ACCELERATE})
-        assert idle == ["zero_optimization.stage3_gather_16bit_weights_on_model_save (a key of ZeRO 3)"]
+        assert idle == [
+            "zero_optimization.stage3_gather_16bit_weights_on_model_save (a key of ZeRO 3 and AutoTP)"
+        ]
 
     def test_keys_without_effect_are_returned_with_the_reason(self) -> None:
         idle = ds_config.check(

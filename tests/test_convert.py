@@ -139,6 +139,8 @@ CASES = {  # saved, loaded, what is rounded
     "O1 to O2+": (O1, O2PLUS, ["exp_avg", "exp_avg_sq"]),
     "split8 to split16": (SPLIT8, O2PLUS, []),
     "split16 to split8": (O2PLUS, SPLIT8, ["master"]),
+    "e4m3 to int8": ({"opt_level": "O2", "optimizer": {"exp_avg_dtype": "e4m3"}}, O2, ["exp_avg"]),
+    "int8 to e4m3": (O2PLUS, {"opt_level": "O2+", "optimizer": {"exp_avg_dtype": "e4m3"}}, ["exp_avg"]),
     "another seed": (O2, {**O2, "optimizer": {"seed": 5}}, []),
 }
 # Half a code of fp16 and of e4m3; of ue4m4 twice, as its root is stored. A little more for subnormals.

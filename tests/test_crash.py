@@ -23,9 +23,11 @@ CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree")
     [
         ("O2", 2, 2),
         ("O2+", 3, 1),
+        ("O2, split", 2, 1),
         pytest.param("O2", 2, 20, marks=pytest.mark.slow),
         pytest.param("O2+", 2, 20, marks=pytest.mark.slow),
         pytest.param("O2+", 3, 10, marks=pytest.mark.slow),
+        pytest.param("O2+, split", 1, 10, marks=pytest.mark.slow),
     ],
 )
 def test_a_killed_run_goes_on(tmp_path: Path, level: str, stage: int, kills: int) -> None:

@@ -9,13 +9,15 @@ saved after some of the steps, in the first format of the manifest, and runs go 
 import hashlib
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from deepspeed import comm as dist
-from engines import build, ds_config, state_bits, weight_bits
+from deepspeed.utils import safe_get_full_optimizer_state
+from engines import build, ds_config, refusal, state_bits, weight_bits
 from ranks import RankPools, on_examples_path
 from torch import Tensor, nn
 
@@ -25,7 +27,7 @@ SAVED_MODES = ("O2", "O2+", "a sum in FP8")
 STEPS, SAVED = 20, 5
 SIZES = (700, 129, 1, 4096, 33)
 
-# What is not said is O2 under ZeRO 2 on two ranks, with BF16 weights and a clip that acts.
+# What is not said is O2 under ZeRO 2 on two ranks, with exp_avg in E4M3, BF16 weights and a clip that acts.
 MODES: dict[str, dict[str, Any]] = {
     "O1": {"fp8": {"opt_level": "O1"}},
     "O2": {},
@@ -54,6 +56,12 @@ MODES: dict[str, dict[str, Any]] = {
     "a sum in FP8, four micro-steps": {
         "micro_steps": 4,
         "fp8": {"scaling": "tensor", "gradients": {"reduction": "fp8"}},
+    },
+    "O2, INT8": {"exp_avg": "int8"},
+    "O2+, INT8, three ranks": {"fp8": {"opt_level": "O2+"}, "exp_avg": "int8", "ranks": 3},
+    "O2+, INT8, independent draws": {
+        "fp8": {"opt_level": "O2+", "optimizer": {"draws": "independent"}},
+        "exp_avg": "int8",
     },
 }
 
@@ -88,7 +96,10 @@ def train(mode: dict[str, Any], tag: str = "", *, save: bool = False) -> str:
     """
     options = {key: value for key, value in mode.items() if key != "ranks"}
     options = {"stage": 2, "fp8": {}, "bucket": 2000, "clipping": 1e-2, "micro_batch": 1, **options}
-    engine = build(ds_config(options.pop("fp8"), **options), Given())
+    fp8, exp_avg = options.pop("fp8"), options.pop("exp_avg", "e4m3")
+    if fp8.get("opt_level") != "O1":
+        fp8 = {**fp8, "optimizer": {"exp_avg_dtype": exp_avg, **fp8.get("optimizer", {})}}
+    engine = build(ds_config(fp8, **options), Given())
     generator = torch.Generator().manual_seed(100 + dist.get_rank())
     if tag and not save:
         engine.load_checkpoint(TAGS, tag)
@@ -120,6 +131,31 @@ def test_a_tag_of_the_first_format_goes_on_to_these_bits(ranks: RankPools, name:
     manifest = json.loads((TAGS / name / "ds_fp8_manifest.json").read_text())
     assert manifest["format_version"] == 1
     assert digests(ranks, name, name) == json.loads(KEPT.read_text())[name]
+
+
+def enter(level: str, *, allowed: bool) -> tuple[str, dict[str, Tensor], dict[str, Tensor]]:
+    """A tag of before, loaded into a level of now and into the formats it has: the refusal, both exp_avg."""
+    found: list[dict[str, Tensor]] = []
+    for states in ({"exp_avg_dtype": "e4m3"}, {}):
+        fp8 = {"opt_level": level, "optimizer": states, "checkpoint": {"allow_conversion": allowed}}
+        engine = build(ds_config(fp8, stage=2, bucket=2000, clipping=1e-2, micro_batch=1), Given())
+        told = refusal(lambda engine=engine: engine.load_checkpoint(TAGS, level))  # type: ignore[misc]
+        named = engine.module.named_parameters()
+        found.append({name: safe_get_full_optimizer_state(each, "exp_avg") for name, each in named})
+        engine.destroy()
+    return told, *found
+
+
+@pytest.mark.parametrize("level", ["O2", "O2+"])
+def test_a_tag_of_before_enters_the_levels_of_now(ranks: RankPools, level: str) -> None:
+    """With exp_avg in E4M3 and independent draws, of which the first manifests say nothing."""
+    for told, *_ in ranks.run(2, partial(enter, allowed=False), level, seconds=60):
+        assert "exp_avg e4m3 -> int8, draws independent -> spread" in told
+        assert "fp8.checkpoint.allow_conversion: true" in told
+    for told, before, after in ranks.run(2, partial(enter, allowed=True), level, seconds=60):
+        assert not told
+        for name, expected in before.items():
+            assert (after[name] - expected).norm() <= 0.07 * expected.norm(), name
 
 
 if __name__ == "__main__":

@@ -8,7 +8,17 @@ from typing import Any
 import deepspeed
 import pytest
 import torch
-from engines import SMALL, Lines, assert_same_bits, batches, build_gpt, ds_config, train_losses, weight_bits
+from engines import (
+    SMALL,
+    Lines,
+    assert_same_bits,
+    batches,
+    build_gpt,
+    ds_config,
+    train_losses,
+    weight_bits,
+    zero3,
+)
 from meters import live_tensors, storages
 from ranks import RankPools
 from torch import nn
@@ -411,3 +421,23 @@ def side_by_side() -> None:
 
 def test_engines_side_by_side(ranks: RankPools) -> None:
     ranks.run(2, side_by_side)
+
+
+def losses_compiled(stage: int, keys: dict[str, Any]) -> tuple[list[float], dict[str, torch.Tensor], bool]:
+    engine = build_gpt({**ds_config({}, stage=stage, zero=zero3() if stage == 3 else {}), **keys})
+    engine.compile(backend="aot_eager")
+    losses = train_losses(engine, batches(engine), 3)
+    taken_over = engine.is_deepcompile_enabled() or engine.is_deepcompile_active()
+    bits = weight_bits(engine)
+    engine.destroy()
+    return losses, bits, taken_over
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_deepcompile_is_torch_compile(ranks: RankPools, stage: int) -> None:
+    """DeepCompile refuses this backend; with the key our engines train as without it, to the bit."""
+    keys: tuple[dict[str, Any], ...] = ({}, {"compile": {"deepcompile": True, "passes": ["z3"]}})
+    without, beside = (ranks.run(2, losses_compiled, stage, each)[0] for each in keys)
+    assert not beside[2]
+    assert beside[0] == without[0]
+    assert_same_bits(beside[1], without[1])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ds_fp8.ops.blocks import to_float32
-from ds_fp8.ops.formats import BF16, BY_NAME, E4M3, E5M2, FP16, FP32, SPLIT8, SPLIT16, UE4M4, Format
+from ds_fp8.ops.formats import BF16, BY_NAME, E4M3, E5M2, FP16, FP32, INT8, SPLIT8, SPLIT16, UE4M4, Format
 
 NARROW = (E4M3, E5M2, FP16, BF16)
 CODE_DTYPE = {1: torch.uint8, 2: torch.int16}
@@ -45,7 +45,7 @@ def all_codes(fmt: Format) -> Tensor:
 
 
 def test_every_format_is_known_by_its_name() -> None:
-    assert set(BY_NAME) == {*STANDARD, "ue4m4", "split16", "split8"}
+    assert set(BY_NAME) == {*STANDARD, "ue4m4", "int8", "split16", "split8"}
     assert all(fmt.name == name for name, fmt in BY_NAME.items())
 
 
@@ -67,7 +67,7 @@ def test_limits_are_those_of_torch(name: str) -> None:
 
 
 def test_only_formats_of_fp32_range_go_without_a_scale() -> None:
-    assert {name for name, fmt in BY_NAME.items() if fmt.scaled} == {"fp16", "e4m3", "e5m2", "ue4m4"}
+    assert {name for name, fmt in BY_NAME.items() if fmt.scaled} == {"fp16", "e4m3", "e5m2", "ue4m4", "int8"}
 
 
 @pytest.mark.parametrize("fmt", NARROW, ids=lambda fmt: fmt.name)
@@ -113,6 +113,15 @@ def test_ue4m4_has_no_sign_and_a_value_for_every_code() -> None:
     assert (UE4M4.max, UE4M4.smallest, UE4M4.bias) == (496, 2.0**-10, 7) == (max(expected), expected[1], 7)
     assert (values.diff() > 0).all(), "codes must ascend: stochastic rounding adds to them"
     assert UE4M4.itemsize * 8 == UE4M4.exponent_bits + UE4M4.mantissa_bits
+
+
+def test_int8_has_its_code_as_value() -> None:
+    """From -127 to 127: -128, which nothing is rounded to, has no counterpart."""
+    values = to_float32(torch.arange(-127, 128).to(torch.int8), INT8)
+    assert values.tolist() == list(range(-127, 128))
+    assert (INT8.max, INT8.smallest, 2.0**INT8.min_exponent) == (127, 1, 64)
+    assert INT8.max == INT8.max_significand * 2.0**INT8.max_exponent
+    assert INT8.itemsize * 8 == 1 + INT8.exponent_bits + INT8.mantissa_bits
 
 
 def test_split_formats_count_the_bits_of_the_weight() -> None:

@@ -11,11 +11,12 @@ from kernel_support import CPU, Kernels
 from torch import Tensor
 from triton_support import TRITON
 
-from ds_fp8.ops.adam import AdamScalars, AdamState, Rounding, Segment, Sweep
+from ds_fp8.ops.adam import AdamScalars, AdamState, Segment, Sweep
 from ds_fp8.ops.backend import cpu_tensor_backend, triton_tensor_backend
 from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.formats import E4M3, FP16, FP32, SPLIT16, UE4M4, Format
 from ds_fp8.ops.product_backend import Products, cpu_products, triton_products
+from ds_fp8.ops.rounding import Rounding
 
 ROWS, BLOCK = 6, 64
 KERNELS = {

@@ -116,7 +116,7 @@ def test_a_second_moment_that_would_be_lost_is_counted(ranks: RankPools) -> None
     uneven, even = ranks.run(2, extreme, 1.0, "bf16")[0]["groups"]
     assert uneven["gradient_underflow"] == 0
     assert 0.4 < uneven["exp_avg_sq_rescued"] < 0.6
-    assert uneven["exp_avg_underflow"] == 254 / 256
+    assert uneven["exp_avg_underflow"] == 0, "quotients are of one size where values are not"
     assert even["exp_avg_sq_rescued"] == 0
 
 

@@ -18,13 +18,14 @@ ROOMS = (
     ("ds_fp8.cli", "__main__ | . | checkpoints configs estimate report"),
     (
         "ds_fp8.seam",
-        "registration | loading saving | engine load_checks | arguments backward builds model_file | status",
+        "registration | loading saving | engine load_checks | "
+        "arguments backward engine_checks model_file | status",
     ),
     (
         "ds_fp8.estimate",
         "deepspeed_names | methods dry_run model_sizes engine_weights | codes | runs | fetching memory stock",
     ),
-    ("ds_fp8", "output"),
+    ("ds_fp8", "builds output"),
     (
         "ds_fp8.zero_fp8.handlers",
         "stage12 stage3 | common fetching slice_access | full_tensors roster saved_states take_over | "
@@ -33,9 +34,10 @@ ROOMS = (
     ("ds_fp8.zero_fp8.offload", "moves"),
     ("ds_fp8.zero_fp8", "step | wiring verdict | parts"),
     ("ds_fp8.zero_fp8.checkpoint.foreign", "stock12 stock3 universal | stock_model | stock_files"),
+    ("ds_fp8.zero_fp8.checkpoint.whole", "export | fp8_layout | merged"),
     (
         "ds_fp8.zero_fp8.checkpoint",
-        "export | convert fp8_layout | reader writer | contracts model_files | files | tags | manifest",
+        "convert | reader writer | contracts model_files | files | tags | manifest",
     ),
     (
         "ds_fp8.zero_fp8.optimizer",
@@ -47,8 +49,7 @@ ROOMS = (
     ),
     (
         "ds_fp8.zero_fp8.products",
-        "chosen | fp8_parameter choice | linear | ways values | answers shared_casts matrix | operations | "
-        "kernels",
+        "chosen | fp8_parameter choice | linear | ways values | answers shared_casts matrix | kernels",
     ),
     ("ds_fp8.zero_fp8.offload", "place"),
     (
@@ -61,22 +62,23 @@ ROOMS = (
         "shard | residence | host_sweep ring choice | arena visits | host_memory lanes",
     ),
     ("ds_fp8.zero_fp8", "health | product_health"),
-    ("ds_fp8.zero_fp8.comm", "collectives | agreement groups"),
+    ("ds_fp8.zero_fp8.comm", "replicas | collectives | agreement | groups"),
     ("ds_fp8.zero_fp8.placement", "parameters even_slices | messages partition | ranks"),
     ("ds_fp8.zero_fp8", "plain_tensors recipe"),
     ("ds_fp8.ops", "op_builders product_backend | backend"),
+    ("ds_fp8.ops.hopper", "functions | build"),
     ("ds_fp8.ops.triton.products", "casts weights"),
     (
         "ds_fp8.ops.triton",
-        "per_tensor quantize_many | adam reduction blocks | masters moments roots | rounding | launch tiles",
+        "per_tensor quantize_many | adam reduction blocks | masters moments | roots | rounding | tiles",
     ),
-    ("ds_fp8.ops.cpu", "weight_tiles | kernels | build"),
+    ("ds_fp8.ops.cpu", "weight_tiles | kernels | build threads"),
     (
         "ds_fp8.ops",
-        "fp8_sum per_tensor cublas | guards cublas_lt | adam reduction products | masters exact | "
+        "fp8_sum per_tensor cublas | guards cublas_lt | adam reduction products | masters moments exact | "
         "rounding blocks | health | formats",
     ),
-    ("ds_fp8.config", "ds_config | offload | rules section | rule_kinds"),
+    ("ds_fp8.config", "ds_config | offload | rules section | rule_kinds subsections optimizer_params"),
     ("ds_fp8", "compat"),
     ("ds_fp8.config", "refusals"),
 )

@@ -10,17 +10,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from ds_fp8.ops.adam import AdamScalars, AdamState, Rounding, Segment, Sweep, next_clamp
+from ds_fp8.ops.adam import AdamScalars, AdamState, Segment, Sweep, next_clamp
 from ds_fp8.ops.backend import choose
 from ds_fp8.ops.blocks import Blocks
-from ds_fp8.ops.formats import BF16, E4M3, E5M2, FP16, FP32, UE4M4, Format
+from ds_fp8.ops.formats import BF16, E4M3, E5M2, FP16, FP32, INT8, UE4M4, Format
 from ds_fp8.ops.health import STATE_COUNTS
+from ds_fp8.ops.rounding import Rounding
 
 CPU = torch.device("cpu")
 BLOCK = 128
 MANTISSAS = torch.exp2(torch.arange(8) / 8)  # gradients that are constant, one each
 PER_MANTISSA = 79 * BLOCK  # 10,112 elements
 ROOTS = {FP16: 0.01, BF16: 0.01, UE4M4: 0.01, E4M3: 0.01, E5M2: 0.03}  # and how far their mean may be off
+SPREAD = {**ROOTS, E4M3: 0.02, E5M2: 0.04}  # the same with draws that spread
 
 each_root = pytest.mark.parametrize("fmt", ROOTS, ids=lambda fmt: fmt.name)
 
@@ -32,9 +34,11 @@ def scalars(step: int, betas: tuple[float, float], clamp: float | None = None) -
 class Run:
     """One parameter of so many values."""
 
-    def __init__(self, values: int, exp_avg_sq: Format) -> None:
-        self.backend, rows = choose(CPU), values // BLOCK
-        self.state = AdamState(*(Blocks.zeros(rows, BLOCK, fmt, CPU) for fmt in (FP32, FP32, exp_avg_sq)))
+    def __init__(
+        self, values: int, exp_avg_sq: Format, exp_avg: Format = FP32, *, spread: bool = False
+    ) -> None:
+        self.backend, rows, self.rounding = choose(CPU), values // BLOCK, Rounding(seed=1, spread=spread)
+        self.state = AdamState(*(Blocks.zeros(rows, BLOCK, fmt, CPU) for fmt in (FP32, exp_avg, exp_avg_sq)))
         self.weights = torch.zeros(rows, BLOCK, dtype=torch.bfloat16)
         self.plan = self.backend.plan([Segment(slice(0, rows), 0, 0)], rows, BLOCK, CPU)
         self.counts = torch.zeros(STATE_COUNTS, dtype=torch.float64)
@@ -43,14 +47,14 @@ class Run:
         held = Blocks(gradient.view(-1, BLOCK), None, FP32)
         counts = self.counts if count else None
         self.backend.adam_step(
-            Sweep(self.state, held, self.weights, self.plan, scalars, control, Rounding(seed=1), counts)
+            Sweep(self.state, held, self.weights, self.plan, scalars, control, self.rounding, counts)
         )
 
-    def settle(self, gradient: Tensor, first: int, steps: int, beta2: float) -> int:
+    def settle(self, gradient: Tensor, first: int, steps: int, beta2: float, beta1: float = 0.0) -> int:
         """So many steps with one gradient; returns the step that comes after."""
         control = torch.ones(2)
         for step in range(first, first + steps):
-            self.step(gradient, scalars(step, (0.0, beta2)), control)
+            self.step(gradient, scalars(step, (beta1, beta2)), control)
         return first + steps
 
     def mean_by_mantissa(self) -> Tensor:
@@ -76,9 +80,10 @@ def to_nearest(root: Tensor, fmt: Format) -> Tensor:
     return rounded.view(torch.float32)
 
 
-def check_second_moment(fmt: Format, beta2: float) -> None:
+def check_second_moment(fmt: Format, beta2: float, *, spread: bool) -> None:
     """Mean of v at its fixed point, and at the new one when the gradient has halved."""
-    run, bound, steps = Run(len(MANTISSAS) * PER_MANTISSA, fmt), ROOTS[fmt], round(8 / (1 - beta2))
+    run = Run(len(MANTISSAS) * PER_MANTISSA, fmt, spread=spread)
+    bound, steps = (SPREAD if spread else ROOTS)[fmt], round(8 / (1 - beta2))
     gradient = MANTISSAS.repeat_interleave(PER_MANTISSA)
     following = run.settle(gradient, 1, steps, beta2)
     error = (run.mean_by_mantissa() / MANTISSAS.square() - 1).abs()
@@ -88,16 +93,50 @@ def check_second_moment(fmt: Format, beta2: float) -> None:
     assert error.max() < bound + 0.01, f"after the gradient has halved: {error.tolist()}"
 
 
+each_draw = pytest.mark.parametrize("spread", [False, True], ids=["independent", "spread"])
+
+
 @each_root
-def test_v_follows_its_gradient(fmt: Format) -> None:
-    check_second_moment(fmt, 0.95)
+@each_draw
+def test_v_follows_its_gradient(fmt: Format, spread: bool) -> None:
+    check_second_moment(fmt, 0.95, spread=spread)
 
 
 @pytest.mark.slow
 @each_root
+@each_draw
 @pytest.mark.parametrize("beta2", [0.999, 0.9999])
-def test_v_follows_its_gradient_slowly(fmt: Format, beta2: float) -> None:
-    check_second_moment(fmt, beta2)
+def test_v_follows_its_gradient_slowly(fmt: Format, beta2: float, spread: bool) -> None:
+    check_second_moment(fmt, beta2, spread=spread)
+
+
+@pytest.mark.parametrize("every", [2, 3, 34])
+@each_draw
+def test_v_follows_gradients_with_a_rhythm(every: int, spread: bool) -> None:
+    """The mean over mantissas within 3 %, each within 6 %; with the golden ratio for all it was 13 % off."""
+    run = Run(len(MANTISSAS) * PER_MANTISSA, UE4M4, spread=spread)
+    gradient, control = MANTISSAS.repeat_interleave(PER_MANTISSA), torch.ones(2)
+    zeros, beta2, exact = torch.zeros_like(gradient), 0.99, 0.0
+    for step in range(1, 1021):
+        given = step % every == 0
+        run.step(gradient if given else zeros, scalars(step, (0.0, beta2)), control)
+        exact = beta2 * exact + (1 - beta2) * given
+    error = run.mean_by_mantissa() / (MANTISSAS.square() * exact) - 1
+    assert abs(float(error.mean())) < 0.03
+    assert error.abs().max() < 0.06, error.tolist()
+
+
+@each_draw
+@pytest.mark.parametrize("beta1", [0.9, 0.99])
+def test_m_follows_its_gradient(beta1: float, spread: bool) -> None:
+    """Its mean, with ever fewer codes to go: 8 / (1 - beta1) steps after the gradient has turned round."""
+    run = Run(len(MANTISSAS) * PER_MANTISSA, UE4M4, INT8, spread=spread)
+    gradient, steps = MANTISSAS.repeat_interleave(PER_MANTISSA), round(8 / (1 - beta1))
+    following = run.settle(gradient, 1, steps, 0.999, beta1)
+    run.settle(-gradient / 2, following, steps, 0.999, beta1)
+    m = run.state.first_moment().view(len(MANTISSAS), -1).mean(dim=1)
+    error = (m / (-MANTISSAS / 2) - 1).abs()
+    assert error.max() < 0.01, error.tolist()
 
 
 @pytest.mark.parametrize(("fmt", "beta2"), [(E5M2, 0.95), (E4M3, 0.95), (UE4M4, 0.95), (BF16, 0.999)])

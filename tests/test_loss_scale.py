@@ -19,6 +19,7 @@ from ds_fp8.config.section import FP8Config
 from ds_fp8.zero_fp8.checkpoint import writer
 from ds_fp8.zero_fp8.checkpoint.manifest import FORMAT_VERSION, File, Manifest, Place, parse, render
 from ds_fp8.zero_fp8.checkpoint.reader import Checkpoint
+from ds_fp8.zero_fp8.comm.groups import Ranks
 from ds_fp8.zero_fp8.handlers.stage12 import Stage12Optimizer
 from ds_fp8.zero_fp8.optimizer.fp8_adamw import FP8AdamW
 from ds_fp8.zero_fp8.recipe import ZeroSettings, recipe_of
@@ -65,8 +66,8 @@ def make(static: float | None, stage: int, level: str, dtype: torch.dtype) -> tu
     )
     recipe = recipe_of(FP8Config(enabled=True, opt_level=level), accumulating=False)
     optimizer = FP8AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95))
-    group = dist.get_world_group()
-    return model, Stage12Optimizer(optimizer, names, recipe, settings, group, NoopTimer(), scaler)
+    ranks = Ranks(dist.get_world_group())
+    return model, Stage12Optimizer(optimizer, names, recipe, settings, ranks, NoopTimer(), scaler)
 
 
 def step(model: nn.Module, handler: Stage12Optimizer, batch: Tensor) -> float:

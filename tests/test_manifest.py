@@ -47,8 +47,9 @@ def test_version_1_becomes_one_place_with_the_files_of_its_ranks(name: str) -> N
     assert said["format_version"] == 1
     assert found.format_version == FORMAT_VERSION == 2
     assert [place.model_file for place in found.places] == [MODEL]
-    assert found.place.optimizer_files == [STATES.format(rank) for rank in range(said["world_size"])]
+    assert found.places[0].optimizer_files == [STATES.format(rank) for rank in range(said["world_size"])]
     now = json.loads(found.model_dump_json())
+    said["recipe"]["draws"] = "independent"
     for key in said.keys() - {"format_version", *PLACE_KEYS}:
         assert now[key] == said[key], key
     for each in said["parameters"].values():
@@ -61,7 +62,7 @@ def test_version_1_becomes_one_place_with_the_files_of_its_ranks(name: str) -> N
 def test_version_1_of_a_node_names_the_files_of_other_nodes() -> None:
     said = first_version()
     del said["files"][STATES.format(0)]
-    assert read(said).place == read(first_version()).place
+    assert read(said).places[0] == read(first_version()).places[0]
 
 
 @pytest.mark.parametrize("version", [0, 3, 10, 12])
@@ -82,11 +83,9 @@ def test_blocks_in_a_file_that_is_not_listed_are_refused(version: int, index: in
         read(said)
 
 
-@pytest.mark.parametrize("count", [0, 2])
-def test_another_number_of_places_is_refused(count: int) -> None:
-    said = second_version()
+def test_no_place_is_refused() -> None:
     with pytest.raises(ValueError, match=f"tag/{manifest.NAME}: places: List should have at"):
-        read({**said, "places": said["places"] * count})
+        read({**second_version(), "places": []})
 
 
 @pytest.mark.parametrize("version", [1, 2])

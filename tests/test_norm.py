@@ -56,8 +56,10 @@ def shared(values: Tensor, ranks: int, backend: Backend, fmt: Format) -> list[An
 
 def verdict(shards: list[Any], clip: float) -> tuple[float, list[int]]:
     """The norm, and the bits of the control word."""
-    group: Any = None
-    found = Verdict(shards, own=Counted(received=1), gradient_scale=SCALE, clip=clip, group=group)
+    ranks: Any = None
+    found = Verdict(
+        shards, [True] * len(shards), own=Counted(received=1), gradient_scale=SCALE, clip=clip, ranks=ranks
+    )
     return found.read().norm, found.control.view(torch.int32).tolist()
 
 

@@ -25,7 +25,8 @@ from train_lm import Shape
 from ds_fp8.cli import main
 from ds_fp8.ops.masters import write_weights
 from ds_fp8.ops.products import Operand, tiles
-from ds_fp8.zero_fp8.checkpoint import fp8_layout, manifest
+from ds_fp8.zero_fp8.checkpoint import manifest
+from ds_fp8.zero_fp8.checkpoint.whole import fp8_layout
 from ds_fp8.zero_fp8.products.choice import eligible
 from ds_fp8.zero_fp8.products.chosen import Choice
 from ds_fp8.zero_fp8.products.fp8_parameter import FP8Parameter
@@ -292,7 +293,7 @@ def test_the_command_line(saved: tuple[Path, dict[str, Any]], tmp_path: Path, ca
         assert f"8 tensors, of which model files hold {kind}" in capsys.readouterr().out
         written = manifest.read(next((folder / kind).glob("global_step*")))
         assert written is not None
-        encoded = {name for name, each in written.place.parameters.items() if each.codes_of == "Linear"}
+        encoded = {name for name, each in written.places[0].parameters.items() if each.codes_of == "Linear"}
         assert encoded == engine["matrices"].keys()
 
 

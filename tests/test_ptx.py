@@ -43,6 +43,7 @@ class Design:
 
 
 SQUARE_ROOT_AND_QUOTIENT = 2 + 4
+MOMENTS = 2  # the quotient of m and the root of v
 DESIGN = {
     "quantize": Design(2, 1 + SCALE, e4m3=1, vector=2),
     "quantize vectors": Design(2, 1 + SCALE, e4m3=1, vector=2),
@@ -60,16 +61,14 @@ DESIGN = {
     "sweep O2": Design(
         1 + 2 + 1 + 2 + 4 * SCALE,
         2 + 1 + 2 + 2 + 3 * SCALE,
-        fused=SQUARE_ROOT_AND_QUOTIENT,
-        e4m3=1,
+        fused=SQUARE_ROOT_AND_QUOTIENT + MOMENTS,
         draws=2,
     ),
     # the weight is read, too: it is the upper half of the master
     "sweep O2+": Design(
         1 + 2 + 2 + 1 + 1 + 3 * SCALE,
         2 + 2 + 1 + 1 + 2 * SCALE,
-        fused=SQUARE_ROOT_AND_QUOTIENT,
-        e4m3=1,
+        fused=SQUARE_ROOT_AND_QUOTIENT + MOMENTS,
         draws=1,
     ),
     # one scale a tensor: what measures only reads

@@ -133,7 +133,7 @@ def test_the_manifest_says_where_every_block_lies(ranks: RankPools, tmp_path: Pa
     written = manifest.read(tmp_path / "start")
     assert written is not None
     assert written.world_size == 3
-    place = written.place
+    place = written.places[0]
     assert place.optimizer_files == [files.STATES.format(rank) for rank in range(3)]
     assert set(written.files) == {place.model_file, *place.optimizer_files}
     for name, parameter in place.parameters.items():

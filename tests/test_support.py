@@ -102,7 +102,7 @@ def refuse_by_model(name: str) -> str:
         model = nn.Linear(4, 4)
     if name == "O3 and no matrix that can be FP8":
         config["fp8"]["opt_level"] = "O3"
-    if name == "an mpu of model parallelism":
+    if name == "an mpu with pipeline stages":
         options = {"mpu": Mpu()}
     if name == "sequence_parallel_size without DeepSpeed's mpu":
         config["sequence_parallel_size"] = 2
@@ -116,7 +116,10 @@ def refuse_by_model(name: str) -> str:
 
 
 class Mpu:
-    """Model parallelism of one rank."""
+    """Model parallelism of one rank, of two in a pipeline."""
+
+    def get_pipe_parallel_world_size(self) -> int:
+        return 2
 
     def get_model_parallel_rank(self) -> int:
         return 0

@@ -29,11 +29,13 @@ import ds_fp8
 from ds_fp8.config.section import FP8Config
 from ds_fp8.estimate import memory
 from ds_fp8.ops import blocks, per_tensor
-from ds_fp8.ops.adam import UNIT, AdamScalars, AdamState, Rounding, Segment, Sweep
+from ds_fp8.ops.adam import AdamScalars, AdamState, Segment, Sweep
 from ds_fp8.ops.backend import VARIABLE, choose, choose_for_tensors
 from ds_fp8.ops.blocks import Blocks, decode
 from ds_fp8.ops.formats import BY_NAME, E4M3, FP16, FP32, Format
+from ds_fp8.ops.moments import UNIT
 from ds_fp8.ops.reduction import norm_square
+from ds_fp8.ops.rounding import Rounding
 from ds_fp8.zero_fp8.optimizer.fp8_adamw import FP8AdamW
 from ds_fp8.zero_fp8.recipe import recipe_of
 from ds_fp8.zero_fp8.wiring import backend_for

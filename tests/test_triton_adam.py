@@ -35,7 +35,7 @@ from sweep_checks import (
 from triton_support import CONVERSIONS, TRITON, conversion
 
 from ds_fp8.ops.formats import BF16, FP16, Format
-from ds_fp8.ops.triton.launch import INTERPRETED
+from ds_fp8.ops.triton.tiles import INTERPRETED
 
 # On a GPU the root of v is right for 0 and from 2^-102 on, in the sweep's unit; an interpreted one always is.
 KINDS = MOMENTS if INTERPRETED else tuple(kind for kind in MOMENTS if kind != "faint")

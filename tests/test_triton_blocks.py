@@ -45,11 +45,10 @@ from triton_support import CONVERSIONS, DEVICE, TRITON, conversion, each_convers
 from ds_fp8.ops.blocks import to_float32
 from ds_fp8.ops.formats import E4M3, Format
 from ds_fp8.ops.rounding import RANDOM_BITS, round_up_from_zero
-from ds_fp8.ops.triton import launch as launch_triton
 from ds_fp8.ops.triton import quantize_many as quantize_many_triton
 from ds_fp8.ops.triton import rounding as rounding_triton
 from ds_fp8.ops.triton import tiles as tiles_triton
-from ds_fp8.ops.triton.launch import INTERPRETED
+from ds_fp8.ops.triton.tiles import INTERPRETED
 
 TILE = tl.constexpr(1 << 16 if INTERPRETED else 1 << 12)  # the interpreter pays by the tile
 
@@ -85,7 +84,7 @@ def launch(kernel: Any, source: Tensor, *others: Tensor, **constants: object) ->
     tensors = [each.to(DEVICE) for each in (source, *others)]
     programs = -(-source.numel() // TILE.value)
     operands = dict(zip(kernel.arg_names, [*tensors, source.numel()], strict=False))
-    launch_triton.launch(kernel, programs, 4, **operands, **constants)
+    tiles_triton.launch(kernel, programs, 4, **operands, **constants)
     others[-1].copy_(tensors[-1])
 
 
@@ -177,7 +176,7 @@ def test_a_launch_takes_64_vectors(monkeypatch: pytest.MonkeyPatch, count: int) 
 
     def counting(*arguments: Any, **constants: Any) -> None:
         launches.append(arguments)
-        launch_triton.launch(*arguments, **constants)
+        tiles_triton.launch(*arguments, **constants)
 
     monkeypatch.setattr(quantize_many_triton, "launch", counting)
     generator = torch.Generator().manual_seed(count)

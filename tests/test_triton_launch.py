@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from ds_fp8.ops.triton import launch as launching
+from ds_fp8.ops.triton import tiles as launching
 
 
 @dataclass

@@ -10,10 +10,10 @@ from grids import some_of
 from ranks import RankPools
 from torch import Tensor, nn
 
-from ds_fp8.ops.adam import Rounding
 from ds_fp8.ops.backend import REFERENCE
 from ds_fp8.ops.blocks import quantize
 from ds_fp8.ops.formats import BY_NAME, E4M3
+from ds_fp8.ops.rounding import Rounding
 from ds_fp8.zero_fp8.checkpoint import writer
 from ds_fp8.zero_fp8.health import Counts
 from ds_fp8.zero_fp8.optimizer.fp8_adamw import FP8AdamW

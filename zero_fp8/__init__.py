@@ -18,7 +18,10 @@ One meaning per word:
 
     parameter          a tensor that is trained; its index is its position among all parameters of the model
     fleet              the ranks that hold the same copy of a parameter and share its states
-    bucket             parameters whose gradients travel together: of one dtype, param group and fleet
+    part, peers        what a rank has of a split model, by number, and the ranks with the parts of a replica
+    replicated         what peers hold alike; the first of them counts it
+    bucket             parameters whose gradients travel together: of one dtype, param group and fleet, all
+                       replicated or none
     slot               a parameter's position in a bucket
     block              consecutive elements of one parameter; what has a scale
     row                a block in a two-dimensional tensor of codes, of states or of weights

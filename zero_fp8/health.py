@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from ds_fp8.ops.health import GRADIENT_COUNTS, STATE_COUNTS, GradientCounts, StateCounts
 from ds_fp8.zero_fp8.comm.collectives import sum_over_ranks
+from ds_fp8.zero_fp8.comm.groups import Ranks
 from ds_fp8.zero_fp8.product_health import ProductHealth
 
 Listener = Callable[[Mapping[str, Any]], None]
@@ -81,6 +81,11 @@ class Health:
         self.last: dict[str, Any] | None = None  # of the last measured step
         self.listeners: list[Listener] = []
 
+    def follow(self, groups: Sequence[int], counted: Sequence[bool]) -> None:
+        """Count buckets of these param groups, but for those that a model-parallel peer counts."""
+        pairs = zip(groups, counted, strict=True)
+        self.by_bucket = [self.counts[group] if mine else Counts() for group, mine in pairs]
+
     def prepare(self, step: int) -> None:
         """Measure the coming step, counted from 1, or not."""
         measuring = self.interval > 0 and step % self.interval == 0
@@ -101,7 +106,7 @@ class Health:
         self._products.forget_weights()
 
     def collect(
-        self, step: int, *, stepped: bool, group: ProcessGroup, more: Callable[[], dict[str, float]]
+        self, step: int, *, stepped: bool, ranks: Ranks, more: Callable[[], dict[str, float]]
     ) -> None:
         """Add up a step over the ranks, if it was measured, and tell the listeners.
 
@@ -110,8 +115,8 @@ class Health:
         if not self.counts[0].measuring:
             return
         rows = torch.stack([each.row for each in self.counts])
-        sum_over_ranks(rows, group)
-        products = self._products.collect(group, stepped=stepped)
+        sum_over_ranks(rows, ranks)
+        products = self._products.collect(ranks.group, stepped=stepped)
         groups = rows.tolist()
         total = [sum(column) for column in zip(*groups, strict=True)]
         self.last = {

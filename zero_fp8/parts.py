@@ -28,6 +28,7 @@ class Parts:
     fleets: Mapping[Fleet, Nodes]
     weights: Sequence[Weights]
     reduced: list[ReducedGradient]
+    counted: Sequence[bool]  # of each bucket, whether this rank counts it: a model-parallel peer may
     shards: list[Shard]
     packer: Packer
     reducer: GradientReducer

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from ds_fp8.config.section import FP8Config
-from ds_fp8.ops.adam import Rounding
 from ds_fp8.ops.formats import BF16, BY_NAME, FP32, Format
+from ds_fp8.ops.rounding import Rounding
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Recipe:
     reduced: Format  # the reduced gradient
     promote: bool  # a second micro-step turns the reduced gradient FP32
     master: Format
-    rounding: Rounding  # of the masters
+    rounding: Rounding
     exp_avg: Format
     exp_avg_sq: Format
     clamp: bool
@@ -80,6 +80,9 @@ class ZeroSettings:
     sequence_parallel_size: int = 1  # ranks that share a sequence; each has the gradient of its part
     micro_steps: int = 1  # before a step, as the config says
     accumulate_in_fp32: bool = False  # the micro-steps of ZeRO 1, in `.grad`
+    counts_replicated: bool = (
+        True  # in norm and health: what model-parallel peers hold alike, one of them counts
+    )
     offload: Offload | None = None  # None: states live on the device
 
 
@@ -106,7 +109,7 @@ def recipe_of(config: FP8Config, *, accumulating: bool = False, ranks: int = 1) 
         reduced=BY_NAME[gradients.accum_dtype or gradients.dtype],
         promote=gradients.accum_dtype is None,
         master=BY_NAME[states.master],
-        rounding=Rounding(config.optimizer.seed, config.stochastic),
+        rounding=Rounding(config.optimizer.seed, config.stochastic, config.spread),
         exp_avg=BY_NAME[states.exp_avg],
         exp_avg_sq=BY_NAME[states.exp_avg_sq],
         clamp=config.optimizer.clamp and config.scaling == "block",

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 
+from ds_fp8.zero_fp8.comm.groups import Ranks
 from ds_fp8.zero_fp8.optimizer.fp8_adamw import FP8AdamW
 from ds_fp8.zero_fp8.parts import Parts
 from ds_fp8.zero_fp8.recipe import Recipe, ZeroSettings
@@ -31,7 +31,7 @@ class Stepper:
         optimizer: FP8AdamW,
         recipe: Recipe,
         settings: ZeroSettings,
-        group: ProcessGroup,
+        ranks: Ranks,
         timers: Callable[[str], Any],
     ) -> None:
         """timers: DeepSpeed's, by name."""
@@ -40,7 +40,7 @@ class Stepper:
         self._optimizer = optimizer
         self._clamped = recipe.clamped
         self._settings = settings
-        self._group = group
+        self._ranks = ranks
         self._timers = timers
         self.consecutive_skips = 0
         parts.health.prepare(optimizer.steps + 1)
@@ -61,6 +61,7 @@ class Stepper:
         reducer = self._parts.reducer
         return Verdict(
             self._parts.reduced,
+            self._parts.counted,
             own=Counted(
                 received=reducer.pending.received,
                 late=reducer.pending.late,
@@ -70,7 +71,7 @@ class Stepper:
             ),
             gradient_scale=gradient_scale,
             clip=self._settings.gradient_clipping,
-            group=self._group,
+            ranks=self._ranks,
         )
 
     def _sweep_and_gather(self, verdict: Verdict) -> None:
@@ -92,7 +93,7 @@ class Stepper:
         if stepped:
             parts.gradient_scales.settle()
         step = optimizer.steps + 1
-        parts.health.collect(step, stepped=stepped, group=self._group, more=parts.gradient_scales.stats)
+        parts.health.collect(step, stepped=stepped, ranks=self._ranks, more=parts.gradient_scales.stats)
         if stepped:
             self.consecutive_skips = 0
             optimizer.advance(clamp=self._clamped)
@@ -106,8 +107,8 @@ class Stepper:
         """Log whose gradient was not finite. Raises RuntimeError after too many skips in a row."""
         parts = self._parts
         owned = [(reduced, shard.pieces) for _, reduced, shard, _ in parts.by_bucket()]
-        culprits = non_finite_parameters(owned, names, self._group, parts.residence.device)
-        if torch.distributed.get_rank(self._group) == 0:
+        culprits = non_finite_parameters(owned, names, self._ranks, parts.residence.device)
+        if self._ranks.rank == 0:
             logger.warning("step skipped: the gradient of %s is not finite", culprits)
         if self.consecutive_skips >= self._settings.max_consecutive_skips:
             raise RuntimeError(

@@ -5,16 +5,17 @@ that the step launches has been launched, so a GPU never waits for the host.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from ds_fp8.config.refusals import naming
 from ds_fp8.ops.reduction import NORM_PARTS, first_non_finite_block, norm_square
+from ds_fp8.zero_fp8.comm.agreement import gather_objects
 from ds_fp8.zero_fp8.comm.collectives import max_over_ranks, sum_over_ranks
+from ds_fp8.zero_fp8.comm.groups import Ranks
 from ds_fp8.zero_fp8.gradients.reduced import ReducedGradient
 from ds_fp8.zero_fp8.placement.partition import Piece
 
@@ -41,13 +42,15 @@ class Verdict:
     def __init__(
         self,
         reduced: Sequence[ReducedGradient],
+        counted: Sequence[bool],
         *,
         own: Counted,
         gradient_scale: float,  # from the reduced gradient as stored to the mean
         clip: float,  # largest norm of the mean; 0 = any
-        group: ProcessGroup,
+        ranks: Ranks,
     ) -> None:
-        sums = _summed([each.norm_parts for each in reduced if each.norm_parts is not None], own, group)
+        """counted: whether this rank's norm of each bucket is part of the norm, and not a peer's."""
+        sums = _summed(list(_norm_parts(reduced, counted)), own, ranks)
         agreed = sums[NORM_PARTS:]
         non_finite, all_received, against = sums[NORM_PARTS - 1], agreed[0], agreed[1:3]
         norm = norm_square(sums[:NORM_PARTS]).sqrt() * gradient_scale
@@ -71,13 +74,23 @@ class Verdict:
         return self
 
 
-def _summed(norm_parts: Sequence[Tensor], counts: Sequence[int], group: ProcessGroup) -> Tensor:
+def _norm_parts(reduced: Sequence[ReducedGradient], counted: Sequence[bool]) -> Iterator[Tensor]:
+    """Of every bucket; of one that is counted elsewhere only how much is not finite."""
+    for gradient, mine in zip(reduced, counted, strict=True):
+        parts = gradient.norm_parts
+        if parts is not None and mine:
+            yield parts
+        elif parts is not None:
+            yield torch.cat([torch.zeros_like(parts[:-1]), parts[-1:]])
+
+
+def _summed(norm_parts: Sequence[Tensor], counts: Sequence[int], ranks: Ranks) -> Tensor:
     """The norm's parts of all buckets and then the counts, [NORM_PARTS + counts] int64, over all ranks."""
     sums = torch.zeros(NORM_PARTS + len(counts), dtype=torch.int64, device=norm_parts[0].device)
     sums[:NORM_PARTS] = torch.stack(list(norm_parts)).sum(dim=0)
     for place, count in enumerate(counts, start=NORM_PARTS):
         sums[place].fill_(count)
-    sum_over_ranks(sums, group)
+    sum_over_ranks(sums, ranks)
     return sums
 
 
@@ -92,7 +105,7 @@ def clip_factor(norm: Tensor, limit: float) -> Tensor:
 def non_finite_parameters(
     reduced: Sequence[tuple[ReducedGradient, Sequence[Piece]]],
     names: Mapping[int, str],
-    group: ProcessGroup,
+    ranks: Ranks,
     device: torch.device,
 ) -> str:
     """Names of the first parameters, in the model's order, whose gradient on any rank is not finite."""
@@ -102,8 +115,10 @@ def non_finite_parameters(
         for piece in pieces:
             if first_non_finite_block(gradient.blocks[piece.rows]) is not None:
                 flags[order[piece.slot.parameter]] = 1
-    max_over_ranks(flags, group)
+    max_over_ranks(flags, ranks.group)
     bad = [name for name, flag in zip(names.values(), flags.tolist(), strict=True) if flag]
+    if ranks.peers is not None:  # whose parameters may be others
+        bad = list(dict.fromkeys(name for found in gather_objects(bad, ranks.peers) for name in found))
     if not bad:
         return "no single parameter (their norm is beyond 2^40)"
     return naming(bad)

@@ -95,12 +95,13 @@ def build(
     device = next(iter(parameters.values())).device
     run = _Run(recipe, parameters, fleets, backend, device)
     weights = [run.weights(bucket, settings, products) for bucket in buckets]
+    counted = [settings.counts_replicated or not bucket.replicated for bucket in buckets]
     health = _health(settings.stats_interval, param_groups, recipe, weights, device)
-    counts = [health.counts[bucket.group] for bucket in buckets]
+    health.follow([bucket.group for bucket in buckets], counted)
     away = run.offloaded(buckets, settings)
     shards = [
         shard_of(bucket, run.rank_in(bucket), recipe, away.residence, backend, each)
-        for bucket, each in zip(buckets, counts, strict=True)
+        for bucket, each in zip(buckets, health.by_bucket, strict=True)
     ]
     packer, scales, reduced = run.gradient_parts(buckets, away)
     schedule = run.schedule(buckets, settings)
@@ -113,6 +114,7 @@ def build(
         fleets=fleets,
         weights=weights,
         reduced=reduced,
+        counted=counted,
         shards=shards,
         packer=packer,
         reducer=GradientReducer(buckets, pending, reduced, *ways, overlap=settings.overlap),

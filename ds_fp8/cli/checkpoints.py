@@ -18,7 +18,7 @@ from ds_fp8.zero_fp8.checkpoint import tags
 from ds_fp8.zero_fp8.checkpoint.manifest import NAME, Manifest, read, verify
 
 if TYPE_CHECKING:
-    from ds_fp8.zero_fp8.checkpoint.reader import Checkpoint
+    from ds_fp8.zero_fp8.checkpoint.whole.merged import Whole
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -114,18 +114,16 @@ def inspect(arguments: argparse.Namespace) -> None:
 
 def overview(folder: Path, manifest: Manifest, *, verified: bool) -> dict[str, Any]:
     """What `inspect` shows of a checkpoint as a whole."""
-    ranks = "1 rank" if manifest.world_size == 1 else f"{manifest.world_size} ranks"
-    parameters = manifest.place.parameters
-    numel = sum(math.prod(parameter.shape) for parameter in parameters.values())
+    parameters = manifest.places[0].parameters
     encoded = sum(each.codes_of is not None for each in parameters.values())
     return {
         "folder": folder,
         "files": "whole: every size and checksum is right" if verified else "not verified",
         "step": f"{manifest.steps} of the optimizer, {manifest.global_steps} of the engine",
-        "saved by": f"{ranks}, ZeRO {manifest.zero_stage}",
+        "saved by": f"{_ranks(manifest)}, ZeRO {manifest.zero_stage}",
         "with": f"ds_fp8 {manifest.ds_fp8_version}, deepspeed {manifest.deepspeed_version}",
         **manifest.recipe.model_dump(),
-        "parameters": f"{numel:,} trained, in {len(parameters)} tensors",
+        "parameters": _trained(manifest),
         "FP8 weights": f"{encoded} tensors, of which model files hold {manifest.weights}"
         if encoded
         else "none",
@@ -133,9 +131,24 @@ def overview(folder: Path, manifest: Manifest, *, verified: bool) -> dict[str, A
     }
 
 
+def _ranks(manifest: Manifest) -> str:
+    ranks = "1 rank" if manifest.world_size == 1 else f"{manifest.world_size} ranks"
+    places = len(manifest.places)
+    return ranks if places == 1 else f"{ranks}, model parallel {places}"
+
+
+def _trained(manifest: Manifest) -> str:
+    """Of one place, or the range over places."""
+    sizes = [sum(math.prod(each.shape) for each in place.parameters.values()) for place in manifest.places]
+    tensors = f"trained, in {len(manifest.places[0].parameters)} tensors"
+    if len(sizes) == 1:
+        return f"{sizes[0]:,} {tensors}"
+    return f"{min(sizes):,} to {max(sizes):,} per model-parallel rank {tensors}"
+
+
 def export(arguments: argparse.Namespace) -> None:
-    from ds_fp8.zero_fp8.checkpoint.export import DTYPES, model_tensors
-    from ds_fp8.zero_fp8.checkpoint.export import export as write
+    from ds_fp8.zero_fp8.checkpoint.whole.export import DTYPES, model_tensors
+    from ds_fp8.zero_fp8.checkpoint.whole.export import export as write
 
     if arguments.config is not None and not arguments.fp8:
         raise ValueError(f"--config: received {arguments.config}, allowed: beside --fp8")
@@ -155,9 +168,9 @@ def export(arguments: argparse.Namespace) -> None:
     show_rows([{"file": str(path), "bytes": path.stat().st_size} for path in files], arguments)
 
 
-def config_texts(arguments: argparse.Namespace, checkpoint: "Checkpoint") -> dict[str, str]:
+def config_texts(arguments: argparse.Namespace, checkpoint: "Whole") -> dict[str, str]:
     """config.json with what it has to say of FP8 weights; without a config.json that part alone."""
-    from ds_fp8.zero_fp8.checkpoint.fp8_layout import quantization_config
+    from ds_fp8.zero_fp8.checkpoint.whole.fp8_layout import quantization_config
 
     said = quantization_config(checkpoint)
     places = [folder / CONFIG for folder in (arguments.checkpoint, checkpoint.folder.parent)]
@@ -187,16 +200,16 @@ def to_universal(arguments: argparse.Namespace) -> None:
     show_rows([{"folder": str(arguments.out), "files": len(files), "bytes": written}], arguments)
 
 
-def open_verified(arguments: argparse.Namespace) -> "Checkpoint":
+def open_verified(arguments: argparse.Namespace) -> "Whole":
     """The checkpoint, once its files are known to be whole."""
-    from ds_fp8.zero_fp8.checkpoint.reader import Checkpoint
+    from ds_fp8.zero_fp8.checkpoint.whole.merged import open_whole
 
     folder, manifest = find(arguments.checkpoint, arguments.tag)
     with advancing("verifying", len(manifest.files)) as advance:
         for name in manifest.files:
             verify(folder, manifest, [name])
             advance(1)
-    return Checkpoint(folder, manifest, unpickle=arguments.unpickle)
+    return open_whole(folder, manifest, unpickle=arguments.unpickle)
 
 
 @contextmanager

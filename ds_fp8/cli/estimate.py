@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ds_fp8.config.ds_config import STAGES
 from ds_fp8.config.refusals import cut, refusal
 from ds_fp8.config.section import LEVELS
-from ds_fp8.output import add_command, add_run, in_units, show_json, show_line, show_table
+from ds_fp8.output import add_command, add_run, in_units, positive, show_json, show_line, show_table
 
 if TYPE_CHECKING:
     from ds_fp8.estimate.methods import Method
@@ -33,6 +33,9 @@ def add_to(commands: Any) -> None:
     )
     add_run(parser)
     parser.add_argument("--stage", type=int, choices=STAGES, help="of ZeRO; default: 2")
+    parser.add_argument(
+        "--tensor-parallel", metavar="N", type=positive, help="GPUs over which the model is split; default: 1"
+    )
     parser.add_argument("--opt-level", choices=tuple(LEVELS), help="default: all of them")
     parser.add_argument("--offload", action="store_true", help="states in host memory, a column of its own")
     parser.add_argument("--config", metavar="DS_CONFIG", help="take stage, level and formats from this file")
@@ -74,13 +77,15 @@ def _run(arguments: argparse.Namespace) -> "tuple[Run, list[Method]]":
     from ds_fp8.estimate import methods, runs
 
     if arguments.config is None:
-        run = runs.run_at_defaults(arguments.gpus, arguments.stage or 2, arguments.micro_steps or 1)
+        parts = arguments.tensor_parallel or 1
+        at_defaults = (arguments.gpus or parts, arguments.stage or 2, arguments.micro_steps or 1)
+        run = _split(runs.run_at_defaults(*at_defaults), parts)
         found = [methods.levels(each) for each in (_executors() if arguments.offload else [None])]
         names = [arguments.opt_level] if arguments.opt_level else list(LEVELS)
         return run, [levels[name] for name in names for levels in found]
     from ds_fp8.estimate import dry_run
 
-    for option in ("stage", "opt_level", "offload"):
+    for option in ("stage", "opt_level", "tensor_parallel", "offload"):
         if getattr(arguments, option):
             raise ValueError(f"--{option.replace('_', '-')}: not allowed with --config, which decides it")
     config = dry_run.read(arguments.config)
@@ -108,6 +113,16 @@ def _executors() -> "list[Offload]":
     from ds_fp8.zero_fp8.recipe import Offload
 
     return [Offload("stream"), Offload("host")]
+
+
+def _split(run: "Run", parts: int) -> "Run":
+    """The run with the model split over so many GPUs."""
+    from ds_fp8.zero_fp8.placement.ranks import check_divides
+
+    check_divides("--tensor-parallel", parts, run.gpus)
+    if parts > 1 and run.stage == 3:
+        raise refusal("--tensor-parallel", parts, "1 under ZeRO 3")
+    return replace(run, model_parallel_size=parts)
 
 
 def _models(arguments: argparse.Namespace, run: "Run") -> "list[Model]":
@@ -199,4 +214,5 @@ def _show_largest(arguments: argparse.Namespace, methods: "list[Method]", run: "
 def _words(run: "Run") -> str:
     gpus = "1 GPU" if run.gpus == 1 else f"{run.gpus} GPUs"
     steps = "1 micro-step" if run.micro_steps == 1 else f"{run.micro_steps} micro-steps"
-    return f"ZeRO {run.stage}, {gpus}, {steps} per step"
+    parts = "" if run.model_parallel_size == 1 else f"tensor parallel {run.model_parallel_size}, "
+    return f"ZeRO {run.stage}, {gpus}, {parts}{steps} per step"

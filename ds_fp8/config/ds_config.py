@@ -9,14 +9,20 @@ import difflib
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal
-
-from pydantic import BaseModel, ConfigDict, Field
+from typing import Any
 
 from ds_fp8.config import offload
-from ds_fp8.config.refusals import LONGEST, cut, refusal, show, validate
+from ds_fp8.config.optimizer_params import OptimizerParams, optimizer_params
+from ds_fp8.config.refusals import LONGEST, cut, refusal, show
 from ds_fp8.config.rule_kinds import Honoured, Refused, asks_for_nothing, rule_at
-from ds_fp8.config.rules import OLD_COMPILE, SECTIONS, SECTIONS_WITH_NOTES, TOP_LEVEL, Rules
+from ds_fp8.config.rules import (
+    GATHERED_FOR_A_SAVE,
+    OLD_COMPILE,
+    SECTIONS,
+    SECTIONS_WITH_NOTES,
+    TOP_LEVEL,
+    Rules,
+)
 from ds_fp8.config.section import SECTION, FP8Config, parse
 
 STAGES = (1, 2, 3)
@@ -25,6 +31,7 @@ NULLABLE = ("bf16", "fp16")  # sections that DeepSpeed takes as absent if they a
 COMMENTS = ("comment", "comments")
 CLOSE = 0.75  # of difflib's ratios: a key that is spelled like another is a mistake
 BF16_NAMES = ("bfloat16", "bf16", "torch.bfloat16")
+NODE_SIZE = "gradients.intra_node_size"
 MESH_INSTEAD = (
     "the key left out beside sequence_parallel_size: with both DeepSpeed makes a mesh, under which gradients "
     "are not added over sequence-parallel ranks; give deepspeed.initialize the mpu of "
@@ -33,30 +40,10 @@ MESH_INSTEAD = (
 BATCHES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 
-class OptimizerParams(BaseModel):
-    """The "params" of the "optimizer" section."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-    lr: float = Field(default=1e-3, ge=0)
-    betas: list[Annotated[float, Field(ge=0, lt=1)]] = Field(default=[0.9, 0.999], min_length=2, max_length=2)
-    eps: float = Field(default=1e-8, gt=0)
-    weight_decay: float | None = Field(default=None, ge=0)
-    bias_correction: bool = True
-    adam_w_mode: bool = True
-    torch_adam: bool = False
-    amsgrad: Literal[False] = False
-
-
-def optimizer_params(params: Mapping[str, Any]) -> OptimizerParams:
-    """Checked hyperparameters of ds_config's optimizer. Raises ValueError."""
-    known = {key: list(value) if isinstance(value, tuple) else value for key, value in params.items()}
-    return validate(OptimizerParams, known, "optimizer.params")
-
-
 def check(ds_config: Mapping[str, Any]) -> list[str]:
     """Refuse, by a ValueError, what does not go with FP8; the keys that have no effect are returned."""
     stage = check_stage(ds_config)
+    parts = autotp_size(ds_config)
     idle = _apply("", TOP_LEVEL, ds_config, stage)
     for name, rules in SECTIONS.items():
         idle += _apply(name, rules, _section(ds_config, name), stage)
@@ -65,11 +52,15 @@ def check(ds_config: Mapping[str, Any]) -> list[str]:
     idle += _apply(offload.PATH, offload.OFFLOAD, offloaded or {}, stage)
     offload.check_offload(fp8, offloaded=offloaded is not None)
     if stage == 3:
-        _refuse_whole_tensors(fp8)
+        _refuse_whole_tensors(fp8, "with zero_optimization.stage 3, which cuts every tensor into slices")
+    if parts > 1:
+        idle = [each for each in idle if not any(key in each for key in GATHERED_FOR_A_SAVE)]
+        refuse_beside_peers(fp8, ds_config, f"with tensor_parallel.autotp_size {parts}")
     if fp8.has_codes:
         _refuse_with_codes(fp8, ds_config, stage)
     _check_optimizer(_section(ds_config, "optimizer"))
     _check_autocast(_section(ds_config, "torch_autocast"))
+    _check_passes(_section(ds_config, "compile"))
     for name in (*BATCHES, "sequence_parallel_size"):
         _check_count(name, ds_config.get(name))
     _refuse_mesh(ds_config)
@@ -134,9 +125,28 @@ def _has_a_dot(key: Any) -> bool:
     return bool(dot) and field in SECTIONS.get(name, {})
 
 
-def _refuse_whole_tensors(config: FP8Config) -> None:
-    """One scale per tensor, and sums with it, require whole tensors on a rank."""
-    beside = "with zero_optimization.stage 3, which cuts every tensor into slices"
+def autotp_size(ds_config: Mapping[str, Any]) -> int:
+    """Over how many ranks DeepSpeed splits the model."""
+    size = _section(ds_config, "tensor_parallel").get("autotp_size", 0)
+    if isinstance(size, bool) or not isinstance(size, int) or size < 0:
+        raise refusal("tensor_parallel.autotp_size", size, "an integer, 0 or more")
+    return size
+
+
+def refuse_beside_peers(config: FP8Config, ds_config: Mapping[str, Any], where: str) -> None:
+    """What does not go with a model that is split over ranks, by AutoTP or an mpu; where: which of them."""
+    _refuse_whole_tensors(config, f"{where}, under which ranks have parts of a tensor")
+    if config.has_codes:
+        raise config.refusal_of_weights(f"{where} (not measured yet there)")
+    if config.gradients.intra_node_size not in (None, 1):
+        raise refusal(f"{SECTION}.{NODE_SIZE}", config.gradients.intra_node_size, f"the key left out {where}")
+    for key in ("use_node_local_storage", "load_universal"):
+        if _section(ds_config, "checkpoint").get(key, False):
+            raise refusal(f"checkpoint.{key}", True, f"false {where}")
+
+
+def _refuse_whole_tensors(config: FP8Config, beside: str) -> None:
+    """One scale per tensor, and sums with it, require whole tensors on a rank. beside: what lacks them."""
     given = {"scaling": config.scaling, "gradients.reduction": config.gradients.reduction}
     allowed = {"scaling": "block", "gradients.reduction": "fp32"}
     mistakes = [
@@ -229,6 +239,15 @@ def _check_autocast(section: Mapping[str, Any]) -> None:
         raise refusal("torch_autocast.dtype", dtype, allowed)
 
 
+def _check_passes(section: Mapping[str, Any]) -> None:
+    """Passes of DeepCompile that split sequences or layers over ranks change what is trained."""
+    passes = section.get("passes")
+    names = passes if isinstance(passes, list) else []
+    if section.get("deepcompile", False) and {"autosp", "autotp"} & {str(each) for each in names}:
+        allowed = 'the key left out ("autosp" and "autotp" split the model, torch.compile does not)'
+        raise refusal("compile.passes", passes, allowed)
+
+
 def _refuse_mesh(ds_config: Mapping[str, Any]) -> None:
     """DeepSpeed makes a mesh of both sizes; its ZeRO then adds gradients over data-parallel ranks only."""
     size = ds_config.get("sequence_parallel_size", 1)
@@ -244,7 +263,7 @@ def initialize_params(original: Callable[..., Any]) -> Callable[..., Any]:
         config = parse(param_dict)
         enabled = config is not None and config.enabled
         idle = check_before_engine(param_dict) if enabled else []
-        original(self, _without_old_keys(param_dict) if enabled else param_dict)
+        original(self, _without_unread_keys(param_dict) if enabled else param_dict)
         self.ds_fp8, self.ds_fp8_idle_keys = config, idle
         if config is not None and config.enabled and str(self.optimizer_name).lower() == "fp8adamw":
             self.optimizer_name = (
@@ -254,10 +273,10 @@ def initialize_params(original: Callable[..., Any]) -> Callable[..., Any]:
     return method
 
 
-def _without_old_keys(ds_config: dict[str, Any]) -> dict[str, Any]:
-    """The config without the keys at which DeepSpeed would raise although nothing reads them."""
-    old = OLD_COMPILE.keys() & _section(ds_config, "compile").keys()
-    if not old:
+def _without_unread_keys(ds_config: dict[str, Any]) -> dict[str, Any]:
+    """The config without keys of no effect at which DeepSpeed would raise, or which it would obey."""
+    unread = (OLD_COMPILE.keys() | {"deepcompile"}) & _section(ds_config, "compile").keys()
+    if not unread:
         return ds_config
-    known = {key: value for key, value in ds_config["compile"].items() if key not in old}
+    known = {key: value for key, value in ds_config["compile"].items() if key not in unread}
     return {**ds_config, "compile": known}

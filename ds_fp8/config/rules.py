@@ -19,6 +19,11 @@ GATHERED = ByStage(
     NoEffect("weights are gathered one bucket at a time"),
     NoEffect("weights are fetched when a module needs them"),
 )
+GATHERED_FOR_A_SAVE = (
+    "gather_16bit_weights_on_model_save",
+    "stage3_gather_16bit_weights_on_model_save",
+    "stage3_gather_fp16_weights_on_model_save",
+)
 NOT_WITH_FP8 = "does not work with fp8 enabled"
 NOT_YET = "is not built yet with fp8 enabled"
 AS_THE_MODEL = f"{NOT_WITH_FP8}: weights travel in the model's dtype"
@@ -86,7 +91,9 @@ TOP_LEVEL: Rules = {
     "datastates_ckpt": Refused(NOT_YET),
     "hybrid_engine": Refused(NOT_WITH_FP8),
     "pipeline": NoEffect("the model is no PipelineModule"),
-    "tensor_parallel": Refused(NOT_WITH_FP8, ({}, {"autotp_size": 0}, {"autotp_size": 1})),
+    "tensor_parallel": ByStage(
+        HONOURED, Refused(f"{NOT_WITH_FP8} under ZeRO 3", ({}, {"autotp_size": 0}, {"autotp_size": 1}))
+    ),
     "expert_parallel": Refused(NOT_WITH_FP8),
     "sequence_parallel_size": HONOURED,
     "data_parallel_size": NoEffect("the number of ranks says it", (1,)),
@@ -154,9 +161,6 @@ ZERO: Rules = {
             "stage3_max_live_parameters",
             "max_reuse_distance",
             "stage3_max_reuse_distance",
-            "gather_16bit_weights_on_model_save",
-            "stage3_gather_16bit_weights_on_model_save",
-            "stage3_gather_fp16_weights_on_model_save",
             "module_granularity_threshold",
             "stage3_module_granularity_threshold",
             "memory_efficient_linear",
@@ -166,6 +170,7 @@ ZERO: Rules = {
         ),
         only_zero3(HONOURED),
     ),
+    **dict.fromkeys(GATHERED_FOR_A_SAVE, ByStage(NoEffect("a key of ZeRO 3 and AutoTP"), HONOURED)),
     **dict.fromkeys(
         ("use_all_reduce_for_fetch_params", "stage3_use_all_reduce_for_fetch_params"),
         only_zero3(Refused(f"{NOT_WITH_FP8}: slices are fetched by all-gather", (False,))),
@@ -231,10 +236,13 @@ OLD_COMPILE: Rules = dict.fromkeys(
 
 COMPILE: Rules = {
     **OLD_COMPILE,
-    "deepcompile": Refused(NOT_WITH_FP8, (False,)),
+    "deepcompile": NoEffect(
+        "engine.compile() is torch.compile; DeepCompile's passes act on buffers of DeepSpeed's own ZeRO",
+        (False,),
+    ),
+    "autoep_non_moe": Refused("compiles around layers of AutoEP, which fp8 refuses", (False,)),
     **dict.fromkeys(
         (
-            "autoep_non_moe",
             "free_activation",
             "free_activation_threshold",
             "offload_activation",

@@ -11,18 +11,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 
 from ds_fp8.config.refusals import LEFT_OUT, refusal, show, validate
+from ds_fp8.config.subsections import (
+    CheckpointSection,
+    OffloadSection,
+    ProductsSection,
+    StatsSection,
+    Strict,
+)
 
 SECTION = "fp8"
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class GradientsSection(_Strict):
+class GradientsSection(Strict):
     """How gradients travel and are kept."""
 
     dtype: Literal["e4m3", "e5m2", "bf16"] = "e4m3"
@@ -39,61 +42,31 @@ class GradientsSection(_Strict):
     """Between nodes; left out: as `dtype`."""
 
 
-class OptimizerSection(_Strict):
+class OptimizerSection(Strict):
     """Formats of the Adam states."""
 
     master_dtype: Literal["fp32", "fp16", "bf16", "split16", "split8"] | None = None
-    exp_avg_dtype: Literal["fp32", "bf16", "fp16", "e4m3", "e5m2"] | None = None
+    exp_avg_dtype: Literal["fp32", "bf16", "fp16", "int8", "e4m3", "e5m2"] | None = None
+    """int8: over the root of exp_avg_sq, rounded stochastically; else rounded to nearest."""
     exp_avg_sq_dtype: Literal["fp32", "bf16", "fp16", "ue4m4", "e4m3", "e5m2"] | None = None
     rounding: Literal["nearest", "stochastic"] | None = None
+    draws: Literal["independent", "spread"] | None = None
+    """Of stochastic rounding, from step to step; left out: spread beside exp_avg in int8."""
     clamp: bool = True
     seed: int = Field(default=0, ge=0)
 
 
-class WeightsSection(_Strict):
+class WeightsSection(Strict):
     """Formats of the weights on every rank."""
 
     dtype: Literal["e4m3"] | None = None
     """Of matrices that only products read; left out: as the level has it."""
-    exclude: list[str] = []
+    exclude: list[str] = Field(default=[])
     """Patterns of names that stay as the model; output head, embeddings and tied weights always do."""
     min_elements: int = Field(default=2**21, ge=1)
     """Of the smallest matrix; its shorter side squared is at least half of that."""
     frozen: Literal["bf16", "e4m3"] = "bf16"
     """Of matrices that do not train."""
-
-
-class ProductsSection(_Strict):
-    """Formats of matrix products."""
-
-    dtype: Literal["e4m3", "bf16"] | None = None
-    """Of their operands, with weights in e4m3; left out: e4m3 where the device has it, else bf16."""
-
-
-class OffloadSection(_Strict):
-    """How states in host memory are stepped."""
-
-    executor: Literal["auto", "stream", "host"] = "auto"
-    """stream: they visit the device; host: gradients come to them; auto: what is faster here."""
-    threads: int | None = Field(default=None, ge=1)
-    """Of the host's sweep; left out: as many as there are cores for a rank."""
-    ratio: float = Field(default=1.0, gt=0, le=1)
-    """Share of the states that lives in host memory, by rows."""
-
-
-class CheckpointSection(_Strict):
-    """What checkpoints hold and which are loaded."""
-
-    fp32_master: bool = True
-    allow_conversion: bool = False
-    weights: Literal["codes", "masters"] = "codes"
-    """What model files hold of weights in e4m3: values of codes, as the model computes, or masters."""
-
-
-class StatsSection(_Strict):
-    """How often health is measured."""
-
-    interval: int = Field(default=0, ge=0)
 
 
 @dataclass(frozen=True)
@@ -108,15 +81,16 @@ class Level:
 
 LEVELS = {
     "O1": Level("fp32", "fp32", "fp32"),
-    "O2": Level("fp16", "e4m3", "fp16"),
-    "O2+": Level("split16", "e4m3", "ue4m4"),
-    "O3": Level("fp16", "e4m3", "ue4m4", "e4m3"),
+    "O2": Level("fp16", "int8", "fp16"),
+    "O2+": Level("split16", "int8", "ue4m4"),
+    "O3": Level("fp16", "int8", "ue4m4", "e4m3"),
 }
+PUBLISHED_EXP_AVG = "e4m3"  # of O2, O2+ and O3 with one scale per tensor
 ROUNDED = ("fp16", "bf16", "split8")  # masters that can be rounded stochastically
 WHOLE = ("fp32", "fp16", "bf16")  # masters that need nothing of the weight
 
 
-class FP8Config(_Strict):
+class FP8Config(Strict):
     """The "fp8" section of a ds_config, checked and frozen.
 
     `FP8Config.model_validate({...})` raises pydantic's ValidationError, a ValueError, for an unknown key or a
@@ -148,9 +122,10 @@ class FP8Config(_Strict):
     def states(self) -> Level:
         """Formats of states and weights: the level's, unless the section names others."""
         level, given = LEVELS[self.opt_level], self.optimizer
+        by_tensor = self.scaling == "tensor" and level.exp_avg == "int8"
         return Level(
             given.master_dtype or level.master,
-            given.exp_avg_dtype or level.exp_avg,
+            given.exp_avg_dtype or (PUBLISHED_EXP_AVG if by_tensor else level.exp_avg),
             given.exp_avg_sq_dtype or level.exp_avg_sq,
             self.weights.dtype or level.weights,
         )
@@ -183,6 +158,17 @@ class FP8Config(_Strict):
         """
         left_out = "stochastic" if self.scaling == "block" else "nearest"
         return self.states.master in ROUNDED and (self.optimizer.rounding or left_out) == "stochastic"
+
+    @property
+    def draws_moments(self) -> bool:
+        """Whether a moment is rounded stochastically."""
+        return self.scaling == "block" and (self.states.exp_avg == "int8" or self.states.exp_avg_sq != "fp32")
+
+    @property
+    def spread(self) -> bool:
+        """Whether an element's draws spread from step to step."""
+        left_out = "spread" if self.states.exp_avg == "int8" else "independent"
+        return (self.optimizer.draws or left_out) == "spread"
 
 
 def parse(ds_config: Mapping[str, Any]) -> FP8Config | None:
@@ -222,6 +208,10 @@ def _refuse_idle_rounding(config: FP8Config) -> None:
         raise refusal(
             f"{SECTION}.optimizer.rounding", "stochastic", f'{allowed}"stochastic" with {", ".join(ROUNDED)}'
         )
+    draws = config.optimizer.draws
+    if draws is not None and not config.stochastic and not config.draws_moments:
+        allowed = "the key left out: no state of this run is rounded stochastically"
+        raise refusal(f"{SECTION}.optimizer.draws", draws, allowed)
 
 
 def _refuse_without_nodes(gradients: GradientsSection) -> None:
@@ -237,6 +227,9 @@ def _refuse_with_tensors(config: FP8Config) -> None:
     if nodes not in (None, 1):
         allowed = f"the key left out, or 1, {beside}: whole tensors travel in one hop"
         raise refusal(f"{SECTION}.gradients.intra_node_size", nodes, allowed)
+    if config.states.exp_avg == "int8":
+        allowed = f"fp32, bf16, fp16, e4m3, e5m2 {beside}, which stores exp_avg itself, rounded to nearest"
+        raise refusal(f"{SECTION}.optimizer.exp_avg_dtype", "int8", allowed)
     if config.states.exp_avg_sq == "ue4m4":
         allowed = f"fp32, bf16, fp16, e4m3, e5m2 {beside}, which stores exp_avg_sq itself, rounded to nearest"
         raise refusal(f"{SECTION}.optimizer.exp_avg_sq_dtype", "ue4m4", allowed)

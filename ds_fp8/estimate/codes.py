@@ -83,6 +83,8 @@ def refusal_of(config: FP8Config, model: Model, run: Run) -> str | None:
         return None
     if run.stage == 3:
         return "refused under ZeRO 3: FP8 weights are not built there yet"
+    if run.model_parallel_size > 1:
+        return "refused with tensor parallelism: FP8 weights are not measured there yet"
     least = config.weights.min_elements
     if model.module is None and config.states.weights is None:
         return "refused for a model of unknown shapes: nothing says which of it is frozen"

@@ -8,14 +8,14 @@ import io
 import logging
 import os
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import ValidationError
 
 from ds_fp8.compat import DeepSpeedConfig, deepspeed_logger, load_ds_config
-from ds_fp8.config.ds_config import BATCHES, initialize_params, never_trains
+from ds_fp8.config.ds_config import BATCHES, autotp_size, initialize_params, never_trains
 from ds_fp8.config.refusals import cut, refusal, show
 from ds_fp8.config.section import SECTION, FP8Config
 from ds_fp8.estimate.fetching import fetching_of
@@ -57,17 +57,21 @@ def read(source: str) -> Mapping[str, Any]:
     return loaded
 
 
-def run_dry(config: Mapping[str, Any], *, gpus: int, micro_steps: int | None = None) -> DryRun | str:
+def run_dry(
+    config: Mapping[str, Any], *, gpus: int | None = None, micro_steps: int | None = None
+) -> DryRun | str:
     """What ds_fp8 would do; if it would do nothing, the reason. Raises ValueError with the refusal.
 
-    micro_steps: instead of the config's. Keys that are "auto" count as left out, but in the section they are
-    refused. What only the model or a client's optimizer shows is not looked at.
+    gpus: if left out, as many as AutoTP splits the model over. micro_steps: instead of the config's. Keys
+    that are "auto" count as left out, but in the section they are refused. What only the model or a client's
+    optimizer shows is not looked at.
     """
     known, filled_in = without_auto(config)
     assumes = not set(known) & set(BATCHES[:2]) and (bool(filled_in) or SECTION in config)
     if assumes:
         # DeepSpeed wants one of both; Hugging Face fills it in, or who completes a template.
         known[BATCHES[1]] = 1
+    gpus = gpus or _fewest_gpus(known)
     judged = judge(known, gpus)
     fp8: FP8Config | None = judged.ds_fp8
     if fp8 is None or not fp8.enabled:
@@ -75,7 +79,7 @@ def run_dry(config: Mapping[str, Any], *, gpus: int, micro_steps: int | None = N
     if never_trains(known):
         return IDLE
     run = _run_of(judged, gpus, micro_steps)
-    recipe = recipe_of(fp8, accumulating=run.accumulating, ranks=gpus)
+    recipe = recipe_of(fp8, accumulating=run.accumulating, ranks=run.replicas)
     check_divides(NODE_SIZE, recipe.intra_node_size, gpus)
     return DryRun(
         fp8,
@@ -89,6 +93,12 @@ def run_dry(config: Mapping[str, Any], *, gpus: int, micro_steps: int | None = N
     )
 
 
+def _fewest_gpus(config: Mapping[str, Any]) -> int:
+    with suppress(ValueError):  # which `judge` raises, too
+        return max(1, autotp_size(config))
+    return 1
+
+
 def _run_of(judged: Any, gpus: int, micro_steps: int | None) -> Run:
     return Run(
         gpus=gpus,
@@ -97,6 +107,7 @@ def _run_of(judged: Any, gpus: int, micro_steps: int | None) -> Run:
         bucket_elements=int(judged.zero_config.reduce_bucket_size),
         overlap=bool(judged.zero_config.overlap_comm),
         fetching=fetching_of(judged.zero_config),
+        model_parallel_size=max(1, autotp_size(judged._param_dict)),
         sequence_parallel_size=_sequence_parallel_size(judged._param_dict),
         accumulate_in_fp32=judged.grad_accum_dtype in FP32_NAMES,
     )
@@ -114,6 +125,7 @@ def judge(config: Mapping[str, Any], gpus: int) -> Any:
             initialize_params(DeepSpeedConfig._initialize_params)(self, param_dict)
             size = _sequence_parallel_size(param_dict)
             check_divides(SEQUENCE_SIZE, size, gpus)
+            check_divides("tensor_parallel.autotp_size", max(1, autotp_size(param_dict)), gpus)
             self.world_size = Fleet("data", gpus).sequences(size)
 
     try:

@@ -252,6 +252,7 @@ def summary(recipe: Recipe, *, ranks: int, accumulating: bool) -> dict[str, Any]
         "reduced_gradient": _reduced_format(recipe, accumulating=accumulating).name,
         "master": recipe.master.name,
         "rounding": "stochastic" if recipe.rounding.stochastic else "nearest",
+        "draws": recipe.rounding.draws,
         "exp_avg": recipe.exp_avg.name,
         "exp_avg_sq": recipe.exp_avg_sq.name,
         "autoscale": recipe.autoscale,

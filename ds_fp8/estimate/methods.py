@@ -13,7 +13,7 @@ from math import prod
 from ds_fp8.config.refusals import refusal
 from ds_fp8.config.section import LEVELS, FP8Config
 from ds_fp8.estimate import codes, fetching, memory, stock
-from ds_fp8.estimate.runs import MOST_PARAMETERS, Model, Run, model_of_size, refuse_absurd
+from ds_fp8.estimate.runs import MOST_PARAMETERS, Model, Run, model_of_size, of_rank, refuse_absurd
 from ds_fp8.ops.formats import BF16, E4M3, FP32, Format
 from ds_fp8.zero_fp8.offload.sizes import Expected
 from ds_fp8.zero_fp8.placement.partition import (
@@ -53,8 +53,12 @@ class Method:
     """A way to train, and the bytes that it holds."""
 
     name: str
-    held: Callable[[Model, Run], Held]
+    count: Callable[[Model, Run], Held]  # of a model, or a part of one, that all GPUs have
     config: FP8Config | None = None  # of ds_fp8
+
+    def held(self, model: Model, run: Run) -> Held:
+        """What a GPU holds of the model, or of its part."""
+        return self.count(*of_rank(model, run))
 
     def refusal(self, model: Model, run: Run) -> str | None:
         """Why no run of this model is so."""
@@ -143,7 +147,14 @@ def _with_offload(held: Held, away: Expected, reduced: int) -> Held:
 def _buckets(recipe: Recipe, model: Model, run: Run, chosen: codes.Codes) -> tuple[Bucket, ...]:
     fleet, cut = Fleet("data", run.gpus), partition_whole if recipe.by_tensor else partition
     specs = [
-        ParameterSpec(index, numel, 0, (E4M3 if index in chosen.shapes else BF16).name, fleet)
+        ParameterSpec(
+            index,
+            numel,
+            0,
+            (E4M3 if index in chosen.shapes else BF16).name,
+            fleet,
+            replicated=index in model.replicated_at,
+        )
         for index, numel in enumerate(model.sizes)
         if index not in model.frozen_at
     ]
@@ -246,7 +257,7 @@ def largest(method: Method, run: Run, memory_bytes: int) -> int:
     What a method refuses is taken to be small: of a large model nothing but the stage of ZeRO is refused.
     """
     low, high = 0, memory_bytes // (E4M3.itemsize if method.codes else WEIGHT)  # the weights alone fill it
-    if run.stage == 3:
+    if run.stage == 3 or run.model_parallel_size > 1:
         high = min(high * run.gpus, MOST_PARAMETERS)
     while high - low > low // 1_000_000:
         middle = (low + high + 1) // 2

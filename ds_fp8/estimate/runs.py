@@ -9,6 +9,7 @@ from ds_fp8.config.refusals import refusal
 from ds_fp8.estimate import stock
 from ds_fp8.estimate.fetching import Fetching
 from ds_fp8.ops.formats import FP32
+from ds_fp8.zero_fp8.placement.ranks import Fleet
 
 # Beyond these an estimate would take minutes.
 MOST_PARAMETERS = 10**13
@@ -26,6 +27,9 @@ class Model:
     frozen_at: frozenset[int] = frozenset()  # positions of those that do not train
     counted: str = ""  # the class whose parameters these are, and why if the config names none
     module: Any = field(default=None, repr=False, compare=False)  # whose they are, if shapes are known
+    replicated_at: frozenset[int] = (
+        frozenset()
+    )  # of a part of a model: positions of what all ranks have whole
 
     def __post_init__(self) -> None:
         if not any(self.trained):
@@ -59,12 +63,18 @@ class Run:
     overlap: bool = False
     fetching: Fetching = field(default_factory=Fetching)  # under ZeRO 3
     sequence_parallel_size: int = 1
+    model_parallel_size: int = 1  # GPUs that have parts of one replica of the model
     accumulate_in_fp32: bool = False  # the micro-steps of ZeRO 1
 
     @property
     def accumulating(self) -> bool:
         """Whether several micro-steps reach the reduced gradient before a step."""
         return self.stage >= 2 and self.micro_steps > 1
+
+    @property
+    def replicas(self) -> int:
+        """GPUs that have the same part of the model."""
+        return Fleet("data", self.gpus).sequences(self.model_parallel_size)
 
     def grad_itemsize(self, model_itemsize: int) -> int:
         """Bytes per element of `.grad`."""
@@ -75,6 +85,31 @@ class Run:
 def run_at_defaults(gpus: int, stage: int, micro_steps: int = 1) -> Run:
     """A run whose config leaves the rest out; under ZeRO 3 DeepSpeed then overlaps."""
     return Run(gpus, stage, micro_steps, overlap=stage == 3)
+
+
+def of_rank(model: Model, run: Run) -> tuple[Model, Run]:
+    """What a GPU has of a model that tensor parallelism splits, and the run of those that have the same.
+
+    As AutoTP splits it: matrices of linear layers evenly; embeddings, norms and biases are whole on every
+    GPU. Of a model of unknown shapes everything is split.
+    """
+    size = run.model_parallel_size
+    if size == 1:
+        return model, run
+    split = range(len(model.sizes)) if model.module is None else _matrices(model.module)
+    sizes = tuple(-(-numel // size) if index in split else numel for index, numel in enumerate(model.sizes))
+    whole = frozenset(range(len(sizes))) - frozenset(split)
+    part = replace(model, sizes=sizes, replicated_at=whole)
+    return part, replace(run, gpus=run.replicas, model_parallel_size=1)
+
+
+def _matrices(module: Any) -> frozenset[int]:
+    """Positions of the parameters that linear layers multiply with and no embedding shares."""
+    from torch import nn
+
+    linear = {id(each.weight) for each in module.modules() if isinstance(each, nn.Linear)}
+    linear -= {id(each.weight) for each in module.modules() if isinstance(each, nn.Embedding)}
+    return frozenset(index for index, each in enumerate(module.parameters()) if id(each) in linear)
 
 
 def refuse_absurd(parameters: int, tensors: int, run: Run) -> None:

@@ -15,8 +15,6 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any
 
-from deepspeed import comm as dist
-
 from ds_fp8.zero_fp8.checkpoint.manifest import Manifest, render, share
 from ds_fp8.zero_fp8.comm.agreement import agreed, check_agreement, gather_objects
 
@@ -44,9 +42,8 @@ def first_of(engine: Any) -> int:
 
 def checksum_share(engine: Any, names: Iterable[str], of_ranks: Iterable[Sequence[str]]) -> list[str]:
     """The files whose checksums this rank computes."""
-    group = engine.optimizer.dp_process_group
-    rank, world_size = dist.get_rank(group), dist.get_world_size(group)
-    return share(names, of_ranks, rank, world_size, first=is_first(engine))
+    ranks = engine.optimizer.ranks
+    return share(names, of_ranks, ranks.rank, ranks.size, first=is_first(engine))
 
 
 # Of one rank
@@ -85,7 +82,7 @@ def check_client_state(client_state: Any) -> None:
 def agree_on(engine: Any, call: str, options: Mapping[str, Any]) -> None:
     """Raises the same ValueError on every rank if an option differs."""
     facts = [f"{key} {value!r}" for key, value in options.items()]
-    check_agreement(f"the arguments of {call}", facts, engine.device, engine.optimizer.dp_process_group)
+    check_agreement(f"the arguments of {call}", facts, engine.device, engine.optimizer.ranks)
 
 
 def check_same_folder(engine: Any, folder: Path) -> None:
@@ -94,15 +91,15 @@ def check_same_folder(engine: Any, folder: Path) -> None:
     The first of them puts a file there, or into the nearest folder above it that exists, and the others
     look for it. Raises the same ValueError on every rank.
     """
-    group, first = engine.optimizer.dp_process_group, first_of(engine)
-    path = agreed(folder.resolve, group, folder)
-    above = agreed(lambda: _existing(path), group, folder)
+    ranks, first = engine.optimizer.ranks, first_of(engine)
+    path = agreed(folder.resolve, ranks, folder)
+    above = agreed(lambda: _existing(path), ranks, folder)
     mark = above / f".ds_fp8_{uuid.uuid4().hex}"
     try:
-        agreed(lambda: mark.touch() if is_first(engine) else None, group, folder)
+        agreed(lambda: mark.touch() if is_first(engine) else None, ranks, folder)
         below = path.relative_to(above).parts
-        marks = dict(gather_objects((engine.global_rank, _Mark(below, mark.name, str(folder))), group))
-        agreed(lambda: _look_for(marks[first], folder, path, first), group, folder)
+        marks = dict(gather_objects((engine.global_rank, _Mark(below, mark.name, str(folder))), ranks))
+        agreed(lambda: _look_for(marks[first], folder, path, first), ranks, folder)
     finally:
         if is_first(engine):
             with suppress(OSError):
@@ -154,10 +151,10 @@ def check_same_checkpoint(engine: Any, folder: Path, manifest: Manifest | None) 
 
     manifest: None if it has none. On storage of a node, nodes have other files of the same checkpoint.
     """
-    group, node = engine.optimizer.dp_process_group, first_of(engine)
-    common = agreed(lambda: "" if manifest is None else manifest.model_dump_json(exclude={"files"}), group)
-    files = agreed(lambda: _digest(folder, manifest), group, folder)
-    by_rank = gather_objects(_Found(engine.global_rank, node, str(folder), common, files), group)
+    ranks, node = engine.optimizer.ranks, first_of(engine)
+    common = agreed(lambda: "" if manifest is None else manifest.model_dump_json(exclude={"files"}), ranks)
+    files = agreed(lambda: _digest(folder, manifest), ranks, folder)
+    by_rank = gather_objects(_Found(engine.global_rank, node, str(folder), common, files), ranks)
     for found in by_rank:
         expected = next(other for other in by_rank if other.node == found.node)
         if found.common != by_rank[0].common:
@@ -191,11 +188,13 @@ def _sums(path: Path) -> list[int]:
 
 @contextmanager
 def as_data_parallel(engine: Any) -> Iterator[None]:
-    """Let DeepSpeed name and read files without the mpu, which is none of model parallelism.
+    """Let DeepSpeed name and read files without an mpu that is none of model parallelism.
 
     DeepSpeed before 0.19.8 takes the ranks of a sequence for those of a model.
     """
-    mpu, engine.mpu = engine.mpu, None
+    mpu = engine.mpu
+    if engine.optimizer.ranks.peers is None:
+        engine.mpu = None
     try:
         yield
     finally:

@@ -14,9 +14,17 @@ from deepspeed import comm as dist
 import ds_fp8
 from ds_fp8.compat import ZERO_OPTIMIZATION, loss_scaler_of, timers_of
 from ds_fp8.config import ds_config
-from ds_fp8.config.refusals import as_json, refusal
+from ds_fp8.config.optimizer_params import optimizer_params
+from ds_fp8.config.refusals import as_json
 from ds_fp8.config.section import FP8Config
 from ds_fp8.seam.backward import divisor
+from ds_fp8.seam.engine_checks import (
+    accumulates_in_fp32,
+    check_engine,
+    is_sequence_parallel,
+    peers_of,
+    ranks_of,
+)
 from ds_fp8.seam.status import accumulating, banner, idle, is_active, write_events
 from ds_fp8.zero_fp8.comm.agreement import agreed, check_agreement
 from ds_fp8.zero_fp8.handlers.common import FP8ZeROOptimizer
@@ -26,9 +34,8 @@ from ds_fp8.zero_fp8.handlers.stage12 import Stage12Optimizer
 from ds_fp8.zero_fp8.optimizer.fp8_adamw import FP8AdamW
 from ds_fp8.zero_fp8.optimizer.replacement import replace_optimizer
 from ds_fp8.zero_fp8.placement.parameters import shape_of
-from ds_fp8.zero_fp8.placement.ranks import NODE_SIZE, SEQUENCE_SIZE, check_divides
 from ds_fp8.zero_fp8.products.chosen import choose
-from ds_fp8.zero_fp8.recipe import Recipe, ZeroSettings, offload_from, recipe_of, weight_dtypes
+from ds_fp8.zero_fp8.recipe import Recipe, ZeroSettings, offload_from, recipe_of
 
 logger = logging.getLogger("ds_fp8")
 
@@ -61,22 +68,31 @@ def configure_distributed_model(original: Method) -> Method:
     def method(self: Any, model: Any) -> None:
         if _fp8(self) is not None and ds_config.never_trains(self._config._param_dict):
             logger.info("%s", idle(self))
-        lines = _config_and_model(self, model) if _fp8(self) is not None else ["fp8 off"]
-        check_agreement("config or model", lines, torch.device(self.device), dist.get_world_group())
+        lines = _config(self) if _fp8(self) is not None else ["fp8 off"]
+        everywhere, device = dist.get_world_group(), torch.device(self.device)
+        check_agreement("config or model", lines, device, everywhere)
+        if _fp8(self) is not None:
+            by_mpu = self.mpu is not None and not is_sequence_parallel(self.mpu)
+            replicas = self.mpu.get_data_parallel_group() if by_mpu else everywhere
+            check_agreement("config or model", _model(model), device, replicas)
         original(self, model)
 
     return method
 
 
-def _config_and_model(engine: Any, model: torch.nn.Module) -> list[str]:
-    """What must be the same on all ranks, one line per key and parameter."""
+def _config(engine: Any) -> list[str]:
+    """What must be the same on all ranks, one line per key."""
     section = engine._config._param_dict
-    config = [f'ds_config "{key}": {as_json(section[key])}' for key in AGREED_KEYS if key in section]
-    trained = [
+    size = f"tensor_parallel.autotp_size: {engine.autotp_size()}"
+    return [*(f'ds_config "{key}": {as_json(section[key])}' for key in AGREED_KEYS if key in section), size]
+
+
+def _model(model: torch.nn.Module) -> list[str]:
+    """What must be the same on ranks that hold the same part of the model, one line per parameter."""
+    return [
         f"{name}: {list(shape_of(each))}, {each.dtype}, {'trained' if each.requires_grad else 'frozen'}"
         for name, each in model.named_parameters()
     ]
-    return [*config, *trained]
 
 
 def scheduler_from_config(original: Method) -> Method:
@@ -96,7 +112,7 @@ def configure_basic_optimizer(original: Method) -> Method:
     def method(self: Any, model_parameters: Any) -> Any:
         if _fp8(self) is None:
             return original(self, model_parameters)
-        params = ds_config.optimizer_params(self.optimizer_params() or {})
+        params = optimizer_params(self.optimizer_params() or {})
         decoupled = self.optimizer_name() == "adamw" or params.adam_w_mode
         # The default of DeepSpeed's fused Adam is no decay; that of torch's AdamW is .01.
         default_decay = 0.01 if params.torch_adam and decoupled else 0.0
@@ -163,10 +179,59 @@ def configure_zero_optimizer(original: Method) -> Method:
     return method
 
 
+def consolidated_16bit_state_dict(original: Method) -> Method:
+    """DeepSpeedEngine._consolidated_16bit_state_dict: AutoTP leaves weights outside their buffers."""
+
+    @functools.wraps(original)
+    def method(self: Any, exclude_frozen_parameters: bool = False) -> Any:
+        state = original(self, exclude_frozen_parameters)
+        if is_active(self) and self.optimizer.ranks.peers is not None:
+            self.optimizer.binding.require()
+        return state
+
+    return method
+
+
+def save_16bit_model(original: Method) -> Method:
+    """DeepSpeedEngine.save_16bit_model: of a model that AutoTP has split the whole, not rank 0's part."""
+
+    @functools.wraps(original)
+    def method(self: Any, *arguments: Any, **options: Any) -> Any:
+        if not is_active(self) or self.optimizer.ranks.peers is None:
+            return original(self, *arguments, **options)
+        if self.autotp_size() <= 1:
+            raise ValueError(
+                "save_16bit_model: received a model that an mpu has split, of which rank 0 would save its "
+                "part, allowed: save_checkpoint, from which `ds_fp8 export` writes the whole model"
+            )
+        self.module_state_dict = functools.partial(_whole_state_dict, self)
+        try:
+            return original(self, *arguments, **options)
+        finally:
+            del self.module_state_dict
+
+    return method
+
+
+def _whole_state_dict(engine: Any, exclude_frozen_parameters: bool = False) -> dict[str, Any] | None:
+    """Weights and buffers of a model that AutoTP has split, on rank 0; None elsewhere. Collective."""
+    whole: dict[str, Any] | None = engine._consolidated_16bit_state_dict()
+    if whole is None:
+        return None
+    module = engine.module
+    left_out = set()
+    if exclude_frozen_parameters:
+        named = module.named_parameters(remove_duplicate=False)
+        left_out = {name for name, each in named if not each.requires_grad}
+    # DeepSpeed gathers parameters only.
+    state = {name: whole.get(name, value) for name, value in module.state_dict().items()}
+    return {name: value for name, value in state.items() if name not in left_out}
+
+
 def handler_of(engine: Any, recipe: Recipe, settings: ZeroSettings) -> FP8ZeROOptimizer:
     """The handler of the engine's ZeRO stage."""
     timers = timers_of(engine)
-    what = (engine.basic_optimizer, engine.param_names, recipe, settings, engine.seq_data_parallel_group)
+    what = (engine.basic_optimizer, engine.param_names, recipe, settings, ranks_of(engine))
     section, device = engine._config.ds_fp8, torch.device(engine.device)
     choice = None
     if section.has_codes:
@@ -213,82 +278,11 @@ def settings_of(config: FP8Config, engine: Any) -> ZeroSettings:
         sequence_parallel_size=int(engine.sequence_parallel_size),
         micro_steps=int(engine.gradient_accumulation_steps()),
         accumulate_in_fp32=accumulates_in_fp32(engine),
+        counts_replicated=peers_of(engine) is None or engine.mpu.get_model_parallel_rank() == 0,
         max_consecutive_skips=config.max_consecutive_skips,
-        save_fp32_master=config.checkpoint.fp32_master,
+        # DeepSpeed's zero_to_fp32.py reads no model that is split over ranks.
+        save_fp32_master=config.checkpoint.fp32_master and peers_of(engine) is None,
         masters_in_model_files=config.checkpoint.weights == "masters",
         stats_interval=config.stats.interval,
         offload=offload_from(config, engine._config.zero_config),
     )
-
-
-def check_engine(engine: Any, recipe: Recipe) -> None:
-    """Refuse, before anything is allocated, what only the model shows. Raises ValueError."""
-    refused = {
-        "a PipelineModule": engine.pipeline_parallelism,
-        "a model with MoE layers": engine.has_moe_layers,
-        "an mpu (model parallelism)": engine.mpu is not None and not _is_sequence_parallel(engine.mpu),
-    }
-    for what, present in refused.items():
-        if present:
-            allowed = "data parallelism, and the mpu of UlyssesSPAttentionHF (sequence parallelism)"
-            raise ValueError(f"deepspeed.initialize: received {what}, allowed with fp8: {allowed}")
-    _refuse_sequence_parallel_size(engine)
-    ranks = dist.get_world_size(engine.seq_data_parallel_group)
-    check_divides(NODE_SIZE, recipe.intra_node_size, ranks)
-    _refuse_accumulation_dtype(engine, recipe)
-    for module_name, module in engine.module.named_modules():
-        if isinstance(module, torch.nn.Embedding | torch.nn.EmbeddingBag) and module.sparse:
-            raise refusal(f"{module_name}.sparse", True, "false with fp8 enabled")
-    _refuse_weight_dtypes(engine.module, recipe)
-    _refuse_slices(engine)
-
-
-def _is_sequence_parallel(mpu: Any) -> bool:
-    """Whether an mpu splits sequences only, as DeepSpeed tells: every rank holds all parameters."""
-    return hasattr(mpu, "initialize_sequence_parallel")
-
-
-def _refuse_sequence_parallel_size(engine: Any) -> None:
-    """The size must be the mpu's; gradients must be added over all ranks."""
-    size = engine.sequence_parallel_size
-    if engine.mesh_device is not None and size > 1:
-        raise refusal("mesh_device", f"a mesh with sequence_parallel {size}", ds_config.MESH_INSTEAD)
-    wanted = engine._config._param_dict.get(SEQUENCE_SIZE, size)
-    if wanted != size:
-        instead = "the mpu of UlyssesSPAttentionHF.register_with_transformers, given to deepspeed.initialize"
-        raise refusal(SEQUENCE_SIZE, wanted, f"{size}, the size of {instead}; 1 without one")
-
-
-def _refuse_slices(engine: Any) -> None:
-    for name, parameter in engine.module.named_parameters():
-        if hasattr(parameter, "ds_id") and not engine.zero_optimization_partition_weights():
-            received = "slices, from deepspeed.zero.Init or an engine of ZeRO 3"
-            raise refusal(name, received, "whole parameters under ZeRO 1 and 2, of a new model")
-
-
-def accumulates_in_fp32(engine: Any) -> bool:
-    """Whether the micro-steps of ZeRO 1 add up in FP32, whatever the model's dtype."""
-    asked = engine._config.grad_accum_dtype is not None and engine.zero_optimization_stage() == 1
-    return asked and engine.get_data_types()[1] is torch.float32
-
-
-def _refuse_accumulation_dtype(engine: Any, recipe: Recipe) -> None:
-    model_dtype, wanted = engine.get_data_types()
-    if engine.zero_optimization_stage() == 1:
-        allowed = {model_dtype, torch.float32}
-    else:
-        # A second micro-step turns the reduced gradient FP32 unless the section says otherwise.
-        allowed = {torch.float32 if recipe.promote else recipe.reduced.dtype}
-    if engine._config.grad_accum_dtype is not None and wanted not in allowed:
-        where = ".grad under ZeRO 1, the reduced gradient, fp8.gradients.accum_dtype, under ZeRO 2 and 3"
-        named = ", ".join(sorted(map(str, allowed)))
-        raise refusal("data_types.grad_accum_dtype", str(wanted), f"{named} (of {where})")
-
-
-def _refuse_weight_dtypes(module: torch.nn.Module, recipe: Recipe) -> None:
-    dtypes = weight_dtypes(recipe.master)
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad and parameter.dtype not in dtypes:
-            beside = f" beside a master {recipe.master.name}" if recipe.master.split else ""
-            allowed = ", ".join(map(str, dtypes)) + beside
-            raise refusal(f"dtype of {name}", str(parameter.dtype), allowed)

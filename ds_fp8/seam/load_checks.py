@@ -40,12 +40,23 @@ class Checked:
     conversion: str = ""  # what is rounded on the way, for the log
 
 
+def check_places(engine: Any, folder: Path, manifest: Manifest) -> None:
+    """Refuse, by a ValueError, a model that was split over another number of ranks, or not at all."""
+    received, expected = len(manifest.places), engine.optimizer.ranks.parts
+    if received != expected:
+        raise ValueError(
+            f"{folder / NAME}: model parallel size (tensor_parallel.autotp_size, or an mpu's): received "
+            f"{received}, expected {expected} as in this run; `ds_fp8 export` and `ds_fp8 to-universal` "
+            "write the whole model"
+        )
+
+
 def check(engine: Any, folder: Path, manifest: Manifest, wanted: Wanted) -> Checked:
     """A checkpoint of ours, whose files have been verified. Raises ValueError if it does not fit."""
     _check_module(engine, folder / NAME, manifest, wanted)
     model = model_file.read(engine, folder, manifest)
     model_file.check(engine, model, wanted)
-    checkpoint = Checkpoint(folder, manifest, unpickle=True)
+    checkpoint = Checkpoint(folder, manifest, engine.optimizer.ranks.part, unpickle=True)
     weights = _check_weights(engine, model, checkpoint, wanted, coded=bool(manifest.coded))
     if not wanted.states:
         return Checked(model, None, weights)
@@ -97,6 +108,11 @@ def check_stock(engine: Any, folder: Path, wanted: Wanted) -> Checked:
     files = stock_files.optimizer_files(folder)
     if files and stock_files.holds_our_states(next(iter(files.values()))):
         raise ValueError(f"{folder / NAME}: missing: the checkpoint was never finished, or lost it")
+    if engine.optimizer.ranks.parts > 1:
+        raise ValueError(
+            f"{folder / NAME}: missing: received a checkpoint of stock DeepSpeed, allowed with tensor "
+            "parallelism: those of ds_fp8"
+        )
     model = model_file.read(engine, folder)
     if wanted.states and not _may_convert(engine):
         raise ValueError(
@@ -211,7 +227,7 @@ def _may_convert(engine: Any) -> bool:
 
 def _check_module(engine: Any, path: Path, manifest: Manifest, wanted: Wanted) -> None:
     """What DeepSpeed loads itself must fit: it does not look before it writes."""
-    place = manifest.place
+    place = manifest.places[engine.optimizer.ranks.part]
     if wanted.scheduler and engine.lr_scheduler is not None and not manifest.scheduler:
         raise ValueError(
             f"{path}: no scheduler was saved, and this run has one: load_lr_scheduler_states=False keeps it"
@@ -227,7 +243,10 @@ def _check_module(engine: Any, path: Path, manifest: Manifest, wanted: Wanted) -
 
 def _check_parameters(engine: Any, path: Path, manifest: Manifest) -> None:
     """The trained parameters must be the same, in the same param groups."""
-    saved, ours = manifest.place.parameters, engine.optimizer.saved.described_parameters()
+    saved, ours = (
+        manifest.places[engine.optimizer.ranks.part].parameters,
+        engine.optimizer.saved.described_parameters(),
+    )
     check_names(path, saved, ours)
     for name, parameter in ours.items():
         for key in ("shape", "group"):

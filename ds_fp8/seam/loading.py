@@ -19,7 +19,7 @@ from ds_fp8.seam.arguments import (
     check_same_checkpoint,
     checksum_share,
 )
-from ds_fp8.seam.load_checks import Checked, check, check_stock, check_universal, others_of
+from ds_fp8.seam.load_checks import Checked, check, check_places, check_stock, check_universal, others_of
 from ds_fp8.seam.model_file import Wanted, frozen
 from ds_fp8.seam.status import is_active
 from ds_fp8.zero_fp8.checkpoint import manifest, tags
@@ -67,26 +67,26 @@ def load_checkpoint(original: Method) -> Method:
 
 def _find(engine: Any, load_dir: Any, tag: Any, options: Mapping[str, Any]) -> str | None:
     """The folder of the tag, the same on every rank; None where there is no `latest`."""
-    group = engine.optimizer.dp_process_group
-    agreed(lambda: check_place("load_checkpoint", "load_dir", load_dir, tag), group)
+    ranks = engine.optimizer.ranks
+    agreed(lambda: check_place("load_checkpoint", "load_dir", load_dir, tag), ranks)
     agree_on(engine, "load_checkpoint", {key: bool(value) for key, value in options.items()})
     folder, latest = Path(load_dir), tags.LATEST
     if engine.load_universal_checkpoint():
         latest = tags.LATEST_UNIVERSAL
-    name = agreed(lambda: tags.find(folder, None if tag is None else str(tag), latest), group, folder)
-    check_agreement("the checkpoint", [str(name)], engine.device, group)
+    name = agreed(lambda: tags.find(folder, None if tag is None else str(tag), latest), ranks, folder)
+    check_agreement("the checkpoint", [str(name)], engine.device, ranks)
     return name
 
 
 def _load(engine: Any, load_dir: Path, name: str, options: Mapping[str, Any]) -> Any:
     """Load a tag; what DeepSpeed's load_checkpoint returns."""
     handler: FP8ZeROOptimizer = engine.optimizer
-    group, folder = handler.dp_process_group, load_dir / name
-    with agreed(handler.ready_for_files, group), as_data_parallel(engine):
+    ranks, folder = handler.ranks, load_dir / name
+    with agreed(handler.ready_for_files, ranks), as_data_parallel(engine):
         checked = _check(engine, folder, Wanted.by(options))
         if checked.conversion:
             logger.info("%s", checked.conversion)
-        loaded = agreed(lambda: _load_model(engine, folder, checked, options), group, folder)
+        loaded = agreed(lambda: _load_model(engine, folder, checked, options), ranks, folder)
     if checked.states is None:
         handler._restore_from_bit16_weights()
     else:
@@ -131,17 +131,17 @@ def _take_weights(engine: Any, source: WeightSource, *, states: bool) -> None:
 
 def _check(engine: Any, folder: Path, wanted: Wanted) -> Checked:
     """A checkpoint that has been checked on every rank."""
-    group = engine.optimizer.dp_process_group
+    ranks = engine.optimizer.ranks
     universal = engine.load_universal_checkpoint()
-    saved = agreed(lambda: None if universal else manifest.read(folder), group, folder)
+    saved = agreed(lambda: None if universal else manifest.read(folder), ranks, folder)
     check_same_checkpoint(engine, folder, saved)
     if universal:
-        return agreed(lambda: check_universal(engine, folder, wanted), group, folder)
+        return agreed(lambda: check_universal(engine, folder, wanted), ranks, folder)
     if saved is None:
-        return agreed(lambda: check_stock(engine, folder, wanted), group, folder)
-    place = saved.place
-    with_weights = wanted.states or not place.has_whole_weights or saved.coded
-    names = {place.model_file} if not with_weights else set(saved.files)
-    shared = checksum_share(engine, names, place.of_ranks)
-    agreed(lambda: manifest.verify(folder, saved, shared), group, folder)
-    return agreed(lambda: check(engine, folder, saved, wanted), group, folder)
+        return agreed(lambda: check_stock(engine, folder, wanted), ranks, folder)
+    agreed(lambda: check_places(engine, folder, saved), ranks, folder)
+    with_weights = wanted.states or not saved.places[0].has_whole_weights or saved.coded
+    names = {place.model_file for place in saved.places} if not with_weights else set(saved.files)
+    shared = checksum_share(engine, names, saved.of_ranks)
+    agreed(lambda: manifest.verify(folder, saved, shared), ranks, folder)
+    return agreed(lambda: check(engine, folder, saved, wanted), ranks, folder)

@@ -58,7 +58,8 @@ def read(engine: Any, folder: Path, manifest: Manifest | None = None) -> ModelFi
     """
     if manifest is None:
         return named(folder, universal=engine.load_universal_checkpoint())
-    return listed(folder, manifest, dist.get_rank(engine.optimizer.dp_process_group))
+    ranks = engine.optimizer.ranks
+    return listed(folder, manifest, ranks.part, dist.get_rank(ranks.group))
 
 
 def check(engine: Any, file: ModelFile, wanted: Wanted) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 from deepspeed.accelerator import get_accelerator
 
+from ds_fp8 import builds
 from ds_fp8.compat import (
     ALL_OPS,
     DeepSpeedConfig,
@@ -30,7 +31,7 @@ from ds_fp8.compat import (
 )
 from ds_fp8.config import ds_config
 from ds_fp8.ops.op_builders import FP8CPUBuilder, FP8TritonBuilder
-from ds_fp8.seam import backward, builds, engine, loading, model_file, saving
+from ds_fp8.seam import backward, engine, loading, model_file, saving
 from ds_fp8.zero_fp8.weights import slices
 
 logger = logging.getLogger("ds_fp8")
@@ -72,6 +73,8 @@ SEAM = (
     (DeepSpeedEngine, "save_checkpoint", saving.save_checkpoint),
     (DeepSpeedEngine, "load_checkpoint", loading.load_checkpoint),
     (DeepSpeedEngine, "module_state_dict", model_file.module_state_dict),
+    (DeepSpeedEngine, "_consolidated_16bit_state_dict", engine.consolidated_16bit_state_dict),
+    (DeepSpeedEngine, "save_16bit_model", engine.save_16bit_model),
     (OpBuilder, "jit_load", builds.jit_load),
 )
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed import comm as dist
 
 import ds_fp8
 from ds_fp8.seam.arguments import (
@@ -27,12 +28,10 @@ from ds_fp8.seam.arguments import (
 from ds_fp8.seam.model_file import frozen, shapes_of
 from ds_fp8.seam.status import is_active
 from ds_fp8.zero_fp8.checkpoint import files, manifest, tags, writer
-from ds_fp8.zero_fp8.checkpoint.manifest import File, Manifest, Place, Sliced
+from ds_fp8.zero_fp8.checkpoint.manifest import File, Manifest, Place
 from ds_fp8.zero_fp8.comm.agreement import agreed, gather_objects
+from ds_fp8.zero_fp8.comm.replicas import warn_if_parted
 from ds_fp8.zero_fp8.handlers.common import FP8ZeROOptimizer
-from ds_fp8.zero_fp8.placement.even_slices import spans
-from ds_fp8.zero_fp8.placement.parameters import held_of, numel_of, shape_of
-from ds_fp8.zero_fp8.products.fp8_parameter import FP8Parameter
 
 Method = Callable[..., Any]
 
@@ -67,7 +66,7 @@ def save_checkpoint(original: Method) -> Method:
         if not is_active(self):
             rest = (client_state or {}, save_latest, exclude_frozen_parameters)
             return original(self, save_dir, tag, *rest)
-        agreed(lambda: _check_save(save_dir, tag, client_state), self.optimizer.dp_process_group)
+        agreed(lambda: _check_save(save_dir, tag, client_state), self.optimizer.ranks)
         name = f"global_step{self.global_steps}" if tag is None else str(tag)
         save = _Save(Path(save_dir), name, save_latest, exclude_frozen_parameters)
         _prepare(self, save)
@@ -92,22 +91,23 @@ def _prepare(engine: Any, save: _Save) -> None:
         if is_first(engine):
             tags.clear_leftovers(save.folder, save.tag, latest=save.latest)
 
-    agreed(settle, engine.optimizer.dp_process_group, save.folder)
+    agreed(settle, engine.optimizer.ranks, save.folder)
 
 
 def _write(engine: Any, save: _Save, original: Method, client_state: Mapping[str, Any]) -> None:
     """Let DeepSpeed write the tag, and publish it; what a save that failed has written is removed."""
     handler: FP8ZeROOptimizer = engine.optimizer
-    group = handler.dp_process_group
+    ranks = handler.ranks
+    warn_if_parted(engine.param_names, ranks)
     try:
         with (
-            agreed(handler.ready_for_files, group),
+            agreed(handler.ready_for_files, ranks),
             as_data_parallel(engine),
             handler.saved.ready_to_save(writes=engine.save_non_zero_checkpoint),
             _to_the_end(engine) as failures,
         ):
             original(engine, str(save.folder), save.saving.name, client_state, False, save.exclude_frozen)
-            agreed(failures.raise_first, group, save.saving)
+            agreed(failures.raise_first, ranks, save.saving)
             _publish(engine, save)
     except ValueError:
         if is_first(engine):
@@ -117,17 +117,18 @@ def _write(engine: Any, save: _Save, original: Method, client_state: Mapping[str
 
 def _publish(engine: Any, save: _Save) -> None:
     """Give a written tag its manifest and its name."""
-    group = engine.optimizer.dp_process_group
-    names = agreed(lambda: _names(engine, save), group)
-    by_rank = gather_objects(names, group)
-    written = _Written([each.states for each in by_rank], [each.model for each in by_rank])
+    ranks = engine.optimizer.ranks
+    names = agreed(lambda: _names(engine, save), ranks)
+    written = _Written.of(gather_objects(names, ranks))
+    places = _places(engine, save, _Written.of(gather_objects(names, ranks.group)))
     sealed = _seal(engine, save.saving, written.of_ranks(engine))
 
     def publish() -> None:
         if is_first(engine):
-            tags.publish(save.folder, save.tag, _manifest(engine, save, written, sealed), latest=save.latest)
+            about = _manifest(engine, len(written.states), places, sealed)
+            tags.publish(save.folder, save.tag, about, latest=save.latest)
 
-    agreed(publish, group, save.folder / save.tag)
+    agreed(publish, ranks, save.folder / save.tag)
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,11 @@ class _Written:
     """The files of a tag, in the order of the ranks that wrote them."""
 
     states: list[str]
-    models: list[str]  # one name, over and over, but under ZeRO 3
+    models: list[str]  # one name per place, over and over, but under ZeRO 3
+
+    @staticmethod
+    def of(by_rank: Sequence[_Names]) -> "_Written":
+        return _Written([each.states for each in by_rank], [each.model for each in by_rank])
 
     def of_ranks(self, engine: Any) -> list[list[str]]:
         """Those of which every rank has one."""
@@ -226,25 +231,25 @@ class _Writer:
 
 def _seal(engine: Any, folder: Path, of_ranks: Sequence[Sequence[str]]) -> dict[str, File]:
     """Size and checksum of every file in a folder, from the ranks that share it."""
-    group = engine.optimizer.dp_process_group
+    ranks = engine.optimizer.ranks
 
     def seal() -> dict[str, File]:
         return manifest.seal(folder, checksum_share(engine, manifest.files_of(folder), of_ranks))
 
     node = first_of(engine)
-    by_rank = gather_objects((node, agreed(seal, group, folder)), group)
+    by_rank = gather_objects((node, agreed(seal, ranks, folder)), ranks)
     here = {name: file for other, sealed in by_rank if other == node for name, file in sealed.items()}
     return dict(sorted(here.items()))
 
 
-def _manifest(engine: Any, save: _Save, written: _Written, sealed: dict[str, File]) -> Manifest:
+def _manifest(engine: Any, world_size: int, places: list[Place], sealed: dict[str, File]) -> Manifest:
     handler: FP8ZeROOptimizer = engine.optimizer
     return Manifest(
         format_version=manifest.FORMAT_VERSION,
         ds_fp8_version=ds_fp8.__version__,
         deepspeed_version=version("deepspeed"),
         zero_stage=handler.settings.stage,
-        world_size=len(written.states),
+        world_size=world_size,
         global_steps=engine.global_steps,
         recipe=writer.describe_recipe(handler.recipe),
         steps=handler.optimizer.steps,
@@ -254,13 +259,22 @@ def _manifest(engine: Any, save: _Save, written: _Written, sealed: dict[str, Fil
         scheduler=engine.lr_scheduler is not None,
         fp32_master=handler.settings.save_fp32_master,
         weights="masters" if handler.settings.masters_in_model_files else "codes",
-        places=[_place(engine, save, written)],
+        places=places,
         files=sealed,
     )
 
 
+def _places(engine: Any, save: _Save, written: _Written) -> list[Place]:
+    """Every place, on the ranks that write manifests. written: the files of this rank's place."""
+    ranks = engine.optimizer.ranks
+    describes = dist.get_rank(ranks.group) == 0 or is_first(engine)
+    place = agreed(lambda: _place(engine, save, written) if describes else None, ranks)
+    places = [place] if ranks.peers is None else gather_objects(place, ranks.peers)
+    return [each for each in places if each is not None]
+
+
 def _place(engine: Any, save: _Save, written: _Written) -> Place:
-    parameters = _parameters(engine)
+    parameters = writer.with_users(engine.module, engine.optimizer.saved.described_parameters())
     saved = engine.module_state_dict(keep_vars=True, exclude_frozen_parameters=save.exclude_frozen)
     shapes = shapes_of(engine.module, saved)
     keeps_frozen = engine.zero_optimization_partition_gradients() and not save.exclude_frozen
@@ -272,29 +286,8 @@ def _place(engine: Any, save: _Save, written: _Written) -> Place:
         parameters=parameters,
         module={key: shape for key, shape in shapes.items() if key not in parameters},
         frozen=sorted(frozen(engine)) if keeps_frozen else None,
-        sliced=_sliced(engine, len(written.models)) if keeps_frozen and in_slices else {},
+        sliced=writer.describe_slices(engine.module, frozen(engine), len(written.models))
+        if keeps_frozen and in_slices
+        else {},
+        cuts=writer.describe_cuts(engine.module) if engine.optimizer.ranks.peers is not None else {},
     )
-
-
-def _parameters(engine: Any) -> dict[str, manifest.Parameter]:
-    """The trained parameters, and who multiplies the codes of those that have some."""
-    users = {
-        parameter.matrix.name: type(module).__name__
-        for module in engine.module.modules()
-        for parameter in module._parameters.values()
-        if isinstance(parameter, FP8Parameter)
-    }
-    return {
-        name: each.model_copy(update={"codes_of": users.get(name)})
-        for name, each in engine.optimizer.saved.described_parameters().items()
-    }
-
-
-def _sliced(engine: Any, ranks: int) -> dict[str, Sliced]:
-    """Which model file holds which elements of each frozen parameter."""
-    names = frozen(engine)
-    return {
-        name: Sliced(shape=list(shape_of(each)), slices=spans(numel_of(each), held_of(each).numel(), ranks))
-        for name, each in engine.module.named_parameters()
-        if name in names
-    }

@@ -34,7 +34,8 @@ def describe(engine: Any) -> dict[str, Any]:
         engine: what `deepspeed.initialize` returned.
 
     Returns:
-        Plain values by name: level, ZeRO stage, world size and how many of the ranks share a sequence, the
+        Plain values by name: level, ZeRO stage, world size, `model_parallel_size` (ranks over which the model
+        is split; bytes are then those of this rank's part), how many of the ranks share a sequence, the
         formats, `state_bytes_per_parameter` and `gradient_bytes_per_parameter` over all ranks,
         `wire_bytes_per_gradient_element`, hops, kernels. `grad_accum_dtype` is fp32 if `.grad` adds up the
         micro-steps of ZeRO 1 so, else None. Under ZeRO 3 also `persistent_bytes`, of parameters that stay
@@ -52,17 +53,18 @@ def describe(engine: Any) -> dict[str, Any]:
     _require_active(engine)
     handler: FP8ZeROOptimizer = engine.optimizer
     recipe, several_micro_steps = handler.recipe, accumulating(engine)
-    ranks = handler.parts.buckets[0].world_size
+    replicas = handler.parts.buckets[0].world_size
     buckets = handler.parts.buckets
     held = memory.rank_bytes(recipe, buckets, accumulating=several_micro_steps)
     return {
         "version": ds_fp8.__version__,
         "opt_level": engine._config.ds_fp8.opt_level,
         "zero_stage": handler.settings.stage,
-        "world_size": ranks,
+        "world_size": handler.ranks.size,
+        "model_parallel_size": handler.ranks.parts,
         "sequence_parallel_size": handler.settings.sequence_parallel_size,
         "grad_accum_dtype": "fp32" if handler.settings.accumulate_in_fp32 else None,
-        **memory.summary(recipe, ranks=ranks, accumulating=several_micro_steps),
+        **memory.summary(recipe, ranks=replicas, accumulating=several_micro_steps),
         "rank_bytes_min": min(held),
         "rank_bytes_max": max(held),
         "overlap_comm": handler.settings.overlap,
@@ -167,6 +169,8 @@ def banner(engine: Any) -> str:
     """One line of what `describe` says, for the log."""
     about = describe(engine)
     ranks = "1 rank" if about["world_size"] == 1 else f"{about['world_size']} ranks"
+    if about["model_parallel_size"] > 1:
+        ranks += f", model parallel {about['model_parallel_size']}"
     if about["sequence_parallel_size"] > 1:
         ranks += f", sequence parallel {about['sequence_parallel_size']}"
     overlapped = "overlapped" if about["overlap_comm"] else "not overlapped"
@@ -181,11 +185,12 @@ def banner(engine: Any) -> str:
 def _formats(about: Mapping[str, Any]) -> str:
     how = f", added in fp8 with {about['autoscale']} scaling" if about["autoscale"] else ""
     rounding = ", rounded stochastically" if about["rounding"] == "stochastic" else ""
+    draws = ", draws spread" if about["draws"] == "spread" else ""
     scales = f"block {about['block_size']}" if about["scaling"] == "block" else "one scale per tensor"
     return (
         f"gradients {about['gradients']}{how}, reduced {about['reduced_gradient']}, "
-        f"master {about['master']}{rounding}, exp_avg {about['exp_avg']}, exp_avg_sq {about['exp_avg_sq']}, "
-        f"{scales}"
+        f"master {about['master']}{rounding}, exp_avg {about['exp_avg']}, exp_avg_sq {about['exp_avg_sq']}"
+        f"{draws}, {scales}"
     )
 
 

@@ -10,7 +10,6 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from ctypes import POINTER, Structure, byref, c_char_p, c_float, c_int32, c_int64, c_uint32, c_void_p
 from dataclasses import dataclass
 from typing import Any
@@ -19,12 +18,14 @@ import torch
 from torch import Tensor
 
 from ds_fp8.ops import guards
-from ds_fp8.ops.adam import UNIT, AdamScalars, Segment, Sweep
+from ds_fp8.ops.adam import AdamScalars, Segment, Sweep
 from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.cpu import build
+from ds_fp8.ops.cpu.threads import thread_count
 from ds_fp8.ops.formats import BY_NAME
+from ds_fp8.ops.moments import UNIT
 from ds_fp8.ops.reduction import NORM_PARTS
-from ds_fp8.ops.rounding import EXP_AVG_SQ, MASTER, stream
+from ds_fp8.ops.rounding import EXP_AVG_SQ, MASTER
 
 VARIABLE = "DS_FP8_CPU_ISA"
 FORMATS = {fmt: index for index, fmt in enumerate(BY_NAME.values())}  # the order of csrc/formats.h
@@ -48,7 +49,8 @@ class CScalars(Structure):
 
     _fields_ = [
         *((name, c_float) for name in ("beta1", "one_minus_beta1", "beta2", "one_minus_beta2", "root_beta2")),
-        *((name, c_float) for name in ("step_size", "root_correction", "eps", "decay", "clamp")),
+        *((name, c_float) for name in ("quotient_beta", "step_size", "root_correction", "eps", "decay")),
+        ("clamp", c_float),
         ("decoupled", c_int32),
     ]
 
@@ -80,6 +82,8 @@ class CSweep(Structure):
         ("control", c_void_p),
         ("exp_avg_sq_stream", c_uint32),
         ("master_stream", c_uint32),
+        ("multiplier", c_uint32),
+        ("odd", c_uint32),
         ("block_size", c_int32),
         ("stochastic", c_int32),
         ("stores_sqrt", c_int32),
@@ -159,24 +163,6 @@ def _blocks(blocks: Blocks) -> CBlocks:
 
 def c_values(values: Tensor) -> CValues:
     return CValues(values.data_ptr(), DTYPES[values.dtype])
-
-
-_asked: ContextVar[int | None] = ContextVar("threads", default=None)
-
-
-@contextmanager
-def on_threads(count: int) -> Iterator[None]:
-    """Kernels that are called within run on so many threads, whatever torch and OMP_NUM_THREADS say."""
-    token = _asked.set(count)
-    try:
-        yield
-    finally:
-        _asked.reset(token)
-
-
-def thread_count() -> int:
-    """Of a kernel that is called now."""
-    return _asked.get() or torch.get_num_threads()
 
 
 @contextmanager
@@ -266,7 +252,7 @@ def _step(kernel: Any, sweep: Sweep) -> None:
 
 def _sweep(sweep: Sweep, counts: int | None) -> CSweep:
     """counts: their address."""
-    state, plan, seed = sweep.state, sweep.plan, sweep.rounding.seed
+    state, plan, rounding, step = sweep.state, sweep.plan, sweep.rounding, sweep.scalars.step
     return CSweep(
         gradient=_blocks(sweep.gradient),
         master=_blocks(state.master),
@@ -278,18 +264,20 @@ def _sweep(sweep: Sweep, counts: int | None) -> CSweep:
         segment_count=len(plan.segments),
         counts=counts,
         control=sweep.control.data_ptr(),
-        exp_avg_sq_stream=stream(seed, sweep.scalars.step, EXP_AVG_SQ),
-        master_stream=stream(seed, sweep.scalars.step, MASTER),
+        exp_avg_sq_stream=rounding.stream(step, EXP_AVG_SQ),
+        master_stream=rounding.stream(step, MASTER),
+        multiplier=rounding.multiplier(step),
+        odd=rounding.spread,
         block_size=sweep.gradient.block_size,
         stochastic=sweep.rounding.stochastic,
         stores_sqrt=state.stores_sqrt,
-        scalars=_scalars(sweep.scalars),
+        scalars=_scalars(sweep.scalars, state.stores_quotient),
     )
 
 
-def _scalars(s: AdamScalars) -> CScalars:
+def _scalars(s: AdamScalars, quotient: bool) -> CScalars:
     clamp = math.inf if s.clamp is None else s.clamp
-    return CScalars(**s.factors, eps=s.eps * UNIT, clamp=clamp, decoupled=s.decoupled)
+    return CScalars(**s.factors(quotient=quotient), eps=s.eps * UNIT, clamp=clamp, decoupled=s.decoupled)
 
 
 def _fine_scales(blocks: Blocks) -> int | None:

@@ -1,99 +1,17 @@
 // The Adam sweep; ops/adam.py.
 #pragma once
-#include "masters.h"
+#include "step.h"
 
 namespace ISA {
 
-constexpr int UNIT = 24;  // ops.adam.LOG_UNIT
-
-struct Scalars {
-    float beta1, one_minus_beta1, beta2, one_minus_beta2, root_beta2, step_size, root_correction;
-    float eps;  // in the unit of the sweep
-    float decay;
-    float clamp;  // inf: none
-    int32_t decoupled;
-};
-
-struct Segment {
-    int64_t first_row, last_row, first_element, parameter;
-};
-
-struct Factors {  // what decoded values are multiplied with
-    float g, p, m, v;
-};
-
-struct StateCounts {  // ops/health.py
-    double clamped, underflows, zeros;
-};
-
-struct Sweep {
-    Blocks gradient, master, m, v;
-    const float* gradient_scales;  // of rows, in place of the gradient's own; or null
-    Values weights;
-    const Segment* segments;
-    int64_t segment_count;
-    StateCounts* counts;   // one per thread, or null
-    const float* control;  // what the gradient is multiplied with; 0 if the step is skipped
-    uint32_t v_stream, p_stream;
-    int32_t n, stochastic, stores_sqrt;
-    Scalars scalars;
-    Factors by;  // filled in here
-
-    bool root() const { return stores_sqrt && v.f().encode_up; }  // whether v holds its root
-};
-
-struct Batch {
-    alignas(64) float g[BATCH], p[BATCH], m[BATCH], v[BATCH];
-    uint32_t clamped;  // where it is counted
-    uint32_t p_amax[MAX_ROWS], m_amax[MAX_ROWS], root_amax[MAX_ROWS];
-};
-
-struct Ready {  // values that have been decoded, as a Reader
-    const float* values;
-
-    float scale(int) const { return 1; }
-    f32 at(int i, float) const { return load<f32>(values + i); }
-};
-
-// The arithmetic, from codes or decoded values to what is encoded; g becomes the root of v.
-template <bool ROOT, bool COUNT = false, typename G, typename P, typename M, typename V>
-void adam(G g_in, P p_in, M m_in, V v_in, Batch& out, int rows, int n, const Scalars s) {
-    const float l2 = s.decay * power_of_two(127 + UNIT);
-    u32 clamped = {};
-    for (int row = 0, i = 0; row < rows; ++row) {
-        const float g_scale = g_in.scale(row), p_scale = p_in.scale(row), m_scale = m_in.scale(row);
-        const float v_scale = v_in.scale(row);
-        u32 p_amax = {}, m_amax = {}, root_amax = {};
-        for (; i < (row + 1) * n; i += LANES) {
-            f32 g = g_in.at(i, g_scale), p = p_in.at(i, p_scale), v = v_in.at(i, v_scale);
-            if (!s.decoupled) g = g + p * l2;
-            f32 m = m_in.at(i, m_scale) + g * s.one_minus_beta1;
-            if (ROOT) v = v * v;
-            v = at_most(v + g * g * s.one_minus_beta2, f32{} + 3.4028234663852886e38f);
-            f32 root = square_root(v), magnitude = at_most(absolute(m), root * s.clamp);
-            if constexpr (COUNT) clamped += (u32)(absolute(m) > magnitude) & 1;
-            m = float_of(pick(SIGN, bits_of(m), bits_of(magnitude)));
-            p = p - m / (root * s.root_correction + s.eps) * s.step_size;
-            p_amax = larger(p_amax, bits_of(absolute(p)));
-            m_amax = larger(m_amax, bits_of(magnitude));
-            root_amax = larger(root_amax, bits_of(root));
-            store(out.p + i, p);
-            store(out.m + i, m);
-            store((ROOT ? out.g : out.v) + i, ROOT ? root : v);
-        }
-        out.p_amax[row] = largest(p_amax);
-        out.m_amax[row] = largest(m_amax);
-        out.root_amax[row] = largest(root_amax) & MAGNITUDE;  // NaN has either sign
-    }
-    if constexpr (COUNT) out.clamped = total(clamped);
-}
-
 struct Draws {  // of random bits, from an element of a parameter on
-    uint32_t v_key, p_key, element;
+    uint32_t v_key, p_key;
+    Last last;
+    uint32_t element;
 
-    Draws after(int64_t elements) const { return {v_key, p_key, uint32_t(element + elements)}; }
-    Random v() const { return Random(v_key, element); }
-    Random p() const { return Random(p_key, element); }
+    Draws after(int64_t elements) const { return {v_key, p_key, last, uint32_t(element + elements)}; }
+    Random v() const { return Random(v_key, element, last); }
+    Random p() const { return Random(p_key, element, last); }
 };
 
 // Decodes, computes and encodes a batch; a state's formats choose one.
@@ -127,6 +45,12 @@ void decode_gradient(const Sweep& sweep, int64_t row, int rows, float* g) {
                                   sweep.gradient_scales[row + i] * sweep.by.g, g + i * sweep.n, 1, sweep.n);
 }
 
+template <bool ROOT, bool QUOTIENT, bool COUNT>
+void adam_of(Batch& batch, int rows, int n, const Scalars& s) {
+    adam<ROOT, QUOTIENT, true, COUNT, Ready, Ready, Ready, Ready>({batch.g}, {batch.p}, {batch.m}, {batch.v},
+                                                                  batch, rows, n, s);
+}
+
 // A batch of any formats.
 template <bool COUNT>
 void compute(const Sweep& sweep, int64_t row, int rows, Batch& batch) {
@@ -136,9 +60,11 @@ void compute(const Sweep& sweep, int64_t row, int rows, Batch& batch) {
     read_masters(sweep.master, sweep.weights, row, rows, n, sweep.by.p, batch.p);
     sweep.m.decode(row, rows, n, sweep.by.m, batch.m);
     v.decode(row, rows, n, sweep.by.v, batch.v);
-    (sweep.root() ? adam<true, COUNT, Ready, Ready, Ready, Ready>
-                  : adam<false, COUNT, Ready, Ready, Ready, Ready>)({batch.g}, {batch.p}, {batch.m},
-                                                                    {batch.v}, batch, rows, n, sweep.scalars);
+    constexpr auto by = [](bool root, bool quotient) {
+        if (quotient) return root ? adam_of<true, true, COUNT> : adam_of<false, true, COUNT>;
+        return root ? adam_of<true, false, COUNT> : adam_of<false, false, COUNT>;
+    };
+    by(sweep.root(), sweep.quotient())(batch, rows, n, sweep.scalars);
 }
 
 // Encodes a batch by the largest values in it; root_amax is that of v where v holds no root.
@@ -146,7 +72,11 @@ template <bool COUNT>
 void keep(const Sweep& sweep, Batch& batch, int64_t row, int rows, Draws draws, int part) {
     const int n = sweep.n;
     const Blocks& v = sweep.v;
-    sweep.m.encode(row, rows, n, batch.m, batch.m_amax, UNIT);
+    if (sweep.quotient())
+        sweep.m.f().encode_either_way(batch.m, draws.v(), batch.m_amax, 0, sweep.m.at(row, n),
+                                      sweep.m.scale(row), rows, n);
+    else
+        sweep.m.encode(row, rows, n, batch.m, batch.m_amax, UNIT);
     if (sweep.root())
         v.f().encode_up(batch.g, draws.v(), batch.root_amax, UNIT, v.at(row, n), v.scale(row), rows, n);
     else
@@ -202,7 +132,7 @@ struct MasterWriter {
   private:
     Pair rounded(char* code, Pair x, Random& random) const {
         if constexpr (dropped<P> == 0) return ISA::put<P>(code, x * inverse);
-        put_either_way<P>(code, x, inverse, random);
+        put_either_way<P>(code, x, inverse, Words(random));
         return {P::decode(load<typename P::Code>(code)),
                 P::decode(load<typename P::Code>(code + LANES * itemsize<P>))};
     }
@@ -211,41 +141,54 @@ struct MasterWriter {
 // The formats of a shipped level, with BF16 weights: codes are read and written in the loops that compute.
 template <typename G, typename P, typename M, typename V>
 void sweep_in_place(const Sweep& sweep, int64_t row, int rows, Draws draws, int) {
-    constexpr bool ROOT = dropped<V> != 0;
+    constexpr bool ROOT = dropped<V> != 0, QUOTIENT = number<M> == number<INT8>;
     Batch batch;
     const int n = sweep.n;
-    adam<ROOT>(reader<G>(sweep.gradient, row, n, sweep.by.g), master_reader<P>(sweep, row),
-               reader<M>(sweep.m, row, n, sweep.by.m), reader<V>(sweep.v, row, n, sweep.by.v), batch, rows, n,
-               sweep.scalars);
+    adam<ROOT, QUOTIENT, scaled<P>>(reader<G>(sweep.gradient, row, n, sweep.by.g),
+                                    master_reader<P>(sweep, row), reader<M>(sweep.m, row, n, sweep.by.m),
+                                    reader<V>(sweep.v, row, n, sweep.by.v), batch, rows, n, sweep.scalars);
     MasterWriter<P> masters = {sweep.master.at(row, n), sweep.weights.at(row * n), sweep.master.scale(row)};
     char *m = sweep.m.at(row, n), *v = sweep.v.at(row, n);
     uint8_t *m_scales = sweep.m.scale(row), *v_scales = sweep.v.scale(row);
     Random of_v = draws.v(), of_p = draws.p();
     for (int each = 0, i = 0; each < rows; ++each) {
         masters.begin_row(each, batch.p_amax[each]);
-        const float m_inverse = scale_down<M>(batch.m_amax[each], UNIT, m_scales + each);
+        const float m_inverse = onto_codes<M>(batch.m_amax[each], QUOTIENT ? 0 : UNIT, m_scales + each);
         const float v_inverse = scale_down<V>(batch.root_amax[each], ROOT ? UNIT : 2 * UNIT, v_scales + each);
         for (; i < (each + 1) * n; i += 2 * LANES) {
             masters.put(i, load_two(batch.p + i), of_p);
-            put<M>(m + i * itemsize<M>, load_two(batch.m + i) * m_inverse);
-            if constexpr (ROOT)
-                put_up<V>(v + i * itemsize<V>, load_two(batch.g + i), v_inverse, of_v);
-            else
+            if constexpr (ROOT) {
+                const Words words(of_v);
+                if constexpr (QUOTIENT)
+                    put_whole(m + i, load_two(batch.m + i), m_inverse, words);
+                else
+                    put<M>(m + i * itemsize<M>, load_two(batch.m + i) * m_inverse);
+                put_up<V>(v + i * itemsize<V>, load_two(batch.g + i), v_inverse, words);
+            } else {
+                put<M>(m + i * itemsize<M>, load_two(batch.m + i) * m_inverse);
                 put<V>(v + i * itemsize<V>, load_two(batch.v + i) * v_inverse);
+            }
         }
     }
 }
 
+template <typename P, typename M, typename V>
+bool holds(const Sweep& sweep) {
+    return sweep.master.is<P>() && sweep.m.is<M>() && sweep.v.is<V>();
+}
+
 template <typename G>
 Work with_gradient(const Sweep& sweep) {
-    const Blocks &p = sweep.master, &m = sweep.m, &v = sweep.v;
     if (sweep.weights.dtype != number<BF16>) return sweep_by_pointer<false>;
-    if (sweep.stochastic)
-        return p.is<FP16>() && m.is<E4M3>() && v.is<FP16>() ? sweep_in_place<G, FP16, E4M3, FP16>  // O2
-                                                            : sweep_by_pointer<false>;
-    if (p.is<FP32>() && m.is<FP32>() && v.is<FP32>()) return sweep_in_place<G, FP32, FP32, FP32>;  // O1
-    if (p.is<SPLIT16>() && m.is<E4M3>() && v.is<UE4M4>())
-        return sweep_in_place<G, SPLIT16, E4M3, UE4M4>;  // O2+
+    if (sweep.stochastic) {
+        if (holds<FP16, INT8, FP16>(sweep)) return sweep_in_place<G, FP16, INT8, FP16>;    // O2
+        if (holds<FP16, INT8, UE4M4>(sweep)) return sweep_in_place<G, FP16, INT8, UE4M4>;  // O3
+        if (holds<FP16, E4M3, FP16>(sweep)) return sweep_in_place<G, FP16, E4M3, FP16>;    // FP8-LM's formats
+        return sweep_by_pointer<false>;
+    }
+    if (holds<FP32, FP32, FP32>(sweep)) return sweep_in_place<G, FP32, FP32, FP32>;          // O1
+    if (holds<SPLIT16, INT8, UE4M4>(sweep)) return sweep_in_place<G, SPLIT16, INT8, UE4M4>;  // O2+
+    if (holds<SPLIT16, E4M3, UE4M4>(sweep)) return sweep_in_place<G, SPLIT16, E4M3, UE4M4>;
     return sweep_by_pointer<false>;
 }
 
@@ -258,7 +201,9 @@ Work work_of(const Sweep& sweep) {
 }
 
 Draws draws_of(const Sweep& sweep, const Segment& segment) {
-    return {key_of(sweep.v_stream, segment.parameter), key_of(sweep.p_stream, segment.parameter),
+    return {key_of(sweep.v_stream, segment.parameter),
+            key_of(sweep.p_stream, segment.parameter),
+            {sweep.multiplier, sweep.odd},
             uint32_t(segment.first_element)};
 }
 
@@ -282,7 +227,8 @@ void adam_rows(const Sweep& sweep, int64_t first, int64_t last, int part) {
 void prepare(Sweep& sweep) {
     const Scalars& s = sweep.scalars;
     const float unit = power_of_two(127 + UNIT);
-    sweep.by = {sweep.control[0] * unit, s.decoupled ? s.decay : 1.0f, s.beta1 * unit,
+    sweep.by = {sweep.control[0] * unit, s.decoupled ? s.decay : 1.0f,
+                sweep.quotient() ? s.quotient_beta : s.beta1 * unit,
                 sweep.root() ? unit * s.root_beta2 : unit * unit * s.beta2};
 }
 

@@ -30,10 +30,14 @@ constexpr Format by_pointer() {
     all.add = decode<F, true>;
     all.itemsize = itemsize<F>;
     all.max = largest_value<F>();
-    if constexpr (signs<F>) all.encode = encode<F>, all.encode_and_square = encode_and_square<F>;
-    if constexpr (dropped<F> != 0) all.encode_up = encode_noisily<F, put_up<F>>, all.rescued = rescued<F>;
-    if constexpr (dropped<F> != 0 && itemsize<F> == 2)
-        all.encode_either_way = encode_noisily<F, put_either_way<F>>;
+    if constexpr (number<F> == number<INT8>) {
+        all.encode_either_way = encode_noisily<F, put_whole>;
+    } else {
+        if constexpr (signs<F>) all.encode = encode<F>, all.encode_and_square = encode_and_square<F>;
+        if constexpr (dropped<F> != 0) all.encode_up = encode_noisily<F, put_up<F>>, all.rescued = rescued<F>;
+        if constexpr (dropped<F> != 0 && itemsize<F> == 2)
+            all.encode_either_way = encode_noisily<F, put_either_way<F>>;
+    }
     return all;
 }
 constexpr Format beside_weights(int itemsize) {  // split masters; masters.h
@@ -42,8 +46,9 @@ constexpr Format beside_weights(int itemsize) {  // split masters; masters.h
     return all;
 }
 // By number.
-constexpr Format FORMATS[] = {by_pointer<FP32>(), by_pointer<BF16>(),  by_pointer<FP16>(), by_pointer<E4M3>(),
-                              by_pointer<E5M2>(), by_pointer<UE4M4>(), beside_weights(2),  beside_weights(1)};
+constexpr Format FORMATS[] = {by_pointer<FP32>(), by_pointer<BF16>(), by_pointer<FP16>(),
+                              by_pointer<E4M3>(), by_pointer<E5M2>(), by_pointer<UE4M4>(),
+                              beside_weights(2),  beside_weights(1),  by_pointer<INT8>()};
 
 struct Blocks {  // as ops.blocks.Blocks: codes [blocks, n], scales [blocks] or null
     char* codes;

@@ -30,6 +30,13 @@ struct UE4M4 {  // the root of a second moment: no sign, no code for inf or NaN
     static f32 decode(u8 code) { return from_half(widen_signed((i8)code) << 6 & 0x3FC0); }
 };
 
+struct INT8 {  // whole numbers: exp_avg over the root of exp_avg_sq
+    using Code = u8;
+    static constexpr int exponent_bits = 1, mantissa_bits = 6, lost_codes = 1;
+    static constexpr int unit = 0;
+    static f32 decode(u8 code) { return from_integer(widen_twice((i8)code)); }
+};
+
 struct FP16 {
     using Code = u16;
     static constexpr int exponent_bits = 5, mantissa_bits = 10, lost_codes = 1;
@@ -72,6 +79,8 @@ template <>
 constexpr int64_t number<E5M2> = 4;
 template <>
 constexpr int64_t number<UE4M4> = 5;
+template <>
+constexpr int64_t number<INT8> = 8;
 
 template <typename F>
 constexpr int itemsize = int(sizeof(typename F::Code)) / LANES;
@@ -87,6 +96,8 @@ template <>
 constexpr bool signs<UE4M4> = false;
 template <typename F>  // inf and NaN take the last exponent, or only a code of it, or nothing
 constexpr int max_exponent = bias<F> + (F::lost_codes == 2 || !signs<F> ? 1 : 0);
+template <>
+constexpr int max_exponent<INT8> = 6;
 template <typename F>
 constexpr uint32_t max_mantissa = (1u << 23) - (uint32_t(F::lost_codes) << dropped<F>);
 

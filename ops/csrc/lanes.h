@@ -45,6 +45,9 @@ inline To same_bits(From from) {
     return load<To>(&from);
 }
 
+inline i32 to_integer(f32 x) { return __builtin_convertvector(x, i32); }  // cut
+inline f32 from_integer(i32 x) { return __builtin_convertvector(x, f32); }
+
 inline f64 doubles(const float* from) {  // HALF_LANES of them
     using half = float __attribute__((vector_size(4 * HALF_LANES)));
     return __builtin_convertvector(load<half>(from), f64);
@@ -68,6 +71,7 @@ inline u32 pick(uint32_t mask, u32 ones, u32 zeros) {  // bit by bit
 }
 inline u32 widen(u16 x) { return (u32)_mm512_cvtepu16_epi32((__m256i)x); }
 inline u16 widen_signed(i8 x) { return (u16)_mm256_cvtepi8_epi16((__m128i)x); }
+inline i32 widen_twice(i8 x) { return (i32)_mm512_cvtepi8_epi32((__m128i)x); }
 inline u16 low_half(u32 x) { return (u16)_mm512_cvtepi32_epi16((__m512i)x); }
 inline void store_low_halves(void* to, u32 a, u32 b) {
     alignas(64) static const uint16_t EVEN[32] = {0,  2,  4,  6,  8,  10, 12, 14, 16, 18, 20,
@@ -88,6 +92,7 @@ inline u32 larger(u32 a, u32 b) { return (u32)_mm256_max_epu32((__m256i)a, (__m2
 inline u32 pick(uint32_t mask, u32 ones, u32 zeros) { return (ones & mask) | (zeros & ~mask); }
 inline u32 widen(u16 x) { return (u32)_mm256_cvtepu16_epi32((__m128i)x); }
 inline u16 widen_signed(i8 x) { return (u16)_mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i*)&x)); }
+inline i32 widen_twice(i8 x) { return (i32)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)&x)); }
 inline u16 low_half(u32 x) {
     const __m256i pick = _mm256_set1_epi64x(0x0D0C090805040100);
     __m256i halves = _mm256_shuffle_epi8((__m256i)x, pick);
@@ -125,6 +130,7 @@ inline u16 widen_signed(i8 x) {
     using i16 = int16_t __attribute__((vector_size(2 * LANES)));
     return (u16) __builtin_convertvector(x, i16);
 }
+inline i32 widen_twice(i8 x) { return __builtin_convertvector(x, i32); }
 inline u16 low_half(u32 x) { return __builtin_convertvector(x, u16); }
 inline void store_low_halves(void* to, u32 a, u32 b) {
     store(to, low_half(a));

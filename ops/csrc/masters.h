@@ -22,7 +22,11 @@ template <>
 constexpr int64_t number<SPLIT8> = 7;
 
 template <typename F>
-constexpr bool split = number<F> >= number<SPLIT16>;
+constexpr bool split = number<F> == number<SPLIT16> || number<F> == number<SPLIT8>;
+template <>
+constexpr bool scaled<SPLIT16> = false;
+template <>
+constexpr bool scaled<SPLIT8> = false;
 
 // Split masters, read where they lie, as a Reader.
 template <typename S>

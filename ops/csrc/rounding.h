@@ -6,11 +6,19 @@ namespace ISA {
 
 // The upper RANDOM_BITS of 32 hashed bits are the random ones.
 constexpr int RANDOM_BITS = 24;  // more than any format drops
+constexpr int FEWER_BITS = 16;   // of the same 32, for a second draw
 constexpr uint32_t SPREAD = 0x9E3779B9;
+constexpr uint32_t APART = 0x361962EB;
+constexpr uint32_t MULTIPLIERS[] = {0x21F0AAAD, 0xD35A2D97};
+
+struct Last {  // of the mixer: what is multiplied, made odd or not, and with what
+    uint32_t multiplier, odd;
+};
+
 template <typename T>
-inline T mix_but_for_the_end(T x) {
-    x = (x ^ x >> 16) * 0x21F0AAADu;
-    return (x ^ x >> 15) * 0xD35A2D97u;
+inline T mix_but_for_the_end(T x, Last last = {MULTIPLIERS[1], 0}) {
+    x = (x ^ x >> 16) * MULTIPLIERS[0];
+    return (x ^ x >> 15 | last.odd) * last.multiplier;
 }
 
 uint32_t key_of(uint32_t stream, int64_t parameter) {
@@ -20,15 +28,20 @@ uint32_t key_of(uint32_t stream, int64_t parameter) {
 
 struct Random {  // of elements one after the other
     u32 index;
+    Last last;
 
-    Random(uint32_t key, uint32_t element) {
+    Random(uint32_t key, uint32_t element, Last last) : last(last) {
         for (int i = 0; i < LANES; ++i) index[i] = (element + uint32_t(i)) * SPREAD + key;
     }
-    u32 next() {
-        const u32 bits = mix_but_for_the_end(index) >> (32 - RANDOM_BITS);
+    u32 next_word() {
+        const u32 word = mix_but_for_the_end(index, last);
         index += LANES * SPREAD;
-        return bits;
+        return word;
     }
+    u32 next() { return upper(next_word()); }
+
+    static u32 upper(u32 word) { return word >> (32 - RANDOM_BITS); }
+    static u32 fewer(u32 word) { return (word + APART) >> (32 - FEWER_BITS); }
 };
 
 // Codes of |value|, which `onto_codes` is on the scale of FP32's exponents: the bits below the code are cut,
@@ -49,33 +62,61 @@ inline void store_codes(char* to, u32 a, u32 b) {
         store_low_halves(to, a, b);
 }
 
+struct Words {  // random ones of a pair of values
+    u32 a, b;
+
+    explicit Words(Random& random) : a(random.next_word()), b(random.next_word()) {}
+};
+
 // Stores codes of values that are not negative, rounded stochastically, never from non-zero to zero.
 template <typename F>
-inline void put_up(char* to, Pair x, float inverse, Random& random) {
+inline void put_up(char* to, Pair x, float inverse, Words words) {
     const Pair codes = x * inverse * power_of_two(bias<F>);
-    const u32 a = larger(round_stochastically<F>(x.a, codes.a, random.next()), u32{} + 1);
-    const u32 b = larger(round_stochastically<F>(x.b, codes.b, random.next()), u32{} + 1);
+    const u32 a = larger(round_stochastically<F>(x.a, codes.a, Random::upper(words.a)), u32{} + 1);
+    const u32 b = larger(round_stochastically<F>(x.b, codes.b, Random::upper(words.b)), u32{} + 1);
     store_codes<F>(to, x.a == f32{} ? u32{} : a, x.b == f32{} ? u32{} : b);
+}
+
+// Brings values onto whole numbers, times 2^FEWER_BITS; inverse: of their scale.
+inline float onto_fixed(float inverse) {
+    const float factor = inverse * (1 << FEWER_BITS), most = power_of_two(254);
+    return factor < most ? factor : most;
+}
+
+// Stores whole numbers, rounded stochastically.
+inline void put_whole(char* to, Pair x, float inverse, Words words) {
+    const Pair fixed = x * inverse;
+    const i32 a = to_integer(fixed.a) + (i32)Random::fewer(words.a);
+    const i32 b = to_integer(fixed.b) + (i32)Random::fewer(words.b);
+    store_low_bytes(to, (u32)a >> FEWER_BITS, (u32)b >> FEWER_BITS);
 }
 
 // Stores codes of values of either sign, rounded stochastically.
 template <typename F>
-inline void put_either_way(char* to, Pair x, float inverse, Random& random) {
+inline void put_either_way(char* to, Pair x, float inverse, Words words) {
     const Pair codes = x * inverse * power_of_two(bias<F>);
-    const u32 a = round_stochastically<F>(x.a, codes.a, random.next());
-    const u32 b = round_stochastically<F>(x.b, codes.b, random.next());
+    const u32 a = round_stochastically<F>(x.a, codes.a, Random::upper(words.a));
+    const u32 b = round_stochastically<F>(x.b, codes.b, Random::upper(words.b));
     store_codes<F>(to, pick(0x8000, bits_of(x.a) >> 16, a), pick(0x8000, bits_of(x.b) >> 16, b));
 }
 
-using Put = void (*)(char* to, Pair x, float inverse, Random& random);
+using Put = void (*)(char* to, Pair x, float inverse, Words words);
+
+// What brings 2^unit times the values onto what is rounded; writes the scale.
+template <typename F>
+inline float onto_codes(uint32_t amax, int unit, uint8_t* scale) {
+    const float inverse = scale_down<F>(amax, unit, scale);
+    return number<F> == number<INT8> ? onto_fixed(inverse) : inverse;
+}
 
 template <typename F, Put PUT>
 void encode_noisily(const float* x, Random random, const uint32_t* amax, int unit, void* codes,
                     uint8_t* scales, int rows, int n) {
     char* to = static_cast<char*>(codes);
     for (int row = 0, i = 0; row < rows; ++row) {
-        const float inverse = scale_down<F>(amax[row], unit, scales + row);
-        for (; i < (row + 1) * n; i += 2 * LANES) PUT(to + i * itemsize<F>, load_two(x + i), inverse, random);
+        const float inverse = onto_codes<F>(amax[row], unit, scales + row);
+        for (; i < (row + 1) * n; i += 2 * LANES)
+            PUT(to + i * itemsize<F>, load_two(x + i), inverse, Words(random));
     }
 }
 

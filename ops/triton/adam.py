@@ -17,29 +17,26 @@ from torch import Tensor
 from ds_fp8.ops import health
 from ds_fp8.ops.adam import Segment, Sweep
 from ds_fp8.ops.guards import check_segments, check_step
-from ds_fp8.ops.rounding import EXP_AVG_SQ, MASTER, signed, stream
-from ds_fp8.ops.triton.launch import launch
+from ds_fp8.ops.rounding import EXP_AVG_SQ, MASTER, signed
 from ds_fp8.ops.triton.masters import load_masters, store_masters
 from ds_fp8.ops.triton.moments import (
     UNIT,
-    count_rescued,
-    count_state,
-    count_zeros,
+    first_moment,
     second_moment,
+    store_first_moment,
     store_second_moment,
 )
-from ds_fp8.ops.triton.roots import divide, minimum, square_root
-from ds_fp8.ops.triton.rounding import key_of, random_bits, row_places
+from ds_fp8.ops.triton.roots import divide, minimum, root_and_inverse
+from ds_fp8.ops.triton.rounding import key_of, random_words, row_places
 from ds_fp8.ops.triton.tiles import (
     deciding_magnitudes,
-    decode,
     hardware_fp8,
+    launch,
     load_codes,
     load_scales,
     magnitude,
     partials,
     scales_of,
-    store_blocks,
     tile_of,
     tile_rows,
     two_to_the,
@@ -49,7 +46,7 @@ WARPS = 2
 STATE_COUNTS = tl.constexpr(health.STATE_COUNTS)
 
 
-@triton.jit(do_not_specialize=["v_stream", "p_stream", "segments"])
+@triton.jit(do_not_specialize=["v_stream", "p_stream", "multiplier", "odd", "segments"])
 def adam_kernel(
     control,  # [2] float32: what the gradient is multiplied with; 0 if the step is skipped
     gradient_codes,
@@ -68,12 +65,15 @@ def adam_kernel(
     segments,
     v_stream,  # words of the step's random bits
     p_stream,
+    multiplier,  # the last of random words
+    odd,  # 1: of odd numbers
     blocks,
     beta1,
     one_minus_beta1,
     beta2,
     one_minus_beta2,
     root_beta2,
+    quotient_beta,
     step_size,
     root_correction,
     eps,
@@ -124,10 +124,10 @@ def adam_kernel(
     # Update: m, v and p after the step.
     if not DECOUPLED:
         g = g + p * (decay * unit)
-    m = m * (m_scale * (beta1 * unit))[:, None] + g * one_minus_beta1
-    v = second_moment(v, v_scale, unit * unit * beta2, unit * root_beta2, V, SWEEP)
+    v, root = second_moment(v, v_scale, unit * unit * beta2, unit * root_beta2, M, V, SWEEP)
+    m = first_moment(m, m_scale, beta1 * unit, quotient_beta, root, M) + g * one_minus_beta1
     v = minimum(v + g * g * one_minus_beta2, 3.4028234663852886e38)
-    root = square_root(v)
+    root, inverse = root_and_inverse(v)
     m_unclamped = m
     if CLAMPED:
         bounded = minimum(tl.abs(m), root * clamp).to(tl.int32, bitcast=True)
@@ -146,56 +146,51 @@ def adam_kernel(
         return
 
     # Store: m, v, then the master with its weight.
-    stored, _ = store_blocks(
+    place = partial + tile * STATE_COUNTS
+    clamped = tl.abs(m_unclamped) > tl.abs(m)
+    random = offset  # not read: of states that are rounded to nearest
+    if M == "int8":
+        parameter, element = row_places(first, rows, table, tile_segments, tile, segments, BLOCK)
+        random = random_words(key_of(v_stream, parameter)[:, None], element, multiplier, odd)
+    store_first_moment(
         m,
         m_magnitudes,
+        random,
+        root=root,
+        inverse=inverse,
+        clamped=clamped,
+        place=place,
         codes=m_codes + start,
         scales=m_scales + first,
         rows=rows,
         offset=offset,
         inside=inside,
+        COUNT=COUNT,
         FORMAT=M,
         HARDWARE=HARDWARE,
-        UNIT=UNIT,
     )
-    place = partial + tile * STATE_COUNTS
-    if COUNT:
-        count_state(place, tl.abs(m_unclamped) > tl.abs(m), m, stored, M, HARDWARE)
-    if V == "fp32" or SWEEP == "write":
-        stored, _ = store_blocks(
-            v,
-            v_magnitudes,
-            codes=v_codes + start,
-            scales=v_scales + first,
-            rows=rows,
-            offset=offset,
-            inside=inside,
-            FORMAT=V,
-            HARDWARE=HARDWARE,
-            UNIT=2 * UNIT,
-        )
-        if COUNT and SWEEP == "write":
-            count_zeros(place, v, decode(stored, V, HARDWARE))
-    else:
+    if V != "fp32" and SWEEP == "blocks" and M != "int8":
         parameter, element = row_places(first, rows, table, tile_segments, tile, segments, BLOCK)
-        random = random_bits(key_of(v_stream, parameter)[:, None], element)
-        on_codes = store_second_moment(
-            root,
-            random,
-            codes=v_codes + start,
-            scales=v_scales + first,
-            rows=rows,
-            offset=offset,
-            inside=inside,
-            FORMAT=V,
-        )
-        if COUNT:
-            count_rescued(place, root, on_codes, random, V)
-
-    random = offset  # not read: of masters that are rounded to nearest
+        random = random_words(key_of(v_stream, parameter)[:, None], element, multiplier, odd)
+    store_second_moment(
+        v,
+        v_magnitudes,
+        random,
+        root=root,
+        place=place,
+        codes=v_codes + start,
+        scales=v_scales + first,
+        rows=rows,
+        offset=offset,
+        inside=inside,
+        COUNT=COUNT,
+        FORMAT=V,
+        SWEEP=SWEEP,
+        HARDWARE=HARDWARE,
+    )
     if STOCHASTIC:
         parameter, element = row_places(first, rows, table, tile_segments, tile, segments, BLOCK)
-        random = random_bits(key_of(p_stream, parameter)[:, None], element)
+        random = random_words(key_of(p_stream, parameter)[:, None], element, multiplier, odd)
     store_masters(
         p,
         p_magnitudes,
@@ -263,10 +258,12 @@ def launch_sweep(sweep: Sweep, which: str, amax: Tensor) -> None:
         partial=partial,
         amax=amax,
         segments=plan.table.shape[1],
-        v_stream=signed(stream(sweep.rounding.seed, s.step, EXP_AVG_SQ)),
-        p_stream=signed(stream(sweep.rounding.seed, s.step, MASTER)),
+        v_stream=signed(sweep.rounding.stream(s.step, EXP_AVG_SQ)),
+        p_stream=signed(sweep.rounding.stream(s.step, MASTER)),
+        multiplier=signed(sweep.rounding.multiplier(s.step)),
+        odd=int(sweep.rounding.spread),
         blocks=len(gradient),
-        **s.factors,
+        **s.factors(quotient=state.stores_quotient),
         eps=s.eps,
         clamp=s.clamp or 0.0,
         SWEEP=which,

@@ -1,4 +1,4 @@
-"""Second moments on a GPU: read from codes of v or of its root, stored with stochastic rounding.
+"""Moments on a GPU: the device functions of `ops.moments`, bit for bit.
 
 The counts of both moments are here too: `ops.health.StateCounts`, three per program.
 """
@@ -6,33 +6,163 @@ The counts of both moments are here too: `ops.health.StateCounts`, three per pro
 import triton
 import triton.language as tl
 
-from ds_fp8.ops import adam
+from ds_fp8.ops import moments
+from ds_fp8.ops.triton.roots import quotient, square_root
 from ds_fp8.ops.triton.rounding import (
+    FEWER_BITS,
     as_half,
     dropped_bits,
     exponent_shift,
+    round_to_whole,
     round_up_from_zero,
     with_noise,
 )
-from ds_fp8.ops.triton.tiles import decode, inverse_scale, is_scaled, scale_exponent, two_to_the
+from ds_fp8.ops.triton.tiles import (
+    decode,
+    inverse_scale,
+    is_scaled,
+    magnitude,
+    scale_exponent,
+    store_blocks,
+    two_to_the,
+)
 
-UNIT = tl.constexpr(adam.LOG_UNIT)
+UNIT = tl.constexpr(moments.LOG_UNIT)
 
 
 @triton.jit
-def second_moment(v, scale, factor, root_factor, V: tl.constexpr, SWEEP: tl.constexpr):
-    """v times a factor, from unscaled codes of v or of its root; root_factor: the factor's square root."""
+def second_moment(v, scale, factor, root_factor, M: tl.constexpr, V: tl.constexpr, SWEEP: tl.constexpr):
+    """v times a factor, from unscaled codes of v or of its root; root_factor: the factor's square root.
+
+    Also the root of that, if m is over it.
+    """
     if V == "fp32":
-        return v * factor
+        v = v * factor
+        return v, square_root(v) if M == "int8" else v
     elif SWEEP != "blocks":
-        return v * (scale * factor)[:, None]
+        return v * (scale * factor)[:, None], v
     else:
         root = v * (scale * root_factor)[:, None]
-        return root * root
+        return root * root, root
 
 
 @triton.jit
-def store_second_moment(root, random, codes, scales, rows, offset, inside, FORMAT: tl.constexpr):
+def first_moment(m, scale, factor, quotient_factor, root, M: tl.constexpr):
+    """m times a factor, from unscaled codes of m or of m over the root of v."""
+    if M == "int8":
+        return m * (scale * quotient_factor)[:, None] * root
+    return m * (scale * factor)[:, None]
+
+
+@triton.jit
+def store_first_moment(
+    m,
+    magnitudes,
+    random,
+    root,
+    inverse,
+    clamped,
+    place,
+    codes,
+    scales,
+    rows,
+    offset,
+    inside,
+    COUNT: tl.constexpr,
+    FORMAT: tl.constexpr,
+    HARDWARE: tl.constexpr,
+):
+    """Store m, given times 2^UNIT, to nearest, or m over the root of v, stochastically.
+
+    magnitudes: the largest of a row decides m's scale. root, inverse: as `root_and_inverse` gives them.
+    clamped, place: to be counted, and where.
+    """
+    if FORMAT == "int8":
+        m = quotient(m, root, inverse)
+        stored = store_quotients(
+            m, random, codes=codes, scales=scales, rows=rows, offset=offset, inside=inside
+        )
+    else:
+        stored, _ = store_blocks(
+            m,
+            magnitudes,
+            codes=codes,
+            scales=scales,
+            rows=rows,
+            offset=offset,
+            inside=inside,
+            FORMAT=FORMAT,
+            HARDWARE=HARDWARE,
+            UNIT=UNIT,
+        )
+    if COUNT:
+        count_state(place, clamped, m, stored, FORMAT, HARDWARE)
+
+
+@triton.jit
+def store_quotients(values, random, codes, scales, rows, offset, inside):
+    """`ops.moments.encode_quotient`; returns the codes."""
+    e = scale_exponent(magnitude(values), "int8", 0)
+    tl.store(scales + rows, e.to(tl.uint8), mask=inside)
+    factor = tl.minimum(inverse_scale(e, 0) * two_to_the(FEWER_BITS), 1.7014118346046923e38)  # 2^127
+    stored = round_to_whole(values * factor[:, None], random).to(tl.uint8)
+    tl.store(codes + offset, stored, mask=inside[:, None])
+    return stored
+
+
+@triton.jit
+def store_second_moment(
+    v,
+    magnitudes,
+    random,
+    root,
+    place,
+    codes,
+    scales,
+    rows,
+    offset,
+    inside,
+    COUNT: tl.constexpr,
+    FORMAT: tl.constexpr,
+    SWEEP: tl.constexpr,
+    HARDWARE: tl.constexpr,
+):
+    """Store v, given times 4^UNIT, to nearest, or its root.
+
+    magnitudes: the largest of a row decides v's scale. place: of the counts.
+    """
+    if FORMAT == "fp32" or SWEEP == "write":
+        stored, _ = store_blocks(
+            v,
+            magnitudes,
+            codes=codes,
+            scales=scales,
+            rows=rows,
+            offset=offset,
+            inside=inside,
+            FORMAT=FORMAT,
+            HARDWARE=HARDWARE,
+            UNIT=2 * UNIT,
+        )
+        if COUNT and SWEEP == "write":
+            count_zeros(place, v, decode(stored, FORMAT, HARDWARE))
+    else:
+        on_codes = store_roots(
+            root,
+            random,
+            codes=codes,
+            scales=scales,
+            rows=rows,
+            offset=offset,
+            inside=inside,
+            FORMAT=FORMAT,
+        )
+        if COUNT:
+            count_rescued(place, root, on_codes, random, FORMAT)
+
+
+@triton.jit
+def store_roots(root, random, codes, scales, rows, offset, inside, FORMAT: tl.constexpr):
     """Store sqrt(v), given times 2^UNIT, rounded stochastically, non-zero values never to zero.
 
     Returns the root on the scale of the codes, brought onto FP32's exponents.
@@ -63,7 +193,7 @@ def count_state(place, clamped, m, stored_m, M: tl.constexpr, HARDWARE: tl.const
 def count_rescued(place, root, on_codes, random, FORMAT: tl.constexpr):
     """Store `StateCounts.zeros`: non-zero roots that stochastic rounding alone would have taken to zero.
 
-    on_codes: what `store_second_moment` returned; random: the bits that it was given.
+    on_codes: what `store_roots` returned; random: the bits that it was given.
     """
     noisy = with_noise(on_codes.to(tl.int32, bitcast=True), random, FORMAT)
     rescued = (root != 0.0) & ((noisy >> dropped_bits(FORMAT)) == 0)

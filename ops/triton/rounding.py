@@ -9,6 +9,8 @@ from ds_fp8.ops.triton.tiles import is_scaled
 
 SPREAD = tl.constexpr(rounding.SPREAD)
 FIRST_MULTIPLIER = tl.constexpr(rounding.MULTIPLIERS[0])
+FEWER_BITS = tl.constexpr(rounding.FEWER_BITS)
+APART = tl.constexpr(rounding.APART)
 SECOND_MULTIPLIER = tl.constexpr(rounding.MULTIPLIERS[1])
 
 
@@ -55,9 +57,11 @@ def key_of(stream, parameter):
 
 
 @triton.jit
-def random_bits(key, element):
-    """24 random bits of an element, the upper ones of a uint32."""
-    return mix(element * SPREAD + key)
+def random_words(key, element, multiplier, odd):
+    """`ops.rounding.random_words`, uint32: the upper bits of each are drawn."""
+    x = element * SPREAD + key
+    x = (x ^ (x >> 16)) * FIRST_MULTIPLIER
+    return (x ^ (x >> 15) | odd.to(tl.uint32)) * multiplier.to(tl.uint32)
 
 
 @triton.jit
@@ -88,6 +92,12 @@ def round_either_way(values, random, FORMAT: tl.constexpr):
     DROPPED: tl.constexpr = dropped_bits(FORMAT)
     bits = values.to(tl.int32, bitcast=True)
     return (with_noise(bits & 0x7FFFFFFF, random, FORMAT) >> DROPPED) | ((bits >> 16) & 0x8000)
+
+
+@triton.jit
+def round_to_whole(fixed, random):
+    """Values times 2^FEWER_BITS to whole numbers, int32, up with the probability of the remainder."""
+    return (fixed.to(tl.int32) + ((random + APART) >> (32 - FEWER_BITS)).to(tl.int32)) >> FEWER_BITS
 
 
 @triton.jit

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ds_fp8.ops.adam import square_root
+from ds_fp8.ops.moments import square_root
 from ds_fp8.zero_fp8.checkpoint.files import Entry
 from ds_fp8.zero_fp8.checkpoint.manifest import Parameter
 from ds_fp8.zero_fp8.optimizer.fp8_adamw import FP8AdamW

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ds_fp8.ops.adam import AdamState
-from ds_fp8.ops.blocks import chunks, encode, padded
+from ds_fp8.ops.blocks import chunks, padded
 from ds_fp8.ops.formats import BY_NAME, FP32, SPLIT16, Format
 from ds_fp8.ops.masters import encode_masters
 from ds_fp8.zero_fp8.checkpoint import manifest
@@ -49,7 +49,7 @@ def _write(values: Values, state: AdamState, weights: Tensor) -> None:
         return padded(vector.to(codes.device), *codes.shape)
 
     encode_masters(rows(values.master), state.master, weights)
-    encode(rows(values.exp_avg), state.exp_avg)
+    state.set_first_moment(rows(values.exp_avg), rows(values.root))
     state.set_second_moment(rows(values.exp_avg_sq), rows(values.root))
 
 

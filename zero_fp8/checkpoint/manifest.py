@@ -6,8 +6,9 @@ itself. So a tag without a manifest was never finished, and a file that was dama
 found before it is opened. Checksums catch accidents, not attackers: whoever can change a file can change its
 checksum.
 
-**Places.** A place is the set of files of one model-parallel rank; today there is one. Files are called as
-DeepSpeed called them when it wrote them, and nobody makes a name from a rank or reads a rank from a name.
+**Places.** A place is the set of files of one model-parallel rank, in the order of these ranks; without
+model parallelism there is one. Files are called as DeepSpeed called them when it wrote them, and nobody
+makes a name from a rank or reads a rank from a name.
 Version 1 named ranks instead of files; `parse` turns it into the same object.
 
 **Slices.** Under ZeRO 3 every rank writes a model file, whose module has buffers and empty parameters.
@@ -50,6 +51,7 @@ class Recipe(_Part):
     exp_avg: str
     exp_avg_sq: str
     seed: int
+    draws: str = "independent"  # of stochastic rounding, from step to step
     scaling: str = "block"  # what has a scale; of "tensor" exp_avg_sq holds v itself
 
 
@@ -80,6 +82,8 @@ class Place(_Part):
     module: dict[str, list[int] | None]  # shapes of the module's other tensors; null: no tensor
     frozen: list[str] | None  # parameters that DeepSpeed saved as frozen
     sliced: dict[str, Sliced] = {}  # of those, under ZeRO 3
+    # Tensors of which places have parts: the dimension along which these follow each other; null: not known.
+    cuts: dict[str, int | None] = {}
 
     @model_validator(mode="after")
     def _check_files(self) -> "Place":
@@ -93,11 +97,6 @@ class Place(_Part):
     def has_whole_weights(self) -> bool:
         """Whether the model file has them, as of ZeRO 1 and 2."""
         return self.model_files is None
-
-    @property
-    def of_ranks(self) -> list[list[str]]:
-        """The files of which every rank has written one, in the order of the ranks."""
-        return [self.optimizer_files, self.model_files or []]
 
 
 def _check_indices(what: str, parts: Iterable[tuple[int, int, int]], kind: str, count: int) -> None:
@@ -125,18 +124,20 @@ class Manifest(_Part):
     scheduler: bool  # whether the model file holds a scheduler's state
     fp32_master: bool  # whether the optimizer files hold the view of zero_to_fp32.py
     weights: Literal["codes", "masters"] = "codes"  # what model files hold of parameters with codes
-    places: Annotated[list[Place], Field(min_length=1, max_length=1)]
+    places: Annotated[list[Place], Field(min_length=1)]
     files: dict[str, File]  # on storage of a node, those of the node
 
     @property
-    def place(self) -> Place:
-        """The only place."""
-        return self.places[0]
+    def of_ranks(self) -> list[list[str]]:
+        """The files of which every rank has written one, in the order of the ranks, place after place."""
+        states = [name for place in self.places for name in place.optimizer_files]
+        return [states, [name for place in self.places for name in place.model_files or ()]]
 
     @property
     def coded(self) -> set[str]:
         """Parameters of which model files hold no more than codes say."""
-        encoded = {name for name, each in self.place.parameters.items() if each.codes_of}
+        every = [item for place in self.places for item in place.parameters.items()]
+        encoded = {name for name, each in every if each.codes_of}
         return encoded if self.weights == "codes" else set()
 
 
@@ -262,7 +263,7 @@ def share(
 ) -> list[str]:
     """The files whose checksums a rank computes: of as many ranks as there are files, each its own.
 
-    of_ranks: as in `Place`. first: whether the rank is the first of those that share a folder, which takes
+    of_ranks: as in `Manifest`. first: whether the rank is the first of those that share a folder, which takes
     all other files.
     """
     owners = {name: turn_of(index, world_size) for files in of_ranks for index, name in enumerate(files)}

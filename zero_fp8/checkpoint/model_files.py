@@ -138,13 +138,18 @@ def shapes(state: Mapping[str, Any]) -> dict[str, list[int] | None]:
     return {key: list(value.shape) if isinstance(value, Tensor) else None for key, value in state.items()}
 
 
-def listed(folder: Path, manifest: Manifest, rank: int) -> ModelFile:
-    """The only one or, under ZeRO 3, this rank's; where there is none, another rank's."""
-    place = manifest.place
+def listed(folder: Path, manifest: Manifest, number: int, rank: int) -> ModelFile:
+    """That of a place or, under ZeRO 3, this rank's; where there is none, another rank's.
+
+    number: of the place. rank: in the place.
+    """
+    place = manifest.places[number]
     names = place.model_files or [place.model_file]
     name = names[turn_of(rank, len(names))]
     if name not in manifest.files:  # on storage of a node
         name = next((each for each in names if each in manifest.files), name)
     trained = {key: parameter.shape for key, parameter in place.parameters.items()}
     sliced = None if place.has_whole_weights else {**place.module, **trained}
-    return ModelFile(folder / name, load_pickled(folder / name), paths=(folder / name,), sliced=sliced)
+    paths = [folder / each.model_file for each in manifest.places]
+    paths[number] = folder / name
+    return ModelFile(folder / name, load_pickled(folder / name), paths=tuple(paths), sliced=sliced)

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_fp8.ops.adam import AdamState, square_root
+from ds_fp8.ops.adam import AdamState
 from ds_fp8.ops.blocks import CHUNK, Blocks, decode, padded
-from ds_fp8.ops.formats import BY_NAME, FP32
+from ds_fp8.ops.formats import BY_NAME
 from ds_fp8.ops.masters import decode_masters, write_weights
+from ds_fp8.ops.moments import UNIT
 from ds_fp8.zero_fp8.checkpoint.contracts import (
     STATES,
     WEIGHT,
@@ -35,23 +36,23 @@ EXTRA_STATE_CLASSES = (io.BytesIO,)  # what modules such as Transformer Engine's
 
 
 class Checkpoint:
-    """The tag in a folder, whose files have been verified.
+    """A place of the tag in a folder, whose files have been verified.
 
     unpickle: DeepSpeed's model file, where it is needed, may hold a client's objects.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, *, unpickle: bool = False) -> None:
-        place = manifest.place
+    def __init__(self, folder: Path, manifest: Manifest, place: int = 0, *, unpickle: bool = False) -> None:
+        self.place = manifest.places[place]
         self.folder = folder
         self.manifest = manifest
-        self.parameters = place.parameters
+        self.parameters = self.place.parameters
         here = [name in manifest.files for name in self._model_names]
-        sliced = None if place.has_whole_weights else place.sliced
+        sliced = None if self.place.has_whole_weights else self.place.sliced
         self.model_files = ModelFiles(self._model_file, sliced, here.index(True) if any(here) else 0)
         self._coded = manifest.coded
         self._unpickle = unpickle
         self._formats = {key: BY_NAME[getattr(manifest.recipe, key)] for key in STATES}
-        self._has_upper_halves = self._formats["master"].split and not place.has_whole_weights
+        self._has_upper_halves = self._formats["master"].split and not self.place.has_whole_weights
         self._opened: dict[str, dict[str, Any]] = {}
 
     @property
@@ -68,8 +69,8 @@ class Checkpoint:
     @property
     def _any_file(self) -> str:
         """An optimizer file that is open already, if there is one, else one that is here."""
-        here = [name for name in self.manifest.place.optimizer_files if name in self.manifest.files]
-        return next(iter([*self._opened, *here, *self.manifest.place.optimizer_files]))
+        here = [name for name in self.place.optimizer_files if name in self.manifest.files]
+        return next(iter([*self._opened, *here, *self.place.optimizer_files]))
 
     def check(self, shards: Sequence[Shard], names: Names) -> None:
         """Refuse, by a ValueError, files that do not hold what these shards need."""
@@ -113,6 +114,17 @@ class Checkpoint:
         ]
         return Values(*(torch.cat(vectors)[inside] for vectors in zip(*parts, strict=True)))
 
+    def states(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
+        """A parameter's master, exp_avg and exp_avg_sq, whole, as FP32 vectors."""
+        numel = torch.Size(self.parameters[name].shape).numel()
+        vectors = (torch.empty(numel), torch.empty(numel), torch.empty(numel))
+        for first in range(0, numel, CHUNK):
+            part = slice(first, min(first + CHUNK, numel))
+            values = self.values(name, part)
+            for vector, each in zip(vectors, (values.master, values.exp_avg, values.exp_avg_sq), strict=True):
+                vector[part] = each
+        return vectors
+
     def __contains__(self, name: str) -> bool:
         """Whether there are weights of a parameter, trained or frozen."""
         return name in self.parameters or name in self.model_files
@@ -126,7 +138,7 @@ class Checkpoint:
 
     def _are_trained(self, name: str) -> bool:
         """Whether the weights of a parameter follow from its states, as no model file has as much of them."""
-        in_files = self.manifest.place.has_whole_weights and name not in self._coded
+        in_files = self.place.has_whole_weights and name not in self._coded
         return name in self.parameters and not in_files
 
     def weights(self, name: str, elements: slice) -> Tensor:
@@ -158,7 +170,7 @@ class Checkpoint:
 
     def _held(self, name: str, first: int, end: int) -> Iterator[tuple[int, str, tuple[int, int], slice]]:
         """Who holds the blocks: row counted from `first`, file, the blocks in it, and which of them."""
-        covered, files = first, self.manifest.place.optimizer_files
+        covered, files = first, self.place.optimizer_files
         for index, start, stop in sorted(self.parameters[name].blocks, key=lambda block: block[1]):
             low, high = max(first, start), min(end, stop)
             if low < high and low == covered:
@@ -234,11 +246,11 @@ class Checkpoint:
     @property
     def model_path(self) -> Path:
         """DeepSpeed's model file; under ZeRO 3 that of the first rank."""
-        return self.folder / self.manifest.place.model_file
+        return self.folder / self.place.model_file
 
     @property
     def _model_names(self) -> list[str]:
-        return self.manifest.place.model_files or [self.manifest.place.model_file]
+        return self.place.model_files or [self.place.model_file]
 
     def _model_file(self, index: int) -> Entry:
         """A model file, mapped."""
@@ -266,33 +278,10 @@ class Checkpoint:
 
 def _decode(state: AdamState, weights: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The rows' master, exp_avg, exp_avg_sq and its root, [elements] each."""
-    if state.exp_avg_sq.format is FP32 or not state.stores_sqrt:
-        v = decode(state.exp_avg_sq)
-        root = square_root(v)
-    else:
-        root = decode(state.exp_avg_sq)
-        v = root.square()
-    decoded = (decode_masters(state.master, weights), decode(state.exp_avg), v, root)
+    v, root = state.second_moment(UNIT**-2), state.root()
+    decoded = (decode_masters(state.master, weights), state.first_moment(), v, root)
     master, exp_avg, exp_avg_sq, root = (rows.view(-1) for rows in decoded)
     return master, exp_avg, exp_avg_sq, root
-
-
-def whole(checkpoint: Checkpoint, name: str) -> tuple[Tensor, Tensor, Tensor]:
-    """A parameter's master, exp_avg and exp_avg_sq as FP32 vectors."""
-    numel = torch.Size(checkpoint.parameters[name].shape).numel()
-    vectors = (torch.empty(numel), torch.empty(numel), torch.empty(numel))
-    for first in range(0, numel, CHUNK):
-        part = slice(first, min(first + CHUNK, numel))
-        values = checkpoint.values(name, part)
-        for vector, piece in zip(vectors, (values.master, values.exp_avg, values.exp_avg_sq), strict=True):
-            vector[part] = piece
-    return vectors
-
-
-def others(checkpoint: Checkpoint) -> list[str]:
-    """Names of what model files hold besides trained parameters: buffers, frozen ones, names of tied ones."""
-    held = checkpoint.model_files
-    return [name for name in checkpoint.module if name not in checkpoint.parameters and name in held]
 
 
 def is_extra_state(name: str) -> bool:

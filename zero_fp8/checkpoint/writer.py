@@ -7,12 +7,12 @@ parameters, each rank's piece without padding.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
+from torch.nn import Module, Parameter
 
 from ds_fp8.ops.adam import AdamState
 from ds_fp8.ops.blocks import Blocks
@@ -20,8 +20,10 @@ from ds_fp8.ops.masters import load_masters
 from ds_fp8.zero_fp8.checkpoint import manifest
 from ds_fp8.zero_fp8.checkpoint.contracts import LOSS_SCALER_STATE, STATES, WEIGHT, Names
 from ds_fp8.zero_fp8.optimizer.fp8_adamw import FP8AdamW
-from ds_fp8.zero_fp8.placement.parameters import shape_of
+from ds_fp8.zero_fp8.placement.even_slices import spans
+from ds_fp8.zero_fp8.placement.parameters import cut_of, held_of, is_sharded, numel_of, shape_of
 from ds_fp8.zero_fp8.placement.partition import Bucket, Piece
+from ds_fp8.zero_fp8.products.fp8_parameter import FP8Parameter
 from ds_fp8.zero_fp8.recipe import Recipe
 from ds_fp8.zero_fp8.states.shard import Shard
 
@@ -127,6 +129,7 @@ def describe_recipe(recipe: Recipe) -> manifest.Recipe:
         exp_avg=recipe.exp_avg.name,
         exp_avg_sq=recipe.exp_avg_sq.name,
         seed=recipe.rounding.seed,
+        draws=recipe.rounding.draws,
         scaling="tensor" if recipe.by_tensor else "block",
     )
 
@@ -151,6 +154,34 @@ def describe_parameters(
         )
         for index, parameter in parameters.items()
     }
+
+
+def with_users(module: Module, parameters: Mapping[str, manifest.Parameter]) -> dict[str, manifest.Parameter]:
+    """Described parameters, and who multiplies the codes of those that have some."""
+    users = {
+        parameter.matrix.name: type(each).__name__
+        for each in module.modules()
+        for parameter in each._parameters.values()
+        if isinstance(parameter, FP8Parameter)
+    }
+    return {name: each.model_copy(update={"codes_of": users.get(name)}) for name, each in parameters.items()}
+
+
+def describe_slices(module: Module, names: Collection[str], ranks: int) -> dict[str, manifest.Sliced]:
+    """Which of the ranks' model files hold which elements of the named parameters, under ZeRO 3."""
+    return {
+        name: manifest.Sliced(
+            shape=list(shape_of(each)), slices=spans(numel_of(each), held_of(each).numel(), ranks)
+        )
+        for name, each in module.named_parameters()
+        if name in names
+    }
+
+
+def describe_cuts(module: Module) -> dict[str, int | None]:
+    """Of parameters of which model-parallel ranks have parts, by every name that they have."""
+    named = module.named_parameters(remove_duplicate=False)
+    return {name: cut_of(each) for name, each in named if is_sharded(each)}
 
 
 def describe_clamp(optimizer: FP8AdamW) -> list[float | Literal["off"] | None]:

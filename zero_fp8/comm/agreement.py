@@ -9,37 +9,51 @@ from deepspeed import comm as dist
 from torch.distributed import ProcessGroup
 
 from ds_fp8.config.refusals import where_they_differ
+from ds_fp8.zero_fp8.comm.groups import Ranks, groups_of
+
+AnyRanks = ProcessGroup | Ranks
 
 
-def check_agreement(subject: str, facts: Sequence[str], device: torch.device, group: ProcessGroup) -> None:
-    """Compare facts over the ranks of a group: one gather of 32 bytes where they are the same.
+def check_agreement(subject: str, facts: Sequence[str], device: torch.device, ranks: AnyRanks) -> None:
+    """Compare facts over ranks: one gather of 32 bytes where they are the same.
 
     Raises ValueError, on every rank, with the first fact that differs from rank 0's.
     """
     digest = hashlib.sha256("\n".join(facts).encode()).digest()
-    own = torch.frombuffer(bytearray(digest), dtype=torch.uint8).to(device)
-    ranks = dist.get_world_size(group)
-    digests = torch.empty(ranks, len(digest), dtype=torch.uint8, device=device)
-    dist.all_gather_into_tensor(digests.view(-1), own, group=group)
+    digests = torch.frombuffer(bytearray(digest), dtype=torch.uint8).to(device)[None]
+    for group in groups_of(ranks):
+        own = digests
+        parts = own.new_empty(dist.get_world_size(group), *own.shape)
+        dist.all_gather_into_tensor(parts.view(-1), own.view(-1), group=group)
+        digests = parts.flatten(0, 1)
     if bool((digests == digests[0]).all()):
         return
-    expected, *others = gather_objects(list(facts), group)
-    for rank, theirs in enumerate(others, start=1):
+    expected, *others = gather_objects(list(facts), ranks)
+    first_rank, *numbers = _numbers(ranks, 1 + len(others))
+    for rank, theirs in zip(numbers, others, strict=True):
         if theirs != expected:
             first, other = where_they_differ(*first_difference(expected, theirs))
-            raise ValueError(f"ranks disagree about {subject}: rank 0 has {first}, rank {rank} has {other}")
+            raise ValueError(
+                f"ranks disagree about {subject}: rank {first_rank} has {first}, rank {rank} has {other}"
+            )
 
 
-def first_objection(objection: str | None, group: ProcessGroup) -> str | None:
+def first_objection(objection: str | None, ranks: AnyRanks) -> str | None:
     """The objection of the first rank that has one, on every rank."""
-    objections = gather_objects(objection, group)
-    return next((f"rank {rank}: {each}" for rank, each in enumerate(objections) if each), None)
+    objections = gather_objects(objection, ranks)
+    told = zip(_numbers(ranks, len(objections)), objections, strict=True)
+    return next((f"rank {rank}: {each}" for rank, each in told if each), None)
+
+
+def _numbers(ranks: AnyRanks, count: int) -> Sequence[int]:
+    """What to call the ranks in a message."""
+    return ranks.numbers if isinstance(ranks, Ranks) else range(count)
 
 
 T = TypeVar("T")
 
 
-def agreed(act: Callable[[], T], group: ProcessGroup, about: object = "") -> T:
+def agreed(act: Callable[[], T], ranks: AnyRanks, about: object = "") -> T:
     """Return what `act` returns on this rank, once it has succeeded on every rank.
 
     Raises the same ValueError on every rank if `act` raises any exception on any rank; on that rank the
@@ -50,7 +64,7 @@ def agreed(act: Callable[[], T], group: ProcessGroup, about: object = "") -> T:
         result = act()
     except Exception as error:
         failure = error
-    objection = first_objection(None if failure is None else explain(failure, about), group)
+    objection = first_objection(None if failure is None else explain(failure, about), ranks)
     if objection is not None:
         raise ValueError(objection) from failure
     return result  # type: ignore[return-value]
@@ -63,11 +77,14 @@ def explain(error: Exception, about: object = "") -> str:
     return text if str(about) in text else f"{about}: {text}"
 
 
-def gather_objects(value: T, group: ProcessGroup) -> list[T]:
+def gather_objects(value: T, ranks: AnyRanks) -> list[T]:
     """The ranks' values, in rank order."""
-    # Not DeepSpeed's, which ends the process where its comms logger is on.
-    values: list[T] = [value for _ in range(dist.get_world_size(group))]
-    torch.distributed.all_gather_object(values, value, group=group)
+    values = [value]
+    for group in groups_of(ranks):
+        # Not DeepSpeed's, which ends the process where its comms logger is on.
+        parts: list[list[T]] = [values for _ in range(dist.get_world_size(group))]
+        torch.distributed.all_gather_object(parts, values, group=group)
+        values = [each for part in parts for each in part]
     return values
 
 

@@ -16,7 +16,7 @@ from deepspeed import comm as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ds_fp8.zero_fp8.comm.groups import Nodes
+from ds_fp8.zero_fp8.comm.groups import Nodes, Ranks, groups_of
 
 
 class AllToAll:
@@ -153,11 +153,13 @@ def gather_flat(whole: Tensor, own: Tensor, group: ProcessGroup) -> Any:
     return dist.all_gather_into_tensor(whole.view(-1), own, group=group, async_op=True)
 
 
-def sum_over_ranks(tensor: Tensor, group: ProcessGroup) -> None:
+def sum_over_ranks(tensor: Tensor, ranks: ProcessGroup | Ranks) -> None:
     """Add a tensor over the ranks, in place."""
-    dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=group)
+    for group in groups_of(ranks):
+        dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=group)
 
 
-def max_over_ranks(tensor: Tensor, group: ProcessGroup) -> None:
+def max_over_ranks(tensor: Tensor, ranks: ProcessGroup | Ranks) -> None:
     """Largest of each element over the ranks, in place."""
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group)
+    for group in groups_of(ranks):
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group)

@@ -223,7 +223,7 @@ class GradientReducer:
             for _, earlier in self._under_way:
                 earlier.advance()
         bucket, reduced = self._buckets[index], self._reduced[index]
-        exchange = self._packer.send(bucket, self.pending.take(bucket), self._health.counts[bucket.group])
+        exchange = self._packer.send(bucket, self.pending.take(bucket), self._health.by_bucket[index])
         self._under_way.append((reduced, exchange))
         if not self._overlap and (not self._must_not_wait or (exchange.progress() and exchange.done)):
             self._land()

@@ -10,13 +10,12 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from deepspeed import comm as dist
-from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 
 from ds_fp8.compat import ZeROOptimizer
 from ds_fp8.zero_fp8.checkpoint.contracts import Restorable
 from ds_fp8.zero_fp8.comm.agreement import first_objection
+from ds_fp8.zero_fp8.comm.groups import Ranks
 from ds_fp8.zero_fp8.gradients.backwards import ArrivalHooks, covers_whole_graph, in_backward
 from ds_fp8.zero_fp8.handlers.full_tensors import FullTensors
 from ds_fp8.zero_fp8.handlers.master_views import MasterViews, as_groups
@@ -51,7 +50,7 @@ class FP8ZeROOptimizer(Facade, MovableStates, ZeROOptimizer):
         names: Mapping[Parameter, str],
         recipe: Recipe,
         settings: ZeroSettings,
-        group: ProcessGroup,
+        ranks: Ranks,
         timers: Any,
         loss_scaler: Any,
         choice: Choice | None = None,
@@ -68,14 +67,14 @@ class FP8ZeROOptimizer(Facade, MovableStates, ZeROOptimizer):
         self.loss_scaler = loss_scaler
         self.optimizer = optimizer
         self.recipe, self.settings = recipe, settings
-        self.dp_process_group = group
+        self.ranks, self.dp_process_group = ranks, ranks.group
         self.overflow = self._has_let_go = False
         self._global_grad_norm: float | None = None
         self.roster: Roster | None = None
         self.arrivals: ArrivalHooks | None = None
         self.client: Client | None = None
 
-        run = (recipe, settings, group)
+        run = (recipe, settings, ranks)
         self.parameters, self.parts = take_over(names, optimizer.param_groups, *run, self._prepare, choice)
         self.parameter_names = {index: names[each] for index, each in self.parameters.items()}
         self.gradients = self.parts.reducer
@@ -87,7 +86,7 @@ class FP8ZeROOptimizer(Facade, MovableStates, ZeROOptimizer):
         self._listen()
         self.full_tensors = FullTensors(
             self.parts,
-            group,
+            ranks.group,
             self._gradient_scale,
             on_foreign_state=self._states_were_set,
             on_reading_gradients=self._bring_gradients,
@@ -200,10 +199,10 @@ class FP8ZeROOptimizer(Facade, MovableStates, ZeROOptimizer):
             verdict = self.gradients.complete(lambda: self._attempt(objection))
             if verdict.objections:
                 objection = objection or self.gradients.pending.objection(self.parameter_names)
-                raise ValueError(first_objection(objection, self.dp_process_group))
+                raise ValueError(first_objection(objection, self.ranks))
             self._settle(verdict)
             if verdict.edited:
-                self.binding.log_edits(self.dp_process_group)
+                self.binding.log_edits(self.ranks)
         finally:
             self.gradients.drop()
 
@@ -238,7 +237,7 @@ class FP8ZeROOptimizer(Facade, MovableStates, ZeROOptimizer):
         self.stepper.settle(stepped=not self.overflow)
         if self.overflow:
             self.stepper.report_skip(self.parameter_names)
-        elif self.roster and dist.get_rank(self.dp_process_group) == 0:
+        elif self.roster and self.ranks.rank == 0:
             self.roster.warn(all_had_gradients=self.gradients.pending.received >= len(self.parameters))
 
     def _gradient_scale(self) -> float:

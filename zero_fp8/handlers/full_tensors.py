@@ -15,9 +15,10 @@ from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 
 from ds_fp8.config.refusals import cut
-from ds_fp8.ops.adam import UNIT, AdamState, square_root
-from ds_fp8.ops.blocks import Blocks, chunks, decode, padded, quantize
+from ds_fp8.ops.adam import AdamState
+from ds_fp8.ops.blocks import Blocks, chunks, decode, padded
 from ds_fp8.ops.masters import decode_masters, store_masters
+from ds_fp8.ops.moments import UNIT, square_root
 from ds_fp8.zero_fp8.comm.collectives import sum_over_ranks
 from ds_fp8.zero_fp8.gradients.reduced import ReducedGradient
 from ds_fp8.zero_fp8.parts import Parts
@@ -149,7 +150,7 @@ class FullTensors:
                 if key == "exp_avg_sq":
                     return state.second_moment(UNIT**-2)
                 if key == "exp_avg":
-                    return decode(state.exp_avg)
+                    return state.first_moment()
                 return decode_masters(state.master, owned.weights[rows])
 
         return read
@@ -210,15 +211,41 @@ def _write(part: Tensor, owned: Owned, rows: slice, key: str | None) -> None:
     with owned.shard.lend(rows) as state:
         if key is None:
             store_masters(part, state.master, owned.weights[rows])
-        elif key == "exp_avg":
-            quantize(part, state.exp_avg)
         else:
-            _quantize_second_moment(part, state)
+            _quantize_moment(part, state, key)
 
 
-def _quantize_second_moment(v: Tensor, out: AdamState) -> None:
-    """A vector of second moments, rounded to nearest, zeros after it."""
+LEAST = 2.0**-70  # more than Adam leaves in exp_avg where exp_avg_sq is below what FP32 holds
+
+
+def _quantize_moment(values: Tensor, out: AdamState, key: str) -> None:
+    """A vector of moments, rounded to nearest, zeros after it; the other moment stays as it is.
+
+    Raises ValueError, and writes nothing, for moments of which there is no quotient, if it is stored.
+    """
     size = out.exp_avg_sq.block_size
+
+    def rows_of(part: slice) -> Tensor:
+        return padded(values[part.start * size : part.stop * size], part.stop - part.start, size)
+
+    for part in chunks(len(out.exp_avg_sq), size) if out.stores_quotient else ():
+        _check_quotients(rows_of(part), out[part], key)
     for part in chunks(len(out.exp_avg_sq), size):
-        rows = padded(v[part.start * size : part.stop * size], part.stop - part.start, size)
-        out[part].set_second_moment(rows, square_root(rows))
+        rows, state = rows_of(part), out[part]
+        if key == "exp_avg":
+            state.set_first_moment(rows, state.root())
+            continue
+        m = state.first_moment() if state.stores_quotient else None
+        state.set_second_moment(rows, square_root(rows))
+        if m is not None:
+            state.set_first_moment(m, state.root())
+
+
+def _check_quotients(values: Tensor, state: AdamState, key: str) -> None:
+    m, root = (values, state.root()) if key == "exp_avg" else (state.first_moment(), values)
+    if bool(((root == 0) & (m.abs() >= LEAST)).any()):
+        raise ValueError(
+            f"{key}: received values that leave exp_avg_sq 0 where exp_avg is not, allowed: none such with "
+            "fp8.optimizer.exp_avg_dtype int8, which holds the quotient; set exp_avg after exp_avg_sq, and "
+            "zeros before"
+        )

@@ -4,13 +4,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 
 from ds_fp8.ops.blocks import chunks
 from ds_fp8.ops.masters import put, rewrite_weights
 from ds_fp8.zero_fp8.checkpoint import manifest, writer
 from ds_fp8.zero_fp8.checkpoint.contracts import Restorable, WeightSource
+from ds_fp8.zero_fp8.comm.groups import Ranks
 from ds_fp8.zero_fp8.handlers.master_views import MasterViews
 from ds_fp8.zero_fp8.optimizer.fp8_adamw import FP8AdamW
 from ds_fp8.zero_fp8.parts import Parts
@@ -32,7 +32,7 @@ class SavedStates:
         loss_scaler: Any,
         master_views: MasterViews,
         settings: ZeroSettings,
-        group: ProcessGroup,
+        ranks: Ranks,
     ) -> None:
         """parameters, names: by global index. loss_scaler: DeepSpeed's."""
         self._parts = parts
@@ -43,7 +43,7 @@ class SavedStates:
         self._loss_scaler = loss_scaler
         self._master_views = master_views
         self.model_weights = ModelWeights(
-            parts.shards, parts.weights, parts.frozen, group, masters=settings.masters_in_model_files
+            parts.shards, parts.weights, parts.frozen, ranks.group, masters=settings.masters_in_model_files
         )
         self._view: dict[str, Any] | None = None  # the masters' while they are saved
 

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from torch.distributed import ProcessGroup
 from torch.nn import Module, Parameter
 
 from ds_fp8.zero_fp8.checkpoint.contracts import Restorable
+from ds_fp8.zero_fp8.comm.groups import Ranks
 from ds_fp8.zero_fp8.gradients.schedule import ModuleEnds
 from ds_fp8.zero_fp8.handlers.common import FP8ZeROOptimizer
 from ds_fp8.zero_fp8.handlers.fetching import Fetching, Offload
@@ -34,14 +34,14 @@ class Stage3Optimizer(FP8ZeROOptimizer):
         names: Mapping[Parameter, str],
         recipe: Recipe,
         settings: ZeroSettings,
-        group: ProcessGroup,
+        ranks: Ranks,
         timers: Any,
         loss_scaler: Any,
         make_offload: Callable[[], Offload],
     ) -> None:
         """As `FP8ZeROOptimizer`; make_offload: converts the model's parameters and hooks its modules."""
         self._names, self._make_offload = names, make_offload
-        super().__init__(optimizer, names, recipe, settings, group, timers, loss_scaler)
+        super().__init__(optimizer, names, recipe, settings, ranks, timers, loss_scaler)
         self.fetching.install(self._on_module_end)
 
     def _prepare(self) -> None:

@@ -5,12 +5,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from deepspeed import comm as dist
-from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 
 from ds_fp8.config.refusals import naming
 from ds_fp8.ops.formats import E4M3
 from ds_fp8.zero_fp8.comm.agreement import agreed, check_agreement
+from ds_fp8.zero_fp8.comm.groups import Ranks
+from ds_fp8.zero_fp8.comm.replicas import check_replicated
 from ds_fp8.zero_fp8.parts import Parts
 from ds_fp8.zero_fp8.placement.parameters import check_finite, held_of, trained_parameters
 from ds_fp8.zero_fp8.placement.ranks import Fleet
@@ -28,29 +29,31 @@ def take_over(
     param_groups: Sequence[Mapping[str, Any]],
     recipe: Recipe,
     settings: ZeroSettings,
-    group: ProcessGroup,
+    ranks: Ranks,
     prepare: Callable[[], None],
     choice: Choice | None = None,
 ) -> tuple[dict[int, Parameter], Parts]:
     """The trained parameters by global index, now the handler's, and the parts of the run.
 
-    names: of every parameter of the model, in the model's order. group: the ranks that hold the same copy.
-    choice: of matrices that become codes.
+    names: of every parameter of the model, in the model's order. choice: of matrices that become codes.
     Raises ValueError if the ranks' parameters or settings differ, RuntimeError on a GPU without a usable
     kernel.
     """
+    group, peers = ranks.group, ranks.peers
     fleet = Fleet("data", dist.get_world_size(group))
     encoded = choice.parameters if choice else ()
-    parameters, specs = trained_parameters(param_groups, names, fleet, encoded)
+    parameters, specs = trained_parameters(param_groups, names, fleet, encoded, peers=peers is not None)
     device = next(iter(parameters.values())).device
     facts = [str(recipe), str(settings), *_of_choice(choice, names), *map(str, specs)]
     check_agreement("what is trained", facts, device, group)
+    if peers is not None:
+        check_replicated(names, specs, ranks)
     prepare()
     if recipe.master.scaled:
         own = {index: held_of(each) for index, each in parameters.items()}
         agreed(lambda: check_finite(own, {index: names[each] for index, each in parameters.items()}), group)
     backend = backend_for(recipe, device)
-    if backend.instead and dist.get_rank(group) == 0:
+    if backend.instead and ranks.rank == 0:
         logger.warning("plain PyTorch instead of kernels, with the same numbers: %s", backend.instead)
     buckets = cut_buckets(specs, recipe, settings)
     fleets = {fleet: nodes_of_run(group, recipe, settings)}

@@ -19,6 +19,7 @@ from ds_fp8.zero_fp8.plain_tensors import flaw_of
 from ds_fp8.zero_fp8.recipe import Recipe
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # an entry holds the place here of its weight's
+BEFORE = {"draws": "independent"}  # of entries that do not say
 ADVICE = "a new FP8AdamW, or this parameter's entry deleted from optimizer.state, begins anew"
 
 
@@ -34,8 +35,13 @@ class Entries:
     @property
     def identity(self) -> dict[str, Any]:
         """What two runs must have in common for one to go on with the other's entries."""
-        names = {key: fmt.name for key, fmt in self._formats.items()}
-        return {**names, "block_size": self._recipe.block_size, "seed": self._recipe.rounding.seed}
+        names, rounding = {key: fmt.name for key, fmt in self._formats.items()}, self._recipe.rounding
+        return {
+            **names,
+            "block_size": self._recipe.block_size,
+            "seed": rounding.seed,
+            "draws": rounding.draws,
+        }
 
     def make(self, parameter: Tensor) -> dict[str, Any]:
         """The entry of a parameter before its first step: zeros, and a master that the first sweep fills."""
@@ -90,7 +96,7 @@ class Entries:
     def check_identity(self, received: Any) -> None:
         """Refuse entries of other formats, by a ValueError."""
         for key, expected in self.identity.items():
-            value = received.get(key) if isinstance(received, dict) else None
+            value = received.get(key, BEFORE.get(key)) if isinstance(received, dict) else None
             if value != expected:
                 raise ValueError(f"state_dict fp8.{key}: received {cut(repr(value))}, expected {expected!r}")
 

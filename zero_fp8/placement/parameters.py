@@ -38,15 +38,43 @@ def part_of(parameter: Any) -> slice:
     return slice(min(first, numel), min(first + held, numel))
 
 
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether model-parallel peers have other parts of a parameter, as DeepSpeed and Megatron mark it."""
+    marks = ("tensor_model_parallel", "model_parallel")
+    return any(bool(getattr(parameter, mark, False)) for mark in marks)
+
+
+AUTOTP = "ds_autotp_universal_checkpoint_meta"  # DeepSpeed's attribute
+PIECEWISE = ("sub_param_shape", "sub_param_sizes", "sub_param_shard_widths")
+
+
+def cut_of(parameter: Tensor) -> int | None:
+    """The dimension along which peers' parts of a sharded parameter follow each other; None: not known.
+
+    As AutoTP or Megatron says of it. Fused parameters, cut in several places, are not known.
+    """
+    said: Mapping[str, Any] | None = getattr(parameter, AUTOTP, None)
+    if said is None:
+        stride = getattr(parameter, "partition_stride", 1)
+        said = {"partition_dim": getattr(parameter, "partition_dim", None) if stride == 1 else None}
+    reason = said.get("conversion", {}).get("unsupported_reason")
+    dimension = said.get("partition_dim")
+    fused = any(said.get(key) for key in PIECEWISE)
+    known = isinstance(dimension, int) and 0 <= dimension < parameter.ndim
+    return dimension if known and not fused and not reason else None
+
+
 def trained_parameters(
     param_groups: Sequence[Mapping[str, Any]],
     names: Mapping[Parameter, str],
     fleet: Fleet,
     encoded: Collection[Parameter] = (),
+    *,
+    peers: bool = False,
 ) -> tuple[dict[int, Parameter], list[ParameterSpec]]:
     """The parameters of the groups that require a gradient and are not empty, by global index.
 
-    encoded: those that become codes; no bucket has both.
+    encoded: those that become codes; no bucket has both. peers: whether the model is split over ranks.
     """
     codes = set(map(id, encoded))
     indices = {parameter: index for index, parameter in enumerate(names)}
@@ -64,7 +92,8 @@ def trained_parameters(
             index = indices[parameter]
             parameters[index] = parameter
             kind = E4M3 if id(parameter) in codes else parameter.dtype
-            specs.append(ParameterSpec(index, numel_of(parameter), number, kind, fleet))
+            replicated = peers and not is_sharded(parameter)
+            specs.append(ParameterSpec(index, numel_of(parameter), number, kind, fleet, replicated))
     check_memory(parameters, names)
     if not specs:
         raise ValueError("optimizer: received no parameter that trains, allowed: at least one")

@@ -1,10 +1,11 @@
 """Where parameters lie: parameters -> buckets -> blocks -> ranks. Integers only.
 
 Parameters fill buckets in reverse order, as backward produces their gradients. A bucket holds parameters of
-one param group, dtype and fleet, each starting on a block boundary; its last blocks may be padding, so that
-every rank owns the same number of consecutive blocks and every collective of the bucket is even. A block lies
-inside one parameter and is counted from the parameter's own first element: what a block holds does not depend
-on the world size, only who owns it does.
+one param group, dtype and fleet, which model-parallel peers hold alike or of which each has a part. Each
+starts on a block boundary; the bucket's last blocks may be padding, so that every rank owns the same number
+of consecutive blocks and every collective of the bucket is even. A block lies inside one parameter and is
+counted from the parameter's own first element: what a block holds does not depend on the world size, only
+who owns it does.
 
 Under ZeRO 3 every parameter is cut evenly between the ranks of its fleet, in slices rounded up to whole
 blocks: slice r is the r-th, and may be short or empty at the parameter's end. A rank's slices of a bucket's
@@ -34,6 +35,9 @@ class ParameterSpec:
     group: int  # param group of the optimizer
     dtype: Hashable
     fleet: Fleet  # the ranks that hold a copy
+    replicated: bool = (
+        False  # model-parallel peers, where there are some, hold the same: one of them counts it
+    )
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,7 @@ class Bucket:
     block_size: int
     bounds: Sequence[int]  # [ranks + 1] the block with which each rank's run begins, and the end
     blocks_per_rank: int  # blocks owned by the most loaded rank
+    replicated: bool = False  # as of its parameters
 
     @property
     def world_size(self) -> int:
@@ -132,7 +137,8 @@ def partition(
         fleet, slots = members[0].fleet, _slots(members, block_size)
         even = -(-(slots[-1].first_block + slots[-1].blocks) // fleet.size)
         bounds = range(0, even * fleet.size + 1, even)
-        buckets.append(Bucket(index, members[0].group, fleet, slots, block_size, bounds, even))
+        what = (index, members[0].group, fleet, slots, block_size, bounds, even)
+        buckets.append(Bucket(*what, replicated=members[0].replicated))
     return tuple(buckets)
 
 
@@ -210,7 +216,7 @@ def _fill(parameters: Sequence[ParameterSpec], bucket_elements: int) -> list[lis
     filling: dict[Hashable, list[ParameterSpec]] = {}
     elements: dict[Hashable, int] = {}
     for parameter in sorted(parameters, key=lambda each: each.index, reverse=True):
-        kind = (parameter.group, parameter.dtype, parameter.fleet)
+        kind = (parameter.group, parameter.dtype, parameter.fleet, parameter.replicated)
         if kind in filling and elements[kind] + parameter.numel > bucket_elements:
             full.append(filling.pop(kind))
         elements[kind] = parameter.numel + (elements[kind] if kind in filling else 0)

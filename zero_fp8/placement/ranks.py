@@ -21,6 +21,21 @@ class Fleet:
         return self.size // ranks_per_sequence
 
 
+@dataclass(frozen=True)
+class Grid:
+    """Ranks of model parallelism and of data parallelism, in order: part after part."""
+
+    parts: int  # ranks that hold parts of one replica of the model
+    replicas: int
+
+    @property
+    def size(self) -> int:
+        return self.parts * self.replicas
+
+    def rank_of(self, part: int, replica: int) -> int:
+        return part * self.replicas + replica
+
+
 def turn_of(index: int, ranks: int) -> int:
     """The rank that does the work of an index if ranks take turns."""
     return index % ranks

@@ -56,10 +56,9 @@ def choose(model: nn.Module, config: FP8Config, device: torch.device) -> Choice:
     if section.frozen == "e4m3" and not frozen:
         allowed = "bf16, or the key left out, for this model: no frozen matrix is eligible"
         raise refusal(f"{SECTION}.weights.frozen", section.frozen, allowed)
-    weights = product_backend.choose(device)
     name, instead = _way(config, device)
-    multiply = product_backend.MULTIPLY["cublas" if name == "cublas" else "emulated"]
-    kernels = Kernels.of(f"{weights.name} {name}", weights, multiply)
+    functions, multiply = product_backend.by_way(name, product_backend.choose(device))
+    kernels = Kernels.of(f"{functions.name} {name}", functions, multiply)
     way = way_of(name, kernels)
     trained = [each for each in chosen if each.requires_grad]
     return Choice(trained, frozen, reasons, kernels, way, instead)

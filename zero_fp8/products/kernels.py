@@ -1,16 +1,28 @@
-"""The functions that cast, multiply and decode a product's operands, as one value."""
+"""The functions that cast, multiply and decode, as one value, called eagerly or, in a graph, as custom ops.
 
-from collections.abc import Callable
+torch.compile sees names and shapes of the ops and looks into none. They are functional, so that it finds
+common casts and drops what nobody uses, and sizes may be symbols. Backward is one op: were its transposed
+weight a value of the graph, the compiler would make it in forward, where all that it depends on is known, and
+keep it until backward.
+
+What a graph passes on is contiguous: scales of rows are transposed.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ds_fp8.ops import product_backend, products
 from ds_fp8.ops.product_backend import Products
-from ds_fp8.ops.products import CastGradient, Operand
+from ds_fp8.ops.products import CastGradient, CastInput, Operand, padded_tokens, scale_shape, tiles
 
+_CODES = torch.float8_e4m3fn
+_tracing = ContextVar("tracing", default=False)
 _known: dict[str, "Kernels"] = {}
 
 
@@ -53,6 +65,42 @@ class Gradients(NamedTuple):
     bias: Tensor | None  # [N] bfloat16
 
 
+def in_graph() -> bool:
+    """Whether what is called now becomes part of a compiled graph."""
+    return torch.compiler.is_compiling() or _tracing.get()
+
+
+@contextmanager
+def tracing(on: bool = True) -> Iterator[None]:
+    """For code that the compiler runs to see its ops; torch before 2.12 says nothing of it."""
+    token = _tracing.set(on)
+    try:
+        yield
+    finally:
+        _tracing.reset(token)
+
+
+def cast_input(kernels: Kernels, x: Tensor, *, wgrad: bool) -> CastInput:
+    if not in_graph():
+        return kernels.cast_input(x, wgrad=wgrad)
+    codes, scales, turned, turned_scales = _cast_input(kernels.name, x, wgrad)
+    return CastInput(Operand(codes, scales), Operand(turned, turned_scales) if wgrad else None)
+
+
+def multiply(kernels: Kernels, left: Operand, right: Operand, bias: Tensor | None = None) -> Tensor:
+    if not in_graph():
+        return kernels.multiply(left, right, bias)
+    y: Tensor = _multiply(kernels.name, left.codes, left.scales, right.codes, right.scales, bias)
+    return y
+
+
+def transpose(kernels: Kernels, codes: Tensor) -> Tensor:
+    if not in_graph():
+        return kernels.transpose(codes)
+    turned: Tensor = _transpose(kernels.name, codes)
+    return turned
+
+
 def differentiate(
     kernels: Kernels,
     dy: Tensor,
@@ -65,8 +113,33 @@ def differentiate(
     """The gradients of a product for dy, [tokens, N] bfloat16, contiguous.
 
     weight: the codes as they are stored, and the scales of the right side of dgrad. x: of `cast_input`, if
-    the weight's gradient is wanted. swapped: the weight is stored as [K, N]. count: gets the cast of dy.
+    the weight's gradient is wanted. swapped: the weight is stored as [K, N]. count: gets the cast of dy; a
+    graph counts nothing.
     """
+    if not in_graph():
+        return _run_gradients(kernels, dy, weight, x, needs, swapped, count)
+    codes, scales = (None, None) if x is None else (x.codes, x.scales)
+    of_weight = weight.codes, weight.scales
+    found = _differentiate(kernels.name, dy, *of_weight, codes, scales, [*needs], swapped)
+    return Gradients(*(each if wanted else None for each, wanted in zip(found, needs, strict=True)))
+
+
+def decode(kernels: Kernels, codes: Tensor, exponents: Tensor) -> Tensor:
+    if not in_graph():
+        return _run_decode(kernels, codes, exponents)
+    values: Tensor = _decode(kernels.name, codes, exponents)
+    return values
+
+
+def _run_gradients(
+    kernels: Kernels,
+    dy: Tensor,
+    weight: Operand,
+    x: Operand | None,
+    needs: Needs,
+    swapped: bool,
+    count: Callable[[CastGradient], None] | None = None,
+) -> Gradients:
     cast = kernels.cast_gradient(dy, dgrad=needs.input, wgrad=needs.weight, bias=needs.bias)
     if count is not None:
         count(cast)
@@ -81,8 +154,125 @@ def differentiate(
     return Gradients(dx, dw, None if cast.bias is None else cast.bias.to(torch.bfloat16))
 
 
-def decode(kernels: Kernels, codes: Tensor, exponents: Tensor) -> Tensor:
+def _run_decode(kernels: Kernels, codes: Tensor, exponents: Tensor) -> Tensor:
     """The values of a weight, bfloat16."""
     out = codes.new_empty(codes.shape, dtype=torch.bfloat16)
     kernels.decode_weight(codes, exponents, out)
     return out
+
+
+# The ops. Where nothing is wanted they give empty tensors, since their results are fixed in number.
+
+
+def _op(name: str, signature: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """An op without what `torch.library.custom_op` wraps around each call; autograd never sees it."""
+    torch.library.define(f"ds_fp8::{name}", signature, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.impl(f"ds_fp8::{name}", "default", run)
+    torch.library.register_fake(f"ds_fp8::{name}", fake)
+    op: Callable[..., Any] = getattr(torch.ops.ds_fp8, name).default
+    return op
+
+
+def _run_cast_input(kernels: str, x: Tensor, wgrad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    cast = named(kernels).cast_input(x, wgrad=wgrad)
+    turned = _nothing(x) if cast.wgrad is None else (cast.wgrad.codes, cast.wgrad.scales)
+    return cast.forward.codes, cast.forward.scales.t().contiguous(), *turned
+
+
+def _fake_cast_input(kernels: str, x: Tensor, wgrad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tokens, features = padded_tokens(x.shape[0]), x.shape[1]
+    whole = scale_shape(features, tokens)
+    return (
+        *_fake(x, (tokens, features), (tiles(features), tokens), True),
+        *_fake(x, (features, tokens), whole, wgrad),
+    )
+
+
+def _run_multiply(
+    kernels: str, left: Tensor, left_scales: Tensor, right: Tensor, right_scales: Tensor, bias: Tensor | None
+) -> Tensor:
+    operand = Operand(left, left_scales.t())
+    return named(kernels).multiply(operand, Operand(right, right_scales), bias)
+
+
+def _fake_multiply(
+    kernels: str, left: Tensor, left_scales: Tensor, right: Tensor, right_scales: Tensor, bias: Tensor | None
+) -> Tensor:
+    return left.new_empty(left.shape[0], right.shape[0], dtype=torch.bfloat16)
+
+
+def _run_differentiate(
+    kernels: str,
+    dy: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    x: Tensor | None,
+    x_scales: Tensor | None,
+    needs: list[bool],
+    swapped: bool,
+) -> tuple[Tensor, ...]:
+    right = None if x is None or x_scales is None else Operand(x, x_scales)
+    found = _run_gradients(named(kernels), dy, Operand(codes, scales), right, Needs(*needs), swapped)
+    return tuple(dy.new_empty(0) if each is None else each for each in found)
+
+
+def _fake_differentiate(
+    kernels: str,
+    dy: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    x: Tensor | None,
+    x_scales: Tensor | None,
+    needs: list[bool],
+    swapped: bool,
+) -> tuple[Tensor, ...]:
+    features = codes.shape[0 if swapped else 1]
+    shapes = ((dy.shape[0], features), codes.shape, (dy.shape[1],))
+    return tuple(dy.new_empty(shape if each else 0) for shape, each in zip(shapes, needs, strict=True))
+
+
+def _nothing(like: Tensor) -> tuple[Tensor, Tensor]:
+    return like.new_empty(0, dtype=_CODES), like.new_empty(0, dtype=torch.float32)
+
+
+def _fake(
+    like: Tensor, codes: tuple[int, int], scales: tuple[int, int], wanted: bool
+) -> tuple[Tensor, Tensor]:
+    return (
+        like.new_empty(codes if wanted else 0, dtype=_CODES),
+        like.new_empty(scales if wanted else 0, dtype=torch.float32),
+    )
+
+
+_cast_input = _op(
+    "cast_input",
+    "(str kernels, Tensor x, bool wgrad) -> (Tensor, Tensor, Tensor, Tensor)",
+    _run_cast_input,
+    _fake_cast_input,
+)
+_multiply = _op(
+    "multiply",
+    "(str kernels, Tensor left, Tensor left_scales, Tensor right, Tensor right_scales, Tensor? bias) "
+    "-> Tensor",
+    _run_multiply,
+    _fake_multiply,
+)
+_differentiate = _op(
+    "differentiate",
+    "(str kernels, Tensor dy, Tensor codes, Tensor scales, Tensor? x, Tensor? x_scales, bool[] needs, "
+    "bool swapped) -> (Tensor, Tensor, Tensor)",
+    _run_differentiate,
+    _fake_differentiate,
+)
+_transpose = _op(
+    "transpose",
+    "(str kernels, Tensor codes) -> Tensor",
+    lambda kernels, codes: named(kernels).transpose(codes),
+    lambda kernels, codes: codes.new_empty(codes.shape[1], codes.shape[0]),
+)
+_decode = _op(
+    "decode_weight",
+    "(str kernels, Tensor codes, Tensor exponents) -> Tensor",
+    lambda kernels, codes, exponents: _run_decode(named(kernels), codes, exponents),
+    lambda kernels, codes, exponents: codes.new_empty(codes.shape, dtype=torch.bfloat16),
+)

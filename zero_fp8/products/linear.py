@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ds_fp8.zero_fp8.products.kernels import Gradients, Needs, named
+from ds_fp8.zero_fp8.products.kernels import Gradients, Needs, in_graph, named, tracing
 from ds_fp8.zero_fp8.products.matrix import Matrix
-from ds_fp8.zero_fp8.products.operations import in_graph, tracing
 from ds_fp8.zero_fp8.products.ways import Way, way_of
 
 

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from ds_fp8.ops.products import scale_shape
 from ds_fp8.zero_fp8.product_health import ProductCounts
-from ds_fp8.zero_fp8.products.kernels import REFERENCE, Kernels
-from ds_fp8.zero_fp8.products.operations import decode
+from ds_fp8.zero_fp8.products.kernels import REFERENCE, Kernels, decode
 
 
 @dataclass(eq=False)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ds_fp8.ops.products import CastInput, Operand
-from ds_fp8.zero_fp8.products import operations
+from ds_fp8.zero_fp8.products import kernels
 from ds_fp8.zero_fp8.products.kernels import Gradients, Kernels, Needs
 from ds_fp8.zero_fp8.products.matrix import Matrix
 from ds_fp8.zero_fp8.products.shared_casts import SharedCasts
@@ -56,10 +56,10 @@ class FP8Products:
         cast = self._cast(x, matrix, wgrad)
         weight = Operand(matrix.codes, matrix.scales)
         if swapped:
-            weight = Operand(operations.transpose(self.kernels, matrix.codes), matrix.transposed_scales)
-        y = operations.multiply(self.kernels, cast.forward, weight, bias)
+            weight = Operand(kernels.transpose(self.kernels, matrix.codes), matrix.transposed_scales)
+        y = kernels.multiply(self.kernels, cast.forward, weight, bias)
         tokens = x.numel() // x.shape[-1]
-        if operations.in_graph() or len(y) != tokens:  # a graph is one for all numbers of tokens
+        if kernels.in_graph() or len(y) != tokens:  # a graph is one for all numbers of tokens
             y = y[:tokens]
         saved = (cast.wgrad.codes, cast.wgrad.scales) if wgrad and cast.wgrad is not None else ()
         return y, saved
@@ -68,18 +68,18 @@ class FP8Products:
         self, dy: Tensor, saved: Saved, matrix: Matrix, codes: Tensor, *, needs: Needs, swapped: bool
     ) -> Gradients:
         count = None
-        if not operations.in_graph():
+        if not kernels.in_graph():
             self.casts.clear()
             count = None if matrix.counts is None else partial(matrix.counts.of_gradient, dy)
         scales = matrix.scales if swapped else matrix.transposed_scales
         weight, x = Operand(codes, scales), Operand(*saved) if needs.weight else None
-        return operations.differentiate(self.kernels, dy, weight, x, needs, swapped, count)
+        return kernels.differentiate(self.kernels, dy, weight, x, needs, swapped, count)
 
     def _cast(self, x: Tensor, matrix: Matrix, wgrad: bool) -> CastInput:
         """Common subexpressions are found by the compiler, if there is one, whose graphs count nothing."""
-        if operations.in_graph():
-            return operations.cast_input(self.kernels, _flat(x), wgrad=wgrad)
-        cast = self.casts.of(x, wgrad, lambda: operations.cast_input(self.kernels, _flat(x), wgrad=wgrad))
+        if kernels.in_graph():
+            return kernels.cast_input(self.kernels, _flat(x), wgrad=wgrad)
+        cast = self.casts.of(x, wgrad, lambda: kernels.cast_input(self.kernels, _flat(x), wgrad=wgrad))
         if matrix.counts is not None and wgrad:
             matrix.counts.of_input(_flat(x), cast.forward)
         return cast

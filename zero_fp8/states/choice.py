@@ -13,10 +13,11 @@ from dataclasses import dataclass
 
 import torch
 
-from ds_fp8.ops.adam import AdamScalars, AdamState, Rounding, Segment, Sweep
+from ds_fp8.ops.adam import AdamScalars, AdamState, Segment, Sweep
 from ds_fp8.ops.backend import Backend
 from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.formats import E4M3, Format
+from ds_fp8.ops.rounding import Rounding
 from ds_fp8.zero_fp8.states.arena import Arena
 from ds_fp8.zero_fp8.states.host_memory import local_processes
 from ds_fp8.zero_fp8.states.lanes import Lane, mark

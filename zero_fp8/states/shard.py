@@ -10,10 +10,11 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from ds_fp8.ops.adam import AdamScalars, AdamState, Rounding, Segment, Sweep
+from ds_fp8.ops.adam import AdamScalars, AdamState, Segment, Sweep
 from ds_fp8.ops.backend import Backend
 from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.formats import Format
+from ds_fp8.ops.rounding import Rounding
 from ds_fp8.zero_fp8.health import Counts
 from ds_fp8.zero_fp8.placement.partition import Piece
 from ds_fp8.zero_fp8.states.residence import Part, Residence, move, nbytes_of

@@ -12,13 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 
 from ds_fp8.config.refusals import naming
 from ds_fp8.ops.blocks import Blocks, chunks, decode
 from ds_fp8.ops.masters import write_weights
 from ds_fp8.zero_fp8.comm.agreement import gather_objects
+from ds_fp8.zero_fp8.comm.groups import Ranks
 from ds_fp8.zero_fp8.placement.partition import Piece
 from ds_fp8.zero_fp8.states.shard import Shard
 from ds_fp8.zero_fp8.weights.home import Home
@@ -110,11 +110,11 @@ class Binding:
         """How many parameters have edits that the log has not named."""
         return 0 if self._logged else len(self._edited)
 
-    def log_edits(self, group: ProcessGroup) -> None:
+    def log_edits(self, ranks: Ranks) -> None:
         """Name them in the log, once; on every rank or none."""
-        names = sorted({name for told in gather_objects(list(self._edited), group) for name in told})
+        names = sorted({name for told in gather_objects(list(self._edited), ranks) for name in told})
         self._logged = True
-        if torch.distributed.get_rank(group) == 0:
+        if ranks.rank == 0:
             logger.warning(
                 "weights replaced through .data by other values than their masters have: %s; masters do not "
                 "follow, the next step overwrites such an edit (safe_set_full_fp32_param sets both)",

@@ -14,13 +14,13 @@ from torch import Tensor
 from ds_fp8.ops import products
 from ds_fp8.ops.guards import check_decode, check_expand, check_run, check_transpose
 from ds_fp8.ops.products import tiles
-from ds_fp8.ops.triton.launch import launch
 from ds_fp8.ops.triton.tiles import (
     decode,
     encode,
     exponent_of,
     hardware_fp8,
     inverse_scale,
+    launch,
     magnitude,
     power_of_two,
     round_to_bf16,

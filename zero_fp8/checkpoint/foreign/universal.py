@@ -34,7 +34,8 @@ from ds_fp8.zero_fp8.checkpoint.foreign.stock_files import (
 )
 from ds_fp8.zero_fp8.checkpoint.manifest import Manifest, Parameter
 from ds_fp8.zero_fp8.checkpoint.model_files import ModelFiles
-from ds_fp8.zero_fp8.checkpoint.reader import Checkpoint, is_extra_state, others, whole
+from ds_fp8.zero_fp8.checkpoint.reader import is_extra_state
+from ds_fp8.zero_fp8.checkpoint.whole.merged import Merged, Whole, others
 
 STATE_FILES = ("fp32", "exp_avg", "exp_avg_sq")
 SHARED = "optimizer_state_dict"  # key of what parameters have alike, where ZeRO 3 looks
@@ -174,7 +175,7 @@ def _param(path: Path) -> Tensor:
 # Writing
 
 
-def write(checkpoint: Checkpoint, out: Path, advance: Callable[[int], None]) -> None:
+def write(checkpoint: Whole, out: Path, advance: Callable[[int], None]) -> None:
     """Write the folder `out` and, beside it, `latest_universal`.
 
     advance: called with the number of elements written. Raises ValueError if `out` exists, or
@@ -197,19 +198,22 @@ def write(checkpoint: Checkpoint, out: Path, advance: Callable[[int], None]) -> 
     tags.point(latest, out.name)
 
 
-def _copy_model_files(checkpoint: Checkpoint, folder: Path) -> None:
+def _copy_model_files(checkpoint: Whole, folder: Path) -> None:
     """Under the names where DeepSpeed looks: it reads the first of any stage under all of them."""
-    place = checkpoint.manifest.place
-    for name in place.model_files or [place.model_file]:
-        shutil.copyfile(checkpoint.folder / name, folder / name)
+    place = checkpoint.place
+    if isinstance(checkpoint, Merged):
+        save(checkpoint.whole_model_file(), folder / place.model_file)
+    else:
+        for name in place.model_files or [place.model_file]:
+            shutil.copyfile(checkpoint.folder / name, folder / name)
     for name in FIRST_MODEL_FILE:
         if not (folder / name).exists():
             os.link(folder / place.model_file, folder / name)
 
 
-def _write_states(checkpoint: Checkpoint, name: str, folder: Path) -> int:
+def _write_states(checkpoint: Whole, name: str, folder: Path) -> int:
     """Write a trained parameter's states; the number of its elements."""
-    states = whole(checkpoint, name)
+    states = checkpoint.states(name)
     folder.mkdir(parents=True)  # a name may hold a "/"
     for key, tensor in zip(STATE_FILES, states, strict=True):
         save({"param": tensor.view(checkpoint.parameters[name].shape)}, folder / f"{key}.pt")
@@ -222,7 +226,7 @@ def _step(manifest: Manifest) -> Tensor:
     return torch.tensor(float(manifest.steps))
 
 
-def _common(checkpoint: Checkpoint) -> dict[str, Any]:
+def _common(checkpoint: Whole) -> dict[str, Any]:
     """No loss scaler for stock DeepSpeed: it would take ours with its settings, in place of its config's."""
     progress, manifest = checkpoint.progress, checkpoint.manifest
     groups = [{**group, "params": []} for group in progress.param_groups]

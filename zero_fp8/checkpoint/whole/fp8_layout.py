@@ -18,13 +18,13 @@ from ds_fp8.ops.blocks import chunks, power_of_two
 from ds_fp8.ops.formats import E4M3
 from ds_fp8.ops.masters import write_weights
 from ds_fp8.ops.products import TILE, encode_weight, find_exponents, tiles
-from ds_fp8.zero_fp8.checkpoint.reader import Checkpoint
+from ds_fp8.zero_fp8.checkpoint.whole.merged import Whole
 
 SCALES = "_scale_inv"  # after the name of a weight
 LINEAR = "Linear"  # the class of which the layout has weights
 
 
-def matrices(checkpoint: Checkpoint) -> set[str]:
+def matrices(checkpoint: Whole) -> set[str]:
     """Weights that the layout can hold. Raises ValueError if there are none."""
     found = {name for name, each in checkpoint.parameters.items() if each.codes_of == LINEAR}
     if not found:
@@ -52,7 +52,7 @@ def encode(values: Tensor) -> tuple[Tensor, Tensor]:
     return codes, power_of_two(exponents)
 
 
-def quantization_config(checkpoint: Checkpoint) -> dict[str, Any]:
+def quantization_config(checkpoint: Whole) -> dict[str, Any]:
     """What belongs into config.json under that name."""
     return {
         "quant_method": "fp8",
@@ -63,7 +63,7 @@ def quantization_config(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _others(checkpoint: Checkpoint) -> Iterator[str]:
+def _others(checkpoint: Whole) -> Iterator[str]:
     """Modules whose weight is another matrix."""
     encoded = matrices(checkpoint)
     for name in checkpoint.module:
@@ -72,7 +72,7 @@ def _others(checkpoint: Checkpoint) -> Iterator[str]:
             yield module
 
 
-def _shape(checkpoint: Checkpoint, name: str) -> list[int]:
+def _shape(checkpoint: Whole, name: str) -> list[int]:
     if name in checkpoint.parameters:
         return checkpoint.parameters[name].shape
     return list(checkpoint.model_files.shape(name)) if name in checkpoint.model_files else []

@@ -20,9 +20,10 @@ from torch import Tensor
 from ds_fp8.ops.formats import E4M3
 from ds_fp8.ops.masters import write_weights
 from ds_fp8.ops.products import tiles
-from ds_fp8.zero_fp8.checkpoint import fp8_layout
 from ds_fp8.zero_fp8.checkpoint.files import new_folder, save
-from ds_fp8.zero_fp8.checkpoint.reader import Checkpoint, is_extra_state, others, whole
+from ds_fp8.zero_fp8.checkpoint.reader import is_extra_state
+from ds_fp8.zero_fp8.checkpoint.whole import fp8_layout
+from ds_fp8.zero_fp8.checkpoint.whole.merged import Whole, others
 
 Part = Literal["values", "codes", "scales"]  # of a master; the last two of an FP8 weight
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -70,7 +71,7 @@ class ModelTensor:
         return self.numel * self.dtype.itemsize
 
 
-def model_tensors(checkpoint: Checkpoint, dtype: torch.dtype, *, fp8: bool = False) -> list[ModelTensor]:
+def model_tensors(checkpoint: Whole, dtype: torch.dtype, *, fp8: bool = False) -> list[ModelTensor]:
     """Every tensor of the model, in the model's order. fp8: weights that are codes in training stay codes."""
     encoded = fp8_layout.matrices(checkpoint) if fp8 else set()
     file, held, rest = checkpoint.model_file, checkpoint.model_files, set(others(checkpoint))
@@ -112,7 +113,7 @@ def split(tensors: Sequence[ModelTensor], limit: int) -> list[list[ModelTensor]]
 
 
 def export(
-    checkpoint: Checkpoint,
+    checkpoint: Whole,
     out: Path,
     tensors: Sequence[ModelTensor],
     *,
@@ -140,7 +141,7 @@ def export(
 
 
 def _values(
-    checkpoint: Checkpoint, members: Sequence[ModelTensor], advance: Callable[[int], None]
+    checkpoint: Whole, members: Sequence[ModelTensor], advance: Callable[[int], None]
 ) -> Iterator[tuple[str, Tensor]]:
     made: dict[tuple[str, Part], Tensor] = {}  # tied parameters are one tensor
     for member in members:
@@ -154,9 +155,9 @@ def _values(
 
 
 def _made_of(
-    checkpoint: Checkpoint, master: str, member: ModelTensor
+    checkpoint: Whole, master: str, member: ModelTensor
 ) -> Iterator[tuple[tuple[str, Part], Tensor]]:
-    values = whole(checkpoint, master)[0].view(checkpoint.parameters[master].shape)
+    values = checkpoint.states(master)[0].view(checkpoint.parameters[master].shape)
     if member.part == "values":
         yield (master, "values"), _rounded(values, member)
         return

@@ -1,0 +1,107 @@
+"""FP8 products on Hopper, each cast, transpose and product launched by one call of C++.
+
+Triton's and cuBLASLt's own calls in Python take the host as long as the GPU takes for small products. So C++
+launches what has been launched before (`launches.cpp`); a call of a new kind goes to `ops.triton.products`
+or `ops.cublas`, which check it, and what they compiled or planned is handed over.
+"""
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from ds_fp8.ops import cublas, cublas_lt
+from ds_fp8.ops.hopper import build
+from ds_fp8.ops.products import CastGradient, CastInput, Operand, padded_tokens, scale_shape
+from ds_fp8.ops.triton.products import casts, weights
+from ds_fp8.ops.triton.tiles import ALIGNMENT, latest
+
+NOTHING, ROWS, TILES = range(3)  # how transposed codes are scaled
+TRANSPOSE = -1  # the kind of the kernel that transposes; others are kinds of casts
+LARGEST = 2**31 - 1 - 16  # of a size, which a kernel takes as 32 bits
+
+
+def obstacle() -> str | None:
+    """Why C++ cannot launch products; None if it can. Builds the library if it is not there."""
+    found = build.load()
+    if found is None:
+        driver, library = ctypes.CDLL("libcuda.so.1"), cublas_lt.find_library()
+        assert library is not None
+        functions = (
+            driver.cuLaunchKernel,
+            library.cublasLtMatmulDescSetAttribute,
+            library.cublasLtMatmul,
+        )
+        torch.ops.ds_fp8_launches.start([ctypes.cast(each, ctypes.c_void_p).value for each in functions])
+    return found
+
+
+def cast_input(x: Tensor, *, wgrad: bool) -> CastInput:
+    """`ops.products.cast_input`."""
+    found = torch.ops.ds_fp8_launches.cast(x, True, TILES if wgrad else NOTHING, False, _stream(x))
+    if found:
+        return CastInput(Operand(*found[:2]), Operand(*found[2:]) if wgrad else None)
+    cast = casts.cast_input(x, wgrad=wgrad)
+    _learn_cast(x, True, TILES if wgrad else NOTHING, False)
+    return cast
+
+
+def cast_gradient(dy: Tensor, *, dgrad: bool, wgrad: bool, bias: bool) -> CastGradient:
+    """`ops.products.cast_gradient`."""
+    found = torch.ops.ds_fp8_launches.cast(dy, dgrad, ROWS if wgrad else NOTHING, bias, _stream(dy))
+    if found:
+        rows = Operand(*found[:2]) if dgrad else None
+        turned = Operand(*found[2 * dgrad :][:2]) if wgrad else None
+        return CastGradient(rows, turned, found[-1] if bias else None)
+    cast = casts.cast_gradient(dy, dgrad=dgrad, wgrad=wgrad, bias=bias)
+    _learn_cast(dy, dgrad, ROWS if wgrad else NOTHING, bias)
+    return cast
+
+
+def transpose(codes: Tensor) -> Tensor:
+    """`ops.products.transpose`."""
+    found = torch.ops.ds_fp8_launches.transpose(codes, _stream(codes))
+    if found:
+        return found[0]  # type: ignore[no-any-return]
+    turned = weights.transpose(codes)
+    if _is_usual(codes, *codes.shape):
+        _learn(codes, TRANSPOSE)
+    return turned
+
+
+def multiply(left: Operand, right: Operand, bias: Tensor | None = None) -> Tensor:
+    """`ops.products.multiply`, as `ops.cublas` has it."""
+    operands = left.codes, left.scales, right.codes, right.scales
+    found = torch.ops.ds_fp8_launches.multiply(*operands, bias, _stream(left.codes))
+    if found:
+        return found[0]  # type: ignore[no-any-return]
+    product = cublas.multiply(left, right, bias)
+    if left.codes.numel():
+        torch.ops.ds_fp8_launches.add_plan(*cublas.plan_of(left, right, bias).described())
+    return product
+
+
+def _learn_cast(values: Tensor, rows: bool, turned: int, sums: bool) -> None:
+    """Hand a cast's kernel over that has just run."""
+    tokens, features = values.shape
+    if tokens and _is_usual(values, features, values.stride(0)):
+        groups = scale_shape(features, padded_tokens(tokens))[1]
+        kind = torch.ops.ds_fp8_launches.cast_kind(rows, turned, sums, groups)
+        _learn(values, kind)
+
+
+def _is_usual(tensor: Tensor, *sizes: int) -> bool:
+    """Whether Triton compiled for an address and sizes that `launches.cpp` takes."""
+    return all(each % ALIGNMENT == 0 for each in (tensor.data_ptr(), *sizes)) and max(sizes) < LARGEST
+
+
+def _learn(given: Tensor, kind: int) -> None:
+    """The kernel that was launched last is of this kind."""
+    compiled = latest()
+    threads, shared = 32 * compiled.metadata.num_warps, compiled.metadata.shared
+    torch.ops.ds_fp8_launches.add_kernel(given.get_device(), kind, compiled.function, threads, shared)
+
+
+def _stream(tensor: Tensor) -> int:
+    stream: int = torch._C._cuda_getCurrentRawStream(tensor.get_device())
+    return stream

@@ -1,0 +1,221 @@
+"""C++ launches what Triton compiled and cuBLASLt planned, with the arguments that they take.
+
+Here both are functions of this test, which read and write the host's memory; the GPU itself is compared in
+benchmarks/gpu_products.py.
+"""
+
+import ctypes
+from ctypes import CFUNCTYPE, POINTER, c_int, c_int32, c_int64, c_size_t, c_uint, c_void_p
+from types import SimpleNamespace
+from typing import Any
+
+import cublas_support
+import pytest
+import torch
+from cublas_support import Library, read
+from torch import Tensor
+
+from ds_fp8.ops import products
+from ds_fp8.ops.hopper import build, functions
+from ds_fp8.ops.products import CastGradient, CastInput, Operand, padded_tokens, scale_shape, tiles
+
+E4M3, FP32 = torch.float8_e4m3fn, torch.float32
+THREADS, SHARED = 256, 4096
+TURNED_AS_ROWS, SUMS = 2, 8  # bits of a kind of cast
+
+
+def laid(operand: Operand | None) -> Operand | None:
+    """Scales of rows as cuBLAS reads them."""
+    if operand is None or operand.scales.shape == scale_shape(*operand.codes.shape):
+        return operand
+    rows, columns = operand.scales.shape
+    return Operand(operand.codes, torch.empty(columns, rows).copy_(operand.scales.t()).t())
+
+
+def cast_input(x: Tensor, *, wgrad: bool) -> CastInput:
+    cast = products.cast_input(x, wgrad=wgrad)
+    forward = laid(cast.forward)
+    assert forward is not None
+    return CastInput(forward, cast.wgrad)
+
+
+def cast_gradient(dy: Tensor, **wanted: bool) -> CastGradient:
+    cast = products.cast_gradient(dy, **wanted)
+    return CastGradient(laid(cast.dgrad), laid(cast.wgrad), cast.bias)
+
+
+class Device:
+    """What is launched, by C functions that call Python."""
+
+    def __init__(self, library: Library) -> None:
+        self.library = library
+        self.launches = self.products = 0
+        unsigned = [c_uint] * 7
+        self.functions = (
+            CFUNCTYPE(c_int, c_void_p, *unsigned, c_void_p, POINTER(c_void_p), c_void_p)(self.launch),
+            CFUNCTYPE(c_int, c_void_p, c_int, c_void_p, c_size_t)(self.set_attribute),
+            CFUNCTYPE(c_int, *[c_void_p] * 14, c_size_t, c_void_p)(self.multiply),
+        )
+
+    def addresses(self) -> list[int | None]:
+        return [ctypes.cast(each, c_void_p).value for each in self.functions]
+
+    def launch(self, function: int, *arguments: Any) -> int:
+        """A kernel's handle is its kind and 100."""
+        *grid, shared, stream, given, _ = arguments
+        assert (grid[1:], shared, stream) == ([1, 1, THREADS, 1, 1], SHARED, 7)
+        self.launches += 1
+        if function == 99:
+            self.transpose(grid[0], given)
+        else:
+            self.cast(function - 100, grid[0], given)
+        return 0
+
+    def transpose(self, programs: int, given: Any) -> None:
+        source, target = (c_int64.from_address(given[each]).value for each in range(2))
+        rows, columns = (c_int32.from_address(given[each]).value for each in (2, 3))
+        assert programs == tiles(rows) * tiles(columns)
+        read(target, (columns, rows), torch.uint8).copy_(read(source, (rows, columns), torch.uint8).t())
+
+    def cast(self, kind: int, programs: int, given: Any) -> None:
+        at = [c_int64.from_address(given[each]).value for each in range(6)]
+        sizes = [c_int32.from_address(given[each]).value for each in range(6, 11)]
+        tokens, padded, features, stride, groups = sizes
+        assert [c_int64.from_address(given[each]).value for each in (11, 12)] == [0, 0]
+        assert (padded, groups) == (padded_tokens(tokens), scale_shape(features, padded)[1])
+        assert programs == tiles(padded) * tiles(features)
+        values = read(at[0], (tokens, stride), torch.bfloat16)[:, :features]
+        if kind & 1:
+            rows = products.cast_input(values, wgrad=False).forward
+            read(at[1], (padded, features), E4M3).copy_(rows.codes)
+            read(at[2], (tiles(features), padded), FP32).copy_(rows.scales.t())
+        if kind & (TURNED_AS_ROWS | 4):
+            as_rows = bool(kind & TURNED_AS_ROWS)
+            gradient = products.cast_gradient(values, dgrad=False, wgrad=True, bias=False).wgrad
+            turned = gradient if as_rows else products.cast_input(values, wgrad=True).wgrad
+            assert turned is not None
+            read(at[3], (features, padded), E4M3).copy_(turned.codes)
+            shape = (tiles(padded), features) if as_rows else (tiles(features), groups)
+            read(at[4], shape, FP32).copy_(turned.scales.t() if as_rows else turned.scales)
+        if kind & SUMS:
+            parts = read(at[5], (tiles(padded), features), FP32)
+            parts.zero_()
+            parts[-1] = values.float().sum(0)
+
+    def set_attribute(self, matmul: int, which: int, value: int, size: int) -> int:
+        found = SimpleNamespace(_obj=c_int64.from_address(value))
+        return self.library._set(SimpleNamespace(value=matmul), which, found, c_size_t(size))
+
+    def multiply(self, *arguments: Any) -> int:
+        self.products += 1
+        taken = list(arguments)
+        for each in (2, 7):
+            taken[each] = SimpleNamespace(_obj=ctypes.c_float.from_address(arguments[each]))
+        for each in (1, 4, 6, 9, 11):
+            taken[each] = SimpleNamespace(value=arguments[each])
+        return self.library._multiply(*taken)
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Device:
+    assert build.load() is None
+    device = Device(cublas_support.install(monkeypatch))
+    torch.ops.ds_fp8_launches.start(device.addresses())
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: 7, raising=False)
+    for name, function in {"cast_input": cast_input, "cast_gradient": cast_gradient}.items():
+        monkeypatch.setattr(functions.casts, name, function)
+    monkeypatch.setattr(functions.weights, "transpose", products.transpose)
+    return device
+
+
+def learning(monkeypatch: pytest.MonkeyPatch, kind: int) -> None:
+    """Triton has just compiled a kernel of this kind."""
+    metadata = SimpleNamespace(num_warps=THREADS // 32, shared=SHARED)
+    compiled = SimpleNamespace(metadata=metadata, function=100 + kind)
+    monkeypatch.setattr(functions, "latest", lambda: compiled)
+
+
+def same(found: Operand | None, wanted: Operand | None) -> bool:
+    if found is None or wanted is None:
+        return found is wanted
+    strides = found.scales.stride() == wanted.scales.stride()
+    return (
+        strides
+        and torch.equal(found.scales, wanted.scales)
+        and torch.equal(found.codes.view(torch.uint8), wanted.codes.view(torch.uint8))
+    )
+
+
+@pytest.mark.parametrize("wgrad", [True, False])
+@pytest.mark.parametrize("tokens", [1, 17, 2100])
+def test_casts_of_inputs(device: Device, monkeypatch: pytest.MonkeyPatch, tokens: int, wgrad: bool) -> None:
+    x = torch.randn(tokens, 208, dtype=torch.bfloat16)[:, :160]
+    groups = scale_shape(160, padded_tokens(tokens))[1]
+    learning(monkeypatch, torch.ops.ds_fp8_launches.cast_kind(True, 2 if wgrad else 0, False, groups))
+    functions.cast_input(x, wgrad=wgrad)
+    before = device.launches
+    found, wanted = functions.cast_input(x, wgrad=wgrad), cast_input(x, wgrad=wgrad)
+    assert device.launches == before + 1
+    assert same(found.forward, wanted.forward)
+    assert same(found.wgrad, wanted.wgrad)
+    assert functions.cast_input(x[:0], wgrad=wgrad).forward.codes.shape == (0, 160)
+    functions.cast_input(torch.randn(tokens, 161, dtype=torch.bfloat16)[:, 1:], wgrad=wgrad)
+    assert device.launches == before + 1, "neither no tokens nor an odd address"
+
+
+@pytest.mark.parametrize("wanted", [(True, True, True), (False, True, False), (True, False, True)])
+def test_casts_of_gradients(
+    device: Device, monkeypatch: pytest.MonkeyPatch, wanted: tuple[bool, bool, bool]
+) -> None:
+    dgrad, wgrad, bias = wanted
+    dy, asked = torch.randn(300, 96, dtype=torch.bfloat16), {"dgrad": dgrad, "wgrad": wgrad, "bias": bias}
+    learning(monkeypatch, torch.ops.ds_fp8_launches.cast_kind(dgrad, 1 if wgrad else 0, bias, 4))
+    functions.cast_gradient(dy, **asked)
+    before = device.launches
+    found, expected = functions.cast_gradient(dy, **asked), cast_gradient(dy, **asked)
+    assert device.launches == before + 1
+    assert same(found.dgrad, expected.dgrad)
+    assert same(found.wgrad, expected.wgrad)
+    assert (found.bias is None) == (not bias)
+    if found.bias is not None and expected.bias is not None:
+        assert torch.equal(found.bias, expected.bias)
+
+
+def test_transposes_and_products(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, w = (torch.randn(rows, 160, dtype=torch.bfloat16) for rows in (48, 96))
+    cast, weight = cast_input(x, wgrad=True), products.cast_input(w.t().contiguous(), wgrad=True).wgrad
+    assert weight is not None
+    learning(monkeypatch, functions.TRANSPOSE)
+    functions.transpose(weight.codes)
+    assert torch.equal(
+        functions.transpose(weight.codes).view(torch.uint8), weight.codes.view(torch.uint8).t()
+    )
+    assert device.launches == 1
+    gradient = cast_gradient(torch.randn(48, 96, dtype=torch.bfloat16), dgrad=False, wgrad=True, bias=False)
+    assert gradient.wgrad is not None
+    assert cast.wgrad is not None
+    bias = torch.randn(96, dtype=torch.bfloat16)
+    for left, right, added in (
+        (cast.forward, weight, bias),
+        (cast.forward, weight, None),
+        (gradient.wgrad, cast.wgrad, None),
+    ):
+        functions.multiply(left, right, added)
+        before = device.products
+        assert torch.equal(functions.multiply(left, right, added), products.multiply(left, right, added))
+        assert device.products == before + 1
+    with pytest.raises(ValueError, match="bias: received shape"):
+        functions.multiply(cast.forward, weight, torch.zeros(96))
+    with pytest.raises(ValueError, match="right scales: received shape"):
+        functions.multiply(cast.forward, Operand(weight.codes, weight.scales[:, :1]))
+    assert device.products == before + 1
+
+
+def test_a_library_that_cannot_be_built(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(build, "SOURCE", tmp_path / "launches.cpp")
+    (tmp_path / "launches.cpp").write_text("#error no\n")
+    monkeypatch.setattr(build, "load", build.load.__wrapped__)
+    said = functions.obstacle()
+    assert said is not None
+    assert said.startswith(f"launches.cpp cannot be compiled in {tmp_path}")
