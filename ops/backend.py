@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ds_fp8.ops import adam, blocks, per_tensor, reduction
 from ds_fp8.ops.cpu.build import BuildError
+from ds_fp8.ops.cpu.threads import on_threads
 
 VARIABLE = "DS_FP8_BACKEND"
 OLDEST_GPU = (8, 0)  # compute capability: BF16 and 16-byte asynchronous loads
@@ -118,10 +119,8 @@ def choose_for_host(threads: int) -> Backend:
 
 
 def _on_threads(threads: int, function: Callable[..., Any]) -> Callable[..., Any]:
-    from ds_fp8.ops.cpu import kernels
-
     def run(*arguments: Any, **named: Any) -> Any:
-        with kernels.on_threads(threads):
+        with on_threads(threads):
             return function(*arguments, **named)
 
     return run

@@ -72,7 +72,7 @@ ROOMS = (
         "ds_fp8.ops.triton",
         "per_tensor quantize_many | adam reduction blocks | masters moments | roots | rounding | tiles",
     ),
-    ("ds_fp8.ops.cpu", "weight_tiles | kernels | build structures"),
+    ("ds_fp8.ops.cpu", "weight_tiles | kernels | build structures threads"),
     (
         "ds_fp8.ops",
         "fp8_sum per_tensor cublas | guards cublas_lt | adam reduction products | masters moments exact | "

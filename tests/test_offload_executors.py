@@ -18,10 +18,11 @@ from test_offload import config_of, logged, make
 from torch import Tensor
 
 from ds_fp8.ops import backend as backends
-from ds_fp8.ops.adam import AdamScalars, Rounding
+from ds_fp8.ops.adam import AdamScalars
 from ds_fp8.ops.backend import REFERENCE
 from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.formats import BY_NAME, E4M3, FP32
+from ds_fp8.ops.rounding import Rounding
 from ds_fp8.zero_fp8.gradients import landing as landings
 from ds_fp8.zero_fp8.gradients.landing import HostSum, Landing
 from ds_fp8.zero_fp8.gradients.reduced import BlockSum
@@ -133,17 +134,18 @@ def threads_used(config: dict[str, Any]) -> tuple[set[int], set[int]]:
 
     assert torch.get_num_threads() == 1
     from ds_fp8.ops.cpu import kernels
+    from ds_fp8.ops.cpu.threads import thread_count
 
     swept, added = set(), set()
     step, accumulate = kernels._step, kernels._accumulate
 
     def stepped(*arguments: Any) -> None:
-        swept.add(kernels.thread_count())
+        swept.add(thread_count())
         step(*arguments)
 
     def summed(kernel: Any, pieces: Any, shard: Any, overwrite: bool) -> Tensor:
         if not overwrite:
-            added.add(kernels.thread_count())
+            added.add(thread_count())
         return accumulate(kernel, pieces, shard, overwrite)
 
     with patch.object(kernels, "_step", stepped), patch.object(kernels, "_accumulate", summed):

@@ -10,7 +10,6 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from ctypes import POINTER, byref, c_char_p, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +22,7 @@ from ds_fp8.ops.adam import AdamScalars, Segment, Sweep
 from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.cpu import build
 from ds_fp8.ops.cpu.structures import CBlocks, CRun, CScalars, CSegment, CSweep, CValues
+from ds_fp8.ops.cpu.threads import thread_count
 from ds_fp8.ops.formats import BY_NAME
 from ds_fp8.ops.moments import UNIT
 from ds_fp8.ops.reduction import NORM_PARTS
@@ -106,24 +106,6 @@ def _blocks(blocks: Blocks) -> CBlocks:
 
 def c_values(values: Tensor) -> CValues:
     return CValues(values.data_ptr(), DTYPES[values.dtype])
-
-
-_asked: ContextVar[int | None] = ContextVar("threads", default=None)
-
-
-@contextmanager
-def on_threads(count: int) -> Iterator[None]:
-    """Kernels that are called within run on so many threads, whatever torch and OMP_NUM_THREADS say."""
-    token = _asked.set(count)
-    try:
-        yield
-    finally:
-        _asked.reset(token)
-
-
-def thread_count() -> int:
-    """Of a kernel that is called now."""
-    return _asked.get() or torch.get_num_threads()
 
 
 @contextmanager
