@@ -205,6 +205,9 @@ def compiled(launch: Launch, architecture: int, whole: Collection[str] = ()) -> 
     constants = dict(launch.constants)
     if "HARDWARE" in constants:
         constants["HARDWARE"] = divmod(architecture, 10) >= tiles_triton.FIRST_WITH_FP8
+    options = dict(launch.options)
+    if "M" in constants:
+        options["maxnreg"] = adam_triton.most_registers(constants["M"], constants["HARDWARE"])
     types = {name: type_of(value) for name, value in launch.parameters.items()}
     assert all(value % 16 == 0 for name, value in launch.parameters.items() if types[name] == "i64")
     names = launch.kernel.arg_names
@@ -215,7 +218,7 @@ def compiled(launch: Launch, architecture: int, whole: Collection[str] = ()) -> 
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in wide},
     )
-    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=launch.options)
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
 
 def resources(cubin: bytes) -> dict[str, int]:

@@ -43,6 +43,7 @@ from ds_fp8.ops.triton.tiles import (
 )
 
 WARPS = 2
+QUOTIENT_REGISTERS = 96  # enough; the assembler would take 123, with which fewer warps run at a time
 STATE_COUNTS = tl.constexpr(health.STATE_COUNTS)
 
 
@@ -233,12 +234,18 @@ def adam_step(sweep: Sweep) -> None:
         launch_sweep(sweep, "blocks", sweep.plan.table)
 
 
+def most_registers(exp_avg: str, hardware: bool) -> int | None:
+    """Of a thread, for a format and where the hardware converts FP8; None: the assembler chooses."""
+    return QUOTIENT_REGISTERS if exp_avg == "int8" and hardware else None
+
+
 def launch_sweep(sweep: Sweep, which: str, amax: Tensor) -> None:
     """which: SWEEP of `adam_kernel`; amax: as the kernel has it."""
     check_step(sweep, sweep.plan.blocks)
     s, state, gradient, plan = sweep.scalars, sweep.state, sweep.gradient, sweep.plan
     rows, programs = tile_of(len(gradient), gradient.block_size, WARPS)
     partial = partials(sweep.counts, programs, plan.table)
+    hardware = hardware_fp8(sweep.weights.device)
     launch(
         adam_kernel,
         programs,
@@ -275,9 +282,10 @@ def launch_sweep(sweep: Sweep, which: str, amax: Tensor) -> None:
         MASTER=state.master.format.name,
         M=state.exp_avg.format.name,
         V=state.exp_avg_sq.format.name,
-        HARDWARE=hardware_fp8(sweep.weights.device),
+        HARDWARE=hardware,
         BLOCK=gradient.block_size,
         ROWS=rows,
+        maxnreg=most_registers(state.exp_avg.format.name, hardware),
     )
     if sweep.counts is not None:
         sweep.counts.add_(partial.sum(dim=0))
