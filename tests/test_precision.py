@@ -1,4 +1,4 @@
-"""precision.py, first_steps.py and update_error.py: what they measure with, and that a killed study goes on."""
+"""precision.py, first_steps.py, update_error.py: what they measure with, and that a killed study goes on."""
 
 import json
 import subprocess
