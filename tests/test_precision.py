@@ -1,4 +1,4 @@
-"""benchmarks/precision.py and update_error.py: what they measure with, and that a killed study goes on."""
+"""precision.py, first_steps.py, update_error.py: what they measure with, and that a killed study goes on."""
 
 import json
 import subprocess
@@ -116,6 +116,18 @@ def test_seeds_that_contradict_each_other_prove_nothing(square: list[float], clo
     assert [each.holds for each in precision.judge(rows)] == [True, False, True, close, False]
     master = next(each for each in rows if "kept" in each and each["recipe"] == precision.FP8_MASTER)
     assert master["kept"] == pytest.approx(0.6)
+
+
+def test_first_steps(tmp_path: Path) -> None:
+    """One seed: not late, where exp_avg to nearest in E4M3 is."""
+    result, printed = quick("first_steps.py", tmp_path / "first_steps.json")
+    means = {(row["name"], row["gradients"]): row["mean"] for row in result["rows"]}
+    for (name, gradients_are), mean in means.items():
+        if "e4m3" in name:
+            assert mean > 0.003
+        else:
+            assert abs(mean) < 0.003, (name, gradients_are)
+    assert "nats above FP32 moments" in printed
 
 
 @pytest.mark.slow
