@@ -67,9 +67,12 @@ TYPES = {
 class Launch:
     """Stands where a kernel does and keeps what it is launched with."""
 
+    params = ()  # by which `launch` looks up what was compiled, as if nothing had been
+
     def __init__(self, module: Any, kernel: str, code: Callable[[], object]) -> None:
-        self.kernel = getattr(module, kernel)
-        with mock.patch.object(module, kernel, self):
+        self.kernel = self.fn = getattr(module, kernel)
+        device = mock.patch.object(torch._C, "_cuda_getDevice", create=True, return_value=0)
+        with mock.patch.object(module, kernel, self), device:
             code()
 
     def __getitem__(self, grid: tuple[int, ...]) -> "Launch":

@@ -163,7 +163,7 @@ def banner(config: dict[str, Any]) -> tuple[list[str], bool, Any]:
 def test_banner_and_description(ranks: RankPools) -> None:
     lines, active, facts = ranks.run(2, banner, ds_config({"opt_level": "O2"}))[0]
     assert active
-    assert facts["exp_avg"] == facts["gradients"] == "e4m3"
+    assert (facts["exp_avg"], facts["gradients"]) == ("int8", "e4m3")
     assert facts["state_bytes_per_parameter"] == 5 + 3 / 128
     assert facts["gradient_bytes_per_parameter"] == facts["wire_bytes_per_gradient_element"] == 1 + 1 / 128
     assert sum(": ON" in line for line in lines) == 1
