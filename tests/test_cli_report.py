@@ -151,6 +151,7 @@ OF_AN_ENGINE = {
     "agreement_bytes",
     "offload",
     "host_bytes",
+    "landing_bytes",
     "pinned_bytes",
     "ring_bytes",
 }
