@@ -6,6 +6,7 @@ with what it reads and writes, and two that touch the same bytes must be ordered
 
 import os
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -55,15 +56,12 @@ def chosen(
         return_value=found,
         side_effect=None if found else RuntimeError("out of memory"),
     )
-    alone = (
-        patch.object(place, "gather_objects", lambda value, group: [value]),
-        patch("torch.distributed.get_rank", return_value=0),
-    )
-    with measured, alone[0], alone[1], logged() as log:
+    alone = patch.object(place, "gather_objects", lambda value, ranks: [value])
+    with measured, alone, logged() as log:
         recipe = place.Recipe(
             128, E4M3, E4M3, True, BY_NAME["fp16"], Rounding(0, True), E4M3, BY_NAME["fp16"], True
         )
-        host = place._host_if_wanted(recipe, offload, device, None)  # type: ignore[arg-type]
+        host = place._host_if_wanted(recipe, offload, device, SimpleNamespace(rank=0))  # type: ignore[arg-type]
     return host is not None, log
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from deepspeed import comm as dist
-from engines import Lines, assert_same_bits, build, packed, refusal
+from engines import Lines, assert_same_bits, build, packed, refusal, whole_states
 from hf_runs import FP8, LLAMA, assert_like_bf16, assert_same_run, result_of, trainer_of
 from hf_runs import ds_config as hf_config
 from packaging.version import Version
@@ -328,3 +328,23 @@ def test_trainer(ranks: RankPools, tmp_path: Path) -> None:
         cut = next((at for at, (whole, part) in enumerate(shapes) if whole != part), None)
         expected = parts[0][name] if cut is None else torch.cat([part[name] for part in parts], cut)
         assert torch.equal(tensor, expected), name
+
+
+def offloaded(executor: str) -> None:
+    """A split model with states on the device and in host memory: the same losses, norms and bits."""
+    runs = []
+    for offload in (None, {"executor": executor}):
+        fp8 = {"offload": offload} if offload else {}
+        zero = {"offload_optimizer": {"device": "cpu"}} if offload else None
+        found = train("mpu", config_of("mpu", fp8, zero=zero), steps=3)
+        assert found["about"].get("offload") == (executor if offload else None)
+        runs.append(found)
+    plain, away = runs
+    assert (away["losses"], away["norms"]) == (plain["losses"], plain["norms"])
+    assert_same_bits(away["weights"], plain["weights"])
+    assert_same_bits(whole_states([away["states"]]), whole_states([plain["states"]]))
+
+
+@pytest.mark.parametrize("executor", ["stream", "host"])
+def test_offload_changes_no_bit(ranks: RankPools, executor: str) -> None:
+    ranks.run(4, offloaded, executor)

@@ -14,13 +14,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 
 from ds_fp8.ops.backend import Backend, choose, choose_for_tensors
 from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.formats import Format
-from ds_fp8.zero_fp8.comm.groups import Nodes
+from ds_fp8.zero_fp8.comm.groups import Nodes, Ranks
 from ds_fp8.zero_fp8.gradients.autoscale import Autoscale, FixedScales, GradientScales
 from ds_fp8.zero_fp8.gradients.exchange import launch_even, launch_uneven
 from ds_fp8.zero_fp8.gradients.fp8_sum import FP8Packer, FP8Sum
@@ -61,12 +60,12 @@ def cut_buckets(specs: Sequence[ParameterSpec], recipe: Recipe, settings: ZeroSe
     return cut(specs, bucket_elements=settings.bucket_elements, block_size=recipe.block_size)
 
 
-def nodes_of_run(group: ProcessGroup, recipe: Recipe, settings: ZeroSettings) -> Nodes:
+def nodes_of_run(ranks: Ranks, recipe: Recipe, settings: ZeroSettings) -> Nodes:
     """The ranks of a run, and the groups in which its gradients travel. Collective.
 
     Under ZeRO 3 a group of their own: fetches go through `group` while buckets are under way.
     """
-    return Nodes(group, recipe.intra_node_size, apart=settings.stage == 3)
+    return Nodes(ranks.group, recipe.intra_node_size, apart=settings.stage == 3, all_ranks=ranks)
 
 
 def backend_for(recipe: Recipe, device: torch.device) -> Backend:
@@ -217,7 +216,7 @@ class _Run:
             several=settings.stage > 1 and settings.micro_steps > 1,
         )
         what = (self.recipe, settings.offload, crossing, self.device, self.backend)
-        return offloaded(*what, first.group)
+        return offloaded(*what, first.all_ranks)
 
     def rooms(self, buckets: Sequence[Bucket]) -> list[Blocks]:
         """For this rank's reduced gradients."""

@@ -39,11 +39,20 @@ def groups_of(ranks: ProcessGroup | Ranks) -> tuple[ProcessGroup, ...]:
 class Nodes:
     """A fleet's ranks in nodes, and who talks to whom."""
 
-    def __init__(self, group: ProcessGroup, node_size: int = 1, *, apart: bool = False) -> None:
+    def __init__(
+        self,
+        group: ProcessGroup,
+        node_size: int = 1,
+        *,
+        apart: bool = False,
+        all_ranks: Ranks | None = None,
+    ) -> None:
         """Collective: every rank of the world makes the same groups.
 
         node_size: a divisor of the ranks. apart: in a group of its own, of the ranks of `group`.
+        all_ranks: of the run; None: those of the fleet.
         """
+        self.all_ranks = all_ranks or Ranks(group)
         self._apart = apart
         if apart:
             group = dist.new_group(torch.distributed.get_process_group_ranks(group))

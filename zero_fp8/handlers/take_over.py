@@ -56,7 +56,7 @@ def take_over(
     if backend.instead and ranks.rank == 0:
         logger.warning("plain PyTorch instead of kernels, with the same numbers: %s", backend.instead)
     buckets = cut_buckets(specs, recipe, settings)
-    fleets = {fleet: nodes_of_run(group, recipe, settings)}
+    fleets = {fleet: nodes_of_run(ranks, recipe, settings)}
     products = None
     if choice:
         by_index = {index: names[each] for index, each in parameters.items()}

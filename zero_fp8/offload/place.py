@@ -9,12 +9,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
-from torch.distributed import ProcessGroup
 
 from ds_fp8.config.refusals import refusal
 from ds_fp8.ops.backend import Backend, choose_for_host
 from ds_fp8.ops.blocks import Blocks
 from ds_fp8.zero_fp8.comm.agreement import agreed, gather_objects
+from ds_fp8.zero_fp8.comm.groups import Ranks
 from ds_fp8.zero_fp8.gradients.landing import Landing
 from ds_fp8.zero_fp8.offload.sizes import Crossing, formats_of
 from ds_fp8.zero_fp8.recipe import Offload, Recipe
@@ -58,16 +58,16 @@ def offloaded(
     crossing: Crossing,
     device: torch.device,
     backend: Backend,
-    group: ProcessGroup,
+    ranks: Ranks,
 ) -> Offloaded:
     """Host memory for what a rank owns. Collective.
 
     Raises ValueError, on every rank, if one has too little memory, or lacks what the executor needs.
     """
-    host = agreed(lambda: _host_if_wanted(recipe, offload, device, group), group)
+    host = agreed(lambda: _host_if_wanted(recipe, offload, device, ranks), ranks)
     if host is None:
-        return Offloaded(agreed(lambda: stream(recipe, offload, crossing.rows, device, backend), group))
-    return agreed(lambda: _on_host(recipe, offload, crossing, device, host), group)
+        return Offloaded(agreed(lambda: stream(recipe, offload, crossing.rows, device, backend), ranks))
+    return agreed(lambda: _on_host(recipe, offload, crossing, device, host), ranks)
 
 
 def _on_host(
@@ -83,9 +83,7 @@ def _on_host(
     return Offloaded(residence, Landing(device, host, arena, *buffers), reduced, host)
 
 
-def _host_if_wanted(
-    recipe: Recipe, offload: Offload, device: torch.device, group: ProcessGroup
-) -> Backend | None:
+def _host_if_wanted(recipe: Recipe, offload: Offload, device: torch.device, ranks: Ranks) -> Backend | None:
     """The host's kernels, if the config says so or it is faster; None: states visit the device."""
     if offload.executor == "stream":
         return None
@@ -100,17 +98,15 @@ def _host_if_wanted(
         host = None
     if not auto:
         return host
-    return host if _faster(recipe, device, host, threads, group) == "host" else None
+    return host if _faster(recipe, device, host, threads, ranks) == "host" else None
 
 
-def _faster(
-    recipe: Recipe, device: torch.device, host: Backend | None, threads: int, group: ProcessGroup
-) -> str:
+def _faster(recipe: Recipe, device: torch.device, host: Backend | None, threads: int, ranks: Ranks) -> str:
     """The executor that is faster for the slowest rank; said by the first. Collective."""
     own: Estimate | None = None
     with suppress(RuntimeError):  # of a device or host without memory for it
         own = measure(formats_of(recipe), recipe.block_size, recipe.rounding, device, host) if host else None
-    found = gather_objects(own, group)
+    found = gather_objects(own, ranks)
     known = [each for each in found if each is not None]
     if len(known) < len(found):
         logger.info(
@@ -118,7 +114,7 @@ def _faster(
         )
         return "stream"
     slowest = Estimate(max(each.stream for each in known), max(each.host for each in known))
-    if torch.distributed.get_rank(group) == 0:
+    if ranks.rank == 0:
         logger.info(
             "fp8.offload.executor auto: %s, with %s threads for the host: %s",
             slowest,
