@@ -264,7 +264,8 @@ def test_a_dynamic_loss_scale(ranks: RankPools) -> None:
 def test_deepspeeds_own_linear_is_near(ranks: RankPools) -> None:
     """On unless the config says otherwise, it rounds the bias apart."""
     zero = {**zero3(), "memory_efficient_linear": True}
-    configs = (ds_config({}, stage=2), ds_config({}, stage=3, zero=zero))
+    fp8 = {"optimizer": {"exp_avg_dtype": "e4m3"}}
+    configs = (ds_config(fp8, stage=2), ds_config(fp8, stage=3, zero=zero))
     two, three = (ranks.run(2, train, "plain", config, 20, seconds=SECONDS)[0] for config in configs)
     traces = [[float(each) for each in run["trace"][1:-1].split(", ")][:-2] for run in (two, three)]
     losses = [trace[::2] for trace in traces]
