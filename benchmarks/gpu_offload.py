@@ -252,7 +252,7 @@ def main() -> None:
     add("--steps", type=int, default=8)
     add("--checkpointing", action="store_true", help="of every layer's activations")
     arguments = parser.parse_args()
-    arguments.sequence_parallel = 1
+    arguments.sequence_parallel = arguments.tensor_parallel = 1
     device = join_ranks()
     runs = [*load(arguments.out), measure(arguments, device)]
     if torch.distributed.get_rank() == 0:

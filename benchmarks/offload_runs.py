@@ -69,7 +69,8 @@ def bytes_of(engine: Any) -> dict[str, Tensor]:
 
 def small_run(where: str, level: str, micro_steps: int, device: torch.device) -> dict[str, Tensor]:
     """What a small model has come to after steps with an active clip."""
-    arguments = argparse.Namespace(size="tiny", context=64, checkpointing=False, sequence_parallel=1)
+    arguments = argparse.Namespace(size="tiny", context=64, checkpointing=False)
+    vars(arguments).update(sequence_parallel=1, tensor_parallel=1, float8=False)
     vars(arguments).update(
         micro_batch=4, stage=2, bucket=100_000, level=level, micro_steps=micro_steps, clipping=0.1
     )
