@@ -117,8 +117,13 @@ def library_path() -> Path:
     digest = hashlib.sha256(repr((FLAGS, _link_flags(), instruction_sets())).encode())
     for source in sorted(SOURCES.iterdir()):
         digest.update(source.read_bytes())
+    return extensions() / "ds_fp8_cpu" / digest.hexdigest()[:16] / "kernels.so"
+
+
+def extensions() -> Path:
+    """Where what is compiled on first use lies."""
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
-    return Path(root).absolute() / "ds_fp8_cpu" / digest.hexdigest()[:16] / "kernels.so"
+    return Path(root).absolute()
 
 
 def _link_flags() -> str:
@@ -188,10 +193,15 @@ def _compile(cxx: str, target: Path) -> None:
         log.write_text(done.stdout + done.stderr)
         reason = next((line for line in done.stdout.splitlines() if "error" in line), done.stdout[-300:])
         raise BuildError(f"the build failed: {reason.strip()} (all of it in {log})")
-    _keep(digest_of(temporary).encode(), digest_path(target))
+    write_digest(temporary, target)
     _sync(temporary)
     temporary.replace(target)
     _sync(target.parent)
+
+
+def write_digest(built: Path, library: Path) -> None:
+    """Say which bytes the library has, or will have once what is built has its name."""
+    _keep(digest_of(built).encode(), digest_path(library))
 
 
 def _keep(content: bytes, path: Path) -> None:

@@ -7,13 +7,14 @@ once: the first to lock builds, the others find its result.
 import functools
 import hashlib
 import logging
-import os
 import time
 from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
 from torch.utils import cpp_extension
+
+from ds_fp8.ops.cpu.build import extensions, is_whole, write_digest
 
 logger = logging.getLogger("ds_fp8")
 
@@ -41,16 +42,16 @@ def load() -> str | None:
 def folder_of() -> Path:
     """Where the library of this source and this torch lies, built or not."""
     digest = hashlib.sha256(repr((FLAGS, torch.__version__, SOURCE.read_bytes())).encode()).hexdigest()
-    root = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
-    return Path(root).absolute() / "ds_fp8_launches" / digest[:16]
+    return extensions() / "ds_fp8_launches" / digest[:16]
 
 
 def _build(folder: Path) -> None:
-    """Build if it is not there, say so as a warning, which is seen without a log set up, and load."""
+    """Load, and build before if it is not there whole; say so as a warning, seen without a log set up."""
     library, began = folder / "ds_fp8_launches.so", time.monotonic()
-    if library.exists():
+    if is_whole(library):
         torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
         return
+    library.unlink(missing_ok=True)  # of a build that was cut off, which ninja would take for whole
     logger.warning("building the C++ launches of ds_fp8, on the first run only, in %s", folder)
     cpp_extension.load(
         "ds_fp8_launches",
@@ -60,4 +61,5 @@ def _build(folder: Path) -> None:
         is_python_module=False,
         with_cuda=False,
     )
+    write_digest(library, library)
     logger.warning("built the C++ launches of ds_fp8 in %.0f s", time.monotonic() - began)
