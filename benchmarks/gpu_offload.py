@@ -34,7 +34,7 @@ from typing import Any
 import torch
 from claims import Claim, print_claims
 from gpu_train import CONSOLE, load
-from llama import SIZES, batches
+from llama import SIZES, batches, options
 from offload_runs import WAYS, check_bits, engine_of
 from ranks_gpu import facts, join_ranks
 from rich.table import Table
@@ -251,8 +251,7 @@ def main() -> None:
     add("--context", type=int, default=2048)
     add("--steps", type=int, default=8)
     add("--checkpointing", action="store_true", help="of every layer's activations")
-    arguments = parser.parse_args()
-    arguments.sequence_parallel = arguments.tensor_parallel = 1
+    arguments = options(**vars(parser.parse_args()))
     device = join_ranks()
     runs = [*load(arguments.out), measure(arguments, device)]
     if torch.distributed.get_rank() == 0:

@@ -29,6 +29,17 @@ SPLIT = "tensor_model_parallel"  # DeepSpeed's mark of a parameter of which rank
 COLLECTIVES = ("all_reduce", "all_to_all_single", "all_gather_into_tensor")
 KERNELS = [SDPBackend.FLASH_ATTENTION]  # which a CPU has, too
 Batch = dict[str, Tensor]
+PLAIN = {  # of what a training here may be asked for, if it is not
+    "checkpointing": False,
+    "float8": False,
+    "sequence_parallel": 1,
+    "tensor_parallel": 1,
+}
+
+
+def options(**given: Any) -> argparse.Namespace:
+    """What the functions here read: what is given, and the rest plain."""
+    return argparse.Namespace(**{**PLAIN, **given})
 
 
 def model_of(arguments: argparse.Namespace, device: torch.device) -> torch.nn.Module:

@@ -5,7 +5,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from llama import batches, model_of
+from llama import batches, model_of, options
 from torch import Tensor
 
 from ds_fp8.zero_fp8.checkpoint import writer
@@ -69,11 +69,8 @@ def bytes_of(engine: Any) -> dict[str, Tensor]:
 
 def small_run(where: str, level: str, micro_steps: int, device: torch.device) -> dict[str, Tensor]:
     """What a small model has come to after steps with an active clip."""
-    arguments = argparse.Namespace(size="tiny", context=64, checkpointing=False)
-    vars(arguments).update(sequence_parallel=1, tensor_parallel=1, float8=False)
-    vars(arguments).update(
-        micro_batch=4, stage=2, bucket=100_000, level=level, micro_steps=micro_steps, clipping=0.1
-    )
+    zero = {"stage": 2, "bucket": 100_000, "clipping": 0.1}
+    arguments = options(size="tiny", context=64, micro_batch=4, level=level, micro_steps=micro_steps, **zero)
     with patch.object(visits, "CHUNK", CHUNK):
         engine = engine_of(arguments, where, device)
     source = batches(arguments, device)
