@@ -7,9 +7,9 @@
         done
     done
 
-One way per process; --out gathers them, and the table shows all. First of all a small model is trained with
-states on the GPU, streamed and swept by the host: weights and states must be the same bytes, or nothing is
-measured. Then, of some steps, medians:
+One way per process; --out gathers them, and the table shows all. The first trains a small model with states
+on the GPU, streamed and swept by the host: weights and states must be the same bytes, or nothing is measured.
+Then, of some steps, medians:
 
     ms/step            a whole iteration: micro-steps, then the optimizer's step
     after backward     of engine.step() alone, from when the device has ended backward to when it has ended
@@ -144,8 +144,17 @@ def expected_between_steps(engine: Any) -> int:
     return weights + (gradient if about["offload"] == "stream" else 0) + about["ring_bytes"] + resident
 
 
-def measure(arguments: argparse.Namespace, device: torch.device) -> Run:
-    checked = check_bits(device)
+def checked_bits(runs: list[Run], device: torch.device) -> list[str]:
+    """What was compared: now, or by an earlier run on this kind of device with these versions."""
+    here = facts(device)
+    for run in runs:
+        if all(run[key] == value for key, value in here.items()):
+            return list(run["checked"])
+    return check_bits(device)
+
+
+def measure(arguments: argparse.Namespace, runs: list[Run], device: torch.device) -> Run:
+    checked = checked_bits(runs, device)
     engine = engine_of(arguments, arguments.where, device)
     source = batches(arguments, device)
     steps = [timed_step(engine, source, device) for _ in range(arguments.steps)]
@@ -253,7 +262,8 @@ def main() -> None:
     add("--checkpointing", action="store_true", help="of every layer's activations")
     arguments = options(**vars(parser.parse_args()))
     device = join_ranks()
-    runs = [*load(arguments.out), measure(arguments, device)]
+    runs = load(arguments.out)
+    runs.append(measure(arguments, runs, device))
     if torch.distributed.get_rank() == 0:
         write(arguments.out, {"runs": runs})
         report(runs)
