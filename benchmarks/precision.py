@@ -27,7 +27,7 @@ import socket
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -123,14 +123,18 @@ def weights_of(out: Path, seed: int) -> Path:
     return out.with_name(f"{out.stem}_seed{seed}.pt")
 
 
-def jobs(out: Path, runs: Runs, seeds: int, recipes: Iterable[str]) -> Iterator[Job]:
+def jobs(out: Path, runs: Runs, seeds: int, recipes: Collection[str]) -> Iterator[Job]:
     """Every run that has no result yet, fine-tuning last; FP32's training again if its weights are lost."""
+
+    def lost(seed: int) -> bool:
+        tuned = [name for name in recipes if str(seed) in runs["fine-tuning"].get(name, {})]
+        return not weights_of(out, seed).exists() and len(tuned) < len(recipes)
+
     for stage in STAGES:
         for name in recipes:
             results = runs[stage].setdefault(name, {})
             for seed in range(seeds):
-                lost = (stage, name) == ("training", FP32) and not weights_of(out, seed).exists()
-                if lost or str(seed) not in results:
+                if str(seed) not in results or ((stage, name) == ("training", FP32) and lost(seed)):
                     yield Job(stage, name, seed)
 
 
@@ -140,6 +144,15 @@ def keep(out: Path, result: dict[str, Any], job: Job, found: dict[str, float], c
     write(out, result)
     figures = "validation {validation:.4f}, {seconds:.0f} s".format(**found)
     console.print(f"{job.stage}, seed {job.seed}, {job.recipe}: {figures}", markup=False, highlight=False)
+
+
+def study(
+    out: Path, result: dict[str, Any], size: Size, seeds: int, recipes: Collection[str], console: Console
+) -> None:
+    """Every run that `result` does not have yet, one after the other; the file follows."""
+    write(out, result)
+    for job in jobs(out, result["runs"], seeds, recipes):
+        keep(out, result, job, run(job, size, weights_of(out, job.seed)), console)
 
 
 def differences(results: Results, to: Results, key: str) -> list[float]:
@@ -289,11 +302,8 @@ def main() -> None:
     arguments, size, result = arguments_of(__doc__)
     start()
     console = Console(width=132)
-    out = arguments.out
-    write(out, result)
-    for job in jobs(out, result["runs"], arguments.seeds, arguments.recipes):
-        keep(out, result, job, run(job, size, weights_of(out, job.seed)), console)
-    conclude(out, result, size, console)
+    study(arguments.out, result, size, arguments.seeds, arguments.recipes, console)
+    conclude(arguments.out, result, size, console)
     torch.distributed.destroy_process_group()
 
 
