@@ -380,7 +380,7 @@ FAULTS = (
     ),
     Fault(
         "the coordinator waits for a fetch that others have taken",
-        "zero_fp8/weights/fetch.py",
+        "zero_fp8/weights/sliced/fetch.py",
         "            awaited.pop(each, None)",
         "            pass",
         "test_zero3_users.py under_way",
@@ -520,7 +520,7 @@ FAULTS = (
     ),
     Fault(
         "what lies past a parameter's end stays",
-        "zero_fp8/weights/slices.py",
+        "zero_fp8/weights/sliced/slices.py",
         "    parameter.ds_tensor[max(0, held) :].zero_()\n",
         "",
         "test_zero3.py past_the_end",
