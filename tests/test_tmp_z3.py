@@ -1,13 +1,13 @@
 import sys
 
 sys.path.insert(0, "/work/wt/z3fp8/tests")
-from typing import Any
 import os
 from unittest.mock import patch
+
 import pytest
-from ranks import RankPools
-from engines import ds_config, zero3
 import test_zero3 as t
+from engines import ds_config, zero3
+from ranks import RankPools
 
 
 def run(kind, config, options):

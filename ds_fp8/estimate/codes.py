@@ -77,12 +77,17 @@ def guessed(model: Model, buckets: Sequence[Bucket]) -> tuple[int, int, int]:
     return round(elements * (BF16.itemsize - rate)), room_bytes(buckets), WIDEST * width**2
 
 
+def saved_of_slices(model: Model, gpus: int) -> int:
+    """Of a model of unknown shapes: bytes that codes save of a GPU's slices, less what is beside them."""
+    elements, width = elements_of(model.parameters), width_of(model.parameters)
+    saved = (BF16.itemsize - E4M3.itemsize) / gpus - tile_bytes(width, width) / width**2
+    return round(elements * saved)
+
+
 def refusal_of(config: FP8Config, model: Model, run: Run) -> str | None:
     """Why no run has FP8 weights with this model."""
     if not config.has_codes:
         return None
-    if run.stage == 3:
-        return "refused under ZeRO 3: FP8 weights are not built there yet"
     if run.model_parallel_size > 1:
         return "refused with tensor parallelism: FP8 weights are not measured there yet"
     least = config.weights.min_elements
