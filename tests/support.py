@@ -387,13 +387,12 @@ O3 = "O3: "
 
 
 def under_o3(feature: Feature) -> Feature:
-    """The same with FP8 weights and products, which are built for ZeRO 1 and 2."""
-    stages = tuple(stage for stage in feature.stages if stage < 3)
-    return replace(feature, fp8=WEIGHTS, stages=stages)
+    """The same with FP8 weights and products."""
+    return replace(feature, fp8=WEIGHTS)
 
 
 FEATURES |= {f"{O3}{name}": under_o3(FEATURES[name]) for name in UNDER_O3}
-FEATURES[f"{O3}two hops"] = Feature(fp8=WEIGHTS | TWO_HOPS, ranks=4, stages=(1, 2))
+FEATURES[f"{O3}two hops"] = Feature(fp8=WEIGHTS | TWO_HOPS, ranks=4)
 
 # Rows whose proof is a test of its own.
 PROVED_ELSEWHERE = {
@@ -634,14 +633,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
             "zero_hpz_partition_size": 2,
         }.items()
     },
-    "O3 under ZeRO 3": (
-        {"zero_optimization": {"stage": 3}, "fp8": {"opt_level": "O3"}},
-        'fp8.opt_level: received "O3", allowed: "O1", "O2", "O2+" with zero_optimization.stage 3',
-    ),
-    "fp8.weights.frozen e4m3 under ZeRO 3": (
-        {"zero_optimization": {"stage": 3}, "fp8": {"enabled": True, "weights": {"frozen": "e4m3"}}},
-        'fp8.weights.frozen: received "e4m3", allowed: the key left out with zero_optimization.stage 3',
-    ),
     "fp8.weights.frozen e4m3 with fp16": (
         {"fp16": {"enabled": True}, "fp8": {"enabled": True, "weights": {"frozen": "e4m3"}}},
         'fp16.enabled: received true, allowed: false with fp8.weights.frozen "e4m3"',
