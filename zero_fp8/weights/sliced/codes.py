@@ -7,13 +7,13 @@ every rank, so that a fetch sends codes and nothing else. What a parameter is:
     fetched    an FP8Parameter that reads the fetched codes: products take them as they have come
     gathered   by `GatheredParameters`: plain and BF16, decoded, so that it can be written
 
-A gathered parameter keeps its codes beside its values: if the values were not changed, nothing is encoded,
-and a round trip through `modifier_rank=0` changes no byte. If they were, each rank has all of them, finds the
-scales of all tiles and keeps its part of the codes.
+When a gathered parameter is released with `modifier_rank=0`, the ranks agree whether its values are those of
+its codes: if so, nothing is encoded, and a round trip changes no byte. If not, each rank has all values,
+finds the scales of all tiles and keeps its part of the codes.
 """
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from torch.nn import Parameter
 from ds_fp8.compat import ZeroParamStatus
 from ds_fp8.ops.formats import E4M3
 from ds_fp8.ops.products import TILE, tiles
-from ds_fp8.zero_fp8.comm.collectives import NothingToGather
+from ds_fp8.zero_fp8.comm.collectives import NothingToGather, max_over_ranks
 from ds_fp8.zero_fp8.comm.groups import Nodes
 from ds_fp8.zero_fp8.placement.parameters import part_of, shape_of
 from ds_fp8.zero_fp8.placement.partition import Bucket, Piece, Slot
@@ -31,7 +31,7 @@ from ds_fp8.zero_fp8.products.fp8_parameter import FP8Parameter
 from ds_fp8.zero_fp8.products.kernels import decode
 from ds_fp8.zero_fp8.products.matrix import Matrix
 from ds_fp8.zero_fp8.products.ways import Way
-from ds_fp8.zero_fp8.weights.sliced.slices import CODES, EDITED, FETCHED, empty, objection_to
+from ds_fp8.zero_fp8.weights.sliced.slices import CODES, EDITED, FETCHED, empty, is_away, objection_to
 
 TORCHS = torch._C._nn.linear  # which asks FP8Parameter
 Encode = Callable[[Matrix, Tensor], None]  # makes codes of values, [rows, columns]
@@ -47,7 +47,7 @@ def nothing_of(shape: torch.Size, device: torch.device) -> tuple[Tensor, Tensor]
 def beside_codes(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """DeepSpeed's zero3_linear_wrap, its `F.linear` under ZeRO 3: FP8 weights are not its to multiply."""
 
-    @functools.wraps(original)
+    @wraps(original)
     def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return (TORCHS if isinstance(weight, FP8Parameter) else original)(input, weight, bias)
 
@@ -107,79 +107,73 @@ class SlicedMatrix:
         parameter.ds_status = ZeroParamStatus.AVAILABLE
 
     def gathered(self, parameter: Any) -> None:
-        """Give a fetched parameter values of its own."""
+        """Give a fetched parameter values of its own, in place of its codes."""
         if self.is_read_by(parameter):
             values = self.matrix.values()
             FP8Parameter.take_off(parameter, values)
             setattr(parameter, FETCHED, values.data_ptr())
+            self._drop()
 
     def release(self, parameter: Any) -> None:
         """Let go of all but this rank's codes."""
-        codes = self.matrix.codes
-        if codes.is_cuda and self.matrix.is_here:  # as in `empty`
-            codes.record_stream(torch.cuda.current_stream())
-        self.matrix.codes, self.matrix.is_here = self._away, False
         if self.is_read_by(parameter):
             FP8Parameter.take_off(parameter, self._nothing[:0])
+            self._drop()
         empty(parameter)
 
-    def partition(self, parameter: Any, *, updated: bool) -> None:
-        """Release a parameter that is whole. updated: take its values, the same on every rank."""
-        assert parameter.ds_status is not ZeroParamStatus.INFLIGHT, parameter.ds_summary()
-        if parameter.ds_status is ZeroParamStatus.AVAILABLE:
-            if updated and not self.is_read_by(parameter):
-                self._take(parameter)
-            self.release(parameter)
-
-    def _take(self, parameter: Any) -> None:
-        """Encode the values of a gathered parameter, if they are new.
-
-        Raises ValueError if they have another shape.
-        """
-        values = parameter.detach()
-        if values.shape != self._away.shape:
-            allowed = list(self._away.shape)
-            raise ValueError(
-                f"{self.matrix.name}: received a tensor of shape {list(values.shape)}, allowed: {allowed}"
-            )
-        if not torch.equal(values, self.matrix.values()):
-            self.store(values)
-            self.edited = values.reshape(-1)[self._part].to(torch.bfloat16, copy=True)
-            setattr(parameter, EDITED, True)
+    def _drop(self) -> None:
+        codes = self.matrix.codes
+        if codes.is_cuda:  # as in `empty`
+            codes.record_stream(torch.cuda.current_stream())
+        self.matrix.codes, self.matrix.is_here = self._away, False
 
     def kept(self, parameter: Any) -> Callable[[], None]:
         """What makes a parameter that is whole so again, as it is, after a release."""
-        codes, is_fetched = self.matrix.codes, self.is_read_by(parameter)
-        values = None if is_fetched else parameter.data
+        if self.is_read_by(parameter):
+            return partial(self.fetched, parameter, self.matrix.codes.view(torch.uint8))
+        values = parameter.data
 
         def restore() -> None:
-            self.fetched(parameter, codes.view(torch.uint8).view(-1))
-            if values is not None:
-                FP8Parameter.take_off(parameter, values)
-                setattr(parameter, FETCHED, values.data_ptr())
+            parameter.data = values
+            setattr(parameter, FETCHED, values.data_ptr())
+            parameter.ds_status = ZeroParamStatus.AVAILABLE
 
         return restore
 
     # Values
 
-    def store(self, values: Tensor) -> None:
+    def was_edited(self, parameter: Any) -> bool:
+        """Whether this rank's part of a gathered parameter has other values than its codes.
+
+        Raises ValueError if the parameter has another shape.
+        """
+        values = parameter.detach()
+        if values.shape != self._away.shape:
+            received, allowed = list(values.shape), list(self._away.shape)
+            raise ValueError(f"{self.matrix.name}: received a tensor of shape {received}, allowed: {allowed}")
+        return not torch.equal(values.reshape(-1)[self._part], self.own_values())
+
+    def take(self, parameter: Any) -> None:
+        """Encode what a gathered parameter was given."""
+        values = parameter.detach()
+        self.store(parameter, values)
+        self.edited = values.reshape(-1)[self._part].to(torch.bfloat16, copy=True)
+        setattr(parameter, EDITED, True)
+
+    def store(self, parameter: Any, values: Tensor) -> None:
         """Encode values of the whole parameter, the same on every rank, and keep this rank's codes.
 
-        If the parameter is fetched, it reads them, too.
+        A parameter that is whole has them, too.
         """
-        matrix = self.matrix
-        was_here, whole = matrix.is_here, matrix.codes
-        if not was_here or self._shares(whole):
-            whole = torch.empty(whole.shape, dtype=whole.dtype, device=whole.device)
-        matrix.codes, matrix.is_here = whole, True
-        self._encode(matrix, values.reshape(whole.shape))
-        self.held[: self._part.stop - self._part.start].copy_(whole.view(torch.uint8).view(-1)[self._part])
-        if not was_here:
+        matrix, is_read = self.matrix, self.is_read_by(parameter)
+        matrix.codes, matrix.is_here = self._nothing.new_empty(self._away.shape, dtype=E4M3.dtype), True
+        self._encode(matrix, values.reshape(self._away.shape))
+        own = matrix.codes.view(torch.uint8).view(-1)[self._part]
+        self.held[: len(own)].copy_(own)
+        if not is_read:
+            if parameter.ds_status is ZeroParamStatus.AVAILABLE:
+                parameter.data.copy_(matrix.values())
             matrix.codes, matrix.is_here = self._away, False
-
-    def _shares(self, codes: Tensor) -> bool:
-        """Whether whole codes are this rank's, as with one rank."""
-        return codes.data_ptr() == self.held.data_ptr()
 
     def own_values(self) -> Tensor:
         """This rank's part, decoded, [elements] bfloat16; the rows of tiles that it touches are decoded."""
@@ -198,7 +192,7 @@ class SlicedMatrix:
         parameter.all_gather(param_list=[parameter])
         values = parameter.detach()
         self.take_over(parameter)
-        self.store(values)
+        self.store(parameter, values)
         self.release(parameter)
 
     def give_back(self, parameter: Any) -> None:
@@ -209,6 +203,23 @@ class SlicedMatrix:
         values[: len(own)] = own
         parameter.ds_tensor.data = values
         delattr(parameter, CODES)
+
+
+def partition(parameters: Sequence[Any], *, updated: bool) -> None:
+    """Release parameters that are whole. updated: take values that they were given. Collective then."""
+    assert all(each.ds_status is not ZeroParamStatus.INFLIGHT for each in parameters)
+    whole = [(each, getattr(each, CODES)) for each in parameters if not is_away(each)]
+    gathered = [(each, codes) for each, codes in whole if updated and not codes.is_read_by(each)]
+    if gathered:
+        first = gathered[0][0]
+        found = [codes.was_edited(each) for each, codes in gathered]
+        edited = torch.tensor(found, dtype=torch.uint8, device=first.device)
+        max_over_ranks(edited, first.ds_process_group)
+        for (each, codes), is_edited in zip(gathered, edited.tolist(), strict=True):
+            if is_edited:
+                codes.take(each)
+    for each, codes in whole:
+        codes.release(each)
 
 
 class CodeSlices:
@@ -263,10 +274,7 @@ class CodeSlices:
 
     def store(self, home: SlicedMatrix, values: Tensor) -> None:
         """Encode values of a whole parameter, the same on every rank."""
-        home.store(values)
-        parameter = self._parameters[home.parameter]
-        if not home.is_read_by(parameter) and parameter.ds_status is ZeroParamStatus.AVAILABLE:
-            parameter.data.copy_(home.matrix.values())
+        home.store(self._parameters[home.parameter], values)
 
     def returned(self, home: SlicedMatrix, own: Sequence[Piece]) -> list[Tensor] | None:
         """What this rank owns of values that the parameter was given since, which have been encoded."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ds_fp8.compat import ZeroParamStatus
 from ds_fp8.zero_fp8.comm.collectives import gather_flat
+from ds_fp8.zero_fp8.weights.sliced import codes
 from ds_fp8.zero_fp8.weights.sliced.slices import CODES, EDITED, FETCHED, is_away, objection_to
 
 UNDER_WAY = "ds_fp8_fetch"  # attribute of a parameter: its last fetch
@@ -62,17 +63,18 @@ def _fill(parameter: Any, whole: Tensor) -> None:
         values = values[: parameter.ds_numel]
         if parameter.ds_persist:
             values = values.clone()  # padding is not kept from step to step
-    codes = getattr(parameter, CODES, None)
-    if codes is not None:
-        codes.fetched(parameter, values)
+    if hasattr(parameter, CODES):
+        getattr(parameter, CODES).fetched(parameter, values)
         return
     put_back(parameter, values.view(parameter.ds_shape))
 
 
 def kept(parameter: Any) -> Callable[[], None]:
     """What makes a parameter that is whole so again, as it is, with what is written to it meanwhile."""
-    codes = getattr(parameter, CODES, None)
-    return partial(put_back, parameter, parameter.data) if codes is None else codes.kept(parameter)
+    if hasattr(parameter, CODES):
+        restore: Callable[[], None] = getattr(parameter, CODES).kept(parameter)
+        return restore
+    return partial(put_back, parameter, parameter.data)
 
 
 def put_back(parameter: Any, values: Tensor) -> None:
@@ -177,6 +179,4 @@ def _partition(own: Any, original: Any, param_list: Any = None, **options: Any) 
     original(plain, **options)
     for each in plain if updated else ():
         setattr(each, EDITED, True)
-    for each in parameters:
-        if hasattr(each, CODES):
-            getattr(each, CODES).partition(each, updated=updated)
+    codes.partition([each for each in parameters if hasattr(each, CODES)], updated=updated)
