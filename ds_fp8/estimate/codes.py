@@ -77,11 +77,10 @@ def guessed(model: Model, buckets: Sequence[Bucket]) -> tuple[int, int, int]:
     return round(elements * (BF16.itemsize - rate)), room_bytes(buckets), WIDEST * width**2
 
 
-def saved_of_slices(model: Model, gpus: int) -> int:
-    """Of a model of unknown shapes: bytes that codes save of a GPU's slices, less what is beside them."""
+def guessed_slices(model: Model) -> tuple[int, int]:
+    """Of a model of unknown shapes: elements that are codes, and bytes beside them on every GPU."""
     elements, width = elements_of(model.parameters), width_of(model.parameters)
-    saved = (BF16.itemsize - E4M3.itemsize) / gpus - tile_bytes(width, width) / width**2
-    return round(elements * saved)
+    return elements, round(elements * tile_bytes(width, width) / width**2)
 
 
 def refusal_of(config: FP8Config, model: Model, run: Run) -> str | None:

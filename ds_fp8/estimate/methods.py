@@ -193,9 +193,10 @@ def _with_slices(held: Held, config: FP8Config, model: Model, run: Run, chosen: 
     weights += memory.beside_codes(chosen.shapes.values())
     weights += memory.beside_codes(chosen.frozen.values(), agreed=False)
     if config.has_codes and model.module is None:
-        share = codes.elements_of(model.parameters) / model.parameters
-        weights -= codes.saved_of_slices(model, run.gpus)
-        at_a_time -= round(share * at_a_time * (WEIGHT - E4M3.itemsize) / WEIGHT)
+        elements, beside = codes.guessed_slices(model)
+        saved = WEIGHT - E4M3.itemsize
+        weights += beside - saved * elements // run.gpus
+        at_a_time -= round(saved / WEIGHT * at_a_time * elements / model.parameters)
     return replace(held, weights=weights, persistent=always, fetched=at_a_time)
 
 

@@ -4,19 +4,29 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
+from torch.nn import Parameter
 
 from ds_fp8.zero_fp8.comm.groups import Nodes
 from ds_fp8.zero_fp8.placement.partition import Piece, Slot
 from ds_fp8.zero_fp8.products.matrix import Matrix
-from ds_fp8.zero_fp8.weights.home import Home
 from ds_fp8.zero_fp8.weights.store import Gather
 
 
-class CodeHome(Home, Protocol):
-    """Where a matrix belongs."""
+class CodeHome(Protocol):
+    """A `Home`, of a matrix."""
+
+    @property
+    def parameter(self) -> int: ...
+
+    @property
+    def address(self) -> int: ...
 
     @property
     def matrix(self) -> Matrix: ...
+
+    def objection(self, parameter: Parameter) -> str | None: ...
+
+    def address_of(self, parameter: Parameter) -> int: ...
 
 
 class CodeStore(Protocol):
