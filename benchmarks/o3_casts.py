@@ -1,4 +1,4 @@
-"""What casts do to real activations and gradients, early and late in a training, by the shape of their scales.
+"""What casts do to real activations and gradients, early and late in training, by the shape of their scales.
 
     nice python benchmarks/o3_casts.py --out benchmarks/cpu/o3_casts.json
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 from ds_fp8.ops import product_backend, products
 from ds_fp8.ops.product_backend import Products
 from ds_fp8.ops.products import CastGradient, CastInput, Operand, padded_tokens, scale_shape, tiles
+from ds_fp8.zero_fp8.product_health import IN_GRAPHS
 
 _CODES = torch.float8_e4m3fn
 _tracing = ContextVar("tracing", default=False)
@@ -113,8 +115,8 @@ def differentiate(
     """The gradients of a product for dy, [tokens, N] bfloat16, contiguous.
 
     weight: the codes as they are stored, and the scales of the right side of dgrad. x: of `cast_input`, if
-    the weight's gradient is wanted. swapped: the weight is stored as [K, N]. count: gets the cast of dy; a
-    graph counts nothing.
+    the weight's gradient is wanted. swapped: the weight is stored as [K, N]. count: gets the cast of dy;
+    graphs find who counts when they run.
     """
     if not in_graph():
         return _run_gradients(kernels, dy, weight, x, needs, swapped, count)
@@ -175,6 +177,8 @@ def _op(name: str, signature: str, run: Callable[..., Any], fake: Callable[..., 
 
 def _run_cast_input(kernels: str, x: Tensor, wgrad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     cast = named(kernels).cast_input(x, wgrad=wgrad)
+    if IN_GRAPHS.measure(x):
+        IN_GRAPHS.cast(x, cast.forward, wgrad)
     turned = _nothing(x) if cast.wgrad is None else (cast.wgrad.codes, cast.wgrad.scales)
     return cast.forward.codes, cast.forward.scales.t().contiguous(), *turned
 
@@ -192,6 +196,8 @@ def _run_multiply(
     kernels: str, left: Tensor, left_scales: Tensor, right: Tensor, right_scales: Tensor, bias: Tensor | None
 ) -> Tensor:
     operand = Operand(left, left_scales.t())
+    if IN_GRAPHS.measure(left):
+        IN_GRAPHS.multiply(left, right_scales)
     return named(kernels).multiply(operand, Operand(right, right_scales), bias)
 
 
@@ -212,7 +218,9 @@ def _run_differentiate(
     swapped: bool,
 ) -> tuple[Tensor, ...]:
     right = None if x is None or x_scales is None else Operand(x, x_scales)
-    found = _run_gradients(named(kernels), dy, Operand(codes, scales), right, Needs(*needs), swapped)
+    counts = IN_GRAPHS.of(scales) if IN_GRAPHS.measure(dy) else None
+    count = None if counts is None else partial(counts.of_gradient, dy)
+    found = _run_gradients(named(kernels), dy, Operand(codes, scales), right, Needs(*needs), swapped, count)
     return tuple(dy.new_empty(0) if each is None else each for each in found)
 
 

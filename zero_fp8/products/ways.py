@@ -76,7 +76,7 @@ class FP8Products:
         return kernels.differentiate(self.kernels, dy, weight, x, needs, swapped, count)
 
     def _cast(self, x: Tensor, matrix: Matrix, wgrad: bool) -> CastInput:
-        """Common subexpressions are found by the compiler, if there is one, whose graphs count nothing."""
+        """A compiler, if there is one, finds common casts itself, and its ops count when they run."""
         if kernels.in_graph():
             return kernels.cast_input(self.kernels, _flat(x), wgrad=wgrad)
         cast = self.casts.of(x, wgrad, lambda: kernels.cast_input(self.kernels, _flat(x), wgrad=wgrad))
