@@ -1,8 +1,10 @@
 """Health of FP8 products: what the casts of x, dy and w did, by matrix, and nothing on other steps."""
 
 import csv
+import gc
 import math
 import os
+import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -181,8 +183,16 @@ def test_graphs_count_as_eager_products_do(monkeypatch: pytest.MonkeyPatch) -> N
         health.forget()
         compiled(uneven(37, 160, seed=1), uneven(37, 64, seed=9))
     assert collected(health) == {"total": {}}
-    health.measure(False)
     assert counter.frame_count == 2, "one with gradients, one without"
+
+
+def test_an_engine_that_ends_on_a_measured_step_leaves_no_matrix() -> None:
+    matrix = fp8_linear().weight.matrix
+    ProductHealth([matrix], torch.device("cpu")).measure(True)
+    gone = weakref.ref(matrix)
+    del matrix
+    gc.collect()
+    assert gone() is None
 
 
 def test_codes_of_an_input_that_does_not_count_in_memory_of_one_that_did(

@@ -11,6 +11,7 @@ find the matrix by the address of the scales that they are given.
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -78,7 +79,7 @@ class InGraphs:
     """
 
     def __init__(self) -> None:
-        self._matrices: list[Measured] = []
+        self._matrices: WeakSet[Measured] = WeakSet()  # an engine that goes lets its matrices go
         self._inputs: dict[int, tuple[Tensor, Tensor]] = {}  # sums and extremes by the address of codes
 
     def measure(self, values: Tensor) -> bool:
@@ -86,10 +87,10 @@ class InGraphs:
         return bool(self._matrices) and not (values.is_cuda and torch.cuda.is_current_stream_capturing())
 
     def follow(self, matrices: Sequence[Measured]) -> None:
-        self._matrices += matrices
+        self._matrices.update(matrices)
 
     def leave(self, matrices: Sequence[Measured]) -> None:
-        self._matrices = [each for each in self._matrices if all(each is not left for left in matrices)]
+        self._matrices.difference_update(matrices)
         self._inputs.clear()
 
     def cast(self, x: Tensor, cast: Operand, wgrad: bool) -> None:
