@@ -76,7 +76,7 @@ ROOMS = (
     (
         "ds_fp8.ops",
         "fp8_sum per_tensor cublas | guards cublas_lt | adam reduction products | masters moments exact | "
-        "rounding blocks | health | formats",
+        "rounding blocks | health | capture formats",
     ),
     ("ds_fp8.config", "ds_config | offload parsing | optimizer_params rules section | rule_kinds"),
     ("ds_fp8", "compat"),

@@ -24,6 +24,7 @@ from ds_fp8.ops.products import Operand
 from ds_fp8.zero_fp8 import product_health
 from ds_fp8.zero_fp8.health import Health
 from ds_fp8.zero_fp8.product_health import IN_GRAPHS, ProductCounts, ProductHealth
+from ds_fp8.zero_fp8.products import ways
 from ds_fp8.zero_fp8.products.fp8_parameter import FP8Parameter
 
 FIGURES = ("underflow", "saturated", "amax_spread")
@@ -193,6 +194,19 @@ def test_an_engine_that_ends_on_a_measured_step_leaves_no_matrix() -> None:
     del matrix
     gc.collect()
     assert gone() is None
+
+
+def test_what_a_cuda_graph_replays_does_not_count(
+    layer: nn.Linear, health: ProductHealth, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would on every step; a compiled graph's ops among it."""
+    for module in (ways, product_health):
+        monkeypatch.setattr(module, "captured", lambda _: True)
+    health.measure(True)
+    for run in (layer, torch.compile(layer, backend="aot_eager")):
+        run(random(5, 160).requires_grad_()).sum().backward()
+        assert collected(health) == {"total": {}}
+    health.measure(False)
 
 
 def test_codes_of_an_input_that_does_not_count_in_memory_of_one_that_did(

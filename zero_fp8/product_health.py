@@ -19,6 +19,7 @@ from torch.distributed import ProcessGroup
 from torch.nn import functional
 
 from ds_fp8.ops.blocks import NOT_FINITE, power_of_two
+from ds_fp8.ops.capture import captured
 from ds_fp8.ops.formats import E4M3
 from ds_fp8.ops.products import TILE, CastGradient, Operand
 from ds_fp8.zero_fp8.comm.collectives import max_over_ranks, sum_over_ranks
@@ -84,7 +85,7 @@ class InGraphs:
 
     def measure(self, values: Tensor) -> bool:
         """Whether an op of these values counts; not in a CUDA graph, which is replayed on every step."""
-        return bool(self._matrices) and not (values.is_cuda and torch.cuda.is_current_stream_capturing())
+        return bool(self._matrices) and not captured(values)
 
     def follow(self, matrices: Sequence[Measured]) -> None:
         self._matrices.update(matrices)

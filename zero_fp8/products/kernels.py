@@ -167,8 +167,13 @@ def _run_decode(kernels: Kernels, codes: Tensor, exponents: Tensor) -> Tensor:
 
 
 def _op(name: str, signature: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
-    """An op without what `torch.library.custom_op` wraps around each call; autograd never sees it."""
-    torch.library.define(f"ds_fp8::{name}", signature, tags=(torch.Tag.pt2_compliant_tag,))
+    """An op without what `torch.library.custom_op` wraps around each call; autograd never sees it.
+
+    CUDA graphs of the compiler (`mode="reduce-overhead"`) leave it out: they would copy the codes of every
+    weight into memory of their own, at each run.
+    """
+    tags = (torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe)
+    torch.library.define(f"ds_fp8::{name}", signature, tags=tags)
     torch.library.impl(f"ds_fp8::{name}", "default", run)
     torch.library.register_fake(f"ds_fp8::{name}", fake)
     op: Callable[..., Any] = getattr(torch.ops.ds_fp8, name).default

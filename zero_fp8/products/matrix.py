@@ -50,6 +50,11 @@ class Matrix:
         self.generation += 1
         torch.autograd.graph.increment_version(self.codes)
 
+    def record_stream(self, stream: torch.Stream) -> None:
+        """Keep the memory, if its owner lets it go, until what is queued on the stream now has run."""
+        for each in (self.codes, self.exponents, self.scales, self.transposed_scales):
+            each.record_stream(stream)
+
     def values(self, codes: Tensor | None = None) -> Tensor:
         """[rows, columns] bfloat16, decoded anew; codes: those of a graph, if it saved them."""
         return decode(self.kernels, self.codes if codes is None else codes, self.exponents)

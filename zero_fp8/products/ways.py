@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ds_fp8.ops.capture import captured
 from ds_fp8.ops.products import CastInput, Operand
 from ds_fp8.zero_fp8.products import kernels
 from ds_fp8.zero_fp8.products.kernels import Gradients, Kernels, Needs
@@ -70,7 +71,8 @@ class FP8Products:
         count = None
         if not kernels.in_graph():
             self.casts.clear()
-            count = None if matrix.counts is None else partial(matrix.counts.of_gradient, dy)
+            if matrix.counts is not None and not captured(dy):
+                count = partial(matrix.counts.of_gradient, dy)
         scales = matrix.scales if swapped else matrix.transposed_scales
         weight, x = Operand(codes, scales), Operand(*saved) if needs.weight else None
         return kernels.differentiate(self.kernels, dy, weight, x, needs, swapped, count)
@@ -80,7 +82,7 @@ class FP8Products:
         if kernels.in_graph():
             return kernels.cast_input(self.kernels, _flat(x), wgrad=wgrad)
         cast = self.casts.of(x, wgrad, lambda: kernels.cast_input(self.kernels, _flat(x), wgrad=wgrad))
-        if matrix.counts is not None and wgrad:
+        if matrix.counts is not None and wgrad and not captured(x):
             matrix.counts.of_input(_flat(x), cast.forward)
         return cast
 
