@@ -168,9 +168,9 @@ class Spy:
         self.gradients.append((dgrad, wgrad, bias))
         return products.cast_gradient(dy, dgrad=dgrad, wgrad=wgrad, bias=bias)
 
-    def _transpose(self, codes: Tensor) -> Tensor:
+    def _transpose(self, codes: Tensor, exponents: Tensor) -> products.Operand:
         self.transposed += 1
-        return products.transpose(codes)
+        return products.transpose(codes, exponents)
 
 
 @pytest.mark.parametrize("weight", [True, False])

@@ -221,7 +221,7 @@ def test_a_stream_keeps_the_memory_that_products_read(monkeypatch: pytest.Monkey
     monkeypatch.undo()
     with pytest.raises(NotImplementedError, match="aten::record_stream"):  # a CPU has none
         weight.matrix.record_stream(stream)
-    parts = {name: Mock() for name in ("codes", "exponents", "scales", "transposed_scales")}
+    parts = {name: Mock() for name in ("codes", "exponents", "scales")}
     dataclasses.replace(weight.matrix, **parts).record_stream(stream)
     assert all(each.record_stream.mock_calls == [call(stream)] for each in parts.values())
 

@@ -67,7 +67,7 @@ ROOMS = (
     ("ds_fp8.zero_fp8", "plain_tensors recipe"),
     ("ds_fp8.ops", "op_builders product_backend | backend"),
     ("ds_fp8.ops.hopper", "functions | build"),
-    ("ds_fp8.ops.triton.products", "casts weights"),
+    ("ds_fp8.ops.triton.products", "casts weights | scales"),
     (
         "ds_fp8.ops.triton",
         "per_tensor quantize_many | adam reduction blocks | masters moments | roots | rounding | tiles",

@@ -5,11 +5,12 @@ none, and nobody asks further. Counted in plain PyTorch on the device, nothing w
 inf or NaN do not count.
 
 A compiled graph is one for many matrices and for all steps. So its ops ask when they run (`IN_GRAPHS`), and
-find the matrix by the address of the scales that they are given.
+find the matrix by the addresses of the exponents or scales that they are given.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Protocol
 from weakref import WeakSet
 
@@ -68,8 +69,8 @@ class Measured(Protocol):
 
     name: str
     counts: ProductCounts | None
+    exponents: Tensor
     scales: Tensor
-    transposed_scales: Tensor
 
 
 class InGraphs:
@@ -82,10 +83,7 @@ class InGraphs:
     def __init__(self) -> None:
         self._matrices: WeakSet[Measured] = WeakSet()  # an engine that goes lets its matrices go
         self._inputs: dict[int, tuple[Tensor, Tensor]] = {}  # sums and extremes by the address of codes
-
-    def measure(self, values: Tensor) -> bool:
-        """Whether an op of these values counts; not in a CUDA graph, which is replayed on every step."""
-        return bool(self._matrices) and not captured(values)
+        self._transposed: dict[int, ProductCounts | None] = {}  # by the address of scales
 
     def follow(self, matrices: Sequence[Measured]) -> None:
         self._matrices.update(matrices)
@@ -93,26 +91,45 @@ class InGraphs:
     def leave(self, matrices: Sequence[Measured]) -> None:
         self._matrices.difference_update(matrices)
         self._inputs.clear()
+        self._transposed.clear()
 
     def cast(self, x: Tensor, cast: Operand, wgrad: bool) -> None:
         """x was cast; it counts if a weight's gradient wants it. Codes may have the memory of older ones."""
+        if not self._measures(x):
+            return
         self._inputs.pop(cast.codes.data_ptr(), None)
         if wgrad:
             self._inputs[cast.codes.data_ptr()] = _of_rows(x, cast)
 
+    def transpose(self, exponents: Tensor, scales: Tensor) -> None:
+        """The weight that has these exponents was transposed for a product."""
+        if self._measures(exponents):
+            self._transposed[scales.data_ptr()] = self._of(exponents)
+
     def multiply(self, codes: Tensor, scales: Tensor) -> None:
         """Codes of an input meet a weight that has these scales; if its input does not count, nothing."""
-        counts, counted = self.of(scales), self._inputs.get(codes.data_ptr())
+        counts, counted = self._of(scales), self._inputs.get(codes.data_ptr())
         if counts is not None and counted is not None:
             counts.add_input(*counted)
 
-    def of(self, scales: Tensor) -> ProductCounts | None:
-        """The counts of the weight that has these scales, transposed or not."""
-        address = scales.data_ptr()
+    def gradient(self, dy: Tensor, tiles: Tensor) -> Callable[[CastGradient], None] | None:
+        """What counts casts of dy for the weight that has these exponents or scales, if something does."""
+        counts = self._of(tiles)
+        return None if counts is None else partial(counts.of_gradient, dy)
+
+    def _of(self, tiles: Tensor) -> ProductCounts | None:
+        """The counts of the weight that has these exponents or scales, while ops count."""
+        if not self._measures(tiles):
+            return None
+        address = tiles.data_ptr()
         for each in self._matrices:
-            if address in (each.scales.data_ptr(), each.transposed_scales.data_ptr()):
+            if address in (each.exponents.data_ptr(), each.scales.data_ptr()):
                 return each.counts
-        return None
+        return self._transposed.get(address)
+
+    def _measures(self, values: Tensor) -> bool:
+        """Whether an op of these values counts; not in a CUDA graph, which is replayed on every step."""
+        return bool(self._matrices) and not captured(values)
 
 
 IN_GRAPHS = InGraphs()

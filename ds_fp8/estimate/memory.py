@@ -117,17 +117,15 @@ def code_bytes(buckets: Sequence[Bucket], shapes: Mapping[int, Shape]) -> int:
 
 
 def frozen_bytes(shapes: Iterable[Shape]) -> int:
-    """Bytes of frozen matrices as FP8 codes: as `code_bytes`, without padding, and no rank has to agree."""
+    """Bytes of frozen matrices as FP8 codes: as `code_bytes`, without padding."""
     return sum(
-        rows * columns * E4M3.itemsize + tile_bytes(rows, columns) - _exponents(rows, columns) + BF16.itemsize
-        for rows, columns in shapes
+        rows * columns * E4M3.itemsize + tile_bytes(rows, columns) + BF16.itemsize for rows, columns in shapes
     )
 
 
 def tile_bytes(rows: int, columns: int) -> int:
-    """Bytes of a matrix's exponents, as they are and as the ranks agree on them, and of its FP32 scales."""
-    scales = prod(scale_shape(rows, columns)) + prod(scale_shape(columns, rows))
-    return 2 * _exponents(rows, columns) + FP32.itemsize * scales
+    """Bytes of a matrix's exponents, and of its FP32 scales."""
+    return _exponents(rows, columns) + FP32.itemsize * prod(scale_shape(rows, columns))
 
 
 def agreement_bytes(buckets: Sequence[Bucket], shapes: Mapping[int, Shape]) -> int:

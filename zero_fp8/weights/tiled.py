@@ -15,6 +15,7 @@ parameter is given between steps are kept, as far as a rank owns them, until cod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import TypeGuard
 
 import torch
@@ -67,11 +68,15 @@ class OwnPart:
 
     piece: Piece
     matrix: Matrix
-    agreed: Tensor  # exponents of the matrix, while the ranks agree on them
+    tiles: slice  # of the matrix, among those of the bucket
 
     def of(self, rows: Tensor) -> Tensor:
         """This part of a rank's rows of the bucket, as a vector."""
         return elements_of(self.piece, rows)
+
+    def exponents(self, agreed: Tensor) -> Tensor:
+        """Those of the matrix, of what the ranks agree on for a bucket."""
+        return agreed[self.tiles].view(self.matrix.exponents.shape)
 
     @property
     def place(self) -> tuple[int, int]:
@@ -117,18 +122,16 @@ class TiledWeights:
         self._codes = torch.zeros(bucket.blocks * bucket.block_size, dtype=torch.uint8, device=device)
         counts = [tiles(each.shape[0]) * tiles(each.shape[1]) for each in self._parameters.values()]
         self._exponents = torch.ones(sum(counts), dtype=torch.uint8, device=device)
-        self._agreed = torch.zeros_like(self._exponents)
         self.homes: list[MatrixHome] = []
         self._parts: list[OwnPart] = []
-        rows = zip(torch.split(self._exponents, counts), torch.split(self._agreed, counts), strict=True)
-        for slot, (exponents, agreed) in zip(bucket.slots, rows, strict=True):
+        ends = list(accumulate(counts))
+        for slot, count, end in zip(bucket.slots, counts, ends, strict=True):
+            places = slice(end - count, end)
             codes = self._codes[bucket.offset(slot) :][: slot.numel].view(E4M3.dtype)
-            matrix = self._matrix(slot.parameter, codes, exponents)
+            matrix = self._matrix(slot.parameter, codes, self._exponents[places])
             self.homes.append(MatrixHome(slot.parameter, matrix))
             self._parts += [
-                OwnPart(piece, matrix, agreed.view(matrix.exponents.shape))
-                for piece in bucket.pieces(rank)
-                if piece.slot is slot
+                OwnPart(piece, matrix, places) for piece in bucket.pieces(rank) if piece.slot is slot
             ]
 
     def _matrix(self, index: int, codes: Tensor, exponents: Tensor) -> Matrix:
@@ -193,14 +196,14 @@ class TiledWeights:
     def gather(self, nodes: Nodes, control: Tensor | None) -> CodeGather:
         """Encode what `room` holds, and launch what brings every rank's codes to all."""
         room, kernels = self.room, self._products.choice.kernels
-        self._agreed.zero_()
+        agreed = torch.zeros_like(self._exponents)
         for part in self._parts:
-            kernels.find_exponents(part.of(room), *part.place, part.agreed)
-        max_over_ranks(self._agreed, nodes.group)
+            kernels.find_exponents(part.of(room), *part.place, part.exponents(agreed))
+        max_over_ranks(agreed, nodes.group)
         if control is None:
-            self._exponents.copy_(self._agreed)
+            self._exponents.copy_(agreed)
         else:
-            self._exponents.copy_(torch.where(control[1] == 0, self._exponents, self._agreed))
+            self._exponents.copy_(torch.where(control[1] == 0, self._exponents, agreed))
         for part in self._parts:
             kernels.encode_weight(part.of(room), *part.place, part.matrix.exponents, part.codes, control)
             if part.matrix.counts is not None:
@@ -213,7 +216,7 @@ class TiledWeights:
         for home in self.homes:
             matrix = home.matrix
             expand = self._products.choice.kernels.expand_exponents
-            expand(matrix.exponents, matrix.scales, matrix.transposed_scales)
+            expand(matrix.exponents, matrix.scales)
             matrix.rewritten()
             if not self._encoded:
                 FP8Parameter.take_over(self._parameters[home.parameter], matrix, self._products.choice.way)
