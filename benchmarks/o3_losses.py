@@ -15,7 +15,7 @@ result is written as soon as it is there, and a study that was killed goes on.
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from claims import Claim, print_claims
 from paired import Paired, paired
-from precision import SIZES, Results, Size, resumed, run, start
+from precision import SIZES, Job, Results, Size, resumed, run, start
 from recipes import PEAK_RATE, Build, engine, fp8
 from rich.console import Console
 from rich.table import Table
@@ -32,7 +32,8 @@ from torch import nn
 from train_lm import Shape
 
 STOCK, O3 = "stock BF16", "O3"
-SIZE = Size(Shape(4, 256, 4, 128), batch=8, steps=500, fine_steps=0, validation_windows=512)
+SIZE = replace(SIZES["1M"], shape=Shape(4, 256, 4, 128), steps=500, validation_windows=512)
+SETTINGS = ("shape", "batch", "steps", "validation_windows")  # of a study that can go on
 FIGURES = {"training": "last training losses", "validation": "validation"}
 EVERY_LINEAR = {"min_elements": 1}
 
@@ -64,9 +65,7 @@ def study(out: Path, result: dict[str, Any], size: Size, seeds: int, console: Co
         for name, build in recipes.items():
             if str(seed) in runs.setdefault(name, {}):
                 continue
-            figures, trained = run(build, "training", size, seed, out)
-            trained.destroy()
-            runs[name][str(seed)] = figures
+            figures = runs[name][str(seed)] = run(Job("training", name, seed), size, out, build)
             if watched.health:
                 result.setdefault("health", {})[str(seed)] = watched.early_and_late
             write(out, result)
@@ -107,7 +106,8 @@ def main() -> None:
     size = SIZES["tiny"] if arguments.quick else SIZE
     os.environ["DS_FP8_PRODUCTS"] = "emulated"
     try:
-        result = resumed(arguments.out, {**asdict(size), "peak_rate": PEAK_RATE, "weights": EVERY_LINEAR})
+        settings = {name: asdict(size)[name] for name in SETTINGS}
+        result = resumed(arguments.out, {**settings, "peak_rate": PEAK_RATE, "weights": EVERY_LINEAR})
     except ValueError as error:
         parser.error(str(error))
     result["machine"] = facts()
