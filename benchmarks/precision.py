@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 import deepspeed
 import torch
 from claims import Claim, print_claims
-from recipes import FP8_MASTER, FP8_SQUARE, FP32, LEVELS, PEAK_RATE, RECIPES
+from recipes import FP8_MASTER, FP8_SQUARE, FP32, LEVELS, PEAK_RATE, RECIPES, Build
 from rich.console import Console
 from rich.table import Table
 from timing import facts, parser_of, round_count, write
@@ -97,8 +97,11 @@ def train(engine: Any, batches: Iterator[Tensor], rates: list[float]) -> float:
     return statistics.fmean(losses[-LAST:])
 
 
-def run(job: Job, size: Size, weights: Path) -> dict[str, float]:
-    """weights: FP32's, which its training writes and fine-tuning begins with."""
+def run(job: Job, size: Size, weights: Path, build: Build | None = None) -> dict[str, float]:
+    """weights: FP32's, which its training writes and fine-tuning begins with.
+
+    build: makes the engine, in place of the recipe.
+    """
     start = time.perf_counter()
     corpus = Corpus(read_corpus(STAGES[job.stage]), size.shape.context)
     validation = corpus.validation_batches(32, size.validation_windows // 32)
@@ -108,7 +111,7 @@ def run(job: Job, size: Size, weights: Path) -> dict[str, float]:
     if job.stage == "fine-tuning":
         model.load_state_dict(torch.load(weights, map_location="cpu"))
         rates = [FINE_RATE] * size.fine_steps
-    engine = RECIPES[job.recipe](model, size.batch)
+    engine = (build or RECIPES[job.recipe])(model, size.batch)
     result = {"before": validate(engine, validation)}
     result["training"] = train(engine, corpus.batches(size.batch, job.seed), rates)
     result["validation"] = validate(engine, validation)

@@ -268,9 +268,9 @@ def test_gpu_train(tmp_path: Path) -> None:
     assert "waits in engine.step, tiny o2: none" in printed
 
 
-def with_another_code(codes: torch.Tensor) -> torch.Tensor:
-    wrong = PRODUCTS.transpose(codes)
-    wrong.view(torch.uint8)[3, 4] ^= 1
+def with_another_code(codes: torch.Tensor, exponents: torch.Tensor) -> Operand:
+    wrong = PRODUCTS.transpose(codes, exponents)
+    wrong.codes.view(torch.uint8)[3, 4] ^= 1
     return wrong
 
 

@@ -15,6 +15,8 @@ from ds_fp8.ops.formats import E4M3
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
+import o3_casts  # noqa: E402
+import o3_losses  # noqa: E402
 import precision  # noqa: E402
 import recipes  # noqa: E402
 import update_error  # noqa: E402
@@ -46,6 +48,52 @@ def test_update_error(tmp_path: Path) -> None:
     assert {each.name for each in update_error.PEERS} <= {name for name, _ in errors} | {*result["not_run"]}
     assert len(result["claims"]) == 22
     assert all(name in printed for name in (*REGIMES, "O2+, slow: error", "claims"))
+
+
+@pytest.mark.slow
+def test_studies_of_o3(tmp_path: Path) -> None:
+    losses, printed = quick("o3_losses.py", tmp_path / "losses.json")
+    assert {name: len(seeds) for name, seeds in losses["runs"]["training"].items()} == {
+        "stock BF16": 2,
+        "O2": 2,
+        "O3": 2,
+    }
+    assert [each["step"] for each in losses["health"]["1"]] == [1, 4]
+    assert losses["health"]["0"][1]["total"]["x_saturated"] > 0
+    assert "nats per byte from stock BF16" in printed
+    again, printed = quick("o3_losses.py", tmp_path / "losses.json")
+    assert again["runs"] == losses["runs"]
+    assert "seed 0, O3" not in printed, "a study that was killed goes on"
+    casts, printed = quick("o3_casts.py", tmp_path / "casts.json")
+    assert len(casts["rows"]) == 2 * 2 * 5
+    assert all(claim["holds"] for claim in casts["claims"])
+    assert "dy columns" in printed
+
+
+def test_shares_of_a_cast() -> None:
+    """Two blocks with scales of 1 and 2^-7: 2^-11 becomes zero, 440 becomes 448, 0 does not count."""
+    values = torch.zeros(1, 256, dtype=torch.bfloat16)
+    values[0, :4] = torch.tensor([400.0, 440.0, 2.0**-11, 0.0])
+    values[0, 128] = 3.0
+    found = o3_casts.of_input(values)
+    assert found["x rows"] == {"underflow": 1 / 4, "saturated": 1 / 4, "amax_spread": 7.0}
+    assert found["x tiles"]["amax_spread"] == 7.0
+    columns = {"underflow": 0.0, "saturated": 1 / 4, "amax_spread": 19.0}  # 400 and 440: 1; 2^-11: 2^-19
+    assert o3_casts.of_gradient(values)["dy columns"] == columns
+    zeros = o3_casts.of_input(torch.zeros(1, 16, dtype=torch.bfloat16))
+    assert zeros["x rows"] == dict.fromkeys(o3_casts.FIGURES, 0.0)
+
+
+def test_o3_is_paired_with_stock() -> None:
+    runs = {
+        name: {str(seed): {"training": 2.0 + seed, "validation": 1.0 + seed + more} for seed in range(3)}
+        for name, more in (("stock BF16", 0.0), ("O3", 0.25))
+    }
+    found = o3_losses.pairs(runs)
+    assert {key: (each.mean, each.standard_error, each.spread) for key, each in found.items()} == {
+        ("O3", "training"): (0.0, 0.0, 1.0),
+        ("O3", "validation"): (0.25, 0.0, 1.0),
+    }
 
 
 def test_gradients_of_a_regime() -> None:
