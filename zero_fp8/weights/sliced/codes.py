@@ -119,7 +119,7 @@ class SlicedMatrix:
         if self.is_read_by(parameter):
             FP8Parameter.take_off(parameter, self._nothing[:0])
             self._drop()
-        empty(parameter)
+        empty(parameter)  # [0, columns] is not what DeepSpeed leaves
 
     def _drop(self) -> None:
         codes = self.matrix.codes
