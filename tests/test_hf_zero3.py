@@ -120,7 +120,7 @@ O3 = {"enabled": True, "opt_level": "O3", "weights": {"min_elements": 4096}}
 @pytest.mark.parametrize(
     ("shape", "section"),
     [(LLAMA, FP8), pytest.param(GPT2, FP8, marks=slow), pytest.param(LLAMA, O3, marks=slow)],
-    ids=["llama", "gpt2", "llama at O3"],
+    ids=["llama", "gpt2", "llama-o3"],
 )
 def test_trainer(ranks: RankPools, tmp_path: Path, shape: ModelArguments, section: dict[str, Any]) -> None:
     """Trains, evaluates, generates, saves what plain transformers loads, and resumes to the bit."""
