@@ -2,6 +2,7 @@
 
 import logging
 import os
+import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -442,3 +443,53 @@ def log_streams() -> list[str]:
 def test_a_fetch_waits_for_what_writes_slices(ranks: RankPools) -> None:
     """On a GPU, where DeepSpeed fetches on a stream of its own."""
     assert ranks.run(2, log_streams, seconds=SECONDS)[0] == ["compute records", "fetch waits"]
+
+
+def rows(step: int, noise: float) -> Tensor:
+    """Rows that count on from a random byte; a share of the bytes is any byte."""
+    generator = torch.Generator().manual_seed(1000 * step + dist.get_rank())
+    counted = (torch.randint(256, (8, 1), generator=generator) + torch.arange(17)) % 256
+    others = torch.randint(256, counted.shape, generator=generator)
+    return torch.where(torch.rand(counted.shape, generator=generator) < noise, others, counted)
+
+
+def adapt(model: Any, fp8: dict[str, Any], steps: int, noise: float, stage: int, lr: float) -> list[float]:
+    """Train a model; mean losses over the ranks."""
+    zero = zero3(persistence=100, prefetch=2000, reuse=0) if stage == 3 else {}
+    with patch.dict(os.environ, DS_FP8_PRODUCTS="emulated"):
+        engine = build(ds_config(fp8, stage=stage, lr=lr, weight_decay=0.0, zero=zero), model)
+    losses = []
+    for step in range(steps):
+        tokens = rows(step, noise)
+        losses.append(engine(input_ids=tokens, labels=tokens).loss)
+        engine.backward(losses[-1])
+        engine.step()
+    mean = torch.stack(losses).detach().float()
+    dist.all_reduce(mean)
+    engine.destroy()
+    return [float(each) for each in mean / dist.get_world_size()]
+
+
+def adapt_trained() -> dict[str, list[float]]:
+    """Adapters over a base that has learnt to count, which are to learn that a byte may be any."""
+    base = test_o3_frozen.lora().unload()
+    for each in base.parameters():
+        each.requires_grad_(True)
+    found = {"base": adapt(base, test_o3_frozen.BF16, 100, 0.0, 2, 3e-3)}
+    state = {name: each.detach().clone() for name, each in base.state_dict().items()}
+    for name, fp8 in (("bf16", test_o3_frozen.BF16), ("fp8", FROZEN)):
+        model = test_o3_frozen.lora()
+        names = [each for each in model.get_base_model().state_dict() if "lora" not in each]
+        learnt = {each: state[each.replace(".base_layer", "")] for each in names}
+        model.get_base_model().load_state_dict(learnt, strict=False)
+        found[name] = adapt(model, fp8, 150, 0.3, 3, 5e-3)
+    return found
+
+
+@pytest.mark.slow
+def test_lora_over_a_trained_base_ends_where_that_over_bf16_does(ranks: RankPools) -> None:
+    found = ranks.run(2, adapt_trained, seconds=300.0)[0]
+    assert found["base"][-1] < 0.01, "it has learnt"
+    bf16, fp8 = (statistics.fmean(found[name][-20:]) for name in ("bf16", "fp8"))
+    assert bf16 < 0.6 * found["bf16"][0]
+    assert abs(bf16 - fp8) < 0.01, (bf16, fp8)
