@@ -164,6 +164,7 @@ SIGNATURES: dict[tuple[Any, str], tuple[str, ...]] = {
     (DeepSpeedZeRoOffload, "destroy"): ("self",),
     (Init, "_padding_size"): ("self", "param"),
     (partition_parameters, "zero3_linear_wrap"): ("input", "weight", "bias"),
+    (partition_parameters, "free_param"): ("args", "kwargs"),
     (DeepSpeedEngine, "module_state_dict"): (
         "self",
         "destination",

@@ -477,6 +477,13 @@ FAULTS = (
         "test_zero3_o3.py edits",
     ),
     Fault(
+        "a fetch does not wait for the sweep on a GPU",
+        "zero_fp8/weights/sliced/fetch.py",
+        "    slices.wait()\n",
+        "",
+        "test_zero3_o3.py waits_for_what_writes",
+    ),
+    Fault(
         "ranks have scales of their own for parts of a tile",
         "zero_fp8/weights/tiled.py",
         "        max_over_ranks(self._agreed, nodes.group)\n",

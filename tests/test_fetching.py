@@ -28,11 +28,14 @@ def test_persistent_parameters_are_deepspeeds(sizes: list[int], small: int, toge
 
 @given(sizes, thresholds, st.integers(0, 500), st.integers(0, 500))
 def test_what_is_whole(sizes: list[int], small: int, live: int, ahead: int) -> None:
-    """Small parameters always, the others up to the keys' limits."""
+    """Small parameters always, the others up to the keys' limits, those of two bytes first."""
     keys = Fetching(small, max_live_parameters=live, prefetch_bucket_size=ahead)
-    always, at_a_time = whole(sizes, [2 * numel for numel in sizes], [3 * numel for numel in sizes], keys)
-    assert always == 2 * sum(numel for numel in sizes if numel <= small)
-    assert at_a_time == min(3 * sum(numel for numel in sizes if numel > small), live + ahead)
+    itemsizes = [1 + numel % 2 for numel in sizes]
+    kept, gathered = ([times * numel for numel in sizes] for times in (2, 3))
+    always, at_a_time = whole(sizes, kept, gathered, keys, itemsizes)
+    assert always == 2 * sum(numel * (1 + numel % 2) for numel in sizes if numel <= small)
+    elements = [each for numel in sizes if numel > small for each in 3 * numel * [1 + numel % 2]]
+    assert at_a_time == sum(sorted(elements, reverse=True)[: live + ahead])
 
 
 def test_defaults_are_deepspeeds() -> None:

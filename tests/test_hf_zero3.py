@@ -114,12 +114,19 @@ def train_whole(
     return result
 
 
-@pytest.mark.parametrize("shape", [LLAMA, pytest.param(GPT2, marks=slow)], ids=lambda each: each.shape)
-def test_trainer(ranks: RankPools, tmp_path: Path, shape: ModelArguments) -> None:
+O3 = {"enabled": True, "opt_level": "O3", "weights": {"min_elements": 4096}}
+
+
+@pytest.mark.parametrize(
+    ("shape", "section"),
+    [(LLAMA, FP8), pytest.param(GPT2, FP8, marks=slow), pytest.param(LLAMA, O3, marks=slow)],
+    ids=["llama", "gpt2", "llama-o3"],
+)
+def test_trainer(ranks: RankPools, tmp_path: Path, shape: ModelArguments, section: dict[str, Any]) -> None:
     """Trains, evaluates, generates, saves what plain transformers loads, and resumes to the bit."""
     ours, stock = (
         ranks.run(2, train_whole, str(tmp_path / name), fp8, shape)[0]
-        for name, fp8 in (("fp8", FP8), ("bf16", None))
+        for name, fp8 in (("fp8", section), ("bf16", None))
     )
     assert_like_bf16(ours, stock, last=4)
     for mine, theirs in zip(ours["evaluations"], stock["evaluations"], strict=True):
@@ -129,7 +136,7 @@ def test_trainer(ranks: RankPools, tmp_path: Path, shape: ModelArguments) -> Non
     bits = {name: each.detach().view(torch.int16) for name, each in saved.named_parameters()}
     assert_same_bits(bits, ours["weights"])
     checkpoint = str(tmp_path / "fp8" / "checkpoint-6")
-    resumed = ranks.run(2, train_whole, str(tmp_path / "again"), FP8, shape, checkpoint)[0]
+    resumed = ranks.run(2, train_whole, str(tmp_path / "again"), section, shape, checkpoint)[0]
     assert_same_run(resumed, ours)
 
 

@@ -2,9 +2,11 @@
 
 import logging
 import os
+import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -32,6 +34,7 @@ from torch import Tensor, nn
 
 from ds_fp8.ops.masters import write_weights
 from ds_fp8.zero_fp8.products.fp8_parameter import FP8Parameter
+from ds_fp8.zero_fp8.weights.sliced import fetch
 from ds_fp8.zero_fp8.weights.sliced.slices import CODES, is_away
 from ds_fp8.zero_fp8.weights.tiled import matrices_of
 
@@ -208,6 +211,32 @@ def test_edits(ranks: RankPools) -> None:
     ranks.run(2, edit, seconds=SECONDS)
 
 
+def count_whole(kind: str) -> tuple[int, int, int]:
+    """The most matrices and bytes of codes that are there at a time in a step; elements of the largest."""
+    with engine_of(zero=zero3(persistence=0, prefetch=0, reuse=0), kind=kind) as engine:
+        matrices = list(matrices_of(engine.optimizer.parts.weights))
+        counts, nbytes = [], []
+
+        def look(*_: Any) -> None:
+            here = [each for each in matrices if each.is_here]
+            counts.append(len(here))
+            nbytes.append(sum(each.codes.untyped_storage().nbytes() for each in here))
+
+        for module in engine.module.modules():
+            if isinstance(module, nn.Linear):
+                module.register_forward_hook(look)
+                module.weight.register_hook(look)  # in backward
+        steps(engine, 3)
+        assert not any(each.is_here for each in matrices)
+        return max(counts), max(nbytes), max(each.codes.numel() for each in matrices)
+
+
+@pytest.mark.parametrize("kind", ["plain", "checkpointing"])
+def test_codes_are_there_while_they_are_multiplied(ranks: RankPools, kind: str) -> None:
+    """If nothing is fetched ahead or kept: one matrix at a time, in 1 byte per element."""
+    assert ranks.run(2, count_whole, kind, seconds=SECONDS) == [(1, 6656, 6656)] * 2
+
+
 def hand_over() -> None:
     """Parameters that an engine lets go of are BF16, for a next engine of ours or of stock DeepSpeed."""
     with engine_of() as engine:
@@ -378,3 +407,89 @@ def merge() -> None:
 
 def test_a_merged_base_is_encoded_again(ranks: RankPools) -> None:
     ranks.run(2, merge, seconds=SECONDS)
+
+
+class Streams:
+    """In the place of torch.cuda: which stream is the current one, and what waits for what."""
+
+    def __init__(self) -> None:
+        self.current, self.log = "compute", []
+
+    def Event(self) -> Any:  # noqa: N802  # torch's name
+        return SimpleNamespace(record=lambda: self.log.append(f"{self.current} records"))
+
+    def current_stream(self) -> Any:
+        return SimpleNamespace(wait_event=lambda _: self.log.append(f"{self.current} waits"))
+
+
+def log_streams() -> list[str]:
+    """What a step, a fetch by the coordinator and an edit do to streams, with the parameters on a GPU."""
+    with engine_of(zero=zero3(persistence=0, prefetch=0, reuse=0)) as engine:
+        steps(engine, 1)
+        weight, slices = engine.module.blocks[0].up.weight, engine.optimizer.fetching._slices
+        streams = Streams()
+        written = slices.written
+        with (
+            patch.object(fetch.torch, "cuda", streams),
+            patch.object(slices, "written", lambda _: written(torch.device("cuda"))),
+        ):
+            engine.optimizer.fetching.fetch_persistent()
+            streams.current = "fetch"
+            weight.all_gather_coalesced([weight]).wait()
+        weight.partition()
+        return streams.log
+
+
+def test_a_fetch_waits_for_what_writes_slices(ranks: RankPools) -> None:
+    """On a GPU, where DeepSpeed fetches on a stream of its own."""
+    assert ranks.run(2, log_streams, seconds=SECONDS)[0] == ["compute records", "fetch waits"]
+
+
+def rows(step: int, noise: float) -> Tensor:
+    """Rows that count on from a random byte; a share of the bytes is any byte."""
+    generator = torch.Generator().manual_seed(1000 * step + dist.get_rank())
+    counted = (torch.randint(256, (8, 1), generator=generator) + torch.arange(17)) % 256
+    others = torch.randint(256, counted.shape, generator=generator)
+    return torch.where(torch.rand(counted.shape, generator=generator) < noise, others, counted)
+
+
+def adapt(model: Any, fp8: dict[str, Any], steps: int, noise: float, stage: int, lr: float) -> list[float]:
+    """Train a model; mean losses over the ranks."""
+    zero = zero3(persistence=100, prefetch=2000, reuse=0) if stage == 3 else {}
+    with patch.dict(os.environ, DS_FP8_PRODUCTS="emulated"):
+        engine = build(ds_config(fp8, stage=stage, lr=lr, weight_decay=0.0, zero=zero), model)
+    losses = []
+    for step in range(steps):
+        tokens = rows(step, noise)
+        losses.append(engine(input_ids=tokens, labels=tokens).loss)
+        engine.backward(losses[-1])
+        engine.step()
+    mean = torch.stack(losses).detach().float()
+    dist.all_reduce(mean)
+    engine.destroy()
+    return [float(each) for each in mean / dist.get_world_size()]
+
+
+def adapt_trained() -> dict[str, list[float]]:
+    """Adapters over a base that has learnt to count, which are to learn that a byte may be any."""
+    base = test_o3_frozen.lora().unload()
+    for each in base.parameters():
+        each.requires_grad_(True)
+    found = {"base": adapt(base, test_o3_frozen.BF16, 100, 0.0, 2, 3e-3)}
+    state = {name: each.detach().clone() for name, each in base.state_dict().items()}
+    for name, fp8 in (("bf16", test_o3_frozen.BF16), ("fp8", FROZEN)):
+        model = test_o3_frozen.lora()
+        names = [each for each in model.get_base_model().state_dict() if "lora" not in each]
+        learnt = {each: state[each.replace(".base_layer", "")] for each in names}
+        model.get_base_model().load_state_dict(learnt, strict=False)
+        found[name] = adapt(model, fp8, 150, 0.3, 3, 5e-3)
+    return found
+
+
+@pytest.mark.slow
+def test_lora_over_a_trained_base_ends_where_that_over_bf16_does(ranks: RankPools) -> None:
+    found = ranks.run(2, adapt_trained, seconds=300.0)[0]
+    assert found["base"][-1] < 0.01, "it has learnt"
+    bf16, fp8 = (statistics.fmean(found[name][-20:]) for name in ("bf16", "fp8"))
+    assert bf16 < 0.6 * found["bf16"][0]
+    assert abs(bf16 - fp8) < 0.01, (bf16, fp8)

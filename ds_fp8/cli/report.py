@@ -118,7 +118,7 @@ def described(tried: "DryRun") -> dict[str, Any]:
     """What `ds_fp8.describe` would say of an engine with this config."""
     from ds_fp8.estimate import dry_run, fetching, memory
 
-    itemsize = None if tried.model_dtype is None else BYTES_OF_16_BITS
+    itemsize = None if tried.model_dtype is None or tried.fp8.has_codes else BYTES_OF_16_BITS
     return {
         "opt_level": tried.fp8.opt_level,
         "zero_stage": tried.run.stage,

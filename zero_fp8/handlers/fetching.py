@@ -71,7 +71,7 @@ class Fetching:
         self.offload = offload
         self.persistent: list[Any] = offload.persistent_parameters
         self._names = names
-        self._name = names.__getitem__
+        self._slices = fetch.Slices(names.__getitem__)
         for parameter in names:
             cut(parameter, block_size)
 
@@ -79,7 +79,12 @@ class Fetching:
         """Fetch from now on, and say when modules end their backward."""
         self.offload.on_module_end = on_module_end
         awaited = self.offload.module.ds_inflight_param_registry
-        fetch.install(self._names, self._name, awaited, self._settle)
+        fetch.install(self._names, self._slices, awaited, self._settle)
+        self.written()
+
+    def written(self) -> None:
+        """Slices were written, on the current stream: fetches from now on wait for that."""
+        self._slices.written(next(iter(self._names)).device)
 
     def _settle(self) -> None:
         """Release modules that torch.autograd.grad has left in the middle of their backward."""
@@ -97,8 +102,9 @@ class Fetching:
                 each.data = torch.empty(0, dtype=dtype_of(each), device=held_of(each).device)
 
     def fetch_persistent(self) -> None:
-        """Make whole what stays whole between steps. Collective."""
-        fetch.fetch(self._stays_whole(), self._name)
+        """Slices were written: make whole what stays whole between steps. Collective."""
+        self.written()
+        fetch.fetch(self._stays_whole(), self._slices)
 
     def _stays_whole(self) -> list[Any]:
         """Persistent parameters, once DeepSpeed has seen a forward.
@@ -116,7 +122,8 @@ class Fetching:
         try:
             yield
         finally:
-            fetch.fetch(dict.fromkeys([*self._stays_whole(), *whole]), self._name)
+            self.written()
+            fetch.fetch(dict.fromkeys([*self._stays_whole(), *whole]), self._slices)
 
     @contextmanager
     def set_aside(self) -> Iterator[None]:
@@ -126,6 +133,7 @@ class Fetching:
         try:
             yield
         finally:
+            self.written()
             for put_back in whole:
                 put_back()
 

@@ -28,8 +28,11 @@ class Trained(NamedTuple):
 class SliceAccess:
     """Access by parameter, under the names that DeepSpeed's utilities call."""
 
-    def __init__(self, full_tensors: FullTensors, parameters: Mapping[int, Parameter]) -> None:
-        """parameters: those that are trained, by global index."""
+    def __init__(
+        self, full_tensors: FullTensors, parameters: Mapping[int, Parameter], on_written: Callable[[], None]
+    ) -> None:
+        """parameters: those that are trained, by global index. on_written: called after slices were set."""
+        self._on_written = on_written
         self._trained = {each: Trained(full_tensors, index) for index, each in parameters.items()}
 
     def attach(self, parameters: Iterable[Parameter]) -> None:
@@ -53,6 +56,7 @@ class SliceAccess:
         known = self._trained.get(param)
         if known:
             known.full.set_state(known.parameter, param, value, optim_state_key)
+            self._on_written()
 
     def get_fp32_grad_for_param(self, param: Parameter) -> Tensor | None:
         """Mean gradient. Collective. Raises ValueError outside backward .. step."""
@@ -95,6 +99,7 @@ class SliceAccess:
         known = self._trained.get(param)
         if known:
             known.full.set_own_state(known.parameter, param.ds_tensor, value, optim_state_key)
+            self._on_written()
 
     def get_local_fp32_grad_for_param(self, param: Any) -> Tensor | None:
         """Of the mean gradient, [elements of ds_tensor] float32. Raises ValueError if there is none."""

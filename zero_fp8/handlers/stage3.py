@@ -44,7 +44,7 @@ class Stage3Optimizer(FP8ZeROOptimizer):
         self.fetching = Fetching(self._make_offload(), self._names, self.recipe.block_size)
 
     def _bind(self) -> None:
-        self.slice_access = SliceAccess(self.full_tensors, self.parameters)
+        self.slice_access = SliceAccess(self.full_tensors, self.parameters, self.fetching.written)
         self.slice_access.attach(self._names)
 
     def _unbind(self) -> None:

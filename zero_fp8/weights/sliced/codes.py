@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ds_fp8.compat import ZeroParamStatus
+from ds_fp8.compat import ZeroParamStatus, partition_parameters
 from ds_fp8.ops.formats import E4M3
 from ds_fp8.ops.products import TILE, tiles
 from ds_fp8.zero_fp8.comm.collectives import NothingToGather, max_over_ranks
@@ -31,7 +31,7 @@ from ds_fp8.zero_fp8.products.fp8_parameter import FP8Parameter
 from ds_fp8.zero_fp8.products.kernels import decode
 from ds_fp8.zero_fp8.products.matrix import Matrix
 from ds_fp8.zero_fp8.products.ways import Way
-from ds_fp8.zero_fp8.weights.sliced.slices import CODES, EDITED, FETCHED, empty, is_away, objection_to
+from ds_fp8.zero_fp8.weights.sliced.slices import CODES, EDITED, FETCHED, is_away, objection_to
 
 TORCHS = torch._C._nn.linear  # which asks FP8Parameter
 Encode = Callable[[Matrix, Tensor], None]  # makes codes of values, [rows, columns]
@@ -70,7 +70,7 @@ class SlicedMatrix:
         """index: as homes have it. matrix: without codes yet."""
         self.parameter, self.matrix, self.held, self._way = index, matrix, held, way
         self._part, self._nothing, self._away = part_of(parameter), nothing, matrix.codes
-        self._encode = encode
+        self._encode, self._released = encode, nothing.new_empty(0)
         self.edited: Tensor | None = None  # this rank's part of new values, until somebody asks
         matrix.travels, matrix.is_here = True, False
 
@@ -115,15 +115,15 @@ class SlicedMatrix:
             self._drop()
 
     def release(self, parameter: Any) -> None:
-        """Let go of all but this rank's codes."""
-        if self.is_read_by(parameter):
-            FP8Parameter.take_off(parameter, self._nothing[:0])
+        """Let go of all but this rank's codes. Raises RuntimeError if modules are using the parameter."""
+        if self.is_read_by(parameter) and not parameter.ds_active_sub_modules:
+            FP8Parameter.take_off(parameter, self._released)
             self._drop()
-        empty(parameter)
+        partition_parameters.free_param(parameter)
 
     def _drop(self) -> None:
         codes = self.matrix.codes
-        if codes.is_cuda:  # as in `empty`
+        if codes.is_cuda:  # they may have been made on another stream, the coordinator's
             codes.record_stream(torch.cuda.current_stream())
         self.matrix.codes, self.matrix.is_here = self._away, False
 

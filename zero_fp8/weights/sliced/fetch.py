@@ -20,7 +20,30 @@ from ds_fp8.zero_fp8.weights.sliced import codes
 from ds_fp8.zero_fp8.weights.sliced.slices import CODES, EDITED, FETCHED, is_away, objection_to
 
 UNDER_WAY = "ds_fp8_fetch"  # attribute of a parameter: its last fetch
+WRITTEN = "ds_fp8_written"  # to be called when its slices were written
 ALONE = 1 << 20  # bytes of a slice from which on its parameter travels alone
+
+
+class Slices:
+    """What the slices of a run are called, and when they were last written.
+
+    On a GPU DeepSpeed fetches on a stream of its own, which knows nothing of a sweep that still runs.
+    """
+
+    def __init__(self, name: Callable[[Any], str]) -> None:
+        self.name = name
+        self._written: Any = None  # an event
+
+    def written(self, device: torch.device) -> None:
+        """What has been launched on the current stream may have written slices."""
+        if device.type == "cuda":
+            self._written = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._written.record()
+
+    def wait(self) -> None:
+        """Let the current stream wait for it."""
+        if self._written is not None:
+            torch.cuda.current_stream().wait_event(self._written)
 
 
 class Transfer:
@@ -101,7 +124,7 @@ class Fetch:
             self._under_way.pop(0).land()
 
 
-def launch(parameters: Iterable[Any], names: Callable[[Any], str]) -> Fetch:
+def launch(parameters: Iterable[Any], slices: Slices) -> Fetch:
     """Fetch parameters of which only slices are there, in the same order on every rank. Collective.
 
     Raises ValueError for one whose `.data` was replaced.
@@ -109,10 +132,11 @@ def launch(parameters: Iterable[Any], names: Callable[[Any], str]) -> Fetch:
     ordered = sorted(parameters, key=lambda each: each.ds_id)
     for each in ordered:
         if not is_away(each):
-            raise RuntimeError(f"{names(each)}: fetched twice: {each.ds_summary()}")
+            raise RuntimeError(f"{slices.name(each)}: fetched twice: {each.ds_summary()}")
         objection = objection_to(each)
         if objection is not None:
-            raise ValueError(f"{names(each)}: {objection}")
+            raise ValueError(f"{slices.name(each)}: {objection}")
+    slices.wait()
     fetch = Fetch(ordered)
     for each in ordered:
         each.ds_status = ZeroParamStatus.INFLIGHT
@@ -120,24 +144,24 @@ def launch(parameters: Iterable[Any], names: Callable[[Any], str]) -> Fetch:
     return fetch
 
 
-def gather(parameters: Iterable[Any], names: Callable[[Any], str]) -> list[Fetch]:
+def gather(parameters: Iterable[Any], slices: Slices) -> list[Fetch]:
     """Fetch those of the parameters that are not whole; all that is under way for them. Collective."""
     parameters = list(parameters)
     away = [each for each in parameters if is_away(each)]
     inflight = ZeroParamStatus.INFLIGHT
     under_way = [getattr(each, UNDER_WAY) for each in parameters if each.ds_status == inflight]
-    return [*under_way, *([launch(away, names)] if away else [])]
+    return [*under_way, *([launch(away, slices)] if away else [])]
 
 
-def fetch(parameters: Iterable[Any], names: Callable[[Any], str]) -> None:
+def fetch(parameters: Iterable[Any], slices: Slices) -> None:
     """Make parameters whole. Collective."""
-    for each in gather(parameters, names):
+    for each in gather(parameters, slices):
         each.wait()
 
 
 def install(
     parameters: Iterable[Any],
-    names: Callable[[Any], str],
+    slices: Slices,
     awaited: MutableMapping[Any, Any],
     settle: Callable[[], None],
 ) -> None:
@@ -148,11 +172,11 @@ def install(
     """
 
     def all_gather_coalesced(group: Iterable[Any], safe_mode: bool = False, quantize: bool = False) -> Fetch:
-        return launch(group, names)
+        return launch(group, slices)
 
     def all_gather(own: Any, param_list: Any = None, async_op: bool = False, hierarchy: int = 0) -> Any:
         settle()
-        fetches = gather(param_list or [own], names)
+        fetches = gather(param_list or [own], slices)
         for each in param_list or [own]:
             awaited.pop(each, None)  # who asks for it now may let it go before the coordinator comes to it
         if async_op:
@@ -170,6 +194,7 @@ def install(
         if not hasattr(parameter, EDITED):
             parameter.partition = partial(_partition, parameter, parameter.partition)
         setattr(parameter, EDITED, False)
+        setattr(parameter, WRITTEN, slices.written)
 
 
 def _partition(own: Any, original: Any, param_list: Any = None, **options: Any) -> None:
@@ -180,3 +205,5 @@ def _partition(own: Any, original: Any, param_list: Any = None, **options: Any) 
     for each in plain if updated else ():
         setattr(each, EDITED, True)
     codes.partition([each for each in parameters if hasattr(each, CODES)], updated=updated)
+    if updated:
+        getattr(own, WRITTEN)(own.device)

@@ -110,14 +110,6 @@ def dtype_of(parameter: Any) -> torch.dtype:
     return dtype
 
 
-def empty(parameter: Any) -> None:
-    """Leave the parameter as DeepSpeed has it between uses."""
-    if parameter.is_cuda:  # what was there may have been made on another stream, the coordinator's
-        parameter.record_stream(torch.cuda.current_stream())
-    parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
-    parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE
-
-
 def is_away(parameter: Any) -> bool:
     """Whether only slices of the parameter are there."""
     return bool(parameter.ds_status == ZeroParamStatus.NOT_AVAILABLE)
