@@ -1,6 +1,6 @@
 """Trainings of a Hugging Face Llama with random weights on real text, beside stock DeepSpeed's.
 
-    for config in zero3_bf16_torch zero3_o2 zero3_o2plus; do
+    for config in zero3_bf16_torch zero3_o2 zero3_o2plus zero3_o3; do
         torchrun --nproc_per_node 2 benchmarks/hf_llama.py --out llama.json --size 7B --checkpointing \\
             --micro_batch 8 --deepspeed_config benchmarks/gpu/$config.json
     done
@@ -195,6 +195,7 @@ def main() -> None:
         "--tensor_parallel", type=int, default=1, metavar="N", help="ranks over which AutoTP splits the model"
     )
     add("--sleeps", type=float, default=0.0, metavar="MS", help="of every rank before each forward, at most")
+    add("--zero_init", action="store_true", help="no rank makes the whole model (ZeRO 3)")
     add("--checkpointing", action="store_true", help="of every layer's activations")
     add("--probe", type=int, nargs="+", metavar="N", help="micro-batches to try")
     arguments = parser.parse_args()

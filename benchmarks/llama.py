@@ -34,6 +34,7 @@ PLAIN = {  # of what a training here may be asked for, if it is not
     "float8": False,
     "sequence_parallel": 1,
     "tensor_parallel": 1,
+    "zero_init": False,
 }
 
 
@@ -42,11 +43,15 @@ def options(**given: Any) -> argparse.Namespace:
     return argparse.Namespace(**{**PLAIN, **given})
 
 
-def model_of(arguments: argparse.Namespace, device: torch.device) -> torch.nn.Module:
+def model_of(
+    arguments: argparse.Namespace, device: torch.device, config: dict[str, Any] | None = None
+) -> torch.nn.Module:
+    """config: of DeepSpeed, if each rank is to make slices alone (zero.Init)."""
+    import deepspeed
     from transformers import LlamaConfig, LlamaForCausalLM
 
     hidden, layers, heads, between = SIZES[arguments.size]
-    config = LlamaConfig(
+    llama = LlamaConfig(
         hidden_size=hidden,
         num_hidden_layers=layers,
         num_attention_heads=heads,
@@ -58,8 +63,9 @@ def model_of(arguments: argparse.Namespace, device: torch.device) -> torch.nn.Mo
     )
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
-    with device:
-        model: torch.nn.Module = LlamaForCausalLM(config)
+    sliced = config is not None and arguments.zero_init
+    with deepspeed.zero.Init(config_dict_or_path=config, dtype=torch.bfloat16) if sliced else device:
+        model: torch.nn.Module = LlamaForCausalLM(llama)
     torch.set_default_dtype(torch.float32)
     if arguments.checkpointing:
         options = {"use_reentrant": False}
@@ -72,7 +78,7 @@ def engine_of(arguments: argparse.Namespace, device: torch.device) -> Any:
 
     config = dict(dry_run.read(str(arguments.deepspeed_config)))
     config["train_micro_batch_size_per_gpu"] = arguments.micro_batch
-    model, mpu = model_of(arguments, device), None
+    model, mpu = model_of(arguments, device, config), None
     if arguments.sequence_parallel > 1:
         from deepspeed.runtime.sequence_parallel.ulysses_sp import (  # noqa: TID251  # as DeepSpeed documents
             UlyssesSPAttentionHF,
@@ -159,9 +165,11 @@ def same_everywhere(engine: Any) -> bool:
     """Whether all ranks have the same weights, as they are gathered; parts of split ones are left out."""
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
-        whole = [each for each in engine.module.parameters() if not getattr(each, SPLIT, False)]
-        sums = [each.detach().view(torch.int16).long().sum() for each in whole]
+    sums = []
+    for each in engine.module.parameters():
+        with deepspeed.zero.GatheredParameters([each]):  # one by one: the model may be larger than a GPU
+            if not getattr(each, SPLIT, False):
+                sums.append(each.detach().view(torch.int16).long().sum())
     mine = torch.stack(sums)
     theirs = mine.clone()
     torch.distributed.broadcast(theirs, 0)

@@ -58,6 +58,7 @@ from deepspeed.runtime.fp16.loss_scaler import (  # noqa: E402
     LossScaler,
 )
 from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config  # noqa: E402
+from deepspeed.runtime.zero import partition_parameters  # noqa: E402
 from deepspeed.runtime.zero.config import ZeroStageEnum  # noqa: E402
 from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload  # noqa: E402
 from deepspeed.runtime.zero.partition_parameters import Init, ZeroParamStatus  # noqa: E402
@@ -89,6 +90,7 @@ __all__ = [
     "is_functorch_transforming",
     "load_ds_config",
     "loss_scaler_of",
+    "partition_parameters",
     "timers_of",
     "warn_of_newer_torch",
 ]
@@ -102,7 +104,7 @@ LOAD_OPTIONS = (
     "load_module_only",
     "custom_load_fn",
 )
-SIGNATURES: dict[tuple[type, str], tuple[str, ...]] = {
+SIGNATURES: dict[tuple[Any, str], tuple[str, ...]] = {
     (DeepSpeedConfig, "_initialize_params"): ("self", "param_dict"),
     (OpBuilder, "jit_load"): ("self", "verbose"),
     (DeepSpeedEngine, "_configure_distributed_model"): ("self", "model"),
@@ -161,6 +163,7 @@ SIGNATURES: dict[tuple[type, str], tuple[str, ...]] = {
     (DeepSpeedZeRoOffload, "empty_partition_cache"): ("self",),
     (DeepSpeedZeRoOffload, "destroy"): ("self",),
     (Init, "_padding_size"): ("self", "param"),
+    (partition_parameters, "zero3_linear_wrap"): ("input", "weight", "bias"),
     (DeepSpeedEngine, "module_state_dict"): (
         "self",
         "destination",
@@ -169,6 +172,7 @@ SIGNATURES: dict[tuple[type, str], tuple[str, ...]] = {
         "exclude_frozen_parameters",
     ),
     (DeepSpeedEngine, "_consolidated_16bit_state_dict"): ("self", "exclude_frozen_parameters"),
+    (DeepSpeedEngine, "_zero3_consolidated_16bit_state_dict"): ("self", "exclude_frozen_parameters"),
     (DeepSpeedEngine, "save_16bit_model"): (
         "self",
         "save_dir",
@@ -198,7 +202,7 @@ def check_autograd(names: tuple[tuple[Any, str], ...] = AUTOGRAD) -> None:
             )
 
 
-def check_signatures(signatures: dict[tuple[type, str], tuple[str, ...]] = SIGNATURES) -> None:
+def check_signatures(signatures: dict[tuple[Any, str], tuple[str, ...]] = SIGNATURES) -> None:
     """Raise RuntimeError, naming the method, if DeepSpeed's differ from what the seam expects."""
     for (owner, name), expected in signatures.items():
         method: Any = getattr(owner, name, None)

@@ -179,6 +179,24 @@ def test_wire_bytes_of_zero_3(ranks: RankPools, world_size: int, shape: Shape) -
     assert ours["handed"]["alltoall_base_"] == ours["exchange"]
 
 
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_wire_bytes_of_fp8_weights_under_zero_3(ranks: RankPools, world_size: int) -> None:
+    """A fetch sends a byte per element of an FP8 matrix, twice in a micro-step; its scales are there."""
+    fp8 = {"opt_level": "O3", "weights": {"min_elements": 256}}
+    found = ranks.run(world_size, count_traffic, ds_config(fp8, stage=3, zero=EACH_TIME), SMALL, seconds=60.0)
+    about, fleet = found[0]["about"], Fleet("data", world_size)
+    sizes = {name: each.numel() for name, each in ByteGPT(SMALL).named_parameters()}
+    fetched = {name: numel for name, numel in sizes.items() if numel > 300}
+    kept = [numel for name, numel in sizes.items() if name not in fetched]
+    itemsizes = {name: 1 if name in about["fp8_weights"] else 2 for name in fetched}
+    sent = sum(memory.fetch_bytes(itemsizes[name], [numel], 128, fleet) for name, numel in fetched.items())
+    assert about["fetch_bytes"] == sent
+    handed = found[0]["handed"]
+    assert handed["_allgather_base_"] == 2 * sent + memory.fetch_bytes(2, kept, 128, fleet)
+    assert handed["allreduce_"] == 4 + (NORM_PARTS + len(Counted._fields)) * 8 + about["agreement_bytes"]
+    assert handed["alltoall_base_"] == found[0]["exchange"]
+
+
 def largest_message(bucket: int) -> dict[str, Any]:
     engine = build_gpt(ds_config({}, bucket=bucket))
     source = batches(engine)

@@ -16,7 +16,7 @@ from ds_fp8.config.parsing import parse
 
 NAMES = ["zero1_bf16", "zero1_o1", "zero1_o2", "zero1_o2plus"]
 NAMES += [name.replace("zero1", stage) for stage in ("zero2", "zero3") for name in NAMES]
-NAMES = sorted([*NAMES, "zero1_o3", "zero2_o3", "zero2_o2plus_offload", "zero3_o2plus_offload"])
+NAMES = sorted([*NAMES, "zero1_o3", "zero2_o3", "zero3_o3", "zero2_o2plus_offload", "zero3_o2plus_offload"])
 
 
 def output(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

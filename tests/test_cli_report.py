@@ -182,10 +182,6 @@ class TestConfig:
         ("changes", "words"),
         [
             (
-                {"zero_optimization": {"stage": 3}, "fp8": {"enabled": True, "opt_level": "O3"}},
-                'fp8.opt_level: received "O3", allowed: "O1", "O2", "O2+" with zero_optimization.stage 3',
-            ),
-            (
                 {"fp8": {"enabled": True, "opt_level": "O3"}, "bf16": None, "fp16": {"enabled": True}},
                 'fp16.enabled: received true, allowed: false with fp8.opt_level "O3"',
             ),

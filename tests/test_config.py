@@ -511,18 +511,6 @@ REFUSED = [  # ds_config, path in the message, value in the message, a part of w
         "true",
     ),
     (
-        {"zero_optimization": {"stage": 3}, "fp8": {"opt_level": "O3"}},
-        "fp8.opt_level",
-        '"O3"',
-        '"O1", "O2", "O2+" with zero_optimization.stage 3',
-    ),
-    (
-        {"zero_optimization": {"stage": 3}, "fp8": {"weights": {"dtype": "e4m3"}}},
-        "fp8.weights.dtype",
-        '"e4m3"',
-        "the key left out with zero_optimization.stage 3",
-    ),
-    (
         {**MINIMAL, "fp16": {"enabled": True}, "fp8": {"opt_level": "O3"}},
         "fp16.enabled",
         "true",

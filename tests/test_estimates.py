@@ -184,7 +184,8 @@ def alive_between_steps(
     """Bytes of everything that the engine has made, its model included, and what it tells."""
     alive = live_tensors()  # held until the end, so that no address of theirs is used again
     before = storages(alive)
-    config = ds_config(fp8, stage=stage, micro_steps=micro_steps, bucket=BUCKET)
+    zero = SLICED if stage == 3 else None
+    config = ds_config(fp8, stage=stage, micro_steps=micro_steps, bucket=BUCKET, zero=zero)
     engine = build(config, llama(frozen))
     run_steps(engine, 2)
     found = sum(size for at, size in storages(live_tensors()).items() if at not in before)
@@ -226,6 +227,24 @@ def test_frozen_fp8_weights(ranks: RankPools, level: str) -> None:
         assert about["weight_bytes"] == held.weights
         assert (about["fp8_weights"], about["bf16_matrices"]) == (list(chosen.names), chosen.reasons)
         assert about["fp8_elements"] == chosen.elements
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_fp8_slices(ranks: RankPools, count: int, frozen: bool) -> None:
+    """To the byte, under ZeRO 3: slices of codes, scales of all tiles on every rank, no room, no fetch."""
+    fp8 = {**CODES, "weights": {"min_elements": 256, "frozen": "e4m3" if frozen else "bf16"}}
+    config, model = FP8Config.model_validate(fp8), model_of_module(llama(frozen))
+    held, chosen = (
+        with_fp8("", config).held(model, Run(count, 3, 1, BUCKET, True, KEYS)),
+        codes_of(config, model),
+    )
+    for found, about in ranks.run(count, alive_between_steps, 3, 1, fp8, frozen, seconds=60.0):
+        assert found == held.weights + held.persistent + held.states + held.gradients
+        assert (about["weight_bytes"], about["persistent_bytes"]) == (held.weights, held.persistent)
+        assert (about["fp8_weights"], about["bf16_matrices"]) == (list(chosen.names), chosen.reasons)
+        assert about["fp8_elements"] == chosen.elements
+        assert about["weight_room_bytes"] + chosen.largest <= held.buffers
 
 
 def test_fp8_weights_of_a_billion() -> None:

@@ -124,7 +124,7 @@ def test_every_exception_is_needed() -> None:
     [
         ("gradients.reduced", "class TensorGradient(ReducedGradient): pass", "subclass of ReducedGradient"),
         ("states.shard", "class HostShard(Shard): pass", "subclass of Shard"),
-        ("weights.slices", "class Slices(FlatWeights): pass", "subclass of FlatWeights"),
+        ("weights.sliced.slices", "class Slices(FlatWeights): pass", "subclass of FlatWeights"),
         ("placement.partition", "class WholeBucket(Bucket): pass", "subclass of Bucket"),
         ("gradients.packing", "if self._recipe.by_tensor: pass", "reads self._recipe.by_tensor"),
         ("handlers.common", "x = 1 if settings.stage == 3 else 2", "reads settings.stage"),

@@ -43,10 +43,11 @@ ROOMS = (
         "ds_fp8.zero_fp8.optimizer",
         "client facade replacement | fp8_adamw | standalone | edits entries hyperparameters members",
     ),
-    (
-        "ds_fp8.zero_fp8.weights",
-        "binding fetch model_weights | frozen | store views slices tiled | claims home",
-    ),
+    ("ds_fp8.zero_fp8.weights", "binding model_weights"),
+    ("ds_fp8.zero_fp8.weights.sliced", "fetch frozen"),
+    ("ds_fp8.zero_fp8.weights", "frozen"),
+    ("ds_fp8.zero_fp8.weights.sliced", "codes | slices"),
+    ("ds_fp8.zero_fp8.weights", "code_views tiled views | code_store | store | claims home"),
     (
         "ds_fp8.zero_fp8.products",
         "chosen | fp8_parameter choice | linear | ways values | answers shared_casts matrix | kernels",

@@ -18,7 +18,7 @@ sys.path.append(str(BENCHMARKS))
 import o3_casts  # noqa: E402
 import o3_losses  # noqa: E402
 import precision  # noqa: E402
-import recipes  # noqa: E402
+import recipes as recipes_of  # noqa: E402
 import update_error  # noqa: E402
 from claims import Claim, print_claims  # noqa: E402
 from regimes import REGIMES, gradients  # noqa: E402
@@ -27,8 +27,8 @@ from simulated import MixedPrecision, RoundedAdamW, round_tensor  # noqa: E402
 QUIET = Console(file=open("/dev/null", "w"))  # noqa: SIM115
 
 
-def quick(script: str, out: Path) -> tuple[dict[str, Any], str]:
-    command = [sys.executable, str(BENCHMARKS / script), "--quick", "--out", str(out)]
+def quick(script: str, out: Path, *options: str) -> tuple[dict[str, Any], str]:
+    command = [sys.executable, str(BENCHMARKS / script), "--quick", "--out", str(out), *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(out.read_text()), done.stdout
@@ -153,24 +153,24 @@ def test_seeds_that_contradict_each_other_prove_nothing(square: list[float], clo
         return {f"{seed}": {**figures, "validation": 2 + each} for seed, each in enumerate(validation)}
 
     zeros, held = results(0, 0, 0), results(0.004, 0.004, 0.004)
-    runs = {stage: dict.fromkeys(recipes.RECIPES, zeros) for stage in precision.STAGES}
+    runs = {stage: dict.fromkeys(recipes_of.RECIPES, zeros) for stage in precision.STAGES}
     runs["training"] |= {
-        recipes.FP8_SQUARE: results(*square),
-        recipes.O2: held,
-        recipes.PLUS: results(0.009, -0.009, 0.009),
+        recipes_of.FP8_SQUARE: results(*square),
+        recipes_of.O2: held,
+        recipes_of.PLUS: results(0.009, -0.009, 0.009),
     }
-    runs["fine-tuning"][recipes.FP8_MASTER] = results(0.4, 0.6, 0.2)
-    runs["fine-tuning"][recipes.O1] = results(0.008, 0.008, 0.008)
+    runs["fine-tuning"][recipes_of.FP8_MASTER] = results(0.4, 0.6, 0.2)
+    runs["fine-tuning"][recipes_of.O1] = results(0.008, 0.008, 0.008)
     rows = precision.summarise(runs)
     claims = {each.text: each.holds for each in precision.judge(rows, 0.005)}
-    assert claims.pop(f"{recipes.PLUS}: mean difference to FP32") is False
-    assert claims.pop(f"{recipes.O1}: of FP32's improvement at a rate of 1e-05") is False
-    assert claims.pop(f"{recipes.FP8_SQUARE}: worse than FP32 by") is close
-    assert claims.pop(f"{recipes.FP8_MASTER}: of FP32's improvement at a rate of 1e-05") is False
+    assert claims.pop(f"{recipes_of.PLUS}: mean difference to FP32") is False
+    assert claims.pop(f"{recipes_of.O1}: of FP32's improvement at a rate of 1e-05") is False
+    assert claims.pop(f"{recipes_of.FP8_SQUARE}: worse than FP32 by") is close
+    assert claims.pop(f"{recipes_of.FP8_MASTER}: of FP32's improvement at a rate of 1e-05") is False
     assert len(claims) == 8
     assert all(claims.values())
-    assert precision.judge([row for row in rows if row["recipe"] == recipes.FP32], 0.005) == []
-    master = next(each for each in rows if "kept" in each and each["recipe"] == recipes.FP8_MASTER)
+    assert precision.judge([row for row in rows if row["recipe"] == recipes_of.FP32], 0.005) == []
+    master = next(each for each in rows if "kept" in each and each["recipe"] == recipes_of.FP8_MASTER)
     assert master["kept"] == pytest.approx(0.6)
 
 
@@ -190,15 +190,25 @@ def test_first_steps(tmp_path: Path) -> None:
 def test_precision(tmp_path: Path) -> None:
     result, printed = quick("precision.py", tmp_path / "precision.json")
     rows = {(row["stage"], row["recipe"]): row for row in result["rows"]}
-    assert {*rows} == {(stage, name) for stage in precision.STAGES for name in recipes.RECIPES}
+    assert {*rows} == {(stage, name) for stage in precision.STAGES for name in recipes_of.RECIPES}
     for stage in precision.STAGES:
-        assert rows[stage, recipes.FP32]["difference"] == 0
+        assert rows[stage, recipes_of.FP32]["difference"] == 0
         bf16, o1 = (rows[stage, name]["validation"] for name in ("#1 BF16", "O1"))
         assert o1 == pytest.approx(bf16, abs=1e-3)
-    assert rows["fine-tuning", recipes.FP32]["kept"] == 1
-    assert abs(rows["training", recipes.FP8_MASTER]["difference"]) > 5e-3
-    assert len(result["claims"]) == 2 * len(recipes.LEVELS) + 2
-    assert all(name in printed for name in recipes.RECIPES)
+    assert rows["fine-tuning", recipes_of.FP32]["kept"] == 1
+    assert abs(rows["training", recipes_of.FP8_MASTER]["difference"]) > 5e-3
+    assert len(result["claims"]) == 2 * len(recipes_of.LEVELS) + 2
+    assert all(name in printed for name in recipes_of.RECIPES)
+
+
+@pytest.mark.slow
+def test_several_runs_at_once(tmp_path: Path) -> None:
+    """The same losses as one after the other, in the same file."""
+    recipes = ["--recipes", recipes_of.FP32, recipes_of.PLUS]
+    together, _ = quick("precision_parallel.py", tmp_path / "a.json", "--at_once", "2", *recipes)
+    apart, _ = quick("precision.py", tmp_path / "b.json", *recipes)
+    assert together["rows"] == apart["rows"]
+    assert len(together["claims"]) == 2
 
 
 class KilledError(Exception):
@@ -210,7 +220,7 @@ def fake_run(calls: list[tuple[str, int]], stop: int) -> Any:
         if len(calls) == stop:
             raise KilledError
         calls.append((job.stage, job.seed))
-        if (job.stage, job.recipe) == ("training", recipes.FP32):
+        if (job.stage, job.recipe) == ("training", recipes_of.FP32):
             torch.save({}, weights)
         return {"before": 2.0, "training": 1.0, "validation": 1.0 + len(calls), "seconds": 0.0}
 
@@ -229,14 +239,14 @@ def flat(runs: precision.Runs) -> dict[tuple[str, str, str], dict[str, float]]:
 def test_a_killed_study_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, calls, size = tmp_path / "precision.json", [], precision.SIZES["tiny"]
     settings = {"steps": 4}
-    runs = len(recipes.RECIPES) * len(precision.STAGES) * 2
+    runs = len(recipes_of.RECIPES) * len(precision.STAGES) * 2
     monkeypatch.setattr(precision, "run", fake_run(calls, stop=20))
     with pytest.raises(KilledError):
-        precision.study(out, precision.resumed(out, settings), size, 2, recipes.RECIPES, QUIET)
+        precision.study(out, precision.resumed(out, settings), size, 2, recipes_of.RECIPES, QUIET)
     kept = flat(precision.resumed(out, settings)["runs"])
     assert len(kept) == 20
     monkeypatch.setattr(precision, "run", fake_run(calls, stop=runs))
-    precision.study(out, precision.resumed(out, settings), size, 2, recipes.RECIPES, QUIET)
+    precision.study(out, precision.resumed(out, settings), size, 2, recipes_of.RECIPES, QUIET)
     assert len(calls) == runs
     found = flat(precision.resumed(out, settings)["runs"])
     assert {each["validation"] for each in found.values()} == {1.0 + number for number in range(1, runs + 1)}
@@ -250,11 +260,11 @@ def test_fp32_is_trained_again_if_its_weights_are_gone_and_wanted(
 ) -> None:
     out, calls, size = tmp_path / "precision.json", [], precision.SIZES["tiny"]
     monkeypatch.setattr(precision, "run", fake_run(calls, stop=100))
-    few = [recipes.FP32, recipes.O2]
+    few = [recipes_of.FP32, recipes_of.O2]
     precision.study(out, precision.resumed(out, {}), size, 1, few, QUIET)
     (tmp_path / "precision_seed0.pt").unlink()
     calls.clear()
     precision.study(out, precision.resumed(out, {}), size, 1, few, QUIET)
     assert calls == []
-    precision.study(out, precision.resumed(out, {}), size, 1, [*few, recipes.PLUS], QUIET)
+    precision.study(out, precision.resumed(out, {}), size, 1, [*few, recipes_of.PLUS], QUIET)
     assert calls == [("training", 0), ("training", 0), ("fine-tuning", 0)]

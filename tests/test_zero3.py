@@ -27,15 +27,16 @@ from ds_fp8.zero_fp8.comm.collectives import AllToAll
 
 SECONDS = 60.0  # until a run that should take one counts as a hang
 WIDTH = 24
+CODED = (32, 208)  # of models whose matrices are FP8: two tiles along one side, cut within a tile's rows
 VOCABULARY = 37
 
 
 class Block(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, width: int, inner: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(WIDTH)
-        self.up = nn.Linear(WIDTH, 50)
-        self.down = nn.Linear(50, WIDTH)
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, inner)
+        self.down = nn.Linear(inner, width)
 
     def forward(self, hidden: Tensor) -> Tensor:
         out: Tensor = hidden + self.down(F.gelu(self.up(self.norm(hidden))))
@@ -52,12 +53,12 @@ class Biased(nn.Linear):
 class Model(nn.Module):
     """What a model may do with its modules and parameters, by name."""
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, width: int = WIDTH, inner: int = 50) -> None:
         super().__init__()
         self.kind = kind
-        self.tokens = nn.Embedding(VOCABULARY, WIDTH)
-        self.blocks = nn.ModuleList(Block() for _ in range(3))
-        self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
+        self.tokens = nn.Embedding(VOCABULARY, width)
+        self.blocks = nn.ModuleList(Block(width, inner) for _ in range(3))
+        self.head = nn.Linear(width, VOCABULARY, bias=False)
         if kind == "module unused":
             self.unused = nn.Linear(5, 5)
         if kind == "tied":
@@ -66,7 +67,7 @@ class Model(nn.Module):
             self.tokens.requires_grad_(False)
             self.blocks[1].requires_grad_(False)
         if kind == "bias on one rank":
-            self.blocks[1].down = Biased(50, WIDTH)
+            self.blocks[1].down = Biased(inner, width)
         self.step = 0
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -104,7 +105,7 @@ KINDS = (
 
 def make(kind: str, config: dict[str, Any]) -> Any:
     torch.manual_seed(0)
-    model = Model(kind)
+    model = Model(kind, *(CODED if config["fp8"].get("weights") else ()))
     if kind == "two dtypes":
         model = model.to(torch.bfloat16)
         model.head = model.head.float()

@@ -1,7 +1,7 @@
 """The parts of a run, as `wiring` has built them."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from ds_fp8.ops.backend import Backend
 from ds_fp8.zero_fp8.comm.groups import Nodes
@@ -16,6 +16,7 @@ from ds_fp8.zero_fp8.placement.ranks import Fleet
 from ds_fp8.zero_fp8.states.residence import Residence
 from ds_fp8.zero_fp8.states.shard import Shard
 from ds_fp8.zero_fp8.weights.frozen import FrozenWeights
+from ds_fp8.zero_fp8.weights.sliced.frozen import FrozenSlices
 from ds_fp8.zero_fp8.weights.store import Weights
 from ds_fp8.zero_fp8.weights.tiled import Products
 
@@ -38,8 +39,8 @@ class Parts:
     offloaded: Offloaded  # where states live, unless they are moved
     listens: bool  # gradients travel while backward runs
     divisor: int  # of the sum of the ranks' gradients
+    frozen: FrozenWeights | FrozenSlices  # those that are codes
     products: Products | None = None  # of matrices that are codes, if there are some
-    frozen: FrozenWeights = field(default_factory=FrozenWeights)  # those that are codes
 
     @property
     def nbytes(self) -> int:

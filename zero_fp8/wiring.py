@@ -5,7 +5,7 @@ The axes of a run are fields that are composed here:
 - who has a scale and how gradients add up: a block; a tensor, as in FP8-LM; a tensor, with a sum in FP8;
 - when gradients travel: as buckets fill (ZeRO 2), where modules end (ZeRO 3) or at the accumulation boundary
   (ZeRO 1);
-- what a rank holds of the weights: all of them, in the model's dtype or as codes, or its slices (ZeRO 3);
+- what a rank holds of the weights: all of them, or its slices (ZeRO 3), in the model's dtype or as codes;
 - where the states live: on the device, or in host memory, from where they visit it or where the host sweeps;
 - kernels: those of the device.
 """
@@ -46,7 +46,11 @@ from ds_fp8.zero_fp8.product_health import ProductHealth
 from ds_fp8.zero_fp8.recipe import Offload, Recipe, ZeroSettings
 from ds_fp8.zero_fp8.states.residence import Residence
 from ds_fp8.zero_fp8.states.shard import Shard
-from ds_fp8.zero_fp8.weights.slices import SlicedWeights
+from ds_fp8.zero_fp8.weights.code_views import CodeViews
+from ds_fp8.zero_fp8.weights.frozen import FrozenWeights
+from ds_fp8.zero_fp8.weights.sliced.codes import CodeSlices
+from ds_fp8.zero_fp8.weights.sliced.frozen import FrozenSlices
+from ds_fp8.zero_fp8.weights.sliced.slices import SlicedWeights
 from ds_fp8.zero_fp8.weights.store import Weights
 from ds_fp8.zero_fp8.weights.tiled import Products, TiledWeights, matrices_of
 from ds_fp8.zero_fp8.weights.views import FlatWeights
@@ -123,6 +127,7 @@ def build(
         offloaded=away,
         listens=settings.stage >= 2,
         divisor=_divisor(buckets[0].fleet, settings),
+        frozen=FrozenSlices(run.first.group) if settings.stage == 3 else FrozenWeights(),
         products=products,
     )
 
@@ -188,11 +193,17 @@ class _Run:
     def rank_in(self, bucket: Bucket) -> int:
         return self.fleets[bucket.fleet].rank
 
+    @property
+    def first(self) -> Nodes:
+        """Of the only fleet that there may be under ZeRO 3 and with offload."""
+        return next(iter(self.fleets.values()))
+
     def weights(self, bucket: Bucket, settings: ZeroSettings, products: Products | None) -> Weights:
         """What a rank holds of a bucket's weights."""
         what = (bucket, self.parameters, self.rank_in(bucket))
         if products is not None and bucket.slots[0].parameter in products.chosen:
-            return TiledWeights(*what, products)
+            store = CodeSlices if settings.stage == 3 else CodeViews
+            return TiledWeights(bucket, store(*what, products.choice.way), self.rank_in(bucket), products)
         return SlicedWeights(*what) if settings.stage == 3 else FlatWeights(*what)
 
     def pieces(self, bucket: Bucket) -> list[Piece]:
@@ -207,7 +218,7 @@ class _Run:
         """Where states live. Collective if that is host memory."""
         if settings.offload is None:
             return Offloaded(resident(self.recipe, self.device))
-        first = next(iter(self.fleets.values()))
+        first = self.first
         itemsize = max(each.element_size() for each in self.parameters.values())
         crossing = Crossing(
             self.rows(buckets),
@@ -226,7 +237,7 @@ class _Run:
         """When buckets leave."""
         if settings.stage < 3:
             return Arrivals(buckets)
-        return ModuleEnds(buckets, next(iter(self.fleets.values())).group, self.device)
+        return ModuleEnds(buckets, self.first.group, self.device)
 
     def gradient_parts(self, buckets: Sequence[Bucket], offloaded: Offloaded) -> GradientParts:
         """How gradients are packed, scaled and added up."""

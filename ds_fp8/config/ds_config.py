@@ -58,7 +58,7 @@ def check(ds_config: Mapping[str, Any]) -> list[str]:
         idle = [each for each in idle if not any(key in each for key in GATHERED_FOR_A_SAVE)]
         refuse_beside_peers(fp8, ds_config, f"with tensor_parallel.autotp_size {parts}")
     if fp8.has_codes:
-        _refuse_with_codes(fp8, ds_config, stage)
+        _refuse_with_codes(fp8, ds_config)
     _check_optimizer(_section(ds_config, "optimizer"))
     _check_autocast(_section(ds_config, "torch_autocast"))
     _check_passes(_section(ds_config, "compile"))
@@ -159,10 +159,8 @@ def _refuse_whole_tensors(config: FP8Config, beside: str) -> None:
         raise ValueError("\n".join(mistakes))
 
 
-def _refuse_with_codes(config: FP8Config, ds_config: Mapping[str, Any], stage: int) -> None:
-    """FP8 weights are those of BF16 models, and whole on every rank."""
-    if stage == 3:
-        raise config.refusal_of_weights("with zero_optimization.stage 3 (not built yet there)")
+def _refuse_with_codes(config: FP8Config, ds_config: Mapping[str, Any]) -> None:
+    """FP8 weights are those of BF16 models."""
     if _section(ds_config, "fp16").get("enabled", False) is True:
         path, value = config.weights_key
         raise refusal("fp16.enabled", True, f"false with {path} {show(value)}, which is of BF16 models")

@@ -26,7 +26,9 @@ GATHERED_FOR_A_SAVE = (
 )
 NOT_WITH_FP8 = "does not work with fp8 enabled"
 NOT_YET = "is not built yet with fp8 enabled"
-AS_THE_MODEL = f"{NOT_WITH_FP8}: weights travel in the model's dtype"
+AS_THE_MODEL = (
+    f'{NOT_WITH_FP8}: weights travel in the model\'s dtype, or as FP8 codes with fp8.opt_level "O3"'
+)
 
 TOP_LEVEL: Rules = {
     **dict.fromkeys(

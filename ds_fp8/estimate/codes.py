@@ -77,12 +77,16 @@ def guessed(model: Model, buckets: Sequence[Bucket]) -> tuple[int, int, int]:
     return round(elements * (BF16.itemsize - rate)), room_bytes(buckets), WIDEST * width**2
 
 
+def guessed_slices(model: Model) -> tuple[int, int]:
+    """Of a model of unknown shapes: elements that are codes, and bytes beside them on every GPU."""
+    elements, width = elements_of(model.parameters), width_of(model.parameters)
+    return elements, round(elements * tile_bytes(width, width) / width**2)
+
+
 def refusal_of(config: FP8Config, model: Model, run: Run) -> str | None:
     """Why no run has FP8 weights with this model."""
     if not config.has_codes:
         return None
-    if run.stage == 3:
-        return "refused under ZeRO 3: FP8 weights are not built there yet"
     if run.model_parallel_size > 1:
         return "refused with tensor parallelism: FP8 weights are not measured there yet"
     least = config.weights.min_elements

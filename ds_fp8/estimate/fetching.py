@@ -1,4 +1,4 @@
-"""What ZeRO 3 keeps whole and what it fetches at a time, by DeepSpeed's rules. Everything is in elements."""
+"""What ZeRO 3 keeps whole and what it fetches at a time, by DeepSpeed's rules, which count elements."""
 
 import sys
 from collections.abc import Sequence
@@ -41,13 +41,22 @@ def persistent(sizes: Sequence[int], fetching: Fetching) -> list[bool]:
 
 
 def whole(
-    sizes: Sequence[int], kept: Sequence[int], gathered: Sequence[int], fetching: Fetching
+    sizes: Sequence[int],
+    kept: Sequence[int],
+    gathered: Sequence[int],
+    fetching: Fetching,
+    itemsizes: Sequence[int],
 ) -> tuple[int, int]:
-    """What is whole between steps, and what is beside it, at most, while a step fetches.
+    """Bytes that are whole between steps, and beside them, at most, while a step fetches.
 
-    kept, gathered: what each parameter takes if it is persistent, and if it is fetched.
+    kept, gathered: elements of each parameter if it is persistent, and if it is fetched. DeepSpeed counts
+    elements; at most, what is fetched at a time are those of most bytes.
     """
     stays = persistent(sizes, fetching)
-    always = sum(each for each, one in zip(kept, stays, strict=True) if one)
-    others = sum(each for each, one in zip(gathered, stays, strict=True) if not one)
-    return always, min(others, fetching.max_live_parameters + fetching.prefetch_bucket_size)
+    always = sum(itemsize * each for each, itemsize, one in zip(kept, itemsizes, stays, strict=True) if one)
+    fetched, left = 0, fetching.max_live_parameters + fetching.prefetch_bucket_size
+    for wide in sorted(set(itemsizes), reverse=True):
+        others = zip(gathered, itemsizes, stays, strict=True)
+        elements = min(left, sum(each for each, itemsize, one in others if itemsize == wide and not one))
+        fetched, left = fetched + wide * elements, left - elements
+    return always, fetched

@@ -6,15 +6,16 @@ a message.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from ds_fp8.ops.formats import BF16, E4M3, FP32, Format
 from ds_fp8.ops.products import TILE, scale_shape, tiles
 from ds_fp8.zero_fp8.offload.sizes import Crossing, Expected, expected
+from ds_fp8.zero_fp8.placement import parameters
 from ds_fp8.zero_fp8.placement.messages import Message
 from ds_fp8.zero_fp8.placement.partition import Bucket, slice_blocks
 from ds_fp8.zero_fp8.placement.ranks import Fleet, NodeLayout
@@ -101,8 +102,15 @@ def weight_bytes(itemsize: int, buckets: Sequence[Bucket]) -> int:
 Shape = tuple[int, int]
 
 
+class Cut(NamedTuple):
+    """How ZeRO 3 cuts parameters."""
+
+    block_size: int
+    fleet: Fleet
+
+
 def shape_of(matrix: Tensor) -> Shape:
-    rows, columns = matrix.shape
+    rows, columns = parameters.shape_of(matrix)
     return rows, columns
 
 
@@ -111,16 +119,18 @@ def code_bytes(buckets: Sequence[Bucket], shapes: Mapping[int, Shape]) -> int:
 
     shapes: of their matrices, by global index.
     """
-    codes = weight_bytes(E4M3.itemsize, buckets)
-    behind = BF16.itemsize  # the value that C++ would read in a parameter's place
-    return codes + sum(tile_bytes(*shape) + behind for shape in _shapes_of(buckets, shapes))
+    return weight_bytes(E4M3.itemsize, buckets) + beside_codes(_shapes_of(buckets, shapes))
 
 
-def frozen_bytes(shapes: Iterable[Shape]) -> int:
+def frozen_bytes(shapes: Collection[Shape]) -> int:
     """Bytes of frozen matrices as FP8 codes: as `code_bytes`, without padding."""
-    return sum(
-        rows * columns * E4M3.itemsize + tile_bytes(rows, columns) + BF16.itemsize for rows, columns in shapes
-    )
+    return E4M3.itemsize * sum(map(prod, shapes)) + beside_codes(shapes)
+
+
+def beside_codes(shapes: Iterable[Shape]) -> int:
+    """Bytes on every rank beside the codes of these matrices."""
+    behind = BF16.itemsize  # the value that C++ would read in a parameter's place
+    return sum(tile_bytes(*each) + behind for each in shapes)
 
 
 def tile_bytes(rows: int, columns: int) -> int:
@@ -154,6 +164,14 @@ def _exponents(rows: int, columns: int) -> int:
 def slice_bytes(itemsize: int, sizes: Iterable[int], block_size: int, fleet: Fleet) -> int:
     """Bytes of one rank's slices of these parameters under ZeRO 3, padding included."""
     return itemsize * block_size * sum(slice_blocks(numel, block_size, fleet.size) for numel in sizes)
+
+
+def sliced_bytes(itemsizes: Sequence[int], sizes: Sequence[int], frozen: Collection[int], cut: Cut) -> int:
+    """Bytes of one rank's slices of a model's parameters. frozen: positions of those that have no bucket."""
+    return sum(
+        itemsize * numel if index in frozen and cut.fleet.size == 1 else slice_bytes(itemsize, [numel], *cut)
+        for index, (itemsize, numel) in enumerate(zip(itemsizes, sizes, strict=True))
+    )
 
 
 def fetch_bytes(itemsize: int, sizes: Iterable[int], block_size: int, fleet: Fleet) -> int:

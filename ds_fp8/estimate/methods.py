@@ -129,8 +129,8 @@ def _with_fp8(config: FP8Config, offload: Offload | None, model: Model, run: Run
         away = memory.offloaded_bytes(recipe, offload, WEIGHT, buckets, fullest, several=several)
         held = _with_offload(held, away, reduced)
     if config.has_codes:
-        return _with_codes(held, config, model, buckets, chosen)
-    return _with_slices(held, model, run, recipe.block_size) if run.stage == 3 else held
+        held = _with_codes(held, config, model, buckets, chosen)
+    return _with_slices(held, config, model, run, chosen) if run.stage == 3 else held
 
 
 def _with_offload(held: Held, away: Expected, reduced: int) -> Held:
@@ -181,20 +181,23 @@ def _with_codes(
     return replace(held, weights=held.weights - saved, buffers=held.buffers + room + scratch)
 
 
-def _with_slices(held: Held, model: Model, run: Run, block_size: int) -> Held:
+def _with_slices(held: Held, config: FP8Config, model: Model, run: Run, chosen: codes.Codes) -> Held:
     """The same with the weights as ZeRO 3 holds them in backward."""
-    fleet, frozen = Fleet("data", run.gpus), WEIGHT * model.frozen
-    if run.gpus > 1:
-        frozen = memory.slice_bytes(WEIGHT, model.frozen_sizes, block_size, fleet)
-    kept = [memory.persistent_bytes(1, [numel], fleet) for numel in model.sizes]
-    gathered = [memory.gathered_bytes(1, [numel], block_size, fleet) for numel in model.sizes]
-    always, at_a_time = fetching.whole(model.sizes, kept, gathered, run.fetching)
-    return replace(
-        held,
-        weights=memory.slice_bytes(WEIGHT, model.trained, block_size, fleet) + frozen,
-        persistent=WEIGHT * always,
-        fetched=WEIGHT * at_a_time,
-    )
+    cut = memory.Cut(config.block_size, Fleet("data", run.gpus))
+    coded = {*chosen.shapes, *chosen.frozen}
+    itemsizes = [E4M3.itemsize if index in coded else WEIGHT for index in range(len(model.sizes))]
+    kept = [memory.persistent_bytes(1, [numel], cut.fleet) for numel in model.sizes]
+    gathered = [memory.gathered_bytes(1, [numel], *cut) for numel in model.sizes]
+    always, at_a_time = fetching.whole(model.sizes, kept, gathered, run.fetching, itemsizes)
+    weights = memory.sliced_bytes(itemsizes, model.sizes, model.frozen_at, cut)
+    weights += memory.beside_codes(chosen.shapes.values())
+    weights += memory.beside_codes(chosen.frozen.values())
+    if config.has_codes and model.module is None:
+        elements, beside = codes.guessed_slices(model)
+        saved = WEIGHT - E4M3.itemsize
+        weights += beside - saved * elements // run.gpus
+        at_a_time -= round(saved / WEIGHT * at_a_time * elements / model.parameters)
+    return replace(held, weights=weights, persistent=always, fetched=at_a_time)
 
 
 def _stock(state: Format, model: Model, run: Run) -> Held:
@@ -228,20 +231,20 @@ def _stock_sliced(state: Format, model: Model, run: Run) -> Held:
     """Under ZeRO 3. The bucket is there between steps, too."""
     sizes, keys = model.trained, run.fetching
     part = sum(stock.slices(sizes, run.gpus))
-    gathered = stock.gathered(model.sizes, run.gpus)
-    always, at_a_time = fetching.whole(model.sizes, gathered, gathered, keys)
+    gathered, itemsizes = stock.gathered(model.sizes, run.gpus), [WEIGHT for _ in model.sizes]
+    always, at_a_time = fetching.whole(model.sizes, gathered, gathered, keys, itemsizes)
     # The step makes a flat copy of several parameters' gradient, and another if the master is wider.
     wide = state.itemsize // WEIGHT if state.itemsize > WEIGHT else 0
     groups = stock.sub_groups(sizes, run.gpus, keys.sub_group_size)
     step = max(elements * ((members > 1) + wide) for elements, members in groups)
     backward = stock.largest_reduction(sizes, run.gpus, run.bucket_elements)
-    fetched, copied = max((at_a_time, backward), (0, step), key=sum)
+    fetched, copied = max((at_a_time // WEIGHT, backward), (0, step), key=sum)
     return Held(
         weights=WEIGHT * sum(stock.slices(model.sizes, run.gpus)),
         states=3 * state.itemsize * part,
         gradients=WEIGHT * part,
         buffers=WEIGHT * (run.bucket_elements + copied),
-        persistent=WEIGHT * always,
+        persistent=always,
         fetched=WEIGHT * fetched,
     )
 

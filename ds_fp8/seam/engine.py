@@ -191,6 +191,19 @@ def consolidated_16bit_state_dict(original: Method) -> Method:
     return method
 
 
+def zero3_consolidated(original: Method) -> Method:
+    """DeepSpeedEngine._zero3_consolidated_16bit_state_dict: masters of FP8 weights, if files hold those."""
+
+    @functools.wraps(original)
+    def method(self: Any, exclude_frozen_parameters: bool = False) -> Any:
+        state = original(self, exclude_frozen_parameters)
+        if is_active(self):
+            self.optimizer.saved.model_weights.put_masters(state)
+        return state
+
+    return method
+
+
 def save_16bit_model(original: Method) -> Method:
     """DeepSpeedEngine.save_16bit_model: of a model that AutoTP has split the whole, not rank 0's part."""
 
@@ -237,7 +250,7 @@ def handler_of(engine: Any, recipe: Recipe, settings: ZeroSettings) -> FP8ZeROOp
         choice = agreed(lambda: choose(engine.module, section, device), engine.seq_data_parallel_group)
     if settings.stage == 3:
         offload = functools.partial(offload_of, engine, timers)
-        return Stage3Optimizer(*what, timers, loss_scaler_of(engine), offload)
+        return Stage3Optimizer(offload, *what, timers, loss_scaler_of(engine), choice=choice)
     return Stage12Optimizer(*what, timers, loss_scaler_of(engine), choice=choice)
 
 

@@ -17,6 +17,7 @@ from importlib.metadata import version
 from typing import Any
 
 from deepspeed.accelerator import get_accelerator
+from torch.nn import functional
 
 from ds_fp8 import builds
 from ds_fp8.compat import (
@@ -27,12 +28,13 @@ from ds_fp8.compat import (
     OpBuilder,
     check_autograd,
     check_signatures,
+    partition_parameters,
     warn_of_newer_torch,
 )
 from ds_fp8.config import ds_config
 from ds_fp8.ops.op_builders import FP8CPUBuilder, FP8TritonBuilder
 from ds_fp8.seam import backward, engine, loading, model_file, saving
-from ds_fp8.zero_fp8.weights import slices
+from ds_fp8.zero_fp8.weights.sliced import codes, slices
 
 logger = logging.getLogger("ds_fp8")
 
@@ -41,14 +43,14 @@ GLOO_SECONDS = 0.2
 
 @dataclass(frozen=True)
 class Patch:
-    """One attribute of a foreign class, replaced, and the original to put back."""
+    """One attribute of a foreign class or module, replaced, and the original to put back."""
 
-    owner: type
+    owner: Any
     name: str
     original: Any
 
     @staticmethod
-    def apply(owner: type, name: str, make: Callable[[Any], Any]) -> "Patch":
+    def apply(owner: Any, name: str, make: Callable[[Any], Any]) -> "Patch":
         original = vars(owner)[name]
         setattr(owner, name, make(original))
         return Patch(owner, name, original)
@@ -74,13 +76,17 @@ SEAM = (
     (DeepSpeedEngine, "load_checkpoint", loading.load_checkpoint),
     (DeepSpeedEngine, "module_state_dict", model_file.module_state_dict),
     (DeepSpeedEngine, "_consolidated_16bit_state_dict", engine.consolidated_16bit_state_dict),
+    (DeepSpeedEngine, "_zero3_consolidated_16bit_state_dict", engine.zero3_consolidated),
     (DeepSpeedEngine, "save_16bit_model", engine.save_16bit_model),
     (OpBuilder, "jit_load", builds.jit_load),
 )
 
 # What outlives unregister(): it concerns only parameters that an engine of ours has cut, which would be cut
-# wrongly without it.
-SLICES = (Init, "_padding_size", slices.aligned)
+# and multiplied wrongly without it.
+LASTING = (
+    (Init, "_padding_size", slices.aligned),
+    (partition_parameters, "zero3_linear_wrap", codes.beside_codes),
+)
 
 BUILDERS = {each.__name__: each for each in (FP8CPUBuilder, FP8TritonBuilder)}
 
@@ -112,7 +118,9 @@ def register() -> None:
         )
     _patches.extend(Patch.apply(*place) for place in SEAM)
     if not _lasting:
-        _lasting.append(Patch.apply(*SLICES))
+        _lasting.extend(Patch.apply(*place) for place in LASTING)
+        if functional.linear is _lasting[-1].original:  # zero.Init was here before
+            functional.linear = partition_parameters.zero3_linear_wrap
     _show_builders()
     _quiet_gathers()
     atexit.register(_let_gloo_finish)

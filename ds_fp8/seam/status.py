@@ -13,6 +13,7 @@ from ds_fp8.estimate.engine_weights import in_words, weights_of
 from ds_fp8.estimate.fetching import fetching_of, persistent, summary
 from ds_fp8.zero_fp8.handlers.common import FP8ZeROOptimizer
 from ds_fp8.zero_fp8.health import Health
+from ds_fp8.zero_fp8.placement.parameters import held_of
 
 
 def is_active(engine: Any) -> bool:
@@ -99,7 +100,7 @@ def _fetching(engine: Any) -> dict[str, Any]:
     sizes = [int(getattr(each, "ds_numel", each.numel())) for each in parameters]
     kept = sent = whole = 0
     for each, numel, stays in zip(parameters, sizes, persistent(sizes, keys), strict=True):
-        itemsize = each.element_size()
+        itemsize = held_of(each).element_size()
         whole += itemsize * numel
         if stays:
             kept += memory.persistent_bytes(itemsize, [numel], fleet)

@@ -1,20 +1,22 @@
 """DeepSpeed's fetching of weights under ZeRO 3, with slices of whole blocks and fetches of ours.
 
 Hooks on modules, prefetch, persistence and release are DeepSpeed's own. What is ours: how a parameter is cut
-(`weights.slices`), how it travels (`weights.fetch`), and to be told when a module has ended its backward.
+(`weights.sliced.slices`), how it travels (`weights.sliced.fetch`), and to be told when a module has ended its
+backward.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch.nn import Module, Parameter
 
 from ds_fp8.compat import DeepSpeedZeRoOffload, ZeroParamStatus
 from ds_fp8.zero_fp8.gradients.backwards import in_backward
 from ds_fp8.zero_fp8.placement.parameters import held_of
-from ds_fp8.zero_fp8.weights import fetch
-from ds_fp8.zero_fp8.weights.slices import cut, objection_to
+from ds_fp8.zero_fp8.weights.sliced import fetch
+from ds_fp8.zero_fp8.weights.sliced.slices import CODES, cut, dtype_of, objection_to
 
 AUTOGRAD_FUNCTIONS = ("pre_bwd_fn", "post_bwd_fn")  # attributes of a module that DeepSpeed has hooked
 OnModuleEnd = Callable[[Module], None]
@@ -92,7 +94,7 @@ class Fetching:
         """Drop what was done to parameters behind DeepSpeed's back, and would be lost: slices are left."""
         for each in self._names:
             if objection_to(each) is not None:
-                each.data = held_of(each).new_empty(0)
+                each.data = torch.empty(0, dtype=dtype_of(each), device=held_of(each).device)
 
     def fetch_persistent(self) -> None:
         """Make whole what stays whole between steps. Collective."""
@@ -119,13 +121,13 @@ class Fetching:
     @contextmanager
     def set_aside(self) -> Iterator[None]:
         """As `released`, and whoever was whole is so again as it was, with what was written to it since."""
-        whole = [(each, each.data) for each in self._whole()]
+        whole = [fetch.kept(each) for each in self._whole()]
         self.release()
         try:
             yield
         finally:
-            for parameter, values in whole:
-                fetch.put_back(parameter, values)
+            for put_back in whole:
+                put_back()
 
     def _whole(self) -> list[Any]:
         """Parameters that are whole, as persistent ones are, and within GatheredParameters."""
@@ -133,7 +135,10 @@ class Fetching:
         return [each for each in parameters if each.ds_status == ZeroParamStatus.AVAILABLE]
 
     def remove(self) -> None:
-        """Take the hooks off; parameters stay as they are."""
+        """Take the hooks off; parameters stay as they are, and FP8 weights are BF16 again."""
+        for each in self._names:
+            if hasattr(each, CODES):
+                getattr(each, CODES).give_back(each)
         self.offload.destroy()
 
 

@@ -118,14 +118,27 @@ class FullTensors:
     def set_own_state(
         self, index: int, held: Tensor, value: Tensor, optim_state_key: str | None = None
     ) -> None:
-        """As `set_state`, of a slice: [elements of `held`]."""
+        """As `set_state`, of a slice: [elements of `held`].
+
+        Raises ValueError for an FP8 weight, whose scales all ranks have to agree on.
+        """
         _check_key(optim_state_key)
         self._on_access()
+        if optim_state_key is None:
+            self._refuse_part_of_codes(index)
         flat = _flat(value, held.shape, held.device)
         for owned, piece in self._pieces(index):
             _write(flat[: piece.numel], owned, piece.rows, optim_state_key)
         if optim_state_key is not None:
             self._on_foreign_state()
+
+    def _refuse_part_of_codes(self, index: int) -> None:
+        products = self._parts.products
+        if products is not None and index in products.chosen:
+            raise ValueError(
+                f"{products.names[index]}: safe_set_local_fp32_param received a part of an FP8 weight, "
+                "allowed: safe_set_full_fp32_param, by which all ranks have the scales of its tiles"
+            )
 
     def set_gradient(self, index: int, parameter: Parameter, value: Tensor) -> None:
         """Round a mean gradient into the reduced gradient. Raises ValueError outside backward .. step."""

@@ -11,14 +11,12 @@ from typing import Any
 from torch.nn import Module, Parameter
 
 from ds_fp8.zero_fp8.checkpoint.contracts import Restorable
-from ds_fp8.zero_fp8.comm.groups import Ranks
 from ds_fp8.zero_fp8.gradients.schedule import ModuleEnds
 from ds_fp8.zero_fp8.handlers.common import FP8ZeROOptimizer
 from ds_fp8.zero_fp8.handlers.fetching import Fetching, Offload
 from ds_fp8.zero_fp8.handlers.master_views import as_slices
 from ds_fp8.zero_fp8.handlers.slice_access import SliceAccess
 from ds_fp8.zero_fp8.optimizer.fp8_adamw import FP8AdamW
-from ds_fp8.zero_fp8.recipe import Recipe, ZeroSettings
 from ds_fp8.zero_fp8.weights.claims import claim, release
 
 
@@ -30,18 +28,15 @@ class Stage3Optimizer(FP8ZeROOptimizer):
 
     def __init__(
         self,
+        make_offload: Callable[[], Offload],
         optimizer: FP8AdamW,
         names: Mapping[Parameter, str],
-        recipe: Recipe,
-        settings: ZeroSettings,
-        ranks: Ranks,
-        timers: Any,
-        loss_scaler: Any,
-        make_offload: Callable[[], Offload],
+        *run: Any,
+        **options: Any,
     ) -> None:
         """As `FP8ZeROOptimizer`; make_offload: converts the model's parameters and hooks its modules."""
         self._names, self._make_offload = names, make_offload
-        super().__init__(optimizer, names, recipe, settings, ranks, timers, loss_scaler)
+        super().__init__(optimizer, names, *run, **options)
         self.fetching.install(self._on_module_end)
 
     def _prepare(self) -> None:
@@ -132,8 +127,8 @@ class Stage3Optimizer(FP8ZeROOptimizer):
 
     @contextmanager
     def ready_for_files(self) -> Iterator[None]:
-        """As `FP8ZeROOptimizer.ready_for_files`, and slices are all there is."""
-        with super().ready_for_files(), self.fetching.set_aside():
+        """As `FP8ZeROOptimizer.ready_for_files`, and slices are all there is, with values."""
+        with super().ready_for_files(), self.fetching.set_aside(), self.parts.frozen.as_values():
             yield
 
     def refresh_fp32_params(self) -> None:

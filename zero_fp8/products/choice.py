@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import Parameter
 
 from ds_fp8.config.refusals import refusal
+from ds_fp8.zero_fp8.placement.parameters import shape_of
 
 MULTIPLE = 16  # cuBLAS takes sides of so many elements
 CONV1D = "transformers.pytorch_utils.Conv1D"
@@ -74,7 +75,7 @@ def eligible(
         )
         if reason is None:
             found.append(Eligible(name, parameter, kind_of(uses[0].module) or ""))
-        elif parameter.dim() == 2:
+        elif len(shape_of(parameter)) == 2:
             reasons[name] = reason
     return found, reasons
 
@@ -144,8 +145,8 @@ def _reason_by_use(uses: list[_User], outputs: list[nn.Module]) -> str | None:
 
 
 def _reason_by_values(parameter: Parameter, dtype: torch.dtype | None) -> str | None:
-    if parameter.dim() != 2:
-        return f"of {parameter.dim()} dimensions"
+    if len(shape_of(parameter)) != 2:
+        return f"of {len(shape_of(parameter))} dimensions"
     if type(parameter) is not Parameter:
         return f"a {type(parameter).__name__}"
     if dtype not in (None, parameter.dtype):
@@ -160,7 +161,7 @@ def _reason_by_training(parameter: Parameter, trained: bool, frozen: bool) -> st
 
 
 def _reason_by_size(parameter: Parameter, min_elements: int) -> str | None:
-    rows, columns = parameter.shape
+    rows, columns = shape_of(parameter)
     if rows % MULTIPLE or columns % MULTIPLE:
         return f"{rows} x {columns}: not multiples of {MULTIPLE}"
     if rows * columns < min_elements or 2 * min(rows, columns) ** 2 < min_elements:

@@ -65,16 +65,29 @@ class FP8Parameter(nn.Parameter):
         """
         _check(parameter, matrix)
         nothing = torch.full((), float("nan"), dtype=parameter.dtype, device=parameter.device)
-        parameter.data = nothing.expand(parameter.shape)
+        FP8Parameter.put_on(parameter, nothing.expand(parameter.shape), matrix, way)
+
+    @staticmethod
+    def put_on(parameter: nn.Parameter, nothing: Tensor, matrix: Matrix, way: Way) -> None:
+        """As `take_over`, without a look. nothing: what C++ reads, a NaN of the matrix's shape."""
+        parameter.data = nothing
         parameter.__class__ = FP8Parameter
         assert isinstance(parameter, FP8Parameter)
         parameter.matrix, parameter.way = matrix, way
 
     @staticmethod
+    def take_off(parameter: nn.Parameter, values: Tensor) -> None:
+        """Make it a plain parameter with these values."""
+        assert isinstance(parameter, FP8Parameter)
+        parameter.__class__ = nn.Parameter  # type: ignore[assignment]
+        del parameter.matrix, parameter.way
+        parameter.data = values
+
+    @staticmethod
     def give_back(parameter: nn.Parameter) -> None:
         """Make it a plain parameter, with the values that its codes have."""
         assert isinstance(parameter, FP8Parameter)
-        parameter.data = parameter.matrix.values()
+        FP8Parameter.take_off(parameter, parameter.matrix.values())
 
     @classmethod
     def __torch_function__(
@@ -237,11 +250,8 @@ def _replace(parameter: FP8Parameter, new: Tensor) -> None:
     """`parameter.data = new` makes it plain, unless it has these values already."""
     matrix = parameter.matrix
     same = isinstance(new, DecodedValues) and new.matrix is matrix and new.generation == matrix.generation
-    if new is parameter or same:
-        return
-    parameter.__class__ = nn.Parameter  # type: ignore[assignment]
-    del parameter.matrix, parameter.way
-    parameter.data = new
+    if new is not parameter and not same:
+        FP8Parameter.take_off(parameter, new)
 
 
 def _write(

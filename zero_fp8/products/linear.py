@@ -51,7 +51,12 @@ class Product(torch.autograd.Function):
 
 
 def check_generation(matrix: Matrix, forward: int) -> None:
-    """Fail as torch does if what forward saved was overwritten."""
+    """Fail as torch does if what forward saved was overwritten, or is not there."""
+    if not matrix.is_here:
+        raise RuntimeError(
+            f"{matrix.name}: backward needs this FP8 weight, which ZeRO 3 has released: it was used outside "
+            "the forward of its module, without deepspeed.zero.register_external_parameter"
+        )
     if matrix.generation != forward:
         raise RuntimeError(
             f"{matrix.name}: one of the variables needed for gradient computation has been modified: the "
@@ -73,12 +78,20 @@ def multiply_input(
         check_dtypes(x, bias, matrix)
     check_shapes(x, bias, matrix, swapped)
     wgrad = torch.is_grad_enabled() and weight.requires_grad
+    if torch.compiler.is_dynamo_compiling() and matrix.travels:
+        return _multiply_outside(x, weight, bias, matrix, way, swapped, wgrad)  # type: ignore[no-any-return]
     if torch.compiler.is_dynamo_compiling():
         buffers = matrix.codes, matrix.exponents, matrix.scales
         with torch._C.DisableTorchFunctionSubclass():
             y: Tensor = _trace(x, weight, bias, buffers, (matrix.kernels.name, way.name), swapped, wgrad)
             return y
     return Product.apply(x, weight, bias, matrix, way, swapped, wgrad)  # type: ignore[no-any-return,no-untyped-call]
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _multiply_outside(*arguments: Any) -> Tensor:
+    """A product that is not part of the graph, which would keep fetched codes until its backward."""
+    return Product.apply(*arguments)  # type: ignore[no-any-return,no-untyped-call]
 
 
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]

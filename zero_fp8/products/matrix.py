@@ -1,7 +1,7 @@
 """One FP8 weight, in buffers that somebody else owns.
 
 The owner writes the codes and says so by `rewritten`. Everything else only reads: values for whoever asks for
-the weight, operands for products.
+the weight, operands for products. Under ZeRO 3 codes come with a fetch and go with a release; scales stay.
 """
 
 from collections.abc import Callable
@@ -25,6 +25,8 @@ class Matrix:
     scales: Tensor  # of the codes as they are: `ops.products.scale_shape(rows, columns)` float32
     kernels: Kernels = field(default=REFERENCE, repr=False)
     generation: int = 0  # how often the codes were rewritten
+    travels: bool = False  # codes come and go
+    is_here: bool = True  # else `codes` has a shape only
     writer: Callable[[Tensor], None] | None = None  # takes a `copy_` of a whole weight, as of load_state_dict
     on_state_dict: Callable[[], None] | None = None  # called when a state_dict takes the values
     decodes: int = 0  # how often somebody read values
@@ -44,7 +46,8 @@ class Matrix:
         The version counter is what compiled graphs check; kernels and collectives do not count.
         """
         self.generation += 1
-        torch.autograd.graph.increment_version(self.codes)
+        if self.is_here:
+            torch.autograd.graph.increment_version(self.codes)
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Keep the memory, if its owner lets it go, until what is queued on the stream now has run."""

@@ -7,6 +7,7 @@ bits.
 
 import logging
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
@@ -75,6 +76,10 @@ class FrozenWeights:
             named = naming([home.matrix.name for _, home, _ in left])
             logger.warning("frozen weights replaced through .data are rounded to FP8 again: %s", named)
         return None
+
+    def as_values(self) -> AbstractContextManager[None]:
+        """While files are read or written: nothing, whoever reads has values."""
+        return nullcontext()
 
     def set_writers(self) -> None:
         """Let load_state_dict write."""

@@ -19,6 +19,7 @@ from ds_fp8.zero_fp8.products.fp8_parameter import FP8Parameter
 from ds_fp8.zero_fp8.products.matrix import Matrix
 from ds_fp8.zero_fp8.states.shard import Shard
 from ds_fp8.zero_fp8.weights.frozen import FrozenWeights
+from ds_fp8.zero_fp8.weights.sliced.frozen import FrozenSlices
 from ds_fp8.zero_fp8.weights.store import Weights
 from ds_fp8.zero_fp8.weights.tiled import TiledWeights, is_tiled
 
@@ -48,7 +49,7 @@ class ModelWeights:
         self,
         shards: Sequence[Shard],
         weights: Sequence[Weights],
-        frozen: FrozenWeights,
+        frozen: FrozenWeights | FrozenSlices,
         group: ProcessGroup,
         *,
         masters: bool,
@@ -97,15 +98,22 @@ class ModelWeights:
             matrix.on_state_dict()
         return matrix.values().cpu()
 
+    def put_masters(self, state: dict[str, Any] | None) -> None:
+        """Replace gathered values by masters, if files hold those. Collective. state: None on other ranks."""
+        for matrix, values in self._rounded() if self._masters else ():
+            if state is not None and matrix.name in state:
+                state[matrix.name] = values.cpu()
+
     def _gathered(self, *, keeps: bool) -> dict[Matrix, Tensor]:
-        """Every matrix's masters, rounded to BF16, on the CPU. Collective."""
-        found = {}
+        """Of every matrix that a state_dict has, masters, rounded to BF16, on the CPU. Collective."""
+        if any(each.saved_with_states for each in self._weights):
+            return {}
+        return {matrix: values.cpu() for matrix, values in self._rounded() if keeps}
+
+    def _rounded(self) -> Iterator[tuple[Matrix, Tensor]]:
         for shard, weights in zip(self._shards, self._weights, strict=True):
-            masters = rounded_masters(shard, weights, self._group) if is_tiled(weights) else ()
-            for matrix, values in masters:
-                if keeps:
-                    found[matrix] = values.cpu()
-        return found
+            if is_tiled(weights):
+                yield from rounded_masters(shard, weights, self._group)
 
 
 def rounded_masters(

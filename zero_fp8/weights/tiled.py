@@ -1,10 +1,13 @@
-"""Weights of matrix products under ZeRO 1 and 2: E4M3 codes in one buffer of bytes per bucket.
+"""Weights of matrix products: E4M3 codes, of a bucket's matrices.
 
 What a step does with them: the sweep writes a rank's rows of BF16 weights into a room that all buckets share;
 each rank finds the scale that its part of every tile needs, and the ranks agree on the largest (one byte per
-tile of 128 x 128 elements); each rank encodes its rows; one gather brings the codes of all. Matrices are cut
-between blocks, as all parameters are, so the codes are the same bits at any number of ranks, and nothing is
-padded.
+tile of 128 x 128 elements); each rank encodes its rows; under ZeRO 1 and 2 a gather brings the codes of all.
+Matrices are cut between blocks, as all parameters are, so the codes are the same bits at any number of ranks
+and at any stage, and no tile is padded.
+
+Where codes lie is a `CodeStore`: whole on every rank, or this rank's slices (ZeRO 3). Scales of all tiles are
+on every rank.
 
 A skipped step has not written the room: then exponents and codes stay as they are, which the device decides.
 
@@ -16,27 +19,29 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
+from math import prod
 from typing import TypeGuard
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ds_fp8.ops.formats import E4M3
 from ds_fp8.ops.products import tiles
-from ds_fp8.zero_fp8.comm.collectives import AllGather, max_over_ranks
+from ds_fp8.zero_fp8.comm.collectives import max_over_ranks
 from ds_fp8.zero_fp8.comm.groups import Nodes
 from ds_fp8.zero_fp8.placement.partition import Bucket, Piece
 from ds_fp8.zero_fp8.products.chosen import Choice
-from ds_fp8.zero_fp8.products.fp8_parameter import FP8Parameter
 from ds_fp8.zero_fp8.products.matrix import Matrix
-from ds_fp8.zero_fp8.weights.home import MatrixHome, elements_of
+from ds_fp8.zero_fp8.weights.code_store import CodeHome, CodeStore
+from ds_fp8.zero_fp8.weights.home import elements_of
+from ds_fp8.zero_fp8.weights.store import Gather
 
 
 class Room:
     """Rows that a sweep writes, of one bucket at a time."""
 
     def __init__(self, device: torch.device) -> None:
+        self.device = device
         self._rows = torch.empty(0, dtype=torch.bfloat16, device=device)
 
     def rows(self, rows: int, block_size: int) -> Tensor:
@@ -67,8 +72,13 @@ class OwnPart:
     """A rank's run of elements of a matrix."""
 
     piece: Piece
-    matrix: Matrix
+    home: CodeHome
+    codes: Tensor  # [elements] E4M3
     tiles: slice  # of the matrix, among those of the bucket
+
+    @property
+    def matrix(self) -> Matrix:
+        return self.home.matrix
 
     def of(self, rows: Tensor) -> Tensor:
         """This part of a rank's rows of the bucket, as a vector."""
@@ -83,16 +93,11 @@ class OwnPart:
         """The first element, and how many a row of the matrix has."""
         return self.piece.first_element, self.matrix.codes.shape[1]
 
-    @property
-    def codes(self) -> Tensor:
-        """[elements] E4M3."""
-        return self.matrix.codes.view(-1)[self.piece.elements]
-
 
 class CodeGather:
     """Codes on their way to every rank."""
 
-    def __init__(self, gather: AllGather, weights: "TiledWeights") -> None:
+    def __init__(self, gather: Gather, weights: "TiledWeights") -> None:
         self._gather, self._weights = gather, weights
 
     def advance(self) -> None:
@@ -108,42 +113,37 @@ class CodeGather:
 class TiledWeights:
     """The codes of one bucket's matrices."""
 
-    saved_with_states = False
-
-    def __init__(
-        self, bucket: Bucket, parameters: Mapping[int, Parameter], rank: int, products: Products
-    ) -> None:
-        """Make room for codes, beside parameters that are plain until the first gather has landed."""
-        self._bucket, self._rank, self._products = bucket, rank, products
-        self._parameters = {slot.parameter: parameters[slot.parameter] for slot in bucket.slots}
+    def __init__(self, bucket: Bucket, store: CodeStore, rank: int, products: Products) -> None:
+        """Parameters are plain until the first gather has landed."""
+        self._bucket, self._store, self._rank, self._products = bucket, store, rank, products
         self._encoded = False
         self._given: dict[int, Tensor] = {}  # by parameter, the elements that this rank owns
-        device = parameters[bucket.slots[0].parameter].device
-        self._codes = torch.zeros(bucket.blocks * bucket.block_size, dtype=torch.uint8, device=device)
-        counts = [tiles(each.shape[0]) * tiles(each.shape[1]) for each in self._parameters.values()]
-        self._exponents = torch.ones(sum(counts), dtype=torch.uint8, device=device)
-        self.homes: list[MatrixHome] = []
+        self._device = products.room.device
+        codes = [store.codes_of(slot) for slot in bucket.slots]
+        sizes = [tuple(map(tiles, each.shape)) for each in codes]
+        ends = list(accumulate(map(prod, sizes)))
+        self._exponents = torch.ones(ends[-1], dtype=torch.uint8, device=self._device)
+        self.homes: list[CodeHome] = []
         self._parts: list[OwnPart] = []
-        ends = list(accumulate(counts))
-        for slot, count, end in zip(bucket.slots, counts, ends, strict=True):
-            places = slice(end - count, end)
-            codes = self._codes[bucket.offset(slot) :][: slot.numel].view(E4M3.dtype)
-            matrix = self._matrix(slot.parameter, codes, self._exponents[places])
-            self.homes.append(MatrixHome(slot.parameter, matrix))
+        for slot, own, size, end in zip(bucket.slots, codes, sizes, ends, strict=True):
+            places = slice(end - prod(size), end)
+            home = store.home(slot, self._matrix(slot.parameter, own, self._exponents[places].view(size)))
+            self.homes.append(home)
             self._parts += [
-                OwnPart(piece, matrix, places) for piece in bucket.pieces(rank) if piece.slot is slot
+                OwnPart(piece, home, store.part(piece, home), places)
+                for piece in bucket.pieces(rank)
+                if piece.slot is slot
             ]
 
     def _matrix(self, index: int, codes: Tensor, exponents: Tensor) -> Matrix:
-        rows, columns = self._parameters[index].shape
-        matrix = Matrix.of(
-            self._products.names[index],
-            codes.view(rows, columns),
-            exponents.view(tiles(rows), tiles(columns)),
-            self._products.choice.kernels,
-        )
+        matrix = Matrix.of(self._products.names[index], codes, exponents, self._products.choice.kernels)
         matrix.on_state_dict = self._products.on_state_dict
         return matrix
+
+    @property
+    def saved_with_states(self) -> bool:
+        """Whether model files have no whole weights."""
+        return self._store.saved_with_states
 
     def leads(self, index: int) -> bool:
         """Whether a parameter has other values than codes of its master."""
@@ -159,16 +159,13 @@ class TiledWeights:
         """The rows that this rank owns, with their values, until another bucket's are asked for."""
         rows = self.room.zero_()
         for part in self._parts:
-            index = part.piece.slot.parameter
-            given = self._given.get(index)
-            if given is None:
-                given = self._parameters[index].detach().reshape(-1)[part.piece.elements]
-            part.of(rows).copy_(given)
+            given = self._given.get(part.home.parameter)
+            part.of(rows).copy_(self._store.values(part.piece, part.home) if given is None else given)
         return rows
 
     def given(self, piece: Piece) -> Tensor:
         """Room for new values of what this rank owns of a parameter, [elements]; all are to be written."""
-        room = torch.empty(piece.numel, dtype=torch.bfloat16, device=self._codes.device)
+        room = torch.empty(piece.numel, dtype=torch.bfloat16, device=self._device)
         self._given[piece.slot.parameter] = room
         return room
 
@@ -181,7 +178,7 @@ class TiledWeights:
     def matrices(self) -> Iterator[tuple[Matrix, list[OwnPart]]]:
         """Each matrix, and what this rank owns of it."""
         for home in self.homes:
-            yield home.matrix, [part for part in self._parts if part.matrix is home.matrix]
+            yield home.matrix, [part for part in self._parts if part.home is home]
 
     def set_writers(self, *, keeps: bool) -> None:
         """Let load_state_dict write; keeps: masters are to be taken from what it writes."""
@@ -209,7 +206,7 @@ class TiledWeights:
             if part.matrix.counts is not None:
                 part.matrix.counts.of_weight(part.of(room), part.codes, part.matrix.exponents)
         self._products.room.drop()
-        return CodeGather(AllGather(self._codes, nodes), self)
+        return CodeGather(self._store.gather(nodes), self)
 
     def renew(self) -> None:
         """Every rank's codes are here."""
@@ -219,7 +216,7 @@ class TiledWeights:
             expand(matrix.exponents, matrix.scales)
             matrix.rewritten()
             if not self._encoded:
-                FP8Parameter.take_over(self._parameters[home.parameter], matrix, self._products.choice.way)
+                self._store.show(home)
         self._encoded = True
         self._given.clear()
 
@@ -227,26 +224,27 @@ class TiledWeights:
         """Encode a parameter, [elements], the same on every rank."""
         for home in self.homes:
             if home.parameter == index:
-                home.matrix.store(values.view(home.matrix.codes.shape))
+                self._store.store(home, values)
                 self._given.pop(index, None)
 
     def bind(self, parameters: Mapping[int, Parameter]) -> Iterator[int]:
         """Encode parameters that have values of their own; the global index of each."""
         for home in self.homes if self._encoded else ():
-            parameter = parameters[home.parameter]
-            if home.was_left_by(parameter):
-                home.matrix.store(parameter.detach())
-                self._keep(home.parameter, parameter)
-                FP8Parameter.take_over(parameter, home.matrix, self._products.choice.way)
+            own = [part.piece for part in self._parts if part.home is home]
+            given = self._store.returned(home, own)
+            if given is not None:
+                for piece, values in zip(own, given, strict=True):
+                    self.given(piece).copy_(values)
                 yield home.parameter
 
     @property
     def freed(self) -> bool:
         """Whether the memory was given back."""
-        return False
+        return self._store.freed
 
     def allocate(self) -> None:
-        """There is always memory: nobody else has the buffer."""
+        """Have memory again, with nothing that is known in it."""
+        self._store.allocate()
 
 
 def _drop(_: Tensor) -> None:

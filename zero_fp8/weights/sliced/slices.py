@@ -20,11 +20,12 @@ from torch.nn import Parameter
 from ds_fp8.compat import ZeroParamStatus
 from ds_fp8.zero_fp8.comm.collectives import NothingToGather
 from ds_fp8.zero_fp8.comm.groups import Nodes
-from ds_fp8.zero_fp8.placement.parameters import shape_of
+from ds_fp8.zero_fp8.placement.parameters import part_of, shape_of
 from ds_fp8.zero_fp8.placement.partition import Bucket, Piece, padding_of_slices
 from ds_fp8.zero_fp8.weights.home import described, elements_of
 
 BLOCK_SIZE = "ds_fp8_block_size"  # attribute of a parameter whose slices are whole blocks
+CODES = "ds_fp8_codes"  # of one whose slices are codes: its `codes.SlicedMatrix`
 FETCHED = "ds_fp8_fetched"  # address of the values that its last fetch has brought
 EDITED = "ds_fp8_edited"  # whether its slices were written within GatheredParameters and nobody has looked
 
@@ -46,7 +47,8 @@ def cut(parameter: Any, block_size: int) -> None:
     """Cut a parameter anew, between blocks; what lies past its end is zero. Collective."""
     if not parameter.ds_numel:
         return
-    parameter.all_gather()
+    parameter.all_gather(param_list=[parameter])
+    parameter.__dict__.pop(CODES, None)  # of an engine before: values are here
     setattr(parameter, BLOCK_SIZE, block_size)
     parameter.ds_tensor = None
     parameter.partition(has_been_updated=True)
@@ -75,10 +77,13 @@ class SliceHome:
 
 def objection_to(parameter: Any) -> str | None:
     """What was done to a parameter behind DeepSpeed's back, and would be lost."""
-    held = parameter.ds_tensor
-    if parameter.dtype is not held.dtype or parameter.device != held.device:
+    held, codes = parameter.ds_tensor, getattr(parameter, CODES, None)
+    if codes is not None and codes.is_read_by(parameter):
+        return None
+    dtype = dtype_of(parameter)
+    if parameter.dtype is not dtype or parameter.device != held.device:
         received = f"{parameter.dtype} on {parameter.device}"
-        return f"received {received} after deepspeed.initialize, allowed: {held.dtype} on {held.device}"
+        return f"received {received} after deepspeed.initialize, allowed: {dtype} on {held.device}"
     left = parameter.numel() <= 1  # DeepSpeed leaves none, or one, between uses
     whole = not is_away(parameter) and parameter.shape == shape_of(parameter)
     if not left and (not whole or _was_replaced(parameter)):
@@ -93,9 +98,24 @@ def _was_replaced(parameter: Any) -> bool:
     """Whether a whole parameter has other memory than its fetch gave it, with other values than its slice."""
     if parameter.data_ptr() == getattr(parameter, FETCHED, None):
         return False
-    held = parameter.ds_tensor
-    own = parameter.detach().reshape(-1)[parameter.ds_zero_partition_rank * len(held) :][: len(held)]
+    codes = getattr(parameter, CODES, None)
+    held = parameter.ds_tensor if codes is None else codes.own_values()
+    own = parameter.detach().reshape(-1)[part_of(parameter)]
     return not torch.equal(own, held[: len(own)])
+
+
+def dtype_of(parameter: Any) -> torch.dtype:
+    """That a parameter has for whoever asks: of codes BF16."""
+    dtype: torch.dtype = torch.bfloat16 if hasattr(parameter, CODES) else parameter.ds_tensor.dtype
+    return dtype
+
+
+def empty(parameter: Any) -> None:
+    """Leave the parameter as DeepSpeed has it between uses."""
+    if parameter.is_cuda:  # what was there may have been made on another stream, the coordinator's
+        parameter.record_stream(torch.cuda.current_stream())
+    parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
+    parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE
 
 
 def is_away(parameter: Any) -> bool:

@@ -2,8 +2,9 @@
 
 DeepSpeed's coordinator decides when which parameters are fetched and released, and asks the first of a group
 to gather them all: `install` gives every parameter methods of ours for that. A parameter of any dtype
-travels as bytes. Since slices follow each other in rank order, a gather of one parameter is the parameter: a
-large one travels alone, and is copied on neither side; the small ones of a group travel side by side.
+travels as bytes, an FP8 weight as its codes. Since slices follow each other in rank order, a gather of one
+parameter is the parameter: a large one travels alone, and is copied on neither side; the small ones of a
+group travel side by side.
 """
 
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
@@ -15,7 +16,8 @@ from torch import Tensor
 
 from ds_fp8.compat import ZeroParamStatus
 from ds_fp8.zero_fp8.comm.collectives import gather_flat
-from ds_fp8.zero_fp8.weights.slices import EDITED, FETCHED, is_away, objection_to
+from ds_fp8.zero_fp8.weights.sliced import codes
+from ds_fp8.zero_fp8.weights.sliced.slices import CODES, EDITED, FETCHED, is_away, objection_to
 
 UNDER_WAY = "ds_fp8_fetch"  # attribute of a parameter: its last fetch
 ALONE = 1 << 20  # bytes of a slice from which on its parameter travels alone
@@ -61,7 +63,18 @@ def _fill(parameter: Any, whole: Tensor) -> None:
         values = values[: parameter.ds_numel]
         if parameter.ds_persist:
             values = values.clone()  # padding is not kept from step to step
+    if hasattr(parameter, CODES):
+        getattr(parameter, CODES).fetched(parameter, values)
+        return
     put_back(parameter, values.view(parameter.ds_shape))
+
+
+def kept(parameter: Any) -> Callable[[], None]:
+    """What makes a parameter that is whole so again, as it is, with what is written to it meanwhile."""
+    if hasattr(parameter, CODES):
+        restore: Callable[[], None] = getattr(parameter, CODES).kept(parameter)
+        return restore
+    return partial(put_back, parameter, parameter.data)
 
 
 def put_back(parameter: Any, values: Tensor) -> None:
@@ -146,6 +159,9 @@ def install(
             return fetches
         for fetch in fetches:
             fetch.wait()
+        for each in param_list or ():  # of GatheredParameters, where whoever asks may write
+            if hasattr(each, CODES):
+                getattr(each, CODES).gathered(each)
         return None
 
     for parameter in parameters:
@@ -157,8 +173,10 @@ def install(
 
 
 def _partition(own: Any, original: Any, param_list: Any = None, **options: Any) -> None:
-    """DeepSpeed's partition, which notes whose slices it has written."""
-    original(param_list or [own], **options)
-    if options.get("has_been_updated"):
-        for each in param_list or [own]:
-            setattr(each, EDITED, True)
+    """DeepSpeed's partition, which notes whose slices it has written; those of codes are not its to write."""
+    parameters, updated = param_list or [own], bool(options.get("has_been_updated"))
+    plain = [each for each in parameters if not hasattr(each, CODES)]
+    original(plain, **options)
+    for each in plain if updated else ():
+        setattr(each, EDITED, True)
+    codes.partition([each for each in parameters if hasattr(each, CODES)], updated=updated)

@@ -1,0 +1,70 @@
+"""What `TiledWeights` needs of where codes lie, whole on every rank or as slices."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from torch import Tensor
+from torch.nn import Parameter
+
+from ds_fp8.zero_fp8.comm.groups import Nodes
+from ds_fp8.zero_fp8.placement.partition import Piece, Slot
+from ds_fp8.zero_fp8.products.matrix import Matrix
+from ds_fp8.zero_fp8.weights.store import Gather
+
+
+class CodeHome(Protocol):
+    """A `Home`, of a matrix."""
+
+    @property
+    def parameter(self) -> int: ...
+
+    @property
+    def address(self) -> int: ...
+
+    @property
+    def matrix(self) -> Matrix: ...
+
+    def objection(self, parameter: Parameter) -> str | None: ...
+
+    def address_of(self, parameter: Parameter) -> int: ...
+
+
+class CodeStore(Protocol):
+    """Where the codes of one bucket's matrices lie."""
+
+    @property
+    def saved_with_states(self) -> bool:
+        """As `Weights` has it."""
+
+    def codes_of(self, slot: Slot) -> Tensor:
+        """What a new matrix has as its codes, [rows, columns] E4M3."""
+
+    def home(self, slot: Slot, matrix: Matrix) -> CodeHome: ...
+
+    def part(self, piece: Piece, home: Any) -> Tensor:
+        """What this rank owns, [elements] E4M3."""
+
+    def values(self, piece: Piece, home: Any) -> Tensor:
+        """What this rank owns, as the parameter has it, [elements] bfloat16."""
+
+    def gather(self, nodes: Nodes) -> Gather:
+        """Launch what brings every rank's codes to all."""
+
+    def show(self, home: Any) -> None:
+        """The parameter reads codes from now on."""
+
+    def store(self, home: Any, values: Tensor) -> None:
+        """Encode values of a whole parameter, the same on every rank."""
+
+    def returned(self, home: Any, own: Sequence[Piece]) -> list[Tensor] | None:
+        """What this rank owns of values that the parameter was given since, [elements] each.
+
+        They have been encoded. None if it was given none.
+        """
+
+    @property
+    def freed(self) -> bool:
+        """Whether the memory was given back."""
+
+    def allocate(self) -> None:
+        """Have memory again."""

@@ -1,0 +1,295 @@
+"""FP8 weights under ZeRO 3: what is sharded, fetched and multiplied are codes.
+
+`ds_tensor` holds this rank's codes. The scales of a matrix, ten bytes per tile of 128 x 128 elements, are on
+every rank, so that a fetch sends codes and nothing else. What a parameter is:
+
+    released   DeepSpeed's empty parameter
+    fetched    an FP8Parameter that reads the fetched codes: products take them as they have come
+    gathered   by `GatheredParameters`: plain and BF16, decoded, so that it can be written
+
+When a gathered parameter is released with `modifier_rank=0`, the ranks agree whether its values are those of
+its codes: if so, nothing is encoded, and a round trip changes no byte. If not, each rank has all values,
+finds the scales of all tiles and keeps its part of the codes.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial, wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from ds_fp8.compat import ZeroParamStatus
+from ds_fp8.ops.formats import E4M3
+from ds_fp8.ops.products import TILE, tiles
+from ds_fp8.zero_fp8.comm.collectives import NothingToGather, max_over_ranks
+from ds_fp8.zero_fp8.comm.groups import Nodes
+from ds_fp8.zero_fp8.placement.parameters import part_of, shape_of
+from ds_fp8.zero_fp8.placement.partition import Bucket, Piece, Slot
+from ds_fp8.zero_fp8.products.fp8_parameter import FP8Parameter
+from ds_fp8.zero_fp8.products.kernels import decode
+from ds_fp8.zero_fp8.products.matrix import Matrix
+from ds_fp8.zero_fp8.products.ways import Way
+from ds_fp8.zero_fp8.weights.sliced.slices import CODES, EDITED, FETCHED, empty, is_away, objection_to
+
+TORCHS = torch._C._nn.linear  # which asks FP8Parameter
+Encode = Callable[[Matrix, Tensor], None]  # makes codes of values, [rows, columns]
+
+
+def nothing_of(shape: torch.Size, device: torch.device) -> tuple[Tensor, Tensor]:
+    """NaNs without memory of their own: [rows, columns] bfloat16, and E4M3 of the same two bytes."""
+    nan = torch.full((1,), float("nan"), dtype=torch.bfloat16, device=device)
+    code = nan.view(torch.uint8)[1:].view(E4M3.dtype)  # 0x7F, of 0x7FC0
+    return nan.expand(shape), code.expand(shape)
+
+
+def beside_codes(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """DeepSpeed's zero3_linear_wrap, its `F.linear` under ZeRO 3: FP8 weights are not its to multiply."""
+
+    @wraps(original)
+    def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return (TORCHS if isinstance(weight, FP8Parameter) else original)(input, weight, bias)
+
+    return linear
+
+
+class SlicedMatrix:
+    """One parameter's matrix, and this rank's codes of it."""
+
+    def __init__(
+        self,
+        index: int,
+        parameter: Any,
+        matrix: Matrix,
+        held: Tensor,  # this rank's codes, [slice] uint8
+        nothing: Tensor,  # what C++ reads, [rows, columns] bfloat16
+        way: Way,
+        encode: Encode = Matrix.store,  # values that are given to the parameter
+    ) -> None:
+        """index: as homes have it. matrix: without codes yet."""
+        self.parameter, self.matrix, self.held, self._way = index, matrix, held, way
+        self._part, self._nothing, self._away = part_of(parameter), nothing, matrix.codes
+        self._encode = encode
+        self.edited: Tensor | None = None  # this rank's part of new values, until somebody asks
+        matrix.travels, matrix.is_here = True, False
+
+    def take_over(self, parameter: Any) -> None:
+        """From now on the parameter's slice is codes."""
+        parameter.ds_tensor.data = self.held
+        setattr(parameter, CODES, self)
+
+    # As a home
+
+    @property
+    def address(self) -> int:
+        """Of this rank's codes."""
+        return self.held.data_ptr()
+
+    def address_of(self, parameter: Parameter) -> int:
+        return self.address if self.is_read_by(parameter) else parameter.data_ptr()
+
+    def objection(self, parameter: Parameter) -> str | None:
+        """What was done to the parameter behind DeepSpeed's back, and would be lost."""
+        return objection_to(parameter)
+
+    # What a parameter is
+
+    def is_read_by(self, parameter: Any) -> bool:
+        """Whether the parameter is fetched."""
+        return isinstance(parameter, FP8Parameter) and parameter.matrix is self.matrix
+
+    def fetched(self, parameter: Any, codes: Tensor) -> None:
+        """Let a released parameter read codes, [elements] uint8."""
+        self.matrix.codes = codes.view(E4M3.dtype).view(self._away.shape)
+        self.matrix.is_here = True
+        FP8Parameter.put_on(parameter, self._nothing, self.matrix, self._way)
+        parameter.ds_status = ZeroParamStatus.AVAILABLE
+
+    def gathered(self, parameter: Any) -> None:
+        """Give a fetched parameter values of its own, in place of its codes."""
+        if self.is_read_by(parameter):
+            values = self.matrix.values()
+            FP8Parameter.take_off(parameter, values)
+            setattr(parameter, FETCHED, values.data_ptr())
+            self._drop()
+
+    def release(self, parameter: Any) -> None:
+        """Let go of all but this rank's codes."""
+        if self.is_read_by(parameter):
+            FP8Parameter.take_off(parameter, self._nothing[:0])
+            self._drop()
+        empty(parameter)
+
+    def _drop(self) -> None:
+        codes = self.matrix.codes
+        if codes.is_cuda:  # as in `empty`
+            codes.record_stream(torch.cuda.current_stream())
+        self.matrix.codes, self.matrix.is_here = self._away, False
+
+    def kept(self, parameter: Any) -> Callable[[], None]:
+        """What makes a parameter that is whole so again, as it is, after a release."""
+        if self.is_read_by(parameter):
+            return partial(self.fetched, parameter, self.matrix.codes.view(torch.uint8))
+        values = parameter.data
+
+        def restore() -> None:
+            parameter.data = values
+            setattr(parameter, FETCHED, values.data_ptr())
+            parameter.ds_status = ZeroParamStatus.AVAILABLE
+
+        return restore
+
+    # Values
+
+    def was_edited(self, parameter: Any) -> bool:
+        """Whether this rank's part of a gathered parameter has other values than its codes.
+
+        Raises ValueError if the parameter has another shape.
+        """
+        values = parameter.detach()
+        if values.shape != self._away.shape:
+            received, allowed = list(values.shape), list(self._away.shape)
+            raise ValueError(f"{self.matrix.name}: received a tensor of shape {received}, allowed: {allowed}")
+        return not torch.equal(values.reshape(-1)[self._part], self.own_values())
+
+    def take(self, parameter: Any) -> None:
+        """Encode what a gathered parameter was given."""
+        values = parameter.detach()
+        self.store(parameter, values)
+        self.edited = values.reshape(-1)[self._part].to(torch.bfloat16, copy=True)
+        setattr(parameter, EDITED, True)
+
+    def store(self, parameter: Any, values: Tensor) -> None:
+        """Encode values of the whole parameter, the same on every rank, and keep this rank's codes.
+
+        A parameter that is whole has them, too.
+        """
+        matrix, is_read = self.matrix, self.is_read_by(parameter)
+        matrix.codes, matrix.is_here = self._nothing.new_empty(self._away.shape, dtype=E4M3.dtype), True
+        self._encode(matrix, values.reshape(self._away.shape))
+        own = matrix.codes.view(torch.uint8).view(-1)[self._part]
+        self.held[: len(own)].copy_(own)
+        if not is_read:
+            if parameter.ds_status is ZeroParamStatus.AVAILABLE:
+                parameter.data.copy_(matrix.values())
+            matrix.codes, matrix.is_here = self._away, False
+
+    def own_values(self) -> Tensor:
+        """This rank's part, decoded, [elements] bfloat16; the rows of tiles that it touches are decoded."""
+        part, columns = self._part, self._away.shape[1]
+        first, last = part.start // columns // TILE * TILE, -(-part.stop // columns)
+        if part.start == part.stop:
+            return self._nothing.new_empty(0)
+        codes = torch.zeros(last - first, columns, dtype=torch.uint8, device=self.held.device)
+        own = slice(part.start - first * columns, part.stop - first * columns)
+        codes.view(-1)[own] = self.held[: own.stop - own.start]
+        exponents = self.matrix.exponents[first // TILE : tiles(last)]
+        return decode(self.matrix.kernels, codes.view(E4M3.dtype), exponents).view(-1)[own]
+
+    def encode_slices(self, parameter: Any) -> None:
+        """Put a parameter of BF16 slices together, and make codes of its values. Collective."""
+        parameter.all_gather(param_list=[parameter])
+        values = parameter.detach()
+        self.take_over(parameter)
+        self.store(parameter, values)
+        self.release(parameter)
+
+    def give_back(self, parameter: Any) -> None:
+        """Leave values in the parameter and in its slice: it is BF16 as if it had never been codes."""
+        if parameter.ds_status is ZeroParamStatus.AVAILABLE:
+            self.gathered(parameter)
+        values, own = torch.zeros_like(self.held, dtype=torch.bfloat16), self.own_values()
+        values[: len(own)] = own
+        parameter.ds_tensor.data = values
+        delattr(parameter, CODES)
+
+
+def partition(parameters: Sequence[Any], *, updated: bool) -> None:
+    """Release parameters that are whole. updated: take values that they were given. Collective then."""
+    assert all(each.ds_status is not ZeroParamStatus.INFLIGHT for each in parameters)
+    whole = [(each, getattr(each, CODES)) for each in parameters if not is_away(each)]
+    gathered = [(each, codes) for each, codes in whole if updated and not codes.is_read_by(each)]
+    if gathered:
+        first = gathered[0][0]
+        found = [codes.was_edited(each) for each, codes in gathered]
+        edited = torch.tensor(found, dtype=torch.uint8, device=first.device)
+        max_over_ranks(edited, first.ds_process_group)
+        for (each, codes), is_edited in zip(gathered, edited.tolist(), strict=True):
+            if is_edited:
+                codes.take(each)
+    for each, codes in whole:
+        codes.release(each)
+
+
+class CodeSlices:
+    """This rank's codes of one bucket's matrices, in one buffer."""
+
+    saved_with_states = True
+
+    def __init__(self, bucket: Bucket, parameters: Mapping[int, Any], rank: int, way: Way) -> None:
+        """Make room for codes, beside slices of BF16 until `show`."""
+        self._bucket, self._parameters, self._way = bucket, parameters, way
+        first = parameters[bucket.slots[0].parameter].ds_tensor
+        shape = bucket.blocks_of(rank), bucket.block_size
+        self._own = torch.zeros(shape, dtype=torch.uint8, device=first.device)
+        self._nothing = {
+            slot.parameter: nothing_of(shape_of(parameters[slot.parameter]), first.device)
+            for slot in bucket.slots
+        }
+
+    def codes_of(self, slot: Slot) -> Tensor:
+        """[rows, columns] E4M3, of which only the shape is there."""
+        return self._nothing[slot.parameter][1]
+
+    def home(self, slot: Slot, matrix: Matrix) -> SlicedMatrix:
+        index = slot.parameter
+        held, nothing = self._slice(index), self._nothing[index][0]
+        return SlicedMatrix(index, self._parameters[index], matrix, held, nothing, self._way)
+
+    def _slice(self, index: int) -> Tensor:
+        """The room of a parameter's slice."""
+        slot = next(each for each in self._bucket.slots if each.parameter == index)
+        length = self._parameters[index].ds_tensor.numel()
+        return self._own.view(-1)[self._bucket.offset(slot) :][:length]
+
+    def part(self, piece: Piece, home: Any) -> Tensor:
+        """What this rank owns, [elements] E4M3."""
+        codes: Tensor = home.held[: piece.numel].view(E4M3.dtype)
+        return codes
+
+    def values(self, piece: Piece, home: SlicedMatrix) -> Tensor:
+        """What this rank owns, as the parameter has it, [elements] bfloat16."""
+        parameter = self._parameters[home.parameter]
+        values: Tensor = home.own_values() if hasattr(parameter, CODES) else parameter.ds_tensor
+        return values[: piece.numel]
+
+    def gather(self, nodes: Nodes) -> NothingToGather:
+        """Nothing: DeepSpeed fetches a parameter where it is used."""
+        return NothingToGather()
+
+    def show(self, home: SlicedMatrix) -> None:
+        """The parameter's slice is codes from now on."""
+        home.take_over(self._parameters[home.parameter])
+
+    def store(self, home: SlicedMatrix, values: Tensor) -> None:
+        """Encode values of a whole parameter, the same on every rank."""
+        home.store(self._parameters[home.parameter], values)
+
+    def returned(self, home: SlicedMatrix, own: Sequence[Piece]) -> list[Tensor] | None:
+        """What this rank owns of values that the parameter was given since, which have been encoded."""
+        parameter, edited = self._parameters[home.parameter], home.edited
+        if not getattr(parameter, EDITED):
+            return None
+        setattr(parameter, EDITED, False)
+        home.edited = None
+        return [edited for _ in own if edited is not None]
+
+    @property
+    def freed(self) -> bool:
+        """Whether the memory was given back, by `untyped_storage().resize_(0)` on a slice."""
+        return self._own.untyped_storage().nbytes() < self._own.nbytes
+
+    def allocate(self) -> None:
+        """Have memory again, with nothing that is known in it."""
+        self._own.untyped_storage().resize_(self._own.nbytes)

@@ -1,0 +1,109 @@
+"""Matrices that do not train, under ZeRO 3: slices of codes, made once of the weights as they are.
+
+Codes are made of the whole matrix, which each rank has for that moment, one after the other, and each keeps
+its slice. Files hold values: `as_values` gives slices of BF16 to whoever reads and writes files, and codes
+are made anew of what a file has brought.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.nn import Parameter
+
+from ds_fp8.config.refusals import naming
+from ds_fp8.ops.products import tiles
+from ds_fp8.zero_fp8.comm.collectives import max_over_ranks
+from ds_fp8.zero_fp8.placement.parameters import held_of, part_of, shape_of
+from ds_fp8.zero_fp8.products.chosen import Choice
+from ds_fp8.zero_fp8.products.matrix import Matrix
+from ds_fp8.zero_fp8.weights.frozen import encode
+from ds_fp8.zero_fp8.weights.sliced.codes import SlicedMatrix, nothing_of
+
+logger = logging.getLogger("ds_fp8")
+
+
+class FrozenSlices:
+    """The codes of a run's frozen matrices that this rank holds."""
+
+    def __init__(self, group: ProcessGroup) -> None:
+        """Of a run that has none yet. group: the ranks that share them."""
+        self._parameters: list[tuple[Parameter, SlicedMatrix]] = []
+        self._group = group
+        self._logged = False
+
+    def take_over(self, choice: Choice, names: Mapping[Parameter, str]) -> None:
+        """Encode those of a run, one after the other. Collective. names: of every parameter of the model."""
+        for index, parameter in enumerate(choice.frozen):
+            rows, columns = shape = shape_of(parameter)
+            nothing, codes = nothing_of(shape, parameter.device)
+            exponents = torch.ones(tiles(rows), tiles(columns), dtype=torch.uint8, device=parameter.device)
+            matrix = Matrix.of(names[parameter], codes, exponents, choice.kernels)
+            held = torch.zeros_like(held_of(parameter), dtype=torch.uint8)
+            home = SlicedMatrix(index, parameter, matrix, held, nothing, choice.way, encode)
+            self._parameters.append((parameter, home))
+            home.encode_slices(parameter)
+
+    @property
+    def exist(self) -> bool:
+        """Whether there are some."""
+        return bool(self._parameters)
+
+    def matrices(self) -> Iterator[Matrix]:
+        return (home.matrix for _, home in self._parameters)
+
+    def bring_home(self) -> str | None:
+        """An objection if weights were replaced behind DeepSpeed's back.
+
+        What was changed within GatheredParameters is codes already, which the log says once.
+        """
+        for parameter, home in self._parameters:
+            objection = home.objection(parameter)
+            if objection:
+                return f"{home.matrix.name}: {objection}"
+        edited = [home for _, home in self._parameters if home.edited is not None]
+        for home in edited:
+            home.edited = None
+        if edited and not self._logged:
+            self._logged = True
+            named = naming([home.matrix.name for home in edited])
+            logger.warning("frozen weights changed by GatheredParameters are rounded to FP8 again: %s", named)
+        return None
+
+    @contextmanager
+    def as_values(self) -> Iterator[None]:
+        """While files are read or written slices hold values; codes follow what was read. Collective."""
+        for parameter, home in self._parameters:
+            home.give_back(parameter)
+        try:
+            yield
+        finally:
+            for (parameter, home), anew in zip(self._parameters, self._changed(), strict=True):
+                if anew:
+                    home.encode_slices(parameter)
+                else:
+                    home.take_over(parameter)
+
+    def _changed(self) -> list[int]:
+        """Of each matrix, whether a slice of any rank has other values than its codes."""
+        found = [self._has_changed(*each) for each in self._parameters]
+        if not found:
+            return []
+        flags = torch.tensor(found, dtype=torch.uint8, device=self._parameters[0][0].device)
+        max_over_ranks(flags, self._group)
+        changed: list[int] = flags.tolist()
+        return changed
+
+    def _has_changed(self, parameter: Parameter, home: SlicedMatrix) -> bool:
+        own, part = home.own_values(), part_of(parameter)
+        values: Tensor = held_of(parameter)[: part.stop - part.start]
+        return not torch.equal(values, own)
+
+    def set_writers(self) -> None:
+        """Nothing: files are read into slices."""
+
+    def unset_writers(self) -> None:
+        """Nothing was set."""
