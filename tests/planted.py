@@ -687,7 +687,7 @@ FAULTS = (
         "zero_fp8/products/shared_casts.py",
         "if x.is_inference() or captured(x):",
         "if x.is_inference():",
-        "test_fp8_linear.py cuda_graph",
+        "test_cuda_graphs.py cast_before",
     ),
     Fault(
         "a compiled graph counts for the first matrix",

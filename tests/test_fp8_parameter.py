@@ -224,6 +224,8 @@ def test_a_stream_keeps_the_memory_that_products_read(monkeypatch: pytest.Monkey
     parts = {name: Mock() for name in ("codes", "exponents", "scales")}
     dataclasses.replace(weight.matrix, **parts).record_stream(stream)
     assert all(each.record_stream.mock_calls == [call(stream)] for each in parts.values())
+    dataclasses.replace(weight.matrix, **parts, is_here=False).record_stream(stream)
+    assert [each.record_stream.call_count for each in parts.values()] == [1, 2, 2]
 
 
 def test_what_bypasses_python_reads_nan() -> None:

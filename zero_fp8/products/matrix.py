@@ -51,7 +51,8 @@ class Matrix:
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Keep the memory, if its owner lets it go, until what is queued on the stream now has run."""
-        for each in (self.codes, self.exponents, self.scales):
+        codes = (self.codes,) if self.is_here else ()
+        for each in (*codes, self.exponents, self.scales):
             each.record_stream(stream)
 
     def values(self, codes: Tensor | None = None) -> Tensor:
