@@ -20,6 +20,7 @@ from train_lm import ByteGPT
 
 import ds_fp8
 from ds_fp8.zero_fp8.products.fp8_parameter import FP8Parameter
+from ds_fp8.zero_fp8.weights.code_views import CodeViews
 
 O3 = {"opt_level": "O3", "weights": {"min_elements": 256, "exclude": ["blocks.1.*"]}}
 
@@ -170,3 +171,31 @@ def test_an_optimizer_of_its_own_has_no_fp8_weights() -> None:
     for fp8, key in (({"opt_level": "O3"}, "opt_level"), ({"weights": {"dtype": "e4m3"}}, "weights.dtype")):
         with pytest.raises(ValueError, match=re.escape(f"fp8.{key}: received ")):
             ds_fp8.FP8AdamW([parameter], fp8=fp8)
+
+
+def bytes_at_gathers() -> tuple[list[int], list[int]]:
+    """Of a model's matrices at each of the first gathers, BF16 and codes; and of each bucket's codes."""
+    stores: list[CodeViews] = []
+    found, codes = [], []
+    make, gather = CodeViews.__init__, CodeViews.gather
+
+    def made(self: CodeViews, *given: Any) -> None:
+        make(self, *given)
+        stores.append(self)
+
+    def counted(self: CodeViews, nodes: Any) -> Any:
+        matrices = [each._parameters[slot.parameter] for each in stores for slot in each._bucket.slots]
+        plain = sum(each.nbytes for each in matrices if not isinstance(each, FP8Parameter))
+        found.append(plain + sum(each._buffer.untyped_storage().nbytes() for each in stores))
+        codes.append(self._buffer.nbytes)
+        return gather(self, nodes)
+
+    with patch.object(CodeViews, "__init__", made), patch.object(CodeViews, "gather", counted):
+        build(ds_config(O3, bucket=1000), ByteGPT(SMALL)).destroy()
+    return found, codes
+
+
+def test_beside_bf16_weights_there_is_one_bucket_of_codes_at_first(ranks: RankPools) -> None:
+    ((found, codes),) = ranks.run(1, bytes_at_gathers)
+    assert len(found) > 2
+    assert found == [2 * sum(codes[number:]) + sum(codes[: number + 1]) for number in range(len(codes))]
