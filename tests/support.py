@@ -530,7 +530,7 @@ PROVED_ELSEWHERE = {
         "test_tensor_scaling.py::test_3_to_2_to_1_to_3_ranks"
     ),
     "fp8.gradients.autoscale: mu in checkpoints": "test_fp8_sum.py::test_mu_is_saved_and_restored_exactly",
-    "O3: describe, the log line and the report say what is FP8 and why the rest is not": (
+    "O3: describe and the report say what is FP8 and why the rest is not": (
         "test_fp8_weights.py::test_describe_and_the_banner"
     ),
     "fp8.weights.frozen e4m3: LoRA over an FP8 base": (

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -255,8 +254,7 @@ def test_the_banner_says_where_states_are(ranks: RankPools) -> None:
     away, plain = (
         ranks.run(1, banner_of, config_of("O2+", 2, 1, each), seconds=SECONDS)[0] for each in ({}, None)
     )
-    where = r"states offloaded, executor stream: 0\.1\d MiB of host memory per rank, pageable, 0\.\d\d MiB"
-    assert re.search(where, away)
+    assert "bytes per parameter, offload, kernels" in away
     assert "offload" not in plain
 
 

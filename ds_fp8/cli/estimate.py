@@ -31,6 +31,7 @@ def add_to(commands: Any) -> None:
     what.add_argument(
         "--memory", metavar="GB", type=gigabytes, help="find the largest model for GPUs of this memory"
     )
+    what.add_argument("--fits", action="store_true", help="a table: GPUs, memory, the largest model")
     add_run(parser)
     parser.add_argument("--stage", type=int, choices=STAGES, help="of ZeRO; default: 2")
     parser.add_argument(
@@ -64,6 +65,11 @@ def gigabytes(text: str) -> int:
 def estimate(arguments: argparse.Namespace) -> None:
     from ds_fp8.estimate.methods import STOCK, STOCK_BF16_STATES
 
+    if arguments.fits:
+        from ds_fp8.cli.fits import show_fits
+
+        show_fits(arguments)
+        return
     run, ours = _run(arguments)
     methods = [STOCK, STOCK_BF16_STATES, *ours]
     if arguments.memory is not None:

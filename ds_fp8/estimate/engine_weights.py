@@ -1,4 +1,4 @@
-"""What FP8 weights are in an engine, for `describe` and the banner."""
+"""What FP8 weights are in an engine, for `describe`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -71,15 +71,3 @@ def _bytes(handler: Any, members: Any, elements: int, products: Products) -> dic
         "gather_bytes": sum(memory.handed_bytes(itemsize(each), [each]) for each in buckets),
         "agreement_bytes": memory.agreement_bytes(coded, shapes),
     }
-
-
-def in_words(about: Mapping[str, Any]) -> str:
-    """A part of the banner; empty without FP8 weights."""
-    if "products" not in about:
-        return ""
-    instead = f" ({about['products_instead']})" if about["products_instead"] else ""
-    return (
-        f" | weights: {len(about['fp8_weights'])} matrices in e4m3, {about['fp8_share']:.1%} of the "
-        f"parameters, {about['weight_bytes_per_parameter']:.3f} bytes per parameter on each rank, "
-        f"{len(about['bf16_matrices'])} matrices in bf16, products {about['products']}{instead}"
-    )

@@ -24,7 +24,7 @@ from ds_fp8.seam.engine_checks import (
     peers_of,
     ranks_of,
 )
-from ds_fp8.seam.status import accumulating, banner, idle, is_active, write_events
+from ds_fp8.seam.status import accumulating, banner, describe, idle, is_active, write_events
 from ds_fp8.zero_fp8.comm.agreement import agreed, check_agreement
 from ds_fp8.zero_fp8.handlers.common import FP8ZeROOptimizer
 from ds_fp8.zero_fp8.handlers.fetching import Offload
@@ -170,7 +170,10 @@ def configure_zero_optimizer(original: Method) -> Method:
         self.optimizer = handler_of(self, recipe, settings_of(config, self))
         self.optimizer.join(functools.partial(members, self), functools.partial(divisor, self), optimizer)
         self.optimizer.parts.health.listeners.append(functools.partial(write_events, self))
-        logger.info("%s", banner(self))
+        about = describe(self)
+        logger.info("%s", banner(about))
+        if about.get("products_instead"):
+            logger.info("products %s: %s", about["products"], about["products_instead"])
         if self._config.ds_fp8_idle_keys:
             logger.info("without effect with fp8: %s", "; ".join(self._config.ds_fp8_idle_keys))
         return self.optimizer

@@ -9,7 +9,7 @@ from deepspeed import comm as dist
 import ds_fp8
 from ds_fp8.config.refusals import refusal
 from ds_fp8.estimate import memory
-from ds_fp8.estimate.engine_weights import in_words, weights_of
+from ds_fp8.estimate.engine_weights import weights_of
 from ds_fp8.estimate.fetching import fetching_of, persistent, summary
 from ds_fp8.zero_fp8.handlers.common import FP8ZeROOptimizer
 from ds_fp8.zero_fp8.health import Health
@@ -165,69 +165,22 @@ def _require_active(engine: Any) -> None:
         )
 
 
-def banner(engine: Any) -> str:
-    """One line of what `describe` says, for the log."""
-    about = describe(engine)
+def banner(about: Mapping[str, Any]) -> str:
+    """One line for the log, at most 120 characters with the logger's prefix.
+
+    Args:
+        about: what `describe` returned; it has everything that the line leaves out.
+    """
     ranks = "1 rank" if about["world_size"] == 1 else f"{about['world_size']} ranks"
     if about["model_parallel_size"] > 1:
         ranks += f", model parallel {about['model_parallel_size']}"
-    if about["sequence_parallel_size"] > 1:
-        ranks += f", sequence parallel {about['sequence_parallel_size']}"
-    overlapped = "overlapped" if about["overlap_comm"] else "not overlapped"
+    held = about["state_bytes_per_parameter"] + about["gradient_bytes_per_parameter"]
+    offload = ", offload" if "offload" in about else ""
+    products = f", products {about['products']}" if "products" in about else ""
     return (
         f"ds_fp8 {about['version']}: ON, {about['opt_level']}, ZeRO {about['zero_stage']}, {ranks} | "
-        f"{_formats(about)} | {_bytes(about)}, {_hops(about)}, {overlapped}{in_words(about)}"
-        f"{_offloaded(about)} | "
-        f"kernels: {about['kernels']}"
+        f"{held:.2f} bytes per parameter{offload}{products}, kernels {about['kernels']}"
     )
-
-
-def _formats(about: Mapping[str, Any]) -> str:
-    how = f", added in fp8 with {about['autoscale']} scaling" if about["autoscale"] else ""
-    rounding = ", rounded stochastically" if about["rounding"] == "stochastic" else ""
-    draws = ", draws spread" if about["draws"] == "spread" else ""
-    scales = f"block {about['block_size']}" if about["scaling"] == "block" else "one scale per tensor"
-    return (
-        f"gradients {about['gradients']}{how}, reduced {about['reduced_gradient']}, "
-        f"master {about['master']}{rounding}, exp_avg {about['exp_avg']}, exp_avg_sq {about['exp_avg_sq']}"
-        f"{draws}, {scales}"
-    )
-
-
-def _bytes(about: Mapping[str, Any]) -> str:
-    total = about["state_bytes_per_parameter"] + about["gradient_bytes_per_parameter"]
-    least, most = (about[f"rank_bytes_{end}"] / 2**20 for end in ("min", "max"))
-    return (
-        f"{total:.2f} bytes per parameter over all ranks, {least:.2f} to {most:.2f} MiB per rank, "
-        f"{about['wire_bytes_per_gradient_element']:.4f} wire bytes per gradient element{_fetches(about)}"
-    )
-
-
-def _fetches(about: Mapping[str, Any]) -> str:
-    if about["zero_stage"] < 3:
-        return ""
-    return (
-        f" and {about['wire_bytes_per_fetched_element']:.4f} per fetched element, "
-        f"{about['persistent_bytes'] / 2**20:.2f} MiB persistent "
-        f"(parameters of {about['param_persistence_threshold']:,} elements at most)"
-    )
-
-
-def _offloaded(about: Mapping[str, Any]) -> str:
-    if "offload" not in about:
-        return ""
-    host, ring = (about["host_bytes"] + about["landing_bytes"]) / 2**20, about["ring_bytes"] / 2**20
-    pinned = f"{about['pinned_bytes'] / 2**20:.2f} pinned" if about["pinned_bytes"] else "pageable"
-    return (
-        f" | states offloaded, executor {about['offload']}: {host:.2f} MiB of host memory per rank, "
-        f"{pinned}, {ring:.2f} MiB of buffers on the device"
-    )
-
-
-def _hops(about: Mapping[str, Any]) -> str:
-    if about["nodes"] == 1:
-        return "one hop"
-    return f"two hops, {about['nodes']} nodes of {about['intra_node_size']}, {about['between_nodes']} between"
 
 
 def idle(engine: Any) -> str:
