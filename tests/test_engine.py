@@ -204,7 +204,7 @@ def test_keys_without_effect_are_named(ranks: RankPools) -> None:
 
 
 def micro_steps_beyond_the_config(accum_dtype: str | None) -> tuple[str, list[str]]:
-    """Two micro-steps a step where the config says one, as Hugging Face does it."""
+    """Two micro-steps per step where the config says one, as Hugging Face does it."""
     section = {"gradients": {"accum_dtype": accum_dtype}} if accum_dtype else {}
     lines, logger = Lines(), logging.getLogger("ds_fp8")
     logger.addHandler(lines)

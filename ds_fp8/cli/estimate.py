@@ -32,6 +32,9 @@ def add_to(commands: Any) -> None:
         "--memory", metavar="GB", type=gigabytes, help="find the largest model for GPUs of this memory"
     )
     what.add_argument("--fits", action="store_true", help="a table: GPUs, memory, the largest model")
+    parser.add_argument(
+        "--trainable", metavar="N", type=count, help="of --params; the rest is frozen, as with LoRA"
+    )
     add_run(parser)
     parser.add_argument("--stage", type=int, choices=STAGES, help="of ZeRO; default: 2")
     parser.add_argument(
@@ -70,6 +73,8 @@ def estimate(arguments: argparse.Namespace) -> None:
 
         show_fits(arguments)
         return
+    if arguments.trainable is not None and arguments.params is None:
+        raise ValueError("--trainable: not allowed without --params")
     run, ours = _run(arguments)
     methods = [STOCK, STOCK_BF16_STATES, *ours]
     if arguments.memory is not None:
@@ -139,7 +144,12 @@ def _models(arguments: argparse.Namespace, run: "Run") -> "list[Model]":
         return runs.paper()
     if arguments.model is not None:
         return [pretrained(arguments.model)]
-    return [runs.model_of_size(arguments.params, run)]
+    if arguments.trainable in (None, arguments.params):
+        return [runs.model_of_size(arguments.params, run)]
+    if arguments.trainable > arguments.params:
+        raise refusal("--trainable", arguments.trainable, f"at most --params, {arguments.params}")
+    trained = runs.model_of_size(arguments.trainable, run)
+    return [runs.with_frozen(trained, arguments.params - arguments.trainable, run)]
 
 
 def _show_models(arguments: argparse.Namespace, methods: "list[Method]", run: "Run") -> None:

@@ -15,7 +15,7 @@ GPUS = (1, 2, 8)
 MEMORIES = (24, 48, 80, 141)  # GB: RTX 4090, L40S, A100 and H100, H200
 STATES_AWAY = Offload("stream")
 # Options of `estimate` that this table decides itself.
-NOT_ALLOWED = ("opt_level", "tensor_parallel", "offload", "config")
+NOT_ALLOWED = ("trainable", "opt_level", "tensor_parallel", "offload", "config")
 
 
 @dataclass(frozen=True)

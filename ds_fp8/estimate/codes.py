@@ -71,10 +71,19 @@ def elements_of(parameters: int) -> int:
 
 
 def guessed(model: Model, buckets: Sequence[Bucket]) -> tuple[int, int, int]:
-    """Of a model of unknown shapes: bytes that codes save, bytes of their room, elements of the largest."""
-    elements, width = elements_of(model.parameters), width_of(model.parameters)
+    """Of a model of unknown shapes: bytes that codes save, bytes of their room, elements of the largest.
+
+    What trains beside frozen parameters is taken for adapters: the codes are then the base's.
+    """
+    width = width_of(model.parameters)
     rate = E4M3.itemsize + tile_bytes(width, width) / width**2
-    return round(elements * (BF16.itemsize - rate)), room_bytes(buckets), WIDEST * width**2
+    saved = round(_guessed_elements(model) * (BF16.itemsize - rate))
+    return saved, 0 if model.frozen else room_bytes(buckets), WIDEST * width**2
+
+
+def _guessed_elements(model: Model) -> int:
+    elements = elements_of(model.parameters)
+    return min(elements, model.frozen) if model.frozen else elements
 
 
 def refusal_of(config: FP8Config, model: Model, run: Run) -> str | None:
@@ -85,12 +94,18 @@ def refusal_of(config: FP8Config, model: Model, run: Run) -> str | None:
         return "refused under ZeRO 3: FP8 weights are not built there yet"
     if run.model_parallel_size > 1:
         return "refused with tensor parallelism: FP8 weights are not measured there yet"
+    return _refusal_of_size(config, model) if model.module is None else _refusal_of_matrices(config, model)
+
+
+def _refusal_of_size(config: FP8Config, model: Model) -> str | None:
     least = config.weights.min_elements
-    if model.module is None and config.states.weights is None:
+    if config.states.weights is None and not model.frozen:
         return "refused for a model of unknown shapes: nothing says which of it is frozen"
-    if model.module is None and 2 * width_of(model.parameters) ** 2 < least:
+    if model.frozen and config.weights.frozen != "e4m3":
+        return "refused: what trains is taken for adapters, which are too small for FP8 weights"
+    if 2 * width_of(model.parameters) ** 2 < least:
         return f"refused for so small a model: it has no matrix of {least:,} elements"
-    return None if model.module is None else _refusal_of_matrices(config, model)
+    return None
 
 
 def _refusal_of_matrices(config: FP8Config, model: Model) -> str | None:
@@ -106,7 +121,7 @@ def note_of(config: FP8Config, model: Model) -> str | None:
     if not config.has_codes:
         return None
     if model.module is None:
-        share = elements_of(model.parameters) / model.parameters
+        share = _guessed_elements(model) / model.parameters
         return f"{share:.1%} of the parameters in FP8, as of a Llama of that size: the shapes are unknown"
     codes = codes_of(config, model)
     return f"{len(codes.names)} matrices, {codes.elements / model.parameters:.1%} of the parameters, in FP8"

@@ -139,6 +139,15 @@ def model_of_size(parameters: int, run: Run) -> Model:
     return Model("a model of unknown shapes", tuple(pieces()))
 
 
+def with_frozen(model: Model, frozen: int, run: Run) -> Model:
+    """The model with `frozen` more parameters that do not train, as adapters have a base."""
+    refuse_absurd(model.parameters + frozen, len(model.sizes) + frozen // run.bucket_elements, run)
+    whole, rest = divmod(frozen, run.bucket_elements)
+    base = (run.bucket_elements,) * whole + ((rest,) if rest else ())
+    positions = frozenset(range(len(model.sizes), len(model.sizes) + len(base)))
+    return replace(model, sizes=model.sizes + base, frozen_at=positions)
+
+
 def model_of_module(module: Any) -> Model:
     """A `torch.nn.Module`, on any device; a parameter that is shared counts once."""
     parameters = list(module.parameters())

@@ -38,7 +38,7 @@ class Schedule(Protocol):
     open: bool  # whether a backward is running whose gradients travel
     order: Sequence[int]  # in which buckets leave
     patient: bool  # a rank must not wait for a bucket before backward has ended
-    changed: bool  # since the last step a bucket of this rank was not full at its place
+    changed: bool  # since the last step, if some bucket of this rank was not full at its place
 
     def listen(self, parameters: Mapping[int, Parameter], on_leave: Callable[[], None]) -> None:
         """Watch gradients arrive; `on_leave` is called when buckets may leave. Again after a cast."""
