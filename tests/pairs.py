@@ -1,6 +1,6 @@
 """The table of features that a run combines, and five steps of such a run on a rank."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations, product
 from typing import Any
@@ -200,9 +200,25 @@ def train(values: Values, fp8: bool) -> dict[str, Any]:
     return found
 
 
-def steps_of(engine: Any, values: Values) -> dict[str, Any]:
+def resume(stays: Sequence[Values], folder: str, steps: int = 2) -> list[float]:
+    """Mean losses of a training that goes on in one run after the other, by way of checkpoints."""
+    losses: list[float] = []
+    for number, values in enumerate(stays):
+        config = config_of(values)
+        config["fp8"]["checkpoint"] = {"allow_conversion": True}
+        with small_chunks():
+            engine = engine_of(values, config)
+            if number:
+                engine.load_checkpoint(folder, str(number - 1))
+            losses += steps_of(engine, values, range(len(losses), len(losses) + steps))["losses"]
+            engine.save_checkpoint(folder, str(number))
+            engine.destroy()
+    return losses
+
+
+def steps_of(engine: Any, values: Values, steps: Sequence[int] = range(STEPS)) -> dict[str, Any]:
     found: dict[str, Any] = {"losses": [], "norms": []}
-    for step in range(STEPS):
+    for step in steps:
         batch = batch_of(step, values)
         labels = batch.pop("labels")
         logits = engine(**batch, use_cache=False).logits.float()

@@ -4,12 +4,13 @@
 """
 
 import functools
+from pathlib import Path
 from typing import Any, get_args
 
 import pairs
 import pytest
 from engines import assert_same_bits
-from pairs import AXES, REFUSED, Pair, Values, complete, cover, every_pair, pairs_of
+from pairs import AXES, REFUSED, Pair, Values, complete, cover, every_pair, pair, pairs_of
 from ranks import RankPools
 
 from ds_fp8.config.ds_config import STAGES
@@ -57,7 +58,7 @@ def case(values: Values) -> Any:
     return pytest.param(values, id=name(values), marks=[pytest.mark.slow] if late else [])
 
 
-@pytest.mark.parametrize("values", map(case, RUNS))
+@pytest.mark.parametrize("values", [case(each) for each in RUNS])
 def test_works(kept: Kept, values: Values) -> None:
     number, plain = pairs.ranks_of(values), pairs.plain_of(values)
     ours, stock = kept.of(values, number, fp8=True), kept.of(pairs.stock_of(values), number, fp8=False)
@@ -98,6 +99,26 @@ def is_so(values: Values, about: dict[str, Any]) -> bool:
 def test_is_refused(ranks: RankPools, each: Pair, message: str) -> None:
     values = complete(each)
     assert message in ranks.run(pairs.ranks_of(values), pairs.refusal_of, values, seconds=SECONDS)[0]
+
+
+# ZeRO 3 at O3 if that is not refused.
+FURTHEST = "O2+" if pair("3", "O3") in REFUSED else "O3"
+
+
+@pytest.mark.parametrize(
+    "away", [{"stage": "3", "level": FURTHEST, "offload": "host"}, {"stage": "1", "level": "O3"}], ids=name
+)
+def test_resumes_across_features(ranks: RankPools, tmp_path: Path, away: Values) -> None:
+    """ZeRO 2 at O2, elsewhere, and back: the loss is that of a run that stays."""
+    home = complete(frozenset())
+    stays = [home, home, home], [home, {**home, **away}, home]
+    staying, moving = (
+        ranks.run(2, pairs.resume, each, str(tmp_path / str(number)), seconds=SECONDS)[0]
+        for number, each in enumerate(stays)
+    )
+    assert moving[:2] == staying[:2]
+    for step, (loss, expected) in enumerate(zip(moving, staying, strict=True)):
+        assert abs(loss - expected) < 2 * LOSS, f"step {step}: loss {loss:.4f}, without a move {expected:.4f}"
 
 
 def test_no_pair_is_missing() -> None:
