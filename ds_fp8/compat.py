@@ -190,7 +190,7 @@ AUTOGRAD: tuple[tuple[Any, str], ...] = (
 
 
 def check_autograd(names: tuple[tuple[Any, str], ...] = AUTOGRAD) -> None:
-    """Raise RuntimeError, naming it, if torch lacks something that tells backwards apart."""
+    """Raise RuntimeError, naming it, if torch lacks what `gradients.backwards` calls."""
     for owner, name in names:
         if not callable(getattr(owner, name, None)):
             raise RuntimeError(

@@ -177,7 +177,7 @@ class Sweep:
     counts: Tensor | None = None  # `ops.health.StateCounts`, float64, on the weights' device, added to
 
     def __getitem__(self, rows: slice) -> "Sweep":
-        """The same for some of the rows; the plan stays that of all."""
+        """The sweep of some of the rows, with the plan of all rows."""
         return replace(self, state=self.state[rows], gradient=self.gradient[rows], weights=self.weights[rows])
 
     def noise(self, parameter: int, first: int, like: Tensor) -> "Noise":

@@ -101,7 +101,7 @@ def choose_for_tensors(device: torch.device) -> Backend:
 
 
 def choose_for_host(threads: int) -> Backend:
-    """The backend for states in host memory beside any device, on so many threads.
+    """The backend for states in host memory beside any device, with `threads` threads.
 
     Raises RuntimeError if the C++ kernels cannot be built: the reference is asked for by DS_FP8_BACKEND only.
     """

@@ -50,7 +50,7 @@ class _Found(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Shape:
-    """What a plan is made for."""
+    """The key of a plan: shapes and formats."""
 
     rows: int  # of the left operand and the product
     columns: int  # rows of the right operand

@@ -14,7 +14,7 @@ from ds_fp8.ops.cpu import build
 
 
 class FP8OpBuilder(OpBuilder):
-    """What both builders share."""
+    """The common part of both builders."""
 
     NAME: str
     _obstacle: Callable[[], str | None]

@@ -108,7 +108,7 @@ class Health:
     def collect(
         self, step: int, *, stepped: bool, ranks: Ranks, more: Callable[[], dict[str, float]]
     ) -> None:
-        """Add up a step over the ranks, if it was measured, and tell the listeners.
+        """Add up a measured step over the ranks and call the listeners.
 
         stepped: whether it changed the states. more: what else there is to say of a step that was taken.
         """

@@ -48,7 +48,7 @@ class Parts:
 
     @property
     def residence(self) -> Residence:
-        """Of the states, unless they are moved."""
+        """Where the states live, unless they are moved."""
         return self.offloaded.residence
 
     @property

@@ -1,7 +1,7 @@
 """Health of FP8 products: what casting did to x, dy and w of each matrix, on the steps that are measured.
 
 On such a step a matrix has counts, to which eager products and the encoding of its codes add; on every other
-it has none, and nobody asks further. Counted in plain PyTorch on the device, nothing waits. Elements of a
+it has none, and nothing is computed. Counting is plain PyTorch on the device; nothing waits. Elements of a
 block with inf or NaN do not count.
 """
 
@@ -30,7 +30,7 @@ Shares = dict[str, float]
 
 
 class ProductCounts:
-    """Of one matrix."""
+    """The counts of one matrix."""
 
     def __init__(self, counts: Tensor) -> None:
         """counts: [operands, sums and extremes] float64, added to."""
@@ -126,7 +126,7 @@ def _of_rows(values: Tensor, cast: Operand) -> tuple[Tensor, Tensor]:
 
 
 def _extremes(scales: Tensor, live: Tensor) -> Tensor:
-    """Of the scales of what is finite and not all zeros."""
+    """Extremes of the scales of blocks that are finite and not all zeros."""
     largest, smallest = torch.where(live, scales, 0.0), torch.where(live, -scales, -math.inf)
     return torch.stack([largest.amax(), smallest.amax()])
 

@@ -75,7 +75,7 @@ class Verdict:
 
 
 def _norm_parts(reduced: Sequence[ReducedGradient], counted: Sequence[bool]) -> Iterator[Tensor]:
-    """Of every bucket; of one that is counted elsewhere only how much is not finite."""
+    """Norm parts of every bucket; of a bucket that is counted on a peer only its non-finite counts."""
     for gradient, mine in zip(reduced, counted, strict=True):
         parts = gradient.norm_parts
         if parts is not None and mine:

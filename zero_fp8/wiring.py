@@ -136,7 +136,7 @@ def _health(
 
 
 def _divisor(fleet: Fleet, settings: ZeroSettings) -> int:
-    """Of a sum over the ranks, as stock DeepSpeed has it.
+    """The number by which a sum over the ranks is divided, as in stock DeepSpeed.
 
     If ranks share sequences, its ZeRO 1 and 2 take the mean over sequences, its ZeRO 3 that over ranks.
     """
@@ -204,7 +204,7 @@ class _Run:
         return [bucket.blocks_of(self.rank_in(bucket)) for bucket in buckets]
 
     def offloaded(self, buckets: Sequence[Bucket], settings: ZeroSettings) -> Offloaded:
-        """Where states live. Collective if that is host memory."""
+        """The residence of the states. Collective if it is host memory."""
         if settings.offload is None:
             return Offloaded(resident(self.recipe, self.device))
         first = next(iter(self.fleets.values()))
@@ -223,7 +223,7 @@ class _Run:
         return [room(bucket, self.rank_in(bucket), self.recipe.reduced, self.device) for bucket in buckets]
 
     def schedule(self, buckets: Sequence[Bucket], settings: ZeroSettings) -> Schedule:
-        """When buckets leave."""
+        """The schedule that decides when buckets are sent."""
         if settings.stage < 3:
             return Arrivals(buckets)
         return ModuleEnds(buckets, next(iter(self.fleets.values())).group, self.device)

@@ -57,7 +57,7 @@ def count(text: str) -> int:
 
 
 def gigabytes(text: str) -> int:
-    """Bytes."""
+    """Parse gigabytes, as 80 or 141.5; return bytes."""
     number = Fraction(text) if re.fullmatch(r"[0-9]{1,20}(\.[0-9]{1,20})?", text) else Fraction(0)
     if not 0 < number <= MOST_GIGABYTES:
         allowed = f"gigabytes, as 80 or 141.5, at most {MOST_GIGABYTES:,}"
@@ -120,14 +120,14 @@ def _run(arguments: argparse.Namespace) -> "tuple[Run, list[Method]]":
 
 
 def _executors() -> "list[Offload]":
-    """Of offload, one and the other."""
+    """Both executors of offload."""
     from ds_fp8.zero_fp8.recipe import Offload
 
     return [Offload("stream"), Offload("host")]
 
 
 def _split(run: "Run", parts: int) -> "Run":
-    """The run with the model split over so many GPUs."""
+    """The run with the model split over `parts` GPUs. Raises ValueError if they do not divide the GPUs."""
     from ds_fp8.zero_fp8.placement.ranks import check_divides
 
     check_divides("--tensor-parallel", parts, run.gpus)

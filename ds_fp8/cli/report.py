@@ -50,7 +50,7 @@ def report(arguments: argparse.Namespace) -> None:
 
 
 def versions() -> dict[str, str | None]:
-    """None: not installed."""
+    """Versions by package; None if it is not installed."""
 
     def version(package: str) -> str | None:
         try:

@@ -1,4 +1,4 @@
-"""Offload of the states: what becomes of "offload_optimizer" and of the section's own "offload"."""
+"""Checks of "offload_optimizer" and of the section's own "offload"."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -45,7 +45,7 @@ def section_of(zero: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 
 def check_offload(fp8: FP8Config, *, offloaded: bool) -> None:
-    """Refuse, by a ValueError, what does not go with offload, or with none. offloaded: whether states are."""
+    """Raise ValueError for keys that contradict offload or its absence. offloaded: whether states are."""
     given = fp8.offload
     if not offloaded:
         for key in sorted(given.model_fields_set):

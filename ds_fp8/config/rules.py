@@ -1,4 +1,4 @@
-"""The tables behind `ds_config`: what becomes of every other key of a ds_config when FP8 is on.
+"""The tables behind `ds_config`: how every other key of a ds_config is treated when FP8 is on.
 
 Every top-level key and every field of the sections listed here is honoured, is without effect, or
 is refused by name. A test enumerates them from the installed DeepSpeed and fails on one that is

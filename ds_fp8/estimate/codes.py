@@ -42,7 +42,7 @@ class Codes:
 
 
 def codes_of(config: FP8Config, model: Model) -> Codes:
-    """Those of a model whose shapes are known."""
+    """The FP8 weights of a model; none if its shapes are unknown."""
     if not config.has_codes or model.module is None:
         return Codes({}, {}, (), {})
     section = config.weights
@@ -61,17 +61,17 @@ def codes_of(config: FP8Config, model: Model) -> Codes:
 
 
 def width_of(parameters: int) -> int:
-    """Of a Llama of this size: 12 matrices of width x width per layer, a layer for each 128 of the width."""
+    """Width of a Llama of this size: 12 width^2 parameters per layer, one layer per 128 of the width."""
     return round(math.pow(parameters * 128 / 12, 1 / 3))
 
 
 def elements_of(parameters: int) -> int:
-    """How many of a model of unknown shapes are codes."""
+    """Number of elements in FP8 of a model of unknown shapes."""
     return max(0, parameters - 2 * VOCABULARY * width_of(parameters))
 
 
 def guessed(model: Model, buckets: Sequence[Bucket]) -> tuple[int, int, int]:
-    """Of a model of unknown shapes: bytes that codes save, bytes of their room, elements of the largest.
+    """Bytes that codes save, bytes of scratch room, and elements of the largest matrix; shapes are unknown.
 
     What trains beside frozen parameters is taken for adapters: the codes are then the base's.
     """
@@ -117,7 +117,7 @@ def _refusal_of_matrices(config: FP8Config, model: Model) -> str | None:
 
 
 def note_of(config: FP8Config, model: Model) -> str | None:
-    """What the bytes of FP8 weights rest on, in words."""
+    """Which share of the model the estimate takes to be in FP8; None without FP8 weights."""
     if not config.has_codes:
         return None
     if model.module is None:

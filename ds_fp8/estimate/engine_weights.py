@@ -46,7 +46,7 @@ def _others(engine: Any, products: Products) -> dict[str, str]:
 
 
 def _bytes(handler: Any, members: Any, elements: int, products: Products) -> dict[str, Any]:
-    """Of all weights on this rank, and what it sends of them in a step."""
+    """Bytes of all weights on this rank, and bytes that it hands to the gathers of a step."""
     parameters: Mapping[int, Parameter] = handler.parameters
 
     def is_codes(bucket: Bucket) -> bool:

@@ -272,7 +272,7 @@ LARGE = 8 * TILE  # a side of a matrix whose tiles are all full
 
 
 def _of_codes() -> dict[str, float]:
-    """Of an element of a large matrix: bytes on every rank, and on the wire from step to step."""
+    """Bytes per element of a large FP8 matrix: on every rank, and on the wire per step."""
     elements = LARGE * LARGE
     return {
         "weight_bytes_per_fp8_element": E4M3.itemsize + tile_bytes(LARGE, LARGE) / elements,

@@ -116,7 +116,7 @@ class _Mark:
 
 
 def _look_for(mark: _Mark, folder: Path, path: Path, first: int) -> None:
-    """Raises ValueError where the mark of rank `first` is not seen from this rank's folder."""
+    """Raise ValueError if this rank does not see the marker file of rank `first` from its folder."""
     parts = path.parts[: len(path.parts) - len(mark.below)]
     if path.parts[len(parts) :] != mark.below or not _sees(Path(*parts), mark.name):
         raise ValueError(

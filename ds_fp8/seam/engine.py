@@ -61,7 +61,7 @@ def _fp8(engine: Any) -> FP8Config | None:
 
 
 def configure_distributed_model(original: Method) -> Method:
-    """DeepSpeedEngine._configure_distributed_model: first see that the ranks agree about it."""
+    """DeepSpeedEngine._configure_distributed_model: first check that all ranks have the same model."""
 
     @functools.wraps(original)
     def method(self: Any, model: Any) -> None:
@@ -95,7 +95,7 @@ def _model(model: torch.nn.Module) -> list[str]:
 
 
 def scheduler_from_config(original: Method) -> Method:
-    """DeepSpeedEngine._scheduler_from_config: torch's schedulers want a torch optimizer."""
+    """DeepSpeedEngine._scheduler_from_config: torch's schedulers require a torch optimizer."""
 
     @functools.wraps(original)
     def method(self: Any, optimizer: Any) -> Any:
@@ -270,7 +270,7 @@ def members(engine: Any) -> Iterable[tuple[str, torch.nn.Parameter]]:
 
 
 def settings_of(config: FP8Config, engine: Any) -> ZeroSettings:
-    """The part of the engine's config that the handler obeys."""
+    """The settings of the engine's config that the handler uses."""
     return ZeroSettings(
         stage=int(engine.zero_optimization_stage()),
         bucket_elements=int(engine.zero_reduce_bucket_size()),

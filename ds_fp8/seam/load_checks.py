@@ -1,4 +1,4 @@
-"""Whether a checkpoint fits an engine: asked before anything is touched.
+"""Checks that a checkpoint fits an engine, made before anything is changed.
 
 DeepSpeed writes the module, then the scheduler, then asks the optimizer; what it would stumble over
 half-way is refused here.
@@ -162,7 +162,7 @@ def _from_fp32(engine: Any) -> str:
 
 
 def _check_others(engine: Any, universal: Universal, model: ModelFile, wanted: Wanted) -> None:
-    """Whatever a universal checkpoint holds of a buffer or a frozen parameter is of its shape and kind."""
+    """Check that buffers and frozen parameters of a universal checkpoint have the right shape and kind."""
     saved, names = _saved(model), _untrained(engine)
     missing = sorted(names.keys() - model.at("module").of(dict).keys())
     if missing and wanted.module_strict and model.is_whole:
@@ -201,7 +201,7 @@ def others_of(engine: Any, universal: Universal, checked: Checked) -> dict[str, 
 
 
 def _saved(model: ModelFile) -> Entry:
-    """What the module has itself."""
+    """The entry of the module in a model file."""
     module = model.at("module")
     if not model.is_whole:
         return Entry(model.path, {})

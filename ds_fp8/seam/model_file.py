@@ -40,7 +40,7 @@ class Wanted:
 
     @staticmethod
     def by(options: Mapping[str, Any]) -> "Wanted":
-        """What the options of load_checkpoint want."""
+        """What to load, as the options of load_checkpoint say."""
         everything = not options["load_module_only"]
         return Wanted(
             module_strict=options["load_module_strict"],

@@ -89,7 +89,7 @@ class WeightSource(Protocol):
         """Refuse, by a ValueError, files that do not hold some elements."""
 
     def weights(self, name: str, elements: slice) -> Tensor:
-        """Of some elements, [n] of the dtype in which they were saved."""
+        """Weights of some elements of a parameter, [n] in the dtype in which they were saved."""
 
 
 def check_hyperparameters(group: Entry) -> None:

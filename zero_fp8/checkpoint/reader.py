@@ -1,6 +1,6 @@
 """Reading a checkpoint of ours, at any world size, ZeRO stage and bucket size.
 
-A block holds the same elements whoever owns it, so re-sharding copies rows: each rank asks for the
+A block holds the same elements on whichever rank, so re-sharding copies rows: each rank asks for the
 blocks that it owns now, opens only the files that hold some of them, and reads only these rows (the
 files are mapped, not read into memory).
 """
@@ -169,7 +169,7 @@ class Checkpoint:
             yield row, self._piece(file, name, blocks)[part]
 
     def _held(self, name: str, first: int, end: int) -> Iterator[tuple[int, str, tuple[int, int], slice]]:
-        """Who holds the blocks: row counted from `first`, file, the blocks in it, and which of them."""
+        """Where the blocks are: row counted from `first`, file, the blocks in it, and which of them."""
         covered, files = first, self.place.optimizer_files
         for index, start, stop in sorted(self.parameters[name].blocks, key=lambda block: block[1]):
             low, high = max(first, start), min(end, stop)
@@ -227,7 +227,7 @@ class Checkpoint:
         return padded(flat, rows, size)
 
     def _upper_half(self, file: str, name: str, blocks: tuple[int, int]) -> Tensor:
-        """That of a parameter's blocks in an optimizer file."""
+        """The upper half (BF16 weights) of a parameter's blocks in an optimizer file, as bytes."""
         entry, rows = self._entry(file, name, blocks), blocks[1] - blocks[0]
         saved = self._bytes(file, name, WEIGHT, entry, [rows, self.manifest.recipe.block_size * 2])
         return saved.view(torch.bfloat16)

@@ -169,7 +169,7 @@ def _members(folder: Path) -> list[Path]:
 
 
 def beginning(saving: Path) -> Path:
-    """What becomes the manifest."""
+    """The temporary file that becomes the manifest."""
     return saving / (manifest.NAME + NEW)
 
 

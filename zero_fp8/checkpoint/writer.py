@@ -179,7 +179,7 @@ def describe_slices(module: Module, names: Collection[str], ranks: int) -> dict[
 
 
 def describe_cuts(module: Module) -> dict[str, int | None]:
-    """Of parameters of which model-parallel ranks have parts, by every name that they have."""
+    """Dimensions along which model-parallel ranks cut parameters, by every name; None if not known."""
     named = module.named_parameters(remove_duplicate=False)
     return {name: cut_of(each) for name, each in named if is_sharded(each)}
 

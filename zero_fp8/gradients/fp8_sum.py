@@ -79,7 +79,7 @@ class FP8Packer:
         return dict(zip(gradients, inverse, strict=True))
 
     def _own_scales(self, bucket: Bucket, rank: int, inverse: Mapping[int, Tensor]) -> Tensor:
-        """Of this rank's rows, [blocks] float32."""
+        """Scales of this rank's rows, [blocks] float32."""
         scales = torch.ones(bucket.blocks_of(rank), device=self._device)
         for piece in bucket.pieces(rank):
             scales[piece.rows] = 1 / inverse[piece.slot.parameter]

@@ -18,7 +18,7 @@ from ds_fp8.zero_fp8.placement.partition import Piece
 
 
 class Sum(Protocol):
-    """How what arrives adds up."""
+    """How arriving messages are added to the reduced gradient."""
 
     def add(
         self, arrived: Sequence[Blocks], gradient: Blocks, *, overwrite: bool
@@ -29,7 +29,7 @@ class Sum(Protocol):
         """
 
     def forget(self) -> None:
-        """What has been added was dropped."""
+        """Called when the gradient is dropped."""
 
     def settle(self) -> None:
         """Wait until what has been added is in the gradient, as far as the host has a part in it."""

@@ -33,7 +33,7 @@ End = tuple[Hashable, int]  # a module, and how often it had ended its backward 
 
 
 class Schedule(Protocol):
-    """Which bucket leaves when."""
+    """Decides when each bucket is sent."""
 
     open: bool  # whether a backward is running whose gradients travel
     order: Sequence[int]  # in which buckets leave
@@ -59,7 +59,7 @@ class Schedule(Protocol):
         """Learn anew, on every rank."""
 
     def remove(self) -> None:
-        """Watch no more."""
+        """Remove the hooks."""
 
 
 class LastHook:

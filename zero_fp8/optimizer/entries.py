@@ -157,7 +157,7 @@ def _description(parameter: Tensor) -> dict[str, int]:
 
 
 def _shape(described: Any) -> list[Any] | None:
-    """Of a description; None if it is none."""
+    """The shape in a description; None if it is not one."""
     if not isinstance(described, dict) or described.get("dtype") not in range(len(DTYPES)):
         return None
     return [described.get(f"dim{number}") for number in range(len(described) - 1)]

@@ -60,7 +60,7 @@ class States:
     def _sweep_vector(
         self, state: AdamState, gradient: Tensor, weights: Tensor, index: int, scalars: AdamScalars
     ) -> None:
-        """Whole blocks in place; the last one, if it is short, in a copy that is filled up."""
+        """Sweep whole blocks in place, and a short last block in a padded copy."""
         size = self.recipe.block_size
         blocks, rest = divmod(len(weights), size)
         whole = blocks * size

@@ -81,7 +81,7 @@ class Shard:
 
     @property
     def host_nbytes(self) -> int:
-        """Those in host memory."""
+        """Bytes of the states in host memory."""
         return sum(nbytes_of(each.state) for each in self._parts if each.executor is not None)
 
     @property
@@ -141,7 +141,7 @@ class Shard:
                 yield slice(start, start + inside.stop - inside.start), part.state[inside]
 
     def move(self, residence: Residence) -> None:
-        """Live elsewhere from now on."""
+        """Move the states to another residence."""
         parts = residence.parts(self.rows)
         move(self._parts, parts)
         self._live_in(parts)

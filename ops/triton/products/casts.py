@@ -51,14 +51,14 @@ def store_codes(stored, codes, first_row, first_column, rows, columns):
 
 @triton.jit
 def store_scales(stored, scales, first, tile, rows):
-    """Those of 128 rows; scales: [tiles, rows]."""
+    """Store the scales of 128 rows; scales: [tiles, rows]."""
     row = tl.arange(0, TILE)
     tl.store(scales + tile.to(tl.int64) * rows + first + row, stored, mask=row < rows - first)
 
 
 @triton.jit
 def store_tile_scale(stored, scales, row, column, columns, groups):
-    """That of a tile; scales: [tiles, groups], of whose rows the last of so many columns pads the end."""
+    """Store the scale of a tile; scales: [tiles, groups]. The last of `columns` pads its row."""
     end = tl.where(column == columns - 1, groups, column + 1)
     place = tl.arange(0, GROUP)
     scales += row.to(tl.int64) * groups + column

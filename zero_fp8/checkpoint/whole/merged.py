@@ -35,7 +35,7 @@ class MergedFiles:
 
     @property
     def first(self) -> Entry:
-        """That of the first place."""
+        """The model file of the first place."""
         return self._files[0].first
 
     @property
