@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import functools
+import inspect
 import json
 import re
 import shlex
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
+import ds_fp8
 from ds_fp8.config.section import FP8Config
 
 ROOT = Path(__file__).parents[1]
@@ -227,3 +229,16 @@ def test_rates_are_written_with_per() -> None:
         for match in RATE.finditer(file.read_text())
     ]
     assert found == []
+
+
+@pytest.mark.parametrize("name", ds_fp8.__all__)
+def test_public_names_have_a_whole_docstring(name: str) -> None:
+    """What goes in, what comes out, what is raised: a tooltip has it."""
+    exported = getattr(ds_fp8, name)
+    text = inspect.getdoc(exported) or ""
+    signature = inspect.signature(exported)
+    if signature.parameters:
+        assert "Args:" in text
+    if inspect.isfunction(exported) and signature.return_annotation not in (None, "None"):
+        assert "Returns:" in text
+    assert "Raises" in text or name == "is_active"

@@ -121,8 +121,19 @@ WHOLE = ("fp32", "fp16", "bf16")  # masters that need nothing of the weight
 class FP8Config(_Strict):
     """The "fp8" section of a ds_config, checked and frozen.
 
-    `FP8Config.model_validate({...})` raises pydantic's ValidationError, a ValueError, for an unknown key or a
-    wrong value. A key left out takes the value that its level and the run imply. docs/options.md has a table.
+    A key left out takes the value that its level and the run imply. docs/options.md has a table.
+
+    Args:
+        enabled: whether FP8 is on; if it is not, DeepSpeed runs unchanged.
+        opt_level: "O1", "O2", "O2+" or "O3".
+        scaling: what shares a scale: "block", or "tensor" as FP8-LM publishes it.
+        block_size: elements per scale: 32, 64, 128 or 256.
+        gradients, optimizer, weights, products, offload, checkpoint, stats: the sections of these names.
+        max_consecutive_skips: skipped steps in a row before an error.
+
+    Raises:
+        ValueError: an unknown key or a wrong value (pydantic's ValidationError), by
+            `FP8Config.model_validate({...})`.
     """
 
     enabled: bool = False

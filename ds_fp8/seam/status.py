@@ -16,7 +16,7 @@ from ds_fp8.zero_fp8.health import Health
 
 
 def is_active(engine: Any) -> bool:
-    """Whether a DeepSpeed engine trains with FP8 states and communication.
+    """Return whether a DeepSpeed engine trains with FP8 states and communication.
 
     Args:
         engine: what `deepspeed.initialize` returned; any other object gives False.
@@ -28,24 +28,27 @@ def is_active(engine: Any) -> bool:
 
 
 def describe(engine: Any) -> dict[str, Any]:
-    """What FP8 does in an engine.
+    """Describe what FP8 does in an engine.
 
     Args:
         engine: what `deepspeed.initialize` returned.
 
     Returns:
-        Plain values by name: level, ZeRO stage, world size, `model_parallel_size` (ranks over which the model
-        is split; bytes are then those of this rank's part), how many of the ranks share a sequence, the
-        formats, `state_bytes_per_parameter` and `gradient_bytes_per_parameter` over all ranks,
-        `wire_bytes_per_gradient_element`, hops, kernels. `grad_accum_dtype` is fp32 if `.grad` adds up the
-        micro-steps of ZeRO 1 so, else None. Under ZeRO 3 also `persistent_bytes`, of parameters that stay
-        whole on every rank, `fetch_bytes`, which a rank sends to fetch all others once, and
-        `wire_bytes_per_fetched_element`. With FP8 weights also `products` (cublas, emulated, decoded) and
-        `products_instead`, why they are no FP8 products; the names `fp8_weights`, and `bf16_matrices` with
-        the reason of each; `fp8_elements`, `fp8_share`; `weight_bytes` of a rank, and what of them it hands
-        to the gathers of a step. With offload also `offload`, the executor, `offload_ratio`, and what states
-        take on this rank: `host_bytes`; `landing_bytes` of host memory for what crosses if the host sweeps,
-        the reduced gradient among it; `pinned_bytes` of both; `ring_bytes` of buffers on the device.
+        A dict of plain values. Always: `version`, `opt_level`, `zero_stage`, `world_size`,
+        `model_parallel_size` (ranks over which the model is split; bytes are then those of this rank's part),
+        `sequence_parallel_size`, the formats, `state_bytes_per_parameter` and `gradient_bytes_per_parameter`
+        over all ranks, `wire_bytes_per_gradient_element`, the hops, `overlap_comm`, `rank_bytes_min` and
+        `rank_bytes_max` of states and reduced gradient, `kernels`; `grad_accum_dtype` is "fp32" if `.grad`
+        adds up micro-steps in FP32 under ZeRO 1, else None.
+        Under ZeRO 3: `persistent_bytes` of parameters that stay whole on every rank, `fetch_bytes` that a
+        rank sends to fetch all others once, `wire_bytes_per_fetched_element`.
+        With FP8 weights: `products` ("cublas", "emulated" or "decoded"); `products_instead`, the reason if
+        they are not FP8 products; the names `fp8_weights`; `bf16_matrices` with the reason of each;
+        `fp8_elements`, `fp8_share`; `weight_bytes` of a rank, and `gather_bytes` that it hands to a step's
+        gathers.
+        With offload, on this rank: `offload` (the executor), `offload_ratio`, `host_bytes` of states,
+        `landing_bytes` of host memory for what crosses if the host sweeps, `pinned_bytes` of both,
+        `ring_bytes` of buffers on the device.
 
     Raises:
         ValueError: the engine does not use FP8.
@@ -109,17 +112,18 @@ def _fetching(engine: Any) -> dict[str, Any]:
 
 
 def stats(engine: Any) -> dict[str, Any] | None:
-    """Health of the last measured step, over all ranks.
+    """Return the health of the last measured step, over all ranks.
 
     Args:
         engine: what `deepspeed.initialize` returned.
 
     Returns:
-        None before the first measured step. Then "step", and "total" and, for each param group, "groups" with
-        shares of all elements (gradient_underflow, gradient_saturated, exp_avg_clamped, exp_avg_underflow,
-        exp_avg_sq_rescued), the count gradient_non_finite_blocks, and gradient_snr_db. With FP8 weights
-        also "products": for the name of each, and in the mean as "total", {x,dy,w}_underflow and
-        {x,dy,w}_saturated, shares of elements that are not zero, and {x,dy,w}_amax_spread, in powers of two.
+        None before the first measured step. Then a dict: "step"; "total", and the same for each param group
+        in the list "groups": the shares of all elements gradient_underflow, gradient_saturated,
+        exp_avg_clamped, exp_avg_underflow and exp_avg_sq_rescued, the count gradient_non_finite_blocks, and
+        gradient_snr_db. With FP8 weights also "products", by the name of each weight and as their mean
+        "total": {x,dy,w}_underflow and {x,dy,w}_saturated, shares of the non-zero elements, and
+        {x,dy,w}_amax_spread, in powers of two.
 
     Raises:
         ValueError: the engine does not use FP8, or fp8.stats.interval is 0.

@@ -10,8 +10,8 @@ What the owners hold is the sum over all rounds since the last step or `drop`, a
 
 With overlap a bucket that has been launched lands when the one after the next is about to be launched, or at
 the epilogue: two are under way at most, backward goes on meanwhile, and what lands is added in bucket order.
-Without overlap it lands at once. Under ZeRO 3 nothing waits for a bucket during backward: a bucket that is not
-there yet lands later, and the next is launched later.
+Without overlap it lands at once. Under ZeRO 3 nothing waits for a bucket in backward: one that has not
+arrived lands later, and the next is launched later.
 
 A gradient may arrive outside a round: after its bucket has left (weights tied under reentrant
 checkpointing), or in a backward that exchanges nothing (towards some tensors, `inputs=`). It
