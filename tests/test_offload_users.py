@@ -89,11 +89,11 @@ def test_keys_without_effect_are_named() -> None:
     zero = {"stage": 2, "offload_optimizer": section, "cpu_offload_use_pin_memory": True}
     idle = ds_config.check({"zero_optimization": zero, "aio": {"block_size": 1}, "fp8": {"enabled": True}})
     assert [each.removeprefix("zero_optimization.") for each in idle] == [
-        "aio (states go to no file)",
+        "aio (states are not written to files)",
         "cpu_offload_use_pin_memory (is offload_optimizer.pin_memory in DeepSpeed)",
         "offload_optimizer.buffer_count (three chunks of states are on the device at a time)",
-        "offload_optimizer.pipeline_read (states always come and go while others are swept)",
-        "offload_optimizer.nvme_path (states go to no file)",
+        "offload_optimizer.pipeline_read (states always travel while others are swept)",
+        "offload_optimizer.nvme_path (states are not written to files)",
     ]
 
 

@@ -41,7 +41,7 @@ def _refuse_lookalikes(ds_config: Mapping[str, Any]) -> None:
 
 def _refuse_idle_rounding(config: FP8Config) -> None:
     if config.optimizer.rounding == "stochastic" and config.states.master not in ROUNDED:
-        allowed = f'"nearest" with the master {config.states.master}, of which nothing is rounded away; '
+        allowed = f'"nearest" with the master {config.states.master}, which is never rounded; '
         raise refusal(
             f"{SECTION}.optimizer.rounding", "stochastic", f'{allowed}"stochastic" with {", ".join(ROUNDED)}'
         )

@@ -100,7 +100,7 @@ def refusal_of(config: FP8Config, model: Model, run: Run) -> str | None:
 def _refusal_of_size(config: FP8Config, model: Model) -> str | None:
     least = config.weights.min_elements
     if config.states.weights is None and not model.frozen:
-        return "refused for a model of unknown shapes: nothing says which of it is frozen"
+        return "refused for a model of unknown shapes: --trainable says how much of it is frozen"
     if model.frozen and config.weights.frozen != "e4m3":
         return "refused: what trains is taken for adapters, which are too small for FP8 weights"
     if 2 * width_of(model.parameters) ** 2 < least:

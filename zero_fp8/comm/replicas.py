@@ -66,7 +66,7 @@ def warn_if_parted(names: Mapping[Parameter, str], ranks: Ranks) -> None:
     parted = [names[each] for each, differs in zip(whole, apart, strict=True) if differs]
     if parted and ranks.part == 0:
         logger.warning(
-            "model-parallel ranks hold other values of what they should hold alike: %s; each is saved with "
+            "parameters that model-parallel ranks should hold alike differ: %s; each is saved with "
             "its own, and `ds_fp8 export` takes those of the first rank",
             naming(parted),
         )

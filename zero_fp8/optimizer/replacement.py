@@ -39,7 +39,7 @@ def replace_optimizer(optimizer: Any) -> FP8AdamW:
     replaced = FP8AdamW(optimizer.param_groups)
     if type(optimizer) is DeepSpeedCPUAdam:
         logger.info(
-            "FP8AdamW replaces DeepSpeedCPUAdam, for which cpu_adam was compiled in vain; "
+            "FP8AdamW replaces DeepSpeedCPUAdam, for which cpu_adam was compiled needlessly; "
             'if accelerate made it, "zero_force_ds_cpu_optimizer": false saves that'
         )
     optimizer._opt_called = True  # or a scheduler made with it warns that it was never stepped
