@@ -648,7 +648,7 @@ REFUSED_IN_ZERO_3 = [  # field, value, a part of what is allowed
     ("zero_hpz_partition_size", 8, "fp8.gradients.intra_node_size"),
     ("zero_quantized_weights", True, "weights travel in the model's dtype"),
     ("zero_quantized_nontrainable_weights", True, "weights travel in the model's dtype"),
-    ("zero_quantized_gradients", True, "is fp8.gradients.dtype"),
+    ("zero_quantized_gradients", True, "is replaced by fp8.gradients.dtype"),
     ("mics_shard_size", 2, "-1"),
     ("mics_hierarchical_params_gather", True, "false"),
     ("zeropp_loco_param", {"err_beta": 0.8}, "null"),
