@@ -170,7 +170,7 @@ class Sweep:
     state: AdamState  # read and written
     gradient: Blocks  # sum over ranks, of the same rows as the state
     weights: Tensor  # [rows, block size] model dtype, written; read if the master is split
-    plan: Any  # what the backend's own `plan` made of the shard's segments
+    plan: Any  # what the backend's `plan` returned for the shard's segments
     scalars: AdamScalars
     control: Tensor  # [2] float32: 1 / world size, loss scale and clip factor in one; 1: step, 0: skip it
     rounding: Rounding
@@ -205,7 +205,7 @@ def next_clamp(previous: float | None, betas: tuple[float, float]) -> float:
 def plan(
     segments: Sequence[Segment], blocks: int, block_size: int, device: torch.device
 ) -> tuple[Segment, ...]:
-    """What `adam_step` looks up about a shard of `blocks` blocks, made once; here the segments."""
+    """Tables that `adam_step` needs of a shard of `blocks` blocks, made once; here the segments."""
     return tuple(segments)
 
 

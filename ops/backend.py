@@ -29,7 +29,7 @@ class Backend:
 
     name: str
     quantize: Callable[..., None]
-    dequantize: Callable[[blocks.Blocks, Tensor], None]  # no step calls it: for tests of decoding, benchmarks
+    dequantize: Callable[[blocks.Blocks, Tensor], None]  # for tests and benchmarks; no step calls it
     accumulate: Callable[..., Tensor]
     plan: Callable[..., Any]
     adam_step: Callable[[adam.Sweep], None]

@@ -28,7 +28,7 @@ class Parts:
     fleets: Mapping[Fleet, Nodes]
     weights: Sequence[Weights]
     reduced: list[ReducedGradient]
-    counted: Sequence[bool]  # of each bucket, whether this rank counts it: a model-parallel peer may
+    counted: Sequence[bool]  # per bucket: whether this rank counts it, or a model-parallel peer
     shards: list[Shard]
     packer: Packer
     reducer: GradientReducer
@@ -37,8 +37,8 @@ class Parts:
     backend: Backend
     offloaded: Offloaded  # where states live, unless they are moved
     listens: bool  # gradients travel while backward runs
-    divisor: int  # of the sum of the ranks' gradients
-    products: Products | None = None  # of matrices that are codes, if there are some
+    divisor: int  # by which the sum of the ranks' gradients is divided
+    products: Products | None = None  # of FP8 matrices, if there are any
     frozen: FrozenWeights = field(default_factory=FrozenWeights)  # those that are codes
 
     @property

@@ -55,14 +55,14 @@ class ProductCounts:
 
 
 class Measured(Protocol):
-    """What has counts on measured steps."""
+    """A matrix that has counts on measured steps."""
 
     name: str
     counts: ProductCounts | None
 
 
 class ProductHealth:
-    """The counts of all matrices, and what they come to."""
+    """Counts of all matrices, and the figures made of them."""
 
     def __init__(self, matrices: Sequence[Measured], device: torch.device) -> None:
         """Without matrices nothing is allocated."""
@@ -80,7 +80,7 @@ class ProductHealth:
             matrix.counts = ProductCounts(counts) if measuring else None
 
     def forget(self) -> None:
-        """What has been counted of the step was dropped."""
+        """Reset: the counted gradients have been dropped."""
         if self._measuring:
             self._counts.copy_(self._nothing)
 

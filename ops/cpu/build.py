@@ -80,7 +80,7 @@ def compiler() -> str | None:
 
 
 def obstacle() -> str | None:
-    """Why the library cannot be had; None if it can. Does not build: a report should not take seconds."""
+    """Why the library cannot be built; None if it can. Builds nothing: a report should not take seconds."""
     if is_whole(library_path()):
         return None
     try:

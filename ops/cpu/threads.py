@@ -1,4 +1,4 @@
-"""On how many threads the C++ kernels run."""
+"""The number of threads of the C++ kernels."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

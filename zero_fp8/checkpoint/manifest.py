@@ -1,14 +1,14 @@
 """The manifest of a checkpoint: one JSON file, written after every other file of the tag.
 
-It holds the formats, which file holds which blocks of each parameter, the counters that a resumed run goes
-on from, and size and SHA-256 of every file of the tag, DeepSpeed's too; its last key is a checksum of
+It holds the formats, which file holds which blocks of each parameter, the counters from which a resumed
+run continues, and size and SHA-256 of every file of the tag, DeepSpeed's too; its last key is a checksum of
 itself. So a tag without a manifest was never finished, and a file that was damaged, cut, lost or swapped is
-found before it is opened. Checksums catch accidents, not attackers: whoever can change a file can change its
-checksum.
+found before it is opened. Checksums catch accidents, not attackers, who can change a checksum
+with its file.
 
 **Places.** A place is the set of files of one model-parallel rank, in the order of these ranks; without
-model parallelism there is one. Files are called as DeepSpeed called them when it wrote them, and nobody
-makes a name from a rank or reads a rank from a name.
+model parallelism there is one. Files have the names under which DeepSpeed wrote them; no name is made from a
+rank, and no rank is read from a name.
 Version 1 named ranks instead of files; `parse` turns it into the same object.
 
 **Slices.** Under ZeRO 3 every rank writes a model file, whose module has buffers and empty parameters.

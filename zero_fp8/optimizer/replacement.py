@@ -14,7 +14,7 @@ logger = logging.getLogger("ds_fp8")
 
 
 def replace_optimizer(optimizer: Any) -> FP8AdamW:
-    """FP8AdamW with the very param_groups of a client's Adam, so that its schedulers go on working.
+    """FP8AdamW with the very param_groups of a client's Adam, so that its schedulers keep working.
 
     Raises ValueError for an optimizer of another type and for one that has stepped already.
     """
