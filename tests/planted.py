@@ -75,8 +75,8 @@ FAULTS = (
     Fault(
         "each backward begins anew",
         "zero_fp8/gradients/reducer.py",
-        '"""A backward begins: buckets may leave."""\n',
-        '"""A backward begins: buckets may leave."""\n        self.drop()\n',
+        '"""Called when a backward begins: buckets may be sent."""\n',
+        '"""Called when a backward begins: buckets may be sent."""\n        self.drop()\n',
         ADD_UP,
     ),
     Fault(
