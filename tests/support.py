@@ -576,6 +576,10 @@ PROVED_ELSEWHERE = {
     ),
     "engine.offload_states, reload_states": ("test_offload.py::test_states_go_to_host_memory_and_come_back"),
     "ranks that disagree get an error that says so": "test_agreement.py::test_disagreement_is_told",
+    "pairs of stage, level, offload, LoRA, ALST, AutoTP, scaling, hops, compile, checkpointing, autocast": (
+        "test_pairs.py::test_works"
+    ),
+    "a resume across stages, levels and offload, and back": "test_pairs.py::test_resumes_across_features",
 }
 
 # The same under ZeRO 3.
@@ -589,6 +593,7 @@ PROVED_UNDER_3 = {
     "ZeRO 3: zero_to_fp32.py, save_16bit_model, export, to-universal": f"{FILES3}::test_what_leaves",
     "ZeRO 3: sequence parallelism (ALST)": "test_sequence_parallel.py::test_zero3_is_zero2",
     "ZeRO 3: states of stock ZeRO 1, 2 and 3": f"{FILES3}::test_states_of_stock_deepspeed",
+    "ZeRO 3: every pair that is not refused": "test_pairs.py::test_works",
 }
 
 # Keys of a ds_config, and the message that refuses them.
