@@ -19,6 +19,9 @@ from pydantic import BaseModel
 
 import ds_fp8
 from ds_fp8.config.section import FP8Config
+from ds_fp8.estimate.methods import STOCK, largest, levels
+from ds_fp8.estimate.runs import model_of_size, run_at_defaults
+from ds_fp8.zero_fp8.recipe import Offload
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]
@@ -242,3 +245,19 @@ def test_public_names_have_a_whole_docstring(name: str) -> None:
     if inspect.isfunction(exported) and signature.return_annotation not in (None, "None"):
         assert "Returns:" in text
     assert "Raises" in text or name == "is_active"
+
+
+def test_the_number_of_the_readme_is_the_estimate() -> None:
+    """What one 80 GB GPU holds, and bytes per parameter without buffers."""
+    here, away, run = levels(), levels(Offload("stream")), run_at_defaults(1, 2)
+    stock, o2plus, offloaded = (
+        f"{largest(method, run, 80 * 10**9) / 10**9:.3g}" for method in (STOCK, here["O2+"], away["O2+"])
+    )
+    text = " ".join(README.read_text().split())
+    assert f"{float(stock):.1f} billion parameters with stock DeepSpeed, {o2plus} billion at `O2+`" in text
+    assert f"and {float(offloaded):.0f} billion with states in host memory" in text
+    model = model_of_size(10**11, run)
+    held = [method.held(model, run) for method in (STOCK, here["O2+"], here["O3"])]
+    rates = [(each.weights + each.states + each.gradients) / model.parameters for each in held]
+    assert [round(rate) for rate in rates] == [16, 7, 6]
+    assert "16 bytes per parameter with BF16, 7 at `O2+`, 6 at `O3`" in text
