@@ -20,7 +20,7 @@ Listener = Callable[[Mapping[str, Any]], None]
 
 
 class Counts:
-    """What has been counted of one param group since the last step, on this rank.
+    """Counts of one param group since the last step, on this rank.
 
     Without a device nothing is counted or allocated.
     """

@@ -69,5 +69,5 @@ class Parts:
         return self.fleets[bucket.fleet]
 
     def by_bucket(self) -> Iterator[tuple[Bucket, ReducedGradient, Shard, Weights]]:
-        """What there is of each bucket."""
+        """The parts of one bucket."""
         return zip(self.buckets, self.reduced, self.shards, self.weights, strict=True)

@@ -43,7 +43,7 @@ def check_gradient(name: str, parameter: Tensor, dtypes: tuple[torch.dtype, ...]
 
 
 def flaw_of(tensor: Tensor) -> str | None:
-    """What forbids a pointer into a tensor, as "received ..." goes on; None if nothing does."""
+    """The flaw that forbids a pointer into this tensor, as words after "received"; None if there is none."""
     kind = kind_of(tensor)
     if kind is not None:
         return kind
@@ -58,7 +58,7 @@ def flaw_of(tensor: Tensor) -> str | None:
 
 
 def kind_of(tensor: Tensor) -> str | None:
-    """What a tensor is if it is not a strided one with a storage of its own, such as "a DTensor"."""
+    """The kind of a tensor without a strided storage of its own, such as "a DTensor"; else None."""
     if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         return f"a {type(tensor).__name__}"
     if tensor.is_nested:

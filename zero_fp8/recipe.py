@@ -86,7 +86,7 @@ class ZeroSettings:
 
 
 def offload_from(config: FP8Config, zero_config: Any) -> Offload | None:
-    """What section and ds_config say of offload. zero_config: DeepSpeed's, of "zero_optimization"."""
+    """The settings of offload from section and ds_config. zero_config: DeepSpeed's "zero_optimization"."""
     optimizer = zero_config.offload_optimizer
     if optimizer is None or optimizer.device == "none":
         return None

@@ -177,7 +177,7 @@ def shard_of(
 
 @dataclass(frozen=True)
 class _Run:
-    """What the parts of all buckets have in common."""
+    """The settings that the parts of all buckets share."""
 
     recipe: Recipe
     parameters: Mapping[int, Parameter]
@@ -189,14 +189,14 @@ class _Run:
         return self.fleets[bucket.fleet].rank
 
     def weights(self, bucket: Bucket, settings: ZeroSettings, products: Products | None) -> Weights:
-        """What a rank holds of a bucket's weights."""
+        """A rank's weights of a bucket."""
         what = (bucket, self.parameters, self.rank_in(bucket))
         if products is not None and bucket.slots[0].parameter in products.chosen:
             return TiledWeights(*what, products)
         return SlicedWeights(*what) if settings.stage == 3 else FlatWeights(*what)
 
     def pieces(self, bucket: Bucket) -> list[Piece]:
-        """What this rank owns of a bucket."""
+        """This rank's shard of a bucket."""
         return list(bucket.pieces(self.rank_in(bucket)))
 
     def rows(self, buckets: Sequence[Bucket]) -> list[int]:

@@ -113,7 +113,7 @@ def inspect(arguments: argparse.Namespace) -> None:
 
 
 def overview(folder: Path, manifest: Manifest, *, verified: bool) -> dict[str, Any]:
-    """What `inspect` shows of a checkpoint as a whole."""
+    """Rows of `inspect` about the checkpoint as a whole."""
     parameters = manifest.places[0].parameters
     encoded = sum(each.codes_of is not None for each in parameters.values())
     return {

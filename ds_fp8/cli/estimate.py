@@ -196,7 +196,7 @@ def _as_json(model: "Model", methods: "list[Method]", run: "Run") -> dict[str, A
 
 
 def _weights(method: "Method", model: "Model") -> dict[str, Any]:
-    """What is FP8 and what is not, as `ds_fp8.describe` has it; empty if the shapes are unknown."""
+    """Which matrices are FP8 and why others are not, as in `ds_fp8.describe`; empty if shapes are unknown."""
     from ds_fp8.estimate.codes import codes_of
 
     assert method.config is not None

@@ -60,7 +60,7 @@ class ByStage:
 
 
 def rule_at(stage: int, rule: Rule | ByStage) -> Rule:
-    """What a key means under this stage of ZeRO."""
+    """The rule of a key under this stage of ZeRO."""
     if not isinstance(rule, ByStage):
         return rule
     return rule.at_3 if stage == 3 else rule.below_3

@@ -60,7 +60,7 @@ def read(source: str) -> Mapping[str, Any]:
 def run_dry(
     config: Mapping[str, Any], *, gpus: int | None = None, micro_steps: int | None = None
 ) -> DryRun | str:
-    """What ds_fp8 would do; if it would do nothing, the reason. Raises ValueError with the refusal.
+    """The run that a config asks for, or the reason why FP8 is off. Raises ValueError with the refusal.
 
     gpus: if left out, as many as AutoTP splits the model over. micro_steps: instead of the config's. Keys
     that are "auto" count as left out, but in the section they are refused. What only the model or a client's
@@ -170,7 +170,7 @@ def _objection(error: Exception) -> str:
 
 
 def advice(dry_run: DryRun) -> list[str]:
-    """What would make the exchange faster, as measured."""
+    """Advice that would make the exchange faster, from measurements."""
     run, recipe = dry_run.run, dry_run.recipe
     one_hop = run.gpus > 1 and not recipe.two_hops(run.gpus)
     if not one_hop or not recipe.wire.scaled or run.bucket_elements >= FASTER_FROM:

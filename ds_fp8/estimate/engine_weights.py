@@ -1,4 +1,4 @@
-"""What FP8 weights are in an engine, for `describe`."""
+"""The FP8 weights of an engine, for `describe`."""
 
 from collections.abc import Mapping
 from typing import Any

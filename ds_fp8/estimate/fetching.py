@@ -1,4 +1,4 @@
-"""What ZeRO 3 keeps whole and what it fetches at a time, by DeepSpeed's rules. Everything is in elements."""
+"""Elements that ZeRO 3 keeps whole and that it fetches at a time, by DeepSpeed's rules."""
 
 import sys
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ def fetching_of(zero_config: Any) -> Fetching:
 
 
 def summary(keys: Fetching, itemsize: float | None) -> dict[str, Any]:
-    """What a run under ZeRO 3 adds to `memory.summary`; itemsize: of the weights, None if it is not known."""
+    """Entries of ZeRO 3 beside those of `memory.summary`. itemsize: of the weights, None if not known."""
     return {
         "wire_bytes_per_fetched_element": itemsize,
         "param_persistence_threshold": keys.param_persistence_threshold,
@@ -43,7 +43,7 @@ def persistent(sizes: Sequence[int], fetching: Fetching) -> list[bool]:
 def whole(
     sizes: Sequence[int], kept: Sequence[int], gathered: Sequence[int], fetching: Fetching
 ) -> tuple[int, int]:
-    """What is whole between steps, and what is beside it, at most, while a step fetches.
+    """Elements that are whole between steps, and the most that a step fetches beside them.
 
     kept, gathered: what each parameter takes if it is persistent, and if it is fetched.
     """

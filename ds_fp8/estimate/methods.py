@@ -57,7 +57,7 @@ class Method:
     config: FP8Config | None = None  # of ds_fp8
 
     def held(self, model: Model, run: Run) -> Held:
-        """What a GPU holds of the model, or of its part."""
+        """Bytes that a GPU holds of the model, or of its part."""
         return self.count(*of_rank(model, run))
 
     def refusal(self, model: Model, run: Run) -> str | None:

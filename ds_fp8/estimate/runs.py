@@ -88,7 +88,7 @@ def run_at_defaults(gpus: int, stage: int, micro_steps: int = 1) -> Run:
 
 
 def of_rank(model: Model, run: Run) -> tuple[Model, Run]:
-    """What a GPU has of a model that tensor parallelism splits, and the run of those that have the same.
+    """A GPU's part of a model that tensor parallelism splits, and the run of the GPUs with the same part.
 
     As AutoTP splits it: matrices of linear layers evenly; embeddings, norms and biases are whole on every
     GPU. Of a model of unknown shapes everything is split.

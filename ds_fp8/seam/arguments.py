@@ -137,7 +137,7 @@ def _sees(folder: Path, name: str) -> bool:
 
 @dataclass(frozen=True)
 class _Found:
-    """What a rank has found to load."""
+    """The checkpoint that a rank has found."""
 
     rank: int
     node: int  # its first rank

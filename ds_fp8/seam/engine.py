@@ -80,14 +80,14 @@ def configure_distributed_model(original: Method) -> Method:
 
 
 def _config(engine: Any) -> list[str]:
-    """What must be the same on all ranks, one line per key."""
+    """Facts that must be the same on all ranks, one line per key."""
     section = engine._config._param_dict
     size = f"tensor_parallel.autotp_size: {engine.autotp_size()}"
     return [*(f'ds_config "{key}": {as_json(section[key])}' for key in AGREED_KEYS if key in section), size]
 
 
 def _model(model: torch.nn.Module) -> list[str]:
-    """What must be the same on ranks that hold the same part of the model, one line per parameter."""
+    """Facts that must be the same on ranks with the same part of the model, one line per parameter."""
     return [
         f"{name}: {list(shape_of(each))}, {each.dtype}, {'trained' if each.requires_grad else 'frozen'}"
         for name, each in model.named_parameters()

@@ -213,7 +213,7 @@ def _saved(model: ModelFile) -> Entry:
 
 
 def _untrained(engine: Any) -> dict[str, Any]:
-    """What the module's state_dict holds beside trained parameters."""
+    """Entries of the module's state_dict other than trained parameters."""
     trained = set(engine.optimizer.parameters.values())
     parameters = dict(engine.module.named_parameters(remove_duplicate=False))
     saved = engine.module.state_dict(keep_vars=True)
@@ -226,7 +226,7 @@ def _may_convert(engine: Any) -> bool:
 
 
 def _check_module(engine: Any, path: Path, manifest: Manifest, wanted: Wanted) -> None:
-    """What DeepSpeed loads itself must fit: it does not look before it writes."""
+    """Check the parts that DeepSpeed loads itself: it writes without checking."""
     place = manifest.places[engine.optimizer.ranks.part]
     if wanted.scheduler and engine.lr_scheduler is not None and not manifest.scheduler:
         raise ValueError(

@@ -161,7 +161,7 @@ class _Written:
 
 
 class _Failures:
-    """What a rank could not do of a save, while it went on for the others' sake."""
+    """Keeps a rank's first error in a save, so that the rank continues and others do not wait for it."""
 
     def __init__(self) -> None:
         self._first: Exception | None = None

@@ -1,4 +1,4 @@
-"""What FP8 does in an engine, for programs, for the log and for DeepSpeed's monitors."""
+"""The state of FP8 in an engine: `is_active`, `describe`, `stats`, the log line, events of monitors."""
 
 import math
 from collections.abc import Mapping
@@ -95,7 +95,7 @@ def _offload(handler: FP8ZeROOptimizer) -> dict[str, Any]:
 
 
 def _fetching(engine: Any) -> dict[str, Any]:
-    """What ZeRO 3 keeps whole on every rank, and what one fetch of all the rest sends."""
+    """Bytes that ZeRO 3 keeps whole on every rank, and that one fetch of all other parameters sends."""
     keys, handler = fetching_of(engine._config.zero_config), engine.optimizer
     block_size, fleet = handler.recipe.block_size, handler.parts.buckets[0].fleet
     parameters = list(engine.module.parameters())

@@ -162,7 +162,7 @@ def save(state: Any, path: str | Path) -> None:
 
 
 def _os_error(error: BaseException | None) -> OSError | None:
-    """What the file system said; torch's writer, closing the file, covers it with an error of its own."""
+    """The error of the file system, which torch's writer hides behind an error of its own on closing."""
     while error is not None and not isinstance(error, OSError):
         error = error.__cause__ or error.__context__
     return error

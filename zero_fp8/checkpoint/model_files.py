@@ -41,7 +41,7 @@ class ModelFiles:
 
     @property
     def module(self) -> dict[str, Any]:
-        """What the model's state_dict held."""
+        """The entries of the model's state_dict."""
         module: dict[str, Any] = self.first.at("module").of(dict)
         return module
 

@@ -183,7 +183,7 @@ class Checkpoint:
             )
 
     def _entry(self, file: str, name: str, blocks: tuple[int, int]) -> Mapping[str, Any]:
-        """What a file holds of a parameter."""
+        """The entry of a parameter in a file."""
         entry = self._file(file)["fp8"]["parameters"].get(name)
         received = entry.get("blocks") if isinstance(entry, dict) else None
         if not isinstance(entry, dict) or received != list(blocks):
@@ -266,13 +266,13 @@ class Checkpoint:
 
     @property
     def model_file(self) -> dict[str, Any]:
-        """What is in DeepSpeed's model file."""
+        """The contents of DeepSpeed's model file."""
         content: dict[str, Any] = self.model_files.first.value
         return content
 
     @property
     def module(self) -> dict[str, Any]:
-        """What the model's state_dict held: weights, buffers, frozen parameters, extra state."""
+        """The model's state_dict: weights, buffers, frozen parameters, extra state."""
         return self.model_files.module
 
 

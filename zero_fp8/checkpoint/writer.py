@@ -1,4 +1,4 @@
-"""What a run writes: the optimizer file of a rank, and what the manifest says of the states.
+"""Writes a rank's optimizer file, and describes the states for the manifest.
 
 States are saved as the bytes they are, codes and scales, under parameter names and block ranges, so
 that a resumed run goes on bit for bit and no framework casts a scale on the way. Beside them lies

@@ -138,7 +138,7 @@ class NothingToGather:
 
 
 def exchange(sent: Sequence[Tensor], sizes: Sequence[int], group: ProcessGroup) -> Tensor:
-    """What every rank has sent to this one, side by side in rank order, once it is here.
+    """The vectors that every rank has sent to this one, concatenated in rank order; waits for them.
 
     sent: a vector for each rank. sizes: elements of those that come.
     """

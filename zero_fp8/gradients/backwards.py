@@ -1,4 +1,4 @@
-"""What counts as a backward.
+"""The rules for what counts as a backward.
 
 PyTorch's rule holds: every gradient that reaches a trained parameter counts, until a step or `zero_grad`,
 whichever forward it came from and however backward was called. Two things are DeepSpeed's:

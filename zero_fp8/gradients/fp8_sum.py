@@ -69,7 +69,7 @@ class FP8Packer:
         return buffer
 
     def _agree(self, gradients: Gradients, nodes: Nodes) -> dict[int, Tensor]:
-        """What each parameter's values are multiplied with, 0-d float32, by parameter; on every rank."""
+        """The factor of each parameter's values, 0-d float32, by parameter; the same on every rank."""
         amax = torch.zeros(len(gradients), device=self._device)
         for number, gradient in enumerate(gradients.values()):
             if gradient is not None:

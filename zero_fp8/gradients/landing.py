@@ -44,7 +44,7 @@ class HostBuffer:
 
 
 class Landing:
-    """What the buckets of a run share on their way down."""
+    """Buffers, streams and thread that all buckets of a run share on the way to host memory."""
 
     def __init__(
         self, device: torch.device, backend: Backend, arena: Arena, on_device: int, on_host: int

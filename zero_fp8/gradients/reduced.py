@@ -72,7 +72,7 @@ class TensorSum:
 
 
 class ReducedGradient:
-    """What the owners add up, until a step takes it or it is dropped."""
+    """The owner's sum of a bucket's gradients, until a step takes it or it is dropped."""
 
     def __init__(
         self, blocks: Blocks, total: Sum, backend: Backend, device: torch.device, *, promotes: bool
@@ -90,7 +90,7 @@ class ReducedGradient:
 
     @property
     def blocks(self) -> Blocks:
-        """What has arrived, added up."""
+        """The sum of what has arrived."""
         self._sum.settle()
         return self._blocks
 

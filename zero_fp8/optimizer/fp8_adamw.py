@@ -251,7 +251,7 @@ class FP8AdamW(torch.optim.Optimizer):
     # Copies
 
     def __getstate__(self) -> dict[str, Any]:
-        """What copy and pickle take: torch's, and ours less kernels and their plans, which are made again."""
+        """The state for copy and pickle, without kernels and their plans, which are made again."""
         own = {"steps": self.steps, "clamp_squares": self.clamp_squares, "fp8": self.fp8}
         return {**super().__getstate__(), **own}
 

@@ -46,7 +46,7 @@ class Move:
 
 
 def moves(bucket: Bucket, owner: int, receiver: int) -> Iterator[Move]:
-    """What `owner` has of `receiver`'s slices of a bucket, in the order of the bucket."""
+    """Elements of `receiver`'s slices of a bucket that `owner` has, in the order of the bucket."""
     sizes, first = [slot.numel for slot in bucket.slots], 0
     indices = [slot.parameter for slot in bucket.slots]
     starts = dict(zip(indices, starts_of(sizes, bucket.world_size), strict=False))

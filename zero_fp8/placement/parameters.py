@@ -27,7 +27,7 @@ def numel_of(parameter: Tensor) -> int:
 
 
 def held_of(parameter: Tensor) -> Tensor:
-    """What this rank holds of the parameter: all of it, or its slice under ZeRO 3."""
+    """This rank's values of the parameter: all of them, or its slice under ZeRO 3."""
     return getattr(parameter, "ds_tensor", parameter)
 
 

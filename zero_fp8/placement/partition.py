@@ -110,7 +110,7 @@ class Bucket:
         return self.bounds[rank + 1] - self.bounds[rank]
 
     def pieces(self, rank: int) -> Iterator[Piece]:
-        """What `rank` owns of each parameter, in the order of the shard."""
+        """The pieces of parameters that `rank` owns, in the order of the shard."""
         rows = self.rows_of(rank)
         for slot in self.slots:
             held, first_row = slot.held(rank, rows)

@@ -55,6 +55,6 @@ def limits() -> Iterator[tuple[int, int]]:
 
 
 def memlock_limit() -> str:
-    """What `ulimit -l` says."""
+    """The limit of `ulimit -l`, as text."""
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     return "any amount (ulimit -l)" if soft == resource.RLIM_INFINITY else f"{soft / 1e9:.2f} GB (ulimit -l)"

@@ -17,7 +17,7 @@ class Lane:
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def after(self, *events: Event) -> AbstractContextManager[object]:
-        """What is launched within comes when these events have."""
+        """Work launched within waits for these events."""
         if self._stream is None:
             return nullcontext()
         for event in filter(None, events):

@@ -54,7 +54,7 @@ class Shard:
         self._plans = [self._plan(part, rows) for part in parts for rows in part.cuts]
 
     def _plan(self, part: Part, rows: slice) -> Any:
-        """What the backend looks up about rows that are swept together."""
+        """The backend's tables of rows that are swept together."""
         cut = ((piece, _overlap(piece.rows, rows)) for piece in self.pieces)
         segments = [
             Segment(

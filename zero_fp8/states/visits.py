@@ -22,7 +22,7 @@ STATES = ("master", "exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class Target:
-    """What a sweep has on the device besides states and gradient."""
+    """Tensors of a sweep on the device besides states and gradient."""
 
     weights: Tensor  # [rows of the shard, block size]
     control: Tensor  # as `ops.adam.Sweep`

@@ -35,7 +35,7 @@ GROUP = tl.constexpr(products.GROUP)
 
 @triton.jit
 def scale_of(amax):
-    """What brings values with these largest magnitudes onto codes, and their scale: float32; 1 of zeros."""
+    """The factor from values with these largest magnitudes to codes, and their scale, float32; 1 of zeros."""
     e = exponent_of(amax, "e4m3", 0)
     return inverse_scale(e, 0), tl.where(amax == 0, 1.0, power_of_two(e))
 

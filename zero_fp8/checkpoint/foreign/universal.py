@@ -46,7 +46,7 @@ OURS = "ds_fp8"  # key of a universal checkpoint's optimizer_state.pt: counters 
 
 
 class Counters(BaseModel):
-    """What only we need of a universal checkpoint, beside what stock DeepSpeed reads."""
+    """Entries of a universal checkpoint that ds_fp8 reads and stock DeepSpeed ignores."""
 
     model_config = ConfigDict(frozen=True, strict=True)
 
@@ -95,7 +95,7 @@ class Universal:
         return stock_progress(next(iter(steps)), scaler and scaler.value, groups)
 
     def _own_progress(self, groups: list[dict[str, Any]], parameters: Mapping[str, Parameter]) -> Progress:
-        """What `universal.write` put beside what stock DeepSpeed reads."""
+        """The entries of ds_fp8 that `universal.write` has added."""
         place = self._common.at(OURS)
         try:
             counters = Counters.model_validate(place.value)
