@@ -7,9 +7,9 @@
         done
     done
 
-One way per process; --out gathers them, and the table shows all. First of all a small model is trained with
-states on the GPU, streamed and swept by the host: weights and states must be the same bytes, or nothing is
-measured. Then, of some steps, medians:
+One way per process; --out gathers them, and the table shows all. The first trains a small model with states
+on the GPU, streamed and swept by the host: weights and states must be the same bytes, or nothing is measured.
+Then, of some steps, medians:
 
     ms/step            a whole iteration: micro-steps, then the optimizer's step
     after backward     of engine.step() alone, from when the device has ended backward to when it has ended
@@ -20,7 +20,8 @@ measured. Then, of some steps, medians:
 stock is DeepSpeed's ZeRO 2 with offload_optimizer and its own CPU Adam, which is compiled on first use;
 stock_torch takes torch's AdamW on the CPU in its place. Stock's offload of 7B needs more than 128 GB of host
 memory. resident, beside stream at 8,192 and 16,384 tokens per step (--micro_batch 4 and --micro_steps 1 or 2,
-at a context of 2,048), gives the speed that is kept.
+at a context of 2,048), gives the speed that is kept; --ratio keeps a part of the states on the GPU. --gpu_gb
+leaves a run as much of the GPU's memory as another GPU has.
 """
 
 import argparse
@@ -144,8 +145,17 @@ def expected_between_steps(engine: Any) -> int:
     return weights + (gradient if about["offload"] == "stream" else 0) + about["ring_bytes"] + resident
 
 
-def measure(arguments: argparse.Namespace, device: torch.device) -> Run:
-    checked = check_bits(device)
+def checked_bits(runs: list[Run], device: torch.device) -> list[str]:
+    """What was compared: now, or by an earlier run on this kind of device with these versions."""
+    here = facts(device)
+    for run in runs:
+        if all(run[key] == value for key, value in here.items()):
+            return list(run["checked"])
+    return check_bits(device)
+
+
+def measure(arguments: argparse.Namespace, runs: list[Run], device: torch.device) -> Run:
+    checked = checked_bits(runs, device)
     engine = engine_of(arguments, arguments.where, device)
     source = batches(arguments, device)
     steps = [timed_step(engine, source, device) for _ in range(arguments.steps)]
@@ -189,7 +199,8 @@ def like(run: Run, where: str, runs: list[Run]) -> Run | None:
 
 def claims_of(run: Run, runs: list[Run]) -> list[Claim]:
     options = run["options"]
-    name = f"{run['model']} {options['level']} {run['where']}, {options['micro_steps']} micro-steps: "
+    part = f" {options['ratio']}" if float(options.get("ratio", 1)) < 1 else ""
+    name = f"{run['model']} {options['level']} {run['where']}{part}, {options['micro_steps']} micro-steps: "
     found, stock, resident = [], like(run, "stock", runs), like(run, "resident", runs)
     if stock and run["where"] == "auto":
         most = 0.5 if run["options"]["micro_steps"] == "1" else 0.35
@@ -219,8 +230,9 @@ def report(runs: list[Run]) -> None:
         level = "" if "stock" in run["where"] else run["options"]["level"]
         milliseconds, overlap = statistics.median(run["milliseconds"]), link.get("overlap", {})
         executor = f" ({about['offload']})" if run["where"] == "auto" and "offload" in about else ""
+        part = f" {run['options']['ratio']}" if float(run["options"].get("ratio", 1)) < 1 else ""
         table.add_row(
-            f"{run['model']} {run['where']}{executor} {level}",
+            f"{run['model']} {run['where']}{part}{executor} {level}",
             run["options"]["micro_steps"],
             f"{run['tokens'] * run['ranks'] / milliseconds * 1000:,.0f}",
             f"{milliseconds:,.1f}",
@@ -250,10 +262,17 @@ def main() -> None:
     add("--clipping", type=float, default=1.0, help="gradient_clipping")
     add("--context", type=int, default=2048)
     add("--steps", type=int, default=8)
+    add("--ratio", type=float, default=1.0, help="of the states that is offloaded; stream and auto")
+    add("--gpu_gb", type=float, help="of memory that may be used; default: all")
     add("--checkpointing", action="store_true", help="of every layer's activations")
     arguments = options(**vars(parser.parse_args()))
     device = join_ranks()
-    runs = [*load(arguments.out), measure(arguments, device)]
+    if arguments.gpu_gb:
+        cuda.set_per_process_memory_fraction(
+            arguments.gpu_gb * 1e9 / cuda.get_device_properties(device).total_memory
+        )
+    runs = load(arguments.out)
+    runs.append(measure(arguments, runs, device))
     if torch.distributed.get_rank() == 0:
         write(arguments.out, {"runs": runs})
         report(runs)

@@ -58,7 +58,7 @@ class Clock:
 
 
 def copy_bandwidth(clock: Clock, device: torch.device, size: int) -> float:
-    """Bytes a second, read and written."""
+    """Bytes per second, read and written."""
     source = torch.empty(size, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
     return 2 * size / clock.milliseconds(lambda: target.copy_(source)) * 1000
@@ -107,15 +107,16 @@ def adamw_fp8(parameter: Tensor) -> Any:
     return AdamWFp8([parameter], lr=1e-3, betas=(0.9, 0.95))
 
 
-def measure(size: int, repeat: int, device: torch.device) -> dict[str, Any]:
+def measure(size: int, repeat: int, device: torch.device, sweeps: bool) -> dict[str, Any]:
     backend, clock = choose(device), Clock(device, repeat)
     skipped: list[str] = []
-    verified = verify(backend, device)
+    verified = verify(backend, device, sweeps)
     bandwidth = copy_bandwidth(clock, device, 4 * size)
     rows = []
-    for make in (quantized, accumulated, swept):
+    for make in (swept,) if sweeps else (quantized, accumulated, swept):
         rows += [timed(clock, bandwidth, *each) for each in make(backend, size, device)]
-    rows += [timed(clock, bandwidth, *each) for each in peers(size, device, skipped)]
+    if not sweeps:
+        rows += [timed(clock, bandwidth, *each) for each in peers(size, device, skipped)]
     return {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "cpu",
         "torch": torch.__version__,
@@ -154,12 +155,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--parameters", type=int, default=1 << 30, help="a multiple of 1024")
     parser.add_argument("--repeat", type=int, default=31 if torch.cuda.is_available() else 1)
+    parser.add_argument("--sweeps", action="store_true", help="only Adam's; int8 exp_avg is verified")
     parser.add_argument("--json", type=Path, metavar="OUT")
     arguments = parser.parse_args()
     if arguments.parameters < 1024 or arguments.parameters % 1024:
         parser.error(f"--parameters: received {arguments.parameters}, allowed: multiples of 1024")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    result = measure(arguments.parameters, arguments.repeat, device)
+    result = measure(arguments.parameters, arguments.repeat, device, arguments.sweeps)
     print_result(result)
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1))

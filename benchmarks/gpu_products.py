@@ -88,16 +88,16 @@ def weights(ours: Products, values: Tensor) -> Iterator[Contestant]:
     codes = torch.empty(rows, columns, dtype=torch.float8_e4m3fn, device=device)
     ours.find_exponents(flat, 0, columns, exponents)
     ours.encode_weight(flat, 0, columns, exponents, codes.view(-1))
-    scales = [torch.ones(scale_shape(*each), device=device) for each in ((rows, columns), (columns, rows))]
+    scales = torch.ones(scale_shape(rows, columns), device=device)
     out = torch.empty_like(values)
     runs: dict[str, tuple[Callable[[], object], int]] = {
         "find exponents": (lambda: ours.find_exponents(flat, 0, columns, exponents), 2 * count),
         "encode": (lambda: ours.encode_weight(flat, 0, columns, exponents, codes.view(-1)), 3 * count),
         "decode to BF16": (lambda: ours.decode_weight(codes, exponents, out), 3 * count),
-        "transpose": (lambda: ours.transpose(codes), 2 * count),
+        "transpose": (lambda: ours.transpose(codes, exponents), 2 * count),
         "expand exponents": (
-            lambda: ours.expand_exponents(exponents, *scales),
-            exponents.nbytes + sum(each.nbytes for each in scales),
+            lambda: ours.expand_exponents(exponents, scales),
+            exponents.nbytes + scales.nbytes,
         ),
     }
     for name, (run, moved) in runs.items():
@@ -181,10 +181,11 @@ def host_microseconds(ours: Products, device: torch.device, repeat: int) -> dict
     way = "emulated" if cublas.obstacle(device) else "cublas"
     operands = pairs(ours, x, w, dy)
     codes = operands["forward"][1].codes
+    exponents = torch.full((tiles(size), tiles(size)), 127, dtype=torch.uint8, device=device)
     calls: dict[str, Callable[[], object]] = {
         "cast x": lambda: ours.cast_input(x, wgrad=True),
         "cast dy": lambda: ours.cast_gradient(dy, dgrad=True, wgrad=True, bias=False),
-        "transpose": lambda: ours.transpose(codes),
+        "transpose": lambda: ours.transpose(codes, exponents),
         **{f"{name}, {way}": partial(MULTIPLY[way], *pair, None) for name, pair in operands.items()},
         "BF16 matmul": lambda: x @ w.t(),
     }

@@ -6,9 +6,10 @@
     done
 
 One configuration per process group. What --out has already is not run again, so that a loop goes on where it
-broke (another seed needs another --out); each run adds itself to --out and prints the table of all. Options
-other than these two are the example's. Runs are compared with stock BF16 (bf16.json, or bf16_torch.json with
-torch's fused AdamW) of the same model on as many ranks; batch and steps are to be the same.
+broke; each run adds itself to --out and prints the table of all (process groups that run at the same time
+need an --out each). Options other than these two are the example's; paired.py compares the losses of several
+seeds. Runs are compared with stock BF16 (bf16.json, or bf16_torch.json with
+torch's fused AdamW) of the same model and seed on as many ranks; batch and steps are to be the same.
 
 "GB held" are a rank's states and reduced gradient, found among live tensors, beside what is predicted.
 Peaks are torch's allocator's; stock's less ours should be what the predictions differ by. Losses are compared
@@ -32,6 +33,7 @@ from rich.console import Console
 from rich.table import Table
 from timing import write
 
+import ds_fp8
 from ds_fp8.estimate import dry_run
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
@@ -41,6 +43,7 @@ COLUMNS = (
     *("", "ranks", "ms/step", "/ stock", "peak GB", "GB held", "predicted", "sent B/param"),
     *("steps", "loss, last 50", "from stock's", "validation"),
 )
+LAST = 100  # steps whose mean loss is kept
 Run = dict[str, Any]
 
 
@@ -50,15 +53,44 @@ def inspect(engine: Any, batches: Iterator[torch.Tensor]) -> Run:
     from gpt_pretrain import train_step
 
     engine.backward(engine(next(batches).to(engine.device)))
-    found = {"waits": waits(engine.step), "predicted_bytes": predicted_bytes(engine)}
+    found = {
+        "waits": waits(engine.step),
+        "predicted_bytes": predicted_bytes(engine),
+        "health": health_of(engine),
+        "fp8_weights": fp8_weights(engine),
+    }
     try:
         return found | {"sent": sent(partial(train_step, engine, batches))}
     except KeyError as unknown:  # after minutes of training; the table says it
         return found | {"sent": {}, "not_counted": str(unknown)}
 
 
+def health_of(engine: Any) -> Run | None:
+    """Of the last measured step, where the ds_config has fp8.stats.interval."""
+    if not ds_fp8.is_active(engine) or not engine.optimizer.parts.health.interval:
+        return None
+    return ds_fp8.stats(engine)
+
+
+def fp8_weights(engine: Any) -> dict[str, int]:
+    """How many elements are FP8 codes, in a model that is else BF16, and the bytes of these."""
+    from meters import elements
+
+    about = ds_fp8.describe(engine) if ds_fp8.is_active(engine) else {}
+    if "fp8_elements" not in about:
+        return {"elements": 0, "bytes": 0}
+    others = elements(engine.module) - about["fp8_elements"]
+    return {"elements": about["fp8_elements"], "bytes": int(about["weight_bytes"]) - 2 * others}
+
+
 def identity(run: Run) -> tuple[Any, ...]:
-    return tuple(run[key] for key in ("config", "model", "world_size"))
+    return (*(run[key] for key in ("config", "model", "world_size")), seed_of(run))
+
+
+def seed_of(run: Run) -> int:
+    """0, the example's default, of runs that do not say it."""
+    seed: int = run.get("seed", 0)
+    return seed
 
 
 def load(out: Path) -> list[Run]:
@@ -68,7 +100,7 @@ def load(out: Path) -> list[Run]:
 
 
 def baseline_of(run: Run, runs: Sequence[Run]) -> Run | None:
-    """Stock DeepSpeed BF16 with the same model on as many ranks."""
+    """Stock DeepSpeed BF16 with the same model and seed on as many ranks."""
     names = ("bf16", "bf16_torch")
     same = [each for each in runs if identity(each)[1:] == identity(run)[1:] and each["config"] in names]
     return min(same, key=lambda each: names.index(each["config"]), default=None)
@@ -82,8 +114,15 @@ def loss_apart(run: Run, stock: Run) -> float:
 
 
 def held_bytes(run: Run) -> float:
+    """Of states and reduced gradient: what was alive beside parameters and their FP8 codes."""
     found: float = run["state_bytes_per_parameter"] * run["parameters"] / run["world_size"]
-    return found
+    return found - run.get("fp8_weights", {}).get("bytes", 0)
+
+
+def saved_bytes(run: Run) -> float:
+    """By FP8 weights, beside BF16 ones."""
+    weights = run.get("fp8_weights", {"elements": 0, "bytes": 0})
+    return float(2 * weights["elements"] - weights["bytes"])
 
 
 def claims_of(run: Run, stock: Run | None) -> list[Claim]:
@@ -103,7 +142,7 @@ def claims_of_memory_and_time(run: Run, stock: Run, most: float) -> list[Claim]:
     """Beside stock's; most: of an iteration's time."""
     name, found = f"{run['model']} {run['config']}, {run['world_size']} ranks: ", []
     if run["peak_bytes_allocated"]:
-        expected = stock["predicted_bytes"] - run["predicted_bytes"]
+        expected = stock["predicted_bytes"] - run["predicted_bytes"] + saved_bytes(run)
         saved = stock["peak_bytes_allocated"] - run["peak_bytes_allocated"]
         text = name + "saved at the peak, off the prediction by"
         found.append(Claim.at_most(text, abs(saved / expected - 1), 0.02))
@@ -122,7 +161,7 @@ def print_runs(runs: Sequence[Run]) -> None:
             ratio = run["milliseconds_per_step"] / stock["milliseconds_per_step"]
             compared = (f"{ratio:.3f}", f"{loss_apart(run, stock):+.4f}")
         table.add_row(
-            f"{run['model']} {run['config']}",
+            f"{run['model']} {run['config']}" + (f", seed {seed_of(run)}" if seed_of(run) else ""),
             str(run["world_size"]),
             f"{run['milliseconds_per_step']:,.1f}",
             compared[0],
@@ -160,10 +199,11 @@ def main() -> None:
 
     example = gpt_pretrain.parse_arguments(["--time_limit", str(arguments.seconds), *others])
     path, runs = example.deepspeed_config, load(arguments.out)
-    about = {"config": path.stem, "fp8": dry_run.read(str(path)).get("fp8"), "options": others}
-    wanted = (path.stem, example.model, torch.distributed.get_world_size())
-    if wanted not in map(identity, runs):
-        runs.append({**about, **gpt_pretrain.run(example, device, inspect), **facts(device)})
+    about: Run = {"config": path.stem, "model": example.model, "seed": example.seed, "options": others}
+    about |= {"fp8": dry_run.read(str(path)).get("fp8"), "world_size": torch.distributed.get_world_size()}
+    if identity(about) not in map(identity, runs):
+        run = {**about, **gpt_pretrain.run(example, device, inspect), **facts(device)}
+        runs.append({**run, "loss_last_100": statistics.fmean(run["losses"][-LAST:])})
     if torch.distributed.get_rank() == 0:
         report(runs)
         write(arguments.out, {"runs": runs})

@@ -42,7 +42,7 @@ def config_of(arguments: argparse.Namespace, where: str) -> dict[str, Any]:
     if not where.startswith("stock"):
         config["fp8"] = {"enabled": True, "opt_level": arguments.level}
     if where in (*OFFLOADED, "auto"):
-        config["fp8"]["offload"] = {"executor": where}
+        config["fp8"]["offload"] = {"executor": where, "ratio": arguments.ratio}
     return config
 
 
@@ -69,7 +69,7 @@ def bytes_of(engine: Any) -> dict[str, Tensor]:
 
 def small_run(where: str, level: str, micro_steps: int, device: torch.device) -> dict[str, Tensor]:
     """What a small model has come to after steps with an active clip."""
-    zero = {"stage": 2, "bucket": 100_000, "clipping": 0.1}
+    zero = {"stage": 2, "bucket": 100_000, "clipping": 0.1, "ratio": 1.0}
     arguments = options(size="tiny", context=64, micro_batch=4, level=level, micro_steps=micro_steps, **zero)
     with patch.object(visits, "CHUNK", CHUNK):
         engine = engine_of(arguments, where, device)

@@ -49,7 +49,9 @@ def simulated(**formats: Any) -> Build:
     return build
 
 
-FP32, O2, PLUS, SPLIT = "#0 FP32", "#2a O2", "O2+", "O2, split16 master"
+FP32, O1, O2, PLUS = "#0 FP32", "O1", "#2a O2", "O2+"
+O3, SPLIT = "O3's states", "O2, split16 master"
+LEVELS = O1, O2, PLUS, O3, SPLIT
 FP8_MASTER, FP8_SQUARE = "#3 FP8 master", "#4 FP8 exp_avg_sq"
 RECIPES: dict[str, Build] = {
     FP32: partial(engine, bf16=False),
@@ -58,8 +60,9 @@ RECIPES: dict[str, Build] = {
     "#2b O2, bf16 master": fp8("O2", master_dtype="bf16"),
     FP8_MASTER: simulated(master=E4M3),
     FP8_SQUARE: simulated(exp_avg_sq=E4M3),
-    "O1": fp8("O1"),
+    O1: fp8("O1"),
     PLUS: fp8("O2+"),
+    O3: fp8("O2", exp_avg_sq_dtype="ue4m4"),
     SPLIT: fp8("O2", master_dtype="split16"),
     "O2, split8 master": fp8("O2", master_dtype="split8"),
     "O2, fp16 master, nearest": fp8("O2", rounding="nearest"),

@@ -127,21 +127,22 @@ def decoded_and_turned(
 ) -> None:
     """Decoding, the transpose, and scales as cuBLAS reads them."""
     rows, columns = codes.shape
-    assert torch.equal(
-        ours.transpose(codes.to(device)).cpu().view(torch.uint8), codes.t().view(torch.uint8)
-    ), f"{name}: transpose"
+    turned = ours.transpose(codes.to(device), exponents.to(device))
+    assert torch.equal(turned.codes.cpu().view(torch.uint8), codes.t().view(torch.uint8)), (
+        f"{name}: transpose"
+    )
+    scales = REFERENCE.transpose(codes, exponents).scales
+    assert torch.equal(turned.scales.cpu(), scales), f"{name}: transpose, scales"
     for dtype in (torch.bfloat16, torch.float32):
         found, wanted = (torch.empty(rows, columns, dtype=dtype, device=each) for each in (device, "cpu"))
         ours.decode_weight(codes.to(device), exponents.to(device), found)
         products.decode_weight(codes, exponents, wanted)
         same = (found.cpu() == wanted) | ~(found.cpu().isfinite() | wanted.isfinite())
         assert same.all(), f"{name}: decoded to {dtype}"
-    for place in (device, torch.device("cpu")):
-        scales = [torch.ones(scale_shape(*each), device=place) for each in ((rows, columns), (columns, rows))]
-        (ours if place is device else REFERENCE).expand_exponents(exponents.to(place), *scales)
-        if place is device:
-            kept = [each.cpu() for each in scales]
-    assert all(map(torch.equal, kept, scales)), f"{name}: expanded scales"
+    made, scales = (torch.ones(scale_shape(rows, columns), device=place) for place in (device, "cpu"))
+    ours.expand_exponents(exponents.to(device), made)
+    REFERENCE.expand_exponents(exponents, scales)
+    assert torch.equal(made.cpu(), scales), f"{name}: expanded scales"
 
 
 def weight_operands(ours: Products, values: Tensor) -> tuple[Operand, Operand]:
@@ -151,12 +152,9 @@ def weight_operands(ours: Products, values: Tensor) -> tuple[Operand, Operand]:
     codes = torch.empty(rows, columns, dtype=torch.float8_e4m3fn, device=values.device)
     ours.find_exponents(values.view(-1), 0, columns, exponents)
     ours.encode_weight(values.view(-1), 0, columns, exponents, codes.view(-1))
-    scales = [
-        torch.ones(scale_shape(*each), device=values.device) for each in ((rows, columns), (columns, rows))
-    ]
-    ours.expand_exponents(exponents, *scales)
-    turned = ours.transpose(codes)
-    return Operand(codes, scales[0]), Operand(turned, scales[1])
+    scales = torch.ones(scale_shape(rows, columns), device=values.device)
+    ours.expand_exponents(exponents, scales)
+    return Operand(codes, scales), ours.transpose(codes, exponents)
 
 
 def gaussian(*shape: int, device: torch.device, seed: int) -> Tensor:

@@ -8,7 +8,8 @@
 Parameters of many sizes get gradients that are given, by modules that fetch them; after some steps the states
 of all ranks, the weights as they are gathered, and the norms are hashed. With overlap and without, at every
 level, with micro-steps, persistent parameters and a step that is skipped. A GPU must leave what the host
-leaves.
+leaves. At O3 matrices are among them, which are multiplied as codes; their gradients are sums of small whole
+numbers, exact whatever multiplies.
 """
 
 import argparse
@@ -25,6 +26,8 @@ from timing import write
 from torch import Tensor, nn
 
 SIZES = (1000, 128, 70_000, 1, 600_000, 40_000, 12_345, 300, 9_999)
+MATRICES = ((256, 192), (96, 400))
+TOKENS = 48
 STEPS = 6
 SPOILT = 3  # the step with a gradient that is not finite
 
@@ -41,13 +44,29 @@ class Term(nn.Module):
         return total + (self.weight * self.given).sum()
 
 
+class Product(nn.Module):
+    """A matrix whose gradient is the product of two that are given, of numbers from -1 to 1."""
+
+    def __init__(self, rows: int, columns: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(columns, rows, bias=False)
+        self.linear.weight = nn.Parameter(torch.linspace(-1, 1, rows * columns).view(rows, columns))
+        self.given: tuple[Tensor, Tensor] | None = None
+
+    def forward(self, total: Tensor) -> Tensor:
+        assert self.given is not None
+        x, dy = self.given
+        return total + (self.linear(x) * dy).sum()
+
+
 class Terms(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.terms = nn.ModuleList(map(Term, SIZES))
+        self.products = nn.ModuleList(Product(*each) for each in MATRICES)
 
     def forward(self, total: Tensor) -> Tensor:
-        for term in self.terms:
+        for term in (*self.terms, *self.products):
             total = term(total)
         return total
 
@@ -61,6 +80,11 @@ def give(model: Terms, step: int, micro_step: int, device: torch.device) -> None
         if step == SPOILT and number == 4 and rank == 0:
             values[17] = torch.inf
         term.given = values.to(torch.bfloat16).to(device)
+    draw = torch.Generator().manual_seed(100_000 * step + 1000 * micro_step + 500 + rank)
+    for matrix, (rows, columns) in zip(model.products, MATRICES, strict=True):
+        sides = (torch.randint(-1, 2, (TOKENS, each), generator=draw) for each in (columns, rows))
+        x, dy = (each.to(torch.bfloat16).to(device) for each in sides)
+        matrix.given = x, dy
 
 
 def digest(level: str, overlap: bool, micro_steps: int, device: torch.device) -> str:
@@ -76,7 +100,11 @@ def digest(level: str, overlap: bool, micro_steps: int, device: torch.device) ->
         "bf16": {"enabled": True},
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "betas": [0.9, 0.95], "weight_decay": 0.1}},
         "zero_optimization": {**zero, "stage3_max_reuse_distance": 0},
-        "fp8": {"enabled": True, "opt_level": level},
+        "fp8": {
+            "enabled": True,
+            "opt_level": level,
+            **({"weights": {"min_elements": 4096}} if level == "O3" else {}),
+        },
         "steps_per_print": 10**9,
     }
     model = Terms()
@@ -121,7 +149,7 @@ def main() -> None:
     parser.add_argument("--expect", type=Path, metavar="FILE", help="what another device has left")
     arguments = parser.parse_args()
     device = join_ranks()
-    cases = product(("O1", "O2", "O2+"), (False, True), (1, 2))
+    cases = product(("O1", "O2", "O2+", "O3"), (False, True), (1, 2))
     digests = {
         f"{level}, {'overlap' if overlap else 'no overlap'}, {micro_steps} micro-steps": digest(
             level, overlap, micro_steps, device

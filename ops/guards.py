@@ -116,34 +116,30 @@ def check_run(
 
 def check_decode(codes: Tensor, exponents: Tensor, out: Tensor) -> None:
     """Before `ops.products.decode_weight`."""
-    check_transpose(codes)
-    _tensor("exponents", exponents, codes.device, E8M0)
-    rows, columns = codes.shape
-    _same("exponents", tuple(exponents.shape), (tiles(rows), tiles(columns)), "a byte per tile")
+    check_transpose(codes, exponents)
     _tensor("out", out, codes.device, (torch.bfloat16, torch.float32))
     _same("out", out.shape, codes.shape, "the codes' shape")
 
 
-def check_transpose(codes: Tensor) -> None:
+def check_transpose(codes: Tensor, exponents: Tensor) -> None:
     """Before `ops.products.transpose`."""
     _tensor("codes", codes, codes.device, (E4M3.dtype,))
     if codes.dim() != 2 or not codes.numel():
         raise _refusal("codes", f"shape {tuple(codes.shape)}", "[rows, columns] of a matrix")
+    _tensor("exponents", exponents, codes.device, E8M0)
+    rows, columns = codes.shape
+    _same("exponents", tuple(exponents.shape), (tiles(rows), tiles(columns)), "a byte per tile")
 
 
-def check_expand(exponents: Tensor, forward: Tensor, dgrad: Tensor) -> None:
+def check_expand(exponents: Tensor, scales: Tensor) -> None:
     """Before `ops.products.expand_exponents`."""
-    _tensor("exponents", exponents, forward.device, E8M0)
+    _tensor("exponents", exponents, scales.device, E8M0)
     if exponents.dim() != 2 or not exponents.numel():
         raise _refusal("exponents", f"shape {tuple(exponents.shape)}", "[tiles, tiles] of a matrix")
     rows, columns = exponents.shape
-    for name, scales, (down, across) in (
-        ("forward", forward, (rows, columns)),
-        ("dgrad", dgrad, (columns, rows)),
-    ):
-        _tensor(name, scales, exponents.device, (torch.float32,))
-        if scales.dim() != 2 or scales.shape[0] != down or scales.shape[1] < across:
-            raise _refusal(name, f"shape {tuple(scales.shape)}", f"[{down}, {across} or more]")
+    _tensor("scales", scales, exponents.device, (torch.float32,))
+    if scales.dim() != 2 or scales.shape[0] != rows or scales.shape[1] < columns:
+        raise _refusal("scales", f"shape {tuple(scales.shape)}", f"[{rows}, {columns} or more]")
 
 
 def _states(state: AdamState, device: torch.device, shape: torch.Size, stochastic: bool) -> None:

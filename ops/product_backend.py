@@ -29,11 +29,11 @@ class Products:
     name: str
     cast_input: Callable[..., CastInput]
     cast_gradient: Callable[..., CastGradient]
-    transpose: Callable[[Tensor], Tensor]
+    transpose: Callable[[Tensor, Tensor], Operand]
     find_exponents: Callable[[Tensor, int, int, Tensor], None]
     encode_weight: Callable[..., None]
     decode_weight: Callable[[Tensor, Tensor, Tensor], None]
-    expand_exponents: Callable[[Tensor, Tensor, Tensor], None]
+    expand_exponents: Callable[[Tensor, Tensor], None]
     instead: str | None = None  # why this one runs although a faster one was wanted
 
 

@@ -102,9 +102,15 @@ def multiply(left: Operand, right: Operand, bias: Tensor | None = None) -> Tenso
     return (product if bias is None else product + bias.float()).to(torch.bfloat16)
 
 
-def transpose(codes: Tensor) -> Tensor:
-    """Codes of a matrix transposed, contiguous."""
-    return codes.t().contiguous()
+def transpose(codes: Tensor, exponents: Tensor) -> Operand:
+    """A weight transposed, [columns, rows], contiguous.
+
+    codes: [rows, columns] float8_e4m3fn; exponents: [tiles(rows), tiles(columns)] uint8.
+    """
+    rows, columns = codes.shape
+    scales = torch.ones(scale_shape(columns, rows), device=codes.device)
+    expand_exponents(exponents.t(), scales)
+    return Operand(codes.t().contiguous(), scales)
 
 
 # A weight, of which a rank has a run of elements only
@@ -145,15 +151,12 @@ def decode_weight(codes: Tensor, exponents: Tensor, out: Tensor) -> None:
     out.copy_(Operand(codes, power_of_two(exponents)).decode())
 
 
-def expand_exponents(exponents: Tensor, forward: Tensor, dgrad: Tensor) -> None:
+def expand_exponents(exponents: Tensor, scales: Tensor) -> None:
     """Scales as cuBLAS reads them: FP32, the inner dimension padded to a multiple of four tiles.
 
-    exponents: [tiles(N), tiles(K)] uint8. forward: [tiles(N), padded tiles(K)]; dgrad: [tiles(K), padded
-    tiles(N)].
+    exponents: [tiles(N), tiles(K)] uint8. scales: `scale_shape(N, K)`, but for the padding written.
     """
-    scales = power_of_two(exponents)
-    forward[:, : scales.shape[1]] = scales
-    dgrad[:, : scales.shape[0]] = scales.t()
+    scales[:, : exponents.shape[1]] = power_of_two(exponents)
 
 
 def scale_shape(rows: int, inner: int) -> tuple[int, int]:

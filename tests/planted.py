@@ -676,6 +676,27 @@ FAULTS = (
         "test_triton_products.py test_weights",
     ),
     Fault(
+        "scales of the transpose stay where they are",
+        "ops/triton/products/weights.py",
+        "tile % across, tile // across, down, groups",
+        "tile // across, tile % across, across, groups",
+        "test_triton_products.py test_weights",
+    ),
+    Fault(
+        "a cast is shared across the begin of a CUDA graph",
+        "zero_fp8/products/shared_casts.py",
+        "if x.is_inference() or captured(x):",
+        "if x.is_inference():",
+        "test_cuda_graphs.py cast_before",
+    ),
+    Fault(
+        "a compiled graph counts for the first matrix",
+        "zero_fp8/product_health.py",
+        "if address in (each.exponents.data_ptr(), each.scales.data_ptr()):",
+        "if True:",
+        "test_o3_health.py graphs_count",
+    ),
+    Fault(
         "a run that ends inside a row is rounded up",
         "ops/csrc/weights.h",
         "std::min(start + std::min(column + TILE, columns), count)",

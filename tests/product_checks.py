@@ -130,15 +130,17 @@ def check_weight(ours: Products, weight: Weight, where: torch.device) -> None:
         ours.decode_weight(codes, exponents, found)
         products.decode_weight(weight.codes, weight.exponents, wanted)
         assert_same(found, wanted, "value", alike=not_finite)
-    turned = ours.transpose(codes)
-    assert turned.is_contiguous()
-    assert_same(turned, weight.codes.t().contiguous(), "transposed code")
-    scales = [torch.full(scale_shape(*each), 7.0) for each in ((rows, columns), (columns, rows))]
-    moved = [each.to(where, copy=True) for each in scales]
-    ours.expand_exponents(exponents, *moved)
-    products.expand_exponents(weight.exponents, *scales)
-    for name, found, wanted in zip(("forward", "dgrad"), moved, scales, strict=True):
-        assert_same(found, wanted, f"scale of {name}")
+    turned = ours.transpose(codes, exponents)
+    assert turned.codes.is_contiguous()
+    assert_same(turned.codes, weight.codes.t().contiguous(), "transposed code")
+    wanted = products.transpose(weight.codes, weight.exponents).scales
+    assert turned.scales.is_contiguous()
+    assert_same(turned.scales, wanted, "scale of a transposed tile")
+    scales = torch.full(scale_shape(rows, columns), 7.0)
+    moved = scales.to(where, copy=True)
+    ours.expand_exponents(exponents, moved)
+    products.expand_exponents(weight.exponents, scales)
+    assert_same(moved, scales, "scale of a tile")
 
 
 def padding_is_neutral(operand: Operand, tokens: int, axis: int) -> bool:

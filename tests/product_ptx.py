@@ -35,14 +35,14 @@ def launches() -> dict[str, Launch]:
     exponents = empty(tiles(ROWS), tiles(COLUMNS), dtype=torch.uint8)
     run = (empty(COUNT), FIRST, COLUMNS, exponents)
     made = empty(COUNT, dtype=torch.float8_e4m3fn)
-    scales = [empty(*scale_shape(*each), dtype=torch.float32) for each in ((ROWS, COLUMNS), (COLUMNS, ROWS))]
+    scales = empty(*scale_shape(ROWS, COLUMNS), dtype=torch.float32)
     both = {"dgrad": True, "wgrad": True}
     work = {
         "find": partial(weights.find_exponents, *run),
         "encode": partial(weights.encode_weight, *run, made),
         "decode": partial(weights.decode_weight, codes, exponents, empty(ROWS, COLUMNS)),
-        "transpose": partial(weights.transpose, codes),
-        "expand": partial(weights.expand_exponents, exponents, *scales),
+        "transpose": partial(weights.transpose, codes, exponents),
+        "expand": partial(weights.expand_exponents, exponents, scales),
     }
     return {
         "x": cast(casts.cast_input, wgrad=False),

@@ -540,6 +540,16 @@ PROVED_ELSEWHERE = {
     ),
     "O3: bytes between steps are those of the estimate": "test_estimates.py::test_fp8_weights",
     "O3: a gather sends 1.00006 bytes per element": "test_bytes.py::test_wire_bytes_of_fp8_weights",
+    "O3: micro-steps multiply the same codes": "test_complaints.py::test_micro_steps_multiply_the_same_codes",
+    "O3: fp8.stats.interval with engine.compile(): the health of eager products": (
+        "test_o3_health.py::test_a_compiled_engine_tells_the_same"
+    ),
+    "O3: torch.cuda.make_graphed_callables (captured and replayed on a CPU, not on a GPU yet)": (
+        "test_cuda_graphs.py::test_a_graphed_module_gives_the_bits_of_eager"
+    ),
+    "O3: parameter.record_stream keeps the memory of the codes": (
+        "test_fp8_parameter.py::test_a_stream_keeps_the_memory_that_products_read"
+    ),
     "offload_optimizer cpu, executors stream and host: the same bits as without, at every level": (
         "test_offload.py::test_offloaded_runs_are_the_same_bits"
     ),

@@ -49,6 +49,7 @@ RUN_BY = {
     "benchmarks/overlap_cpu.py": "test_benchmarks.py::test_overlap_cpu",
     "benchmarks/update_error.py": "test_precision.py::test_update_error",
     "benchmarks/precision.py": "test_precision.py::test_precision",
+    "benchmarks/precision_parallel.py": "test_precision.py::test_several_runs_at_once",
     "benchmarks/first_steps.py": "test_precision.py::test_first_steps",
     "benchmarks/parity.py": "test_launch.py::test_parity_picture",
 }

@@ -166,11 +166,11 @@ def test_fakes_have_the_shapes_and_strides_of_kernels(way: FP8Products, tokens: 
     calls = [
         *((ops.cast_input, (name, x, wgrad)) for wgrad in (True, False)),
         *(
-            (ops.differentiate, (name, dy, matrix.codes, matrix.transposed_scales, *cast[2:], needs, False))
+            (ops.differentiate, (name, dy, matrix.codes, matrix.exponents, *cast[2:], needs, False))
             for needs in product([True, False], repeat=3)
         ),
         (ops.multiply, (name, *cast[:2], matrix.codes, matrix.scales, random(96))),
-        (ops.transpose, (name, matrix.codes)),
+        (ops.transpose, (name, matrix.codes, matrix.exponents)),
         (ops.decode_weight, (name, matrix.codes, matrix.exponents)),
     ]
     for op, arguments in calls:

@@ -13,6 +13,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from ds_fp8.ops import products
+from ds_fp8.zero_fp8.products import shared_casts
 from ds_fp8.zero_fp8.products.fp8_parameter import FP8Parameter
 from ds_fp8.zero_fp8.products.kernels import REFERENCE
 from ds_fp8.zero_fp8.products.ways import FP8Products, Way
@@ -167,9 +168,9 @@ class Spy:
         self.gradients.append((dgrad, wgrad, bias))
         return products.cast_gradient(dy, dgrad=dgrad, wgrad=wgrad, bias=bias)
 
-    def _transpose(self, codes: Tensor) -> Tensor:
+    def _transpose(self, codes: Tensor, exponents: Tensor) -> products.Operand:
         self.transposed += 1
-        return products.transpose(codes)
+        return products.transpose(codes, exponents)
 
 
 @pytest.mark.parametrize("weight", [True, False])
@@ -241,6 +242,18 @@ def test_another_input_is_cast_anew() -> None:
     assert not torch.equal(layer(x), first)
     assert torch.equal(layer(x.clone()), layer(x))
     assert spy.inputs == [True] * 4
+
+
+def test_in_a_cuda_graph_every_product_casts_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replay with other values in x would miss a cast of before, and so would what comes after it."""
+    spy = Spy()
+    layer, x = fp8_linear(way=spy.way), random(20, 160)
+    layer(x)
+    for capturing in (True, False):
+        monkeypatch.setattr(shared_casts, "captured", lambda _, answer=capturing: answer)
+        layer(x)
+        layer(x)
+    assert len(spy.inputs) == 3, "before and after it is the same cast"
 
 
 def test_a_cast_lives_no_longer_than_its_input_and_the_forward() -> None:

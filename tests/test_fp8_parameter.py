@@ -1,12 +1,14 @@
 """What may be done to an FP8 weight, and what happens then."""
 
 import copy
+import dataclasses
 import io
 import logging
 import pickle
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest.mock import Mock, call
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_para
 
 from ds_fp8.zero_fp8.gradients.schedule import accumulating_node
 from ds_fp8.zero_fp8.products.fp8_parameter import FP8Parameter
+from ds_fp8.zero_fp8.products.matrix import Matrix
 
 READERS: dict[str, Callable[[Any], Any]] = {
     "float": lambda w: w.float(),
@@ -206,6 +209,23 @@ POINTERS: dict[str, Callable[[Any], Any]] = {
 def test_pointers_are_refused_by_name(name: str) -> None:
     with pytest.raises(RuntimeError, match=r"^weight: .*weights\.exclude"):
         POINTERS[name](fp8_linear().weight)
+
+
+def test_a_stream_keeps_the_memory_that_products_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not that of values which somebody decoded for the call."""
+    weight, stream, kept = fp8_linear().weight, torch.Stream(device="cpu"), []
+    monkeypatch.setattr(Matrix, "record_stream", lambda *call: kept.append(call))
+    weight.record_stream(stream)
+    assert kept == [(weight.matrix, stream)]
+    assert not weight.matrix.decodes
+    monkeypatch.undo()
+    with pytest.raises(NotImplementedError, match="aten::record_stream"):  # a CPU has none
+        weight.matrix.record_stream(stream)
+    parts = {name: Mock() for name in ("codes", "exponents", "scales")}
+    dataclasses.replace(weight.matrix, **parts).record_stream(stream)
+    assert all(each.record_stream.mock_calls == [call(stream)] for each in parts.values())
+    dataclasses.replace(weight.matrix, **parts, is_here=False).record_stream(stream)
+    assert [each.record_stream.call_count for each in parts.values()] == [1, 2, 2]
 
 
 def test_what_bypasses_python_reads_nan() -> None:

@@ -27,6 +27,7 @@ import engine_facts  # noqa: E402
 import exchange_times  # noqa: E402
 import gpu_train  # noqa: E402
 import offload_runs  # noqa: E402
+import paired  # noqa: E402
 import same_bits  # noqa: E402
 import verify_products  # noqa: E402
 
@@ -178,9 +179,33 @@ def test_claims_of_a_training() -> None:
 
 def test_a_run_is_compared_with_its_own_model_and_ranks() -> None:
     torch_adam, stock, ours = (run_of(each) for each in ("bf16_torch", "bf16", "o2"))
-    others = [run_of("bf16", model="125M"), run_of("bf16", world_size=4)]
+    others = [run_of("bf16", model="125M"), run_of("bf16", world_size=4), run_of("bf16", seed=1)]
     assert gpu_train.baseline_of(ours, [*others, torch_adam, ours, stock]) is stock
     assert gpu_train.baseline_of(ours, [*others, ours]) is None
+
+
+def test_bytes_of_fp8_weights_are_not_states() -> None:
+    stock = run_of("bf16", predicted_bytes=600.0, peak_bytes_allocated=1400.0)
+    ours = run_of("o3", fp8_weights={"elements": 100, "bytes": 100}, state_bytes_per_parameter=8.0)
+    assert verdicts(ours, stock) == [True] * 5
+    assert not any(verdicts({**ours, "fp8_weights": {"elements": 0, "bytes": 0}}, stock)[:2])
+
+
+def test_losses_are_paired_by_seed() -> None:
+    """The last 100 steps of both, the same seed's stock; |mean| + 2 standard errors by hand."""
+    runs = [run_of("bf16_torch", seed=seed, fp8=None, losses=[9.0] + [3.0 + seed] * 100) for seed in range(4)]
+    runs += [
+        run_of("o3", seed=seed, fp8={}, losses=[8.0] + [3.0 + seed + apart] * 100 + [0.0] * 50)
+        for seed, apart in enumerate((0.01, -0.01, 0.03))
+    ]
+    found = paired.pairs(runs)["1.3B o3"]
+    assert list(found.differences.values()) == pytest.approx([0.01, -0.01, 0.03])
+    assert found.mean == pytest.approx(0.01)
+    assert found.standard_error == pytest.approx(0.02 / 3**0.5)
+    assert found.at_most == pytest.approx(0.01 + 0.04 / 3**0.5)
+    assert found.spread == pytest.approx(1.0)
+    with pytest.raises(ValueError, match=r"received seeds \[1\] and \[2\]"):
+        paired.paired({1: 3.0}, {2: 3.0})
 
 
 @pytest.mark.parametrize(
@@ -243,9 +268,9 @@ def test_gpu_train(tmp_path: Path) -> None:
     assert "waits in engine.step, tiny o2: none" in printed
 
 
-def with_another_code(codes: torch.Tensor) -> torch.Tensor:
-    wrong = PRODUCTS.transpose(codes)
-    wrong.view(torch.uint8)[3, 4] ^= 1
+def with_another_code(codes: torch.Tensor, exponents: torch.Tensor) -> Operand:
+    wrong = PRODUCTS.transpose(codes, exponents)
+    wrong.codes.view(torch.uint8)[3, 4] ^= 1
     return wrong
 
 

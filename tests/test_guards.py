@@ -196,18 +196,19 @@ def test_weights_of_products_refuse_what_does_not_fit(ours: Products) -> None:
 
 def test_casts_of_products_refuse_what_does_not_fit() -> None:
     ours, exponents = triton_products(), matrix(BYTES, 2, 3)
-    scales = matrix(torch.float32, 2, 4), matrix(torch.float32, 3, 4)
+    scales = matrix(torch.float32, 2, 4)
     for call in (
         lambda: ours.cast_input(matrix(torch.float32, 4, 32), wgrad=True),
         lambda: ours.cast_input(matrix(BF16, 32), wgrad=True),
         lambda: ours.cast_input(matrix(BF16, 4, 24), wgrad=True),
         lambda: ours.cast_gradient(matrix(BF16, 32, 16).t(), dgrad=True, wgrad=True, bias=True),
-        lambda: ours.transpose(matrix(BYTES, 16, 16)),
-        lambda: ours.transpose(matrix(CODES, 32, 16).t()),
-        lambda: ours.transpose(matrix(CODES, 256)),
-        lambda: ours.expand_exponents(exponents, scales[1], scales[0]),
-        lambda: ours.expand_exponents(exponents, scales[0], scales[1].double()),
-        lambda: ours.expand_exponents(exponents.t(), scales[1], scales[0]),
+        lambda: ours.transpose(matrix(BYTES, 256, 384), exponents),
+        lambda: ours.transpose(matrix(CODES, 384, 256).t(), exponents),
+        lambda: ours.transpose(matrix(CODES, 256), exponents),
+        lambda: ours.transpose(matrix(CODES, 384, 256), exponents),
+        lambda: ours.expand_exponents(exponents, matrix(torch.float32, 3, 4)),
+        lambda: ours.expand_exponents(exponents, scales.double()),
+        lambda: ours.expand_exponents(exponents.t(), scales),
     ):
         with pytest.raises(ValueError, match=r": received .*, allowed: "):
             call()

@@ -65,17 +65,22 @@ class Device:
         *grid, shared, stream, given, _ = arguments
         assert (grid[1:], shared, stream) == ([1, 1, THREADS, 1, 1], SHARED, 7)
         self.launches += 1
-        if function == 99:
+        if function < 100:
             self.transpose(grid[0], given)
         else:
             self.cast(function - 100, grid[0], given)
         return 0
 
     def transpose(self, programs: int, given: Any) -> None:
-        source, target = (c_int64.from_address(given[each]).value for each in range(2))
-        rows, columns = (c_int32.from_address(given[each]).value for each in (2, 3))
+        at = [c_int64.from_address(given[each]).value for each in range(4)]
+        rows, columns, groups = (c_int32.from_address(given[each]).value for each in (4, 5, 6))
+        assert [c_int64.from_address(given[each]).value for each in (7, 8)] == [0, 0]
         assert programs == tiles(rows) * tiles(columns)
-        read(target, (columns, rows), torch.uint8).copy_(read(source, (rows, columns), torch.uint8).t())
+        exponents = read(at[1], (tiles(rows), tiles(columns)), torch.uint8)
+        turned = products.transpose(read(at[0], (rows, columns), E4M3), exponents)
+        assert turned.scales.shape[1] == groups
+        read(at[2], (columns, rows), E4M3).copy_(turned.codes)
+        read(at[3], tuple(turned.scales.shape), FP32).copy_(turned.scales)
 
     def cast(self, kind: int, programs: int, given: Any) -> None:
         at = [c_int64.from_address(given[each]).value for each in range(6)]
@@ -181,16 +186,27 @@ def test_casts_of_gradients(
         assert torch.equal(found.bias, expected.bias)
 
 
-def test_transposes_and_products(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("shift", [0, 3])
+def test_transposes(device: Device, monkeypatch: pytest.MonkeyPatch, shift: int) -> None:
+    """A matrix's exponents may begin at any byte of its bucket's; Triton has a kernel for those at 16."""
+    codes = torch.randint(0, 127, (272, 160), dtype=torch.uint8).view(E4M3)
+    exponents = torch.randint(100, 150, (9,), dtype=torch.uint8)[shift : shift + 6].view(3, 2)
+    other = torch.randint(100, 150, (6,), dtype=torch.uint8).view(3, 2)
+    kind = torch.ops.ds_fp8_launches.transpose_kind(exponents.data_ptr(), 4)
+    learning(monkeypatch, kind)
+    functions.transpose(codes, exponents)
+    assert same(functions.transpose(codes, exponents), products.transpose(codes, exponents))
+    assert device.launches == 1
+    if shift:
+        assert kind != torch.ops.ds_fp8_launches.transpose_kind(other.data_ptr(), 4)
+        assert same(functions.transpose(codes, other), products.transpose(codes, other))
+    assert torch.ops.ds_fp8_launches.transpose_kind(other.data_ptr(), 16) < 0
+
+
+def test_products(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     x, w = (torch.randn(rows, 160, dtype=torch.bfloat16) for rows in (48, 96))
     cast, weight = cast_input(x, wgrad=True), products.cast_input(w.t().contiguous(), wgrad=True).wgrad
     assert weight is not None
-    learning(monkeypatch, functions.TRANSPOSE)
-    functions.transpose(weight.codes)
-    assert torch.equal(
-        functions.transpose(weight.codes).view(torch.uint8), weight.codes.view(torch.uint8).t()
-    )
-    assert device.launches == 1
     gradient = cast_gradient(torch.randn(48, 96, dtype=torch.bfloat16), dgrad=False, wgrad=True, bias=False)
     assert gradient.wgrad is not None
     assert cast.wgrad is not None

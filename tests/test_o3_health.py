@@ -1,8 +1,10 @@
 """Health of FP8 products: what the casts of x, dy and w did, by matrix, and nothing on other steps."""
 
 import csv
+import gc
 import math
 import os
+import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import pytest
 import torch
 from deepspeed import comm as dist
 from engines import batches, build, build_gpt, ds_config, train_losses
-from fp8_weights import LAID_OUT, fp8_linear, random
+from fp8_weights import EMULATED, LAID_OUT, fp8_linear, random, take_over
 from ranks import RankPools
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -21,7 +23,8 @@ import ds_fp8
 from ds_fp8.ops.products import Operand
 from ds_fp8.zero_fp8 import product_health
 from ds_fp8.zero_fp8.health import Health
-from ds_fp8.zero_fp8.product_health import ProductCounts, ProductHealth
+from ds_fp8.zero_fp8.product_health import IN_GRAPHS, ProductCounts, ProductHealth
+from ds_fp8.zero_fp8.products import ways
 from ds_fp8.zero_fp8.products.fp8_parameter import FP8Parameter
 
 FIGURES = ("underflow", "saturated", "amax_spread")
@@ -136,17 +139,88 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+class Block(nn.Module):
+    """Two matrices share an input; a third is stored as Conv1D has it, and its input needs no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = (nn.Linear(160, 96, bias=bias) for bias in (True, False))
+        self.own = nn.Parameter(random(64, 96).float())
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:  # [tokens, 160], [tokens, 64]
+        x = x * 2
+        return self.q(x) * self.k(x) + torch.addmm(torch.ones(96, dtype=x.dtype), z, self.own)
+
+
 @pytest.mark.usefixtures("fresh_compiler")
-def test_a_compiled_graph_counts_nothing_and_is_not_made_again(
+def test_graphs_count_as_eager_products_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On measured steps, by the graph that runs on all others; recomputed in backward or not."""
+    for name in ("sum_over_ranks", "max_over_ranks"):
+        monkeypatch.setattr(product_health, name, lambda *_: None)
+    torch.manual_seed(0)
+    model = Block().bfloat16()
+    matrices = [take_over(each, LAID_OUT, name) for name, each in model.named_parameters() if each.dim() == 2]
+    health = ProductHealth(matrices, torch.device("cpu"))
+    counter = CompileCounterWithBackend("aot_eager_decomp_partition")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+
+    def step(run: Any, seed: int, *, measuring: bool) -> dict[str, Any]:
+        health.measure(measuring)
+        health.forget()
+        x, z, dy = uneven(37, 160, seed=seed).requires_grad_(), uneven(37, 64, seed=9), uneven(37, 96, seed=8)
+        run(x, z).backward(dy)
+        return collected(health)
+
+    assert step(compiled, 1, measuring=False) == {"total": {}}
+    for seed in (1, 2):
+        found = step(compiled, seed, measuring=True)
+        assert found == step(model, seed, measuring=True)
+        assert set(found) == {"total", "own", "q.weight", "k.weight"}
+        assert {len(each) for each in found.values()} == {6}
+        assert found["q.weight"]["dy_underflow"] != found["k.weight"]["dy_underflow"]
+    assert step(compiled, 2, measuring=False) == step(model, 2, measuring=False)
+    with torch.no_grad():
+        health.measure(True)
+        health.forget()
+        compiled(uneven(37, 160, seed=1), uneven(37, 64, seed=9))
+    assert collected(health) == {"total": {}}
+    assert counter.frame_count == 2, "one with gradients, one without"
+
+
+def test_an_engine_that_ends_on_a_measured_step_leaves_no_matrix() -> None:
+    matrix = fp8_linear().weight.matrix
+    ProductHealth([matrix], torch.device("cpu")).measure(True)
+    gone = weakref.ref(matrix)
+    del matrix
+    gc.collect()
+    assert gone() is None
+
+
+def test_what_a_cuda_graph_replays_does_not_count(
+    layer: nn.Linear, health: ProductHealth, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would on every step; a compiled graph's ops among it."""
+    for module in (ways, product_health):
+        monkeypatch.setattr(module, "captured", lambda _: True)
+    health.measure(True)
+    for run in (layer, torch.compile(layer, backend="aot_eager")):
+        run(random(5, 160).requires_grad_()).sum().backward()
+        assert collected(health) == {"total": {}}
+    health.measure(False)
+
+
+def test_codes_of_an_input_that_does_not_count_in_memory_of_one_that_did(
     layer: nn.Linear, health: ProductHealth
 ) -> None:
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(layer, backend=counter, fullgraph=True)
-    for measuring in (False, True):
-        health.measure(measuring)
-        compiled(random(5, 160)).sum().backward()
-    assert collected(health) == {"total": {}}
-    assert counter.frame_count == 1
+    x = uneven(37, 160, seed=1)
+    health.measure(True)
+    cast = EMULATED.kernels.cast_input(x, wgrad=False).forward
+    for wgrad in (True, False):
+        health.forget()
+        IN_GRAPHS.cast(x, cast, wgrad)
+        IN_GRAPHS.multiply(cast.codes, layer.weight.matrix.scales)
+        assert collected(health).get("weight") == (shares_by_hand({"x": by_hand(x)}) if wgrad else None)
+    health.measure(False)
 
 
 # On ranks
@@ -235,12 +309,16 @@ def test_a_skipped_step_tells_nothing_of_weights(ranks: RankPools) -> None:
     assert set(found["products"]["layer.weight"]) == {each for each in NAMES if not each.startswith("w")}
 
 
-def trained(fp8: dict[str, Any], folder: str = "", products: str = "emulated") -> tuple[Any, Any, list[int]]:
-    """Losses, health, and how often each of four steps counted something."""
+def trained(
+    fp8: dict[str, Any], folder: str = "", products: str = "emulated", backend: str = ""
+) -> tuple[Any, Any, list[int]]:
+    """Losses, health, and how often each of four steps counted something; backend: of engine.compile()."""
     config, calls = ds_config({**O3, **fp8}), [0]
     config["csv_monitor"] = {"enabled": bool(folder), "output_path": folder, "job_name": "job"}
     with patch.dict(os.environ, DS_FP8_PRODUCTS=products):
         engine = build_gpt(config)
+    if backend:
+        engine.compile(backend=backend)
 
     def watch(name: str) -> Any:
         counting = getattr(ProductCounts, name)
@@ -275,6 +353,16 @@ def test_only_measured_steps_count_and_no_bit_changes(ranks: RankPools, tmp_path
     for name in NAMES:
         assert total[name] == pytest.approx(sum(each[name] for each in layers) / len(layers))
     check_events(tmp_path, total)
+
+
+def test_a_compiled_engine_tells_the_same(ranks: RankPools) -> None:
+    eager, compiled = (
+        ranks.run(1, trained, {"stats": {"interval": 2}}, "", "emulated", backend)[0]
+        for backend in ("", "aot_eager")
+    )
+    assert compiled[1]["products"] == eager[1]["products"]
+    assert set(compiled[1]["products"]["total"]) == NAMES
+    assert compiled[2][1] < eager[2][1], "its inputs are counted by ops, not by products"
 
 
 def check_events(folder: Path, total: dict[str, float]) -> None:

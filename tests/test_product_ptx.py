@@ -39,7 +39,7 @@ DESIGN = {
     "find": Design(2, 0, narrow=2),
     "encode": Design(2, 1, e4m3=1, narrow=2),
     "decode": Design(1, 2, narrow=1),
-    "transpose": Design(1, 1),
+    "transpose": Design(1, 1, narrow=2),
 }
 
 

@@ -105,16 +105,13 @@ def test_cublas_is_given_what_it_reads(
     library = cublas_support.install(monkeypatch)
     weight = Weight.of(matrix(outer, inner, ("normal",)))
     bias = matrix(1, outer, ("normal",))[0]
-    scales = [torch.full(scale_shape(*each), torch.nan) for each in ((outer, inner), (inner, outer))]
+    scales = torch.full(scale_shape(outer, inner), torch.nan)
     with conversion(hardware=True):
         x = OURS.cast_input(matrix(tokens, inner, ("normal",), 1), wgrad=True)
         dy = OURS.cast_gradient(matrix(tokens, outer, ("normal",), 2), dgrad=True, wgrad=True, bias=False)
-        OURS.expand_exponents(weight.exponents, *scales)
-        turned = OURS.transpose(weight.codes)
-    forward, dgrad = (
-        Operand(weight.codes, scales[0]),
-        Operand(turned, scales[1]),
-    )
+        OURS.expand_exponents(weight.exponents, scales)
+        dgrad = OURS.transpose(weight.codes, weight.exponents)
+    forward = Operand(weight.codes, scales)
     for left, right, added in (
         (x.forward, forward, bias),
         (dy.dgrad, dgrad, None),

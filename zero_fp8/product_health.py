@@ -1,13 +1,18 @@
 """Health of FP8 products: what casting did to x, dy and w of each matrix, on the steps that are measured.
 
-On such a step a matrix has counts, to which eager products and the encoding of its codes add; on every other
-it has none, and nobody asks further. Counted in plain PyTorch on the device, nothing waits. Elements of a
-block with inf or NaN do not count.
+On such a step a matrix has counts, to which products and the encoding of its codes add; on every other it has
+none, and nobody asks further. Counted in plain PyTorch on the device, nothing waits. Elements of a block with
+inf or NaN do not count.
+
+A compiled graph is one for many matrices and for all steps. So its ops ask when they run (`IN_GRAPHS`), and
+find the matrix by the addresses of the exponents or scales that they are given.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Protocol
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -15,6 +20,7 @@ from torch.distributed import ProcessGroup
 from torch.nn import functional
 
 from ds_fp8.ops.blocks import NOT_FINITE, power_of_two
+from ds_fp8.ops.capture import captured
 from ds_fp8.ops.formats import E4M3
 from ds_fp8.ops.products import TILE, CastGradient, Operand
 from ds_fp8.zero_fp8.comm.collectives import max_over_ranks, sum_over_ranks
@@ -38,7 +44,11 @@ class ProductCounts:
 
     def of_input(self, x: Tensor, cast: Operand) -> None:
         """x: [tokens, K] bfloat16; cast: with a scale per token and 128 features."""
-        _add(self._x, *_of_rows(x, cast))
+        self.add_input(*_of_rows(x, cast))
+
+    def add_input(self, sums: Tensor, extremes: Tensor) -> None:
+        """What has been counted of x before."""
+        _add(self._x, sums, extremes)
 
     def of_gradient(self, dy: Tensor, cast: CastGradient) -> None:
         """dy: [tokens, N] bfloat16; as cast for dgrad, or for wgrad if there is no other."""
@@ -59,6 +69,70 @@ class Measured(Protocol):
 
     name: str
     counts: ProductCounts | None
+    exponents: Tensor
+    scales: Tensor
+
+
+class InGraphs:
+    """The counts of matrices whose products are ops of compiled graphs, of all engines of a process.
+
+    q, k and v share the op that casts their input, so it counts before it is known for which matrices: each
+    product then adds what was counted of the codes that it is given.
+    """
+
+    def __init__(self) -> None:
+        self._matrices: WeakSet[Measured] = WeakSet()  # an engine that goes lets its matrices go
+        self._inputs: dict[int, tuple[Tensor, Tensor]] = {}  # sums and extremes by the address of codes
+        self._transposed: dict[int, ProductCounts | None] = {}  # by the address of scales
+
+    def follow(self, matrices: Sequence[Measured]) -> None:
+        self._matrices.update(matrices)
+
+    def leave(self, matrices: Sequence[Measured]) -> None:
+        self._matrices.difference_update(matrices)
+        self._inputs.clear()
+        self._transposed.clear()
+
+    def cast(self, x: Tensor, cast: Operand, wgrad: bool) -> None:
+        """x was cast; it counts if a weight's gradient wants it. Codes may have the memory of older ones."""
+        if not self._measures(x):
+            return
+        self._inputs.pop(cast.codes.data_ptr(), None)
+        if wgrad:
+            self._inputs[cast.codes.data_ptr()] = _of_rows(x, cast)
+
+    def transpose(self, exponents: Tensor, scales: Tensor) -> None:
+        """The weight that has these exponents was transposed for a product."""
+        if self._measures(exponents):
+            self._transposed[scales.data_ptr()] = self._of(exponents)
+
+    def multiply(self, codes: Tensor, scales: Tensor) -> None:
+        """Codes of an input meet a weight that has these scales; if its input does not count, nothing."""
+        counts, counted = self._of(scales), self._inputs.get(codes.data_ptr())
+        if counts is not None and counted is not None:
+            counts.add_input(*counted)
+
+    def gradient(self, dy: Tensor, tiles: Tensor) -> Callable[[CastGradient], None] | None:
+        """What counts casts of dy for the weight that has these exponents or scales, if something does."""
+        counts = self._of(tiles)
+        return None if counts is None else partial(counts.of_gradient, dy)
+
+    def _of(self, tiles: Tensor) -> ProductCounts | None:
+        """The counts of the weight that has these exponents or scales, while ops count."""
+        if not self._measures(tiles):
+            return None
+        address = tiles.data_ptr()
+        for each in self._matrices:
+            if address in (each.exponents.data_ptr(), each.scales.data_ptr()):
+                return each.counts
+        return self._transposed.get(address)
+
+    def _measures(self, values: Tensor) -> bool:
+        """Whether an op of these values counts; not in a CUDA graph, which is replayed on every step."""
+        return bool(self._matrices) and not captured(values)
+
+
+IN_GRAPHS = InGraphs()
 
 
 class ProductHealth:
@@ -78,6 +152,10 @@ class ProductHealth:
         self._measuring = measuring
         for matrix, counts in zip(self._matrices, self._counts, strict=True):
             matrix.counts = ProductCounts(counts) if measuring else None
+        if measuring:
+            IN_GRAPHS.follow(self._matrices)
+        else:
+            IN_GRAPHS.leave(self._matrices)
 
     def forget(self) -> None:
         """What has been counted of the step was dropped."""

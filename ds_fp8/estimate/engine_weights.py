@@ -90,7 +90,7 @@ def _sliced(
     itemsizes = [held_of(each).element_size() for each in members]
     slices = memory.sliced_bytes(itemsizes, list(map(numel_of, members)), frozen, cut)
     others = [memory.shape_of(each.codes) for each in handler.parts.frozen.matrices()]
-    return slices + memory.beside_codes(shapes.values()) + memory.beside_codes(others, agreed=False)
+    return slices + memory.beside_codes(shapes.values()) + memory.beside_codes(others)
 
 
 def in_words(about: Mapping[str, Any]) -> str:

@@ -124,19 +124,18 @@ def code_bytes(buckets: Sequence[Bucket], shapes: Mapping[int, Shape]) -> int:
 
 def frozen_bytes(shapes: Collection[Shape]) -> int:
     """Bytes of frozen matrices as FP8 codes: as `code_bytes`, without padding."""
-    return E4M3.itemsize * sum(map(prod, shapes)) + beside_codes(shapes, agreed=False)
+    return E4M3.itemsize * sum(map(prod, shapes)) + beside_codes(shapes)
 
 
-def beside_codes(shapes: Iterable[Shape], *, agreed: bool = True) -> int:
-    """Bytes on every rank beside the codes of these matrices. agreed: the ranks agree on exponents."""
+def beside_codes(shapes: Iterable[Shape]) -> int:
+    """Bytes on every rank beside the codes of these matrices."""
     behind = BF16.itemsize  # the value that C++ would read in a parameter's place
-    return sum(tile_bytes(*each) - (0 if agreed else _exponents(*each)) + behind for each in shapes)
+    return sum(tile_bytes(*each) + behind for each in shapes)
 
 
 def tile_bytes(rows: int, columns: int) -> int:
-    """Bytes of a matrix's exponents, as they are and as the ranks agree on them, and of its FP32 scales."""
-    scales = prod(scale_shape(rows, columns)) + prod(scale_shape(columns, rows))
-    return 2 * _exponents(rows, columns) + FP32.itemsize * scales
+    """Bytes of a matrix's exponents, and of its FP32 scales."""
+    return _exponents(rows, columns) + FP32.itemsize * prod(scale_shape(rows, columns))
 
 
 def agreement_bytes(buckets: Sequence[Bucket], shapes: Mapping[int, Shape]) -> int:

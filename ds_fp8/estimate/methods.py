@@ -191,7 +191,7 @@ def _with_slices(held: Held, config: FP8Config, model: Model, run: Run, chosen: 
     always, at_a_time = fetching.whole(model.sizes, kept, gathered, run.fetching, itemsizes)
     weights = memory.sliced_bytes(itemsizes, model.sizes, model.frozen_at, cut)
     weights += memory.beside_codes(chosen.shapes.values())
-    weights += memory.beside_codes(chosen.frozen.values(), agreed=False)
+    weights += memory.beside_codes(chosen.frozen.values())
     if config.has_codes and model.module is None:
         elements, beside = codes.guessed_slices(model)
         saved = WEIGHT - E4M3.itemsize

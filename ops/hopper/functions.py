@@ -17,7 +17,6 @@ from ds_fp8.ops.triton.products import casts, weights
 from ds_fp8.ops.triton.tiles import ALIGNMENT, latest
 
 NOTHING, ROWS, TILES = range(3)  # how transposed codes are scaled
-TRANSPOSE = -1  # the kind of the kernel that transposes; others are kinds of casts
 LARGEST = 2**31 - 1 - 16  # of a size, which a kernel takes as 32 bits
 
 
@@ -58,14 +57,15 @@ def cast_gradient(dy: Tensor, *, dgrad: bool, wgrad: bool, bias: bool) -> CastGr
     return cast
 
 
-def transpose(codes: Tensor) -> Tensor:
+def transpose(codes: Tensor, exponents: Tensor) -> Operand:
     """`ops.products.transpose`."""
-    found = torch.ops.ds_fp8_launches.transpose(codes, _stream(codes))
+    found = torch.ops.ds_fp8_launches.transpose(codes, exponents, _stream(codes))
     if found:
-        return found[0]  # type: ignore[no-any-return]
-    turned = weights.transpose(codes)
+        return Operand(*found)
+    turned = weights.transpose(codes, exponents)
     if _is_usual(codes, *codes.shape):
-        _learn(codes, TRANSPOSE)
+        groups = turned.scales.shape[1]
+        _learn(codes, torch.ops.ds_fp8_launches.transpose_kind(exponents.data_ptr(), groups))
     return turned
 
 

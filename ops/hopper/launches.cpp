@@ -26,7 +26,6 @@ constexpr int64_t TILE = 128, TOKENS = 16, GROUP = 4;  // of ops/products.py
 constexpr int64_t BEST_ALIGNMENT = 256, ALIGNMENT = 16;
 constexpr int BIAS_POINTER = 8, A_SCALE_POINTER = 17, B_SCALE_POINTER = 18;
 constexpr int64_t TURNED_ROWS = 1, TURNED_TILES = 2;
-constexpr int64_t TRANSPOSE = -1;  // the kind of the kernel that transposes; others are kinds of casts
 
 using LaunchKernel = int (*)(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned,
                              void*, void**, void**);
@@ -150,20 +149,31 @@ Tensors cast(const Tensor& values, bool rows, int64_t turned, bool sums, int64_t
     return found;
 }
 
-Tensors transpose(const Tensor& codes, int64_t stream) {
+// Negative; a kind of cast is not. exponents: their address, which may be one of any byte.
+int64_t transpose_kind(int64_t exponents, int64_t groups) {
+    return -1 - int64_t(exponents % ALIGNMENT == 0) - 2 * int64_t(groups % ALIGNMENT == 0);
+}
+
+// A weight's codes and scales, both transposed.
+Tensors transpose(const Tensor& codes, const Tensor& exponents, int64_t stream) {
     if (codes.dim() != 2 || codes.element_size() != 1 || !codes.is_contiguous()) return {};
-    int64_t source = address(codes);
+    if (exponents.dim() != 2 || exponents.scalar_type() != at::kByte || !exponents.is_contiguous()) return {};
+    if (exponents.size(0) != tiles(codes.size(0)) || exponents.size(1) != tiles(codes.size(1))) return {};
+    if (exponents.device() != codes.device()) return {};
+    int64_t source = address(codes), bytes = address(exponents);
     if (!codes.numel() || codes.size(0) >= INT32_MAX || codes.size(1) >= INT32_MAX) return {};
-    int32_t rows = int32_t(codes.size(0)), columns = int32_t(codes.size(1));
+    int32_t rows = int32_t(codes.size(0)), columns = int32_t(codes.size(1)),
+            groups = int32_t(padded_tiles(rows));
     if ((source | rows | columns) % ALIGNMENT) return {};
-    const Kernel* kernel = find_kernel(codes.device().index(), TRANSPOSE);
+    const Kernel* kernel = find_kernel(codes.device().index(), transpose_kind(bytes, groups));
     if (!kernel) return {};
     const c10::DeviceGuard guard(codes.device());
     const Tensor turned = at::empty({columns, rows}, codes.options());
-    int64_t target = address(turned), scratch = 0, profile = 0;
-    void* arguments[] = {&source, &target, &rows, &columns, &scratch, &profile};
+    const Tensor scales = at::empty({tiles(columns), groups}, codes.options().dtype(at::kFloat));
+    int64_t target = address(turned), floats = address(scales), scratch = 0, profile = 0;
+    void* arguments[] = {&source, &bytes, &target, &floats, &rows, &columns, &groups, &scratch, &profile};
     run(*kernel, tiles(rows) * tiles(columns), arguments, stream);
-    return {turned};
+    return {turned, scales};
 }
 
 bool is_codes(const Tensor& codes) {
@@ -230,7 +240,8 @@ TORCH_LIBRARY(ds_fp8_launches, library) {
     library.def("add_plan(int[] shape, int[] handles, int[] algorithm, int workspace) -> ()", add_plan);
     library.def("cast_kind(bool rows, int turned, bool sums, int groups) -> int", cast_kind);
     library.def("cast(Tensor values, bool rows, int turned, bool sums, int stream) -> Tensor[]", cast);
-    library.def("transpose(Tensor codes, int stream) -> Tensor[]", transpose);
+    library.def("transpose_kind(int exponents, int groups) -> int", transpose_kind);
+    library.def("transpose(Tensor codes, Tensor exponents, int stream) -> Tensor[]", transpose);
     library.def(
         "multiply(Tensor left, Tensor left_scales, Tensor right, Tensor right_scales, Tensor? bias, int "
         "stream) "

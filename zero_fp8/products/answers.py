@@ -68,6 +68,7 @@ LEAVES_GRAPH = (
     *(name for name in dir(Tensor) if name.endswith("_") and not name.endswith("__")),
     *WRITING - {"__set__", "__delete__"},
     *POINTERS.split(),
+    "record_stream",
 )
 
 

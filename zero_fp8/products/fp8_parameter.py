@@ -153,6 +153,8 @@ def _answer(func: Function, args: Any, kwargs: dict[str, Any], for_state_dict: b
         raise _no_memory(asked, func)
     if func in answers.REPLACING:
         return _replace(asked, args[1])
+    if func is Tensor.record_stream and asked is args[0]:
+        return asked.matrix.record_stream(*args[1:], **kwargs)
     if func is Tensor.copy_ and asked is args[0] and asked.matrix.writer:
         return _write(asked, asked.matrix.writer, *args[1:], **kwargs)
     refuse_writes(func, args, kwargs, FP8Parameter)

@@ -20,6 +20,7 @@ from torch import Tensor
 from ds_fp8.ops import product_backend, products
 from ds_fp8.ops.product_backend import Products
 from ds_fp8.ops.products import CastGradient, CastInput, Operand, padded_tokens, scale_shape, tiles
+from ds_fp8.zero_fp8.product_health import IN_GRAPHS
 
 _CODES = torch.float8_e4m3fn
 _tracing = ContextVar("tracing", default=False)
@@ -55,6 +56,13 @@ class Needs(NamedTuple):
     input: bool
     weight: bool
     bias: bool
+
+
+class Stored(NamedTuple):
+    """A weight, and what dgrad takes for its tiles."""
+
+    codes: Tensor  # as they are stored
+    tiles: Tensor  # the scales if these are multiplied, the exponents if they are transposed first
 
 
 class Gradients(NamedTuple):
@@ -94,17 +102,16 @@ def multiply(kernels: Kernels, left: Operand, right: Operand, bias: Tensor | Non
     return y
 
 
-def transpose(kernels: Kernels, codes: Tensor) -> Tensor:
+def transpose(kernels: Kernels, codes: Tensor, exponents: Tensor) -> Operand:
     if not in_graph():
-        return kernels.transpose(codes)
-    turned: Tensor = _transpose(kernels.name, codes)
-    return turned
+        return kernels.transpose(codes, exponents)
+    return Operand(*_transpose(kernels.name, codes, exponents))
 
 
 def differentiate(
     kernels: Kernels,
     dy: Tensor,
-    weight: Operand,
+    weight: Stored,
     x: Operand | None,
     needs: Needs,
     swapped: bool,
@@ -112,15 +119,13 @@ def differentiate(
 ) -> Gradients:
     """The gradients of a product for dy, [tokens, N] bfloat16, contiguous.
 
-    weight: the codes as they are stored, and the scales of the right side of dgrad. x: of `cast_input`, if
-    the weight's gradient is wanted. swapped: the weight is stored as [K, N]. count: gets the cast of dy; a
-    graph counts nothing.
+    x: of `cast_input`, if the weight's gradient is wanted. swapped: the weight is stored as [K, N]. count:
+    gets the cast of dy; graphs find who counts when they run.
     """
     if not in_graph():
         return _run_gradients(kernels, dy, weight, x, needs, swapped, count)
     codes, scales = (None, None) if x is None else (x.codes, x.scales)
-    of_weight = weight.codes, weight.scales
-    found = _differentiate(kernels.name, dy, *of_weight, codes, scales, [*needs], swapped)
+    found = _differentiate(kernels.name, dy, *weight, codes, scales, [*needs], swapped)
     return Gradients(*(each if wanted else None for each, wanted in zip(found, needs, strict=True)))
 
 
@@ -134,7 +139,7 @@ def decode(kernels: Kernels, codes: Tensor, exponents: Tensor) -> Tensor:
 def _run_gradients(
     kernels: Kernels,
     dy: Tensor,
-    weight: Operand,
+    weight: Stored,
     x: Operand | None,
     needs: Needs,
     swapped: bool,
@@ -145,7 +150,7 @@ def _run_gradients(
         count(cast)
     dx = dw = None
     if cast.dgrad is not None:
-        right = weight if swapped else Operand(kernels.transpose(weight.codes), weight.scales)
+        right = Operand(*weight) if swapped else kernels.transpose(*weight)
         dx = kernels.multiply(cast.dgrad, right, None)
         dx = dx if len(dx) == len(dy) else dx[: len(dy)]
     if cast.wgrad is not None and x is not None:
@@ -165,8 +170,13 @@ def _run_decode(kernels: Kernels, codes: Tensor, exponents: Tensor) -> Tensor:
 
 
 def _op(name: str, signature: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
-    """An op without what `torch.library.custom_op` wraps around each call; autograd never sees it."""
-    torch.library.define(f"ds_fp8::{name}", signature, tags=(torch.Tag.pt2_compliant_tag,))
+    """An op without what `torch.library.custom_op` wraps around each call; autograd never sees it.
+
+    CUDA graphs of the compiler (`mode="reduce-overhead"`) leave it out: they would copy the codes of every
+    weight into memory of their own, at each run.
+    """
+    tags = (torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe)
+    torch.library.define(f"ds_fp8::{name}", signature, tags=tags)
     torch.library.impl(f"ds_fp8::{name}", "default", run)
     torch.library.register_fake(f"ds_fp8::{name}", fake)
     op: Callable[..., Any] = getattr(torch.ops.ds_fp8, name).default
@@ -175,6 +185,7 @@ def _op(name: str, signature: str, run: Callable[..., Any], fake: Callable[..., 
 
 def _run_cast_input(kernels: str, x: Tensor, wgrad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     cast = named(kernels).cast_input(x, wgrad=wgrad)
+    IN_GRAPHS.cast(x, cast.forward, wgrad)
     turned = _nothing(x) if cast.wgrad is None else (cast.wgrad.codes, cast.wgrad.scales)
     return cast.forward.codes, cast.forward.scales.t().contiguous(), *turned
 
@@ -192,6 +203,7 @@ def _run_multiply(
     kernels: str, left: Tensor, left_scales: Tensor, right: Tensor, right_scales: Tensor, bias: Tensor | None
 ) -> Tensor:
     operand = Operand(left, left_scales.t())
+    IN_GRAPHS.multiply(left, right_scales)
     return named(kernels).multiply(operand, Operand(right, right_scales), bias)
 
 
@@ -205,14 +217,15 @@ def _run_differentiate(
     kernels: str,
     dy: Tensor,
     codes: Tensor,
-    scales: Tensor,
+    weight_tiles: Tensor,
     x: Tensor | None,
     x_scales: Tensor | None,
     needs: list[bool],
     swapped: bool,
 ) -> tuple[Tensor, ...]:
     right = None if x is None or x_scales is None else Operand(x, x_scales)
-    found = _run_gradients(named(kernels), dy, Operand(codes, scales), right, Needs(*needs), swapped)
+    weight, count = Stored(codes, weight_tiles), IN_GRAPHS.gradient(dy, weight_tiles)
+    found = _run_gradients(named(kernels), dy, weight, right, Needs(*needs), swapped, count)
     return tuple(dy.new_empty(0) if each is None else each for each in found)
 
 
@@ -220,7 +233,7 @@ def _fake_differentiate(
     kernels: str,
     dy: Tensor,
     codes: Tensor,
-    scales: Tensor,
+    weight_tiles: Tensor,
     x: Tensor | None,
     x_scales: Tensor | None,
     needs: list[bool],
@@ -229,6 +242,12 @@ def _fake_differentiate(
     features = codes.shape[0 if swapped else 1]
     shapes = ((dy.shape[0], features), codes.shape, (dy.shape[1],))
     return tuple(dy.new_empty(shape if each else 0) for shape, each in zip(shapes, needs, strict=True))
+
+
+def _run_transpose(kernels: str, codes: Tensor, exponents: Tensor) -> tuple[Tensor, Tensor]:
+    turned = named(kernels).transpose(codes, exponents)
+    IN_GRAPHS.transpose(exponents, turned.scales)
+    return turned.codes, turned.scales
 
 
 def _nothing(like: Tensor) -> tuple[Tensor, Tensor]:
@@ -259,16 +278,16 @@ _multiply = _op(
 )
 _differentiate = _op(
     "differentiate",
-    "(str kernels, Tensor dy, Tensor codes, Tensor scales, Tensor? x, Tensor? x_scales, bool[] needs, "
+    "(str kernels, Tensor dy, Tensor codes, Tensor weight_tiles, Tensor? x, Tensor? x_scales, bool[] needs, "
     "bool swapped) -> (Tensor, Tensor, Tensor)",
     _run_differentiate,
     _fake_differentiate,
 )
 _transpose = _op(
     "transpose",
-    "(str kernels, Tensor codes) -> Tensor",
-    lambda kernels, codes: named(kernels).transpose(codes),
-    lambda kernels, codes: codes.new_empty(codes.shape[1], codes.shape[0]),
+    "(str kernels, Tensor codes, Tensor exponents) -> (Tensor, Tensor)",
+    _run_transpose,
+    lambda kernels, codes, _: _fake(codes, codes.shape[::-1], scale_shape(*codes.shape[::-1]), True),
 )
 _decode = _op(
     "decode_weight",

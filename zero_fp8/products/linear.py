@@ -81,7 +81,7 @@ def multiply_input(
     if torch.compiler.is_dynamo_compiling() and matrix.travels:
         return _multiply_outside(x, weight, bias, matrix, way, swapped, wgrad)  # type: ignore[no-any-return]
     if torch.compiler.is_dynamo_compiling():
-        buffers = matrix.codes, matrix.exponents, matrix.scales, matrix.transposed_scales
+        buffers = matrix.codes, matrix.exponents, matrix.scales
         with torch._C.DisableTorchFunctionSubclass():
             y: Tensor = _trace(x, weight, bias, buffers, (matrix.kernels.name, way.name), swapped, wgrad)
             return y
@@ -99,7 +99,7 @@ def _trace(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    buffers: tuple[Tensor, Tensor, Tensor, Tensor],  # of the matrix
+    buffers: tuple[Tensor, Tensor, Tensor],  # of the matrix
     names: tuple[str, str],  # of kernels and way
     swapped: bool,
     wgrad: bool,

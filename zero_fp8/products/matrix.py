@@ -23,7 +23,6 @@ class Matrix:
     codes: Tensor  # [rows, columns] float8_e4m3fn
     exponents: Tensor  # [tiles(rows), tiles(columns)] uint8
     scales: Tensor  # of the codes as they are: `ops.products.scale_shape(rows, columns)` float32
-    transposed_scales: Tensor  # of the codes transposed: `scale_shape(columns, rows)` float32
     kernels: Kernels = field(default=REFERENCE, repr=False)
     generation: int = 0  # how often the codes were rewritten
     travels: bool = False  # codes come and go
@@ -37,12 +36,9 @@ class Matrix:
     @classmethod
     def of(cls, name: str, codes: Tensor, exponents: Tensor, kernels: Kernels) -> "Matrix":
         """With scales of its own, which are not known yet."""
-        rows, columns = codes.shape
-        scales, transposed = (
-            torch.ones(scale_shape(*sides), device=codes.device)
-            for sides in ((rows, columns), (columns, rows))
+        return cls(
+            name, codes, exponents, torch.ones(scale_shape(*codes.shape), device=codes.device), kernels
         )
-        return cls(name, codes, exponents, scales, transposed, kernels)
 
     def rewritten(self) -> None:
         """Say that the codes are new: a backward whose forward had the old ones fails.
@@ -52,6 +48,12 @@ class Matrix:
         self.generation += 1
         if self.is_here:
             torch.autograd.graph.increment_version(self.codes)
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        """Keep the memory, if its owner lets it go, until what is queued on the stream now has run."""
+        codes = (self.codes,) if self.is_here else ()
+        for each in (*codes, self.exponents, self.scales):
+            each.record_stream(stream)
 
     def values(self, codes: Tensor | None = None) -> Tensor:
         """[rows, columns] bfloat16, decoded anew; codes: those of a graph, if it saved them."""
@@ -64,5 +66,5 @@ class Matrix:
         self.exponents.zero_()
         self.kernels.find_exponents(flat, 0, columns, self.exponents)
         self.kernels.encode_weight(flat, 0, columns, self.exponents, self.codes.view(-1))
-        self.kernels.expand_exponents(self.exponents, self.scales, self.transposed_scales)
+        self.kernels.expand_exponents(self.exponents, self.scales)
         self.rewritten()

@@ -1,7 +1,8 @@
 """The last cast of an input: q, k and v, or gate and up, get the same x and save the same codes.
 
 A cast is dropped if its input dies, if the next input is cast, or if a backward begins, so that nothing
-outlives what the graph needs.
+outlives what the graph needs. In a CUDA graph each product casts for itself: a replay makes only what was
+captured in it, of whatever the input's memory then holds.
 """
 
 import weakref
@@ -11,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ds_fp8.ops.capture import captured
 from ds_fp8.ops.products import CastInput
 
 
@@ -29,7 +31,7 @@ class SharedCasts:
 
     def of(self, x: Tensor, wgrad: bool, make: Callable[[], CastInput]) -> CastInput:
         """The cast of x, from before if it is still what `make` would give."""
-        if x.is_inference():  # has no version
+        if x.is_inference() or captured(x):  # the first has no version
             return make()
         last, stream = self._last, _stream(x)
         known = last is not None and last.input() is x and (last.version, last.stream) == (x._version, stream)

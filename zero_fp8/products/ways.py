@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ds_fp8.ops.capture import captured
 from ds_fp8.ops.products import CastInput, Operand
 from ds_fp8.zero_fp8.products import kernels
-from ds_fp8.zero_fp8.products.kernels import Gradients, Kernels, Needs
+from ds_fp8.zero_fp8.products.kernels import Gradients, Kernels, Needs, in_graph
 from ds_fp8.zero_fp8.products.matrix import Matrix
 from ds_fp8.zero_fp8.products.shared_casts import SharedCasts
 
@@ -56,10 +57,10 @@ class FP8Products:
         cast = self._cast(x, matrix, wgrad)
         weight = Operand(matrix.codes, matrix.scales)
         if swapped:
-            weight = Operand(kernels.transpose(self.kernels, matrix.codes), matrix.transposed_scales)
+            weight = kernels.transpose(self.kernels, matrix.codes, matrix.exponents)
         y = kernels.multiply(self.kernels, cast.forward, weight, bias)
         tokens = x.numel() // x.shape[-1]
-        if kernels.in_graph() or len(y) != tokens:  # a graph is one for all numbers of tokens
+        if in_graph() or len(y) != tokens:  # a graph is one for all numbers of tokens
             y = y[:tokens]
         saved = (cast.wgrad.codes, cast.wgrad.scales) if wgrad and cast.wgrad is not None else ()
         return y, saved
@@ -68,19 +69,20 @@ class FP8Products:
         self, dy: Tensor, saved: Saved, matrix: Matrix, codes: Tensor, *, needs: Needs, swapped: bool
     ) -> Gradients:
         count = None
-        if not kernels.in_graph():
+        if not in_graph():
             self.casts.clear()
-            count = None if matrix.counts is None else partial(matrix.counts.of_gradient, dy)
-        scales = matrix.scales if swapped else matrix.transposed_scales
-        weight, x = Operand(codes, scales), Operand(*saved) if needs.weight else None
+            if matrix.counts is not None and not captured(dy):
+                count = partial(matrix.counts.of_gradient, dy)
+        weight = kernels.Stored(codes, matrix.scales if swapped else matrix.exponents)
+        x = Operand(*saved) if needs.weight else None
         return kernels.differentiate(self.kernels, dy, weight, x, needs, swapped, count)
 
     def _cast(self, x: Tensor, matrix: Matrix, wgrad: bool) -> CastInput:
-        """Common subexpressions are found by the compiler, if there is one, whose graphs count nothing."""
-        if kernels.in_graph():
+        """A compiler, if there is one, finds common casts itself, and its ops count when they run."""
+        if in_graph():
             return kernels.cast_input(self.kernels, _flat(x), wgrad=wgrad)
         cast = self.casts.of(x, wgrad, lambda: kernels.cast_input(self.kernels, _flat(x), wgrad=wgrad))
-        if matrix.counts is not None and wgrad:
+        if matrix.counts is not None and wgrad and not captured(x):
             matrix.counts.of_input(_flat(x), cast.forward)
         return cast
 

@@ -18,6 +18,7 @@ parameter is given between steps are kept, as far as a rank owns them, until cod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from math import prod
 from typing import TypeGuard
 
@@ -73,7 +74,7 @@ class OwnPart:
     piece: Piece
     home: CodeHome
     codes: Tensor  # [elements] E4M3
-    agreed: Tensor  # exponents of the matrix, while the ranks agree on them
+    tiles: slice  # of the matrix, among those of the bucket
 
     @property
     def matrix(self) -> Matrix:
@@ -82,6 +83,10 @@ class OwnPart:
     def of(self, rows: Tensor) -> Tensor:
         """This part of a rank's rows of the bucket, as a vector."""
         return elements_of(self.piece, rows)
+
+    def exponents(self, agreed: Tensor) -> Tensor:
+        """Those of the matrix, of what the ranks agree on for a bucket."""
+        return agreed[self.tiles].view(self.matrix.exponents.shape)
 
     @property
     def place(self) -> tuple[int, int]:
@@ -116,17 +121,16 @@ class TiledWeights:
         self._device = products.room.device
         codes = [store.codes_of(slot) for slot in bucket.slots]
         sizes = [tuple(map(tiles, each.shape)) for each in codes]
-        counts = list(map(prod, sizes))
-        self._exponents = torch.ones(sum(counts), dtype=torch.uint8, device=self._device)
-        self._agreed = torch.zeros_like(self._exponents)
+        ends = list(accumulate(map(prod, sizes)))
+        self._exponents = torch.ones(ends[-1], dtype=torch.uint8, device=self._device)
         self.homes: list[CodeHome] = []
         self._parts: list[OwnPart] = []
-        split = torch.split(self._exponents, counts), torch.split(self._agreed, counts)
-        for slot, own, size, exponents, agreed in zip(bucket.slots, codes, sizes, *split, strict=True):
-            home = store.home(slot, self._matrix(slot.parameter, own, exponents.view(size)))
+        for slot, own, size, end in zip(bucket.slots, codes, sizes, ends, strict=True):
+            places = slice(end - prod(size), end)
+            home = store.home(slot, self._matrix(slot.parameter, own, self._exponents[places].view(size)))
             self.homes.append(home)
             self._parts += [
-                OwnPart(piece, home, store.part(piece, home), agreed.view(size))
+                OwnPart(piece, home, store.part(piece, home), places)
                 for piece in bucket.pieces(rank)
                 if piece.slot is slot
             ]
@@ -189,14 +193,14 @@ class TiledWeights:
     def gather(self, nodes: Nodes, control: Tensor | None) -> CodeGather:
         """Encode what `room` holds, and launch what brings every rank's codes to all."""
         room, kernels = self.room, self._products.choice.kernels
-        self._agreed.zero_()
+        agreed = torch.zeros_like(self._exponents)
         for part in self._parts:
-            kernels.find_exponents(part.of(room), *part.place, part.agreed)
-        max_over_ranks(self._agreed, nodes.group)
+            kernels.find_exponents(part.of(room), *part.place, part.exponents(agreed))
+        max_over_ranks(agreed, nodes.group)
         if control is None:
-            self._exponents.copy_(self._agreed)
+            self._exponents.copy_(agreed)
         else:
-            self._exponents.copy_(torch.where(control[1] == 0, self._exponents, self._agreed))
+            self._exponents.copy_(torch.where(control[1] == 0, self._exponents, agreed))
         for part in self._parts:
             kernels.encode_weight(part.of(room), *part.place, part.matrix.exponents, part.codes, control)
             if part.matrix.counts is not None:
@@ -209,7 +213,7 @@ class TiledWeights:
         for home in self.homes:
             matrix = home.matrix
             expand = self._products.choice.kernels.expand_exponents
-            expand(matrix.exponents, matrix.scales, matrix.transposed_scales)
+            expand(matrix.exponents, matrix.scales)
             matrix.rewritten()
             if not self._encoded:
                 self._store.show(home)

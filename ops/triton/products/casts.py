@@ -16,6 +16,7 @@ from ds_fp8.ops import products
 from ds_fp8.ops.formats import E4M3
 from ds_fp8.ops.guards import check_cast
 from ds_fp8.ops.products import CastGradient, CastInput, Operand, padded_tokens, scale_shape, tiles
+from ds_fp8.ops.triton.products.scales import store_tile_scale
 from ds_fp8.ops.triton.tiles import (
     decode,
     encode,
@@ -30,7 +31,6 @@ from ds_fp8.ops.triton.tiles import (
 WARPS = 8
 REGISTERS = 128  # a thread's at most if columns are reduced, too: a multiprocessor then holds two programs
 TILE = tl.constexpr(products.TILE)
-GROUP = tl.constexpr(products.GROUP)
 
 
 @triton.jit
@@ -54,15 +54,6 @@ def store_scales(stored, scales, first, tile, rows):
     """Those of 128 rows; scales: [tiles, rows]."""
     row = tl.arange(0, TILE)
     tl.store(scales + tile.to(tl.int64) * rows + first + row, stored, mask=row < rows - first)
-
-
-@triton.jit
-def store_tile_scale(stored, scales, row, column, columns, groups):
-    """That of a tile; scales: [tiles, groups], of whose rows the last of so many columns pads the end."""
-    end = tl.where(column == columns - 1, groups, column + 1)
-    place = tl.arange(0, GROUP)
-    scales += row.to(tl.int64) * groups + column
-    tl.store(scales + place, tl.where(place == 0, stored, 1.0), mask=column + place < end)
 
 
 @triton.jit(do_not_specialize=["tokens"])

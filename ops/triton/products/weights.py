@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ds_fp8.ops import products
 from ds_fp8.ops.guards import check_decode, check_expand, check_run, check_transpose
-from ds_fp8.ops.products import tiles
+from ds_fp8.ops.products import Operand, scale_shape, tiles
+from ds_fp8.ops.triton.products.scales import store_tile_scale
 from ds_fp8.ops.triton.tiles import (
     decode,
     encode,
@@ -105,9 +106,12 @@ def decode_kernel(
 @triton.jit
 def transpose_kernel(
     codes,  # [rows, columns] uint8
+    exponents,  # [tiles(rows), tiles(columns)] uint8
     turned,  # [columns, rows], written
+    scales,  # [tiles(columns), groups] float32, written
     rows,
     columns,
+    groups,
 ):
     tile = tl.program_id(0)
     start, offset, inside = tile_of_matrix(rows, columns, tile)
@@ -116,6 +120,8 @@ def transpose_kernel(
     across = tl.cdiv(columns, TILE)
     start, offset, inside = tile_of_matrix(columns, rows, tile % across * down + tile // across)
     tl.store(turned + start + offset, stored, mask=inside)
+    scale = power_of_two(tl.load(exponents + tile))
+    store_tile_scale(scale, scales, tile % across, tile // across, down, groups)
 
 
 @triton.jit
@@ -135,20 +141,16 @@ def tile_of_matrix(rows, columns, tile):
 @triton.jit
 def expand_kernel(
     exponents,  # [rows, columns] uint8
-    forward,  # [rows, forward_stride] float32, written
-    dgrad,  # [columns, dgrad_stride] float32, written
+    scales,  # [rows, groups] float32, written
     rows,
     columns,
-    forward_stride,
-    dgrad_stride,
+    groups,
     MANY: tl.constexpr,
 ):
     place = tl.program_id(0) * MANY + tl.arange(0, MANY)
     inside = place < rows * columns
     scale = power_of_two(tl.load(exponents + place, mask=inside, other=0))
-    row, column = place // columns, place % columns
-    tl.store(forward + row * forward_stride + column, scale, mask=inside)
-    tl.store(dgrad + column * dgrad_stride + row, scale, mask=inside)
+    tl.store(scales + place // columns * groups + place % columns, scale, mask=inside)
 
 
 def find_exponents(values: Tensor, first: int, columns: int, exponents: Tensor) -> None:
@@ -218,36 +220,38 @@ def decode_weight(codes: Tensor, exponents: Tensor, out: Tensor) -> None:
     )
 
 
-def transpose(codes: Tensor) -> Tensor:
+def transpose(codes: Tensor, exponents: Tensor) -> Operand:
     """`ops.products.transpose` in one launch."""
-    check_transpose(codes)
+    check_transpose(codes, exponents)
     rows, columns = codes.shape
     turned = codes.new_empty(columns, rows)
+    scales = codes.new_empty(scale_shape(columns, rows), dtype=torch.float32)
     launch(
         transpose_kernel,
         tiles(rows) * tiles(columns),
         WARPS,
         codes=codes,
+        exponents=exponents,
         turned=turned,
+        scales=scales,
         rows=rows,
         columns=columns,
+        groups=scales.shape[1],
     )
-    return turned
+    return Operand(turned, scales)
 
 
-def expand_exponents(exponents: Tensor, forward: Tensor, dgrad: Tensor) -> None:
+def expand_exponents(exponents: Tensor, scales: Tensor) -> None:
     """`ops.products.expand_exponents` in one launch."""
-    check_expand(exponents, forward, dgrad)
+    check_expand(exponents, scales)
     launch(
         expand_kernel,
         -(-exponents.numel() // MANY),
         WARPS // 2,
         exponents=exponents,
-        forward=forward,
-        dgrad=dgrad,
+        scales=scales,
         rows=exponents.shape[0],
         columns=exponents.shape[1],
-        forward_stride=forward.shape[1],
-        dgrad_stride=dgrad.shape[1],
+        groups=scales.shape[1],
         MANY=MANY,
     )

@@ -1,0 +1,124 @@
+"""How far losses with FP8 are from stock's over paired seeds, in files of gpu_train.py.
+
+    for seed in 0 1 2; do
+        for config in bf16_torch o3_every_linear; do
+            torchrun --nproc_per_node 1 benchmarks/gpu_train.py --out $config.$seed.json --seed $seed \\
+                --deepspeed_config benchmarks/gpu/$config.json --model 350M --micro_batch 16 --context 1024 \\
+                --steps 1000 --warmup_steps 100 --log_interval 100 --seconds 3000
+        done
+    done
+    python benchmarks/paired.py bf16_torch.*.json o3_every_linear.*.json --bound .02
+
+Runs of a seed begin with the same weights and see the same batches. What is compared is the mean loss of the
+last steps: the mean over the seeds of the difference to stock BF16 of the same seed, and its standard error.
+"""
+
+import argparse
+import math
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from claims import Claim, print_claims
+from gpu_train import CONSOLE, LAST, Run, baseline_of, load, seed_of
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Figures of two configurations by seed; `spread` is the standard deviation of the baseline's."""
+
+    differences: dict[int, float]
+    spread: float
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.differences.values())
+
+    @property
+    def standard_error(self) -> float:
+        """NaN with one seed, of which nothing can be said."""
+        if len(self.differences) < 2:
+            return math.nan
+        return statistics.stdev(self.differences.values()) / math.sqrt(len(self.differences))
+
+    @property
+    def at_most(self) -> float:
+        """|mean| + 2 standard errors."""
+        return abs(self.mean) + 2 * self.standard_error
+
+
+def paired(ours: Mapping[int, float], stock: Mapping[int, float]) -> Paired:
+    """By the seeds that both have; at least one.
+
+    Raises:
+        ValueError: they have no seed in common.
+    """
+    seeds = sorted(ours.keys() & stock.keys())
+    if not seeds:
+        raise ValueError(f"received seeds {sorted(ours)} and {sorted(stock)}, allowed: at least one of both")
+    spread = statistics.stdev(stock[seed] for seed in seeds) if len(seeds) > 1 else math.nan
+    return Paired({seed: ours[seed] - stock[seed] for seed in seeds}, spread)
+
+
+def last_loss(run: Run, steps: int) -> float:
+    """Mean of the last LAST of so many steps."""
+    return statistics.fmean(run["losses"][:steps][-LAST:])
+
+
+def pairs(runs: list[Run]) -> dict[str, Paired]:
+    """By model and configuration, of runs with FP8 beside stock's of the same seed."""
+    ours: dict[str, dict[int, float]] = {}
+    stock: dict[str, dict[int, float]] = {}
+    for run in runs:
+        beside = baseline_of(run, runs)
+        if run["fp8"] is None or beside is None:
+            continue
+        name, seed = f"{run['model']} {run['config']}", seed_of(run)
+        steps = min(len(run["losses"]), len(beside["losses"]))
+        ours.setdefault(name, {})[seed] = last_loss(run, steps)
+        stock.setdefault(name, {})[seed] = last_loss(beside, steps)
+    return {name: paired(found, stock[name]) for name, found in ours.items()}
+
+
+def print_pairs(found: Mapping[str, Paired]) -> None:
+    table = Table(title="nats from stock BF16 of the same seed")
+    for column in (
+        "",
+        "seeds",
+        "mean",
+        "standard error",
+        "|mean| + 2 errors",
+        "spread of stock's",
+        "by seed",
+    ):
+        table.add_column(column)
+    for name, each in found.items():
+        figures = (each.standard_error, each.at_most, each.spread)
+        by_seed = " ".join(f"{value:+.4f}" for value in each.differences.values())
+        texts = (f"{each.mean:+.4f}", *(f"{value:.4f}" for value in figures), by_seed)
+        table.add_row(name, str(len(each.differences)), *texts)
+    CONSOLE.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="what gpu_train.py wrote")
+    parser.add_argument("--bound", type=float, default=0.02, help="of |mean| + 2 errors; default .02")
+    arguments = parser.parse_args()
+    found = pairs([run for file in arguments.files for run in load(file)])
+    if not found:
+        parser.error("received no run with FP8 that has stock BF16 of its model, ranks and seed beside it")
+    print_pairs(found)
+    text = "{}: |mean difference| + 2 standard errors, nats"
+    print_claims(
+        [Claim.at_most(text.format(name), each.at_most, arguments.bound) for name, each in found.items()],
+        CONSOLE,
+    )
+
+
+if __name__ == "__main__":
+    main()
