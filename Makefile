@@ -38,6 +38,7 @@ support: $(INSTALLED)
 # The site, in site/.
 docs: $(INSTALLED)
 	$(BIN)/python docs/ways.py
+	$(BIN)/python docs/overview.py
 	$(BIN)/mkdocs build --strict
 
 check: $(INSTALLED)

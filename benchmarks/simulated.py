@@ -1,7 +1,7 @@
 """AdamW whose states are rounded as if they had been stored with one scale per tensor, to nearest.
 
 FP8-LM (arXiv 2310.18313) keeps its states so, and shows in Table 6 which of them stand it; Transformer
-Engine's FusedAdam scales a tensor at a time, too. ds_fp8 offers neither, so both are simulated here: the
+Engine's FusedAdam has one scale per tensor, too. ds_fp8 offers neither, so both are simulated here: the
 arithmetic is torch's in FP32, and what it leaves in a state is rounded and decoded in place.
 """
 

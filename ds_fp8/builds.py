@@ -1,4 +1,4 @@
-"""Log what DeepSpeed compiles on its first use: minutes without a word look like a hang.
+"""Log what DeepSpeed compiles on first use: minutes without output look like a hang.
 
 DeepSpeed builds an op when it is first loaded, on a CPU already in `init_distributed`, and all ranks wait for
 the one that builds. What an earlier run has left is loaded without a word, unless that takes so long that it
@@ -49,7 +49,7 @@ def jit_load(original: Method) -> Method:
 
 
 def _name_lock(name: str, since: float) -> None:
-    """Name the lock of a build that has begun before this one and that seems to have been left behind."""
+    """Warn of the lock file of an earlier build that was probably killed."""
     for folder in _folders(name):
         lock = folder / "lock"
         if lock.exists() and lock.stat().st_mtime < since and os.environ.get("LOCAL_RANK", "0") == "0":
@@ -59,7 +59,7 @@ def _name_lock(name: str, since: float) -> None:
 
 
 def _folders(name: str) -> list[Path]:
-    """Where torch builds this op, or may."""
+    """The folders in which torch builds this op or would build it."""
     own = os.environ.get("TORCH_EXTENSIONS_DIR")
     python = f"py{sys.version_info.major}{sys.version_info.minor}"
     root, folders = (own, name) if own else (get_default_build_root(), f"{python}*/{name}")

@@ -28,8 +28,8 @@ def check_version(installed: str) -> None:
         return
     sentence = f"ds_fp8 is tested with deepspeed{SUPPORTED}, installed is {installed}"
     if os.environ.get(OVERRIDE) != "1":
-        raise RuntimeError(f"{sentence}; set {OVERRIDE}=1 to try it all the same")
-    logger.warning("%s; going on because %s=1", sentence, OVERRIDE)
+        raise RuntimeError(f"{sentence}; set {OVERRIDE}=1 to try it anyway")
+    logger.warning("%s; continuing because %s=1", sentence, OVERRIDE)
 
 
 @functools.cache
@@ -195,11 +195,11 @@ AUTOGRAD: tuple[tuple[Any, str], ...] = (
 
 
 def check_autograd(names: tuple[tuple[Any, str], ...] = AUTOGRAD) -> None:
-    """Raise RuntimeError, naming it, if torch lacks something that tells backwards apart."""
+    """Raise RuntimeError, naming it, if torch lacks what `gradients.backwards` calls."""
     for owner, name in names:
         if not callable(getattr(owner, name, None)):
             raise RuntimeError(
-                f"torch {torch.__version__}: ds_fp8 needs its autograd's {name}, which is not there"
+                f"torch {torch.__version__}: ds_fp8 needs autograd's {name}, which is not there"
             )
 
 

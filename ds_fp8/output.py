@@ -1,6 +1,6 @@
-"""What the commands print: tables for eyes, JSON for programs, errors in one line.
+"""Output of the commands: tables for people, JSON for programs, errors in one line.
 
-Into a pipe a table goes without colour and lines.
+In a pipe a table has neither colours nor lines.
 """
 
 import argparse
@@ -26,7 +26,7 @@ class Parser(argparse.ArgumentParser):
     """Errors in one line, without the usage before them."""
 
     def error(self, message: str) -> NoReturn:
-        """Exit; words as long as argparse repeats them are cut."""
+        """Exit with argparse's message; arguments that it repeats are cut to a readable length."""
         self.refuse(re.sub(r"'[^']{200,}'|\S{200,}", lambda typed: cut(typed[0]), message))
 
     def refuse(self, message: str) -> NoReturn:

@@ -170,14 +170,14 @@ class Sweep:
     state: AdamState  # read and written
     gradient: Blocks  # sum over ranks, of the same rows as the state
     weights: Tensor  # [rows, block size] model dtype, written; read if the master is split
-    plan: Any  # what the backend's own `plan` made of the shard's segments
+    plan: Any  # what the backend's `plan` returned for the shard's segments
     scalars: AdamScalars
     control: Tensor  # [2] float32: 1 / world size, loss scale and clip factor in one; 1: step, 0: skip it
     rounding: Rounding
     counts: Tensor | None = None  # `ops.health.StateCounts`, float64, on the weights' device, added to
 
     def __getitem__(self, rows: slice) -> "Sweep":
-        """The same for some of the rows; the plan stays that of all."""
+        """The sweep of some of the rows, with the plan of all rows."""
         return replace(self, state=self.state[rows], gradient=self.gradient[rows], weights=self.weights[rows])
 
     def noise(self, parameter: int, first: int, like: Tensor) -> "Noise":
@@ -205,7 +205,7 @@ def next_clamp(previous: float | None, betas: tuple[float, float]) -> float:
 def plan(
     segments: Sequence[Segment], blocks: int, block_size: int, device: torch.device
 ) -> tuple[Segment, ...]:
-    """What `adam_step` looks up about a shard of `blocks` blocks, made once; here the segments."""
+    """Tables that `adam_step` needs of a shard of `blocks` blocks, made once; here the segments."""
     return tuple(segments)
 
 

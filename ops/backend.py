@@ -29,7 +29,7 @@ class Backend:
 
     name: str
     quantize: Callable[..., None]
-    dequantize: Callable[[blocks.Blocks, Tensor], None]  # no step calls it: for tests of decoding, benchmarks
+    dequantize: Callable[[blocks.Blocks, Tensor], None]  # for tests and benchmarks; no step calls it
     accumulate: Callable[..., Tensor]
     plan: Callable[..., Any]
     adam_step: Callable[[adam.Sweep], None]
@@ -101,7 +101,7 @@ def choose_for_tensors(device: torch.device) -> Backend:
 
 
 def choose_for_host(threads: int) -> Backend:
-    """The backend for states in host memory beside any device, on so many threads.
+    """The backend for states in host memory beside any device, with `threads` threads.
 
     Raises RuntimeError if the C++ kernels cannot be built: the reference is asked for by DS_FP8_BACKEND only.
     """

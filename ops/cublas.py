@@ -90,7 +90,7 @@ def _plan(
     bias: Layout | None,
     alignment: int,
 ) -> Plan:
-    """What is checked is checked once for all products that look alike."""
+    """Each check is made once for all products of the same shapes and strides."""
     (rows, inner), columns, device = left.shape, right.shape[0], left.device
     in_tiles = right_scales.shape[0] != columns
     whole = scale_shape(columns, inner)

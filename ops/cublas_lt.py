@@ -50,7 +50,7 @@ class _Found(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Shape:
-    """What a plan is made for."""
+    """The key of a plan: shapes and formats."""
 
     rows: int  # of the left operand and the product
     columns: int  # rows of the right operand
@@ -188,7 +188,7 @@ def _handle(device: torch.device) -> c_void_p:
 
 
 def _create(create: Callable[..., int], *arguments: object) -> c_void_p:
-    """What a function of cuBLASLt makes and gives through its first argument."""
+    """The object that a function of cuBLASLt creates and returns through its first argument."""
     made = c_void_p()
     _check(create(byref(made), *arguments), getattr(create, "__name__", "create"))
     return made

@@ -14,7 +14,7 @@ from ds_fp8.ops.formats import Format
 
 @dataclass(frozen=True)
 class GradientCounts:
-    """What `ops.blocks.quantize` adds to a vector, in this order.
+    """The counts that `ops.blocks.quantize` adds to a vector, in this order.
 
     A block with inf or NaN counts in `not_finite` only.
     """
@@ -28,7 +28,7 @@ class GradientCounts:
 
 @dataclass(frozen=True)
 class StateCounts:
-    """What `ops.adam.adam_step` adds to a vector, in this order."""
+    """The counts that `ops.adam.adam_step` adds to a vector, in this order."""
 
     clamped: float  # exp_avg beyond exact Adam's bound
     underflows: float  # non-zero exp_avg whose code is zero

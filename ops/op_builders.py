@@ -14,7 +14,7 @@ from ds_fp8.ops.cpu import build
 
 
 class FP8OpBuilder(OpBuilder):
-    """What both builders share."""
+    """The common part of both builders."""
 
     NAME: str
     _obstacle: Callable[[], str | None]
@@ -27,7 +27,7 @@ class FP8OpBuilder(OpBuilder):
         return f"ds_fp8.ops.{self.NAME}"
 
     def is_compatible(self, verbose: bool = False) -> bool:
-        """Whether the kernels run on this machine; `error_log` then says why not."""
+        """Whether the kernels run on this machine; if not, `error_log` has the reason."""
         self.error_log = type(self)._obstacle()
         if verbose and self.error_log:
             self.warning(self.error_log)

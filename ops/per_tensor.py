@@ -65,7 +65,7 @@ def adam_step(sweep: Sweep) -> None:
 
 
 def _step_tensor(rows: Sweep, parameter: int) -> None:
-    """The rows of one tensor."""
+    """The rows of a segment, which is one tensor."""
     values, state = update(rows).as_one_row(), rows.state
     with (
         OneBlock(state.master) as master,

@@ -1,4 +1,4 @@
-"""Chooses who casts operands of products and who works on their weights, and how products are multiplied.
+"""Chooses the implementations that cast operands of products, encode their weights, and multiply.
 
 The device decides, as for `ops.backend`, and DS_FP8_BACKEND overrides it: Triton on a GPU; on a CPU C++ for
 the weights, which offload needs, and the reference for what only tests of training run there.

@@ -30,12 +30,12 @@ from ds_fp8.ops.blocks import power_of_two, scale_down, scale_exponents
 from ds_fp8.ops.formats import E4M3
 
 TILE = 128  # elements of a scale along each direction that has one
-TOKENS = 16  # a product takes a multiple of so many
-GROUP = 4  # cuBLAS reads the scales of tiles in groups of so many along the inner dimension
+TOKENS = 16  # sides of a product are multiples of this
+GROUP = 4  # tiles along the inner dimension per group of scales, as cuBLAS reads them
 
 
 def tiles(length: int) -> int:
-    """Tiles along a side of so many elements."""
+    """Number of tiles along a side of `length` elements."""
     return -(-length // TILE)
 
 
@@ -61,7 +61,7 @@ class Operand:
 
 @dataclass(frozen=True)
 class CastInput:
-    """x for the forward, and for wgrad if somebody wants it."""
+    """x cast for the forward, and for wgrad if it is needed."""
 
     forward: Operand  # [padded tokens, K], a scale per token and 128 features
     wgrad: Operand | None  # [K, padded tokens], in tiles
@@ -160,7 +160,7 @@ def expand_exponents(exponents: Tensor, scales: Tensor) -> None:
 
 
 def scale_shape(rows: int, inner: int) -> tuple[int, int]:
-    """Of the scales of an operand in tiles: cuBLAS reads groups of them, and the last is filled up with 1."""
+    """Shape of the scales of an operand in tiles: cuBLAS reads groups of them; the last is padded with 1."""
     return tiles(rows), -(-tiles(inner) // GROUP) * GROUP
 
 

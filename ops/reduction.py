@@ -1,7 +1,7 @@
 """The sum of the ranks' gradients, and what a step needs of it: parts of its norm, which add up over ranks.
 
 Each rank rounds its own gradient once; the owner decodes and adds in FP32, in rank order, so that
-the result does not depend on who arrives first. An FP8 sum inside the collective would round
+the result does not depend on the order of arrival. An FP8 sum inside the collective would round
 again at every hop.
 """
 

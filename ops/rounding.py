@@ -85,7 +85,7 @@ class Rounding:
         return stream(self.seed, step, state, self.spread)
 
     def multiplier(self, step: int) -> int:
-        """What the mixer multiplies with last at a step."""
+        """The mixer's last multiplier at a step."""
         return multiplier(step) if self.spread else MULTIPLIERS[1]
 
 

@@ -75,8 +75,8 @@ FAULTS = (
     Fault(
         "each backward begins anew",
         "zero_fp8/gradients/reducer.py",
-        '"""A backward begins: buckets may leave."""\n',
-        '"""A backward begins: buckets may leave."""\n        self.drop()\n',
+        '"""Called when a backward begins: buckets may be sent."""\n',
+        '"""Called when a backward begins: buckets may be sent."""\n        self.drop()\n',
         ADD_UP,
     ),
     Fault(
@@ -780,6 +780,21 @@ FAULTS = (
         "piece.first_element + (each.start - piece.rows.start) * self.block_size,",
         "piece.first_element,",
         "test_offload.py same_bits",
+    ),
+    # Pairs of features
+    Fault(
+        "ZeRO 3 takes the mean over sequences",
+        "zero_fp8/wiring.py",
+        "return fleet.size if settings.stage == 3 else fleet",
+        "return fleet",
+        "test_pairs.py works ALST",
+    ),
+    Fault(
+        "two hops pass beside AutoTP",
+        "ds_fp8/config/ds_config.py",
+        "if config.gradients.intra_node_size not in (None, 1):",
+        "if False:",
+        "test_pairs.py refused AutoTP",
     ),
 )
 

@@ -162,7 +162,7 @@ def tensor_sum(which: str) -> Launch:
 
 
 def of_tensors() -> dict[str, Launch]:
-    """One scale a tensor: a sweep that measures, a sweep that writes."""
+    """One scale per tensor: a sweep that measures, a sweep that writes."""
     values, amax = vector(torch.bfloat16), torch.empty((), dtype=torch.int32, device=META)
     measure = partial(blocks_triton.largest_magnitude, values, BLOCKS, BLOCK)
     write = partial(blocks_triton.launch_quantize, values, blocks_of(E4M3), amax, None)

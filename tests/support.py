@@ -529,7 +529,7 @@ PROVED_ELSEWHERE = {
         "test_tensor_scaling.py::test_3_to_2_to_1_to_3_ranks"
     ),
     "fp8.gradients.autoscale: mu in checkpoints": "test_fp8_sum.py::test_mu_is_saved_and_restored_exactly",
-    "O3: describe, the log line and the report say what is FP8 and why the rest is not": (
+    "O3: describe and the report say what is FP8 and why the rest is not": (
         "test_fp8_weights.py::test_describe_and_the_banner"
     ),
     "fp8.weights.frozen e4m3: LoRA over an FP8 base": (
@@ -585,6 +585,10 @@ PROVED_ELSEWHERE = {
     ),
     "engine.offload_states, reload_states": ("test_offload.py::test_states_go_to_host_memory_and_come_back"),
     "ranks that disagree get an error that says so": "test_agreement.py::test_disagreement_is_told",
+    "pairs of stage, level, offload, LoRA, ALST, AutoTP, scaling, hops, compile, checkpointing, autocast": (
+        "test_pairs.py::test_works"
+    ),
+    "a resume across stages, levels and offload, and back": "test_pairs.py::test_resumes_across_features",
 }
 
 # The same under ZeRO 3.
@@ -622,6 +626,7 @@ PROVED_UNDER_3 = {
     "ZeRO 3, fp8.weights.frozen e4m3: load_checkpoint, values to the bit": (
         f"{O3_UNDER_3}::test_a_checkpoint_has_the_base"
     ),
+    "ZeRO 3: every pair that is not refused": "test_pairs.py::test_works",
 }
 
 # Keys of a ds_config, and the message that refuses them.

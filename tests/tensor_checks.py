@@ -1,4 +1,4 @@
-"""One scale a tensor: kernels beside the reference, for the tests of Triton and C++ both."""
+"""One scale per tensor: kernels beside the reference, for the tests of Triton and C++ both."""
 
 import random
 from dataclasses import replace

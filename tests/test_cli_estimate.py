@@ -584,10 +584,15 @@ class TestAbsurdSizes:
             ds_fp8.estimate_zero1_model_states_mem_needs_all_cold(7, 10**9)
 
 
-DOCS = (Path(__file__).parents[1] / "docs" / "command_line.md").read_text()
+DOCS = Path(__file__).parents[1] / "docs"
+SHOWN = [
+    block
+    for page in ("command_line.md", "memory.md")
+    for block in re.findall(r"```console\n\$ ds_fp8 (.*?)```", (DOCS / page).read_text(), re.DOTALL)
+]
 
 
-@pytest.mark.parametrize("block", re.findall(r"```console\n\$ ds_fp8 (.*?)```", DOCS, re.DOTALL))
+@pytest.mark.parametrize("block", SHOWN, ids=lambda block: block.splitlines()[0])
 def test_the_documentation_shows_what_is_printed(block: str, capsys: pytest.CaptureFixture[str]) -> None:
     command, *lines = block.splitlines()
     assert [line.rstrip() for line in output(capsys, *command.split()).splitlines()] == lines

@@ -255,7 +255,7 @@ class TestConfig:
         assert (run["zero_stage"], run["overlap_comm"], run["reduced_gradient"]) == (3, True, "fp32")
         assert (run["param_persistence_threshold"], run["wire_bytes_per_fetched_element"]) == (640, itemsize)
         assert run["without_effect"] == [
-            "zero_optimization.sub_group_size (the step goes from bucket to bucket)"
+            "zero_optimization.sub_group_size (the step processes one bucket at a time)"
         ]
         told = output(capsys, "report", "--config", path)
         assert re.search(rf"wire bytes per fetched element +{'2.0000' if itemsize else '-'}", told)

@@ -636,7 +636,7 @@ REFUSED_IN_ZERO_3 = [  # field, value, a part of what is allowed
     ("zero_hpz_partition_size", 8, "fp8.gradients.intra_node_size"),
     ("zero_quantized_weights", True, "weights travel in the model's dtype"),
     ("zero_quantized_nontrainable_weights", True, "weights travel in the model's dtype"),
-    ("zero_quantized_gradients", True, "is fp8.gradients.dtype"),
+    ("zero_quantized_gradients", True, "is replaced by fp8.gradients.dtype"),
     ("mics_shard_size", 2, "-1"),
     ("mics_hierarchical_params_gather", True, "false"),
     ("zeropp_loco_param", {"err_beta": 0.8}, "null"),
@@ -725,7 +725,7 @@ HARMLESS: list[dict[str, Any]] = [
 # As people have them, with what rank 0 then says.
 IDLE: list[tuple[dict[str, Any], str]] = [
     ({"disable_allgather": True}, "disable_allgather (DeepSpeed's ZeRO does not read it)"),
-    ({"data_parallel_size": 8}, "data_parallel_size (the number of ranks says it)"),
+    ({"data_parallel_size": 8}, "data_parallel_size (it follows from the number of ranks)"),
     ({"comms_config": {"verbose": False}}, "comms_config (DeepSpeed does not read it)"),
     ({"monitor_config": {"enabled": True}}, "monitor_config (DeepSpeed does not read it)"),
     (
@@ -817,7 +817,7 @@ class TestRestOfTheConfig:
     def test_a_template_for_zero_3(self) -> None:
         assert ds_config.check({"zero_optimization": ZERO_3}) == [
             "zero_optimization.contiguous_gradients (gradients are packed into the message that travels)",
-            "zero_optimization.sub_group_size (the step goes from bucket to bucket)",
+            "zero_optimization.sub_group_size (the step processes one bucket at a time)",
         ]
 
     @pytest.mark.parametrize("stage", [1, 2])
@@ -893,7 +893,7 @@ class TestRestOfTheConfig:
             }
         )
         assert idle == [
-            "aio (states go to no file)",
+            "aio (states are not written to files)",
             "zero_optimization.reduce_scatter (gradients go to their owners by all-to-all)",
             "zero_optimization.allgather_partitions (weights are gathered one bucket at a time)",
             "bf16.immediate_grad_update (a key of DeepSpeed's BF16 optimizer)",

@@ -1,4 +1,4 @@
-"""One scale a tensor in C++: the reference's bits, on any threads and instruction set."""
+"""One scale per tensor in C++: the reference's bits, on any threads and instruction set."""
 
 from dataclasses import replace
 

@@ -3,9 +3,11 @@
 import ast
 import dataclasses
 import functools
+import inspect
 import json
 import re
 import shlex
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,7 +17,11 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
+import ds_fp8
 from ds_fp8.config.section import FP8Config
+from ds_fp8.estimate.methods import STOCK, largest, levels
+from ds_fp8.estimate.runs import model_of_size, run_at_defaults
+from ds_fp8.zero_fp8.recipe import Offload
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]
@@ -136,3 +142,123 @@ def test_links_between_files(page: Path) -> None:
     """mkdocs does not see the README, nor what lies outside docs/."""
     for target in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", page.read_text()):
         assert (page.parent / target).exists(), f"{page.name}: no {target}"
+
+
+README = ROOT / "README.md"
+GPU = ROOT / "benchmarks" / "gpu"
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.read_text().split()) <= 900
+
+
+def figures(file: str, config: str) -> tuple[str, str]:
+    """Milliseconds per step and peak GB of the runs of one config, as the README writes them."""
+    found = json.loads((GPU / f"{file}.json").read_text())
+    runs = [each for each in found.get("runs", [found]) if each.get("config", config) == config]
+    times = [ms for each in runs for ms in each.get("milliseconds") or [each["milliseconds_a_step"]]]
+    time, peak = statistics.median(times), max(each["peak_bytes_allocated"] for each in runs) / 10**9
+    return f"{time:,.0f}" if time > 1000 else f"{time:.1f}", f"{peak:.1f}"
+
+
+@pytest.mark.parametrize(
+    ("row", "stock", "ours"),
+    [
+        ("GPT-1.3B, `O2+`, ZeRO 2, two H100s", ("train_h100", "bf16"), ("train_h100", "o2plus")),
+        (
+            "Llama 7B, `O2+`, ZeRO 3, two H100s",
+            ("zero3_llama_h100", "zero3_bf16_torch"),
+            ("zero3_llama_h100", "zero3_o2plus"),
+        ),
+        (
+            "Llama 1.3B, `O3`, compiled, one H100",
+            ("o3_llama_h100", "bf16_torch"),
+            ("o3_llama_h100", "o3"),
+        ),
+        (
+            "GPT-125M, `O2`, one H100, 3,000 steps",
+            ("125M_bf16_beta2_999_h100", ""),
+            ("125M_o2_beta2_999_h100", ""),
+        ),
+    ],
+)
+def test_results_of_the_readme_are_committed_figures(
+    row: str, stock: tuple[str, str], ours: tuple[str, str]
+) -> None:
+    (time, peak), (our_time, our_peak) = figures(*stock), figures(*ours)
+    assert f"| {row} | {time}, {our_time} | {peak}, {our_peak} |" in README.read_text()
+
+
+PYTHON = [
+    (page, block)
+    for page in ("README.md", "docs/fp8adamw.md")
+    for block in re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+]
+
+
+@pytest.mark.parametrize(("page", "block"), PYTHON, ids=[page for page, _ in PYTHON])
+def test_python_runs_as_it_stands(page: str, block: str) -> None:
+    """And the optimizer that it makes takes a step."""
+    names: dict[str, Any] = {}
+    exec(compile(block, page, "exec"), names)
+    model, optimizer = names["model"], names["optimizer"]
+    before = model.weight.detach().clone()
+    model(before[:1]).square().sum().backward()
+    optimizer.step()
+    assert not model.weight.equal(before)
+
+
+RATE = re.compile(
+    r"\b(bytes|steps?|ms|launch|scales?|rows?|figures?)(?: |\n[ #]*)an?(?: |\n[ #]*)"
+    r"(parameter|element|step|rank|block|bucket|tensor|GPU|layer)\b"
+)
+WRITTEN = (
+    "ds_fp8",
+    "ops",
+    "zero_fp8",
+    "docs",
+    "tests",
+    "benchmarks",
+    "examples",
+)  # ds_fp8 links the next two
+
+
+def test_rates_are_written_with_per() -> None:
+    """ "bytes per parameter": the same words with "a" are read as something else."""
+    found = [
+        f"{file.relative_to(ROOT)}: {match[0]}"
+        for folder in WRITTEN
+        for file in sorted((ROOT / folder).rglob("*"))
+        if file.suffix in {".py", ".md", ".cpp", ".h"}
+        for match in RATE.finditer(file.read_text())
+    ]
+    assert found == []
+
+
+@pytest.mark.parametrize("name", ds_fp8.__all__)
+def test_public_names_have_a_whole_docstring(name: str) -> None:
+    """What goes in, what comes out, what is raised: a tooltip has it."""
+    exported = getattr(ds_fp8, name)
+    text = inspect.getdoc(exported) or ""
+    signature = inspect.signature(exported)
+    if signature.parameters:
+        assert "Args:" in text
+    if inspect.isfunction(exported) and signature.return_annotation not in (None, "None"):
+        assert "Returns:" in text
+    assert "Raises" in text or name == "is_active"
+
+
+def test_the_number_of_the_readme_is_the_estimate() -> None:
+    """What one 80 GB GPU holds, and bytes per parameter without buffers."""
+    here, away, run = levels(), levels(Offload("stream")), run_at_defaults(1, 2)
+    stock, o2plus, offloaded = (
+        f"{largest(method, run, 80 * 10**9) / 10**9:.3g}" for method in (STOCK, here["O2+"], away["O2+"])
+    )
+    text = " ".join(README.read_text().split())
+    assert f"{float(stock):.1f} billion parameters with stock DeepSpeed, {o2plus} billion at `O2+`" in text
+    assert f"and {float(offloaded):.0f} billion with states in host memory" in text
+    model = model_of_size(10**11, run)
+    held = [method.held(model, run) for method in (STOCK, here["O2+"], here["O3"])]
+    rates = [(each.weights + each.states + each.gradients) / model.parameters for each in held]
+    assert [round(rate) for rate in rates] == [16, 7, 6]
+    assert "16 bytes per parameter with BF16, 7 at `O2+`, 6 at `O3`" in text

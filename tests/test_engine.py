@@ -26,6 +26,7 @@ from train_lm import ByteGPT
 
 import ds_fp8
 from ds_fp8.estimate import memory
+from ds_fp8.seam import status
 from ds_fp8.zero_fp8.handlers.common import FP8ZeROOptimizer
 
 HYPER = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
@@ -178,6 +179,23 @@ def test_banner_and_description(ranks: RankPools) -> None:
     assert "does not use ds_fp8" in facts
 
 
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"opt_level": "O3", "products": "cublas", "offload": "stream"},
+        {"opt_level": "O3", "products": "decoded", "offload": "host"},
+        {"opt_level": "O2+", "model_parallel_size": 8, "offload": "stream"},
+    ],
+    ids=str,
+)
+def test_the_banner_fits_a_terminal(facts: dict[str, Any]) -> None:
+    about = {"version": ds_fp8.__version__, "zero_stage": 3, "world_size": 1024, "model_parallel_size": 1}
+    held = {"state_bytes_per_parameter": 5.02, "gradient_bytes_per_parameter": 4.0, "kernels": "triton"}
+    line = status.banner({**about, **held, **facts})
+    assert len(f"[ds_fp8] {line}") <= 120
+    assert "9.02 bytes per parameter, offload" in line
+
+
 def test_keys_without_effect_are_named(ranks: RankPools) -> None:
     config = ds_config({})
     config["zero_optimization"]["contiguous_gradients"] = True
@@ -186,7 +204,7 @@ def test_keys_without_effect_are_named(ranks: RankPools) -> None:
 
 
 def micro_steps_beyond_the_config(accum_dtype: str | None) -> tuple[str, list[str]]:
-    """Two micro-steps a step where the config says one, as Hugging Face does it."""
+    """Two micro-steps per step where the config says one, as Hugging Face does it."""
     section = {"gradients": {"accum_dtype": accum_dtype}} if accum_dtype else {}
     lines, logger = Lines(), logging.getLogger("ds_fp8")
     logger.addHandler(lines)

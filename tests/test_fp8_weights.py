@@ -20,6 +20,7 @@ from train_lm import ByteGPT
 
 import ds_fp8
 from ds_fp8.zero_fp8.products.fp8_parameter import FP8Parameter
+from ds_fp8.zero_fp8.weights.code_views import CodeViews
 
 O3 = {"opt_level": "O3", "weights": {"min_elements": 256, "exclude": ["blocks.1.*"]}}
 
@@ -53,16 +54,15 @@ def test_describe_and_the_banner(ranks: RankPools) -> None:
     assert (about["products"], about["products_instead"]) == ("emulated", None)
     (banner,) = [line for line in lines if ": ON, O3" in line]
     assert "\n" not in banner
-    share = about["fp8_elements"] / sum(each.numel() for each in ByteGPT(SMALL).parameters())
-    assert f"weights: {len(coded)} matrices in e4m3, {share:.1%} of the parameters" in banner
-    assert "products emulated |" in banner
+    assert about["fp8_share"] == about["fp8_elements"] / sum(x.numel() for x in ByteGPT(SMALL).parameters())
+    assert "products emulated, kernels" in banner
 
 
 def test_why_products_are_not_fp8_is_told(ranks: RankPools) -> None:
     about, lines, _ = ranks.run(1, told, None, O3)[0]
     assert about["products"] == "decoded"
     assert about["products_instead"]
-    assert any(f"products decoded ({about['products_instead']})" in line for line in lines)
+    assert any(f"products decoded: {about['products_instead']}" in line for line in lines)
     about, lines, _ = ranks.run(1, told, None, {**O3, "products": {"dtype": "bf16"}})[0]
     assert (about["products"], about["products_instead"]) == ("decoded", None)
 
@@ -170,3 +170,31 @@ def test_an_optimizer_of_its_own_has_no_fp8_weights() -> None:
     for fp8, key in (({"opt_level": "O3"}, "opt_level"), ({"weights": {"dtype": "e4m3"}}, "weights.dtype")):
         with pytest.raises(ValueError, match=re.escape(f"fp8.{key}: received ")):
             ds_fp8.FP8AdamW([parameter], fp8=fp8)
+
+
+def bytes_at_gathers() -> tuple[list[int], list[int]]:
+    """Of a model's matrices at each of the first gathers, BF16 and codes; and of each bucket's codes."""
+    stores: list[CodeViews] = []
+    found, codes = [], []
+    make, gather = CodeViews.__init__, CodeViews.gather
+
+    def made(self: CodeViews, *given: Any) -> None:
+        make(self, *given)
+        stores.append(self)
+
+    def counted(self: CodeViews, nodes: Any) -> Any:
+        matrices = [each._parameters[slot.parameter] for each in stores for slot in each._bucket.slots]
+        plain = sum(each.nbytes for each in matrices if not isinstance(each, FP8Parameter))
+        found.append(plain + sum(each._buffer.untyped_storage().nbytes() for each in stores))
+        codes.append(self._buffer.nbytes)
+        return gather(self, nodes)
+
+    with patch.object(CodeViews, "__init__", made), patch.object(CodeViews, "gather", counted):
+        build(ds_config(O3, bucket=1000), ByteGPT(SMALL)).destroy()
+    return found, codes
+
+
+def test_beside_bf16_weights_there_is_one_bucket_of_codes_at_first(ranks: RankPools) -> None:
+    ((found, codes),) = ranks.run(1, bytes_at_gathers)
+    assert len(found) > 2
+    assert found == [2 * sum(codes[number:]) + sum(codes[: number + 1]) for number in range(len(codes))]

@@ -15,7 +15,7 @@ HOMES = {"ds_fp8": ROOT / "ds_fp8", "ds_fp8.ops": ROOT / "ops", "ds_fp8.zero_fp8
 # after the next "|". "." is the room's package itself.
 ROOMS = (
     ("ds_fp8", "__main__ hf"),
-    ("ds_fp8.cli", "__main__ | . | checkpoints configs estimate report"),
+    ("ds_fp8.cli", "__main__ | . | checkpoints configs estimate report | fits"),
     (
         "ds_fp8.seam",
         "registration | loading saving | engine load_checks | "

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -90,11 +89,11 @@ def test_keys_without_effect_are_named() -> None:
     zero = {"stage": 2, "offload_optimizer": section, "cpu_offload_use_pin_memory": True}
     idle = ds_config.check({"zero_optimization": zero, "aio": {"block_size": 1}, "fp8": {"enabled": True}})
     assert [each.removeprefix("zero_optimization.") for each in idle] == [
-        "aio (states go to no file)",
+        "aio (states are not written to files)",
         "cpu_offload_use_pin_memory (is offload_optimizer.pin_memory in DeepSpeed)",
         "offload_optimizer.buffer_count (three chunks of states are on the device at a time)",
-        "offload_optimizer.pipeline_read (states always come and go while others are swept)",
-        "offload_optimizer.nvme_path (states go to no file)",
+        "offload_optimizer.pipeline_read (states always travel while others are swept)",
+        "offload_optimizer.nvme_path (states are not written to files)",
     ]
 
 
@@ -229,7 +228,7 @@ def train_with_hugging_face(folder: str, away: bool, optimizer: bool) -> dict[st
     compiled = patch(f"{CPU_ADAM}.load", side_effect=AssertionError("cpu_adam is compiled"))
     with compiled, logged() as log:
         found = hf_train(folder, config, {"max_steps": 3, "logging_steps": 1})
-    assert away is any("states offloaded" in line for line in log)
+    assert away is any("offload, kernels" in line for line in log)
     return found
 
 
@@ -255,8 +254,7 @@ def test_the_banner_says_where_states_are(ranks: RankPools) -> None:
     away, plain = (
         ranks.run(1, banner_of, config_of("O2+", 2, 1, each), seconds=SECONDS)[0] for each in ({}, None)
     )
-    where = r"states offloaded, executor stream: 0\.1\d MiB of host memory per rank, pageable, 0\.\d\d MiB"
-    assert re.search(where, away)
+    assert "bytes per parameter, offload, kernels" in away
     assert "offload" not in plain
 
 

@@ -142,7 +142,7 @@ class TestMetadata:
         relative = [each for each in TARGET.findall((ROOT / "README.md").read_text()) if "://" not in each]
         assert len(relative) > 10
         assert all(each.startswith("https://") for each in targets)
-        assert f"[docs/quickstart.md]({self.urls(metadata)['Homepage']}{ds_fp8.__version__}/#files)" in text
+        assert f"[Quickstart]({self.urls(metadata)['Homepage']}{ds_fp8.__version__}/#files)" in text
         (sdist,) = release.glob("*.tar.gz")
         with tarfile.open(sdist) as archive:
             held = {each.partition("/")[2] for each in archive.getnames()}

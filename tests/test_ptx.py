@@ -23,7 +23,7 @@ import pytest
 import ds_fp8
 
 BLOCK = 128
-SCALE = 1 / BLOCK  # bytes an element
+SCALE = 1 / BLOCK  # bytes per element
 WORD = 16  # bytes a thread moves at once
 FUSED = "fma.rn.f32"
 TO_E4M3 = "cvt.rn.satfinite.e4m3x2.f32"
@@ -38,7 +38,7 @@ class Design:
     stores: float
     fused: int = 0  # multiply-adds that the source asks for
     e4m3: int = 0  # values stored in E4M3
-    vector: int = 0  # bytes an element of a tensor that may end inside a block
+    vector: int = 0  # bytes per element of a tensor that may end inside a block
     draws: int = 0  # states that are rounded stochastically
 
 
@@ -71,7 +71,7 @@ DESIGN = {
         fused=SQUARE_ROOT_AND_QUOTIENT + MOMENTS,
         draws=1,
     ),
-    # one scale a tensor: what measures only reads
+    # one scale per tensor: what measures only reads
     "largest of a tensor": Design(2, 0, vector=2),
     "quantize a tensor": Design(2, 1 + SCALE, e4m3=1, vector=2),
     "sum of a tensor measures": Design(2 * (1 + SCALE), 0, fused=1),
@@ -221,7 +221,7 @@ def test_bytes_per_element(kernels: Kernels, name: str) -> None:
     assert walk.tiles(walk.touched, "st") == design.stores * kernel.elements, traffic(kernels)
     for tensor, asked in walk.asked.items():
         if not tensor.endswith("scales") and tensor.split()[1] not in SMALL:
-            assert asked == walk.touched[tensor], f"{tensor}: {asked / kernel.elements} bytes an element"
+            assert asked == walk.touched[tensor], f"{tensor}: {asked / kernel.elements} bytes per element"
 
 
 @each_name

@@ -136,7 +136,7 @@ def part_and_save(folder: str) -> list[str]:
 
 def test_a_save_names_what_has_parted(ranks: RankPools, tmp_path: Path) -> None:
     first, second = ranks.run(2, part_and_save, str(tmp_path), seconds=SECONDS)
-    assert "other values of what they should hold alike: blocks.1.norm.weight; each" in first[0]
+    assert "model-parallel ranks should hold alike differ: blocks.1.norm.weight; each" in first[0]
     assert not second
 
 

@@ -1,4 +1,4 @@
-"""One scale a tensor: its arithmetic, its states at any world size, and what it refuses."""
+"""One scale per tensor: its arithmetic, its states at any world size, and what it refuses."""
 
 from itertools import accumulate
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""One scale a tensor as Triton kernels: the reference's bits."""
+"""One scale per tensor as Triton kernels: the reference's bits."""
 
 from dataclasses import replace
 from itertools import cycle

@@ -1,7 +1,7 @@
-"""Health of a run: what rounding did to gradients and states, on the steps that are measured.
+"""Health of a run: errors of rounding in gradients and states, on measured steps.
 
 The ops count while the values are at hand (`ops.health`), a param group at a time; one all-reduce then adds
-the counts over the ranks. Every other step launches what it would without.
+the counts over the ranks. Other steps launch nothing for it.
 """
 
 import math
@@ -20,9 +20,9 @@ Listener = Callable[[Mapping[str, Any]], None]
 
 
 class Counts:
-    """What has been counted of one param group since the last step, on this rank.
+    """Counts of one param group since the last step, on this rank.
 
-    Without a device nothing ever is, and nothing is allocated.
+    Without a device nothing is counted or allocated.
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
@@ -43,7 +43,7 @@ class Counts:
         return self._state if self.measuring else None
 
     def forget(self) -> None:
-        """The gradients that were counted have been dropped, and with them the step."""
+        """Reset: the gradients that were counted have been dropped."""
         self._elements[0] = 0
         if self.measuring:
             self._gradient.zero_()
@@ -62,7 +62,7 @@ class Counts:
 
 
 class Health:
-    """The counts of all param groups, and what they come to."""
+    """Counts of all param groups, and the figures made of them."""
 
     def __init__(
         self,
@@ -94,7 +94,7 @@ class Health:
         self._products.measure(measuring)
 
     def forget(self) -> None:
-        """The gradients that were counted have been dropped."""
+        """Reset: the counted gradients have been dropped."""
         for each in self.counts:
             each.forget()
         self._products.forget()
@@ -108,9 +108,9 @@ class Health:
     def collect(
         self, step: int, *, stepped: bool, ranks: Ranks, more: Callable[[], dict[str, float]]
     ) -> None:
-        """Add up a step over the ranks, if it was measured, and tell the listeners.
+        """Add up a measured step over the ranks and call the listeners.
 
-        stepped: whether it changed the states. more: what else there is to say of a step that was taken.
+        stepped: whether the step was taken. more: further figures of a step that was taken.
         """
         if not self.counts[0].measuring:
             return

@@ -29,7 +29,7 @@ class Parts:
     fleets: Mapping[Fleet, Nodes]
     weights: Sequence[Weights]
     reduced: list[ReducedGradient]
-    counted: Sequence[bool]  # of each bucket, whether this rank counts it: a model-parallel peer may
+    counted: Sequence[bool]  # per bucket: whether this rank counts it, or a model-parallel peer
     shards: list[Shard]
     packer: Packer
     reducer: GradientReducer
@@ -38,9 +38,9 @@ class Parts:
     backend: Backend
     offloaded: Offloaded  # where states live, unless they are moved
     listens: bool  # gradients travel while backward runs
-    divisor: int  # of the sum of the ranks' gradients
+    divisor: int  # by which the sum of the ranks' gradients is divided
     frozen: FrozenWeights | FrozenSlices  # those that are codes
-    products: Products | None = None  # of matrices that are codes, if there are some
+    products: Products | None = None  # of FP8 matrices, if there are any
 
     @property
     def nbytes(self) -> int:
@@ -49,7 +49,7 @@ class Parts:
 
     @property
     def residence(self) -> Residence:
-        """Of the states, unless they are moved."""
+        """Where the states live, unless they are moved."""
         return self.offloaded.residence
 
     @property
@@ -70,5 +70,5 @@ class Parts:
         return self.fleets[bucket.fleet]
 
     def by_bucket(self) -> Iterator[tuple[Bucket, ReducedGradient, Shard, Weights]]:
-        """What there is of each bucket."""
+        """The parts of one bucket."""
         return zip(self.buckets, self.reduced, self.shards, self.weights, strict=True)

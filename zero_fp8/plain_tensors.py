@@ -1,7 +1,7 @@
 """Whether the bytes of a tensor may be reached through a pointer.
 
 A kernel is given an address and sizes, and writes. A sharded or wrapped tensor has no such address, a sparse
-one has several, and a view can promise more than its storage holds: each is told apart here, by words that
+one has several, and a view can exceed its storage. Each case is recognised here and described by words that
 an error can say. Neither values nor the device are asked, so a GPU is not waited for.
 """
 
@@ -43,7 +43,7 @@ def check_gradient(name: str, parameter: Tensor, dtypes: tuple[torch.dtype, ...]
 
 
 def flaw_of(tensor: Tensor) -> str | None:
-    """What forbids a pointer into a tensor, as "received ..." goes on; None if nothing does."""
+    """The flaw that forbids a pointer into this tensor, as words after "received"; None if there is none."""
     kind = kind_of(tensor)
     if kind is not None:
         return kind
@@ -58,7 +58,7 @@ def flaw_of(tensor: Tensor) -> str | None:
 
 
 def kind_of(tensor: Tensor) -> str | None:
-    """What a tensor is if it is not a strided one with a storage of its own, such as "a DTensor"."""
+    """The kind of a tensor without a strided storage of its own, such as "a DTensor"; else None."""
     if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         return f"a {type(tensor).__name__}"
     if tensor.is_nested:
@@ -86,7 +86,7 @@ def _overlaps(tensor: Tensor) -> bool:
 
 
 def _bytes_reached(tensor: Tensor) -> int:
-    """Of the storage, from its beginning to the end of the view."""
+    """Bytes of the storage from its beginning to the end of the view."""
     count = tensor.numel()
     if count and not tensor.is_contiguous():
         count = 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))

@@ -1,8 +1,8 @@
 """Health of FP8 products: what casting did to x, dy and w of each matrix, on the steps that are measured.
 
-On such a step a matrix has counts, to which products and the encoding of its codes add; on every other it has
-none, and nobody asks further. Counted in plain PyTorch on the device, nothing waits. Elements of a block with
-inf or NaN do not count.
+On such a step a matrix has counts, to which products and the encoding of its codes add; on every other it
+has none, and nothing is computed. Counting is plain PyTorch on the device; nothing waits. Elements of a block
+with inf or NaN do not count.
 
 A compiled graph is one for many matrices and for all steps. So its ops ask when they run (`IN_GRAPHS`), and
 find the matrix by the addresses of the exponents or scales that they are given.
@@ -36,7 +36,7 @@ Shares = dict[str, float]
 
 
 class ProductCounts:
-    """Of one matrix."""
+    """The counts of one matrix."""
 
     def __init__(self, counts: Tensor) -> None:
         """counts: [operands, sums and extremes] float64, added to."""
@@ -65,7 +65,7 @@ class ProductCounts:
 
 
 class Measured(Protocol):
-    """What has counts on measured steps."""
+    """A matrix that has counts on measured steps."""
 
     name: str
     counts: ProductCounts | None
@@ -136,7 +136,7 @@ IN_GRAPHS = InGraphs()
 
 
 class ProductHealth:
-    """The counts of all matrices, and what they come to."""
+    """Counts of all matrices, and the figures made of them."""
 
     def __init__(self, matrices: Sequence[Measured], device: torch.device) -> None:
         """Without matrices nothing is allocated."""
@@ -158,7 +158,7 @@ class ProductHealth:
             IN_GRAPHS.leave(self._matrices)
 
     def forget(self) -> None:
-        """What has been counted of the step was dropped."""
+        """Reset: the counted gradients have been dropped."""
         if self._measuring:
             self._counts.copy_(self._nothing)
 
@@ -204,7 +204,7 @@ def _of_rows(values: Tensor, cast: Operand) -> tuple[Tensor, Tensor]:
 
 
 def _extremes(scales: Tensor, live: Tensor) -> Tensor:
-    """Of the scales of what is finite and not all zeros."""
+    """Extremes of the scales of blocks that are finite and not all zeros."""
     largest, smallest = torch.where(live, scales, 0.0), torch.where(live, -scales, -math.inf)
     return torch.stack([largest.amax(), smallest.amax()])
 

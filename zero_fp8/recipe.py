@@ -35,17 +35,17 @@ class Recipe:
 
     @property
     def gradient_scale_bytes(self) -> int:
-        """Of a block of the reduced gradient, where it has scales."""
+        """Bytes of the scale of a block of the reduced gradient; 0 without scales."""
         return 1 if self.autoscale is None else 4
 
     @property
     def wire_scale_bytes(self) -> int:
-        """Of a block on its way; scales that the ranks agree on stay behind."""
+        """Bytes of the scale that travels with a block; 0 if the ranks agree on scales beforehand."""
         return 1 if self.autoscale is None else 0
 
     @property
     def between_nodes(self) -> Format:
-        """Of gradients on their second hop."""
+        """Format of gradients on the second hop."""
         return self.inter_node or self.wire
 
     @property
@@ -66,7 +66,7 @@ class Offload:
 
 @dataclass(frozen=True)
 class ZeroSettings:
-    """What of the ds_config the handler obeys, as plain values."""
+    """The settings of the ds_config that the handler uses, as plain values."""
 
     stage: int  # 1, 2 or 3
     bucket_elements: int  # reduce_bucket_size
@@ -86,7 +86,7 @@ class ZeroSettings:
 
 
 def offload_from(config: FP8Config, zero_config: Any) -> Offload | None:
-    """What section and ds_config say of offload. zero_config: DeepSpeed's, of "zero_optimization"."""
+    """The settings of offload from section and ds_config. zero_config: DeepSpeed's "zero_optimization"."""
     optimizer = zero_config.offload_optimizer
     if optimizer is None or optimizer.device == "none":
         return None

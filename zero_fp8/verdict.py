@@ -23,7 +23,7 @@ LARGEST = 2.0**40  # norm that a step takes, after clipping; beyond it sqrt(v) s
 
 
 class Counted(NamedTuple):
-    """What a rank says before a step, in numbers that are added over ranks."""
+    """A rank's report before a step: numbers that are added over ranks."""
 
     received: int = 0  # gradients that are in what was reduced
     late: int = 0  # parameters with a gradient that has not travelled; the step is tried again
@@ -75,7 +75,7 @@ class Verdict:
 
 
 def _norm_parts(reduced: Sequence[ReducedGradient], counted: Sequence[bool]) -> Iterator[Tensor]:
-    """Of every bucket; of one that is counted elsewhere only how much is not finite."""
+    """Norm parts of every bucket; of a bucket that is counted on a peer only its non-finite counts."""
     for gradient, mine in zip(reduced, counted, strict=True):
         parts = gradient.norm_parts
         if parts is not None and mine:
@@ -95,7 +95,7 @@ def _summed(norm_parts: Sequence[Tensor], counts: Sequence[int], ranks: Ranks) -
 
 
 def clip_factor(norm: Tensor, limit: float) -> Tensor:
-    """What brings the norm, a 0-d float64, under the limit (0: none), as DeepSpeed computes it: in FP32."""
+    """The factor that brings the norm, a 0-d float64, under the limit (0: none), in FP32 as in DeepSpeed."""
     if limit <= 0:
         return torch.ones_like(norm)
     factor = (limit / (norm + 1e-6)).to(torch.float32).to(torch.float64)

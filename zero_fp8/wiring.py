@@ -141,7 +141,7 @@ def _health(
 
 
 def _divisor(fleet: Fleet, settings: ZeroSettings) -> int:
-    """Of a sum over the ranks, as stock DeepSpeed has it.
+    """The number by which a sum over the ranks is divided, as in stock DeepSpeed.
 
     If ranks share sequences, its ZeRO 1 and 2 take the mean over sequences, its ZeRO 3 that over ranks.
     """
@@ -182,7 +182,7 @@ def shard_of(
 
 @dataclass(frozen=True)
 class _Run:
-    """What the parts of all buckets have in common."""
+    """The settings that the parts of all buckets share."""
 
     recipe: Recipe
     parameters: Mapping[int, Parameter]
@@ -199,7 +199,7 @@ class _Run:
         return next(iter(self.fleets.values()))
 
     def weights(self, bucket: Bucket, settings: ZeroSettings, products: Products | None) -> Weights:
-        """What a rank holds of a bucket's weights."""
+        """A rank's weights of a bucket."""
         what = (bucket, self.parameters, self.rank_in(bucket))
         if products is not None and bucket.slots[0].parameter in products.chosen:
             store = CodeSlices if settings.stage == 3 else CodeViews
@@ -207,7 +207,7 @@ class _Run:
         return SlicedWeights(*what) if settings.stage == 3 else FlatWeights(*what)
 
     def pieces(self, bucket: Bucket) -> list[Piece]:
-        """What this rank owns of a bucket."""
+        """This rank's shard of a bucket."""
         return list(bucket.pieces(self.rank_in(bucket)))
 
     def rows(self, buckets: Sequence[Bucket]) -> list[int]:
@@ -215,7 +215,7 @@ class _Run:
         return [bucket.blocks_of(self.rank_in(bucket)) for bucket in buckets]
 
     def offloaded(self, buckets: Sequence[Bucket], settings: ZeroSettings) -> Offloaded:
-        """Where states live. Collective if that is host memory."""
+        """The residence of the states. Collective if it is host memory."""
         if settings.offload is None:
             return Offloaded(resident(self.recipe, self.device))
         first = self.first
@@ -234,7 +234,7 @@ class _Run:
         return [room(bucket, self.rank_in(bucket), self.recipe.reduced, self.device) for bucket in buckets]
 
     def schedule(self, buckets: Sequence[Bucket], settings: ZeroSettings) -> Schedule:
-        """When buckets leave."""
+        """The schedule that decides when buckets are sent."""
         if settings.stage < 3:
             return Arrivals(buckets)
         return ModuleEnds(buckets, self.first.group, self.device)

@@ -120,7 +120,7 @@ def _of_codes(manifest: Manifest) -> str:
 
 
 def overview(folder: Path, manifest: Manifest, *, verified: bool) -> dict[str, Any]:
-    """What `inspect` shows of a checkpoint as a whole."""
+    """Rows of `inspect` about the checkpoint as a whole."""
     parameters = manifest.places[0].parameters
     encoded = sum(each.codes_of is not None for each in parameters.values())
     return {
@@ -143,7 +143,7 @@ def _ranks(manifest: Manifest) -> str:
 
 
 def _trained(manifest: Manifest) -> str:
-    """Of one place, or the range over places."""
+    """Number of trained parameters: of one place, or the range over several."""
     sizes = [sum(math.prod(each.shape) for each in place.parameters.values()) for place in manifest.places]
     tensors = f"trained, in {len(manifest.places[0].parameters)} tensors"
     if len(sizes) == 1:

@@ -31,6 +31,10 @@ def add_to(commands: Any) -> None:
     what.add_argument(
         "--memory", metavar="GB", type=gigabytes, help="find the largest model for GPUs of this memory"
     )
+    what.add_argument("--fits", action="store_true", help="a table: GPUs, memory, the largest model")
+    parser.add_argument(
+        "--trainable", metavar="N", type=count, help="of --params; the rest is frozen, as with LoRA"
+    )
     add_run(parser)
     parser.add_argument("--stage", type=int, choices=STAGES, help="of ZeRO; default: 2")
     parser.add_argument(
@@ -53,7 +57,7 @@ def count(text: str) -> int:
 
 
 def gigabytes(text: str) -> int:
-    """Bytes."""
+    """Parse gigabytes, as 80 or 141.5; return bytes."""
     number = Fraction(text) if re.fullmatch(r"[0-9]{1,20}(\.[0-9]{1,20})?", text) else Fraction(0)
     if not 0 < number <= MOST_GIGABYTES:
         allowed = f"gigabytes, as 80 or 141.5, at most {MOST_GIGABYTES:,}"
@@ -64,6 +68,13 @@ def gigabytes(text: str) -> int:
 def estimate(arguments: argparse.Namespace) -> None:
     from ds_fp8.estimate.methods import STOCK, STOCK_BF16_STATES
 
+    if arguments.fits:
+        from ds_fp8.cli.fits import show_fits
+
+        show_fits(arguments)
+        return
+    if arguments.trainable is not None and arguments.params is None:
+        raise ValueError("--trainable: not allowed without --params")
     run, ours = _run(arguments)
     methods = [STOCK, STOCK_BF16_STATES, *ours]
     if arguments.memory is not None:
@@ -109,14 +120,14 @@ def _run(arguments: argparse.Namespace) -> "tuple[Run, list[Method]]":
 
 
 def _executors() -> "list[Offload]":
-    """Of offload, one and the other."""
+    """Both executors of offload."""
     from ds_fp8.zero_fp8.recipe import Offload
 
     return [Offload("stream"), Offload("host")]
 
 
 def _split(run: "Run", parts: int) -> "Run":
-    """The run with the model split over so many GPUs."""
+    """The run with the model split over `parts` GPUs. Raises ValueError if they do not divide the GPUs."""
     from ds_fp8.zero_fp8.placement.ranks import check_divides
 
     check_divides("--tensor-parallel", parts, run.gpus)
@@ -133,7 +144,12 @@ def _models(arguments: argparse.Namespace, run: "Run") -> "list[Model]":
         return runs.paper()
     if arguments.model is not None:
         return [pretrained(arguments.model)]
-    return [runs.model_of_size(arguments.params, run)]
+    if arguments.trainable in (None, arguments.params):
+        return [runs.model_of_size(arguments.params, run)]
+    if arguments.trainable > arguments.params:
+        raise refusal("--trainable", arguments.trainable, f"at most --params, {arguments.params}")
+    trained = runs.model_of_size(arguments.trainable, run)
+    return [runs.with_frozen(trained, arguments.params - arguments.trainable, run)]
 
 
 def _show_models(arguments: argparse.Namespace, methods: "list[Method]", run: "Run") -> None:
@@ -180,7 +196,7 @@ def _as_json(model: "Model", methods: "list[Method]", run: "Run") -> dict[str, A
 
 
 def _weights(method: "Method", model: "Model") -> dict[str, Any]:
-    """What is FP8 and what is not, as `ds_fp8.describe` has it; empty if the shapes are unknown."""
+    """Which matrices are FP8 and why others are not, as in `ds_fp8.describe`; empty if shapes are unknown."""
     from ds_fp8.estimate.codes import codes_of
 
     assert method.config is not None

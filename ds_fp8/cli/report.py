@@ -50,7 +50,7 @@ def report(arguments: argparse.Namespace) -> None:
 
 
 def versions() -> dict[str, str | None]:
-    """None: not installed."""
+    """Versions by package; None if it is not installed."""
 
     def version(package: str) -> str | None:
         try:
@@ -115,7 +115,7 @@ def judged(arguments: argparse.Namespace, obstacle: str | None) -> dict[str, Any
 
 
 def described(tried: "DryRun") -> dict[str, Any]:
-    """What `ds_fp8.describe` would say of an engine with this config."""
+    """The values that `ds_fp8.describe` would return for an engine with this config."""
     from ds_fp8.estimate import dry_run, fetching, memory
 
     itemsize = None if tried.model_dtype is None or tried.fp8.has_codes else BYTES_OF_16_BITS
@@ -143,7 +143,7 @@ def described(tried: "DryRun") -> dict[str, Any]:
 
 
 def _of_weights(fp8: "FP8Config") -> dict[str, Any]:
-    """What the section says of FP8 weights; which they are, the model decides (`ds_fp8 estimate --model`)."""
+    """The section's rules for FP8 weights; the model decides which they are (`ds_fp8 estimate --model`)."""
     return {
         "products": fp8.products.dtype or "e4m3 where the device has it, else bf16",
         "min_elements": fp8.weights.min_elements,

@@ -1,4 +1,4 @@
-"""What becomes of the rest of a ds_config when FP8 is on.
+"""Checks all other keys of a ds_config when FP8 is on.
 
 The tables are in `rules`. A key that they lack is refused if DeepSpeed might read it, or if another may have
 been meant: an error is better than a setting that does nothing. Other keys are without effect at the top
@@ -84,7 +84,7 @@ def check_stage(ds_config: Mapping[str, Any]) -> int:
 
 
 def check_before_engine(ds_config: Mapping[str, Any]) -> list[str]:
-    """What `check` refuses, but for what an engine that turns out to have no optimizer may have."""
+    """As `check`, but accept what an engine without an optimizer may have."""
     if not may_be_frozen(ds_config):
         return check(ds_config)
     if never_trains(ds_config):
@@ -95,7 +95,7 @@ def check_before_engine(ds_config: Mapping[str, Any]) -> list[str]:
 
 
 def check_trained(ds_config: Mapping[str, Any]) -> None:
-    """Refuse what `check_before_engine` has let pass: there is an optimizer."""
+    """Refuse what `check_before_engine` accepted, now that there is an optimizer."""
     if may_be_frozen(ds_config):
         check(ds_config)
 
@@ -127,7 +127,7 @@ def _has_a_dot(key: Any) -> bool:
 
 
 def autotp_size(ds_config: Mapping[str, Any]) -> int:
-    """Over how many ranks DeepSpeed splits the model."""
+    """Number of ranks over which DeepSpeed splits the model; 0 or 1 if it does not."""
     size = _section(ds_config, "tensor_parallel").get("autotp_size", 0)
     if isinstance(size, bool) or not isinstance(size, int) or size < 0:
         raise refusal("tensor_parallel.autotp_size", size, "an integer, 0 or more")
@@ -135,7 +135,7 @@ def autotp_size(ds_config: Mapping[str, Any]) -> int:
 
 
 def refuse_beside_peers(config: FP8Config, ds_config: Mapping[str, Any], where: str) -> None:
-    """What does not go with a model that is split over ranks, by AutoTP or an mpu; where: which of them."""
+    """Refuse what does not work if the model is split over ranks. where: by what, for the message."""
     _refuse_whole_tensors(config, f"{where}, under which ranks have parts of a tensor")
     if config.has_codes:
         raise config.refusal_of_weights(f"{where} (not measured yet there)")
@@ -147,7 +147,7 @@ def refuse_beside_peers(config: FP8Config, ds_config: Mapping[str, Any], where: 
 
 
 def _refuse_whole_tensors(config: FP8Config, beside: str) -> None:
-    """One scale per tensor, and sums with it, require whole tensors on a rank. beside: what lacks them."""
+    """Refuse one scale per tensor, which requires whole tensors on a rank. beside: why there are none."""
     given = {"scaling": config.scaling, "gradients.reduction": config.gradients.reduction}
     allowed = {"scaling": "block", "gradients.reduction": "fp32"}
     mistakes = [
@@ -200,7 +200,7 @@ def _apply(name: str, rules: Rules, section: Mapping[str, Any], stage: int) -> l
 
 
 def _meant(name: str, key: str, rules: Rules) -> str:
-    """What a key that is in no table may have been meant for, in words; nothing if there is no guess."""
+    """A hint which key was meant by an unknown one; "" if there is no guess."""
     if name == "optimizer" and key in OptimizerParams.model_fields:
         return "; it goes into the section optimizer.params"
     section, dot, _ = key.rpartition(".")
@@ -216,7 +216,7 @@ def _meant(name: str, key: str, rules: Rules) -> str:
 
 
 def _check_count(name: str, value: Any) -> None:
-    """DeepSpeed takes 1.5 micro-steps, and null as left out."""
+    """Refuse a count that is not an integer from 1: DeepSpeed accepts 1.5."""
     number = value if isinstance(value, int | float) and not isinstance(value, bool) else 0
     if value is not None and not (number >= 1 and number % 1 == 0):
         raise refusal(name, value, "an integer, 1 or more")
@@ -273,7 +273,7 @@ def initialize_params(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _without_unread_keys(ds_config: dict[str, Any]) -> dict[str, Any]:
-    """The config without keys of no effect at which DeepSpeed would raise, or which it would obey."""
+    """The config without the keys that have no effect here but at which DeepSpeed would raise or act."""
     unread = (OLD_COMPILE.keys() | {"deepcompile"}) & _section(ds_config, "compile").keys()
     if not unread:
         return ds_config

@@ -1,4 +1,4 @@
-"""Offload of the states: what becomes of "offload_optimizer" and of the section's own "offload"."""
+"""Checks of "offload_optimizer" and of the section's own "offload"."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,8 +9,8 @@ from ds_fp8.config.section import SECTION, FP8Config
 
 PATH = "zero_optimization.offload_optimizer"
 DEVICES = ("none", "cpu")
-NO_FILE = NoEffect("states go to no file", (None,))
-ALWAYS = NoEffect("states always come and go while others are swept", (False,))
+NO_FILE = NoEffect("states are not written to files", (None,))
+ALWAYS = NoEffect("states always travel while others are swept", (False,))
 
 OFFLOAD: Mapping[str, Honoured | NoEffect | Refused] = {
     "device": Honoured(),
@@ -20,7 +20,7 @@ OFFLOAD: Mapping[str, Honoured | NoEffect | Refused] = {
     "pipeline_read": ALWAYS,
     "pipeline_write": ALWAYS,
     "fast_init": NoEffect("states are made where they live", (False,)),
-    "ratio": Refused("is fp8.offload.ratio with fp8 enabled, at every stage", (1.0,)),
+    "ratio": Refused("is replaced by fp8.offload.ratio, at every stage", (1.0,)),
     "super_offload": Refused("does not work with fp8 enabled", (False,)),
     "cpuadam_cores_perc": NoEffect("a key of super_offload"),
 }
@@ -45,7 +45,7 @@ def section_of(zero: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 
 def check_offload(fp8: FP8Config, *, offloaded: bool) -> None:
-    """Refuse, by a ValueError, what does not go with offload, or with none. offloaded: whether states are."""
+    """Raise ValueError for keys that contradict offload or its absence. offloaded: whether states are."""
     given = fp8.offload
     if not offloaded:
         for key in sorted(given.model_fields_set):

@@ -41,7 +41,7 @@ def _refuse_lookalikes(ds_config: Mapping[str, Any]) -> None:
 
 def _refuse_idle_rounding(config: FP8Config) -> None:
     if config.optimizer.rounding == "stochastic" and config.states.master not in ROUNDED:
-        allowed = f'"nearest" with the master {config.states.master}, of which nothing is rounded away; '
+        allowed = f'"nearest" with the master {config.states.master}, which is never rounded; '
         raise refusal(
             f"{SECTION}.optimizer.rounding", "stochastic", f'{allowed}"stochastic" with {", ".join(ROUNDED)}'
         )
@@ -58,7 +58,7 @@ def _refuse_without_nodes(gradients: GradientsSection) -> None:
 
 
 def _refuse_with_tensors(config: FP8Config) -> None:
-    """What is not available with one scale per tensor, as published."""
+    """Refuse what does not work with one scale per tensor."""
     nodes, optimizer = config.gradients.intra_node_size, config.optimizer
     beside = f'with {SECTION}.scaling "tensor"'
     if nodes not in (None, 1):
@@ -75,7 +75,7 @@ def _refuse_with_tensors(config: FP8Config) -> None:
 
 
 def _refuse_without_codes(config: FP8Config) -> None:
-    """Keys that say nothing if no weight is FP8."""
+    """Refuse keys that have no effect if no weight is FP8."""
     weights, products = config.weights, config.products
     given = {f"weights.{key}": getattr(weights, key) for key in ("exclude", "min_elements")}
     idle = {path: value for path, value in given.items() if path.split(".")[1] in weights.model_fields_set}
@@ -90,7 +90,7 @@ def _refuse_without_codes(config: FP8Config) -> None:
 
 
 def _refuse_with_codes(config: FP8Config) -> None:
-    """What is not available with FP8 weights, which are made of masters, tile by tile."""
+    """Refuse what does not work with FP8 weights, which are made from masters, tile by tile."""
     path, value = config.weights_key
     if config.scaling != "block":
         allowed = f'"block" with {path} {show(value)}, whose weights have a scale per tile'

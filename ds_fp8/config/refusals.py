@@ -1,4 +1,4 @@
-"""What a refusal says: the key, the value received, what is allowed.
+"""The form of a refusal: the key, the value received, what is allowed.
 
 A value may have megabytes: it is cut after 200 characters, and of many mistakes the first ten are named. What
 is allowed comes from the model's own fields, so that a new key needs no text of its own.
@@ -70,7 +70,7 @@ def validate(model: type[M], section: Any, path: str) -> M:
 
 
 def allowed_of(annotation: Any, limits: tuple[Any, ...] = ()) -> str:
-    """What a field of such a type takes, in words; limits: as pydantic keeps them of the field."""
+    """The values that a field of this type accepts, as text. limits: pydantic's constraints of the field."""
     kind, inner = get_origin(annotation), get_args(annotation)
     if kind is Annotated:
         return allowed_of(inner[0], tuple(inner[1].metadata))
@@ -100,7 +100,7 @@ def _explain(model: type[BaseModel], error: Any, section: str) -> str:
     limits: tuple[Any, ...] = ()
     for name in names:
         if get_origin(annotation) is list:
-            break  # an element: the list's own words
+            break  # an element: the type of the list says it
         keys = annotation.model_fields
         if name not in keys:
             return _unknown(path, name, error["input"], [*keys])

@@ -1,4 +1,4 @@
-"""What can become of a key of a ds_config when FP8 is on: it is honoured, without effect, or refused.
+"""The three kinds of keys of a ds_config when FP8 is on: honoured, without effect, refused.
 
 `rules` says which key is of which kind. Under ZeRO 3 a key can be of another kind than under ZeRO 1 and 2.
 """
@@ -36,7 +36,7 @@ class Refused:
 
 
 def asks_for_nothing(rule: NoEffect | Refused, value: Any) -> bool:
-    """Whether the value is one that everybody may write."""
+    """Whether the value asks for nothing, so that it is accepted without a message."""
     if not isinstance(value, Mapping):
         return any(value == each for each in rule.harmless)
     switched_off = value.get("enabled", value != {}) is False
@@ -60,18 +60,18 @@ class ByStage:
 
 
 def rule_at(stage: int, rule: Rule | ByStage) -> Rule:
-    """What a key means under this stage of ZeRO."""
+    """The rule of a key under this stage of ZeRO."""
     if not isinstance(rule, ByStage):
         return rule
     return rule.at_3 if stage == 3 else rule.below_3
 
 
 def only_zero3(at_3: Rule) -> ByStage:
-    """A key that ZeRO 1 and 2 have no use for."""
+    """A rule for ZeRO 3; under ZeRO 1 and 2 the key has no effect."""
     harmless = at_3.harmless if isinstance(at_3, Refused) else ()
     return ByStage(NoEffect("a key of ZeRO 3", harmless), at_3)
 
 
 def only_below_3(below_3: Rule) -> ByStage:
-    """A key that ZeRO 3 has no use for."""
+    """A rule for ZeRO 1 and 2; under ZeRO 3 the key has no effect."""
     return ByStage(below_3, NoEffect("a key of ZeRO 1 and 2"))

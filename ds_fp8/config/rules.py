@@ -1,4 +1,4 @@
-"""The tables behind `ds_config`: what becomes of every other key of a ds_config when FP8 is on.
+"""The tables behind `ds_config`: how every other key of a ds_config is treated when FP8 is on.
 
 Every top-level key and every field of the sections listed here is honoured, is without effect, or
 is refused by name. A test enumerates them from the installed DeepSpeed and fails on one that is
@@ -73,7 +73,7 @@ TOP_LEVEL: Rules = {
     "msamp": NoEffect("MS-AMP's section, switched off"),
     "zero_allow_untested_optimizer": OTHER_OPTIMIZER,
     "zero_force_ds_cpu_optimizer": OTHER_OPTIMIZER,
-    "aio": NoEffect("states go to no file"),
+    "aio": NoEffect("states are not written to files"),
     "seq_parallel_communication_data_type": NoEffect(
         "gradients travel in fp8.gradients.dtype and are added in FP32"
     ),
@@ -82,7 +82,7 @@ TOP_LEVEL: Rules = {
         HONOURED, Refused(f"{NOT_WITH_FP8} under ZeRO 3, which fetches weights in the model's dtype")
     ),
     "communication_data_type": Refused(
-        "is fp8.gradients.dtype with fp8 enabled: left out, gradients travel in FP8 and are added in FP32; "
+        "is replaced by fp8.gradients.dtype: left out, gradients travel in FP8 and are added in FP32; "
         '"fp8": {"gradients": {"dtype": "bf16"}} sends 16 bits',
         (None,),
     ),
@@ -92,13 +92,13 @@ TOP_LEVEL: Rules = {
     "disable_allgather": NoEffect("DeepSpeed's ZeRO does not read it", (False,)),
     "datastates_ckpt": Refused(NOT_YET),
     "hybrid_engine": Refused(NOT_WITH_FP8),
-    "pipeline": NoEffect("the model is no PipelineModule"),
+    "pipeline": NoEffect("the model is not a PipelineModule"),
     "tensor_parallel": ByStage(
         HONOURED, Refused(f"{NOT_WITH_FP8} under ZeRO 3", ({}, {"autotp_size": 0}, {"autotp_size": 1}))
     ),
     "expert_parallel": Refused(NOT_WITH_FP8),
     "sequence_parallel_size": HONOURED,
-    "data_parallel_size": NoEffect("the number of ranks says it", (1,)),
+    "data_parallel_size": NoEffect("it follows from the number of ranks", (1,)),
     "weight_quantization": Refused(NOT_WITH_FP8),
     # Of older versions; newer ones refuse them themselves.
     **dict.fromkeys(
@@ -145,7 +145,7 @@ ZERO: Rules = {
     ),
     "zero_quantized_weights": only_zero3(Refused(AS_THE_MODEL, (False,))),
     "zero_quantized_nontrainable_weights": only_zero3(Refused(AS_THE_MODEL, (False,))),
-    "zero_quantized_gradients": only_zero3(Refused("is fp8.gradients.dtype with fp8 enabled", (False,))),
+    "zero_quantized_gradients": only_zero3(Refused("is replaced by fp8.gradients.dtype", (False,))),
     "zeropp_loco_param": only_zero3(Refused(NOT_WITH_FP8, (None,))),
     "mics_shard_size": Refused(NOT_WITH_FP8, (-1,)),
     "mics_hierarchical_params_gather": Refused(NOT_WITH_FP8, (False,)),
@@ -181,7 +181,7 @@ ZERO: Rules = {
         ("allgather_sequential", "stage3_allgather_sequential"),
         only_zero3(NoEffect("what a module needs is fetched in one message, a large parameter alone")),
     ),
-    "sub_group_size": only_zero3(NoEffect("the step goes from bucket to bucket")),
+    "sub_group_size": only_zero3(NoEffect("the step processes one bucket at a time")),
     "pipeline_loading_checkpoint": only_zero3(NoEffect("a rank reads only what it owns of a checkpoint")),
 }
 
@@ -200,8 +200,8 @@ BF16: Rules = {
     "enabled": HONOURED,
     "immediate_grad_update": NoEffect("a key of DeepSpeed's BF16 optimizer"),
     "check_grad_overflow": NoEffect("non-finite gradients are always looked for"),
-    "bf16_master_weights_and_grads": Refused("is fp8.optimizer.master_dtype with fp8 enabled", (False,)),
-    "bf16_optimizer_states": Refused("is fp8.optimizer.exp_avg_dtype with fp8 enabled", (False,)),
+    "bf16_master_weights_and_grads": Refused("is replaced by fp8.optimizer.master_dtype", (False,)),
+    "bf16_optimizer_states": Refused("is replaced by fp8.optimizer.exp_avg_dtype", (False,)),
 }
 
 FP16: Rules = {
@@ -218,7 +218,7 @@ FP16: Rules = {
         ),
         HONOURED,
     ),
-    "fp16_master_weights_and_grads": Refused("is fp8.optimizer.master_dtype with fp8 enabled", (False,)),
+    "fp16_master_weights_and_grads": Refused("is replaced by fp8.optimizer.master_dtype", (False,)),
 }
 
 DATA_TYPES: Rules = dict.fromkeys(

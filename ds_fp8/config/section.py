@@ -46,7 +46,7 @@ class OptimizerSection(_Strict):
     exp_avg_sq_dtype: Literal["fp32", "bf16", "fp16", "ue4m4", "e4m3", "e5m2"] | None = None
     rounding: Literal["nearest", "stochastic"] | None = None
     draws: Literal["independent", "spread"] | None = None
-    """Of stochastic rounding, from step to step; left out: spread beside exp_avg in int8."""
+    """Random bits of stochastic rounding from step to step; left out: spread if exp_avg is int8."""
     clamp: bool = True
     seed: int = Field(default=0, ge=0)
 
@@ -55,29 +55,29 @@ class WeightsSection(_Strict):
     """Formats of the weights on every rank."""
 
     dtype: Literal["e4m3"] | None = None
-    """Of matrices that only products read; left out: as the level has it."""
+    """Format of matrices that only matrix products read; left out: that of the level."""
     exclude: list[str] = []
     """Patterns of names that stay as the model; output head, embeddings and tied weights always do."""
     min_elements: int = Field(default=2**21, ge=1)
-    """Of the smallest matrix; its shorter side squared is at least half of that."""
+    """Elements of the smallest FP8 matrix; its shorter side squared is at least half of that."""
     frozen: Literal["bf16", "e4m3"] = "bf16"
-    """Of matrices that do not train."""
+    """Format of matrices that do not train."""
 
 
 class ProductsSection(_Strict):
     """Formats of matrix products."""
 
     dtype: Literal["e4m3", "bf16"] | None = None
-    """Of their operands, with weights in e4m3; left out: e4m3 where the device has it, else bf16."""
+    """Format of the operands, with weights in e4m3; left out: e4m3 if the device has it, else bf16."""
 
 
 class OffloadSection(_Strict):
     """How states in host memory are stepped."""
 
     executor: Literal["auto", "stream", "host"] = "auto"
-    """stream: they visit the device; host: gradients come to them; auto: what is faster here."""
+    """stream: states visit the device; host: the host steps them; auto: whichever is faster here."""
     threads: int | None = Field(default=None, ge=1)
-    """Of the host's sweep; left out: as many as there are cores for a rank."""
+    """Threads of the host's sweep; left out: the cores available per rank."""
     ratio: float = Field(default=1.0, gt=0, le=1)
     """Share of the states that lives in host memory, by rows."""
 
@@ -88,7 +88,7 @@ class CheckpointSection(_Strict):
     fp32_master: bool = True
     allow_conversion: bool = False
     weights: Literal["codes", "masters"] = "codes"
-    """What model files hold of weights in e4m3: values of codes, as the model computes, or masters."""
+    """Values of FP8 weights in model files: those of their codes, or of their masters."""
 
 
 class StatsSection(_Strict):
@@ -121,8 +121,19 @@ WHOLE = ("fp32", "fp16", "bf16")  # masters that need nothing of the weight
 class FP8Config(_Strict):
     """The "fp8" section of a ds_config, checked and frozen.
 
-    `FP8Config.model_validate({...})` raises pydantic's ValidationError, a ValueError, for an unknown key or a
-    wrong value. A key left out takes the value that its level and the run imply. docs/options.md has a table.
+    A key left out takes the value that its level and the run imply. docs/options.md has a table.
+
+    Args:
+        enabled: whether FP8 is on; if it is not, DeepSpeed runs unchanged.
+        opt_level: "O1", "O2", "O2+" or "O3".
+        scaling: what shares a scale: "block", or "tensor" as FP8-LM publishes it.
+        block_size: elements per scale: 32, 64, 128 or 256.
+        gradients, optimizer, weights, products, offload, checkpoint, stats: the sections of these names.
+        max_consecutive_skips: skipped steps in a row before an error.
+
+    Raises:
+        ValueError: an unknown key or a wrong value (pydantic's ValidationError), by
+            `FP8Config.model_validate({...})`.
     """
 
     enabled: bool = False
@@ -141,7 +152,7 @@ class FP8Config(_Strict):
     @field_validator("block_size", mode="before")
     @classmethod
     def _no_float(cls, value: Any) -> Any:
-        """128.0 equals 128, and so passes for the literal."""
+        """Refuse a float: 128.0 equals 128 and would be accepted."""
         if isinstance(value, float):
             raise ValueError("an integer")
         return value

@@ -42,7 +42,7 @@ class Codes:
 
 
 def codes_of(config: FP8Config, model: Model) -> Codes:
-    """Those of a model whose shapes are known."""
+    """The FP8 weights of a model; none if its shapes are unknown."""
     if not config.has_codes or model.module is None:
         return Codes({}, {}, (), {})
     section = config.weights
@@ -61,20 +61,29 @@ def codes_of(config: FP8Config, model: Model) -> Codes:
 
 
 def width_of(parameters: int) -> int:
-    """Of a Llama of this size: 12 matrices of width x width per layer, a layer for each 128 of the width."""
+    """Width of a Llama of this size: 12 width^2 parameters per layer, one layer per 128 of the width."""
     return round(math.pow(parameters * 128 / 12, 1 / 3))
 
 
 def elements_of(parameters: int) -> int:
-    """How many of a model of unknown shapes are codes."""
+    """Number of elements in FP8 of a model of unknown shapes."""
     return max(0, parameters - 2 * VOCABULARY * width_of(parameters))
 
 
 def guessed(model: Model, buckets: Sequence[Bucket]) -> tuple[int, int, int]:
-    """Of a model of unknown shapes: bytes that codes save, bytes of their room, elements of the largest."""
-    elements, width = elements_of(model.parameters), width_of(model.parameters)
+    """Bytes that codes save, bytes of scratch room, and elements of the largest matrix; shapes are unknown.
+
+    What trains beside frozen parameters is taken for adapters: the codes are then the base's.
+    """
+    width = width_of(model.parameters)
     rate = E4M3.itemsize + tile_bytes(width, width) / width**2
-    return round(elements * (BF16.itemsize - rate)), room_bytes(buckets), WIDEST * width**2
+    saved = round(_guessed_elements(model) * (BF16.itemsize - rate))
+    return saved, 0 if model.frozen else room_bytes(buckets), WIDEST * width**2
+
+
+def _guessed_elements(model: Model) -> int:
+    elements = elements_of(model.parameters)
+    return min(elements, model.frozen) if model.frozen else elements
 
 
 def guessed_slices(model: Model) -> tuple[int, int]:
@@ -89,12 +98,18 @@ def refusal_of(config: FP8Config, model: Model, run: Run) -> str | None:
         return None
     if run.model_parallel_size > 1:
         return "refused with tensor parallelism: FP8 weights are not measured there yet"
+    return _refusal_of_size(config, model) if model.module is None else _refusal_of_matrices(config, model)
+
+
+def _refusal_of_size(config: FP8Config, model: Model) -> str | None:
     least = config.weights.min_elements
-    if model.module is None and config.states.weights is None:
-        return "refused for a model of unknown shapes: nothing says which of it is frozen"
-    if model.module is None and 2 * width_of(model.parameters) ** 2 < least:
+    if config.states.weights is None and not model.frozen:
+        return "refused for a model of unknown shapes: --trainable says how much of it is frozen"
+    if model.frozen and config.weights.frozen != "e4m3":
+        return "refused: what trains is taken for adapters, which are too small for FP8 weights"
+    if 2 * width_of(model.parameters) ** 2 < least:
         return f"refused for so small a model: it has no matrix of {least:,} elements"
-    return None if model.module is None else _refusal_of_matrices(config, model)
+    return None
 
 
 def _refusal_of_matrices(config: FP8Config, model: Model) -> str | None:
@@ -106,11 +121,11 @@ def _refusal_of_matrices(config: FP8Config, model: Model) -> str | None:
 
 
 def note_of(config: FP8Config, model: Model) -> str | None:
-    """What the bytes of FP8 weights rest on, in words."""
+    """Which share of the model the estimate takes to be in FP8; None without FP8 weights."""
     if not config.has_codes:
         return None
     if model.module is None:
-        share = elements_of(model.parameters) / model.parameters
+        share = _guessed_elements(model) / model.parameters
         return f"{share:.1%} of the parameters in FP8, as of a Llama of that size: the shapes are unknown"
     codes = codes_of(config, model)
     return f"{len(codes.names)} matrices, {codes.elements / model.parameters:.1%} of the parameters, in FP8"

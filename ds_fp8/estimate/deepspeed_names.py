@@ -27,44 +27,96 @@ ONLY_ZERO3 = ("persistent", "fetched")  # columns
 def estimate_zero1_model_states_mem_needs_all_live(
     model: nn.Module, num_gpus_per_node: int = 1, num_nodes: int = 1
 ) -> None:
-    """Print what ZeRO 1 takes of each GPU for this model, which may be on the meta device."""
+    """Print what each GPU holds of this model under ZeRO 1, without activations.
+
+    Args:
+        model: on any device, also on the meta device; parameters without requires_grad count as frozen.
+        num_gpus_per_node: GPUs per node.
+        num_nodes: nodes.
+
+    Raises:
+        ValueError: a number is less than 1, or no parameter trains.
+    """
     _show(lambda _: model_of_module(model), 1, num_gpus_per_node, num_nodes)
 
 
 def estimate_zero1_model_states_mem_needs_all_cold(
     total_params: int, num_gpus_per_node: int = 1, num_nodes: int = 1
 ) -> None:
-    """Print what ZeRO 1 takes of each GPU for a model of `total_params` parameters."""
+    """Print what each GPU holds under ZeRO 1 of a model of which only the size is known.
+
+    Args:
+        total_params: parameters of the model.
+        num_gpus_per_node: GPUs per node.
+        num_nodes: nodes.
+
+    Raises:
+        ValueError: a number is less than 1.
+    """
     _show(partial(_cold, total_params), 1, num_gpus_per_node, num_nodes)
 
 
 def estimate_zero2_model_states_mem_needs_all_live(
     model: nn.Module, num_gpus_per_node: int = 1, num_nodes: int = 1
 ) -> None:
-    """Print what ZeRO 2 takes of each GPU for this model, which may be on the meta device."""
+    """Print what each GPU holds of this model under ZeRO 2, without activations.
+
+    Args:
+        model: on any device, also on the meta device; parameters without requires_grad count as frozen.
+        num_gpus_per_node: GPUs per node.
+        num_nodes: nodes.
+
+    Raises:
+        ValueError: a number is less than 1, or no parameter trains.
+    """
     _show(lambda _: model_of_module(model), 2, num_gpus_per_node, num_nodes)
 
 
 def estimate_zero2_model_states_mem_needs_all_cold(
     total_params: int, num_gpus_per_node: int = 1, num_nodes: int = 1
 ) -> None:
-    """Print what ZeRO 2 takes of each GPU for a model of `total_params` parameters."""
+    """Print what each GPU holds under ZeRO 2 of a model of which only the size is known.
+
+    Args:
+        total_params: parameters of the model.
+        num_gpus_per_node: GPUs per node.
+        num_nodes: nodes.
+
+    Raises:
+        ValueError: a number is less than 1.
+    """
     _show(partial(_cold, total_params), 2, num_gpus_per_node, num_nodes)
 
 
 def estimate_zero3_model_states_mem_needs_all_live(
     model: nn.Module, num_gpus_per_node: int = 1, num_nodes: int = 1
 ) -> None:
-    """Print what ZeRO 3 takes of each GPU for this model, which may be on the meta device."""
+    """Print what each GPU holds of this model under ZeRO 3, without activations.
+
+    Args:
+        model: on any device, also on the meta device; parameters without requires_grad count as frozen.
+        num_gpus_per_node: GPUs per node.
+        num_nodes: nodes.
+
+    Raises:
+        ValueError: a number is less than 1, or no parameter trains.
+    """
     _show(lambda _: model_of_module(model), 3, num_gpus_per_node, num_nodes)
 
 
 def estimate_zero3_model_states_mem_needs_all_cold(
     total_params: int, largest_layer_params: int, num_gpus_per_node: int = 1, num_nodes: int = 1
 ) -> None:
-    """Print what ZeRO 3 takes of each GPU for a model of `total_params` parameters.
+    """Print what each GPU holds under ZeRO 3 of a model of which only the size is known.
 
-    largest_layer_params: of the layer that has most. It is whole while it computes, whatever the keys say.
+    Args:
+        total_params: parameters of the model.
+        largest_layer_params: parameters of the largest layer, which is whole while it computes.
+        num_gpus_per_node: GPUs per node.
+        num_nodes: nodes.
+
+    Raises:
+        ValueError: a number is less than 1.
     """
     _require_positive("largest_layer_params", largest_layer_params)
     _show(partial(_cold, total_params), 3, num_gpus_per_node, num_nodes, largest_layer_params)

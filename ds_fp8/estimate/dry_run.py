@@ -42,7 +42,7 @@ class DryRun:
     offload: Offload | None
     idle: tuple[str, ...]  # keys without effect
     filled_in: tuple[str, ...]  # keys that are "auto"
-    refused_alone: str | None  # the refusal if nobody fills in "auto" keys, or a batch size that is missing
+    refused_alone: str | None  # the refusal if "auto" keys or a missing batch size are not filled in
 
 
 def read(source: str) -> Mapping[str, Any]:
@@ -60,7 +60,7 @@ def read(source: str) -> Mapping[str, Any]:
 def run_dry(
     config: Mapping[str, Any], *, gpus: int | None = None, micro_steps: int | None = None
 ) -> DryRun | str:
-    """What ds_fp8 would do; if it would do nothing, the reason. Raises ValueError with the refusal.
+    """The run that a config asks for, or the reason why FP8 is off. Raises ValueError with the refusal.
 
     gpus: if left out, as many as AutoTP splits the model over. micro_steps: instead of the config's. Keys
     that are "auto" count as left out, but in the section they are refused. What only the model or a client's
@@ -69,7 +69,7 @@ def run_dry(
     known, filled_in = without_auto(config)
     assumes = not set(known) & set(BATCHES[:2]) and (bool(filled_in) or SECTION in config)
     if assumes:
-        # DeepSpeed wants one of both; Hugging Face fills it in, or who completes a template.
+        # DeepSpeed requires one of the two; Hugging Face fills it in, or the user of a template.
         known[BATCHES[1]] = 1
     gpus = gpus or _fewest_gpus(known)
     judged = judge(known, gpus)
@@ -156,7 +156,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _objection(error: Exception) -> str:
-    """The text of an error: our own refusals as they are, others in DeepSpeed's words."""
+    """The text of an error: our refusals unchanged, DeepSpeed's errors with a preface."""
     if isinstance(error, ValidationError):
         mistakes = [
             f"{'.'.join(map(str, mistake['loc']))}: received {show(mistake['input'])}: {mistake['msg']}"
@@ -170,7 +170,7 @@ def _objection(error: Exception) -> str:
 
 
 def advice(dry_run: DryRun) -> list[str]:
-    """What would make the exchange faster, as measured."""
+    """Advice that would make the exchange faster, from measurements."""
     run, recipe = dry_run.run, dry_run.recipe
     one_hop = run.gpus > 1 and not recipe.two_hops(run.gpus)
     if not one_hop or not recipe.wire.scaled or run.bucket_elements >= FASTER_FROM:

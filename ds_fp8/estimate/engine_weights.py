@@ -1,4 +1,4 @@
-"""What FP8 weights are in an engine, for `describe` and the banner."""
+"""The FP8 weights of an engine, for `describe`."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -91,15 +91,3 @@ def _sliced(
     slices = memory.sliced_bytes(itemsizes, list(map(numel_of, members)), frozen, cut)
     others = [memory.shape_of(each.codes) for each in handler.parts.frozen.matrices()]
     return slices + memory.beside_codes(shapes.values()) + memory.beside_codes(others)
-
-
-def in_words(about: Mapping[str, Any]) -> str:
-    """A part of the banner; empty without FP8 weights."""
-    if "products" not in about:
-        return ""
-    instead = f" ({about['products_instead']})" if about["products_instead"] else ""
-    return (
-        f" | weights: {len(about['fp8_weights'])} matrices in e4m3, {about['fp8_share']:.1%} of the "
-        f"parameters, {about['weight_bytes_per_parameter']:.3f} bytes per parameter on each rank, "
-        f"{len(about['bf16_matrices'])} matrices in bf16, products {about['products']}{instead}"
-    )

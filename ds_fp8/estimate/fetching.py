@@ -23,7 +23,7 @@ def fetching_of(zero_config: Any) -> Fetching:
 
 
 def summary(keys: Fetching, itemsize: float | None) -> dict[str, Any]:
-    """What a run under ZeRO 3 adds to `memory.summary`; itemsize: of the weights, None if it is not known."""
+    """Entries of ZeRO 3 beside those of `memory.summary`. itemsize: of the weights, None if not known."""
     return {
         "wire_bytes_per_fetched_element": itemsize,
         "param_persistence_threshold": keys.param_persistence_threshold,
@@ -47,7 +47,7 @@ def whole(
     fetching: Fetching,
     itemsizes: Sequence[int],
 ) -> tuple[int, int]:
-    """Bytes that are whole between steps, and beside them, at most, while a step fetches.
+    """Bytes that are whole between steps, and the most that a step fetches beside them.
 
     kept, gathered: elements of each parameter if it is persistent, and if it is fetched. DeepSpeed counts
     elements; at most, what is fetched at a time are those of most bytes.

@@ -88,7 +88,7 @@ def rank_bytes(recipe: Recipe, buckets: Sequence[Bucket], *, accumulating: bool)
 def offloaded_bytes(
     recipe: Recipe, offload: Offload, itemsize: int, buckets: Sequence[Bucket], rank: int, *, several: bool
 ) -> Expected:
-    """What a rank takes in host memory and on the device. several: exchanges reach a gradient in a step."""
+    """Bytes of offload in host memory and on the device. several: whether a step has several exchanges."""
     layout = NodeLayout.of(buckets[0].world_size, recipe.intra_node_size)
     rows = [bucket.blocks_of(rank) for bucket in buckets]
     return expected(recipe, offload, Crossing(rows, itemsize * recipe.block_size, layout, several))
@@ -208,7 +208,7 @@ def _message_bytes(recipe: Recipe, blocks: int, fmt: Format) -> int:
 
 
 def _received_bytes(recipe: Recipe, bucket: Bucket) -> int:
-    """What the most loaded rank receives on the first hop."""
+    """Bytes that the most loaded rank receives on the first hop."""
     return bucket.from_all(_message_bytes(recipe, bucket.blocks_per_rank, recipe.wire))
 
 
@@ -288,7 +288,7 @@ LARGE = 8 * TILE  # a side of a matrix whose tiles are all full
 
 
 def _of_codes() -> dict[str, float]:
-    """Of an element of a large matrix: bytes on every rank, and on the wire from step to step."""
+    """Bytes per element of a large FP8 matrix: on every rank, and on the wire per step."""
     elements = LARGE * LARGE
     return {
         "weight_bytes_per_fp8_element": E4M3.itemsize + tile_bytes(LARGE, LARGE) / elements,

@@ -57,11 +57,11 @@ class Method:
     config: FP8Config | None = None  # of ds_fp8
 
     def held(self, model: Model, run: Run) -> Held:
-        """What a GPU holds of the model, or of its part."""
+        """Bytes that a GPU holds of the model, or of its part."""
         return self.count(*of_rank(model, run))
 
     def refusal(self, model: Model, run: Run) -> str | None:
-        """Why no run of this model is so."""
+        """Why this method refuses the model; None if it does not."""
         return codes.refusal_of(self.config, model, run) if self.config else None
 
     @property
@@ -70,23 +70,23 @@ class Method:
         return self.config is not None and self.config.has_codes
 
     def note(self, model: Model) -> str | None:
-        """What the bytes rest on, where that needs words."""
+        """A remark on what the estimate assumes; None if there is none."""
         return codes.note_of(self.config, model) if self.config else None
 
 
 def refusals(methods: Sequence[Method], model: Model, run: Run) -> dict[str, str]:
-    """Why no run of a model is so, by the names of the methods that refuse it."""
+    """Reasons by name of the methods that refuse the model."""
     reasons = {method.name: method.refusal(model, run) for method in methods}
     return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
 def with_fp8(name: str, config: FP8Config, offload: Offload | None = None) -> Method:
-    """ds_fp8 with this section."""
+    """The method that trains with this "fp8" section."""
     return Method(name, partial(_with_fp8, config, offload), config)
 
 
 def levels(offload: Offload | None = None) -> dict[str, Method]:
-    """ds_fp8 at each of its levels."""
+    """One method per level of ds_fp8."""
     how = f", {offload.executor}" if offload else ""
     return {
         level: with_fp8(
@@ -134,7 +134,7 @@ def _with_fp8(config: FP8Config, offload: Offload | None, model: Model, run: Run
 
 
 def _with_offload(held: Held, away: Expected, reduced: int) -> Held:
-    """The same with states in host memory. reduced: bytes of the reduced gradient."""
+    """Return `held` with the states in host memory. reduced: bytes of the reduced gradient."""
     return replace(
         held,
         states=away.resident,
@@ -168,7 +168,7 @@ def _buckets(recipe: Recipe, model: Model, run: Run, chosen: codes.Codes) -> tup
 def _with_codes(
     held: Held, config: FP8Config, model: Model, buckets: Sequence[Bucket], chosen: codes.Codes
 ) -> Held:
-    """The same with FP8 weights, the room in which they are made, and what backward makes of the largest."""
+    """Return `held` with FP8 weights, the rows they are made from, and the largest one transposed."""
     if model.module is None:
         saved, room, largest = codes.guessed(model, buckets)
     else:
@@ -228,7 +228,7 @@ def _stock(state: Format, model: Model, run: Run) -> Held:
 
 
 def _stock_sliced(state: Format, model: Model, run: Run) -> Held:
-    """Under ZeRO 3. The bucket is there between steps, too."""
+    """Bytes under stock ZeRO 3, which keeps its bucket between steps, too."""
     sizes, keys = model.trained, run.fetching
     part = sum(stock.slices(sizes, run.gpus))
     gathered, itemsizes = stock.gathered(model.sizes, run.gpus), [WEIGHT for _ in model.sizes]

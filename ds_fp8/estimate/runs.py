@@ -88,7 +88,7 @@ def run_at_defaults(gpus: int, stage: int, micro_steps: int = 1) -> Run:
 
 
 def of_rank(model: Model, run: Run) -> tuple[Model, Run]:
-    """What a GPU has of a model that tensor parallelism splits, and the run of those that have the same.
+    """A GPU's part of a model that tensor parallelism splits, and the run of the GPUs with the same part.
 
     As AutoTP splits it: matrices of linear layers evenly; embeddings, norms and biases are whole on every
     GPU. Of a model of unknown shapes everything is split.
@@ -137,6 +137,15 @@ def model_of_size(parameters: int, run: Run) -> Model:
                 yield min(run.bucket_elements, first + part - start, parameters - start)
 
     return Model("a model of unknown shapes", tuple(pieces()))
+
+
+def with_frozen(model: Model, frozen: int, run: Run) -> Model:
+    """The model with `frozen` more parameters that do not train, as adapters have a base."""
+    refuse_absurd(model.parameters + frozen, len(model.sizes) + frozen // run.bucket_elements, run)
+    whole, rest = divmod(frozen, run.bucket_elements)
+    base = (run.bucket_elements,) * whole + ((rest,) if rest else ())
+    positions = frozenset(range(len(model.sizes), len(model.sizes) + len(base)))
+    return replace(model, sizes=model.sizes + base, frozen_at=positions)
 
 
 def model_of_module(module: Any) -> Model:

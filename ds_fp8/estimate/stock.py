@@ -10,12 +10,12 @@ from itertools import accumulate
 
 
 def part_of_rank(sizes: Sequence[int], ranks: int) -> int:
-    """What a rank owns, aligned to two elements."""
+    """Elements that a rank owns, aligned to two."""
     return -(-sum(sizes) // (2 * ranks)) * 2
 
 
 def gradients_of_ranks(sizes: Sequence[int], ranks: int) -> list[tuple[int, int]]:
-    """What each rank keeps of the gradient: parameters that reach into its part, whole, and padding."""
+    """Gradient elements that each rank keeps: of parameters that reach into its part, and padding."""
     part, ends = part_of_rank(sizes, ranks), list(accumulate(sizes))
     kept = []
     for first in range(0, ranks * part, part):
@@ -36,7 +36,7 @@ def gathered(sizes: Sequence[int], ranks: int) -> list[int]:
 
 
 def sub_groups(sizes: Sequence[int], ranks: int, limit: int) -> list[tuple[int, int]]:
-    """What ZeRO 3 steps at a time: elements of a rank's slices, and of how many parameters."""
+    """The sub-groups that ZeRO 3 steps one by one: elements of a rank's slices, and number of parameters."""
     groups, elements, members = [], 0, 0
     for each in slices(sizes, ranks):
         elements, members = elements + each, members + 1

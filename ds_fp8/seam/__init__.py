@@ -1,1 +1,1 @@
-"""What DeepSpeed's engine does differently when its config enables FP8."""
+"""The replaced methods of DeepSpeed's engine, used when its config enables FP8."""

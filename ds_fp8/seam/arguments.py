@@ -116,7 +116,7 @@ class _Mark:
 
 
 def _look_for(mark: _Mark, folder: Path, path: Path, first: int) -> None:
-    """Raises ValueError where the mark of rank `first` is not seen from this rank's folder."""
+    """Raise ValueError if this rank does not see the marker file of rank `first` from its folder."""
     parts = path.parts[: len(path.parts) - len(mark.below)]
     if path.parts[len(parts) :] != mark.below or not _sees(Path(*parts), mark.name):
         raise ValueError(
@@ -137,7 +137,7 @@ def _sees(folder: Path, name: str) -> bool:
 
 @dataclass(frozen=True)
 class _Found:
-    """What a rank has found to load."""
+    """The checkpoint that a rank has found."""
 
     rank: int
     node: int  # its first rank

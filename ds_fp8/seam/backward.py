@@ -89,7 +89,7 @@ def zero_grad(original: Method) -> Method:
 
 
 def divisor(engine: Any) -> float:
-    """What a gradient of a backward that is not the engine's is divided by.
+    """The divisor of a gradient in a backward that is not the engine's.
 
     Raises RuntimeError if its loss lacks the loss scale.
     """

@@ -24,7 +24,7 @@ from ds_fp8.seam.engine_checks import (
     peers_of,
     ranks_of,
 )
-from ds_fp8.seam.status import accumulating, banner, idle, is_active, write_events
+from ds_fp8.seam.status import accumulating, banner, describe, idle, is_active, write_events
 from ds_fp8.zero_fp8.comm.agreement import agreed, check_agreement
 from ds_fp8.zero_fp8.handlers.common import FP8ZeROOptimizer
 from ds_fp8.zero_fp8.handlers.fetching import Offload
@@ -61,7 +61,7 @@ def _fp8(engine: Any) -> FP8Config | None:
 
 
 def configure_distributed_model(original: Method) -> Method:
-    """DeepSpeedEngine._configure_distributed_model: first see that the ranks agree about it."""
+    """DeepSpeedEngine._configure_distributed_model: first check that all ranks have the same model."""
 
     @functools.wraps(original)
     def method(self: Any, model: Any) -> None:
@@ -80,14 +80,14 @@ def configure_distributed_model(original: Method) -> Method:
 
 
 def _config(engine: Any) -> list[str]:
-    """What must be the same on all ranks, one line per key."""
+    """Facts that must be the same on all ranks, one line per key."""
     section = engine._config._param_dict
     size = f"tensor_parallel.autotp_size: {engine.autotp_size()}"
     return [*(f'ds_config "{key}": {as_json(section[key])}' for key in AGREED_KEYS if key in section), size]
 
 
 def _model(model: torch.nn.Module) -> list[str]:
-    """What must be the same on ranks that hold the same part of the model, one line per parameter."""
+    """Facts that must be the same on ranks with the same part of the model, one line per parameter."""
     return [
         f"{name}: {list(shape_of(each))}, {each.dtype}, {'trained' if each.requires_grad else 'frozen'}"
         for name, each in model.named_parameters()
@@ -95,7 +95,7 @@ def _model(model: torch.nn.Module) -> list[str]:
 
 
 def scheduler_from_config(original: Method) -> Method:
-    """DeepSpeedEngine._scheduler_from_config: torch's schedulers want a torch optimizer."""
+    """DeepSpeedEngine._scheduler_from_config: torch's schedulers require a torch optimizer."""
 
     @functools.wraps(original)
     def method(self: Any, optimizer: Any) -> Any:
@@ -170,7 +170,10 @@ def configure_zero_optimizer(original: Method) -> Method:
         self.optimizer = handler_of(self, recipe, settings_of(config, self))
         self.optimizer.join(functools.partial(members, self), functools.partial(divisor, self), optimizer)
         self.optimizer.parts.health.listeners.append(functools.partial(write_events, self))
-        logger.info("%s", banner(self))
+        about = describe(self)
+        logger.info("%s", banner(about))
+        if about.get("products_instead"):
+            logger.info("products %s: %s", about["products"], about["products_instead"])
         if self._config.ds_fp8_idle_keys:
             logger.info("without effect with fp8: %s", "; ".join(self._config.ds_fp8_idle_keys))
         return self.optimizer
@@ -280,7 +283,7 @@ def members(engine: Any) -> Iterable[tuple[str, torch.nn.Parameter]]:
 
 
 def settings_of(config: FP8Config, engine: Any) -> ZeroSettings:
-    """The part of the engine's config that the handler obeys."""
+    """The settings of the engine's config that the handler uses."""
     return ZeroSettings(
         stage=int(engine.zero_optimization_stage()),
         bucket_elements=int(engine.zero_reduce_bucket_size()),

@@ -1,4 +1,4 @@
-"""What only the engine and its model show: refused before anything is allocated."""
+"""Checks that need the engine and its model, made before anything is allocated."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from ds_fp8.zero_fp8.recipe import Recipe, weight_dtypes
 
 
 def check_engine(engine: Any, recipe: Recipe) -> None:
-    """Refuse, before anything is allocated, what only the model shows. Raises ValueError."""
+    """Raise ValueError, before anything is allocated, for what does not work with this model."""
     refused = {
         "a PipelineModule": engine.pipeline_parallelism,
         "a model with MoE layers": engine.has_moe_layers,
@@ -37,7 +37,7 @@ def check_engine(engine: Any, recipe: Recipe) -> None:
 
 
 def is_sequence_parallel(mpu: Any) -> bool:
-    """Whether an mpu splits sequences only, as DeepSpeed tells: every rank holds all parameters."""
+    """Whether an mpu splits sequences only, by DeepSpeed's own test: every rank holds all parameters."""
     return hasattr(mpu, "initialize_sequence_parallel")
 
 
@@ -69,7 +69,7 @@ def _pipeline_stages(mpu: Any) -> int:
 
 
 def _refuse_beside_peers(engine: Any) -> None:
-    """What does not go with a model that is split over ranks."""
+    """Refuse what does not work if the model is split over ranks."""
     by_autotp = engine.autotp_size() > 1
     size = engine.mpu.get_model_parallel_world_size()
     where = (

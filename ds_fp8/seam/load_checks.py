@@ -1,4 +1,4 @@
-"""Whether a checkpoint fits an engine: asked before anything is touched.
+"""Checks that a checkpoint fits an engine, made before anything is changed.
 
 DeepSpeed writes the module, then the scheduler, then asks the optimizer; what it would stumble over
 half-way is refused here.
@@ -162,7 +162,7 @@ def _from_fp32(engine: Any) -> str:
 
 
 def _check_others(engine: Any, universal: Universal, model: ModelFile, wanted: Wanted) -> None:
-    """Whatever a universal checkpoint holds of a buffer or a frozen parameter is of its shape and kind."""
+    """Check that buffers and frozen parameters of a universal checkpoint have the right shape and kind."""
     saved, names = _saved(model), _untrained(engine)
     missing = sorted(names.keys() - model.at("module").of(dict).keys())
     if missing and wanted.module_strict and model.is_whole:
@@ -201,7 +201,7 @@ def others_of(engine: Any, universal: Universal, checked: Checked) -> dict[str, 
 
 
 def _saved(model: ModelFile) -> Entry:
-    """What the module has itself."""
+    """The entry of the module in a model file."""
     module = model.at("module")
     if not model.is_whole:
         return Entry(model.path, {})
@@ -213,7 +213,7 @@ def _saved(model: ModelFile) -> Entry:
 
 
 def _untrained(engine: Any) -> dict[str, Any]:
-    """What the module's state_dict holds beside trained parameters."""
+    """Entries of the module's state_dict other than trained parameters."""
     trained = set(engine.optimizer.parameters.values())
     parameters = dict(engine.module.named_parameters(remove_duplicate=False))
     saved = engine.module.state_dict(keep_vars=True)
@@ -226,7 +226,7 @@ def _may_convert(engine: Any) -> bool:
 
 
 def _check_module(engine: Any, path: Path, manifest: Manifest, wanted: Wanted) -> None:
-    """What DeepSpeed loads itself must fit: it does not look before it writes."""
+    """Check the parts that DeepSpeed loads itself: it writes without checking."""
     place = manifest.places[engine.optimizer.ranks.part]
     if wanted.scheduler and engine.lr_scheduler is not None and not manifest.scheduler:
         raise ValueError(

@@ -114,7 +114,7 @@ def _load_model(engine: Any, folder: Path, checked: Checked, options: Mapping[st
 
 
 def _take_weights(engine: Any, source: WeightSource, *, states: bool) -> None:
-    """What this rank holds of frozen parameters; of trained ones too, unless they follow from states."""
+    """This rank's values of frozen parameters, and of trained ones unless they follow from states."""
     if not states:
         engine.optimizer.saved.take_weights(source)
     names = frozen(engine)

@@ -40,7 +40,7 @@ class Wanted:
 
     @staticmethod
     def by(options: Mapping[str, Any]) -> "Wanted":
-        """What the options of load_checkpoint want."""
+        """What to load, as the options of load_checkpoint say."""
         everything = not options["load_module_only"]
         return Wanted(
             module_strict=options["load_module_strict"],
@@ -172,7 +172,7 @@ def _check_counters(file: ModelFile, wanted: Wanted) -> None:
 
 
 def _stateful(engine: Any, wanted: Wanted) -> dict[str, Any]:
-    """What DeepSpeed restores beside module, optimizer and counters, by its key in the file."""
+    """Objects that DeepSpeed restores beside module, optimizer and counters, by their key in the file."""
     parts: dict[str, Any] = {}
     if wanted.scheduler:
         parts["lr_scheduler"] = engine.lr_scheduler
@@ -184,7 +184,7 @@ def _stateful(engine: Any, wanted: Wanted) -> dict[str, Any]:
 
 
 def _check_alike(file: Entry, key: str, part: Any) -> None:
-    """What a part saves of itself in this run, it must find: the same kinds of values, all numbers."""
+    """Check that a saved part has the values that it saves in this run: the same kinds, and numbers."""
     if key not in file or file.value[key] is None:
         hint = f": {KEEPS_SCHEDULER}" if key == "lr_scheduler" else ""
         raise ValueError(f"{file.path}: no {key.removeprefix('lr_')} was saved, and this run has one{hint}")

@@ -127,9 +127,9 @@ def register() -> None:
 
 
 def unregister() -> None:
-    """Put DeepSpeed's own methods back. Engines that exist go on as they are; nothing is raised.
+    """Restore DeepSpeed's own methods. Raises nothing.
 
-    How a ZeRO 3 engine that exists cuts its parameters stays, too: no other parameter is concerned.
+    Engines that exist continue as they are, and so does the way in which a ZeRO 3 engine cuts its parameters.
     """
     while _patches:
         _patches.pop().undo()

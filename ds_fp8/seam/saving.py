@@ -47,7 +47,7 @@ class _Save:
 
     @property
     def saving(self) -> Path:
-        """Where the tag is written."""
+        """The folder in which the tag is written."""
         return self.folder / (self.tag + tags.SAVING)
 
 
@@ -156,12 +156,12 @@ class _Written:
         return _Written([each.states for each in by_rank], [each.model for each in by_rank])
 
     def of_ranks(self, engine: Any) -> list[list[str]]:
-        """Those of which every rank has one."""
+        """Names of the files of which every rank writes one, in rank order."""
         return [self.states, *([self.models] if engine.zero_optimization_partition_weights() else [])]
 
 
 class _Failures:
-    """What a rank could not do of a save, while it went on for the others' sake."""
+    """Keeps a rank's first error in a save, so that the rank continues and others do not wait for it."""
 
     def __init__(self) -> None:
         self._first: Exception | None = None

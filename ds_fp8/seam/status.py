@@ -1,4 +1,4 @@
-"""What FP8 does in an engine, for programs, for the log and for DeepSpeed's monitors."""
+"""The state of FP8 in an engine: `is_active`, `describe`, `stats`, the log line, events of monitors."""
 
 import math
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from deepspeed import comm as dist
 import ds_fp8
 from ds_fp8.config.refusals import refusal
 from ds_fp8.estimate import memory
-from ds_fp8.estimate.engine_weights import in_words, weights_of
+from ds_fp8.estimate.engine_weights import weights_of
 from ds_fp8.estimate.fetching import fetching_of, persistent, summary
 from ds_fp8.zero_fp8.handlers.common import FP8ZeROOptimizer
 from ds_fp8.zero_fp8.health import Health
@@ -17,7 +17,7 @@ from ds_fp8.zero_fp8.placement.parameters import held_of
 
 
 def is_active(engine: Any) -> bool:
-    """Whether a DeepSpeed engine trains with FP8 states and communication.
+    """Return whether a DeepSpeed engine trains with FP8 states and communication.
 
     Args:
         engine: what `deepspeed.initialize` returned; any other object gives False.
@@ -29,24 +29,27 @@ def is_active(engine: Any) -> bool:
 
 
 def describe(engine: Any) -> dict[str, Any]:
-    """What FP8 does in an engine.
+    """Describe what FP8 does in an engine.
 
     Args:
         engine: what `deepspeed.initialize` returned.
 
     Returns:
-        Plain values by name: level, ZeRO stage, world size, `model_parallel_size` (ranks over which the model
-        is split; bytes are then those of this rank's part), how many of the ranks share a sequence, the
-        formats, `state_bytes_per_parameter` and `gradient_bytes_per_parameter` over all ranks,
-        `wire_bytes_per_gradient_element`, hops, kernels. `grad_accum_dtype` is fp32 if `.grad` adds up the
-        micro-steps of ZeRO 1 so, else None. Under ZeRO 3 also `persistent_bytes`, of parameters that stay
-        whole on every rank, `fetch_bytes`, which a rank sends to fetch all others once, and
-        `wire_bytes_per_fetched_element`. With FP8 weights also `products` (cublas, emulated, decoded) and
-        `products_instead`, why they are no FP8 products; the names `fp8_weights`, and `bf16_matrices` with
-        the reason of each; `fp8_elements`, `fp8_share`; `weight_bytes` of a rank, and what of them it hands
-        to the gathers of a step. With offload also `offload`, the executor, `offload_ratio`, and what states
-        take on this rank: `host_bytes`; `landing_bytes` of host memory for what crosses if the host sweeps,
-        the reduced gradient among it; `pinned_bytes` of both; `ring_bytes` of buffers on the device.
+        A dict of plain values. Always: `version`, `opt_level`, `zero_stage`, `world_size`,
+        `model_parallel_size` (ranks over which the model is split; bytes are then those of this rank's part),
+        `sequence_parallel_size`, the formats, `state_bytes_per_parameter` and `gradient_bytes_per_parameter`
+        over all ranks, `wire_bytes_per_gradient_element`, the hops, `overlap_comm`, `rank_bytes_min` and
+        `rank_bytes_max` of states and reduced gradient, `kernels`; `grad_accum_dtype` is "fp32" if `.grad`
+        adds up micro-steps in FP32 under ZeRO 1, else None.
+        Under ZeRO 3: `persistent_bytes` of parameters that stay whole on every rank, `fetch_bytes` that a
+        rank sends to fetch all others once, `wire_bytes_per_fetched_element`.
+        With FP8 weights: `products` ("cublas", "emulated" or "decoded"); `products_instead`, the reason if
+        they are not FP8 products; the names `fp8_weights`; `bf16_matrices` with the reason of each;
+        `fp8_elements`, `fp8_share`; `weight_bytes` of a rank, and `gather_bytes` that it hands to a step's
+        gathers.
+        With offload, on this rank: `offload` (the executor), `offload_ratio`, `host_bytes` of states,
+        `landing_bytes` of host memory for what crosses if the host sweeps, `pinned_bytes` of both,
+        `ring_bytes` of buffers on the device.
 
     Raises:
         ValueError: the engine does not use FP8.
@@ -93,7 +96,7 @@ def _offload(handler: FP8ZeROOptimizer) -> dict[str, Any]:
 
 
 def _fetching(engine: Any) -> dict[str, Any]:
-    """What ZeRO 3 keeps whole on every rank, and what one fetch of all the rest sends."""
+    """Bytes that ZeRO 3 keeps whole on every rank, and that one fetch of all other parameters sends."""
     keys, handler = fetching_of(engine._config.zero_config), engine.optimizer
     block_size, fleet = handler.recipe.block_size, handler.parts.buckets[0].fleet
     parameters = list(engine.module.parameters())
@@ -110,17 +113,18 @@ def _fetching(engine: Any) -> dict[str, Any]:
 
 
 def stats(engine: Any) -> dict[str, Any] | None:
-    """Health of the last measured step, over all ranks.
+    """Return the health of the last measured step, over all ranks.
 
     Args:
         engine: what `deepspeed.initialize` returned.
 
     Returns:
-        None before the first measured step. Then "step", and "total" and, for each param group, "groups" with
-        shares of all elements (gradient_underflow, gradient_saturated, exp_avg_clamped, exp_avg_underflow,
-        exp_avg_sq_rescued), the count gradient_non_finite_blocks, and gradient_snr_db. With FP8 weights
-        also "products": for the name of each, and in the mean as "total", {x,dy,w}_underflow and
-        {x,dy,w}_saturated, shares of elements that are not zero, and {x,dy,w}_amax_spread, in powers of two.
+        None before the first measured step. Then a dict: "step"; "total", and the same for each param group
+        in the list "groups": the shares of all elements gradient_underflow, gradient_saturated,
+        exp_avg_clamped, exp_avg_underflow and exp_avg_sq_rescued, the count gradient_non_finite_blocks, and
+        gradient_snr_db. With FP8 weights also "products", by the name of each weight and as their mean
+        "total": {x,dy,w}_underflow and {x,dy,w}_saturated, shares of the non-zero elements, and
+        {x,dy,w}_amax_spread, in powers of two.
 
     Raises:
         ValueError: the engine does not use FP8, or fp8.stats.interval is 0.
@@ -166,69 +170,22 @@ def _require_active(engine: Any) -> None:
         )
 
 
-def banner(engine: Any) -> str:
-    """One line of what `describe` says, for the log."""
-    about = describe(engine)
+def banner(about: Mapping[str, Any]) -> str:
+    """One line for the log, at most 120 characters with the logger's prefix.
+
+    Args:
+        about: what `describe` returned; it has everything that the line leaves out.
+    """
     ranks = "1 rank" if about["world_size"] == 1 else f"{about['world_size']} ranks"
     if about["model_parallel_size"] > 1:
         ranks += f", model parallel {about['model_parallel_size']}"
-    if about["sequence_parallel_size"] > 1:
-        ranks += f", sequence parallel {about['sequence_parallel_size']}"
-    overlapped = "overlapped" if about["overlap_comm"] else "not overlapped"
+    held = about["state_bytes_per_parameter"] + about["gradient_bytes_per_parameter"]
+    offload = ", offload" if "offload" in about else ""
+    products = f", products {about['products']}" if "products" in about else ""
     return (
         f"ds_fp8 {about['version']}: ON, {about['opt_level']}, ZeRO {about['zero_stage']}, {ranks} | "
-        f"{_formats(about)} | {_bytes(about)}, {_hops(about)}, {overlapped}{in_words(about)}"
-        f"{_offloaded(about)} | "
-        f"kernels: {about['kernels']}"
+        f"{held:.2f} bytes per parameter{offload}{products}, kernels {about['kernels']}"
     )
-
-
-def _formats(about: Mapping[str, Any]) -> str:
-    how = f", added in fp8 with {about['autoscale']} scaling" if about["autoscale"] else ""
-    rounding = ", rounded stochastically" if about["rounding"] == "stochastic" else ""
-    draws = ", draws spread" if about["draws"] == "spread" else ""
-    scales = f"block {about['block_size']}" if about["scaling"] == "block" else "one scale per tensor"
-    return (
-        f"gradients {about['gradients']}{how}, reduced {about['reduced_gradient']}, "
-        f"master {about['master']}{rounding}, exp_avg {about['exp_avg']}, exp_avg_sq {about['exp_avg_sq']}"
-        f"{draws}, {scales}"
-    )
-
-
-def _bytes(about: Mapping[str, Any]) -> str:
-    total = about["state_bytes_per_parameter"] + about["gradient_bytes_per_parameter"]
-    least, most = (about[f"rank_bytes_{end}"] / 2**20 for end in ("min", "max"))
-    return (
-        f"{total:.2f} bytes per parameter over all ranks, {least:.2f} to {most:.2f} MiB per rank, "
-        f"{about['wire_bytes_per_gradient_element']:.4f} wire bytes per gradient element{_fetches(about)}"
-    )
-
-
-def _fetches(about: Mapping[str, Any]) -> str:
-    if about["zero_stage"] < 3:
-        return ""
-    return (
-        f" and {about['wire_bytes_per_fetched_element']:.4f} per fetched element, "
-        f"{about['persistent_bytes'] / 2**20:.2f} MiB persistent "
-        f"(parameters of {about['param_persistence_threshold']:,} elements at most)"
-    )
-
-
-def _offloaded(about: Mapping[str, Any]) -> str:
-    if "offload" not in about:
-        return ""
-    host, ring = (about["host_bytes"] + about["landing_bytes"]) / 2**20, about["ring_bytes"] / 2**20
-    pinned = f"{about['pinned_bytes'] / 2**20:.2f} pinned" if about["pinned_bytes"] else "pageable"
-    return (
-        f" | states offloaded, executor {about['offload']}: {host:.2f} MiB of host memory per rank, "
-        f"{pinned}, {ring:.2f} MiB of buffers on the device"
-    )
-
-
-def _hops(about: Mapping[str, Any]) -> str:
-    if about["nodes"] == 1:
-        return "one hop"
-    return f"two hops, {about['nodes']} nodes of {about['intra_node_size']}, {about['between_nodes']} between"
 
 
 def idle(engine: Any) -> str:

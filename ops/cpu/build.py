@@ -80,7 +80,7 @@ def compiler() -> str | None:
 
 
 def obstacle() -> str | None:
-    """Why the library cannot be had; None if it can. Does not build: a report should not take seconds."""
+    """Why the library cannot be built; None if it can. Builds nothing: a report should not take seconds."""
     if is_whole(library_path()):
         return None
     try:
@@ -169,7 +169,7 @@ def _build(cxx: str, target: Path) -> None:
 
     As a warning, which is seen on whichever rank it is that builds, and where no log was set up.
     """
-    why = "those that are there are not whole" if target.exists() else "on the first run only"
+    why = "the existing ones are damaged" if target.exists() else "on the first run only"
     logger.warning("building the C++ kernels of ds_fp8, %s, in %s", why, target.parent)
     began = time.monotonic()
     _compile(cxx, target)

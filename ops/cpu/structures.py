@@ -1,4 +1,4 @@
-"""What the C++ kernels are given, as csrc/ declares it."""
+"""The arguments of the C++ kernels, as csrc/ declares them."""
 
 from ctypes import Structure, c_float, c_int32, c_int64, c_uint32, c_void_p
 

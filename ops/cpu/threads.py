@@ -1,4 +1,4 @@
-"""On how many threads the C++ kernels run."""
+"""The number of threads of the C++ kernels."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ _asked: ContextVar[int | None] = ContextVar("threads", default=None)
 
 @contextmanager
 def on_threads(count: int) -> Iterator[None]:
-    """Kernels that are called within run on so many threads, whatever torch and OMP_NUM_THREADS say."""
+    """Kernels called within run on `count` threads, whatever torch and OMP_NUM_THREADS say."""
     token = _asked.set(count)
     try:
         yield
@@ -20,5 +20,5 @@ def on_threads(count: int) -> Iterator[None]:
 
 
 def thread_count() -> int:
-    """Of a kernel that is called now."""
+    """Threads of a kernel that is called now."""
     return _asked.get() or torch.get_num_threads()

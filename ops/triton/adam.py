@@ -235,7 +235,7 @@ def adam_step(sweep: Sweep) -> None:
 
 
 def most_registers(exp_avg: str, hardware: bool) -> int | None:
-    """Of a thread, for a format and where the hardware converts FP8; None: the assembler chooses."""
+    """Registers per thread for a format, with or without FP8 conversion in hardware; None: no limit."""
     return QUOTIENT_REGISTERS if exp_avg == "int8" and hardware else None
 
 

@@ -55,7 +55,7 @@ def launch(kernel: Any, programs: int, warps: int, /, *, maxnreg: object = None,
 
 
 def latest() -> Any:
-    """What Triton compiled of the kernel that this thread launched last."""
+    """Triton's compilation of the kernel that this thread launched last."""
     return _thread.compiled
 
 

@@ -1,4 +1,4 @@
-"""What checkpoints of every kind agree on: states in FP32, progress, and checks of both.
+"""The interface of checkpoints of every kind: states in FP32, progress, and checks of both.
 
 A reader is a `Source` if it gives states by parameter in FP32 (`Values`), and `Restorable` if it brings them
 into shards: a checkpoint of ours byte for byte, any source through `convert.Converted`.
@@ -27,7 +27,7 @@ Names = Mapping[int, str]  # global parameter index -> name in the module
 
 @dataclass(frozen=True)
 class Progress:
-    """What a run goes on from, besides the states."""
+    """The counters and hyperparameters from which a run continues, besides the states."""
 
     steps: int
     clamp_squares: list[float | None] | None  # one per param group; None: the states are not ours
@@ -89,7 +89,7 @@ class WeightSource(Protocol):
         """Refuse, by a ValueError, files that do not hold some elements."""
 
     def weights(self, name: str, elements: slice) -> Tensor:
-        """Of some elements, [n] of the dtype in which they were saved."""
+        """Weights of some elements of a parameter, [n] in the dtype in which they were saved."""
 
 
 def check_hyperparameters(group: Entry) -> None:

@@ -49,7 +49,7 @@ def _dict(path: Path, loaded: Any) -> dict[str, Any]:
 
 
 def load_any(path: Path, *, weights_only: bool = True) -> Any:
-    """Whatever torch.save wrote, mapped. Raises ValueError if it cannot be read."""
+    """Load a file of torch.save, mapped into memory. Raises ValueError if it cannot be read."""
     try:
         mapped = zipfile.is_zipfile(path)  # files of an old torch are not
         return torch.load(path, map_location="cpu", mmap=mapped, weights_only=weights_only)
@@ -162,7 +162,7 @@ def save(state: Any, path: str | Path) -> None:
 
 
 def _os_error(error: BaseException | None) -> OSError | None:
-    """What the file system said; torch's writer, closing the file, covers it with an error of its own."""
+    """The error of the file system, which torch's writer hides behind an error of its own on closing."""
     while error is not None and not isinstance(error, OSError):
         error = error.__cause__ or error.__context__
     return error
@@ -172,7 +172,7 @@ def _os_error(error: BaseException | None) -> OSError | None:
 def new_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder to write into; it is renamed to `folder` if all goes well, else removed.
 
-    Raises ValueError if `folder` exists, or cannot be told apart from what else may lie beside it.
+    Raises ValueError if `folder` exists, or has a name that another file beside it may have.
     """
     if allowed := tags.objection(folder.name):
         raise ValueError(f"{folder}: allowed: {allowed}")

@@ -1,14 +1,14 @@
-"""What a checkpoint says of itself: one JSON file, written when every other file of the tag is there.
+"""The manifest of a checkpoint: one JSON file, written after every other file of the tag.
 
-It holds the formats, which file holds which blocks of each parameter, the counters that a resumed run goes
-on from, and size and SHA-256 of every file of the tag, DeepSpeed's too; its last key is a checksum of
+It holds the formats, which file holds which blocks of each parameter, the counters from which a resumed
+run continues, and size and SHA-256 of every file of the tag, DeepSpeed's too; its last key is a checksum of
 itself. So a tag without a manifest was never finished, and a file that was damaged, cut, lost or swapped is
-found before it is opened. Checksums catch accidents, not attackers: whoever can change a file can change its
-checksum.
+found before it is opened. Checksums catch accidents, not attackers, who can change a checksum
+with its file.
 
 **Places.** A place is the set of files of one model-parallel rank, in the order of these ranks; without
-model parallelism there is one. Files are called as DeepSpeed called them when it wrote them, and nobody
-makes a name from a rank or reads a rank from a name.
+model parallelism there is one. Files have the names under which DeepSpeed wrote them; no name is made from a
+rank, and no rank is read from a name.
 Version 1 named ranks instead of files; `parse` turns it into the same object.
 
 **Slices.** Under ZeRO 3 every rank writes a model file, whose module has buffers and empty parameters.
@@ -108,7 +108,7 @@ def _check_indices(what: str, parts: Iterable[tuple[int, int, int]], kind: str, 
 
 
 class Manifest(_Part):
-    """A whole tag. Further keys are read over."""
+    """The manifest of a whole tag. Unknown keys are ignored."""
 
     format_version: Literal[2]
     ds_fp8_version: str
@@ -164,7 +164,7 @@ class Version1(_Part):
         return Manifest.model_validate({**unchanged, "format_version": FORMAT_VERSION, "places": [place]})
 
     def _optimizer_files(self) -> list[str]:
-        """Those of all ranks; `files` lists only the node's, on storage of a node."""
+        """Optimizer files of all ranks; on node-local storage `files` lists only the node's."""
         ending = "zero_pp_rank_{}_mp_rank_00_optim_states.pt"
         pattern = re.compile(ending.format(r"\d+") + r"\Z")
         prefix = next((pattern.sub("", name) for name in self.files if pattern.search(name)), "")
@@ -283,6 +283,6 @@ def _digest_of(path: Path) -> str:
 
 
 def describe_difference(saved: Recipe, wanted: Recipe) -> list[str]:
-    """What differs between two recipes, "key saved -> wanted" each."""
+    """The differences between two recipes, each as "key saved -> wanted"."""
     before, after = saved.model_dump(), wanted.model_dump()
     return [f"{key} {before[key]} -> {after[key]}" for key in after if before[key] != after[key]]

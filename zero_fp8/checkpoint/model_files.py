@@ -41,7 +41,7 @@ class ModelFiles:
 
     @property
     def module(self) -> dict[str, Any]:
-        """What the model's state_dict held."""
+        """The entries of the model's state_dict."""
         module: dict[str, Any] = self.first.at("module").of(dict)
         return module
 
@@ -91,7 +91,7 @@ class ModelFiles:
             self.weights(name, elements)
 
     def shape(self, name: str) -> torch.Size:
-        """Of a tensor that the files hold."""
+        """Shape of a tensor in the files."""
         if sliced := self._sliced(name):
             return torch.Size(sliced.shape)
         shape: torch.Size = self.module[name].shape
@@ -101,7 +101,7 @@ class ModelFiles:
         return self.shape(name).numel()
 
     def dtype(self, name: str) -> torch.dtype:
-        """Of a tensor, which an empty one has, too."""
+        """Dtype of a tensor in the files, also of an empty one."""
         dtype: torch.dtype = self.first.at("module").at(name).of(Tensor).dtype
         return dtype
 
@@ -128,18 +128,18 @@ class ModelFile(Entry):
 
     @property
     def shapes(self) -> dict[str, list[int] | None]:
-        """Of the module; of parameters that are empty in it, those that they have elsewhere."""
+        """Shapes of the module's tensors; of parameters that are empty in it, their whole shapes."""
         found, sliced = shapes(self.at("module").of(dict)), self.sliced or {}
         return {name: sliced.get(name, shape) if shape == [0] else shape for name, shape in found.items()}
 
 
 def shapes(state: Mapping[str, Any]) -> dict[str, list[int] | None]:
-    """Of the tensors of a state_dict; None for all else."""
+    """Shapes of the tensors of a state_dict; None for entries that are no tensor."""
     return {key: list(value.shape) if isinstance(value, Tensor) else None for key, value in state.items()}
 
 
 def listed(folder: Path, manifest: Manifest, number: int, rank: int) -> ModelFile:
-    """That of a place or, under ZeRO 3, this rank's; where there is none, another rank's.
+    """The model file of a place or, under ZeRO 3, of this rank; of another rank if there is none.
 
     number: of the place. rank: in the place.
     """

@@ -1,6 +1,6 @@
 """Reading a checkpoint of ours, at any world size, ZeRO stage and bucket size.
 
-A block holds the same elements whoever owns it, so re-sharding copies rows: each rank asks for the
+A block holds the same elements on whichever rank, so re-sharding copies rows: each rank asks for the
 blocks that it owns now, opens only the files that hold some of them, and reads only these rows (the
 files are mapped, not read into memory).
 """
@@ -169,7 +169,7 @@ class Checkpoint:
             yield row, self._piece(file, name, blocks)[part]
 
     def _held(self, name: str, first: int, end: int) -> Iterator[tuple[int, str, tuple[int, int], slice]]:
-        """Who holds the blocks: row counted from `first`, file, the blocks in it, and which of them."""
+        """Where the blocks are: row counted from `first`, file, the blocks in it, and which of them."""
         covered, files = first, self.place.optimizer_files
         for index, start, stop in sorted(self.parameters[name].blocks, key=lambda block: block[1]):
             low, high = max(first, start), min(end, stop)
@@ -183,7 +183,7 @@ class Checkpoint:
             )
 
     def _entry(self, file: str, name: str, blocks: tuple[int, int]) -> Mapping[str, Any]:
-        """What a file holds of a parameter."""
+        """The entry of a parameter in a file."""
         entry = self._file(file)["fp8"]["parameters"].get(name)
         received = entry.get("blocks") if isinstance(entry, dict) else None
         if not isinstance(entry, dict) or received != list(blocks):
@@ -227,7 +227,7 @@ class Checkpoint:
         return padded(flat, rows, size)
 
     def _upper_half(self, file: str, name: str, blocks: tuple[int, int]) -> Tensor:
-        """That of a parameter's blocks in an optimizer file."""
+        """The upper half (BF16 weights) of a parameter's blocks in an optimizer file, as bytes."""
         entry, rows = self._entry(file, name, blocks), blocks[1] - blocks[0]
         saved = self._bytes(file, name, WEIGHT, entry, [rows, self.manifest.recipe.block_size * 2])
         return saved.view(torch.bfloat16)
@@ -266,13 +266,13 @@ class Checkpoint:
 
     @property
     def model_file(self) -> dict[str, Any]:
-        """What is in DeepSpeed's model file."""
+        """The contents of DeepSpeed's model file."""
         content: dict[str, Any] = self.model_files.first.value
         return content
 
     @property
     def module(self) -> dict[str, Any]:
-        """What the model's state_dict held: weights, buffers, frozen parameters, extra state."""
+        """The model's state_dict: weights, buffers, frozen parameters, extra state."""
         return self.model_files.module
 
 

@@ -41,7 +41,7 @@ SHOWN = 5  # names in a message
 
 
 def objection(name: str) -> str | None:
-    """What is allowed instead of a name that cannot be kept apart from other tags and from `latest`."""
+    """Which names are allowed, if this one could be confused with other tags or `latest`; else None."""
     if not name or name in (".", "..") or "/" in name or os.sep in name:
         return "the name of a folder in the save folder, not a path"
     if name != name.strip() or not name.isprintable():
@@ -56,7 +56,7 @@ def objection(name: str) -> str | None:
 
 
 def contents(folder: Path) -> str:
-    """What is in a folder, for a message."""
+    """The contents of a folder, for a message."""
     names = sorted(path.name for path in folder.iterdir())
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return f"holds {', '.join(names[:SHOWN])}{more}" if names else "is empty"
@@ -169,7 +169,7 @@ def _members(folder: Path) -> list[Path]:
 
 
 def beginning(saving: Path) -> Path:
-    """What becomes the manifest."""
+    """The temporary file that becomes the manifest."""
     return saving / (manifest.NAME + NEW)
 
 
@@ -199,7 +199,7 @@ def _drop(replaced: Path, target: Path) -> None:
 
 
 def _pointed(folder: Path) -> str:
-    """What `latest` names, if it does."""
+    """The tag in `latest`, or ""."""
     path = folder / LATEST
     return path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else ""
 

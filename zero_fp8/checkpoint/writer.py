@@ -1,4 +1,4 @@
-"""What a run writes: the optimizer file of a rank, and what the manifest says of the states.
+"""Writes a rank's optimizer file, and describes the states for the manifest.
 
 States are saved as the bytes they are, codes and scales, under parameter names and block ranges, so
 that a resumed run goes on bit for bit and no framework casts a scale on the way. Beside them lies
@@ -178,7 +178,7 @@ def describe_slices(module: Module, names: Collection[str], ranks: int) -> dict[
 
 
 def describe_cuts(module: Module) -> dict[str, int | None]:
-    """Of parameters of which model-parallel ranks have parts, by every name that they have."""
+    """Dimensions along which model-parallel ranks cut parameters, by every name; None if not known."""
     named = module.named_parameters(remove_duplicate=False)
     return {name: cut_of(each) for name, each in named if is_sharded(each)}
 

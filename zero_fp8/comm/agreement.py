@@ -46,7 +46,7 @@ def first_objection(objection: str | None, ranks: AnyRanks) -> str | None:
 
 
 def _numbers(ranks: AnyRanks, count: int) -> Sequence[int]:
-    """What to call the ranks in a message."""
+    """Numbers of the ranks, for messages."""
     return ranks.numbers if isinstance(ranks, Ranks) else range(count)
 
 

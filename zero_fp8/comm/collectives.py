@@ -4,8 +4,8 @@ Gradients go by all-to-alls of bytes, codes and scales of a destination side by 
 a reduce-scatter: that would add inside the collective, in FP8 and without scales. Float8 tensors are
 never handed to a collective (gloo refuses them), their bytes are.
 
-What is large travels while something else computes: it is launched here and waited for by whoever needs it.
-On a GPU waiting is the stream's affair, not the host's.
+What is large travels while something else computes: it is launched here, and code that needs it waits for it.
+On a GPU the stream waits, not the host.
 """
 
 from collections.abc import Sequence
@@ -94,7 +94,7 @@ class AllGather:
             self._gather_in_nodes()
 
     def land(self) -> None:
-        """The buffer is filled."""
+        """Wait until the buffer is filled."""
         self.advance()
         self._wait()
 
@@ -119,26 +119,26 @@ class Broadcasts:
         ]
 
     def advance(self) -> None:
-        """There is one step only."""
+        """Do nothing: there is one step only."""
 
     def land(self) -> None:
-        """The buffer is filled."""
+        """Wait until the buffer is filled."""
         while self._works:
             self._works.pop(0).wait()
 
 
 class NothingToGather:
-    """Weights that nobody waits for after a step: ZeRO 3 fetches them where they are used."""
+    """No gather after a step: ZeRO 3 fetches weights when a module needs them."""
 
     def advance(self) -> None:
-        """There is no step."""
+        """Do nothing."""
 
     def land(self) -> None:
-        """Nothing was launched."""
+        """Do nothing: nothing was launched."""
 
 
 def exchange(sent: Sequence[Tensor], sizes: Sequence[int], group: ProcessGroup) -> Tensor:
-    """What every rank has sent to this one, side by side in rank order, once it is here.
+    """The vectors that every rank has sent to this one, concatenated in rank order; waits for them.
 
     sent: a vector for each rank. sizes: elements of those that come.
     """

@@ -37,7 +37,7 @@ def groups_of(ranks: ProcessGroup | Ranks) -> tuple[ProcessGroup, ...]:
 
 
 class Nodes:
-    """A fleet's ranks in nodes, and who talks to whom."""
+    """A fleet's ranks in nodes, with the process groups of both hops."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""What model-parallel peers hold alike, such as layer norms: it must be the same, and stay so.
+"""Checks that parameters which model-parallel peers replicate, such as layer norms, are equal.
 
 Nothing sends it from peer to peer: peers compute the same gradients and round them alike, since the random
 bits of a parameter follow from its place in the model. So both are checked before training begins, and the
@@ -54,7 +54,7 @@ def check_replicated(names: Mapping[Parameter, str], specs: Sequence[ParameterSp
 
 
 def warn_if_parted(names: Mapping[Parameter, str], ranks: Ranks) -> None:
-    """Name what is no longer the same on all peers in the log, before it is saved. Collective."""
+    """Log the parameters that are no longer equal on all peers, before a save. Collective."""
     whole = [each for each in names if not is_sharded(each) and each.numel()]
     if ranks.peers is None or not whole:
         return
@@ -66,7 +66,7 @@ def warn_if_parted(names: Mapping[Parameter, str], ranks: Ranks) -> None:
     parted = [names[each] for each, differs in zip(whole, apart, strict=True) if differs]
     if parted and ranks.part == 0:
         logger.warning(
-            "model-parallel ranks hold other values of what they should hold alike: %s; each is saved with "
+            "parameters that model-parallel ranks should hold alike differ: %s; each is saved with "
             "its own, and `ds_fp8 export` takes those of the first rank",
             naming(parted),
         )

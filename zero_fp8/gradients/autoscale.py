@@ -19,19 +19,19 @@ GROWTH = 2.0 ** (1 / 1000)
 
 
 class GradientScales(Protocol):
-    """What moves from step to step beside the states."""
+    """A scaling policy: factors that may change from step to step."""
 
     def settle(self) -> None:
-        """A step was taken."""
+        """Called after a step that was taken."""
 
     def stats(self) -> dict[str, float]:
-        """What health says of it after a step."""
+        """Its figures for `ds_fp8.stats`, after a step."""
 
     def state(self, names: Mapping[int, str]) -> dict[str, float]:
         """By parameter name, for a checkpoint."""
 
     def restore(self, saved: Mapping[str, float], names: Mapping[int, str]) -> None:
-        """Go on from what `state` gave."""
+        """Restore what `state` returned."""
 
 
 class FixedScales:
@@ -51,7 +51,7 @@ class FixedScales:
 
 
 class Saturation(Protocol):
-    """A sum that counts."""
+    """A sum that counts its saturated values."""
 
     @property
     def saturated(self) -> Iterable[tuple[int, Tensor]]:
@@ -88,7 +88,7 @@ class Autoscale:
         return self._mu[[self._places[index] for index in parameters]]
 
     def settle(self) -> None:
-        """A step was taken: move mu."""
+        """Move mu, after a step that was taken."""
         self._saturated.zero_()
         for total in self._sums:
             for index, count in total.saturated:

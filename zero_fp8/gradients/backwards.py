@@ -1,7 +1,7 @@
-"""What counts as a backward.
+"""The rules for what counts as a backward.
 
 PyTorch's rule holds: every gradient that reaches a trained parameter counts, until a step or `zero_grad`,
-whichever forward it came from and whoever called backward. Two things are DeepSpeed's:
+whichever forward it came from and however backward was called. Two things are DeepSpeed's:
 
 - Each backward is divided by the micro-steps of a step. `engine.backward` divides its loss; under
   `loss.backward()` each gradient is divided where it arrives, so that terms of a loss count alike whether
@@ -78,7 +78,7 @@ ENGINE_BACKWARDS = EngineBackwards()
 
 
 class ArrivalHooks:
-    """Sees each gradient of a trained parameter before anybody else does.
+    """Hooks that see each gradient of a trained parameter before all other hooks.
 
     before: called where no `engine.backward` is running and a gradient is about to be added to a
     parameter's `.grad`; returns what the gradient is divided by, or raises.

@@ -1,7 +1,7 @@
 """One bucket's gradients on their way to the ranks that own them, in one hop or two.
 
-Between nodes a byte costs several times what it costs inside one. With two hops the ranks of a node add up
-first what they send to another node, and one message crosses where as many crossed as the node has ranks.
+A byte between nodes costs several times a byte inside one. With two hops the ranks of a node first add up
+what they send to another node, and one message crosses instead of one per rank of the node.
 The price is a second rounding.
 
 An exchange is a generator that yields what travels where backward goes on: once when its first hop has been
@@ -68,7 +68,7 @@ def _sums(received: Tensor, message: Message, second: Message, backend: Backend)
 
 
 class Exchange:
-    """Hops under way."""
+    """An exchange whose hops have been launched."""
 
     def __init__(self, hops: Hops) -> None:
         """The first hop has been launched."""
@@ -90,7 +90,7 @@ class Exchange:
 
     @property
     def done(self) -> bool:
-        """Whether `land` would not hold up the host."""
+        """Whether `land` would return at once."""
         return not self._first_only and self._transfer.done
 
     def land(self) -> Sequence[Blocks]:

@@ -69,7 +69,7 @@ class FP8Packer:
         return buffer
 
     def _agree(self, gradients: Gradients, nodes: Nodes) -> dict[int, Tensor]:
-        """What each parameter's values are multiplied with, 0-d float32, by parameter; on every rank."""
+        """The factor of each parameter's values, 0-d float32, by parameter; the same on every rank."""
         amax = torch.zeros(len(gradients), device=self._device)
         for number, gradient in enumerate(gradients.values()):
             if gradient is not None:
@@ -79,7 +79,7 @@ class FP8Packer:
         return dict(zip(gradients, inverse, strict=True))
 
     def _own_scales(self, bucket: Bucket, rank: int, inverse: Mapping[int, Tensor]) -> Tensor:
-        """Of this rank's rows, [blocks] float32."""
+        """Scales of this rank's rows, [blocks] float32."""
         scales = torch.ones(bucket.blocks_of(rank), device=self._device)
         for piece in bucket.pieces(rank):
             scales[piece.rows] = 1 / inverse[piece.slot.parameter]

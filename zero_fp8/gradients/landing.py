@@ -1,11 +1,11 @@
 """Reduced gradients that live in host memory: each bucket comes down when its exchange has landed.
 
-The first exchange of a step is added up on the device, as ever, and comes down as it is stored: 1.008 bytes
+The first exchange of a step is added up on the device and comes down as it is stored: 1.008 bytes
 per element in E4M3. Later ones (micro-steps, late gradients) are added by the host, in FP32, in the same
 order, to the same bits: the ranks' messages come down as they are or, if these are more bytes, their FP32
 sum. The host adds on a thread of its own, so that backward goes on.
 
-Device and host have two buffers each. Whoever needs one that is not free waits: the device's stream for the
+Device and host have two buffers each. If none is free, work waits: the device's stream for the
 device's, the thread that launches backward for the host's.
 """
 
@@ -44,7 +44,7 @@ class HostBuffer:
 
 
 class Landing:
-    """What the buckets of a run share on their way down."""
+    """Buffers, streams and thread that all buckets of a run share on the way to host memory."""
 
     def __init__(
         self, device: torch.device, backend: Backend, arena: Arena, on_device: int, on_host: int
@@ -61,7 +61,7 @@ class Landing:
 
     @property
     def nbytes(self) -> int:
-        """Of the device's memory."""
+        """Bytes of the buffers on the device."""
         return sum(each.room.nbytes for each in self._on_device)
 
     def close(self) -> None:
@@ -95,7 +95,7 @@ class Landing:
             arrived, message = [there], wide
         buffer = self._next_on_host()
         room = buffer.room
-        if room.nbytes < message.nbytes * len(arrived):  # nobody expected a second exchange
+        if room.nbytes < message.nbytes * len(arrived):  # a second exchange without micro-steps
             room = torch.empty(message.nbytes * len(arrived), dtype=torch.uint8)
         pieces = [blocks_in(room[number * message.nbytes :], message) for number in range(len(arrived))]
         with self.lane.after(mark(self.device)):
@@ -112,7 +112,7 @@ class Landing:
         return buffer.added
 
     def _add(self, came: Event, pieces: Sequence[Blocks], home: Blocks) -> Tensor:
-        """On the thread."""
+        """Add messages to the gradient; runs on the host's thread."""
         wait(came)
         return self.backend.accumulate(pieces, home, overwrite=False).to(self.device)
 
@@ -131,12 +131,12 @@ class Landing:
     def _room(self, buffer: DeviceBuffer, nbytes: int) -> Tensor:
         if buffer.room.nbytes >= nbytes:
             return buffer.room
-        return torch.empty(nbytes, dtype=torch.uint8, device=self.device)  # nobody expected so much
+        return torch.empty(nbytes, dtype=torch.uint8, device=self.device)  # larger than planned
 
 
 @dataclass
 class HostSum:
-    """Of one bucket, in host memory."""
+    """How a bucket's messages add up in host memory."""
 
     on_device: Sum  # how messages add up there
     landing: Landing

@@ -25,7 +25,7 @@ Write = tuple[Piece, Tensor, Blocks]  # what of a gradient goes into which rows 
 
 
 class Packer(Protocol):
-    """Sends buckets off."""
+    """Packs and launches buckets."""
 
     def send(self, bucket: Bucket, gradients: Gradients, counts: Counts) -> Exchange:
         """Launch a bucket. Lets go of its gradients before there is room for what arrives."""

@@ -50,7 +50,7 @@ class PendingGradients:
             self._dtypes[index] = _add_up_in(torch.float32, parameter)
 
     def let_go(self) -> None:
-        """Of the parameters: gradients add up in their dtype again."""
+        """Have autograd accumulate gradients in the parameters' own dtype again."""
         if self._is_wide:
             self._is_wide = False
             for index, parameter in self.parameters.items():

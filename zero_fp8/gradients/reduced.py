@@ -18,7 +18,7 @@ from ds_fp8.zero_fp8.placement.partition import Piece
 
 
 class Sum(Protocol):
-    """How what arrives adds up."""
+    """How arriving messages are added to the reduced gradient."""
 
     def add(
         self, arrived: Sequence[Blocks], gradient: Blocks, *, overwrite: bool
@@ -29,7 +29,7 @@ class Sum(Protocol):
         """
 
     def forget(self) -> None:
-        """What has been added was dropped."""
+        """Called when the gradient is dropped."""
 
     def settle(self) -> None:
         """Wait until what has been added is in the gradient, as far as the host has a part in it."""
@@ -72,7 +72,7 @@ class TensorSum:
 
 
 class ReducedGradient:
-    """What the owners add up, until a step takes it or it is dropped."""
+    """The owner's sum of a bucket's gradients, until a step takes it or it is dropped."""
 
     def __init__(
         self, blocks: Blocks, total: Sum, backend: Backend, device: torch.device, *, promotes: bool
@@ -90,7 +90,7 @@ class ReducedGradient:
 
     @property
     def blocks(self) -> Blocks:
-        """What has arrived, added up."""
+        """The sum of what has arrived."""
         self._sum.settle()
         return self._blocks
 

@@ -10,8 +10,8 @@ What the owners hold is the sum over all rounds since the last step or `drop`, a
 
 With overlap a bucket that has been launched lands when the one after the next is about to be launched, or at
 the epilogue: two are under way at most, backward goes on meanwhile, and what lands is added in bucket order.
-Without it, it lands at once. Under ZeRO 3 nobody waits for a bucket during backward: one that would have to
-be waited for lands later, and the next is launched later.
+Without overlap it lands at once. Under ZeRO 3 nothing waits for a bucket in backward: one that has not
+arrived lands later, and the next is launched later.
 
 A gradient may arrive outside a round: after its bucket has left (weights tied under reentrant
 checkpointing), or in a backward that exchanges nothing (towards some tensors, `inputs=`). It
@@ -44,7 +44,7 @@ UNDER_WAY = 2  # buckets at most, with overlap
 
 
 class Attempt(Protocol):
-    """A step that has been tried."""
+    """The outcome of a step that was tried."""
 
     @property
     def late(self) -> int:
@@ -96,12 +96,12 @@ class GradientReducer:
         self.schedule.listen(self.pending.parameters, self._launch_what_may_leave)
 
     def let_go(self) -> None:
-        """Of the parameters: they are as they were without a reducer."""
+        """Remove the hooks: parameters are as they were without a reducer."""
         self.schedule.remove()
         self.pending.let_go()
 
     def drop(self) -> None:
-        """Forget everything that has been reduced or is on its way."""
+        """Drop everything that has been reduced or is on its way."""
         if self._must_not_wait:
             self._catch_up()
         while self._under_way:
@@ -110,13 +110,13 @@ class GradientReducer:
             reduced.forget()
         self._health.forget()
         self.pending.drop()
-        self.backwards = 0  # that have come to their end since then
+        self.backwards = 0  # backwards that have ended since then
         self.schedule.changed = False
         self.rounds = 0  # that have ended since then
         self._start_round()
 
     def _catch_up(self) -> None:
-        """A backward was cut off: take part in what other ranks have launched, who were faster or slower."""
+        """After a backward that raised: take part in the collectives that other ranks have launched."""
         self.schedule.open = False
         launched = torch.tensor(self._next, device=self._device)
         for nodes in self._fleets.values():
@@ -126,12 +126,12 @@ class GradientReducer:
         self._land()
 
     def begin(self) -> None:
-        """A backward begins: buckets may leave."""
+        """Called when a backward begins: buckets may be sent."""
         self.schedule.renew()
 
     @property
     def active(self) -> bool:
-        """Whether a backward has begun and has not come to its end."""
+        """Whether a backward has begun and has not ended."""
         return self.schedule.open
 
     def finish(self) -> None:
@@ -145,7 +145,7 @@ class GradientReducer:
         self._start_round()
 
     def end(self) -> None:
-        """A backward has ended, reduced or not. `.grad` is None then but for ZeRO 1, whatever came late."""
+        """After a backward. `.grad` is then None, except under ZeRO 1 and for late gradients."""
         self.schedule.open = False
         self.backwards += 1
         if self._listens:
@@ -154,14 +154,14 @@ class GradientReducer:
             self.pending.keep()
 
     def bring(self) -> None:
-        """Bring what still lies in `.grad`; on every rank or none."""
+        """Send gradients that are still in `.grad`; on every rank or none."""
         if self.rounds:
             self._send_late()
         else:
             self.finish()
 
     def complete(self, attempt: Callable[[], A]) -> A:
-        """Try a step; once more, with the late gradients, if it finds that a rank has some."""
+        """Try a step; try it again, with the late gradients, if a rank has some."""
         if self._expects_late or not self.rounds:
             self.bring()
         tried = attempt()
@@ -175,7 +175,7 @@ class GradientReducer:
 
     @property
     def has_gradients(self) -> bool:
-        """Whether there are gradients for the next step; ranks that ran the same backwards say the same."""
+        """Whether there are gradients for the next step; the same on ranks that ran the same backwards."""
         return self.rounds > 0 or self.backwards > 0 or self.pending.late > 0
 
     def _send_late(self) -> None:
@@ -185,7 +185,7 @@ class GradientReducer:
         self._land()
 
     def _start_round(self) -> None:
-        self._next = 0  # place in the order of the bucket that travels next
+        self._next = 0  # position of the next bucket in the order
         self.schedule.start_round()
 
     def _launch_what_may_leave(self) -> None:
@@ -205,7 +205,7 @@ class GradientReducer:
         return len(self._under_way) < self._most or self._under_way[0][1].done
 
     def _move_on(self) -> None:
-        """Let exchanges go on with what has come, the oldest first: second hops leave in one order, too."""
+        """Advance exchanges that have arrived, oldest first: second hops have one order, too."""
         for _, exchange in self._under_way:
             if not exchange.progress():
                 return
@@ -215,7 +215,7 @@ class GradientReducer:
         self._next += 1
 
     def _launch(self, index: int) -> None:
-        """Send a bucket off; those that left before it move on."""
+        """Launch a bucket, and advance those that were launched before it."""
         self._land(leave=self._most - 1)
         if self._must_not_wait:
             self._move_on()
@@ -229,7 +229,7 @@ class GradientReducer:
             self._land()
 
     def _land(self, *, leave: int = 0) -> None:
-        """Bring buckets to their owners, oldest first, until `leave` are under way."""
+        """Land buckets, oldest first, until `leave` are under way."""
         while len(self._under_way) > leave:
             reduced, exchange = self._under_way.popleft()
             arrived = exchange.land()

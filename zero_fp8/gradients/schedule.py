@@ -33,33 +33,33 @@ End = tuple[Hashable, int]  # a module, and how often it had ended its backward 
 
 
 class Schedule(Protocol):
-    """Which bucket leaves when."""
+    """Decides when each bucket is sent."""
 
     open: bool  # whether a backward is running whose gradients travel
-    order: Sequence[int]  # in which buckets leave
+    order: Sequence[int]  # order in which buckets are sent
     patient: bool  # a rank must not wait for a bucket before backward has ended
-    changed: bool  # since the last step a bucket of this rank was not full at its place
+    changed: bool  # since the last step, if some bucket of this rank was not full at its place
 
     def listen(self, parameters: Mapping[int, Parameter], on_leave: Callable[[], None]) -> None:
-        """Watch gradients arrive; `on_leave` is called when buckets may leave. Again after a cast."""
+        """Register hooks; `on_leave` is called when buckets may be sent. Call it again after a cast."""
 
     def renew(self) -> None:
-        """A backward begins; it is open."""
+        """Called when a backward begins."""
 
     def may_leave(self, bucket: int) -> bool:
-        """Whether the bucket leaves now, if those before it have."""
+        """Whether the bucket is sent now, given that those before it have been."""
 
     def end_round(self) -> None:
-        """Every bucket has left, on every rank. Collective."""
+        """Called when every bucket has been sent, on every rank. Collective."""
 
     def start_round(self) -> None:
-        """No gradient has arrived; not open."""
+        """Reset: no gradient has arrived and no backward is running."""
 
     def forget(self) -> None:
-        """Learn anew, on every rank."""
+        """Learn the order again, on every rank."""
 
     def remove(self) -> None:
-        """Watch no more."""
+        """Remove the hooks."""
 
 
 class LastHook:
@@ -79,7 +79,7 @@ class LastHook:
 
 
 class Arrivals:
-    """In index order, as gradients arrive."""
+    """Sends buckets in index order, as gradients arrive."""
 
     patient = False
     changed = False
@@ -130,7 +130,7 @@ class Arrivals:
 
 
 class ModuleEnds:
-    """In a learnt order, where modules end their backward."""
+    """Sends buckets in a learnt order, when modules end their backward."""
 
     patient = True
 
@@ -165,7 +165,7 @@ class ModuleEnds:
             self._places[bucket] = len(self._ends)
 
     def on_module_end(self, module: Module) -> None:
-        """A module has ended its backward."""
+        """Called when a module has ended its backward."""
         if self.open:
             self._counts[module] += 1
             self._ends[module, self._counts[module]] = None

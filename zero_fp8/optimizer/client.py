@@ -1,6 +1,6 @@
-"""The optimizer that a client gave, beside the one that runs in its place: hyperparameters go one way.
+"""The optimizer that a client gave, and the one that runs in its place: hyperparameters go one way.
 
-Both hold the same dicts of param groups at first, so that a scheduler of the client's goes on working. A
+Both hold the same dicts of param groups at first, so that a scheduler of the client's keeps working. A
 `load_state_dict` gives the client's optimizer new dicts; then their values are taken over before each step.
 What an optimizer of the client's cannot do any more is refused by name instead of doing nothing.
 """

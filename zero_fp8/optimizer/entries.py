@@ -34,7 +34,7 @@ class Entries:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What two runs must have in common for one to go on with the other's entries."""
+        """What two runs must have in common for one to continue with the other's entries."""
         names, rounding = {key: fmt.name for key, fmt in self._formats.items()}, self._recipe.rounding
         return {
             **names,
@@ -112,7 +112,7 @@ class Entries:
     def _check_bytes(
         self, name: str, entry: dict[str, Any], parameter: Tensor, device: torch.device | None = None
     ) -> None:
-        """Refuse bytes that are not there, or not as many as the parameter needs; device: where, if given."""
+        """Refuse bytes that are missing or of the wrong number. device: where they must be, if given."""
         for key, count in self._byte_counts(parameter):
             value = entry[key]
             flaw = flaw_of(value) if isinstance(value, Tensor) else f"a {type(value).__name__}"
@@ -157,7 +157,7 @@ def _description(parameter: Tensor) -> dict[str, int]:
 
 
 def _shape(described: Any) -> list[Any] | None:
-    """Of a description; None if it is none."""
+    """The shape in a description; None if it is not one."""
     if not isinstance(described, dict) or described.get("dtype") not in range(len(DTYPES)):
         return None
     return [described.get(f"dim{number}") for number in range(len(described) - 1)]

@@ -1,4 +1,4 @@
-"""What DeepSpeed, schedulers and Hugging Face read of an optimizer, off the one that a handler has."""
+"""Attributes that DeepSpeed, schedulers and Hugging Face read of an optimizer, passed on to the handler's."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +17,7 @@ class Facade:
         return self.optimizer.param_groups
 
     def add_param_group(self, param_group: Mapping[str, Any]) -> None:
-        """Refused, by a ValueError: shards are made once."""
+        """Raise ValueError: shards are made once."""
         self.optimizer.add_param_group(dict(param_group))
 
     @property

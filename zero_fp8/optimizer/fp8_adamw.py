@@ -184,12 +184,12 @@ class FP8AdamW(torch.optim.Optimizer):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's, the states as bytes; "fp8" of each param group says what they are."""
+        """As torch's, with the states as bytes; "fp8" of each param group gives their formats."""
         self._sign_groups()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what `state_dict` gave, byte for byte.
+        """Load what `state_dict` returned, byte for byte.
 
         Args:
             state_dict: of an FP8AdamW with the same param groups, formats and seed.
@@ -251,7 +251,7 @@ class FP8AdamW(torch.optim.Optimizer):
     # Copies
 
     def __getstate__(self) -> dict[str, Any]:
-        """What copy and pickle take: torch's, and ours less kernels and their plans, which are made again."""
+        """The state for copy and pickle, without kernels and their plans, which are made again."""
         own = {"steps": self.steps, "clamp_squares": self.clamp_squares, "fp8": self.fp8}
         return {**super().__getstate__(), **own}
 
@@ -263,7 +263,7 @@ class FP8AdamW(torch.optim.Optimizer):
     # Under ZeRO
 
     def scalars(self, *, clamp: bool) -> list[AdamScalars]:
-        """What the next step multiplies with, one set per param group; `advance` counts the step."""
+        """The factors of the next step, one set per param group; `advance` counts the step."""
         pairs = zip(self.param_groups, self.clamp_squares, strict=True)
         return [scalars_of(group, self.steps + 1, square, clamp=clamp)[0] for group, square in pairs]
 
@@ -282,14 +282,14 @@ class FP8AdamW(torch.optim.Optimizer):
         self.clamp_squares = list(squares)
 
     def drop_clamp(self, why: str) -> None:
-        """Bound m no longer: the states did not come from these betas alone."""
+        """Turn the clamp of m off: the states were not made with these betas alone."""
         if any(square != math.inf for square in self.clamp_squares):
             logger.info("clamp off: %s", why)
         self.clamp_squares = [math.inf] * len(self.param_groups)
 
 
 def _states(fp8: Mapping[str, Any] | None) -> States:
-    """For the formats that the argument `fp8` names. Raises ValueError."""
+    """The recipe of the argument `fp8`. Raises ValueError."""
     config = parse({SECTION: {**(fp8 or {}), "enabled": True}})
     assert isinstance(config, FP8Config)
     check_offload(config, offloaded=False)

@@ -1,4 +1,4 @@
-"""The hyperparameters of a param group: what is allowed, and what a sweep multiplies with."""
+"""The hyperparameters of a param group: their allowed values, and the factors of a sweep."""
 
 import math
 from typing import Any
@@ -19,7 +19,7 @@ def betas_of(group: dict[str, Any]) -> tuple[float, float]:
 def scalars_of(
     group: dict[str, Any], step: int, clamp_square: float | None, *, clamp: bool
 ) -> tuple[AdamScalars, float]:
-    """What a step multiplies with, and the square of its clamp; clamp_square: the last step's."""
+    """The factors of a step, and the square of its clamp. clamp_square: of the last step."""
     beta1, beta2 = betas_of(group)
     square = next_clamp(clamp_square, (beta1, beta2))
     scalars = AdamScalars(

@@ -14,7 +14,7 @@ logger = logging.getLogger("ds_fp8")
 
 
 def replace_optimizer(optimizer: Any) -> FP8AdamW:
-    """FP8AdamW with the very param_groups of a client's Adam, so that its schedulers go on working.
+    """FP8AdamW with the very param_groups of a client's Adam, so that its schedulers keep working.
 
     Raises ValueError for an optimizer of another type and for one that has stepped already.
     """
@@ -39,7 +39,7 @@ def replace_optimizer(optimizer: Any) -> FP8AdamW:
     replaced = FP8AdamW(optimizer.param_groups)
     if type(optimizer) is DeepSpeedCPUAdam:
         logger.info(
-            "FP8AdamW replaces DeepSpeedCPUAdam, for which cpu_adam was compiled in vain; "
+            "FP8AdamW replaces DeepSpeedCPUAdam, for which cpu_adam was compiled needlessly; "
             'if accelerate made it, "zero_force_ds_cpu_optimizer": false saves that'
         )
     optimizer._opt_called = True  # or a scheduler made with it warns that it was never stepped

@@ -60,7 +60,7 @@ class States:
     def _sweep_vector(
         self, state: AdamState, gradient: Tensor, weights: Tensor, index: int, scalars: AdamScalars
     ) -> None:
-        """Whole blocks in place; the last one, if it is short, in a copy that is filled up."""
+        """Sweep whole blocks in place, and a short last block in a padded copy."""
         size = self.recipe.block_size
         blocks, rest = divmod(len(weights), size)
         whole = blocks * size
@@ -78,16 +78,16 @@ class States:
     # Edits between steps
 
     def follow(self, entry: dict[str, Any], parameter: Tensor) -> None:
-        """Take edits of the weight over into its master; for all parameters before the first is swept."""
+        """Round edits of the weight into its master; done for all parameters before the first sweep."""
         if self._may_be_edited(entry, parameter):
             follow(self.entries.master_of(entry), parameter.detach().reshape(-1))
 
     def remember(self, entry: dict[str, Any], parameter: Tensor) -> None:
-        """Remember what a step has left, after its last sweep: views of one tensor count together."""
+        """Remember the weight as a step has left it; views of one tensor count together."""
         self._marks[entry["master"]] = mark_of(parameter)
 
     def _may_be_edited(self, entry: dict[str, Any], parameter: Tensor) -> bool:
-        """Whether the weight may be another than its master gives, since the last step or from elsewhere."""
+        """Whether the weight may differ from its master, by an edit since the last step or a load."""
         if self.recipe.master.split or entry["step"] == 0:
             return False
         mark = mark_of(parameter)

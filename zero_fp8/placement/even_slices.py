@@ -1,4 +1,4 @@
-"""Slices as stock DeepSpeed's files have them under ZeRO 3. Integers only.
+"""The slices in stock DeepSpeed's files of ZeRO 3. Integers only.
 
 Slice r of a parameter is its elements from r * share on, share = ceil(numel / ranks), wherever that cuts a
 block; the last slices may be short or empty, and are filled up. A rank's slices of several parameters follow
@@ -29,7 +29,7 @@ def spans(numel: int, length: int, ranks: int) -> list[tuple[int, int, int]]:
 
 
 def starts_of(sizes: Sequence[int], ranks: int) -> list[int]:
-    """Where the slices of parameters of these sizes begin in a rank's vector, and its end."""
+    """Offsets of the slices of parameters of these sizes in a rank's vector, and its length."""
     starts = [0]
     for numel in sizes:
         starts.append(starts[-1] + share_of(numel, ranks))
@@ -46,7 +46,7 @@ class Move:
 
 
 def moves(bucket: Bucket, owner: int, receiver: int) -> Iterator[Move]:
-    """What `owner` has of `receiver`'s slices of a bucket, in the order of the bucket."""
+    """Elements of `receiver`'s slices of a bucket that `owner` has, in the order of the bucket."""
     sizes, first = [slot.numel for slot in bucket.slots], 0
     indices = [slot.parameter for slot in bucket.slots]
     starts = dict(zip(indices, starts_of(sizes, bucket.world_size), strict=False))

@@ -1,4 +1,4 @@
-"""What one rank sends to one owner of a bucket, in bytes. Integers only.
+"""The layout of one rank's message to one owner of a bucket, in bytes. Integers only.
 
 Codes of the owner's blocks lie first, then their scales, then padding, so that the next message can be read
 in wide words.

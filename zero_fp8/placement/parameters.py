@@ -1,7 +1,7 @@
-"""Which parameters are trained, and whether they can be.
+"""Which parameters are trained, and checks that they can be.
 
 Under ZeRO 3 DeepSpeed leaves a parameter empty between uses and keeps its size beside it: `shape_of` and
-`numel_of` say what it is when it is whole.
+`numel_of` give the values of the whole parameter.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -27,7 +27,7 @@ def numel_of(parameter: Tensor) -> int:
 
 
 def held_of(parameter: Tensor) -> Tensor:
-    """What this rank holds of the parameter: all of it, or its slice under ZeRO 3."""
+    """This rank's values of the parameter: all of them, or its slice under ZeRO 3."""
     return getattr(parameter, "ds_tensor", parameter)
 
 
@@ -101,7 +101,7 @@ def trained_parameters(
 
 
 def check_memory(parameters: Mapping[int, Parameter], names: Mapping[Parameter, str]) -> None:
-    """Trained parameters are given memory of their own: refuse those that share some, which would part."""
+    """Refuse trained parameters that share memory: each gets memory of its own, which would separate them."""
     owners: dict[int, Parameter] = {}
     for each in names:
         if each.numel() and not each.is_meta:
@@ -115,7 +115,7 @@ def check_memory(parameters: Mapping[int, Parameter], names: Mapping[Parameter, 
 
 
 def check_finite(weights: Mapping[int, Tensor], names: Mapping[int, str]) -> None:
-    """A scaled master would turn the neighbours of a value that is not finite into NaN.
+    """Refuse weights with inf or NaN: a scaled master would turn their neighbours into NaN.
 
     weights: what this rank has of each parameter, by global index.
     """

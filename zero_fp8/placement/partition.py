@@ -1,4 +1,4 @@
-"""Where parameters lie: parameters -> buckets -> blocks -> ranks. Integers only.
+"""The partition: parameters -> buckets -> blocks -> ranks. Integers only.
 
 Parameters fill buckets in reverse order, as backward produces their gradients. A bucket holds parameters of
 one param group, dtype and fleet, which model-parallel peers hold alike or of which each has a part. Each
@@ -28,7 +28,7 @@ from ds_fp8.zero_fp8.placement.ranks import Fleet
 
 @dataclass(frozen=True)
 class ParameterSpec:
-    """What the partition needs to know of a parameter."""
+    """The facts about a parameter that decide the partition."""
 
     index: int  # global: position among the model's parameters, the same on every rank
     numel: int
@@ -110,7 +110,7 @@ class Bucket:
         return self.bounds[rank + 1] - self.bounds[rank]
 
     def pieces(self, rank: int) -> Iterator[Piece]:
-        """What `rank` owns of each parameter, in the order of the shard."""
+        """The pieces of parameters that `rank` owns, in the order of the shard."""
         rows = self.rows_of(rank)
         for slot in self.slots:
             held, first_row = slot.held(rank, rows)

@@ -9,11 +9,11 @@ from ds_fp8.config.refusals import refusal
 class Fleet:
     """The ranks that hold the same copy of a parameter and share its states."""
 
-    name: str  # tells fleets of one size apart
+    name: str  # distinguishes fleets of one size
     size: int  # ranks
 
     def mean_factor(self) -> float:
-        """From a sum over the ranks to their mean."""
+        """The factor from a sum over the ranks to their mean."""
         return 1.0 / self.size
 
     def sequences(self, ranks_per_sequence: int) -> int:
@@ -66,7 +66,7 @@ class NodeLayout:
 
     @property
     def messages(self) -> int:
-        """How many reach an owner on the last hop."""
+        """Number of messages that reach an owner on the last hop."""
         return self.count if self.count > 1 else self.size
 
     def where(self, rank: int) -> tuple[int, int]:

@@ -114,7 +114,7 @@ def register(address: int, nbytes: int, device: torch.device) -> str | None:
         code = int(cudart.cudaHostRegister(address + first, length, 0))
         if code:
             unregister(address, first)
-            with suppress(RuntimeError):  # CUDA keeps the error for whoever asks next
+            with suppress(RuntimeError):  # CUDA would report the error to its next caller
                 torch.zeros(1, device=device)
             return f"cudaHostRegister gave error {code}"
     return None

@@ -45,7 +45,7 @@ class Estimate:
 
 
 def cores_of_a_rank() -> int:
-    """Those that this process may use, divided among the ranks here unless each has been given its own."""
+    """Cores of this process, divided among the machine's ranks unless each rank has its own."""
     own, all_of_them = len(os.sched_getaffinity(0)), os.cpu_count() or 1
     return max(1, own // local_processes() if own == all_of_them else own)
 
@@ -61,7 +61,7 @@ def measure(
 
 
 def _best(act: Callable[[], None]) -> float:
-    """Nanoseconds."""
+    """Shortest time of a call, in nanoseconds."""
     act()
     taken = []
     for _ in range(ROUNDS):

@@ -1,4 +1,4 @@
-"""What host memory there is for this process: a kernel that runs out of it kills without a word."""
+"""Host memory available to this process: a kernel that runs out of it kills processes without a message."""
 
 import logging
 import os
@@ -22,7 +22,7 @@ WHAT = "offloaded states (zero_optimization.offload_optimizer)"
 
 
 def refuse_too_much(nbytes: int) -> None:
-    """Refuse what this machine can never hold; warn of what it cannot hold now. Each rank asks for as much.
+    """Refuse what this machine can never hold; warn if it cannot hold it now. Every rank asks for `nbytes`.
 
     Raises ValueError.
     """
@@ -55,6 +55,6 @@ def limits() -> Iterator[tuple[int, int]]:
 
 
 def memlock_limit() -> str:
-    """What `ulimit -l` says."""
+    """The limit of `ulimit -l`, as text."""
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     return "any amount (ulimit -l)" if soft == resource.RLIM_INFINITY else f"{soft / 1e9:.2f} GB (ulimit -l)"

@@ -32,7 +32,7 @@ class Buffer:
     filled: Event = None  # when the weights that are read have come down
 
     def rows(self, like: Tensor) -> Tensor:
-        """As many rows of the same dtype."""
+        """A view of the buffer with the rows and dtype of `like`."""
         return self.room[: like.nbytes].view(like.dtype).view(like.shape)
 
 

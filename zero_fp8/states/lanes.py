@@ -17,7 +17,7 @@ class Lane:
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def after(self, *events: Event) -> AbstractContextManager[object]:
-        """What is launched within comes when these events have."""
+        """Work launched within waits for these events."""
         if self._stream is None:
             return nullcontext()
         for event in filter(None, events):
@@ -29,7 +29,7 @@ class Lane:
         return None if self._stream is None else self._stream.record_event()
 
     def keep(self, tensor: Tensor) -> None:
-        """Let nobody have the tensor's memory before what has been launched so far is done."""
+        """Keep the tensor's memory from being reused until what has been launched so far is done."""
         if self._stream is not None:
             tensor.record_stream(self._stream)
 

@@ -95,7 +95,7 @@ class Residence:
         self.away, self.ratio = away, ratio
 
     def parts(self, rows: int) -> tuple[Part, ...]:
-        """Room for a shard of so many rows: zeros."""
+        """The parts of a shard of `rows` rows, zeros."""
         away = offloaded_rows(rows, self.ratio) if self.away else 0
         here = slice(0, rows - away)
         parts = [Part(here, self._states(partial(_zeros, self.device), here.stop))]
@@ -135,7 +135,7 @@ class Away:
         return sum(each.nbytes for each in (self.arena, self.landing) if each and each.pinned)
 
     def close(self) -> None:
-        """When no copy is under way."""
+        """Give up the memory; no copy may be under way."""
         self.executor.close()
         self.arena.close()
         if self.landing:
@@ -156,7 +156,7 @@ def streamed(
     pinned: bool = True,
     ratio: float = 1.0,
 ) -> Residence:
-    """For shards of so many rows each, whose states visit the device. backend: the device's.
+    """For shards whose states visit the device. rows: of each shard; backend: the device's.
 
     Raises ValueError if there is not that much memory.
     """
@@ -177,7 +177,7 @@ def swept_on_host(
     landing: Arena,
     row_bytes: int,
 ) -> Residence:
-    """For shards of so many rows each, whose states the host sweeps. backend: the host's.
+    """For shards whose states the host sweeps. rows: of each shard; backend: the host's.
 
     landing: has room for `staging_bytes`; row_bytes: of a row of weights.
     """
@@ -192,7 +192,7 @@ def staging_bytes(rows: Sequence[int], block_size: int, row_bytes: int) -> int:
 
 
 def arena_bytes(rows: Sequence[int], block_size: int, formats: Sequence[Format], ratio: float) -> int:
-    """Host memory for shards of so many rows each."""
+    """Bytes of host memory for shards. rows: of each."""
     away = [offloaded_rows(each, ratio) for each in rows]
     return sum(room_of(each, block_size, fmt) for each in away for fmt in formats)
 

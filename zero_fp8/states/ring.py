@@ -51,7 +51,7 @@ class Ring:
 
     @property
     def nbytes(self) -> int:
-        """Of the device's memory."""
+        """Bytes of the buffers on the device."""
         return sum(tensor.nbytes for each in self._buffers for tensor in byte_tensors(each.state))
 
     def visits(self, home: AdamState, first: int, target: Target, written: Event) -> Iterator[Visit]:

@@ -54,7 +54,7 @@ class Shard:
         self._plans = [self._plan(part, rows) for part in parts for rows in part.cuts]
 
     def _plan(self, part: Part, rows: slice) -> Any:
-        """What the backend looks up about rows that are swept together."""
+        """The backend's tables of rows that are swept together."""
         cut = ((piece, _overlap(piece.rows, rows)) for piece in self.pieces)
         segments = [
             Segment(
@@ -81,7 +81,7 @@ class Shard:
 
     @property
     def host_nbytes(self) -> int:
-        """Those in host memory."""
+        """Bytes of the states in host memory."""
         return sum(nbytes_of(each.state) for each in self._parts if each.executor is not None)
 
     @property
@@ -141,7 +141,7 @@ class Shard:
                 yield slice(start, start + inside.stop - inside.start), part.state[inside]
 
     def move(self, residence: Residence) -> None:
-        """Live elsewhere from now on."""
+        """Move the states to another residence."""
         parts = residence.parts(self.rows)
         move(self._parts, parts)
         self._live_in(parts)

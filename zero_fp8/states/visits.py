@@ -22,7 +22,7 @@ STATES = ("master", "exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class Target:
-    """What a sweep has on the device besides states and gradient."""
+    """Tensors of a sweep on the device besides states and gradient."""
 
     weights: Tensor  # [rows of the shard, block size]
     control: Tensor  # as `ops.adam.Sweep`
@@ -39,7 +39,7 @@ class Visit:
 
 
 class Executor(Protocol):
-    """Who steps states that live in host memory."""
+    """Steps states that live in host memory."""
 
     @property
     def backend(self) -> Backend:
@@ -47,15 +47,15 @@ class Executor(Protocol):
 
     @property
     def memory(self) -> torch.device:
-        """Where they do."""
+        """The device on which the kernels run."""
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
 
     @property
     def rows(self) -> int:
-        """Of a chunk."""
+        """Rows per chunk."""
 
     def visits(self, home: AdamState, first: int, target: Target, written: Event) -> Iterator[Visit]:
         """Chunk after chunk of the states `home`, whose first row is row `first` of the shard.
@@ -67,7 +67,7 @@ class Executor(Protocol):
         """When all that was swept so far is back in host memory."""
 
     def settle(self) -> None:
-        """Wait until it is."""
+        """Wait until all states are back in host memory."""
 
     def close(self) -> None:
         """Give up what is held, when no copy is under way."""
@@ -98,7 +98,7 @@ def copy(source: AdamState, target: AdamState, *, waits: bool = True) -> None:
 
 
 def room_like(state: AdamState, rows: int, device: torch.device) -> AdamState:
-    """Room for so many rows of states of the same formats, zeros."""
+    """Zeros for `rows` rows of states of the same formats."""
     master, exp_avg, exp_avg_sq = (
         Blocks.zeros(rows, each.block_size, each.format, device)
         for each in (state.master, state.exp_avg, state.exp_avg_sq)

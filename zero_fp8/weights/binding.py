@@ -9,6 +9,7 @@ itself, and so follows.
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -43,10 +44,14 @@ class Binding:
         self._parameters = parameters
         self._names = names
         self._on_return = on_return
-        self._homes = {home.address: home for each in weights for home in each.homes}
         self._given_up = False
         self._edited: dict[str, None] = {}  # names of parameters whose owned values left their masters
         self._logged = False
+
+    @cached_property
+    def _homes(self) -> dict[int, Home]:
+        """By address; codes have none before the first gather."""
+        return {home.address: home for each in self._weights for home in each.homes}
 
     def bring_home(self) -> str | None:
         """Bring parameters back. An objection, and nothing is done, if one does not fit any more."""

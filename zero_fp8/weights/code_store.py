@@ -66,5 +66,8 @@ class CodeStore(Protocol):
     def freed(self) -> bool:
         """Whether the memory was given back."""
 
+    def release(self) -> None:
+        """Have no memory until `allocate` is called."""
+
     def allocate(self) -> None:
-        """Have memory again."""
+        """Have memory, of zeros."""

@@ -26,7 +26,7 @@ class CodeViews:
         """Make room for codes, beside parameters that are plain until `show`."""
         self._bucket, self._parameters, self._way = bucket, parameters, way
         device = parameters[bucket.slots[0].parameter].device
-        self._buffer = torch.zeros(bucket.blocks * bucket.block_size, dtype=torch.uint8, device=device)
+        self._buffer = torch.empty(bucket.blocks * bucket.block_size, dtype=torch.uint8, device=device)
 
     def codes_of(self, slot: Slot) -> Tensor:
         """[rows, columns] E4M3."""
@@ -72,5 +72,11 @@ class CodeViews:
         """Whether the memory was given back: nobody else has the buffer."""
         return False
 
+    def release(self) -> None:
+        """Have no memory until `allocate` is called."""
+        self._buffer.untyped_storage().resize_(0)
+
     def allocate(self) -> None:
-        """There is always memory."""
+        """Have memory, of zeros."""
+        self._buffer.untyped_storage().resize_(self._buffer.nbytes)
+        self._buffer.zero_()

@@ -134,6 +134,7 @@ class TiledWeights:
                 for piece in bucket.pieces(rank)
                 if piece.slot is slot
             ]
+        store.release()  # until the first gather: beside BF16 weights there is one bucket of codes
 
     def _matrix(self, index: int, codes: Tensor, exponents: Tensor) -> Matrix:
         matrix = Matrix.of(self._products.names[index], codes, exponents, self._products.choice.kernels)
@@ -192,6 +193,8 @@ class TiledWeights:
 
     def gather(self, nodes: Nodes, control: Tensor | None) -> CodeGather:
         """Encode what `room` holds, and launch what brings every rank's codes to all."""
+        if not self._encoded:
+            self._store.allocate()
         room, kernels = self.room, self._products.choice.kernels
         agreed = torch.zeros_like(self._exponents)
         for part in self._parts:
@@ -240,7 +243,7 @@ class TiledWeights:
     @property
     def freed(self) -> bool:
         """Whether the memory was given back."""
-        return self._store.freed
+        return self._encoded and self._store.freed
 
     def allocate(self) -> None:
         """Have memory again, with nothing that is known in it."""

@@ -35,7 +35,7 @@ TILE = tl.constexpr(products.TILE)
 
 @triton.jit
 def scale_of(amax):
-    """What brings values with these largest magnitudes onto codes, and their scale: float32; 1 of zeros."""
+    """The factor from values with these largest magnitudes to codes, and their scale, float32; 1 of zeros."""
     e = exponent_of(amax, "e4m3", 0)
     return inverse_scale(e, 0), tl.where(amax == 0, 1.0, power_of_two(e))
 
@@ -51,7 +51,7 @@ def store_codes(stored, codes, first_row, first_column, rows, columns):
 
 @triton.jit
 def store_scales(stored, scales, first, tile, rows):
-    """Those of 128 rows; scales: [tiles, rows]."""
+    """Store the scales of 128 rows; scales: [tiles, rows]."""
     row = tl.arange(0, TILE)
     tl.store(scales + tile.to(tl.int64) * rows + first + row, stored, mask=row < rows - first)
 

@@ -148,7 +148,7 @@ def _check_vectors(file: Entry) -> list[int]:
 
 
 def _end(address: Entry) -> int:
-    """Where a fragment ends in its vectors."""
+    """The element after a fragment's last, in its vectors."""
     record = address.of(fragment_address)
     start, numel = (
         Entry(address.path, getattr(record, key, None), f"{address.where}.{key}")

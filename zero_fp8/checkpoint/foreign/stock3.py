@@ -36,7 +36,7 @@ Vector = Callable[[Entry, int], Entry]  # of an optimizer file and a sub-group
 
 @dataclass(frozen=True)
 class Slices:
-    """Where the slices of a parameter lie in every rank's vectors."""
+    """Positions of a parameter's slices in every rank's vectors."""
 
     subgroup: int
     start: int

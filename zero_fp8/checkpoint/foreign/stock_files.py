@@ -62,7 +62,7 @@ def load_stock(path: Path) -> dict[str, Any]:
 
 
 def open_optimizer_files(folder: Path, stages: str) -> list[Entry]:
-    """What each rank's optimizer file holds, by rank. Raises ValueError if the files are not a whole set.
+    """The contents of each rank's optimizer file. Raises ValueError if the set of files is not complete.
 
     stages: those that the folder is of, as an error names them.
     """

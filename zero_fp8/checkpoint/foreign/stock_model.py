@@ -49,7 +49,7 @@ def sliced_files(model: Entry, paths: Sequence[Path]) -> ModelFiles:
 
 
 def shapes_elsewhere(model: Entry) -> dict[str, list[int] | None]:
-    """Of the parameters that are empty in a model file's module, by every name they have."""
+    """Shapes of the parameters that are empty in a model file's module, by every name they have."""
     shapes = {**{k: v for each in trained_shapes(model) for k, v in each.items()}, **frozen_shapes(model)}
     tied = model.at("shared_params").of(dict) if "shared_params" in model else {}
     return {**shapes, **{name: shapes.get(owner) for name, owner in tied.items()}}

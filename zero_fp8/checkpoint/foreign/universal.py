@@ -46,7 +46,7 @@ OURS = "ds_fp8"  # key of a universal checkpoint's optimizer_state.pt: counters 
 
 
 class Counters(BaseModel):
-    """What only we need of a universal checkpoint, beside what stock DeepSpeed reads."""
+    """Entries of a universal checkpoint that ds_fp8 reads and stock DeepSpeed ignores."""
 
     model_config = ConfigDict(frozen=True, strict=True)
 
@@ -95,7 +95,7 @@ class Universal:
         return stock_progress(next(iter(steps)), scaler and scaler.value, groups)
 
     def _own_progress(self, groups: list[dict[str, Any]], parameters: Mapping[str, Parameter]) -> Progress:
-        """What `universal.write` put beside what stock DeepSpeed reads."""
+        """The entries of ds_fp8 that `universal.write` has added."""
         place = self._common.at(OURS)
         try:
             counters = Counters.model_validate(place.value)
@@ -158,7 +158,7 @@ class OtherWeights:
             self._models.check_weights(name, elements)
 
     def weights(self, name: str, elements: slice) -> Tensor:
-        """Of some elements of a parameter."""
+        """Weights of some elements of a parameter."""
         if self._models is not None and name in self._models:
             return self._models.weights(name, elements)
         other = self._universal.other(name)
@@ -167,7 +167,7 @@ class OtherWeights:
 
 
 def _param(path: Path) -> Tensor:
-    """Whole, or out of slices of ZeRO 3 a vector."""
+    """A parameter as the converter wrote it: whole, or a vector if it comes from ZeRO 3."""
     entry = Entry(path, load_any(path))
     return (entry if isinstance(entry.value, Tensor) else entry.at("param")).floats().contiguous()
 
@@ -199,7 +199,7 @@ def write(checkpoint: Whole, out: Path, advance: Callable[[int], None]) -> None:
 
 
 def _copy_model_files(checkpoint: Whole, folder: Path) -> None:
-    """Under the names where DeepSpeed looks: it reads the first of any stage under all of them."""
+    """Copy the model files under every name that DeepSpeed looks for."""
     place = checkpoint.place
     if isinstance(checkpoint, Merged):
         save(checkpoint.whole_model_file(), folder / place.model_file)
@@ -222,12 +222,12 @@ def _write_states(checkpoint: Whole, name: str, folder: Path) -> int:
 
 
 def _step(manifest: Manifest) -> Tensor:
-    """torch's optimizers want a tensor and DeepSpeed's kernels a number: this one passes for both."""
+    """A step count that torch's optimizers accept as a tensor and DeepSpeed's kernels as a number."""
     return torch.tensor(float(manifest.steps))
 
 
 def _common(checkpoint: Whole) -> dict[str, Any]:
-    """No loss scaler for stock DeepSpeed: it would take ours with its settings, in place of its config's."""
+    """Leave out the loss scaler: stock DeepSpeed would take its settings from it and not from its config."""
     progress, manifest = checkpoint.progress, checkpoint.manifest
     groups = [{**group, "params": []} for group in progress.param_groups]
     return {

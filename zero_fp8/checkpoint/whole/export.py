@@ -94,7 +94,7 @@ def model_tensors(checkpoint: Whole, dtype: torch.dtype, *, fp8: bool = False) -
 
 
 def _codes_and_scales(name: str, shape: torch.Size) -> list[ModelTensor]:
-    """Of an FP8 weight, which is tied to none."""
+    """The codes and scales of an FP8 weight, which is never tied."""
     scales = math.prod(map(tiles, shape))
     return [
         ModelTensor(name, shape.numel(), E4M3.dtype, name, None, "codes"),

@@ -53,7 +53,7 @@ def encode(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantization_config(checkpoint: Whole) -> dict[str, Any]:
-    """What belongs into config.json under that name."""
+    """The "quantization_config" for config.json."""
     return {
         "quant_method": "fp8",
         "fmt": "e4m3",

@@ -35,12 +35,12 @@ class MergedFiles:
 
     @property
     def first(self) -> Entry:
-        """That of the first place."""
+        """The model file of the first place."""
         return self._files[0].first
 
     @property
     def module(self) -> dict[str, Any]:
-        """What the model's state_dict held at the first place."""
+        """The model's state_dict at the first place."""
         return self._files[0].module
 
     def __contains__(self, name: str) -> bool:
@@ -109,12 +109,12 @@ class Merged:
 
     @property
     def module(self) -> dict[str, Any]:
-        """What the model's state_dict held at the first place."""
+        """The model's state_dict at the first place."""
         return self.model_files.module
 
     @property
     def model_file(self) -> dict[str, Any]:
-        """What is in DeepSpeed's model file of the first place."""
+        """The contents of DeepSpeed's model file of the first place."""
         return self._places[0].model_file
 
     def whole_model_file(self) -> dict[str, Any]:

@@ -232,7 +232,7 @@ class CodeSlices:
         self._bucket, self._parameters, self._way = bucket, parameters, way
         first = parameters[bucket.slots[0].parameter].ds_tensor
         shape = bucket.blocks_of(rank), bucket.block_size
-        self._own = torch.zeros(shape, dtype=torch.uint8, device=first.device)
+        self._own = torch.empty(shape, dtype=torch.uint8, device=first.device)
         self._nothing = {
             slot.parameter: nothing_of(shape_of(parameters[slot.parameter]), first.device)
             for slot in bucket.slots
@@ -290,6 +290,11 @@ class CodeSlices:
         """Whether the memory was given back, by `untyped_storage().resize_(0)` on a slice."""
         return self._own.untyped_storage().nbytes() < self._own.nbytes
 
+    def release(self) -> None:
+        """Have no memory until `allocate` is called."""
+        self._own.untyped_storage().resize_(0)
+
     def allocate(self) -> None:
-        """Have memory again, with nothing that is known in it."""
+        """Have memory, of zeros."""
         self._own.untyped_storage().resize_(self._own.nbytes)
+        self._own.zero_()
