@@ -17,6 +17,7 @@ import test_zero3
 import torch
 from deepspeed import comm as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param, safe_set_local_fp32_param
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from engines import (
     Lines,
     assert_same_bits,
@@ -30,9 +31,12 @@ from engines import (
 )
 from fp8_weights import hold
 from ranks import RankPools
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ds_fp8.cli import main
 from ds_fp8.ops.masters import write_weights
+from ds_fp8.ops.products import Operand
 from ds_fp8.zero_fp8.products.fp8_parameter import FP8Parameter
 from ds_fp8.zero_fp8.weights.sliced import fetch
 from ds_fp8.zero_fp8.weights.sliced.slices import CODES, is_away
@@ -493,3 +497,39 @@ def test_lora_over_a_trained_base_ends_where_that_over_bf16_does(ranks: RankPool
     bf16, fp8 = (statistics.fmean(found[name][-20:]) for name in ("bf16", "fp8"))
     assert bf16 < 0.6 * found["bf16"][0]
     assert abs(bf16 - fp8) < 0.01, (bf16, fp8)
+
+
+def save_for_others(folder: str) -> dict[str, dict[str, Tensor]] | None:
+    with engine_of() as engine:
+        steps(engine, 2)
+        engine.save_checkpoint(folder)
+        masters = {name: safe_get_full_fp32_param(each) for name, each in engine.module.named_parameters()}
+        values = gathered(engine)
+        found = {"masters": masters, "codes": {name: values[name] for name in coded(engine)}}
+    return None if dist.get_rank() else found
+
+
+def load_weights(folder: str, stage: int) -> dict[str, Tensor]:
+    with engine_of(stage=stage, scale=1.5) as engine:
+        engine.load_checkpoint(folder, load_optimizer_states=False)
+        return {name: safe_get_full_fp32_param(each) for name, each in engine.module.named_parameters()}
+
+
+def test_what_leaves(ranks: RankPools, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Masters to everybody, and to an export of codes the run's."""
+    saved = ranks.run(2, save_for_others, str(tmp_path / "run"), seconds=SECONDS)[0]
+    source = str(tmp_path / "run")
+    main(["inspect", source])
+    assert "6 tensors, saved as masters alone" in capsys.readouterr().out
+    main(["export", source, str(tmp_path / "fp32")])
+    assert_same_bits(load_file(tmp_path / "fp32" / "model.safetensors"), saved["masters"])
+    assert_same_bits(get_fp32_state_dict_from_zero_checkpoint(source), saved["masters"])
+    main(["export", source, str(tmp_path / "fp8"), "--fp8"])
+    exported = load_file(tmp_path / "fp8" / "model.safetensors")
+    for name, values in saved["codes"].items():
+        decoded = Operand(exported[name], exported[f"{name}_scale_inv"]).decode()
+        assert torch.equal(decoded, values.float()), name
+    for stage in (2, 3):
+        found = ranks.run(3, load_weights, source, stage, seconds=SECONDS)[0]
+        for name, each in found.items():
+            assert torch.equal(rounded(each), rounded(saved["masters"][name])), name

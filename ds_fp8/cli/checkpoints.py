@@ -112,6 +112,13 @@ def inspect(arguments: argparse.Namespace) -> None:
     show_table(("file", "bytes"), sizes.items())
 
 
+def _of_codes(manifest: Manifest) -> str:
+    """What of FP8 weights is saved beside their masters."""
+    if not manifest.places[0].has_whole_weights:
+        return "saved as masters alone (ZeRO 3)"
+    return f"of which model files hold {manifest.weights}"
+
+
 def overview(folder: Path, manifest: Manifest, *, verified: bool) -> dict[str, Any]:
     """Rows of `inspect` about the checkpoint as a whole."""
     parameters = manifest.places[0].parameters
@@ -124,9 +131,7 @@ def overview(folder: Path, manifest: Manifest, *, verified: bool) -> dict[str, A
         "with": f"ds_fp8 {manifest.ds_fp8_version}, deepspeed {manifest.deepspeed_version}",
         **manifest.recipe.model_dump(),
         "parameters": _trained(manifest),
-        "FP8 weights": f"{encoded} tensors, of which model files hold {manifest.weights}"
-        if encoded
-        else "none",
+        "FP8 weights": f"{encoded} tensors, {_of_codes(manifest)}" if encoded else "none",
         "view of zero_to_fp32.py": "yes" if manifest.fp32_master else "no: use ds_fp8 export",
     }
 

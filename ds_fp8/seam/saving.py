@@ -274,7 +274,8 @@ def _places(engine: Any, save: _Save, written: _Written) -> list[Place]:
 
 
 def _place(engine: Any, save: _Save, written: _Written) -> Place:
-    parameters = writer.with_users(engine.module, engine.optimizer.saved.described_parameters())
+    states = engine.optimizer.saved
+    parameters = writer.with_users(engine.module, states.described_parameters(), states.encoded)
     saved = engine.module_state_dict(keep_vars=True, exclude_frozen_parameters=save.exclude_frozen)
     shapes = shapes_of(engine.module, saved)
     keeps_frozen = engine.zero_optimization_partition_gradients() and not save.exclude_frozen

@@ -23,7 +23,6 @@ from ds_fp8.zero_fp8.optimizer.fp8_adamw import FP8AdamW
 from ds_fp8.zero_fp8.placement.even_slices import spans
 from ds_fp8.zero_fp8.placement.parameters import cut_of, held_of, is_sharded, numel_of, shape_of
 from ds_fp8.zero_fp8.placement.partition import Bucket, Piece
-from ds_fp8.zero_fp8.products.fp8_parameter import FP8Parameter
 from ds_fp8.zero_fp8.recipe import Recipe
 from ds_fp8.zero_fp8.states.shard import Shard
 
@@ -156,14 +155,14 @@ def describe_parameters(
     }
 
 
-def with_users(module: Module, parameters: Mapping[str, manifest.Parameter]) -> dict[str, manifest.Parameter]:
-    """Described parameters, and who multiplies the codes of those that have some."""
-    users = {
-        parameter.matrix.name: type(each).__name__
-        for each in module.modules()
-        for parameter in each._parameters.values()
-        if isinstance(parameter, FP8Parameter)
-    }
+def with_users(
+    module: Module, parameters: Mapping[str, manifest.Parameter], encoded: Collection[str]
+) -> dict[str, manifest.Parameter]:
+    """Described parameters, and who multiplies the codes of those that have some. encoded: their names."""
+    users = {}
+    for name in encoded:
+        owner = module.get_submodule(name.rpartition(".")[0])
+        users[name] = type(owner).__name__
     return {name: each.model_copy(update={"codes_of": users.get(name)}) for name, each in parameters.items()}
 
 

@@ -17,7 +17,7 @@ from ds_fp8.zero_fp8.parts import Parts
 from ds_fp8.zero_fp8.recipe import ZeroSettings
 from ds_fp8.zero_fp8.weights.model_weights import ModelWeights
 from ds_fp8.zero_fp8.weights.store import Gathers
-from ds_fp8.zero_fp8.weights.tiled import tiled
+from ds_fp8.zero_fp8.weights.tiled import matrices_of, tiled
 
 
 class SavedStates:
@@ -132,6 +132,11 @@ class SavedStates:
     def described_parameters(self) -> dict[str, manifest.Parameter]:
         """The trained parameters as a checkpoint's manifest has them, the same on every rank."""
         return writer.describe_parameters(self._parts.buckets, self._parameters, self._names)
+
+    @property
+    def encoded(self) -> set[str]:
+        """Names of the trained parameters that are codes."""
+        return {matrix.name for matrix in matrices_of(self._parts.weights)}
 
     def restore(self, source: Restorable) -> None:
         """Take over states and counters of a checkpoint that has been checked."""
