@@ -41,7 +41,6 @@ def pair(first: str, second: str) -> Pair:
 
 # Pairs that are refused, with words of the message. A pair that is not here works.
 REFUSED: dict[Pair, str] = {
-    pair("3", "O3"): 'fp8.opt_level: received "O3"',
     pair("3", "AutoTP"): "tensor_parallel: received",
     pair("3", "autocast"): "torch_autocast",
     pair("O3", "AutoTP"): 'fp8.opt_level: received "O3"',
