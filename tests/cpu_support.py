@@ -28,7 +28,7 @@ each_isa = pytest.mark.parametrize("isa", ISAS)
 
 @contextmanager
 def running(isa: str, threads: int = 1) -> Iterator[None]:
-    """The kernels of one instruction set, on so many threads."""
+    """The kernels of one instruction set, on `threads` threads."""
     before = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(kernels.VARIABLE, isa)

@@ -159,7 +159,7 @@ def cases(tag: Path, kind: str) -> list[tuple[str, Way, str, Any]]:
     return found
 
 
-# What nobody reads on the way into a run with FP8.
+# Entries that a load into a run with FP8 does not read.
 READ_OF_3 = ("param_shapes", "frozen_param_shapes")
 IGNORED = ("ds_config", "ds_version", "param_shapes", "buffer_names", "shared_params", "frozen_param_shapes")
 

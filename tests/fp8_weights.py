@@ -18,7 +18,7 @@ NOTHING = float("nan")
 
 
 def as_cublas_reads(operand: Operand | None) -> Operand | None:
-    """The scales of rows transposed, those of tiles in front of padding that nobody wrote."""
+    """The scales of rows transposed, those of tiles followed by unwritten padding."""
     if operand is None:
         return None
     scales, (rows, inner) = operand.scales, operand.codes.shape

@@ -72,7 +72,7 @@ def check_quantize_vectors(kernels: Kernels, vectors: list[Tensor], outers: list
 def check_nasty_values(kernels: Kernels, fmt: Format, every: int) -> None:
     """With an anchor of the format's maximum, so that codes meet the values themselves, and without.
 
-    every: of so many nasty values in a row, one is taken.
+    every: one nasty value in `every` is taken.
     """
     values = nasty_values(fmt)[::every]
     others = special_values()[::3]
@@ -127,7 +127,7 @@ def check_every_code(kernels: Kernels, fmt: Format, dtype: torch.dtype) -> None:
 def check_fp32(kernels: Kernels, dtype: torch.dtype, every: int) -> None:
     """FP32 blocks rounded to the vector's dtype, ties and values past its maximum included.
 
-    every: of so many nasty values in a row, one is taken.
+    every: one nasty value in `every` is taken.
     """
     fmt = {torch.bfloat16: BF16, torch.float16: FP16, torch.float32: FP32}[dtype]
     past_fp16 = torch.linspace(65_504, 140_000, 1_000)

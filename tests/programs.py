@@ -357,7 +357,7 @@ def _whole_gradient(parameter: Any) -> Tensor:
 
 
 def _step(ours: Side, reference: Side) -> str:
-    """The norm that the step took, which nobody's reading has touched."""
+    """The norm that the step took, which reading does not change."""
     if not ours.engine.is_gradient_accumulation_boundary():
         ours.engine.step()
         return ""

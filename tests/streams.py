@@ -151,7 +151,7 @@ class Worker:
 
 
 class Seen(Future[Tensor]):
-    """What a thread has done, by whoever asks for it."""
+    """The operations of a thread, by the thread that asks for them."""
 
     def __init__(self, simulation: Simulation, clock: Clock) -> None:
         super().__init__()

@@ -287,7 +287,7 @@ def check_every_nasty_master(kernels: Kernels, fmt: Format, gradient: str) -> No
 def check_every_nasty_split_master(kernels: Kernels, master: str, every: int = 1) -> None:
     """Midpoints of the weights and of what is kept, in a step that moves no master, nearest or not.
 
-    every: of so many values in a row one is taken.
+    every: one value in `every` is taken.
     """
     fmt = BY_NAME[master.split(",", maxsplit=1)[0]]
     kept = torch.arange(0, 1 << 24, 4093, dtype=torch.int32) << 7  # half a code of SPLIT8 is 1 << 7
@@ -304,9 +304,9 @@ def check_every_nasty_split_master(kernels: Kernels, master: str, every: int = 1
 
 
 def check_every_weight_beside_every_lower_half(kernels: Kernels, master: str, every: int = 1) -> None:
-    """Every BF16 weight and lower halves of each class, as whoever edits weights leaves them.
+    """Every BF16 weight and lower halves of each class, as edits of weights leave them.
 
-    every: of so many weights in a row one is taken, but all of those next to zero.
+    every: one weight in `every` is taken, and all of those next to zero.
     """
     fmt = BY_NAME[master.split(",", maxsplit=1)[0]]
     top = 1 << 8 * fmt.itemsize - 1

@@ -1,6 +1,6 @@
 """FP8AdamW without DeepSpeed goes on from weights that were edited between steps, as torch.optim.AdamW does.
 
-Blocks that nobody edited keep the bytes of their masters, so that a resume stays exact.
+Blocks without an edit keep the bytes of their masters, so that a resume stays exact.
 """
 
 import copy

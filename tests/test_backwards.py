@@ -104,7 +104,7 @@ def the_same_term(engine: Any) -> None:
 
 
 def autograd_grad_on_one_rank(engine: Any) -> None:
-    """Saliency on rank 0, between backwards; nobody waits for rank 1."""
+    """Saliency on rank 0, between backwards; rank 0 does not wait for rank 1."""
     if dist.get_rank() == 0:
         x = data(5).requires_grad_()
         torch.autograd.grad(engine(x).sum(), x)
@@ -284,7 +284,7 @@ def test_line_4_a_backward_that_raised_is_named(ranks: RankPools, stage: int) ->
 
 
 def unscaled(dynamic: bool) -> str:
-    """A loss that nobody has scaled, where the config asks for a scale."""
+    """A loss without the loss scale that the config asks for."""
     engine = small(2)
     engine.optimizer.loss_scaler = SimpleNamespace(loss_scale=1024.0, dynamic=dynamic)
     try:

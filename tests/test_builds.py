@@ -1,4 +1,4 @@
-"""What DeepSpeed compiles is told on rank 0, with the time; a lock that nobody gives back is named."""
+"""Rank 0 logs what DeepSpeed compiles, with the time, and names a lock that was left behind."""
 
 import logging
 import os

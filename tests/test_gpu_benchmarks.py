@@ -130,7 +130,7 @@ def test_exchange_times(ranks: RankPools) -> None:
 
 
 def step_with_waits(stages: int) -> dict[str, int]:
-    """One that looks at so many numbers of the device's, and takes others along."""
+    """Waits of a function that reads `stages` sums from the device."""
     numbers = torch.arange(4.0)
     return engine_facts.waits(lambda: [numbers.sum().item() for _ in range(stages)])
 

@@ -32,7 +32,7 @@ def scalars(step: int, betas: tuple[float, float], clamp: float | None = None) -
 
 
 class Run:
-    """One parameter of so many values."""
+    """One parameter of `values` values."""
 
     def __init__(
         self, values: int, exp_avg_sq: Format, exp_avg: Format = FP32, *, spread: bool = False

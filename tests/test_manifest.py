@@ -1,4 +1,4 @@
-"""The manifest: its versions, the files of a place, and that nobody makes a file's name from a rank."""
+"""The manifest: its versions, the files of a place, and that no file's name is made from a rank."""
 
 import ast
 import json

@@ -28,7 +28,7 @@ ALONE = Fleet("data", 1)
 
 
 def in_fleet(parameters: Iterable[ParameterSpec], ranks: int) -> tuple[ParameterSpec, ...]:
-    """The same parameters, held by so many ranks."""
+    """The same parameters, held by `ranks` ranks."""
     return tuple(replace(each, fleet=Fleet("data", ranks)) for each in parameters)
 
 

@@ -102,7 +102,7 @@ def assert_uncorrelated(a: Tensor, b: Tensor, what: str) -> None:
 
 
 def chi_square(cells: Tensor, count: int) -> float:
-    """Sigmas between the counts in so many cells and uniform ones."""
+    """Sigmas between the counts of the cells and uniform ones."""
     expected = len(cells) / count
     square = float(((torch.bincount(cells, minlength=count) - expected) ** 2 / expected).sum())
     return (square - (count - 1)) / math.sqrt(2 * (count - 1))

@@ -99,7 +99,7 @@ def states(rows: int, exp_avg_sq: Format) -> AdamState:
 
 
 def sweep(state: AdamState, g: Tensor, sizes: list[int]) -> Tensor:
-    """One step of tensors of so many rows; their weights."""
+    """One step of tensors with these numbers of rows; their weights."""
     ends = list(accumulate(sizes))
     rows = [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
     plan = [Segment(each, number, 0) for number, each in enumerate(rows)]

@@ -56,7 +56,7 @@ FILES = {  # text of the file: whether a run takes it
     "another language": ("<config/>", False),
     "no text": ("\x00\x01", False),
     "deep": ('{"a":' * 5000 + "1" + "}" * 5000, False),
-    "an include": (with_key('"train_batch_size": 4, "include": "other.json"'), True),  # nobody reads it
+    "an include": (with_key('"train_batch_size": 4, "include": "other.json"'), True),  # nothing reads it
     "bucket 5e8": (with_zero(', "reduce_bucket_size": 5e8'), True),
     "bucket 5.0": (with_zero(', "reduce_bucket_size": 5.0'), True),
     "bucket in quotes": (with_zero(', "reduce_bucket_size": "500000000"'), True),
@@ -189,7 +189,7 @@ def test_a_key_that_is_auto_is_refused_without_hugging_face(
 
 
 def test_a_section_that_is_no_object_is_told_to_the_callback() -> None:
-    """An engine that nobody registered has it unread; what is said of it must not need an object."""
+    """Without registration the section is not read; the report must not require it to be an object."""
     from ds_fp8.hf import _why_off
 
     engine = DeepSpeedEngine.__new__(DeepSpeedEngine)

@@ -17,13 +17,7 @@ from ds_fp8.config import ds_config, optimizer_params
 from ds_fp8.config.refusals import as_json
 from ds_fp8.config.section import FP8Config
 from ds_fp8.seam.backward import divisor
-from ds_fp8.seam.engine_checks import (
-    accumulates_in_fp32,
-    check_engine,
-    is_sequence_parallel,
-    peers_of,
-    ranks_of,
-)
+from ds_fp8.seam.engine_checks import check_engine, is_sequence_parallel, ranks_of, settings_of
 from ds_fp8.seam.status import accumulating, banner, describe, idle, is_active, write_events
 from ds_fp8.zero_fp8.comm.agreement import agreed, check_agreement
 from ds_fp8.zero_fp8.handlers.common import FP8ZeROOptimizer
@@ -34,7 +28,7 @@ from ds_fp8.zero_fp8.optimizer.fp8_adamw import FP8AdamW
 from ds_fp8.zero_fp8.optimizer.replacement import replace_optimizer
 from ds_fp8.zero_fp8.placement.parameters import shape_of
 from ds_fp8.zero_fp8.products.chosen import choose
-from ds_fp8.zero_fp8.recipe import Recipe, ZeroSettings, offload_from, recipe_of
+from ds_fp8.zero_fp8.recipe import Recipe, ZeroSettings, recipe_of
 
 logger = logging.getLogger("ds_fp8")
 
@@ -280,24 +274,3 @@ def members(engine: Any) -> Iterable[tuple[str, torch.nn.Parameter]]:
     """Names and parameters of the engine's module as it is now."""
     named: Iterable[tuple[str, torch.nn.Parameter]] = engine.module.named_parameters()
     return named
-
-
-def settings_of(config: FP8Config, engine: Any) -> ZeroSettings:
-    """The settings of the engine's config that the handler uses."""
-    return ZeroSettings(
-        stage=int(engine.zero_optimization_stage()),
-        bucket_elements=int(engine.zero_reduce_bucket_size()),
-        overlap=bool(engine.zero_overlap_comm()),
-        gradient_clipping=float(engine.gradient_clipping()),
-        average=bool(engine.gradient_average),
-        sequence_parallel_size=int(engine.sequence_parallel_size),
-        micro_steps=int(engine.gradient_accumulation_steps()),
-        accumulate_in_fp32=accumulates_in_fp32(engine),
-        counts_replicated=peers_of(engine) is None or engine.mpu.get_model_parallel_rank() == 0,
-        max_consecutive_skips=config.max_consecutive_skips,
-        # DeepSpeed's zero_to_fp32.py reads no model that is split over ranks.
-        save_fp32_master=config.checkpoint.fp32_master and peers_of(engine) is None,
-        masters_in_model_files=config.checkpoint.weights == "masters",
-        stats_interval=config.stats.interval,
-        offload=offload_from(config, engine._config.zero_config),
-    )

@@ -1,4 +1,4 @@
-"""Checks that need the engine and its model, made before anything is allocated."""
+"""What the engine and its model say before anything is allocated: checks, and the settings of a run."""
 
 from typing import Any
 
@@ -7,9 +7,10 @@ from deepspeed import comm as dist
 
 from ds_fp8.config import ds_config
 from ds_fp8.config.refusals import naming, refusal
+from ds_fp8.config.section import FP8Config
 from ds_fp8.zero_fp8.comm.groups import Ranks
 from ds_fp8.zero_fp8.placement.ranks import NODE_SIZE, SEQUENCE_SIZE, check_divides
-from ds_fp8.zero_fp8.recipe import Recipe, weight_dtypes
+from ds_fp8.zero_fp8.recipe import Recipe, ZeroSettings, offload_from, weight_dtypes
 
 
 def check_engine(engine: Any, recipe: Recipe) -> None:
@@ -138,3 +139,24 @@ def _refuse_weight_dtypes(module: torch.nn.Module, recipe: Recipe) -> None:
             beside = f" beside a master {recipe.master.name}" if recipe.master.split else ""
             allowed = ", ".join(map(str, dtypes)) + beside
             raise refusal(f"dtype of {name}", str(parameter.dtype), allowed)
+
+
+def settings_of(config: FP8Config, engine: Any) -> ZeroSettings:
+    """The settings of the engine's config that the handler uses."""
+    return ZeroSettings(
+        stage=int(engine.zero_optimization_stage()),
+        bucket_elements=int(engine.zero_reduce_bucket_size()),
+        overlap=bool(engine.zero_overlap_comm()),
+        gradient_clipping=float(engine.gradient_clipping()),
+        average=bool(engine.gradient_average),
+        sequence_parallel_size=int(engine.sequence_parallel_size),
+        micro_steps=int(engine.gradient_accumulation_steps()),
+        accumulate_in_fp32=accumulates_in_fp32(engine),
+        counts_replicated=peers_of(engine) is None or engine.mpu.get_model_parallel_rank() == 0,
+        max_consecutive_skips=config.max_consecutive_skips,
+        # DeepSpeed's zero_to_fp32.py reads no model that is split over ranks.
+        save_fp32_master=config.checkpoint.fp32_master and peers_of(engine) is None,
+        masters_in_model_files=config.checkpoint.weights == "masters",
+        stats_interval=config.stats.interval,
+        offload=offload_from(config, engine._config.zero_config),
+    )
