@@ -649,7 +649,7 @@ FAULTS = (
     ),
     Fault(
         "scales of tiles are not padded",
-        "ops/triton/products/casts.py",
+        "ops/triton/products/scales.py",
         "tl.where(place == 0, stored, 1.0)",
         "tl.where(place == 0, stored, 0.0)",
         "test_triton_products.py padding",
