@@ -210,7 +210,9 @@ def compiled(launch: Launch, architecture: int, whole: Collection[str] = ()) -> 
         constants["HARDWARE"] = divmod(architecture, 10) >= tiles_triton.FIRST_WITH_FP8
     options = dict(launch.options)
     if "M" in constants:
-        options["maxnreg"] = adam_triton.most_registers(constants["M"], constants["HARDWARE"])
+        options["maxnreg"] = adam_triton.most_registers(
+            constants["M"], constants["STOCHASTIC"], constants["HARDWARE"]
+        )
     types = {name: type_of(value) for name, value in launch.parameters.items()}
     assert all(value % 16 == 0 for name, value in launch.parameters.items() if types[name] == "i64")
     names = launch.kernel.arg_names

@@ -39,7 +39,7 @@ class Design:
     fused: int = 0  # multiply-adds that the source asks for
     e4m3: int = 0  # values stored in E4M3
     vector: int = 0  # bytes per element of a tensor that may end inside a block
-    draws: int = 0  # states that are rounded stochastically
+    lookups: int = 0  # of the segments that begin inside a tile, for random numbers
 
 
 SQUARE_ROOT_AND_QUOTIENT = 2 + 4
@@ -62,14 +62,14 @@ DESIGN = {
         1 + 2 + 1 + 2 + 4 * SCALE,
         2 + 1 + 2 + 2 + 3 * SCALE,
         fused=SQUARE_ROOT_AND_QUOTIENT + MOMENTS,
-        draws=2,
+        lookups=1,
     ),
     # the weight is read, too: it is the upper half of the master
     "sweep O2+": Design(
         1 + 2 + 2 + 1 + 1 + 3 * SCALE,
         2 + 2 + 1 + 1 + 2 * SCALE,
         fused=SQUARE_ROOT_AND_QUOTIENT + MOMENTS,
-        draws=1,
+        lookups=1,
     ),
     # one scale per tensor: what measures only reads
     "largest of a tensor": Design(2, 0, vector=2),
@@ -257,8 +257,8 @@ def test_no_other_access_is_in_the_ptx(kernels: Kernels, name: str) -> None:
     expected: dict[str, Counter[int]] = {}
     if design.vector:
         expected["values"] = Counter({design.vector: kernel.elements // kernel.whole.threads})
-    if design.draws:  # where the segment begins, its block, the parameter
-        expected["table"] = Counter({4: 3 * design.draws})
+    if design.lookups:  # where the segment begins, its block, the parameter
+        expected["table"] = Counter({4: 3 * design.lookups})
     assert {tensor: widths for tensor, widths in behind_a_branch.items() if widths} == expected
 
 

@@ -43,7 +43,8 @@ from ds_fp8.ops.triton.tiles import (
 )
 
 WARPS = 2
-QUOTIENT_REGISTERS = 96  # enough; the assembler would take 123, with which fewer warps run at a time
+# If masters are rounded to nearest, and stochastically. With the assembler's 123 fewer warps run at a time.
+QUOTIENT_REGISTERS = 96, 88
 STATE_COUNTS = tl.constexpr(health.STATE_COUNTS)
 
 
@@ -138,6 +139,9 @@ def adam_kernel(
         m_magnitudes = magnitude(m)
     p = p - divide(m, root * root_correction + eps * unit) * step_size
 
+    if M == "int8":  # so early, since fewer registers are in use here than later
+        parameter, first_element = row_places(first, rows, table, tile_segments, tile, segments, BLOCK)
+
     # Scales: magnitudes that decide them, of a row or of its tensor.
     amax += first
     p_magnitudes = deciding_magnitudes(magnitude(p), amax, rows, inside, SWEEP)
@@ -151,8 +155,7 @@ def adam_kernel(
     clamped = tl.abs(m_unclamped) > tl.abs(m)
     random = offset  # not read: of states that are rounded to nearest
     if M == "int8":
-        parameter, element = row_places(first, rows, table, tile_segments, tile, segments, BLOCK)
-        random = random_words(key_of(v_stream, parameter)[:, None], element, multiplier, odd)
+        random = random_words(key_of(v_stream, parameter), first_element, multiplier, odd, BLOCK)
     store_first_moment(
         m,
         m_magnitudes,
@@ -171,8 +174,8 @@ def adam_kernel(
         HARDWARE=HARDWARE,
     )
     if V != "fp32" and SWEEP == "blocks" and M != "int8":
-        parameter, element = row_places(first, rows, table, tile_segments, tile, segments, BLOCK)
-        random = random_words(key_of(v_stream, parameter)[:, None], element, multiplier, odd)
+        parameter, first_element = row_places(first, rows, table, tile_segments, tile, segments, BLOCK)
+        random = random_words(key_of(v_stream, parameter), first_element, multiplier, odd, BLOCK)
     store_second_moment(
         v,
         v_magnitudes,
@@ -190,8 +193,9 @@ def adam_kernel(
         HARDWARE=HARDWARE,
     )
     if STOCHASTIC:
-        parameter, element = row_places(first, rows, table, tile_segments, tile, segments, BLOCK)
-        random = random_words(key_of(p_stream, parameter)[:, None], element, multiplier, odd)
+        if M != "int8":
+            parameter, first_element = row_places(first, rows, table, tile_segments, tile, segments, BLOCK)
+        random = random_words(key_of(p_stream, parameter), first_element, multiplier, odd, BLOCK)
     store_masters(
         p,
         p_magnitudes,
@@ -234,9 +238,12 @@ def adam_step(sweep: Sweep) -> None:
         launch_sweep(sweep, "blocks", sweep.plan.table)
 
 
-def most_registers(exp_avg: str, hardware: bool) -> int | None:
-    """Registers per thread for a format, with or without FP8 conversion in hardware; None: no limit."""
-    return QUOTIENT_REGISTERS if exp_avg == "int8" and hardware else None
+def most_registers(exp_avg: str, stochastic: bool, hardware: bool) -> int | None:
+    """Return how many registers a thread may have; None if the assembler decides.
+
+    exp_avg: a format. stochastic: how masters are rounded. hardware: whether the device converts FP8.
+    """
+    return QUOTIENT_REGISTERS[stochastic] if exp_avg == "int8" and hardware else None
 
 
 def launch_sweep(sweep: Sweep, which: str, amax: Tensor) -> None:
@@ -285,7 +292,7 @@ def launch_sweep(sweep: Sweep, which: str, amax: Tensor) -> None:
         HARDWARE=hardware,
         BLOCK=gradient.block_size,
         ROWS=rows,
-        maxnreg=most_registers(state.exp_avg.format.name, hardware),
+        maxnreg=most_registers(state.exp_avg.format.name, sweep.rounding.stochastic, hardware),
     )
     if sweep.counts is not None:
         sweep.counts.add_(partial.sum(dim=0))

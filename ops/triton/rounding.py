@@ -33,7 +33,7 @@ def mix(x):
 
 @triton.jit
 def row_places(first, rows, table, tile_segments, tile, segments, BLOCK: tl.constexpr):
-    """Each row's parameter, int32, and the elements of it that the row holds, uint32.
+    """Each row's parameter, int32, and the first element of it that the row holds, uint32.
 
     table, tile_segments, segments: as `adam_kernel` has them.
     """
@@ -46,7 +46,7 @@ def row_places(first, rows, table, tile_segments, tile, segments, BLOCK: tl.cons
         start = tl.load(starts + other)
         block = tl.where(row >= start, row - start + tl.load(first_blocks + other), block)
         parameter = tl.where(row >= start, tl.load(parameters + other), parameter)
-    return parameter, (block.to(tl.uint32) * BLOCK)[:, None] + tl.arange(0, BLOCK)[None, :].to(tl.uint32)
+    return parameter, block.to(tl.uint32) * BLOCK
 
 
 @triton.jit
@@ -57,9 +57,13 @@ def key_of(stream, parameter):
 
 
 @triton.jit
-def random_words(key, element, multiplier, odd):
-    """`ops.rounding.random_words`, uint32: the upper bits of each are drawn."""
-    x = element * SPREAD + key
+def random_words(key, first, multiplier, odd, BLOCK: tl.constexpr):
+    """`ops.rounding.random_words`, uint32: the upper bits of each are drawn.
+
+    key, first: of rows, uint32; the element with which a row begins.
+    """
+    element = first[:, None] + tl.arange(0, BLOCK)[None, :].to(tl.uint32)
+    x = element * SPREAD + key[:, None]
     x = (x ^ (x >> 16)) * FIRST_MULTIPLIER
     return (x ^ (x >> 15) | odd.to(tl.uint32)) * multiplier.to(tl.uint32)
 
