@@ -201,7 +201,8 @@ def _partition(own: Any, original: Any, param_list: Any = None, **options: Any) 
     """DeepSpeed's partition, which notes whose slices it has written; those of codes are not its to write."""
     parameters, updated = param_list or [own], bool(options.get("has_been_updated"))
     plain = [each for each in parameters if not hasattr(each, CODES)]
-    original(plain, **options)
+    if plain:
+        original(plain, **options)
     for each in plain if updated else ():
         setattr(each, EDITED, True)
     codes.partition([each for each in parameters if hasattr(each, CODES)], updated=updated)
