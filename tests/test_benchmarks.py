@@ -65,21 +65,14 @@ def test_verify_passes_the_reference() -> None:
 @pytest.mark.slow
 def test_gpu_one_under_the_interpreter(tmp_path: Path) -> None:
     out = tmp_path / "gpu_one.json"
-    command = [sys.executable, BENCHMARKS / "gpu_one.py", "--parameters", "2048", "--json", out]
+    command = [sys.executable, BENCHMARKS / "gpu_one.py", "--sweeps", "--parameters", "2048", "--json", out]
     environment = {**os.environ, "DS_FP8_BACKEND": "triton", "TRITON_INTERPRET": "1"}
     subprocess.run(command, env=environment, check=True, timeout=600)
     result = json.loads(out.read_text())
-    names = [row["name"] for row in result["rows"]]
     assert result["kernels"] == "triton"
-    assert len(result["verified"]) == 5
-    assert {
-        "quantize bf16 to e4m3",
-        "sweep O2, writes bf16 weights",
-        "torch AdamW fused, then bf16 weights",
-    } <= {*names}
+    assert len(result["verified"]) == 1
     moved = {row["name"]: row["bytes_moved"] for row in result["rows"]}
     blocks = 2048 // 128
-    assert moved["quantize bf16 to e4m3"] == 2048 * 3 + blocks
     assert moved["sweep O2, writes bf16 weights"] == 2048 * 13 + 7 * blocks
 
 
