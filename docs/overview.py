@@ -21,9 +21,9 @@ RESULTS = ROOT / "benchmarks" / "gpu"
 COMPARISONS = [
     ("GPT 1.3B\n2 H100, ZeRO 2", "train_h100", {"bf16": "stock BF16", "o2": "O2", "o2plus": "O2+"}),
     (
-        "Llama 7B\n2 H100, ZeRO 3",
-        "zero3_llama_h100",
-        {"zero3_bf16_torch": "stock BF16", "zero3_o2": "O2", "zero3_o2plus": "O2+"},
+        "Llama 7B\n2 H200, ZeRO 3",
+        "zero3_o3_h200",
+        {"zero3_bf16_torch": "stock BF16", "zero3_o3": "O3"},
     ),
     (
         "Llama 1.3B, compiled\n1 H100, ZeRO 2",

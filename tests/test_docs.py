@@ -166,9 +166,9 @@ def figures(file: str, config: str) -> tuple[str, str]:
     [
         ("GPT-1.3B, `O2+`, ZeRO 2, two H100s", ("train_h100", "bf16"), ("train_h100", "o2plus")),
         (
-            "Llama 7B, `O2+`, ZeRO 3, two H100s",
-            ("zero3_llama_h100", "zero3_bf16_torch"),
-            ("zero3_llama_h100", "zero3_o2plus"),
+            "Llama 7B, `O3`, ZeRO 3, two H200s",
+            ("zero3_o3_h200", "zero3_bf16_torch"),
+            ("zero3_o3_h200", "zero3_o3"),
         ),
         (
             "Llama 1.3B, `O3`, compiled, one H100",
