@@ -66,7 +66,7 @@ def check_generation(matrix: Matrix, forward: int) -> None:
 
 def multiply_input(
     x: Tensor, weight: Tensor, bias: Tensor | None, *, matrix: Matrix, way: Way, swapped: bool
-    ) -> Tensor:
+) -> Tensor:
     """Return the product, with the dtypes that torch would use.
 
     Raises:
