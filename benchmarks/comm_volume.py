@@ -185,7 +185,7 @@ def print_winners(console: Console, rows: list[dict[str, Any]], cluster: Cluster
         wins = ["never" if each is None else f"{each:,}" for each in row["fp8_wins_from"].values()]
         table.add_row(f"{row['ranks']:,}", *cells, *wins)
     console.print(table)
-    console.print("below 1 FP8 is faster, above 1 BF16 is")
+    console.print("below 1 FP8 is faster, above 1 BF16")
 
 
 def fp8_way(name: str) -> str:

@@ -109,8 +109,8 @@ def run(arguments: argparse.Namespace, device: torch.device) -> None:
 
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("--elements", type=element_count, nargs="+", help=f"of a bucket: {' '.join(SIZES)}")
-    parser.add_argument("--steps", type=round_count, help="of the small model; 50")
+    parser.add_argument("--elements", type=element_count, nargs="+", help=f"per bucket: {' '.join(SIZES)}")
+    parser.add_argument("--steps", type=round_count, help="of the small model; default 50")
     parser.add_argument("--parts", nargs="+", choices=PARTS_OF_ALL, default=PARTS_OF_ALL, help="1, 2 and 3")
     arguments = parser.parse_args()
     quick = arguments.quick

@@ -205,17 +205,17 @@ def claims_of(run: Run, runs: list[Run]) -> list[Claim]:
     if stock and run["where"] == "auto":
         most = 0.5 if run["options"]["micro_steps"] == "1" else 0.35
         ratio = statistics.median(run["after_backward"]) / statistics.median(stock["after_backward"])
-        found.append(Claim.at_most(name + "after backward, of stock's", ratio, most))
+        found.append(Claim.at_most(name + "after backward / stock's", ratio, most))
     if resident and run["where"] in ("auto", "stream") and run["tokens"] >= 8192:
         kept = statistics.median(resident["milliseconds"]) / statistics.median(run["milliseconds"])
         least = 0.95 if run["tokens"] >= 16384 else 0.9
-        found.append(Claim(name + "speed that is kept", kept, f"at least {least}", kept >= least))
+        found.append(Claim(name + "speed / that without offload", kept, f"at least {least}", kept >= least))
     if run.get("link") and run["device"] != "cpu":
         each_way = run["link"]["gb_per_second"]
         found.append(Claim(name + "GB/s each way", each_way, "at least 42", each_way >= 42))
     if "expected_between_steps" in run and "between_steps" in run:
         off = abs(run["between_steps"] / run["expected_between_steps"] - 1)
-        found.append(Claim.at_most(name + "bytes between steps, off the estimate by", off, 0.02))
+        found.append(Claim.at_most(name + "bytes between steps, relative error of the estimate", off, 0.02))
     return found
 
 
@@ -251,7 +251,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("--out", type=Path, metavar="FILE", required=True, help="where runs are gathered")
+    add("--out", type=Path, metavar="FILE", required=True, help="file that collects runs")
     add("--where", choices=WAYS, required=True)
     add("--size", choices=SIZES, default="tiny")
     add("--level", choices=("O1", "O2", "O2+", "O3"), default="O2+")
@@ -262,9 +262,9 @@ def main() -> None:
     add("--clipping", type=float, default=1.0, help="gradient_clipping")
     add("--context", type=int, default=2048)
     add("--steps", type=int, default=8)
-    add("--ratio", type=float, default=1.0, help="of the states that is offloaded; stream and auto")
-    add("--gpu_gb", type=float, help="of memory that may be used; default: all")
-    add("--checkpointing", action="store_true", help="of every layer's activations")
+    add("--ratio", type=float, default=1.0, help="share of the states that is offloaded; stream and auto")
+    add("--gpu_gb", type=float, help="GPU memory that may be used; default: all")
+    add("--checkpointing", action="store_true", help="checkpoint every layer's activations")
     arguments = options(**vars(parser.parse_args()))
     device = join_ranks()
     if arguments.gpu_gb:

@@ -155,7 +155,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--parameters", type=int, default=1 << 30, help="a multiple of 1024")
     parser.add_argument("--repeat", type=int, default=31 if torch.cuda.is_available() else 1)
-    parser.add_argument("--sweeps", action="store_true", help="only Adam's; int8 exp_avg is verified")
+    parser.add_argument("--sweeps", action="store_true", help="only Adam's sweeps; int8 exp_avg is verified")
     parser.add_argument("--json", type=Path, metavar="OUT")
     arguments = parser.parse_args()
     if arguments.parameters < 1024 or arguments.parameters % 1024:

@@ -248,9 +248,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tokens", type=int, default=None, help="default: 8192, or 64 with --tiny")
     parser.add_argument("--rounds", type=int, default=None, help="default: 30, or 1 with --tiny")
-    parser.add_argument("--tiny", action="store_true", help="on the CPU, by Triton's interpreter")
+    parser.add_argument("--tiny", action="store_true", help="run on the CPU, in Triton's interpreter")
     parser.add_argument(
-        "--regardless", action="store_true", help="time what runs, even if something is wrong"
+        "--regardless", action="store_true", help="time everything that runs, even if a check fails"
     )
     parser.add_argument("--out", type=Path, metavar="JSON")
     options = parser.parse_args()

@@ -129,13 +129,13 @@ def claims_of(run: Run, stock: Run | None) -> list[Claim]:
     """Return the claims about a run with FP8, beside stock's if there is one."""
     name = f"{run['model']} {run['config']}, {run['world_size']} ranks: "
     off = abs(held_bytes(run) / run["predicted_bytes"] - 1)
-    found = [Claim.at_most(name + "bytes held, off the prediction by", off, 0.02)]
+    found = [Claim.at_most(name + "bytes held, relative error of the prediction", off, 0.02)]
     if stock is None:
         return found
     found += claims_of_memory_and_time(run, stock, 1.0)
     found.append(Claim.at_most(name + "loss, from stock's", abs(loss_apart(run, stock)), 0.01))
     ours, theirs = (sum(each["waits"].values()) for each in (run, stock))
-    return [*found, Claim.at_most(name + "waits and copies in a step", ours, theirs)]
+    return [*found, Claim.at_most(name + "waits and copies per step", ours, theirs)]
 
 
 def claims_of_memory_and_time(run: Run, stock: Run, most: float) -> list[Claim]:
@@ -144,7 +144,7 @@ def claims_of_memory_and_time(run: Run, stock: Run, most: float) -> list[Claim]:
     if run["peak_bytes_allocated"]:
         expected = stock["predicted_bytes"] - run["predicted_bytes"] + saved_bytes(run)
         saved = stock["peak_bytes_allocated"] - run["peak_bytes_allocated"]
-        text = name + "saved at the peak, off the prediction by"
+        text = name + "saved at the peak, relative error of the prediction"
         found.append(Claim.at_most(text, abs(saved / expected - 1), 0.02))
     ratio = run["milliseconds_per_step"] / stock["milliseconds_per_step"]
     return [*found, Claim.at_most(name + "time of an iteration / stock's", ratio, most)]
@@ -190,8 +190,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--seconds", type=float, default=60.0, help="after which the training ends")
-    parser.add_argument("--out", type=Path, metavar="FILE", required=True, help="where runs are gathered")
+    parser.add_argument("--seconds", type=float, default=60.0, help="length of the training")
+    parser.add_argument("--out", type=Path, metavar="FILE", required=True, help="file that collects runs")
     arguments, others = parser.parse_known_args()
     device = join_ranks()
     import gpt_pretrain

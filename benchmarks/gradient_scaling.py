@@ -208,8 +208,10 @@ def draw(rows: list[dict[str, Any]], picture: Path) -> None:
 def main() -> None:
     parser = parser_of(__doc__, rounds=False)
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the curves to this PNG")
-    parser.add_argument("--largest", type=int, default=512, help="ranks, a power of two; default 512")
-    parser.add_argument("--steps", type=int, default=100, help="of training before; default 100")
+    parser.add_argument(
+        "--largest", type=int, default=512, help="number of ranks, a power of two; default 512"
+    )
+    parser.add_argument("--steps", type=int, default=100, help="training steps before; default 100")
     arguments = parser.parse_args()
     largest = 4 if arguments.quick else arguments.largest
     gradients = make(largest, 2 if arguments.quick else arguments.steps)

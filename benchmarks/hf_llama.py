@@ -170,8 +170,8 @@ def claims_of_a_training(run: Run, stock: Run) -> list[Claim]:
     )
     return [
         Claim.at_most(name + "losses of the first 10 steps, from stock's", apart, 0.02),
-        Claim.at_most(name + "first norm, off stock's by", off, 0.02),
-        Claim.at_most(name + "ranks with other weights", float(not run["same_everywhere"]), 0.0),
+        Claim.at_most(name + "first norm, relative difference to stock's", off, 0.02),
+        Claim.at_most(name + "ranks with different weights", float(not run["same_everywhere"]), 0.0),
     ]
 
 
@@ -181,8 +181,8 @@ def main() -> None:
     )
     add = parser.add_argument
     add("--deepspeed_config", type=Path, required=True)
-    add("--out", type=Path, metavar="FILE", help="where runs are gathered")
-    add("--again", action="store_true", help="also what --out has")
+    add("--out", type=Path, metavar="FILE", help="file that collects runs")
+    add("--again", action="store_true", help="repeat runs that --out has")
     add("--size", choices=SIZES, default="tiny")
     add("--micro_batch", type=int, default=1)
     add("--context", type=int, default=2048)
@@ -193,9 +193,9 @@ def main() -> None:
     add(
         "--tensor_parallel", type=int, default=1, metavar="N", help="ranks over which AutoTP splits the model"
     )
-    add("--sleeps", type=float, default=0.0, metavar="MS", help="of every rank before each forward, at most")
+    add("--sleeps", type=float, default=0.0, metavar="MS", help="a rank's longest sleep before a forward")
     add("--zero_init", action="store_true", help="no rank makes the whole model (ZeRO 3)")
-    add("--checkpointing", action="store_true", help="of every layer's activations")
+    add("--checkpointing", action="store_true", help="checkpoint every layer's activations")
     add("--probe", type=int, nargs="+", metavar="N", help="micro-batches to try")
     arguments = parser.parse_args()
     device = join_ranks()

@@ -3,6 +3,7 @@
 #0 and #1 are stock DeepSpeed (ZeRO 1, torch's AdamW). #3 and #4 are simulated (simulated.py): ds_fp8 offers
 neither. All others are ds_fp8 with BF16 weights, and O2's states unless the name says otherwise.
 """
+
 from collections.abc import Callable
 from functools import partial
 from typing import Any

@@ -184,8 +184,8 @@ def parser_of(doc: str | None, *, rounds: bool = True) -> argparse.ArgumentParse
     """A parser with the options that every CPU benchmark has; the docstring is its help."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     if rounds:
-        parser.add_argument("--rounds", type=round_count, help="in which every contestant is timed once")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes and few rounds: to see that it runs")
+        parser.add_argument("--rounds", type=round_count, help="each round times every contestant once")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes and few rounds, as a smoke test")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write every number to this JSON file")
     return parser
 
@@ -212,7 +212,7 @@ def _processor() -> str:
 
 def title(what: str, machine: dict[str, Any], others: float | None = None) -> str:
     """Format a title. others: cores that were busy with other processes, if that was measured."""
-    busy = "" if others is None else f", others took {others:.2f} cores"
+    busy = "" if others is None else f", other processes took {others:.2f} cores"
     return (
         f"{what}; {machine['processor']}, {machine['threads']} of {machine['cores']} cores; "
         f"load before {machine['load_average_before']}{busy}"

@@ -210,7 +210,7 @@ def runnable(rows: int, *, quick: bool) -> tuple[list[Recipe], dict[str, str]]:
 
 def main() -> None:
     parser = parser_of(__doc__, rounds=False)
-    parser.add_argument("--seeds", type=round_count, help="of the gradients; default 3")
+    parser.add_argument("--seeds", type=round_count, help="number of seeds of the gradients; default 3")
     arguments = parser.parse_args()
     quick = arguments.quick
     rows, seeds, steps = (8, 1, 5) if quick else (256, 3, None)

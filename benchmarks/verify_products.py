@@ -246,7 +246,7 @@ def verify(ours: Products, ways: list[str], device: torch.device, tiny: bool) ->
     lines, wrong = [], []
     for name, cases in kinds.items():
         try:
-            lines.append(f"{name}: {sum(1 for _ in cases())} cases as they must be")
+            lines.append(f"{name}: {sum(1 for _ in cases())} correct cases")
         except (AssertionError, RuntimeError, ValueError) as error:
             wrong.append(f"{name}: {type(error).__name__}: {str(error).splitlines()[0][:300]}")
     found = [

@@ -146,7 +146,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--out", type=Path, metavar="FILE", required=True)
-    parser.add_argument("--expect", type=Path, metavar="FILE", help="what another device has left")
+    parser.add_argument("--expect", type=Path, metavar="FILE", help="digests of another device")
     arguments = parser.parse_args()
     device = join_ranks()
     cases = product(("O1", "O2", "O2+", "O3"), (False, True), (1, 2))
@@ -163,7 +163,7 @@ def main() -> None:
             expected = json.loads(arguments.expect.read_text())["digests"]
             different = [name for name, found in digests.items() if expected[name] != found]
             if different:
-                raise SystemExit(f"other bits than {arguments.expect}: {'; '.join(different)}")
+                raise SystemExit(f"bits differ from {arguments.expect}: {'; '.join(different)}")
             CONSOLE.print(f"the same bits as {arguments.expect}: {len(digests)} runs")
     from train_lm import leave_ranks
 
