@@ -120,7 +120,7 @@ class FP8ZeROOptimizer(Facade, MovableStates, ZeROOptimizer):
 
     def give_up(self) -> None:
         """Stop training, because another engine trains these parameters from now on."""
-        logger.warning("parameters of an FP8 engine were given to another engine: the first trains no more")
+        logger.warning("another engine has taken over parameters of an FP8 engine, which stops training")
         self.binding.give_up()
         self._let_go()
 
@@ -146,9 +146,7 @@ class FP8ZeROOptimizer(Facade, MovableStates, ZeROOptimizer):
     def clear_backward_seen_flag(self) -> None:
         """Drop gradients of a backward that raised half-way. Called at every forward outside a backward."""
         if self.in_backward and not in_backward():
-            logger.warning(
-                "the last backward did not come to its end; all gradients since the last step are dropped"
-            )
+            logger.warning("the last backward did not finish; all gradients since the last step are dropped")
             self.zero_grad()
 
     @property
@@ -215,7 +213,7 @@ class FP8ZeROOptimizer(Facade, MovableStates, ZeROOptimizer):
         if self.in_backward:
             self.zero_grad()
             raise RuntimeError(
-                "step() after a backward that did not come to its end: all gradients since the last step "
+                "step() after a backward that did not finish: all gradients since the last step "
                 "are dropped; call engine.backward(loss) before engine.step()"
             )
 
@@ -255,7 +253,7 @@ class FP8ZeROOptimizer(Facade, MovableStates, ZeROOptimizer):
         """Bring gradients before they are read or set as a whole. Raises ValueError if there are none."""
         self.clear_backward_seen_flag()
         if not self.gradients.has_gradients:
-            raise ValueError("gradients are there only between engine.backward() and engine.step()")
+            raise ValueError("gradients exist only between engine.backward() and engine.step()")
         self.gradients.bring()
 
     # Masters, weights and checkpoints

@@ -137,7 +137,7 @@ class FullTensors:
         if products is not None and index in products.chosen:
             raise ValueError(
                 f"{products.names[index]}: safe_set_local_fp32_param received a part of an FP8 weight, "
-                "allowed: safe_set_full_fp32_param, by which all ranks have the scales of its tiles"
+                "allowed: safe_set_full_fp32_param, which gives all ranks the scales of its tiles"
             )
 
     def set_gradient(self, index: int, parameter: Parameter, value: Tensor) -> None:
@@ -258,7 +258,7 @@ def _check_quotients(values: Tensor, state: AdamState, key: str) -> None:
     m, root = (values, state.root()) if key == "exp_avg" else (state.first_moment(), values)
     if bool(((root == 0) & (m.abs() >= LEAST)).any()):
         raise ValueError(
-            f"{key}: received values that leave exp_avg_sq 0 where exp_avg is not, allowed: none such with "
-            "fp8.optimizer.exp_avg_dtype int8, which holds the quotient; set exp_avg after exp_avg_sq, and "
-            "zeros before"
+            f"{key}: received values that leave exp_avg_sq 0 where exp_avg is not 0, which is refused with "
+            "fp8.optimizer.exp_avg_dtype int8, since it holds their quotient; set exp_avg to zeros, then "
+            "exp_avg_sq, then exp_avg"
         )

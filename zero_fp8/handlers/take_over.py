@@ -63,7 +63,9 @@ def take_over(
         chosen = frozenset(spec.index for spec in specs if spec.dtype is E4M3)
         if choice.parameters and not chosen:
             eligible = naming([names[each] for each in choice.parameters])
-            raise ValueError(f"optimizer: received no FP8 weight to train, allowed: some of {eligible}")
+            raise ValueError(
+                f"optimizer: received no FP8 weight to train, allowed: at least one of {eligible}"
+            )
         products = Products(by_index, chosen, choice, Room(device), StateDictNotice())
     parts = build(buckets, parameters, recipe, settings, fleets, backend, len(param_groups), products)
     if choice:

@@ -110,7 +110,7 @@ def _faster(recipe: Recipe, device: torch.device, host: Backend | None, threads:
     known = [each for each in found if each is not None]
     if len(known) < len(found):
         logger.info(
-            "fp8.offload.executor auto: stream, as a rank's host has no kernels or no memory to be measured"
+            "fp8.offload.executor auto: stream, as a rank has no host kernels or no memory to measure them"
         )
         return "stream"
     slowest = Estimate(max(each.stream for each in known), max(each.host for each in known))

@@ -87,7 +87,7 @@ def check_modules(model: nn.Module) -> None:
             if any(_within(each.__module__, package) for package in OTHERS):
                 raise ValueError(
                     f"FP8 products: received {name or 'a model'}, a {_qualified(type(module))}, which makes "
-                    "FP8 products of its own; allowed: nn.Linear and Conv1D"
+                    "its own FP8 products; allowed: nn.Linear and Conv1D"
                 )
 
 

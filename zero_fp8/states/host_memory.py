@@ -31,9 +31,9 @@ def refuse_too_much(nbytes: int) -> None:
     if not found:
         return
     limit, free = (min(each) for each in zip(*found, strict=True))
-    asked = f"{WHAT} take {nbytes / 1e9:.2f} GB of host memory per rank, {processes} on this machine"
+    asked = f"{WHAT} take {nbytes / 1e9:.2f} GB of host memory per rank, with {processes} on this machine"
     if wanted > limit:
-        raise ValueError(f"{asked}, allowed: {limit / 1e9:.2f} GB, which it, or this container, has")
+        raise ValueError(f"{asked}, allowed: {limit / 1e9:.2f} GB, the memory of the machine or container")
     if wanted > free:
         logger.warning("%s; %.2f GB are free: the kernel may kill this process", asked, free / 1e9)
 
