@@ -1,14 +1,15 @@
-"""Our Adam sweep on a CPU beside the AdamWs of other libraries and STREAM triad.
+"""Time our Adam sweep on a CPU beside the AdamWs of other libraries and STREAM triad.
 
     OMP_NUM_THREADS=2 python benchmarks/adam_cpu.py --sizes 1M 10M 50M 200M --out adam_cpu.json
 
-What it shows: O2 (FP16 master, E4M3 exp_avg, FP16 exp_avg_sq, block 128) takes a BF16 gradient in and gives
-BF16 weights out in less time than an FP32 AdamW that does the same work, at the speed of memory, with 5 bytes
-of state per parameter and no temporary. First the kernels must equal the reference; every contestant's first
-step must be Adam's. In each round every contestant steps once, so that all meet the same machine; "time /
-ours" is the median of the ratios, round by round. --sizes adds our sweep's cost per parameter by size.
+What it shows: O2 (FP16 master, E4M3 exp_avg, FP16 exp_avg_sq, block 128) reads a BF16 gradient and writes
+BF16 weights in less time than an FP32 AdamW that does the same work, at the speed of memory, with 5 bytes
+of state per parameter and no temporary. First the kernels must equal the reference, and every contestant's
+first step must be Adam's. In each round every contestant steps once, so that all run under the same
+conditions; "time / ours" is the median of the ratios, round by round. --sizes adds our sweep's cost per
+parameter by size.
 
-ms: median. GB/s: what a step reads and writes at least, by the formats, without temporaries. State: all but
+ms: median. GB/s: the least that a step reads and writes, by the formats, without temporaries. State: all but
 gradient and BF16 weights. Extra MB: rise of the resident high-water mark in a step (VmHWM, reset by
 /proc/self/clear_refs). The bf16 peers have no master: steps below BF16's precision are lost.
 """
@@ -48,13 +49,13 @@ from ds_fp8.ops.formats import BF16
 OURS = "ds_fp8 O2"
 FORMATS = {**{f"ds_fp8 {level}": formats for level, formats in LEVELS.items()}, "ds_fp8 bf16": (BF16,) * 3}
 MULTIPLE = 1024
-CHECKED = 1 << 16  # elements whose first step is looked at
-TOLERANCE = 0.1  # of an update, most of which is the rounding of the BF16 weight
+CHECKED = 1 << 16  # elements whose first step is checked
+TOLERANCE = 0.1  # share of an update, most of which is the rounding of the BF16 weight
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A contestant with what the table says of it."""
+    """A contestant and its columns in the table."""
 
     contestant: Contestant
     held: int  # bytes of state
@@ -63,7 +64,7 @@ class Entry:
 
 
 def scalars(*, clamped: bool) -> Callable[[], AdamScalars]:
-    """Of one step after the other."""
+    """Return a function that gives the scalars of consecutive steps."""
     betas = HYPERPARAMETERS["betas"]
     step, square = 0, None
 
@@ -78,12 +79,12 @@ def scalars(*, clamped: bool) -> Callable[[], AdamScalars]:
 
 
 def start_weights(size: int) -> Tensor:
-    """[n] BF16, of a model's magnitude."""
+    """Return weights, [n] BF16, of a model's magnitude."""
     return gradients(size, CPU).mul_(20)
 
 
 def update_error(weights: Tensor, start: Tensor, gradient: Tensor) -> float:
-    """How far a first step is from Adam's, relative to it."""
+    """Return the relative distance of a first step from Adam's."""
     w, w0, g = (each.reshape(-1)[:CHECKED].float() for each in (weights, start, gradient))
     lr, decay, eps = (HYPERPARAMETERS[name] for name in ("lr", "weight_decay", "eps"))
     exact = -lr * decay * w0 - lr * g / (g.abs() + eps)
@@ -117,7 +118,7 @@ def theirs(peer: Peer, start: Tensor, by_dtype: dict[torch.dtype, Tensor], *, qu
 
 
 def enter(backend: Backend, size: int, *, quick: bool) -> tuple[list[Entry], dict[str, str]]:
-    """Everybody who can run, and why the others cannot."""
+    """Return the contestants that can run, and the reasons of those that cannot."""
     start, gradient = start_weights(size), gradients(size, CPU)
     by_dtype = {torch.bfloat16: gradient, torch.float32: gradient.float()}
     entries = [ours(backend, name, start, gradient) for name in FORMATS]
@@ -153,7 +154,7 @@ def compare(backend: Backend, size: int, rounds: int, *, quick: bool) -> dict[st
     limit = triad(size)
     times = interleave([limit, *(entry.contestant for entry in entries)], rounds)
     rows = list(rows_of(entries, times, size))
-    fastest = next(row for row in rows if row["fp32_peer"])  # torch's own is always there
+    fastest = next(row for row in rows if row["fp32_peer"])  # torch's own always runs
     return {
         "parameters": size,
         "triad_gigabytes_per_second": times.bandwidth(TRIAD),
@@ -166,7 +167,7 @@ def compare(backend: Backend, size: int, rounds: int, *, quick: bool) -> dict[st
 
 
 def by_size(backend: Backend, sizes: Sequence[int], rounds: int) -> list[dict[str, Any]]:
-    """Our sweep at several sizes, interleaved."""
+    """Time our sweep at several sizes, interleaved."""
     contestants = []
     for size in sizes:
         each = ours(backend, OURS, start_weights(size), gradients(size, CPU)).contestant
@@ -231,7 +232,7 @@ def print_sizes(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def whole_blocks(text: str) -> int:
-    """A size, rounded down to whole blocks of every contestant: some keep FP32 states of other sizes."""
+    """Parse a size; round it down to whole blocks of all contestants: some keep other sizes in FP32."""
     return max(1, element_count(text) // MULTIPLE) * MULTIPLE
 
 

@@ -1,4 +1,4 @@
-"""Claims of a benchmark beside the figures it found: what does not hold here is said, not left out."""
+"""Claims of a benchmark beside the measured figures: a claim that does not hold here is printed, too."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from rich.table import Table
 
 @dataclass(frozen=True)
 class Claim:
-    """What was said of a figure, the figure, and what it is held against."""
+    """A claim about a figure, the figure, and its bound."""
 
     text: str
     figure: float | str

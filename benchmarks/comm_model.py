@@ -1,9 +1,9 @@
-"""Bytes and time of an exchange of gradients, by formula: what a rank sends, over which links, for how long.
+"""Bytes and time of an exchange of gradients, by formula: what a rank sends, over which links, in what time.
 
 A node has `node_size` ranks; each rank has a link to its node and one out of it. A message of n bytes takes
-latency + n / bandwidth of its link, one after the other, and the two links work at the same time. In two
-hops the second begins when the first has ended. An all-reduce sends as little as a ring does and waits as few
-times as a tree does, up and down: better than either.
+latency + n / bandwidth of its link; messages on a link follow one another, and the two links work at the same
+time. In two hops the second begins when the first has ended. An all-reduce is assumed to send as little as a
+ring and to wait as few times as a tree, up and down: better than either.
 """
 
 import math
@@ -39,13 +39,13 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Hop:
-    """Bytes an element that a rank sends over each link, messages it waits for, elements it sums."""
+    """Bytes per element that a rank sends over each link, messages it waits for, elements it sums."""
 
     intra: float
     inter: float
     intra_messages: float
     inter_messages: float
-    summed: float = 0.0  # of each element of the bucket
+    summed: float = 0.0  # per element of the bucket
 
     def seconds(self, cluster: Cluster, elements: float) -> float:
         inside = self.intra_messages * cluster.intra_latency + self.intra * elements / cluster.intra_bandwidth
@@ -55,19 +55,19 @@ class Hop:
 
 @dataclass(frozen=True)
 class Exchange:
-    """A bucket's gradients on their way."""
+    """The exchange of a bucket's gradients."""
 
     hops: tuple[Hop, ...]
     quantized: bool
 
     @property
     def sent(self) -> float:
-        """Bytes an element that a rank sends."""
+        """Bytes per element that a rank sends."""
         return sum(hop.intra + hop.inter for hop in self.hops)
 
     @property
     def crossed(self) -> float:
-        """Those that leave the node."""
+        """Bytes per element that leave the node."""
         return sum(hop.inter for hop in self.hops)
 
     def seconds(self, cluster: Cluster, elements: float) -> float:
@@ -78,7 +78,7 @@ class Exchange:
 def ring(cluster: Cluster, width: float, *, ways: int) -> Exchange:
     """ways: 2 for an all-reduce, 1 for a reduce-scatter or a reduce to owners."""
     sent = ways * width * (cluster.ranks - 1) / cluster.ranks
-    leaves = 1 / cluster.node if cluster.nodes > 1 else 0.0  # of a ring's links, one per node
+    leaves = 1 / cluster.node if cluster.nodes > 1 else 0.0  # share of a ring's links, one per node
     waits = [ways * math.log2(cluster.node), ways * math.log2(cluster.nodes)]
     return Exchange((Hop(sent * (1 - leaves), sent * leaves, *waits),), quantized=False)
 
@@ -92,7 +92,7 @@ def all_to_all(cluster: Cluster, width: float) -> Exchange:
 
 
 def two_hops(cluster: Cluster, inside: float, between: float) -> Exchange:
-    """All-to-all in the node, sum, all-to-all between nodes; one hop where there is one node."""
+    """All-to-all in the node, sum, all-to-all between nodes; one hop if there is one node."""
     node, nodes = cluster.node, cluster.nodes
     if node == 1 or nodes == 1:
         return all_to_all(cluster, inside)
@@ -102,7 +102,7 @@ def two_hops(cluster: Cluster, inside: float, between: float) -> Exchange:
 
 
 def all_gather(cluster: Cluster, width: float, *, hops: int) -> tuple[float, float]:
-    """Bytes an element that a rank sends, and those that leave the node, to gather weights in pairs."""
+    """Bytes per element that a rank sends, and those that leave the node, to gather weights in pairs."""
     ranks, node, nodes = cluster.ranks, cluster.node, cluster.nodes
     sent, crossed = ranks - 1, ranks - node
     if hops == 2 and 1 < node < ranks:
@@ -124,14 +124,14 @@ STOCK = ("BF16 all-reduce", "BF16 reduce")
 
 
 def fastest(names: tuple[str, ...], cluster: Cluster, elements: float) -> tuple[str, float]:
-    """Which of these ways, and its seconds."""
+    """Return the fastest of these ways, and its seconds."""
     times = {name: WAYS[name](cluster).seconds(cluster, elements) for name in names}
     name = min(times, key=lambda each: times[each])
     return name, times[name]
 
 
 def fp8_wins_from(cluster: Cluster, stock: tuple[str, ...]) -> int | None:
-    """Elements of the smallest bucket, a power of two up to 2^32, from which FP8 is always faster."""
+    """Return the size of the smallest bucket, a power of two up to 2^32, from which FP8 is always faster."""
     first = None
     for exponent in range(32, 9, -1):
         if fastest(OURS, cluster, 2.0**exponent)[1] >= fastest(stock, cluster, 2.0**exponent)[1]:

@@ -3,13 +3,14 @@
     python benchmarks/comm_volume.py --out comm_volume.json
 
 Counted: the model of examples/train_lm.py takes a step on 2 and on 4 ranks, with ds_fp8 and with stock
-DeepSpeed, ZeRO 1 and 2. What is handed to every collective is added up, and turned into what a rank sends for
-it in a ring or in pairs. A run whose bytes differ from the formula's by more than padding ends the script.
-"reduce to owners" is stock with use_multi_rank_bucket_allreduce: false, FP32 with communication_data_type.
+DeepSpeed, ZeRO 1 and 2. The inputs of every collective are added up, and converted to the bytes that a rank
+sends for them in a ring or in pairs. The script ends if the bytes of a run differ from the formula's by more
+than padding. "reduce to owners" is stock with use_multi_rank_bucket_allreduce: false, FP32 with
+communication_data_type.
 
 By formula: bytes per parameter that a rank sends for gradients, and those of them that leave its node, up to
 1,024 ranks. Modelled: the time of a bucket's exchange, from latency and bandwidth of the two links of a rank
-(inside its node, out of it); `benchmarks/comm_model.py` says how.
+(inside its node, out of it); `benchmarks/comm_model.py` explains how.
 """
 
 import argparse
@@ -40,7 +41,7 @@ COLLECTIVES = {
 
 
 def runs(ranks: int) -> dict[str, tuple[str, dict[str, Any]]]:
-    """By name: the formula that holds for its gradients, and what it adds to the ds_config."""
+    """Return, by run, the formula for its gradients, and what it adds to the ds_config."""
 
     def stage(number: int, **zero: Any) -> dict[str, Any]:
         return {"zero_optimization": {"stage": number, **zero}}
@@ -63,7 +64,7 @@ def runs(ranks: int) -> dict[str, tuple[str, dict[str, Any]]]:
 
 
 def count(additions: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """On a rank: bytes of one step with each ds_config, and the model's parameters."""
+    """Return, on a rank, the bytes of one step with each ds_config, and the model's parameters."""
     import deepspeed
     from meters import Traffic
     from train_lm import ByteGPT, Corpus, Shape, read_corpus
@@ -97,7 +98,7 @@ def ds_config(addition: dict[str, Any]) -> dict[str, Any]:
 
 
 def counted(ranks: int) -> list[dict[str, Any]]:
-    """One row per run: bytes that rank 0 sends in a step, by collective."""
+    """Return one row per run: bytes that rank 0 sends in a step, by collective."""
     rows = []
     made = runs(ranks)
     per_run = run_ranks(ranks, count, [addition for _, addition in made.values()])[0]
@@ -111,7 +112,7 @@ def counted(ranks: int) -> list[dict[str, Any]]:
 
 
 def volumes(node_size: int) -> list[dict[str, Any]]:
-    """Bytes a parameter that a rank sends by formula, and those that leave the node."""
+    """Return bytes per parameter that a rank sends by formula, and those that leave the node."""
     rows = []
     for ranks in RANKS:
         cluster = Cluster(ranks, node_size)
@@ -124,7 +125,7 @@ def volumes(node_size: int) -> list[dict[str, Any]]:
 
 
 def winners(cluster: Cluster) -> list[dict[str, Any]]:
-    """By ranks and bucket: the best FP8 way, and its time by each of stock's."""
+    """Return, by ranks and bucket, the best FP8 way, and its time divided by each of stock's."""
     rows = []
     for ranks in RANKS:
         here = replace(cluster, ranks=ranks)
@@ -155,7 +156,7 @@ def print_counted(console: Console, rows: list[dict[str, Any]]) -> None:
 
 def print_volumes(console: Console, rows: list[dict[str, Any]], node_size: int) -> None:
     names = [name for name in rows[0] if name != "ranks"]
-    title = f"Bytes a parameter that a rank sends / that leave its node of {node_size}, by formula"
+    title = f"Bytes per parameter that a rank sends / that leave its node of {node_size}, by formula"
     table = Table(title=title)
     for column in ("ranks", *names):
         table.add_column(column, justify="right")
@@ -184,7 +185,7 @@ def print_winners(console: Console, rows: list[dict[str, Any]], cluster: Cluster
         wins = ["never" if each is None else f"{each:,}" for each in row["fp8_wins_from"].values()]
         table.add_row(f"{row['ranks']:,}", *cells, *wins)
     console.print(table)
-    console.print("below 1 FP8 is faster, above 1 BF16 is")
+    console.print("below 1 FP8 is faster, above 1 BF16")
 
 
 def fp8_way(name: str) -> str:
@@ -192,7 +193,7 @@ def fp8_way(name: str) -> str:
 
 
 def positive(text: str) -> float:
-    """For argparse."""
+    """Parse a positive number, for argparse."""
     try:
         value = float(text)
     except ValueError:

@@ -1,6 +1,6 @@
-"""What is found out about a training engine from outside: bytes it should hold, bytes it sends, what waits.
+"""Facts about a training engine, found from outside: bytes it should hold, bytes it sends, waits.
 
-The same for ds_fp8's engines and for stock DeepSpeed's.
+The same code serves ds_fp8's engines and stock DeepSpeed's.
 """
 
 import sys
@@ -20,29 +20,29 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
 
 from meters import Traffic, elements
 
-WAITS = {  # of the host for the device, as the profiler names them
+WAITS = {  # of the host for the device, under the profiler's names
     "cudaStreamSynchronize",
     "cudaDeviceSynchronize",
     "cudaEventSynchronize",
     "cudaMemcpy",
-    "aten::_local_scalar_dense",  # what item() is made of
+    "aten::_local_scalar_dense",  # called by item()
 }
 STEP = "engine.step"
 
 
 def predicted_bytes(engine: Any) -> float:
-    """What a rank keeps of states and reduced gradient, by `estimate.memory`; stock's by its formats."""
+    """Return a rank's bytes of states and reduced gradient, by `estimate.memory`; stock's by its formats."""
     if ds_fp8.is_active(engine):
         recipe, buckets = engine.optimizer.recipe, engine.optimizer.parts.buckets
         return state_bytes(recipe, buckets) + gradient_bytes(recipe, buckets, accumulating=False)
     parameters = elements(engine.module)
     low = engine._config._param_dict["bf16"].get("bf16_optimizer_states", False)
-    gradient = 2 if engine.zero_optimization_stage() == 3 else 0  # it is kept between steps, too
+    gradient = 2 if engine.zero_optimization_stage() == 3 else 0  # kept between steps, too
     return ((6 if low else 12) + gradient) * parameters / engine.seq_dp_world_size
 
 
 def waits(step: Callable[[], object]) -> dict[str, int]:
-    """By name: how often the host waited for the device, or copied from it, within a step."""
+    """Count, by name, the host's waits for the device and copies from it within a step."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda.is_available() else [])]
     with profile(activities=activities) as profiler:
         with record_function(STEP):
@@ -58,12 +58,12 @@ def waits(step: Callable[[], object]) -> dict[str, int]:
 
 
 def is_wait(name: str) -> bool:
-    """Copies to the host count, too: it waits for them or for an event behind them."""
+    """Whether a call is a wait, or a copy to the host, which waits for it or for an event behind it."""
     return name in WAITS or name.startswith("Memcpy DtoH")
 
 
 def sent(run: Callable[[], object]) -> dict[str, float]:
-    """Bytes that this rank sends meanwhile, by collective."""
+    """Return the bytes that this rank sends during `run`, by collective."""
     with Traffic() as traffic:
         run()
     return dict(traffic.sent)

@@ -1,8 +1,9 @@
 """Time and bytes of one bucket's way to its owners: the FP8 exchange beside the collectives of stock.
 
 The exchange is the code that trains, `GradientReducer`: quantisation, all-to-all, decoding and sum; its parts
-are timed alone, too. Ranks begin together: on a GPU a rank sleeps while the host launches, as it runs ahead
-when it trains, and an all-reduce of one number meets the others. A round counts as the slowest rank's.
+are also timed alone. Ranks begin together: on a GPU a rank sleeps while the host launches, since the host
+runs ahead in training, and an all-reduce of one number synchronises the ranks. A round's time is the slowest
+rank's.
 """
 
 import statistics
@@ -25,9 +26,9 @@ from ds_fp8.zero_fp8.gradients.exchange import blocks_in
 from ds_fp8.zero_fp8.health import Counts
 from ds_fp8.zero_fp8.placement.messages import Message
 
-PARAMETERS = 32  # that the elements belong to
+PARAMETERS = 32  # to which the elements belong
 GRAIN = 128 * PARAMETERS
-BUCKETS = 8  # of the exchange that overlaps itself
+BUCKETS = 8  # of the overlapped exchange
 SLEEP = 20_000_000  # clocks, about 10 ms
 
 REDUCE = "BF16 reduce-scatter"
@@ -39,7 +40,7 @@ OTHERS = "all-to-all, without the own message"
 
 
 class Exchange:
-    """`elements` gradient elements, a multiple of GRAIN, on their way to their owners, again and again."""
+    """Repeated exchange of `elements` gradient elements, a multiple of GRAIN."""
 
     def __init__(self, elements: int, device: torch.device, *, buckets: int = 1, wire: str = "e4m3") -> None:
         size = elements // PARAMETERS
@@ -61,7 +62,7 @@ class Exchange:
         self._way.parts.reducer.finish()
 
     def parts(self) -> dict[str, Callable[[], object]]:
-        """PARTS of the exchange of a single bucket, each by itself."""
+        """Return the PARTS of a single bucket's exchange, each to be timed alone."""
         parts, nodes = self._way.parts, self._way.nodes
         (bucket,), (reduced,) = parts.buckets, parts.reduced
         message = Message(bucket.blocks_per_rank, bucket.block_size, self._way.recipe.wire)
@@ -83,7 +84,7 @@ class Exchange:
         return {**dict(zip(PARTS, steps, strict=True)), OTHERS: self._others(messages)}
 
     def _others(self, messages: Tensor) -> Callable[[], object]:
-        """The all-to-all without what a rank sends to itself, which NCCL copies, too."""
+        """Return the all-to-all without the rank's message to itself, which NCCL copies, too."""
         splits = [0 if rank == self._way.rank else messages.shape[1] for rank in range(self._way.ranks)]
         source = messages[[rank for rank, size in enumerate(splits) if size]].view(-1)
         target = torch.empty_like(source)
@@ -91,20 +92,20 @@ class Exchange:
 
 
 def reduce_scatter(source: Tensor, group: ProcessGroup | None = None) -> Callable[[], object]:
-    """NCCL's, or gloo's, own sum of a bucket, to the owners."""
+    """Reduce-scatter by NCCL or gloo: the sum of a bucket goes to the owners."""
     part = source.new_empty(len(source) // torch.distributed.get_world_size())
     return lambda: torch.distributed.reduce_scatter_tensor(part, source, group=group)
 
 
 def all_reduce(source: Tensor) -> Callable[[], object]:
-    """To every rank, as stock DeepSpeed does it."""
+    """All-reduce to every rank, as in stock DeepSpeed."""
     return lambda: torch.distributed.all_reduce(source)
 
 
 def native_fp8(source: Tensor, spare: ProcessGroup) -> tuple[Callable[[], object] | None, str]:
-    """A reduce-scatter of unscaled E4M3, which adds in FP8 inside the collective; or why there is none.
+    """Return a reduce-scatter of unscaled E4M3, which adds in FP8 inside the collective, or why it fails.
 
-    spare: a group that is not needed elsewhere, in case it does not survive that.
+    spare: a group without other use, in case it does not survive that.
     """
     run = reduce_scatter(source.to(torch.float8_e4m3fn), spare)
     try:
@@ -115,7 +116,7 @@ def native_fp8(source: Tensor, spare: ProcessGroup) -> tuple[Callable[[], object
 
 
 def clock_of(device: torch.device) -> Clock:
-    """One for a run that begins on all ranks at the same time."""
+    """Return a clock for runs that begin on all ranks at the same time."""
     token = torch.zeros(1, device=device)
 
     def together(run: Callable[[], object]) -> float:
@@ -128,9 +129,9 @@ def clock_of(device: torch.device) -> Clock:
 
 
 def measure(elements: int, rounds: int, device: torch.device, spare: ProcessGroup) -> dict[str, Any]:
-    """Milliseconds and bytes of each way for a bucket of `elements` elements, a multiple of GRAIN.
+    """Return milliseconds and bytes of each way for a bucket of `elements` elements, a multiple of GRAIN.
 
-    Raises AssertionError where the exchange sends more than 0.51 of the bytes of BF16.
+    Raises AssertionError if the exchange sends more than 0.51 of the bytes of BF16.
     """
     one, several = Exchange(elements, device), Exchange(elements, device, buckets=BUCKETS)
     other = Exchange(elements, device, wire="bf16")

@@ -1,12 +1,12 @@
-"""How late low-precision moments are in the first steps of a run without a warm-up.
+"""How far low-precision moments lag in the first steps of a run without a warm-up.
 
     python benchmarks/first_steps.py --out first_steps.json
 
-Without a warm-up all gradients point one way at first, and a moment that moves by less than half a code per
-step waits, if it is rounded to nearest. A byte-level GPT (examples/train_lm.py) takes 30 steps at a rate of
-1e-3, in which the loss falls by .05 per step. What is compared is the mean loss of the last ten steps, less
-that of the same level with FP32 moments: for a seed both begin with the same weights and see the same
-batches, and their masters are rounded alike. "of e4m3": exp_avg in E4M3, rounded to nearest, as in FP8-LM.
+Without a warm-up all gradients have the same direction at first, and a moment that moves by less than half a
+code per step stays, if it is rounded to nearest. A byte-level GPT (examples/train_lm.py) takes 30 steps at a
+rate of 1e-3, in which the loss falls by .05 per step. The compared figure is the mean loss of the last ten
+steps, less that of the same level with FP32 moments: for a seed both begin with the same weights, see the
+same batches, and round their masters alike. "of e4m3": exp_avg in E4M3, rounded to nearest, as in FP8-LM.
 """
 
 import statistics

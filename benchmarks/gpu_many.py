@@ -1,15 +1,15 @@
-"""The FP8 exchange on several GPUs: the bits of gloo, then time and bytes beside NCCL's own collectives.
+"""The FP8 exchange on several GPUs: the same bits as gloo, then time and bytes beside NCCL's own collectives.
 
     torchrun --nproc_per_node 2 benchmarks/gpu_many.py --out gpu_many.json
     torchrun --nproc_per_node 2 benchmarks/gpu_many.py --quick            # without GPUs: gloo, tiny sizes
 
-1. Reduced gradients and gathered weights are those of the plain-PyTorch reference over gloo, bit for bit:
+1. Reduced gradients and gathered weights equal those of the plain-PyTorch reference over gloo, bit for bit:
    several formats, overlap on and off, one hop and, from four ranks on, two.
 2. A small model trains with ZeRO 1 and 2, overlap on and off, one hop and two, with one scale per tensor
    and a sum in FP8: all ranks end with the same bits, and so do settings that must not differ; stock
    DeepSpeed BF16 beside it.
 3. Buckets of several sizes: the exchange and its parts, NCCL's reduce-scatter and all-reduce in BF16 and
-   FP32, and its reduce-scatter in FP8 where it has one. Medians of interleaved rounds, and medians of the
+   FP32, and its reduce-scatter in FP8 if it has one. Medians of interleaved rounds, and medians of the
    ratios to the BF16 reduce-scatter, round by round. Bytes are counted at the collectives.
 """
 
@@ -33,7 +33,7 @@ CONSOLE = Console(width=132)
 PARTS_OF_ALL = ("bits", "trainings", "times")
 SIZES = ("1M", "4M", "16M", "64M", "128M", "256M", "512M")
 ARRIVAL = "FP8 all-to-all, decode and sum"
-FROM = 60_000_000  # elements from which the exchange is claimed to be as fast
+FROM = 60_000_000  # elements from which on the exchange is claimed to be as fast
 
 
 def print_trainings(rows: list[dict[str, Any]]) -> None:
@@ -100,7 +100,7 @@ def run(arguments: argparse.Namespace, device: torch.device) -> None:
         for elements in arguments.elements:
             free()
             result["sizes"].append(measure(elements, arguments.rounds, device, spare))
-            write(out, result)  # so far: somebody may end it
+            write(out, result)  # results so far, in case the run is killed
         print_sizes(result["sizes"], result["ranks"])
     claims = claims_of(result)
     print_claims(claims, CONSOLE)
@@ -109,8 +109,8 @@ def run(arguments: argparse.Namespace, device: torch.device) -> None:
 
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("--elements", type=element_count, nargs="+", help=f"of a bucket: {' '.join(SIZES)}")
-    parser.add_argument("--steps", type=round_count, help="of the small model; 50")
+    parser.add_argument("--elements", type=element_count, nargs="+", help=f"per bucket: {' '.join(SIZES)}")
+    parser.add_argument("--steps", type=round_count, help="of the small model; default 50")
     parser.add_argument("--parts", nargs="+", choices=PARTS_OF_ALL, default=PARTS_OF_ALL, help="1, 2 and 3")
     arguments = parser.parse_args()
     quick = arguments.quick
@@ -121,7 +121,7 @@ def main() -> None:
     ]
     grain = GRAIN * int(os.environ["WORLD_SIZE"])
     arguments.elements = [max(1, each // grain) * grain for each in arguments.elements]
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # what deterministic algorithms need
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # required by deterministic algorithms
     run(arguments, join_ranks())
     from train_lm import leave_ranks
 

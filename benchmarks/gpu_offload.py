@@ -1,4 +1,4 @@
-"""States in host memory beside states on the GPU, and beside stock DeepSpeed's offload: what a step costs.
+"""Cost of a step with states in host memory, beside states on the GPU and stock DeepSpeed's offload.
 
     for micro_steps in 1 8; do
         for where in stock resident stream host auto; do
@@ -7,21 +7,21 @@
         done
     done
 
-One way per process; --out gathers them, and the table shows all. The first trains a small model with states
-on the GPU, streamed and swept by the host: weights and states must be the same bytes, or nothing is measured.
-Then, of some steps, medians:
+One way per process; --out collects them, and the table shows all. The first run trains a small model with
+states on the GPU, streamed and swept by the host: weights and states must be the same bytes, or nothing is
+measured. Then medians over some steps:
 
     ms/step            a whole iteration: micro-steps, then the optimizer's step
-    after backward     of engine.step() alone, from when the device has ended backward to when it has ended
-                       the step: what offload does not hide
+    after backward     engine.step() alone, from when the device has ended backward to when it has ended
+                       the step: the part that offload does not hide
     GB/s               of states each way, while nothing but sweeps runs (stream only)
     overlapped         share of a profiled sweep's time in which a copy up and a copy down ran at once
 
 stock is DeepSpeed's ZeRO 2 with offload_optimizer and its own CPU Adam, which is compiled on first use;
-stock_torch takes torch's AdamW on the CPU in its place. Stock's offload of 7B needs more than 128 GB of host
+stock_torch uses torch's AdamW on the CPU instead. Stock's offload of 7B needs more than 128 GB of host
 memory. resident, beside stream at 8,192 and 16,384 tokens per step (--micro_batch 4 and --micro_steps 1 or 2,
-at a context of 2,048), gives the speed that is kept; --ratio keeps a part of the states on the GPU. --gpu_gb
-leaves a run as much of the GPU's memory as another GPU has.
+at a context of 2,048), shows the speed relative to no offload; --ratio keeps a part of the states on the GPU.
+--gpu_gb limits a run to the memory of another GPU.
 """
 
 import argparse
@@ -47,7 +47,7 @@ from torch.profiler import ProfilerActivity, profile
 import ds_fp8
 from ds_fp8.estimate import memory
 
-WARM_UP = 2  # steps that are not timed
+WARM_UP = 2  # untimed steps
 Run = dict[str, Any]
 
 
@@ -60,7 +60,7 @@ def wait(device: torch.device) -> None:
 
 
 def timed_step(engine: Any, source: Any, device: torch.device) -> tuple[float, float, float]:
-    """Milliseconds of an iteration and of its engine.step() after backward has ended; the loss."""
+    """Return milliseconds of an iteration and of its engine.step() after backward has ended, and the loss."""
     losses = []
     wait(device)
     start = time.perf_counter()
@@ -78,7 +78,7 @@ def timed_step(engine: Any, source: Any, device: torch.device) -> tuple[float, f
 
 
 def sweep_all(engine: Any) -> Callable[[], None]:
-    """A step's sweeps alone, of gradients of zero; weights decay."""
+    """Return a function that runs a step's sweeps alone, with zero gradients; weights decay."""
     parts, optimizer = engine.optimizer.parts, engine.optimizer.optimizer
     control = torch.ones(2, device=parts.residence.device)
     scalars = optimizer.scalars(clamp=True)
@@ -91,7 +91,7 @@ def sweep_all(engine: Any) -> Callable[[], None]:
 
 
 def link_of(engine: Any, device: torch.device) -> Run:
-    """Of the ring: GB/s each way, and the share of the time in which copies ran both ways."""
+    """Measure the ring: GB/s each way, and the share of the time in which copies ran both ways."""
     run, moved = sweep_all(engine), engine.optimizer.parts.host_nbytes
     run()
     taken = []
@@ -112,7 +112,7 @@ def link_of(engine: Any, device: torch.device) -> Run:
 
 
 def overlap_of(profiler: Any) -> Run:
-    """Shares of the span of all that ran on the device: copies up, copies down, both at once, kernels."""
+    """Return shares of the device's busy span: copies up, copies down, both at once, kernels."""
     events = [each for each in profiler.events() if each.device_type != DeviceType.CPU]
     kinds = {"up": "Memcpy HtoD", "down": "Memcpy DtoH", "kernel": "adam_kernel"}
     edges: list[tuple[float, str, int]] = []
@@ -133,7 +133,7 @@ def overlap_of(profiler: Any) -> Run:
 
 
 def expected_between_steps(engine: Any) -> int:
-    """Bytes of the device by the estimate: weights, reduced gradient, buffers, states that stay."""
+    """Return the device bytes by the estimate: weights, reduced gradient, buffers, resident states."""
     handler, parts = engine.optimizer, engine.optimizer.parts
     several = engine.gradient_accumulation_steps() > 1
     gradient = memory.gradient_bytes(handler.recipe, parts.buckets, accumulating=several)
@@ -146,7 +146,7 @@ def expected_between_steps(engine: Any) -> int:
 
 
 def checked_bits(runs: list[Run], device: torch.device) -> list[str]:
-    """What was compared: now, or by an earlier run on this kind of device with these versions."""
+    """Return what was compared, now or by an earlier run on this kind of device with these versions."""
     here = facts(device)
     for run in runs:
         if all(run[key] == value for key, value in here.items()):
@@ -189,7 +189,7 @@ def measure(arguments: argparse.Namespace, runs: list[Run], device: torch.device
 
 
 def like(run: Run, where: str, runs: list[Run]) -> Run | None:
-    """The run of the same model, level and tokens with states elsewhere."""
+    """Return the run of the same model, level and tokens with states elsewhere."""
     keys = ["size", "micro_batch", "micro_steps", "context", "stage"]
     keys += [] if where.startswith("stock") else ["level"]
     wanted = [run["options"][key] for key in keys]
@@ -205,17 +205,17 @@ def claims_of(run: Run, runs: list[Run]) -> list[Claim]:
     if stock and run["where"] == "auto":
         most = 0.5 if run["options"]["micro_steps"] == "1" else 0.35
         ratio = statistics.median(run["after_backward"]) / statistics.median(stock["after_backward"])
-        found.append(Claim.at_most(name + "after backward, of stock's", ratio, most))
+        found.append(Claim.at_most(name + "after backward / stock's", ratio, most))
     if resident and run["where"] in ("auto", "stream") and run["tokens"] >= 8192:
         kept = statistics.median(resident["milliseconds"]) / statistics.median(run["milliseconds"])
         least = 0.95 if run["tokens"] >= 16384 else 0.9
-        found.append(Claim(name + "speed that is kept", kept, f"at least {least}", kept >= least))
+        found.append(Claim(name + "speed / that without offload", kept, f"at least {least}", kept >= least))
     if run.get("link") and run["device"] != "cpu":
         each_way = run["link"]["gb_per_second"]
         found.append(Claim(name + "GB/s each way", each_way, "at least 42", each_way >= 42))
     if "expected_between_steps" in run and "between_steps" in run:
         off = abs(run["between_steps"] / run["expected_between_steps"] - 1)
-        found.append(Claim.at_most(name + "bytes between steps, off the estimate by", off, 0.02))
+        found.append(Claim.at_most(name + "bytes between steps, relative error of the estimate", off, 0.02))
     return found
 
 
@@ -251,7 +251,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("--out", type=Path, metavar="FILE", required=True, help="where runs are gathered")
+    add("--out", type=Path, metavar="FILE", required=True, help="file that collects runs")
     add("--where", choices=WAYS, required=True)
     add("--size", choices=SIZES, default="tiny")
     add("--level", choices=("O1", "O2", "O2+", "O3"), default="O2+")
@@ -262,9 +262,9 @@ def main() -> None:
     add("--clipping", type=float, default=1.0, help="gradient_clipping")
     add("--context", type=int, default=2048)
     add("--steps", type=int, default=8)
-    add("--ratio", type=float, default=1.0, help="of the states that is offloaded; stream and auto")
-    add("--gpu_gb", type=float, help="of memory that may be used; default: all")
-    add("--checkpointing", action="store_true", help="of every layer's activations")
+    add("--ratio", type=float, default=1.0, help="share of the states that is offloaded; stream and auto")
+    add("--gpu_gb", type=float, help="GPU memory that may be used; default: all")
+    add("--checkpointing", action="store_true", help="checkpoint every layer's activations")
     arguments = options(**vars(parser.parse_args()))
     device = join_ranks()
     if arguments.gpu_gb:

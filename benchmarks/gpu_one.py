@@ -1,9 +1,9 @@
-"""The kernels on one GPU: equal to the reference, then timed beside their peers and a plain copy.
+"""The kernels on one GPU: compared with the reference, then timed beside their peers and a plain copy.
 
     python benchmarks/gpu_one.py --json gpu_one.json
     DS_FP8_BACKEND=triton TRITON_INTERPRET=1 python benchmarks/gpu_one.py --parameters 8192   # without a GPU
 
-Peers: torch's fused FP32 AdamW, DeepSpeed's FusedAdam where it builds, torchao's AdamWFp8 where installed.
+Peers: torch's fused FP32 AdamW, DeepSpeed's FusedAdam if it builds, torchao's AdamWFp8 if installed.
 Each also writes the BF16 weights, as the sweep does. The limit is a device-to-device copy, counting
 bytes read and written. Kernel times are medians between CUDA events after a warm-up of half a second.
 """
@@ -41,7 +41,7 @@ class Row:
 
 
 class Clock:
-    """Medians of an operation's time, by CUDA events, or by the host's clock where there is no GPU."""
+    """Medians of an operation's time, by CUDA events, or by the host's clock without a GPU."""
 
     def __init__(self, device: torch.device, repeat: int) -> None:
         self._cuda = device.type == "cuda"
@@ -58,14 +58,14 @@ class Clock:
 
 
 def copy_bandwidth(clock: Clock, device: torch.device, size: int) -> float:
-    """Bytes per second, read and written."""
+    """Return bytes per second, read and written."""
     source = torch.empty(size, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
     return 2 * size / clock.milliseconds(lambda: target.copy_(source)) * 1000
 
 
 def peers(size: int, device: torch.device, skipped: list[str]) -> Iterator[tuple[str, Any, int]]:
-    """FP32 AdamWs that also write BF16 weights; 30 bytes per parameter."""
+    """Yield FP32 AdamWs that also write BF16 weights; 30 bytes per parameter."""
     parameter = torch.nn.Parameter(torch.randn(size, device=device))
     parameter.grad = torch.randn(size, device=device) * 1e-3
     weights = torch.zeros(size, dtype=torch.bfloat16, device=device)
@@ -77,7 +77,7 @@ def peers(size: int, device: torch.device, skipped: list[str]) -> Iterator[tuple
         try:
             optimizer = make(parameter)
             optimizer.step()
-        except Exception as error:  # a peer that does not build here is named, with its reason
+        except Exception as error:  # a peer that does not build here is listed with its reason
             skipped.append(f"{name}: {type(error).__name__}: {str(error).splitlines()[0][:150]}")
             continue
 
@@ -155,7 +155,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--parameters", type=int, default=1 << 30, help="a multiple of 1024")
     parser.add_argument("--repeat", type=int, default=31 if torch.cuda.is_available() else 1)
-    parser.add_argument("--sweeps", action="store_true", help="only Adam's; int8 exp_avg is verified")
+    parser.add_argument("--sweeps", action="store_true", help="only Adam's sweeps; int8 exp_avg is verified")
     parser.add_argument("--json", type=Path, metavar="OUT")
     arguments = parser.parse_args()
     if arguments.parameters < 1024 or arguments.parameters % 1024:

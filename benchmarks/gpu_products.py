@@ -1,12 +1,12 @@
-"""FP8 products on one GPU: as their contract says, then timed beside BF16 products and a plain copy.
+"""FP8 products on one GPU: checked against their contract, then timed beside BF16 products and a plain copy.
 
     python benchmarks/gpu_products.py --out gpu_products.json
     TRITON_INTERPRET=1 python benchmarks/gpu_products.py --tiny   # without a GPU
 
 Casts and weights are compared bit by bit with the reference, products with FP64 (`verify_products.py`); if
 one is wrong, nothing is timed, unless --regardless asks for it. Shapes are those of a GPT layer, tokens
-8,192. In every round each contestant is timed once, by CUDA events, after the L2 cache has been written over;
-figures are medians. Products by cuBLAS are left out where it cannot multiply so, and the reason is printed.
+8,192. In every round each contestant is timed once, by CUDA events, after the L2 cache has been overwritten;
+figures are medians. Products by cuBLAS are left out if it does not support them, and the reason is printed.
 
 `host`: microseconds that Python takes for the calls of one linear layer, forward and backward, at a size at
 which the GPU does not matter.
@@ -48,11 +48,11 @@ class Row:
     microseconds: float
     terabytes_per_second: float | None = None
     teraflops: float | None = None
-    of_bf16: float | None = None  # its time, as a share of the BF16 product's, round by round
+    of_bf16: float | None = None  # time as a share of the BF16 product's, round by round
 
 
 def clock_of(device: torch.device) -> Clock:
-    """A clock that starts with a cold L2 cache, and with the host ahead of the GPU."""
+    """Return a clock that starts with a cold L2 cache, and with the host ahead of the GPU."""
     if device.type != "cuda":
         return host_clock
     flushed = torch.empty(L2_BYTES, dtype=torch.uint8, device=device)
@@ -65,7 +65,7 @@ def clock_of(device: torch.device) -> Clock:
 
 
 def casts(ours: Products, values: Tensor) -> Iterator[Contestant]:
-    """Bytes: BF16 read, codes and scales of rows, transposed codes, sums."""
+    """Yield casts. Bytes: BF16 read, codes and scales of rows, transposed codes, sums."""
     codes = values.numel()
     scales = 4 * (codes // products.TILE)
     both = {"dgrad": True, "wgrad": True}
@@ -105,7 +105,7 @@ def weights(ours: Products, values: Tensor) -> Iterator[Contestant]:
 
 
 def matmuls(x: Tensor, w: Tensor, dy: Tensor) -> Iterator[tuple[str, Callable[[], object]]]:
-    """The BF16 products of a linear layer."""
+    """Yield the BF16 products of a linear layer."""
     yield "forward", lambda: x @ w.t()
     yield "dgrad", lambda: dy @ w
     yield "wgrad", lambda: dy.t() @ x
@@ -118,7 +118,7 @@ def multiplied(left: Operand, right: Operand, bias: Tensor | None) -> Callable[[
 def measured(
     name: str, shape: str, contestants: list[Contestant], rounds: int, clock: Clock
 ) -> Iterator[Row]:
-    """Passes over memory."""
+    """Time passes over memory."""
     times = interleave(contestants, rounds, clock)
     for each in contestants:
         rate = each.moved / times.median(each.name) / 1e9
@@ -134,7 +134,7 @@ def measured_products(
     clock: Clock,
     with_bias: bool,
 ) -> Iterator[Row]:
-    """Products by cuBLAS, in BF16 and with FP8's block scales."""
+    """Time products by cuBLAS, in BF16 and with FP8's block scales."""
     x, w, dy = operands
     shape = f"{layer}: {len(x)} tokens, {w.shape[1]} -> {w.shape[0]}"
     for name, run in matmuls(x, w, dy):
@@ -154,7 +154,7 @@ def measured_products(
 def rows_of(
     ours: Products, device: torch.device, options: argparse.Namespace, with_bias: bool
 ) -> Iterator[Row]:
-    """Everything that is timed."""
+    """Time everything."""
     clock = clock_of(device)
     for model, hidden in {"tiny": 128}.items() if options.tiny else HIDDEN.items():
         for factor in sorted({each for pair in LAYERS.values() for each in pair}):
@@ -175,7 +175,7 @@ def rows_of(
 
 
 def host_microseconds(ours: Products, device: torch.device, repeat: int) -> dict[str, float]:
-    """By call, and all that a linear layer makes in forward and backward."""
+    """Return the host's time by call, and that of a linear layer's forward and backward."""
     size = 256
     x, w, dy = (gaussian(size, size, device=device, seed=each) for each in range(3))
     way = "emulated" if cublas.obstacle(device) else "cublas"
@@ -195,7 +195,7 @@ def host_microseconds(ours: Products, device: torch.device, repeat: int) -> dict
 
 
 def host_time(run: Callable[[], object], repeat: int, device: torch.device) -> float:
-    """Microseconds of a call that does not wait for the GPU."""
+    """Return microseconds of a call that does not wait for the GPU."""
     for _ in range(3):
         run()
     if device.type == "cuda":
@@ -209,7 +209,7 @@ def host_time(run: Callable[[], object], repeat: int, device: torch.device) -> f
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     device = torch.device("cpu" if options.tiny else "cuda")
     ours, obstacle = triton_products(), cublas.obstacle(device)
-    if obstacle is None:  # what a training calls
+    if obstacle is None:  # the calls of a training
         ours, MULTIPLY["cublas"] = by_way("cublas", ours)
     verified = verify(ours, ["emulated"] if obstacle else ["emulated", "cublas"], device, options.tiny)
     for line in (*verified.lines, *(f"WRONG: {each}" for each in verified.wrong)):
@@ -248,9 +248,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tokens", type=int, default=None, help="default: 8192, or 64 with --tiny")
     parser.add_argument("--rounds", type=int, default=None, help="default: 30, or 1 with --tiny")
-    parser.add_argument("--tiny", action="store_true", help="on the CPU, by Triton's interpreter")
+    parser.add_argument("--tiny", action="store_true", help="run on the CPU, in Triton's interpreter")
     parser.add_argument(
-        "--regardless", action="store_true", help="time what runs, even if something is wrong"
+        "--regardless", action="store_true", help="time everything that runs, even if a check fails"
     )
     parser.add_argument("--out", type=Path, metavar="JSON")
     options = parser.parse_args()

@@ -1,20 +1,20 @@
-"""Trainings of examples/gpt_pretrain.py beside stock DeepSpeed's: time, memory, bytes sent, loss, what waits.
+"""Train examples/gpt_pretrain.py beside stock DeepSpeed: time, memory, bytes sent, loss, waits.
 
     for config in bf16 bf16_states o1 o2 o2plus; do
         torchrun --nproc_per_node 2 benchmarks/gpu_train.py --out train.json --seconds 60 \\
             --model 1.3B --micro_batch 4 --deepspeed_config benchmarks/gpu/$config.json
     done
 
-One configuration per process group. What --out has already is not run again, so that a loop goes on where it
-broke; each run adds itself to --out and prints the table of all (process groups that run at the same time
-need an --out each). Options other than these two are the example's; paired.py compares the losses of several
-seeds. Runs are compared with stock BF16 (bf16.json, or bf16_torch.json with
-torch's fused AdamW) of the same model and seed on as many ranks; batch and steps are to be the same.
+One configuration per process group. A run that --out already has is skipped, so that an interrupted loop can
+continue; each run adds itself to --out and prints the table of all (process groups that run at the same time
+need separate --out files). Options other than these two are the example's; paired.py compares the losses of
+several seeds. Runs are compared with stock BF16 (bf16.json, or bf16_torch.json with torch's fused AdamW) of
+the same model and seed on as many ranks; batch and steps must be the same.
 
-"GB held" are a rank's states and reduced gradient, found among live tensors, beside what is predicted.
-Peaks are torch's allocator's; stock's less ours should be what the predictions differ by. Losses are compared
-over the last 50 steps that both have done. Waits are calls within one engine.step, as torch's profiler sees
-them.
+"GB held" are a rank's states and reduced gradient, found among live tensors, beside the prediction. Peaks are
+torch's allocator's; the difference of stock's and ours should equal that of the predictions. Losses are
+compared over the last 50 steps that both have done. Waits are calls within one engine.step, as torch's
+profiler records them.
 """
 
 import argparse
@@ -48,7 +48,7 @@ Run = dict[str, Any]
 
 
 def inspect(engine: Any, batches: Iterator[torch.Tensor]) -> Run:
-    """After the training: what the engine holds, sends and waits for."""
+    """Return what the engine holds, sends and waits for, after the training."""
     from engine_facts import predicted_bytes, sent, waits
     from gpt_pretrain import train_step
 
@@ -61,19 +61,19 @@ def inspect(engine: Any, batches: Iterator[torch.Tensor]) -> Run:
     }
     try:
         return found | {"sent": sent(partial(train_step, engine, batches))}
-    except KeyError as unknown:  # after minutes of training; the table says it
+    except KeyError as unknown:  # raised after minutes of training; the table shows it
         return found | {"sent": {}, "not_counted": str(unknown)}
 
 
 def health_of(engine: Any) -> Run | None:
-    """Of the last measured step, where the ds_config has fp8.stats.interval."""
+    """Return the health of the last measured step, if the ds_config has fp8.stats.interval."""
     if not ds_fp8.is_active(engine) or not engine.optimizer.parts.health.interval:
         return None
     return ds_fp8.stats(engine)
 
 
 def fp8_weights(engine: Any) -> dict[str, int]:
-    """How many elements are FP8 codes, in a model that is else BF16, and the bytes of these."""
+    """Return the number and bytes of the elements that are FP8 codes, in a model that is otherwise BF16."""
     from meters import elements
 
     about = ds_fp8.describe(engine) if ds_fp8.is_active(engine) else {}
@@ -88,63 +88,63 @@ def identity(run: Run) -> tuple[Any, ...]:
 
 
 def seed_of(run: Run) -> int:
-    """0, the example's default, of runs that do not say it."""
+    """Return the seed; 0, the example's default, if the run does not have it."""
     seed: int = run.get("seed", 0)
     return seed
 
 
 def load(out: Path) -> list[Run]:
-    """Runs of earlier calls; older files have "milliseconds_a_step" for "milliseconds_per_step"."""
+    """Load runs of earlier calls; older files have "milliseconds_a_step" for "milliseconds_per_step"."""
     runs: list[Run] = json.loads(out.read_text())["runs"] if out.exists() else []
     return [{key.replace("_a_", "_per_"): value for key, value in run.items()} for run in runs]
 
 
 def baseline_of(run: Run, runs: Sequence[Run]) -> Run | None:
-    """Stock DeepSpeed BF16 with the same model and seed on as many ranks."""
+    """Find stock DeepSpeed BF16 with the same model and seed on as many ranks."""
     names = ("bf16", "bf16_torch")
     same = [each for each in runs if identity(each)[1:] == identity(run)[1:] and each["config"] in names]
     return min(same, key=lambda each: names.index(each["config"]), default=None)
 
 
 def loss_apart(run: Run, stock: Run) -> float:
-    """Nats above stock's over the last 50 steps of both."""
+    """Return nats above stock's over the last 50 steps of both."""
     steps = min(len(run["losses"]), len(stock["losses"]))
     ours, theirs = (statistics.fmean(each["losses"][:steps][-50:]) for each in (run, stock))
     return ours - theirs
 
 
 def held_bytes(run: Run) -> float:
-    """Of states and reduced gradient: what was alive beside parameters and their FP8 codes."""
+    """Return bytes of states and reduced gradient: live tensors other than parameters and their FP8 codes."""
     found: float = run["state_bytes_per_parameter"] * run["parameters"] / run["world_size"]
     return found - run.get("fp8_weights", {}).get("bytes", 0)
 
 
 def saved_bytes(run: Run) -> float:
-    """By FP8 weights, beside BF16 ones."""
+    """Return the bytes that FP8 weights save, compared with BF16 ones."""
     weights = run.get("fp8_weights", {"elements": 0, "bytes": 0})
     return float(2 * weights["elements"] - weights["bytes"])
 
 
 def claims_of(run: Run, stock: Run | None) -> list[Claim]:
-    """What is said of a run with FP8, beside stock's where there is one."""
+    """Return the claims about a run with FP8, beside stock's if there is one."""
     name = f"{run['model']} {run['config']}, {run['world_size']} ranks: "
     off = abs(held_bytes(run) / run["predicted_bytes"] - 1)
-    found = [Claim.at_most(name + "bytes held, off the prediction by", off, 0.02)]
+    found = [Claim.at_most(name + "bytes held, relative error of the prediction", off, 0.02)]
     if stock is None:
         return found
     found += claims_of_memory_and_time(run, stock, 1.0)
     found.append(Claim.at_most(name + "loss, from stock's", abs(loss_apart(run, stock)), 0.01))
     ours, theirs = (sum(each["waits"].values()) for each in (run, stock))
-    return [*found, Claim.at_most(name + "waits and copies in a step", ours, theirs)]
+    return [*found, Claim.at_most(name + "waits and copies per step", ours, theirs)]
 
 
 def claims_of_memory_and_time(run: Run, stock: Run, most: float) -> list[Claim]:
-    """Beside stock's; most: of an iteration's time."""
+    """Return claims beside stock's; most: of an iteration's time."""
     name, found = f"{run['model']} {run['config']}, {run['world_size']} ranks: ", []
     if run["peak_bytes_allocated"]:
         expected = stock["predicted_bytes"] - run["predicted_bytes"] + saved_bytes(run)
         saved = stock["peak_bytes_allocated"] - run["peak_bytes_allocated"]
-        text = name + "saved at the peak, off the prediction by"
+        text = name + "saved at the peak, relative error of the prediction"
         found.append(Claim.at_most(text, abs(saved / expected - 1), 0.02))
     ratio = run["milliseconds_per_step"] / stock["milliseconds_per_step"]
     return [*found, Claim.at_most(name + "time of an iteration / stock's", ratio, most)]
@@ -190,8 +190,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--seconds", type=float, default=60.0, help="after which the training ends")
-    parser.add_argument("--out", type=Path, metavar="FILE", required=True, help="where runs are gathered")
+    parser.add_argument("--seconds", type=float, default=60.0, help="length of the training")
+    parser.add_argument("--out", type=Path, metavar="FILE", required=True, help="file that collects runs")
     arguments, others = parser.parse_known_args()
     device = join_ranks()
     import gpt_pretrain

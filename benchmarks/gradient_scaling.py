@@ -5,13 +5,13 @@
 
 The paper's Figure 7, on gradients of the example (examples/train_lm.py) after some training: each of N ranks
 has its own batch and so its own real gradient, in BF16. One process plays all ranks, with the ops that ranks
-run: tests hold what ranks do to them. "pre" divides by N before the sum (mu = 1/N), "post" after it (mu = 1),
-"dynamic" halves a tensor's mu until no more than 1e-5 of its sum is at the largest code. "blocks" is the
-default here: E4M3 with a scale for every 128 values, added in FP32. The sum is then an FP32 shard, or one
-that is kept in E4M3, which rounds once more; the paper's sums are in E4M3 from the start.
+run: tests check that ranks give the same. "pre" divides by N before the sum (mu = 1/N), "post" after it
+(mu = 1), "dynamic" halves a tensor's mu until no more than 1e-5 of its sum is at the largest code. "blocks"
+is the default here: E4M3 with a scale per 128 values, added in FP32. The sum is then an FP32 shard, or a
+shard kept in E4M3, which rounds once more; the paper's sums are in E4M3 from the start.
 
-SNR: of the reduced gradient, in dB, to the exact sum. Underflow: values of the ranks' gradients that are not
-zero and whose code is. Overflow: values of the exact sum that are beyond the largest code.
+SNR: of the reduced gradient, in dB, relative to the exact sum. Underflow: non-zero values of the ranks'
+gradients whose code is zero. Overflow: values of the exact sum that are beyond the largest code.
 """
 
 import math
@@ -52,10 +52,10 @@ class Error:
 
     signal: float = 0.0
     noise: float = 0.0
-    sent: int = 0  # values that are not zero
-    lost: int = 0  # of them, those whose code is
+    sent: int = 0  # non-zero values
+    lost: int = 0  # non-zero values whose code is zero
     summed: int = 0
-    beyond: int = 0  # of the exact sums, those that the codes do not reach
+    beyond: int = 0  # exact sums beyond the largest code
 
     def add(self, other: "Error") -> None:
         self.__init__(*map(sum, zip(astuple(self), astuple(other), strict=True)))  # type: ignore[misc]
@@ -71,7 +71,7 @@ class Error:
 
 @dataclass
 class Gradients:
-    """Of every tensor, a rank's at a time: [ranks, elements] bfloat16."""
+    """Gradients of every tensor, one tensor at a time: [ranks, elements] bfloat16."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
@@ -110,7 +110,7 @@ def error(found: Tensor, exact: Tensor, sent: int, lost: int, reach: float) -> E
 
 
 def sum_in_fp8(gradients: Tensor, exact: Tensor, mu: float) -> tuple[Error, float]:
-    """What ranks and owner do with a tensor; also the share of the sum at the largest code."""
+    """Do what ranks and owner do with a tensor; return also the share of the sum at the largest code."""
     rows, sent, lost, saturated = -(-gradients.shape[1] // BLOCK), 0, 0, 0.0
     amax = torch.stack([fp8_sum.largest(each) for each in gradients]).amax()
     inverse = fp8_sum.inverse_scales(amax[None], torch.tensor([mu]), E4M3)[0]
@@ -127,7 +127,7 @@ def sum_in_fp8(gradients: Tensor, exact: Tensor, mu: float) -> tuple[Error, floa
 
 
 def dynamic(gradients: Tensor, exact: Tensor) -> Error:
-    """mu where the rule leaves it."""
+    """Sum with the mu at which the rule stops."""
     mu = 1.0
     while True:
         found, saturated = sum_in_fp8(gradients, exact, mu)
@@ -208,8 +208,10 @@ def draw(rows: list[dict[str, Any]], picture: Path) -> None:
 def main() -> None:
     parser = parser_of(__doc__, rounds=False)
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the curves to this PNG")
-    parser.add_argument("--largest", type=int, default=512, help="ranks, a power of two; default 512")
-    parser.add_argument("--steps", type=int, default=100, help="of training before; default 100")
+    parser.add_argument(
+        "--largest", type=int, default=512, help="number of ranks, a power of two; default 512"
+    )
+    parser.add_argument("--steps", type=int, default=100, help="training steps before; default 100")
     arguments = parser.parse_args()
     largest = 4 if arguments.quick else arguments.largest
     gradients = make(largest, 2 if arguments.quick else arguments.steps)

@@ -1,4 +1,4 @@
-"""The way of gradients and weights as `wiring` builds it, without engine, model or optimizer."""
+"""The path of gradients and weights as `wiring` builds it, without engine, model or optimizer."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -40,7 +40,7 @@ class Way:
             for index, each in self.parameters.items()
         ]
         settings = ZeroSettings(
-            stage=1,  # reduced when `reducer.finish` says so
+            stage=1,  # reduced when `reducer.finish` is called
             bucket_elements=bucket_elements,
             overlap=overlap,
             gradient_clipping=0.0,
@@ -55,6 +55,6 @@ class Way:
         self.parts = build(buckets, self.parameters, self.recipe, settings, fleets, backend, param_groups=1)
 
     def give(self, gradients: Sequence[Tensor | None]) -> None:
-        """What a backward leaves, by parameter."""
+        """Set the gradients that a backward leaves, by parameter."""
         for index, gradient in enumerate(gradients):
             self.parameters[index].grad = gradient

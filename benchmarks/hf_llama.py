@@ -1,4 +1,4 @@
-"""Trainings of a Hugging Face Llama with random weights on real text, beside stock DeepSpeed's.
+"""Train a Hugging Face Llama with random weights on real text, beside stock DeepSpeed.
 
     for config in zero3_bf16_torch zero3_o2 zero3_o2plus zero3_o3; do
         torchrun --nproc_per_node 2 benchmarks/hf_llama.py --out llama.json --size 7B --checkpointing \\
@@ -7,26 +7,25 @@
     torchrun --nproc_per_node 2 benchmarks/hf_llama.py --probe 4 8 12 16 --size 7B --checkpointing \\
         --deepspeed_config benchmarks/gpu/zero3_bf16_torch.json
 
-The second prints the peak by micro-batch, until memory ends. With
+The second prints the peak by micro-batch, until memory runs out. With
 
     torchrun --nproc_per_node 2 benchmarks/hf_llama.py --out alst.json --size 350M --context 8192 \\
         --sequence_parallel 2 --steps 200 --sleeps 20 --deepspeed_config benchmarks/gpu/zero3_o2.json
 
-two ranks share each sequence (DeepSpeed's ALST), attention is flash attention, and every rank sleeps up to
-20 ms before each forward; then a step's time says nothing, and what is sent is not counted. With
+two ranks share each sequence (DeepSpeed's ALST), attention is flash attention, and every rank sleeps up
+to 20 ms before each forward; step times then mean nothing, and sent bytes are not counted. With
 
     for config in bf16_torch o2_overlap; do
         torchrun --nproc_per_node 2 benchmarks/hf_llama.py --out autotp.json --size 350M --micro_batch 4 \\
             --tensor_parallel 2 --steps 200 --sleeps 20 --deepspeed_config benchmarks/gpu/$config.json
     done
 
-AutoTP splits the model over two ranks, its all-reduces overlap (tp_overlap_comm), and every rank sleeps
-before one in 20 collectives, too.
+AutoTP splits the model over two ranks, its all-reduces overlap (tp_overlap_comm), and every rank also sleeps
+before one in 20 collectives.
 
-One configuration per process group, in any order and as often as wanted: --out gathers them (`--again` runs
-what it has once more), and the table shows the medians of all steps of all runs of a configuration. "States
-GB" is what a rank should keep of states and reduced gradient. The text is the standard library's sources, as
-bytes.
+One configuration per process group, in any order and number: --out collects them (`--again` repeats a run
+that it has), and the table shows the medians of all steps of all runs of a configuration. "States GB" is what
+a rank should keep of states and reduced gradient. The text is the standard library's sources, as bytes.
 """
 
 import argparse
@@ -48,7 +47,7 @@ from rich.table import Table
 from timing import write
 from torch import cuda
 
-WARM_UP = 4  # steps that are not timed: DeepSpeed's trace and the allocator settle
+WARM_UP = 4  # untimed steps: DeepSpeed's trace and the allocator settle
 Run = dict[str, Any]
 
 
@@ -68,7 +67,7 @@ def peak(device: torch.device) -> int:
 
 
 def train(arguments: argparse.Namespace, device: torch.device) -> Run:
-    """Times, losses and bytes of some steps, the same on every rank."""
+    """Return times, losses and bytes of some steps, the same on every rank."""
     engine = engine_of(arguments, device)
     source = batches(arguments, device)
     forget_peak(device)
@@ -112,7 +111,7 @@ def _is_split(arguments: argparse.Namespace) -> bool:
 
 
 def probe(arguments: argparse.Namespace, device: torch.device) -> None:
-    """Print the peak of two steps with each micro-batch, until memory ends."""
+    """Print the peak of two steps with each micro-batch, until memory runs out."""
     engine = engine_of(arguments, device)
     for micro_batch in arguments.probe:
         arguments.micro_batch = micro_batch
@@ -128,7 +127,7 @@ def probe(arguments: argparse.Namespace, device: torch.device) -> None:
 
 
 def gathered(runs: list[Run]) -> list[Run]:
-    """One run per configuration: medians of the steps of all its runs."""
+    """Merge runs into one per configuration: medians of the steps of all its runs."""
     found = []
     for name in dict.fromkeys(run["config"] for run in runs):
         same = [run for run in runs if run["config"] == name]
@@ -163,7 +162,7 @@ def report(runs: list[Run]) -> None:
 
 
 def claims_of_a_training(run: Run, stock: Run) -> list[Claim]:
-    """That it trains as stock does, until rounding has led both elsewhere: there is no warm-up."""
+    """Claim that it trains as stock does, until rounding makes them diverge: there is no warm-up."""
     name = f"{run['model']} {run['config']}, {run['world_size']} ranks: "
     off = abs(run["norms"][0] / stock["norms"][0] - 1)
     apart = max(
@@ -171,8 +170,8 @@ def claims_of_a_training(run: Run, stock: Run) -> list[Claim]:
     )
     return [
         Claim.at_most(name + "losses of the first 10 steps, from stock's", apart, 0.02),
-        Claim.at_most(name + "first norm, off stock's by", off, 0.02),
-        Claim.at_most(name + "ranks with other weights", float(not run["same_everywhere"]), 0.0),
+        Claim.at_most(name + "first norm, relative difference to stock's", off, 0.02),
+        Claim.at_most(name + "ranks with different weights", float(not run["same_everywhere"]), 0.0),
     ]
 
 
@@ -182,8 +181,8 @@ def main() -> None:
     )
     add = parser.add_argument
     add("--deepspeed_config", type=Path, required=True)
-    add("--out", type=Path, metavar="FILE", help="where runs are gathered")
-    add("--again", action="store_true", help="also what --out has")
+    add("--out", type=Path, metavar="FILE", help="file that collects runs")
+    add("--again", action="store_true", help="repeat runs that --out has")
     add("--size", choices=SIZES, default="tiny")
     add("--micro_batch", type=int, default=1)
     add("--context", type=int, default=2048)
@@ -194,9 +193,9 @@ def main() -> None:
     add(
         "--tensor_parallel", type=int, default=1, metavar="N", help="ranks over which AutoTP splits the model"
     )
-    add("--sleeps", type=float, default=0.0, metavar="MS", help="of every rank before each forward, at most")
+    add("--sleeps", type=float, default=0.0, metavar="MS", help="a rank's longest sleep before a forward")
     add("--zero_init", action="store_true", help="no rank makes the whole model (ZeRO 3)")
-    add("--checkpointing", action="store_true", help="of every layer's activations")
+    add("--checkpointing", action="store_true", help="checkpoint every layer's activations")
     add("--probe", type=int, nargs="+", metavar="N", help="micro-batches to try")
     arguments = parser.parse_args()
     device = join_ranks()

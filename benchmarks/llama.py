@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ds_fp8.estimate import dry_run
 
-SIZES = {  # hidden size, layers, heads, size between
+SIZES = {  # hidden size, layers, heads, intermediate size
     "tiny": (64, 2, 4, 172),
     "350M": (1024, 24, 16, 2736),
     "1.3B": (2048, 24, 16, 5504),
@@ -25,11 +25,11 @@ SIZES = {  # hidden size, layers, heads, size between
     "20B": (6144, 44, 48, 16384),
 }
 VOCABULARY = 32_000
-SPLIT = "tensor_model_parallel"  # DeepSpeed's mark of a parameter of which ranks have parts
+SPLIT = "tensor_model_parallel"  # DeepSpeed's mark of a parameter that is split over ranks
 COLLECTIVES = ("all_reduce", "all_to_all_single", "all_gather_into_tensor")
-KERNELS = [SDPBackend.FLASH_ATTENTION]  # which a CPU has, too
+KERNELS = [SDPBackend.FLASH_ATTENTION]  # a CPU has it, too
 Batch = dict[str, Tensor]
-PLAIN = {  # of what a training here may be asked for, if it is not
+PLAIN = {  # defaults of options that a training here reads
     "checkpointing": False,
     "float8": False,
     "sequence_parallel": 1,
@@ -39,14 +39,14 @@ PLAIN = {  # of what a training here may be asked for, if it is not
 
 
 def options(**given: Any) -> argparse.Namespace:
-    """What the functions here read: what is given, and the rest plain."""
+    """Return options for the functions of this module: those given, and defaults."""
     return argparse.Namespace(**{**PLAIN, **given})
 
 
 def model_of(
     arguments: argparse.Namespace, device: torch.device, config: dict[str, Any] | None = None
 ) -> torch.nn.Module:
-    """config: of DeepSpeed, if each rank is to make slices alone (zero.Init)."""
+    """Build the model. config: DeepSpeed's, if each rank is to make only slices (zero.Init)."""
     import deepspeed
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -106,7 +106,7 @@ def batches(arguments: argparse.Namespace, device: torch.device) -> Iterator[Bat
 
     corpus, ranks = Corpus(read_sources(), arguments.context - 1), arguments.sequence_parallel
     group, place = divmod(torch.distributed.get_rank(), ranks)
-    group //= arguments.tensor_parallel  # whose ranks see the same text
+    group //= arguments.tensor_parallel  # these ranks see the same text
     for batch in corpus.batches(arguments.micro_batch, group):  # a row has one token more
         tokens = batch.to(device, torch.long)
         whole = {"input_ids": tokens, "labels": tokens}
@@ -114,7 +114,7 @@ def batches(arguments: argparse.Namespace, device: torch.device) -> Iterator[Bat
 
 
 def part_of(tokens: Tensor, place: int, ranks: int) -> Batch:
-    """A rank's part of sequences; ranks that share one are neighbours."""
+    """Return a rank's part of sequences; ranks that share one are neighbours."""
     labels = F.pad(tokens[:, 1:], (0, 1), value=-100)
     positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
     whole = {"input_ids": tokens, "labels": labels, "position_ids": positions}
@@ -130,7 +130,7 @@ def step(engine: Any, batch: Batch) -> Tensor:
 
 
 def shared_loss(engine: Any, batch: Batch) -> Tensor:
-    """The mean over the tokens of the ranks that share a sequence."""
+    """Return the mean over the tokens of the ranks that share a sequence."""
     labels = batch.pop("labels").flatten()
     logits = engine(**batch).logits.float().flatten(0, 1)
     mine = F.cross_entropy(logits, labels, ignore_index=-100)
@@ -162,7 +162,7 @@ def sleepy_collectives(draw: random.Random, most: float) -> Iterator[None]:
 
 
 def same_everywhere(engine: Any) -> bool:
-    """Whether all ranks have the same weights, as they are gathered; parts of split ones are left out."""
+    """Whether all ranks have the same gathered weights; parts of split ones are left out."""
     import deepspeed
 
     sums = []

@@ -1,18 +1,18 @@
-"""What casts do to real activations and gradients, early and late in training, by the shape of their scales.
+"""The effect of casts on real activations and gradients, early and late in training, by shape of the scales.
 
     nice python benchmarks/o3_casts.py --out benchmarks/cpu/o3_casts.json
 
 A byte-level GPT (examples/train_lm.py) and a Hugging Face Llama, both of about 3 M parameters, train by O3
 with every linear layer in FP8, emulated. At an early step and at the last one every input x of a linear layer
-and every gradient dy of its output are cast as products take them, and otherwise:
+and every gradient dy of its output are cast as for products, and in other ways:
 
     rows      a scale per token and 128 features: x in forward, dy for the gradient of x
     columns   a scale per feature and 128 tokens: dy for the gradient of the weight
     tiles     a scale per 128 x 128: x for the gradient of the weight
 
-Printed are shares of elements that are not zero: "underflow", whose code is zero, and "saturated", at the
-largest code (a value that rounds to it; nothing is cut off); and the spread, log2 of the largest scale over
-the smallest. Each as the mean over the layers, and the worst layer's.
+Printed are shares of non-zero elements: "underflow", whose code is zero, and "saturated", at the largest code
+(values that round to it; none is clipped); and the spread, log2 of the largest scale over the smallest. Each
+as the mean over the layers, and the worst layer's.
 """
 
 import os
@@ -40,7 +40,7 @@ from ds_fp8.zero_fp8.products.fp8_parameter import FP8Parameter
 EARLY, STEPS = 10, 300
 LARGEST_CODE = 448
 FIGURES = ("underflow", "saturated", "amax_spread")
-MOST = 0.01  # of the elements underflow, in the mean over the layers, as products take them
+MOST = 0.01  # share of underflow, in the mean over the layers, with the casts of products
 TAKEN = ("x rows", "x tiles", "dy rows", "dy columns")
 Shares = dict[str, float]
 
@@ -74,7 +74,7 @@ MODELS: dict[str, Callable[[Size], nn.Module]] = {"GPT": lambda size: ByteGPT(si
 
 
 def figures(values: Tensor, cast: Operand) -> Shares:
-    """values: [rows, inner], or zeros alone; the cast may have more of both, of padding."""
+    """Return shares. values: [rows, inner], or all zeros; the cast may have more of both, as padding."""
     rows, inner = values.shape
     scales = cast.scales.repeat_interleave(TILE, 1)[:, :inner]
     if len(cast.scales) != len(cast.codes):
@@ -109,7 +109,7 @@ def of_gradient(dy: Tensor) -> dict[str, Shares]:
 
 @contextmanager
 def watched(model: nn.Module) -> Iterator[dict[str, dict[str, Shares]]]:
-    """Figures by layer of the forwards and backwards that run meanwhile; the last of each counts."""
+    """Collect figures by layer of the forwards and backwards within the `with`; the last of each counts."""
     found: dict[str, dict[str, Shares]] = {}
     handles = []
     for name, module in model.named_modules():
@@ -129,7 +129,7 @@ def watched(model: nn.Module) -> Iterator[dict[str, dict[str, Shares]]]:
 
 
 def trained(model: nn.Module, size: Size, steps: int) -> Iterator[tuple[int, dict[str, dict[str, Shares]]]]:
-    """Figures of every layer at the early step and at the last one."""
+    """Yield figures of every layer at the early step and at the last one."""
     built = engine(model, size.batch, bf16=True, fp8={"opt_level": "O3", "weights": EVERY_LINEAR})
     batches = Corpus(read_corpus("topics"), size.shape.context).batches(size.batch, 0)
     for step in range(1, steps + 1):
@@ -145,7 +145,7 @@ def trained(model: nn.Module, size: Size, steps: int) -> Iterator[tuple[int, dic
 
 
 def rows_of(model: str, step: int, layers: dict[str, dict[str, Shares]]) -> list[dict[str, Any]]:
-    """A row per cast: the mean over the layers, and the worst of them."""
+    """Return a row per cast: the mean over the layers, and the worst layer."""
     rows = []
     for cast in next(iter(layers.values())):
         by_figure = {each: [layer[cast][each] for layer in layers.values()] for each in FIGURES}
@@ -156,7 +156,7 @@ def rows_of(model: str, step: int, layers: dict[str, dict[str, Shares]]) -> list
 
 
 def claims_of(rows: list[dict[str, Any]]) -> list[Claim]:
-    """Of the casts that products take."""
+    """Return claims about the casts that products use."""
     underflow: dict[str, float] = {}
     for row in rows:
         if row["cast"] in TAKEN:

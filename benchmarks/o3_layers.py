@@ -3,13 +3,13 @@
     torchrun --nproc_per_node 1 benchmarks/o3_layers.py --out o3_layers.json
     torchrun --nproc_per_node 1 benchmarks/o3_layers.py --tiny       # without a GPU, `emulated`
 
-Everything that an engine does between the beginning of forward and the end of backward is in the time:
-hooks, casts, transposes, gradients that are copied or quantised into buckets. Tokens are 8,192, in sequences
-of 2,048. Engines take turns within every round; each round times forward and backward once, by CUDA events,
-and then makes a step, untimed. Figures are medians, and shares medians of the ratios within rounds.
+The time includes all work of an engine between the beginning of forward and the end of backward: hooks,
+casts, transposes, gradients that are copied or quantised into buckets. Tokens are 8,192, in sequences of
+2,048. Engines take turns within every round; each round times forward and backward once, by CUDA events, and
+then takes a step, untimed. Figures are medians, and shares medians of the ratios within rounds.
 
-The GPU waits before the first event until the host is some layers ahead, as it is in a training whose GPU has
-more work than its host; what the host takes for its calls is another figure, "host ms".
+The GPU waits before the first event until the host is some layers ahead, as in a training whose GPU has more
+work than its host; the host's time for its calls is a separate figure, "host ms".
 """
 
 import argparse
@@ -61,7 +61,7 @@ class Layers(nn.Module):
         self.layers = nn.Sequential(*(Layer(hidden, heads) for _ in range(layers)))
 
     def forward(self, x: Tensor, dy: Tensor) -> Tensor:
-        """A loss whose gradient is dy."""
+        """Return a loss whose gradient is dy."""
         return torch.dot(self.layers(x).flatten(), dy.flatten())
 
 
@@ -82,7 +82,7 @@ def engine_of(config: str, size: tuple[int, int, int], device: torch.device, com
 
 
 def clock(run: Callable[[], None], device: torch.device) -> tuple[float, float]:
-    """Milliseconds on the GPU, and those of the host."""
+    """Return milliseconds on the GPU, and those of the host."""
     if device.type != "cuda":
         return (host_clock(run),) * 2
     torch.cuda.synchronize()
@@ -99,7 +99,7 @@ def clock(run: Callable[[], None], device: torch.device) -> tuple[float, float]:
 def measure(
     size: tuple[int, int, int], shape: tuple[int, int], rounds: int, device: torch.device
 ) -> tuple[Times, Times]:
-    """Milliseconds of forward and backward of all layers, by engine, and those of the host."""
+    """Return milliseconds of forward and backward of all layers, by engine, and those of the host."""
     x, dy = (torch.randn(*shape, size[0], device=device, dtype=torch.bfloat16) for _ in range(2))
     dy *= 1e-3
     engines = {

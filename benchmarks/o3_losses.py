@@ -1,16 +1,16 @@
-"""Whether O3 trains as stock DeepSpeed BF16 does, every linear layer in FP8, by products that are emulated.
+"""Compare O3's losses with stock DeepSpeed BF16's, every linear layer in FP8, with emulated products.
 
     nice python benchmarks/o3_losses.py --out benchmarks/cpu/o3_losses.json
 
 A byte-level GPT (examples/train_lm.py) of 3.4 M parameters is trained on the documentation of Python for 500
-steps. Runs are paired: for a seed all begin with the same weights and see the same batches. What is compared
-is the mean of the last 50 training losses, and the validation loss over 65,536 bytes that no run trains on:
-the mean over the seeds of the difference to stock BF16, its standard error, and beside them the spread, the
-standard deviation of stock's own seeds. The claim is that the mean lies inside the spread.
+steps. Runs are paired: for a seed all begin with the same weights and see the same batches. The compared
+figures are the mean of the last 50 training losses, and the validation loss over 65,536 bytes that no run
+trains on: the mean over the seeds of the difference to stock BF16, its standard error, and beside them the
+spread, the standard deviation of stock's own seeds. The claim is that the mean lies inside the spread.
 
-DS_FP8_PRODUCTS=emulated casts x, dy and weights as cuBLAS is given them, and multiplies in FP32
-(ops/products.py): what is tested are the casts. Of O3 the health of its products is kept, early and late. A
-result is written as soon as it is there, and a study that was killed goes on.
+DS_FP8_PRODUCTS=emulated casts x, dy and weights as for cuBLAS, and multiplies in FP32 (ops/products.py): the
+casts are under test. The health of O3's products is kept, early and late. Each result is written as soon as
+it exists, and a study that was killed continues.
 """
 
 import os
@@ -33,7 +33,7 @@ from train_lm import Shape
 
 STOCK, O3 = "stock BF16", "O3"
 SIZE = replace(SIZES["1M"], shape=Shape(4, 256, 4, 128), steps=500, validation_windows=512)
-SETTINGS = ("shape", "batch", "steps", "validation_windows")  # of a study that can go on
+SETTINGS = ("shape", "batch", "steps", "validation_windows")  # of a study that can continue
 FIGURES = {"training": "last training losses", "validation": "validation"}
 EVERY_LINEAR = {"min_elements": 1}
 
@@ -52,12 +52,12 @@ class Watched:
 
     @property
     def early_and_late(self) -> list[Mapping[str, Any]]:
-        """What is told of products at the first and the last measured step."""
+        """Return the products' figures at the first and the last measured step."""
         return [{"step": each["step"], **each["products"]} for each in (self.health[0], self.health[-1])]
 
 
 def study(out: Path, result: dict[str, Any], size: Size, seeds: int, console: Console) -> None:
-    """Every run that `result` does not have yet, a seed after the other; the file follows."""
+    """Run all that `result` does not have yet, one seed after the other, and update the file."""
     runs: dict[str, Results] = result["runs"]["training"]
     for seed in range(seeds):
         watched = Watched(max(1, size.steps // 50))
@@ -74,7 +74,7 @@ def study(out: Path, result: dict[str, Any], size: Size, seeds: int, console: Co
 
 
 def pairs(runs: Mapping[str, Results]) -> dict[tuple[str, str], Paired]:
-    """By recipe and figure."""
+    """Pair runs by recipe and figure."""
 
     def by_seed(results: Results, figure: str) -> dict[int, float]:
         return {int(seed): each[figure] for seed, each in results.items()}

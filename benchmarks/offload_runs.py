@@ -1,4 +1,4 @@
-"""Engines with states on the GPU and in host memory, and a check that they leave the same bytes."""
+"""Engines with states on the GPU and in host memory, and a check that they produce the same bytes."""
 
 import argparse
 from typing import Any
@@ -13,11 +13,11 @@ from ds_fp8.zero_fp8.states import visits
 
 WAYS = ("stock", "stock_torch", "resident", "stream", "host", "auto")
 OFFLOADED = ("stream", "host")
-CHUNK = 1 << 14  # elements: a small model has several chunks, which cut its parameters
+CHUNK = 1 << 14  # elements: a small model has several chunks, whose ends lie within parameters
 
 
 def config_of(arguments: argparse.Namespace, where: str) -> dict[str, Any]:
-    """The ds_config of a way to train."""
+    """Return the ds_config of a way to train."""
     params: dict[str, Any] = {"lr": 3e-4, "betas": [0.9, 0.95], "weight_decay": 0.1}
     zero: dict[str, Any] = {
         "stage": arguments.stage,
@@ -55,7 +55,7 @@ def engine_of(arguments: argparse.Namespace, where: str, device: torch.device) -
 
 
 def bytes_of(engine: Any) -> dict[str, Tensor]:
-    """Weights and states, on the host."""
+    """Return weights and states, on the host."""
     packed = writer.pack(engine.optimizer.parts.shards, engine.optimizer.parameter_names)
     states = {
         f"{name} {key}": each.cpu().clone()
@@ -68,7 +68,7 @@ def bytes_of(engine: Any) -> dict[str, Tensor]:
 
 
 def small_run(where: str, level: str, micro_steps: int, device: torch.device) -> dict[str, Tensor]:
-    """What a small model has come to after steps with an active clip."""
+    """Return the tensors of a small model after steps with an active clip."""
     zero = {"stage": 2, "bucket": 100_000, "clipping": 0.1, "ratio": 1.0}
     arguments = options(size="tiny", context=64, micro_batch=4, level=level, micro_steps=micro_steps, **zero)
     with patch.object(visits, "CHUNK", CHUNK):
@@ -84,7 +84,7 @@ def small_run(where: str, level: str, micro_steps: int, device: torch.device) ->
 
 
 def check_bits(device: torch.device) -> list[str]:
-    """What was compared. Raises SystemExit where a byte differs."""
+    """Return the list of comparisons. Raises SystemExit if a byte differs."""
     told = []
     for level, micro_steps in (("O2", 1), ("O2+", 3)):
         expected = small_run("resident", level, micro_steps, device)

@@ -1,4 +1,4 @@
-"""The operations that the benchmarks time, on vectors of a size and a device: one list for CPU and GPU."""
+"""The operations that the benchmarks time, on vectors of any size and device: one list for CPU and GPU."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,11 +22,11 @@ LEVELS = {  # master, exp_avg, exp_avg_sq
     "O2+ of e4m3": (SPLIT16, E4M3, UE4M4),
 }
 
-Operation = tuple[str, Any, int]  # its name, what runs it, bytes read and written
+Operation = tuple[str, Any, int]  # its name, the function to time, bytes read and written
 
 
 def gradients(size: int, device: torch.device) -> Tensor:
-    """Random BF16 of a gradient's magnitude, made without a float32 as long as the vector."""
+    """Random BF16 of a gradient's magnitude, made without a float32 vector of that length."""
     piece = torch.randn(min(size, 1 << 24), device=device).mul_(1e-3).bfloat16()
     return piece.repeat(-(-size // len(piece)))[:size]
 
@@ -62,11 +62,11 @@ def sweep(
     backend: Backend,
     formats: tuple[Format, Format, Format],  # of master, exp_avg and exp_avg_sq
     gradient: Blocks,
-    weights: Tensor,  # [blocks, block size] bfloat16, the start and what is written
-    scalars: Callable[[], AdamScalars],  # of the step that follows
+    weights: Tensor,  # [blocks, block size] bfloat16, read and overwritten
+    scalars: Callable[[], AdamScalars],  # of the next step
     control: Tensor,
 ) -> tuple[Callable[[], None], int, int]:
-    """One Adam sweep: what runs it, bytes read and written, bytes of state."""
+    """Return a function that runs one Adam sweep, bytes read and written, and bytes of state."""
     blocks, device = len(gradient), weights.device
     segments = [Segment(slice(0, blocks // 3), 0, 0), Segment(slice(blocks // 3, blocks), 1, 0)]
     plan = backend.plan(segments, blocks, BLOCK, device)

@@ -2,15 +2,15 @@
 
     python benchmarks/overlap_cpu.py --out overlap_cpu.json
 
-Exposed is what a rank stands still for: launching collectives, and waiting for them. Both engines live in the
-same processes, with the model of examples/train_lm.py, the same seeds and the same batches; their iterations
-alternate, and so does which of the two begins. All ranks meet before an iteration and after it. An iteration
-counts as the slowest rank's; medians over iterations, and of the ratios within them. Both must end with the
-same loss.
+Exposed is the time in which a rank stands still: launching collectives, and waiting for them. Both engines
+live in the same processes, with the model of examples/train_lm.py, the same seeds and the same batches; their
+iterations alternate, and so does which engine begins. All ranks meet before an iteration and after it. An
+iteration's time is the slowest rank's; medians over iterations, and of the ratios within them. Both must end
+with the same loss.
 
-The exchange of gradients is what overlap_comm moves behind backward. The gather of weights is launched bucket
-by bucket behind the sweeps either way. On a CPU the threads that communicate need a core, too: with as many
-ranks as cores what is hidden from a rank's waiting comes back as slower computing.
+overlap_comm moves the exchange of gradients behind backward. The gather of weights is launched bucket by
+bucket behind the sweeps either way. On a CPU the threads that communicate need a core, too: with as many
+ranks as cores, less waiting means slower computing.
 """
 
 import statistics
@@ -51,7 +51,7 @@ class Handle:
 
 @contextmanager
 def exposed() -> Iterator[Counter[str]]:
-    """Milliseconds that this rank spends in launching and waiting, by collective."""
+    """Count the milliseconds that this rank spends on launching and waiting, by collective."""
     from deepspeed import comm
 
     spent: Counter[str] = Counter()
@@ -92,7 +92,7 @@ def build(shape: dict[str, int], bucket: int, micro_batch: int, *, overlap: bool
 
 
 def iterate(engine: Any, batch: torch.Tensor) -> tuple[dict[str, float], float]:
-    """One iteration: milliseconds exposed and of all, and the loss."""
+    """Run one iteration; return milliseconds exposed and in total, and the loss."""
     torch.distributed.barrier()
     start = time.perf_counter()
     with exposed() as spent:
@@ -104,7 +104,7 @@ def iterate(engine: Any, batch: torch.Tensor) -> tuple[dict[str, float], float]:
 
 
 def train(shape: dict[str, int], bucket: int, micro_batch: int, rounds: int) -> dict[str, Any]:
-    """On a rank: times and losses of both engines, iteration by iteration."""
+    """Return a rank's times and losses of both engines, iteration by iteration."""
     from train_lm import Corpus, read_corpus
 
     import ds_fp8

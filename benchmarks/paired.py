@@ -1,4 +1,4 @@
-"""How far losses with FP8 are from stock's over paired seeds, in files of gpu_train.py.
+"""Compare losses with FP8 and stock's over paired seeds, from files of gpu_train.py.
 
     for seed in 0 1 2; do
         for config in bf16_torch o3_every_linear; do
@@ -9,8 +9,9 @@
     done
     python benchmarks/paired.py bf16_torch.*.json o3_every_linear.*.json --bound .02
 
-Runs of a seed begin with the same weights and see the same batches. What is compared is the mean loss of the
-last steps: the mean over the seeds of the difference to stock BF16 of the same seed, and its standard error.
+Runs of a seed begin with the same weights and see the same batches. The compared figure is the mean loss of
+the last steps: the mean over the seeds of the difference to stock BF16 of the same seed, and its standard
+error.
 """
 
 import argparse
@@ -38,7 +39,7 @@ class Paired:
 
     @property
     def standard_error(self) -> float:
-        """NaN with one seed, of which nothing can be said."""
+        """Standard error of the mean; NaN with one seed."""
         if len(self.differences) < 2:
             return math.nan
         return statistics.stdev(self.differences.values()) / math.sqrt(len(self.differences))
@@ -50,7 +51,7 @@ class Paired:
 
 
 def paired(ours: Mapping[int, float], stock: Mapping[int, float]) -> Paired:
-    """By the seeds that both have; at least one.
+    """Pair figures by the seeds that both have; at least one.
 
     Raises:
         ValueError: they have no seed in common.
@@ -63,12 +64,12 @@ def paired(ours: Mapping[int, float], stock: Mapping[int, float]) -> Paired:
 
 
 def last_loss(run: Run, steps: int) -> float:
-    """Mean of the last LAST of so many steps."""
+    """Return the mean loss of the last LAST of `steps` steps."""
     return statistics.fmean(run["losses"][:steps][-LAST:])
 
 
 def pairs(runs: list[Run]) -> dict[str, Paired]:
-    """By model and configuration, of runs with FP8 beside stock's of the same seed."""
+    """Pair runs with FP8 and stock's of the same seed, by model and configuration."""
     ours: dict[str, dict[int, float]] = {}
     stock: dict[str, dict[int, float]] = {}
     for run in runs:

@@ -3,9 +3,9 @@
     python benchmarks/parity.py --out benchmarks/cpu/parity.json --picture docs/pictures/parity.png
 
 The example (examples/train_lm.py) on two CPU ranks, ZeRO 2. A seed chooses weights and batches, so two runs
-of a seed differ by numerics alone, and two seeds of a config by everything else. Upper picture: losses,
-smoothed, the mean of the seeds with their range. Lower picture: the difference to stock BF16 of the same
-seed, beside how far stock's own seeds lie apart.
+of a seed differ by numerics alone, and two seeds of a config by everything else. Upper picture: smoothed
+losses, the mean of the seeds with their range. Lower picture: the difference to stock BF16 of the same seed,
+beside the spread of stock's own seeds.
 """
 
 import argparse
@@ -28,12 +28,12 @@ from compare import plt, run
 ROOT = Path(__file__).resolve().parent.parent
 STOCK = "stock BF16"
 CONFIGS = {STOCK: "zero2_bf16", "O1": "zero2_o1", "O2": "zero2_o2", "O2+": "zero2_o2plus"}
-WINDOW = 20  # steps that are averaged for the picture
+WINDOW = 20  # steps averaged for the picture
 LAST = 50  # steps whose mean is the final loss
 
 
 def train(steps: int, seeds: int) -> dict[str, list[list[float]]]:
-    """Losses by config and seed."""
+    """Return losses by config and seed."""
     losses: dict[str, list[list[float]]] = {name: [] for name in CONFIGS}
     with TemporaryDirectory() as folder:
         for seed in range(seeds):
@@ -58,7 +58,7 @@ def summarise(losses: dict[str, list[list[float]]]) -> list[dict[str, Any]]:
 
 
 def smoothed(losses: list[list[float]]) -> Any:
-    """[seeds, steps - WINDOW + 1]"""
+    """Moving average, [seeds, steps - WINDOW + 1]."""
     kernel = np.ones(WINDOW) / WINDOW
     return np.stack([np.convolve(each, kernel, mode="valid") for each in losses])
 

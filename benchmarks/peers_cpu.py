@@ -1,7 +1,7 @@
 """AdamWs of other libraries on a CPU, each made to do the work of our sweep.
 
-A peer that keeps FP32 parameters also writes the BF16 weights, with `copy_` into a tensor that is there
-already. Each takes the BF16 gradient where it accepts one for its parameters, else the same in FP32.
+A peer with FP32 parameters also writes the BF16 weights, with `copy_` into an existing tensor. Each takes the
+BF16 gradient if it accepts one for its parameters, else the same in FP32.
 """
 
 import warnings
@@ -16,23 +16,23 @@ HYPERPARAMETERS: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8
 
 
 class PeerError(RuntimeError):
-    """A peer that cannot be timed here, and why."""
+    """A peer that cannot be timed here, with the reason."""
 
 
 @dataclass(frozen=True)
 class Peer:
-    """How to make an optimizer of one parameter."""
+    """Recipe for an optimizer of one parameter."""
 
     name: str
-    make: Callable[..., Any]  # of the parameter and the hyperparameters as keywords
+    make: Callable[..., Any]  # called with the parameter, and with hyperparameters as keywords
     parameters: torch.dtype
     gradient: torch.dtype
-    compiles: bool = False  # C++ for minutes, when it is used for the first time
-    rounds: int | None = None  # fewer for a slow one
+    compiles: bool = False  # whether it compiles C++ for minutes on first use
+    rounds: int | None = None  # fewer rounds for a slow peer
 
 
 class PeerStep:
-    """A peer at work on one parameter."""
+    """A peer's steps on one parameter."""
 
     def __init__(self, peer: Peer, start: Tensor, gradients: dict[torch.dtype, Tensor]) -> None:
         """start: [n] BF16 weights; gradients: [n], the same by dtype. Raises PeerError."""
@@ -51,7 +51,7 @@ class PeerStep:
                 self.run()
         except ImportError as error:
             raise PeerError(f"not installed: {first_line(error)}") from error
-        except Exception as error:  # whatever a peer dies of is named
+        except Exception as error:  # any failure of a peer is reported
             raise PeerError(f"does not run: {type(error).__name__}: {first_line(error)}") from error
 
     def run(self) -> None:
@@ -67,7 +67,7 @@ class PeerStep:
 
     @property
     def moved(self) -> int:
-        """Bytes that a step reads and writes at least, were there no temporaries."""
+        """Least bytes that a step reads and writes, without temporaries."""
         gradient = self._parameter.grad
         assert gradient is not None
         weights = 6 * len(self.weights) if self.fp32 else 2 * self._parameter.nbytes
@@ -75,7 +75,7 @@ class PeerStep:
 
 
 def nbytes(value: Any) -> int:
-    """Bytes of a tensor, or of those that a tensor subclass is made of; counters are not counted."""
+    """Return the bytes of a tensor, or of the tensors inside a tensor subclass; counters are left out."""
     if not isinstance(value, Tensor) or value.dim() == 0:
         return 0
     if hasattr(value, "__tensor_flatten__"):

@@ -1,20 +1,20 @@
-"""Which states stand training: FP8-LM's Table 6 with the formats of ds_fp8, on real text.
+"""Which states training tolerates: FP8-LM's Table 6 with the formats of ds_fp8, on real text.
 
     python benchmarks/precision.py --out precision.json
     python benchmarks/precision.py --out precision_4M.json --model 4M       # for bigger machines
 
 A byte-level GPT (examples/train_lm.py) of 1 M parameters is trained on the documentation of Python for 600
-steps, once a recipe (recipes.py) and seed; then every recipe fine-tunes FP32's weights on the sources of the
-standard library for 300 steps at a constant rate of 1e-5, where a step is less than half a code of most BF16
-masters. The 4M form trains 4 M parameters for 3,000 steps.
+steps, once per recipe (recipes.py) and seed; then every recipe fine-tunes FP32's weights on the sources of
+the standard library for 300 steps at a constant rate of 1e-5, at which a step is less than half a code of
+most BF16 masters. The 4M form trains 4 M parameters for 3,000 steps.
 
-Runs are paired: for a seed all recipes begin with the same weights and see the same batches. What is compared
-is the validation loss less FP32's, over the same 65,536 bytes that no run has trained on: the mean over the
-seeds and its standard error. The peak rate of 5e-4 was chosen by stock BF16 and O1 alone, which differ
-in the rounding of gradients only: there they end within 2e-4 nats of each other. At 2e-3 they part by up to
-0.014, and no difference could be seen.
+Runs are paired: for a seed all recipes begin with the same weights and see the same batches. The compared
+figure is the validation loss less FP32's, over the same 65,536 bytes that no run has trained on: the mean
+over the seeds and its standard error. The peak rate of 5e-4 was chosen by stock BF16 and O1 alone, which
+differ only in the rounding of gradients: at that rate they end within 2e-4 nats of each other. At 2e-3 they
+diverge by up to 0.014, and no difference could be seen.
 
-Every result is written as soon as it is there: a study that was killed goes on where it was. FP32's weights
+Every result is written as soon as it exists: a study that was killed continues where it was. FP32's weights
 stay beside the file, as FILE_seedN.pt. On a machine with many cores, `precision_parallel.py` has several runs
 going at once.
 """
@@ -48,20 +48,20 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
 from train_lm import ByteGPT, Corpus, Shape, read_corpus, train_step, validate
 
 FINE_RATE = 1e-5
-WARM_UP = 0.05  # of the steps
+WARM_UP = 0.05  # share of the steps
 LAST = 50  # steps whose mean training loss is kept
 
 
 @dataclass(frozen=True)
 class Size:
-    """A model and how long it trains."""
+    """A model and the length of its training."""
 
     shape: Shape
     batch: int
     steps: int
     fine_steps: int
     validation_windows: int
-    close: float  # nats: how near to FP32 a level must be
+    close: float  # nats: required distance of a level to FP32
 
 
 class Job(NamedTuple):
@@ -77,18 +77,18 @@ SIZES = {
     "4M": Size(Shape(5, 256, 8, 128), 16, steps=3000, fine_steps=600, validation_windows=512, close=0.003),
     "tiny": Size(Shape(1, 32, 2, 64), 2, steps=4, fine_steps=2, validation_windows=32, close=0.005),
 }
-STAGES = {"training": "topics", "fine-tuning": "stdlib"}  # and their texts
+STAGES = {"training": "topics", "fine-tuning": "stdlib"}  # with their texts
 Results = dict[str, dict[str, float]]  # figures by seed
 Runs = dict[str, dict[str, Results]]  # by stage and recipe
 
 
 def rate(step: int, steps: int) -> float:
-    """Of training: linear warm-up, then a cosine to zero."""
+    """Learning rate of training: linear warm-up, then a cosine to zero."""
     return PEAK_RATE * min(1.0, (step + 1) / (WARM_UP * steps)) * (1 + math.cos(math.pi * step / steps)) / 2
 
 
 def train(engine: Any, batches: Iterator[Tensor], rates: list[float]) -> float:
-    """The mean loss of the last steps."""
+    """Train; return the mean loss of the last steps."""
     losses = []
     for each in rates:
         for group in engine.optimizer.param_groups:
@@ -98,9 +98,9 @@ def train(engine: Any, batches: Iterator[Tensor], rates: list[float]) -> float:
 
 
 def run(job: Job, size: Size, weights: Path, build: Build | None = None) -> dict[str, float]:
-    """weights: FP32's, which its training writes and fine-tuning begins with.
+    """Run a job. weights: FP32's, written by its training and read by fine-tuning.
 
-    build: makes the engine, in place of the recipe.
+    build: makes the engine, instead of the recipe.
     """
     start = time.perf_counter()
     corpus = Corpus(read_corpus(STAGES[job.stage]), size.shape.context)
@@ -127,7 +127,7 @@ def weights_of(out: Path, seed: int) -> Path:
 
 
 def jobs(out: Path, runs: Runs, seeds: int, recipes: Collection[str]) -> Iterator[Job]:
-    """Every run that has no result yet, fine-tuning last; FP32's training again if its weights are lost."""
+    """Yield every run without a result, fine-tuning last; FP32's training again if its weights are lost."""
 
     def lost(seed: int) -> bool:
         tuned = [name for name in recipes if str(seed) in runs["fine-tuning"].get(name, {})]
@@ -142,7 +142,7 @@ def jobs(out: Path, runs: Runs, seeds: int, recipes: Collection[str]) -> Iterato
 
 
 def keep(out: Path, result: dict[str, Any], job: Job, found: dict[str, float], console: Console) -> None:
-    """Write it into the file."""
+    """Write a result into the file."""
     result["runs"][job.stage][job.recipe][str(job.seed)] = found
     write(out, result)
     figures = "validation {validation:.4f}, {seconds:.0f} s".format(**found)
@@ -152,19 +152,19 @@ def keep(out: Path, result: dict[str, Any], job: Job, found: dict[str, float], c
 def study(
     out: Path, result: dict[str, Any], size: Size, seeds: int, recipes: Collection[str], console: Console
 ) -> None:
-    """Every run that `result` does not have yet, one after the other; the file follows."""
+    """Run all that `result` does not have yet, one after the other, and update the file."""
     write(out, result)
     for job in jobs(out, result["runs"], seeds, recipes):
         keep(out, result, job, run(job, size, weights_of(out, job.seed)), console)
 
 
 def differences(results: Results, to: Results, key: str) -> list[float]:
-    """By seed."""
+    """Return differences by seed."""
     return [results[seed][key] - to[seed][key] for seed in results]
 
 
 def kept(results: Results, fp32: Results) -> float:
-    """The share of FP32's improvement by fine-tuning that a recipe reaches, from FP32's start."""
+    """Return the share of FP32's improvement by fine-tuning that a recipe reaches, from FP32's start."""
     return statistics.fmean(
         (fp32[seed]["before"] - results[seed]["validation"])
         / (fp32[seed]["before"] - fp32[seed]["validation"])
@@ -173,7 +173,7 @@ def kept(results: Results, fp32: Results) -> float:
 
 
 def summarise(runs: Runs) -> list[dict[str, Any]]:
-    """A row per recipe and stage."""
+    """Return a row per recipe and stage."""
     rows = []
     for stage, by_recipe in runs.items():
         fp32 = by_recipe[FP32]
@@ -196,7 +196,7 @@ def summarise(runs: Runs) -> list[dict[str, Any]]:
 
 
 def judge(rows: list[dict[str, Any]], close: float) -> list[Claim]:
-    """A difference is held against its bound with its standard error on the wrong side."""
+    """Compare each difference with its bound, with its standard error on the unfavourable side."""
     by = {(row["stage"], row["recipe"]): row for row in rows}
     claims = []
     for name in LEVELS:
@@ -217,13 +217,13 @@ def judge(rows: list[dict[str, Any]], close: float) -> list[Claim]:
 
 
 def as_text(row: dict[str, Any]) -> str:
-    """A difference and its standard error."""
+    """Format a difference and its standard error."""
     error = f" +- {row['standard_error']:.4f}" if "standard_error" in row else ""
     return f"{row['difference']:.4f}{error}"
 
 
 def print_rows(rows: list[dict[str, Any]], console: Console) -> None:
-    """improved: the share of FP32's improvement by fine-tuning that a recipe reaches."""
+    """Print rows. improved: the share of FP32's improvement by fine-tuning that a recipe reaches."""
     for stage in STAGES:
         table = Table(title=f"{stage}: nats per byte, and the difference to FP32 over paired seeds")
         columns = ["recipe", "validation", "difference", "standard error", "by seed", "in training"]
@@ -242,21 +242,21 @@ def print_rows(rows: list[dict[str, Any]], console: Console) -> None:
 
 
 def start() -> None:
-    """This process as the only rank, with ds_fp8 registered."""
+    """Make this process the only rank, with ds_fp8 registered."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     place = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({key: str(value) for key, value in place.items()})
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it compiles, for one rank
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it compiles, even for one rank
     deepspeed.utils.logger.setLevel("ERROR")
     deepspeed.init_distributed(deepspeed.get_accelerator().communication_backend_name())
     ds_fp8.register()
 
 
 def resumed(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """What the file holds of the same study. Raises ValueError where it is another one's."""
+    """Return the file's results of the same study. Raises ValueError if it holds another one."""
     fresh: dict[str, Any] = {"settings": settings, "runs": {stage: {} for stage in STAGES}}
     if not out.exists():
         return fresh
@@ -271,7 +271,7 @@ def resumed(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def conclude(out: Path, result: dict[str, Any], size: Size, console: Console) -> None:
-    """Tables and claims, printed and written."""
+    """Print and write tables and claims."""
     rows = summarise(result["runs"])
     claims = judge(rows, size.close)
     print_rows(rows, console)
@@ -280,7 +280,7 @@ def conclude(out: Path, result: dict[str, Any], size: Size, console: Console) ->
 
 
 def arguments_of(doc: str | None, at_once: int = 1) -> tuple[argparse.Namespace, Size, dict[str, Any]]:
-    """Options, the size, and the study as far as the file has it. at_once: runs, if it is an option."""
+    """Parse options, the size, and the file's results so far. at_once: number of runs, if it is an option."""
     parser = parser_of(doc, rounds=False)
     parser.add_argument("--model", choices=("1M", "4M"), default="1M")
     parser.add_argument("--seeds", type=round_count, help="default 3")

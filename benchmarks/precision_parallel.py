@@ -4,7 +4,7 @@
         "#0 FP32" "#1 BF16" O1 "#2a O2" O2+ "O3's states"
 
 FP32's trainings come first, and fine-tuning when all trainings are done. The file is that of precision.py,
-which goes on with it.
+which can continue it.
 """
 
 import argparse
@@ -28,7 +28,7 @@ Begin = Callable[[Job, int], tuple["subprocess.Popen[bytes]", Path]]
 
 
 def child() -> None:
-    """One run, in a process of its own."""
+    """Run one job in this process."""
     parser = argparse.ArgumentParser()
     for name in ("--one", "--stage", "--recipe", "--weights"):
         parser.add_argument(name)
@@ -51,7 +51,7 @@ def begin(job: Job, model: str, weights: Path, result: Path, gpu: int) -> "subpr
 
 
 def work(waiting: list[Job], at_once: int, begin_one: Begin) -> Iterator[tuple[Job, dict[str, float]]]:
-    """What runs found, as they end. Raises SystemExit if one fails."""
+    """Yield the results of runs as they end. Raises SystemExit if one fails."""
     left, running = waiting[::-1], {}
     while left or running:
         while left and len(running) < at_once:

@@ -3,10 +3,9 @@
     OMP_NUM_THREADS=2 python benchmarks/quantize_cpu.py --out quantize_cpu.json
 
 What it shows: a BF16 gradient becomes E4M3 blocks, and the pieces of 2 and 8 ranks become an E4M3 or FP32
-shard (with the norm's sum of squares on the way), at the speed of memory. First the kernels must equal the
-reference. In each round everything runs once; "of triad" is the median of the shares, round by round. The
-plain-PyTorch reference does the same beside it, in three rounds. GB/s: codes, scales and values, read and
-written.
+shard (and the norm's sum of squares is computed), at the speed of memory. First the kernels must equal the
+reference. In each round every operation runs once; "of triad" is the median of the shares, round by round.
+The plain-PyTorch reference runs beside it, in three rounds. GB/s: codes, scales and values, read and written.
 """
 
 from collections.abc import Iterator, Sequence

@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 
 
 def run_ranks(ranks: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """The function's results by rank. Raises ProcessRaisedException with a failed rank's traceback."""
+    """Return the function's results by rank. Raises ProcessRaisedException with a failed rank's traceback."""
     os.environ |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}  # of the ranks
     with mp.get_context("spawn").Manager() as manager:
         results = manager.dict()
@@ -23,7 +23,7 @@ def run_ranks(ranks: int, function: Callable[..., Any], *arguments: Any) -> list
 def in_turn(
     engines: Mapping[str, Any], batches: Iterator[Any], iterate: Callable[[Any, Any], Any]
 ) -> Iterator[dict[str, Any]]:
-    """Rounds without end: what each engine's iteration gave; who is first changes from round to round."""
+    """Yield each engine's result, round by round without end; each round begins with another engine."""
     for number in itertools.count():
         batch = next(batches)
         names = sorted(engines, reverse=bool(number % 2))
@@ -33,7 +33,7 @@ def in_turn(
 def _rank_main(
     rank: int, ranks: int, port: int, results: Any, function: Callable[..., Any], arguments: tuple[Any, ...]
 ) -> None:
-    """A spawned process."""
+    """Run in a spawned process."""
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -47,7 +47,7 @@ def _rank_main(
     import ds_fp8
 
     torch.set_num_threads(1)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # gloo for all, and no C++ for minutes
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # gloo everywhere, and no C++ for minutes
     deepspeed.utils.logger.setLevel("ERROR")
     deepspeed.init_distributed("gloo")
     ds_fp8.register()

@@ -1,6 +1,6 @@
-"""What the benchmarks on several GPUs share: joining the ranks that torchrun started, and facts about them.
+"""Common code of the benchmarks on several GPUs: join the ranks that torchrun started, and report facts.
 
-Tensors of a GPU travel over NCCL, those of the host over gloo. Without a GPU all is gloo, for tests.
+Tensors of a GPU travel over NCCL, those of the host over gloo. Without a GPU, as in tests, all use gloo.
 """
 
 import os
@@ -13,7 +13,7 @@ from torch import Tensor, cuda
 
 
 def join_ranks() -> torch.device:
-    """This rank's device, with the process group up and ds_fp8 registered."""
+    """Return this rank's device, with the process group initialised and ds_fp8 registered."""
     warnings.simplefilter("ignore")
     device = torch.device("cpu")
     if cuda.is_available():
@@ -29,7 +29,7 @@ def join_ranks() -> torch.device:
     import ds_fp8
 
     if device.type == "cpu":
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # gloo for all, and no C++ for minutes
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # gloo for all, no C++ for minutes
     deepspeed.utils.logger.setLevel("ERROR")
     deepspeed.init_distributed()
     ds_fp8.register()
@@ -37,7 +37,7 @@ def join_ranks() -> torch.device:
 
 
 def facts(device: torch.device) -> dict[str, Any]:
-    """Of the run, the same on every rank."""
+    """Return facts of the run, the same on every rank."""
     import deepspeed
 
     found = {
@@ -53,7 +53,7 @@ def facts(device: torch.device) -> dict[str, Any]:
 
 
 def slowest(milliseconds: list[float], device: torch.device) -> list[float]:
-    """Of every round the rank that took longest."""
+    """Return the time of the slowest rank in every round."""
     values: Tensor = torch.tensor(milliseconds, dtype=torch.float64, device=device)
     torch.distributed.all_reduce(values, op=torch.distributed.ReduceOp.MAX)
     found: list[float] = values.tolist()

@@ -1,7 +1,7 @@
 """The recipes of precision.py, each an engine around a model.
 
 #0 and #1 are stock DeepSpeed (ZeRO 1, torch's AdamW). #3 and #4 are simulated (simulated.py): ds_fp8 offers
-neither. All others are ds_fp8 with BF16 weights, O2's states where the name does not say otherwise.
+neither. All others are ds_fp8 with BF16 weights, and O2's states unless the name says otherwise.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from ds_fp8.ops.formats import E4M3
 ADAMW = {"betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
 CLIPPING = 1.0
 PEAK_RATE = 5e-4
-Build = Callable[[nn.Module, int], Any]  # of the model and the batch size
+Build = Callable[[nn.Module, int], Any]  # called with the model and the batch size
 
 
 def engine(model: nn.Module, batch: int, *, bf16: bool, fp8: dict[str, Any] | None = None) -> Any:
@@ -33,7 +33,7 @@ def engine(model: nn.Module, batch: int, *, bf16: bool, fp8: dict[str, Any] | No
     if fp8:
         config["fp8"] = {"enabled": True, **fp8}
     else:
-        config["optimizer"]["params"]["torch_adam"] = True  # DeepSpeed's own compiles for minutes
+        config["optimizer"]["params"]["torch_adam"] = True  # DeepSpeed's own optimizer compiles for minutes
     return deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)[0]
 
 

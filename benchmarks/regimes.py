@@ -1,7 +1,7 @@
 """Synthetic gradients of four kinds, for Adam to follow.
 
 A tensor has rows of 1,024 elements, and one element in twenty never gets a gradient. A gradient is scale *
-(mu + noise): mu = 0.3 * normal belongs to the element, noise is fresh at each step, and scale is 1e-4 *
+(mu + noise): mu = 0.3 * normal is fixed per element, noise is drawn anew at each step, and scale is 1e-4 *
 exp(rows * normal of the row) * exp(elements * normal of the element).
 """
 
@@ -16,7 +16,7 @@ COLUMNS = 1024
 
 @dataclass(frozen=True)
 class Regime:
-    """How far gradients spread over elements and rows, and how long Adam follows them."""
+    """The spread of gradients over elements and rows, and the number of steps that Adam follows them."""
 
     elements: float
     rows: float
@@ -33,7 +33,7 @@ REGIMES = {
 
 
 def gradients(regime: Regime, rows: int, seed: int) -> Iterator[Tensor]:
-    """One a step, [rows, 1024]."""
+    """Yield one gradient per step, [rows, 1024]."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(columns: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""The bits that arrive: exchange and gather on this device against the host's, and trainings side by side.
+"""Compare bits: exchange and gather on this device with the host's, and trainings with one another.
 
 Every function runs on all ranks and returns the same on each of them.
 """
@@ -34,7 +34,7 @@ PARITY = 0.05  # nats between the ends of a run with FP8 and one without
 
 @contextmanager
 def repeatable() -> Iterator[None]:
-    """Kernels repeat themselves, and uninitialised memory is NaN or 255."""
+    """Make kernels deterministic, and fill uninitialised memory with NaN or 255."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         with sdpa_kernel(SDPBackend.MATH):
@@ -58,7 +58,7 @@ class Case:
 
 
 def node_sizes(ranks: int) -> list[int]:
-    """One hop, and two where the ranks make several nodes of two."""
+    """Return node sizes: one hop, and two if the ranks make several nodes of two."""
     return [1, 2] if ranks > 2 and ranks % 2 == 0 else [1]
 
 
@@ -68,9 +68,9 @@ def cases(ranks: int) -> list[Case]:
 
 @repeatable()
 def against_host(device: torch.device, backend: Backend) -> list[str]:
-    """One line a case in which this device's kernels and collectives give the reference's bits over gloo.
+    """Compare this device's kernels and collectives with the reference over gloo; return a line per case.
 
-    Raises AssertionError, on every rank, where they do not.
+    Raises AssertionError, on every rank, if bits differ.
     """
     group = torch.distributed.group.WORLD
     lines = []
@@ -85,7 +85,7 @@ def against_host(device: torch.device, backend: Backend) -> list[str]:
 
 
 def arrivals(case: Case, device: torch.device, backend: Backend) -> dict[str, Tensor]:
-    """Bytes of this rank's reduced gradients after two micro-steps, and of gathered weights, on the host."""
+    """Return host copies of this rank's reduced gradients, after two micro-steps, and of gathered weights."""
 
     def there(values: Tensor) -> Tensor:
         return values.to(device, torch.bfloat16)
@@ -115,7 +115,7 @@ def arrivals(case: Case, device: torch.device, backend: Backend) -> dict[str, Te
 
 
 def noise(size: int, seed: int) -> Tensor:
-    """Normal with magnitudes that differ from block to block; the same wherever it is made."""
+    """Normal values whose magnitudes differ from block to block; the same on every device."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(size, generator=generator) * torch.randn(size, generator=generator).mul(2).exp()
 
@@ -149,7 +149,7 @@ class Setting:
 
     @property
     def alike(self) -> str:
-        """Settings of which this is the same do not differ by a bit."""
+        """Key of settings that must not differ by a bit."""
         return f"{self.numerics}, nodes of {self.node_size}"
 
     def ds_config(self) -> dict[str, Any]:
@@ -172,7 +172,7 @@ class Setting:
 
 
 def settings(ranks: int) -> list[Setting]:
-    """The first one twice: bits are compared only where a training repeats itself."""
+    """Return settings, the first one twice: bits are compared only if a training is repeatable."""
     ways = [Setting(*each) for each in product((2, 1), (False, True), node_sizes(ranks))]
     tensors = [
         Setting(*each, 1, name) for name in NUMERICS if name != "O2" for each in ((2, False), (1, True))
@@ -182,9 +182,9 @@ def settings(ranks: int) -> list[Setting]:
 
 @repeatable()
 def trainings(ways: Sequence[Setting], steps: int) -> list[dict[str, Any]]:
-    """A row a setting, stock's last: losses, and the digest of the weights.
+    """Train; return a row per setting, stock's last: losses, and the digest of the weights.
 
-    Raises AssertionError where ranks end with other weights, or settings that must not differ do.
+    Raises AssertionError if ranks end with different weights, or if settings differ that must not.
     """
     rows = [train(setting, steps) for setting in ways]
     first: dict[str, dict[str, Any]] = {}

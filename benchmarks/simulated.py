@@ -1,8 +1,8 @@
-"""AdamW whose states are rounded as if they had been stored with one scale per tensor, to nearest.
+"""AdamW whose states are rounded to nearest as if they were stored with one scale per tensor.
 
-FP8-LM (arXiv 2310.18313) keeps its states so, and shows in Table 6 which of them stand it; Transformer
+FP8-LM (arXiv 2310.18313) stores its states so, and shows in Table 6 which of them tolerate it; Transformer
 Engine's FusedAdam has one scale per tensor, too. ds_fp8 offers neither, so both are simulated here: the
-arithmetic is torch's in FP32, and what it leaves in a state is rounded and decoded in place.
+arithmetic is torch's in FP32, and the resulting states are rounded and decoded in place.
 """
 
 from collections.abc import Callable, Iterable
@@ -50,10 +50,10 @@ class RoundedAdamW(torch.optim.AdamW):
 
 
 class MixedPrecision:
-    """As much of a DeepSpeed engine as training takes: a BF16 model beside FP32 masters."""
+    """The part of a DeepSpeed engine that training needs: a BF16 model beside FP32 masters."""
 
     def __init__(self, model: nn.Module, optimizer: Callable[[list[Tensor]], Any], clipping: float) -> None:
-        """optimizer: of the masters."""
+        """optimizer: called with the masters."""
         self.module = model.to(torch.bfloat16)
         self.device = next(model.parameters()).device
         self._weights = list(model.parameters())

@@ -2,16 +2,16 @@
 
     python benchmarks/step_cpu.py --out step_cpu.json
 
-What it shows: FP8 states and FP8 communication make an iteration no slower, where communication is gloo
-between processes of one machine, and engine.step faster. Both engines live in the same processes, with the
-model of examples/train_lm.py, the same seeds and the same batches; their iterations alternate, and so does
-which of the two begins. All ranks meet before an iteration, before engine.step and after it; the iteration is
+What it shows: FP8 states and FP8 communication make an iteration no slower, with gloo between processes of
+one machine, and engine.step faster. Both engines live in the same processes, with the model of
+examples/train_lm.py, the same seeds and the same batches; their iterations alternate, and so does which
+engine begins. All ranks meet before an iteration, before engine.step and after it; the iteration's time is
 the sum of the parts between, each as long as the slowest rank takes. "ds_fp8 / stock" is the median of the
 ratios, iteration by iteration.
 
 backward includes the exchange of gradients, step the exchange of weights. Optimizers of stock: torch_adam
 (torch's AdamW, a loop over tensors), torch_fused (the same with fused=True), cpu_adam and fused_adam
-(DeepSpeed's own, which compile C++ for minutes when first used; fused_adam is what it takes by default).
+(DeepSpeed's own, which compile C++ for minutes on first use; fused_adam is its default).
 """
 
 import argparse
@@ -44,7 +44,7 @@ WARM_UP = 3  # iterations of each engine
 
 @dataclass(frozen=True)
 class Job:
-    """What every rank does."""
+    """The work of every rank."""
 
     shape: dict[str, int]
     micro_batch: int
@@ -65,14 +65,14 @@ def ds_config(job: Job, *, fp8: bool) -> dict[str, Any]:
     if fp8:
         config["fp8"] = {"enabled": True, "opt_level": "O2"}
     elif job.stock_optimizer == "cpu_adam":
-        return config  # made here and handed over
+        return config  # created here and handed over
     else:
         params |= STOCK[job.stock_optimizer]
     return {**config, "optimizer": {"type": "AdamW", "params": params}}
 
 
 def build(job: Job, *, fp8: bool) -> Any:
-    """An engine with the example's model, the same weights each time."""
+    """Build an engine with the example's model, with the same weights each time."""
     import deepspeed
     from deepspeed.ops.adam import DeepSpeedCPUAdam
     from train_lm import ByteGPT, Shape
@@ -91,7 +91,7 @@ def build(job: Job, *, fp8: bool) -> Any:
 
 
 def iterate(engine: Any, batch: torch.Tensor) -> tuple[list[float], float]:
-    """One iteration: milliseconds of each of its PARTS on this rank, and the loss."""
+    """Run one iteration; return this rank's milliseconds of each of its PARTS, and the loss."""
     torch.distributed.barrier()
     times = [time.perf_counter()]
     loss = engine(batch)
@@ -106,18 +106,18 @@ def iterate(engine: Any, batch: torch.Tensor) -> tuple[list[float], float]:
 
 
 def clocks() -> tuple[float, float, float]:
-    """Seconds of CPU time of all processes and of this process, and the wall's."""
+    """Return seconds of CPU time of all processes and of this process, and of the wall clock."""
     return busy_seconds(), time.process_time(), time.perf_counter()
 
 
 def others_cores(per_rank: list[dict[str, Any]]) -> float:
-    """Cores that were busy, on average, with what is none of the ranks."""
+    """Return the average number of cores busy with processes other than the ranks."""
     busy, _, wall = per_rank[0]["clocks"]
     return float(max(0.0, busy - sum(each["clocks"][1] for each in per_rank)) / wall)
 
 
 def train(job: Job) -> dict[str, Any]:
-    """This rank's times and losses of both engines."""
+    """Return this rank's times and losses of both engines."""
     from train_lm import Corpus, Shape, read_corpus
 
     import ds_fp8
@@ -142,7 +142,7 @@ def train(job: Job) -> dict[str, Any]:
 
 
 def slowest(per_rank: list[dict[str, Any]], engine: str) -> list[dict[str, float]]:
-    """Milliseconds of each part, and of all, by iteration."""
+    """Return milliseconds of each part, and in total, by iteration."""
     found = []
     for ranks in zip(*(each["times"][engine] for each in per_rank), strict=True):
         parts = dict(zip(PARTS, map(max, zip(*ranks, strict=True)), strict=True))

@@ -1,7 +1,7 @@
-"""What the benchmarks share: clocks, interleaved rounds, STREAM triad as the limit, peak memory, facts.
+"""Common code of the benchmarks: clocks, interleaved rounds, STREAM triad as the limit, peak memory, facts.
 
-A machine's memory bandwidth changes from second to second, by half where others share it. So contestants are
-never timed one after the other: in every round each of them is timed once, beginning with another one in each
+A machine's memory bandwidth changes from second to second, by half if it is shared. So contestants are never
+timed one after the other: in every round each of them is timed once, beginning with another one in each
 round, and two are compared by the median of their ratios, round by round.
 """
 
@@ -33,18 +33,18 @@ Clock = Callable[[Callable[[], object]], float]
 
 @dataclass(frozen=True)
 class Contestant:
-    """Something to time, and the bytes that one run has to read and write at least."""
+    """An operation to time, and the bytes that one run has to read and write at least."""
 
     name: str
     run: Callable[[], object]
     moved: int
-    rounds: int | None = None  # that it takes part in; None: all
+    rounds: int | None = None  # in which it takes part; None: all
 
 
 class Times:
     """Milliseconds by contestant and round.
 
-    others: cores that were busy, on average, with what is not this process.
+    others: average number of cores busy with other processes.
     """
 
     others = 0.0
@@ -57,28 +57,28 @@ class Times:
         return statistics.median(self.milliseconds[name])
 
     def ratio(self, name: str, to: str) -> float:
-        """Median of the ratios of the rounds in which both ran."""
+        """Return the median of the ratios of the rounds in which both ran."""
         pairs = zip(self.milliseconds[name], self.milliseconds[to], strict=False)
         return statistics.median(first / second for first, second in pairs)
 
     def bandwidth(self, name: str) -> float:
-        """GB/s."""
+        """Return GB/s."""
         return self._moved[name] / self.median(name) / 1e6
 
     def share_of_triad(self, name: str) -> float:
-        """Of triad's bandwidth, as a median over the rounds."""
+        """Return the share of triad's bandwidth, as a median over the rounds."""
         return self._moved[name] / self._moved[TRIAD] / self.ratio(name, TRIAD)
 
 
 def host_clock(run: Callable[[], object]) -> float:
-    """Milliseconds of a run."""
+    """Return the milliseconds of a run."""
     start = time.perf_counter()
     run()
     return (time.perf_counter() - start) * 1000
 
 
 def event_clock(run: Callable[[], object]) -> float:
-    """Milliseconds between CUDA events before and after what a run puts on the current stream."""
+    """Return milliseconds between CUDA events around the work that a run queues on the current stream."""
     first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     first.record()
     run()
@@ -90,8 +90,8 @@ def event_clock(run: Callable[[], object]) -> float:
 def interleave(contestants: Sequence[Contestant], rounds: int, clock: Clock = host_clock) -> Times:
     """Time every contestant once per round.
 
-    Each runs once more just before, untimed: libraries bring OpenMP runtimes of their own, whose threads go
-    on spinning for milliseconds after their work and would take a core from the next contestant.
+    Each runs once more just before, untimed: libraries have their own OpenMP runtimes, whose threads keep
+    spinning for milliseconds after their work and would take a core from the next contestant.
     """
     times = Times(contestants)
     before = busy_seconds(), time.process_time(), time.perf_counter()
@@ -111,7 +111,7 @@ def interleave(contestants: Sequence[Contestant], rounds: int, clock: Clock = ho
 
 
 def busy_seconds() -> float:
-    """CPU time that all processes of this machine have used, stolen time included."""
+    """Return the CPU time that all processes of this machine have used, stolen time included."""
     user, nice, system, _, _, *rest = map(int, Path("/proc/stat").read_text().split("\n")[0].split()[1:9])
     return (user + nice + system + sum(rest)) / os.sysconf("SC_CLK_TCK")
 
@@ -119,19 +119,19 @@ def busy_seconds() -> float:
 def triad(size: int) -> Contestant:
     """c = a + s b in FP32, by torch with its threads; 12 bytes per element, as STREAM counts.
 
-    The lines of c are read before they are written, which STREAM does not count. What updates its
-    operands in place does not pay that, and so may come out above 1.
+    The lines of c are read before they are written, which STREAM does not count. An operation in place has no
+    such reads, and so may come out above 1.
     """
     a, b, c = (torch.full((size,), value) for value in (1.0, 2.0, 0.0))
     return Contestant(TRIAD, lambda: torch.add(a, b, alpha=3.0, out=c), 12 * size)
 
 
 def peak_extra_bytes(run: Callable[[], object]) -> int:
-    """How far the process's resident memory rises during one run that has been warmed up.
+    """Return the rise of the process's resident memory during one run, after a warm-up.
 
     Linux only: 5 written to /proc/self/clear_refs resets the high-water mark VmHWM. The allocator first
-    gives back what it holds, so that memory from an earlier run does not hide what this one takes.
-    Raises OSError where the kernel does not offer it.
+    returns its free memory, so that memory from an earlier run does not hide this one's.
+    Raises OSError if the kernel does not offer it.
     """
     run()
     ctypes.CDLL(None).malloc_trim(0)
@@ -147,9 +147,9 @@ def _resident(key: str) -> int:
 
 
 def checked_backend() -> tuple[Backend, list[str]]:
-    """The C++ kernels, after they have shown that they equal the reference, and what was compared.
+    """Check that the C++ kernels equal the reference; return them, and what was compared.
 
-    Raises SystemExit where they cannot run or are wrong: then nothing is timed.
+    Raises SystemExit if they cannot run or are wrong: then nothing is timed.
     """
     obstacle = cpu_obstacle(CPU)
     if obstacle:
@@ -162,7 +162,7 @@ def checked_backend() -> tuple[Backend, list[str]]:
 
 
 def element_count(text: str) -> int:
-    """A number of elements, with K, M or G behind it or none; for argparse."""
+    """Parse a number of elements, with or without a suffix K, M or G, for argparse."""
     number, unit = (text[:-1], SUFFIXES[text[-1]]) if text[-1:] in SUFFIXES else (text, 1)
     try:
         count = int(float(number) * unit)
@@ -174,7 +174,7 @@ def element_count(text: str) -> int:
 
 
 def round_count(text: str) -> int:
-    """For argparse."""
+    """Parse a number of rounds, for argparse."""
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"received {text!r}, allowed: 1 or more")
     return int(text)
@@ -184,14 +184,14 @@ def parser_of(doc: str | None, *, rounds: bool = True) -> argparse.ArgumentParse
     """A parser with the options that every CPU benchmark has; the docstring is its help."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     if rounds:
-        parser.add_argument("--rounds", type=round_count, help="in which every contestant is timed once")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes and few rounds: to see that it runs")
+        parser.add_argument("--rounds", type=round_count, help="each round times every contestant once")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes and few rounds, as a smoke test")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write every number to this JSON file")
     return parser
 
 
 def facts() -> dict[str, Any]:
-    """The machine, and how busy it is with other things: to be called before the timing."""
+    """Return facts about the machine and its load; call it before the timing."""
     return {
         "processor": _processor(),
         "cores": os.cpu_count(),
@@ -211,8 +211,8 @@ def _processor() -> str:
 
 
 def title(what: str, machine: dict[str, Any], others: float | None = None) -> str:
-    """others: cores that were busy with something else meanwhile, where that was measured."""
-    busy = "" if others is None else f", others took {others:.2f} cores"
+    """Format a title. others: cores that were busy with other processes, if that was measured."""
+    busy = "" if others is None else f", other processes took {others:.2f} cores"
     return (
         f"{what}; {machine['processor']}, {machine['threads']} of {machine['cores']} cores; "
         f"load before {machine['load_average_before']}{busy}"
@@ -220,7 +220,7 @@ def title(what: str, machine: dict[str, Any], others: float | None = None) -> st
 
 
 def write(out: Path | None, result: dict[str, Any]) -> None:
-    """Replace the file in one stroke: who is killed meanwhile leaves the old one."""
+    """Replace the file atomically: if the process is killed meanwhile, the old file stays."""
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         fresh = out.with_name(f"{out.name}.new")

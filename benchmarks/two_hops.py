@@ -1,15 +1,15 @@
-"""What the second rounding of the two-hop exchange costs: signal to noise of the reduced gradient.
+"""The cost of the second rounding in a two-hop exchange: signal to noise of the reduced gradient.
 
     python benchmarks/two_hops.py --out two_hops.json
 
-Gradients of N ranks are drawn with a correlation between ranks, rounded, added and rounded as the exchange
-does it (tests/test_two_hops.py holds the exchange to the same sums, bit for bit), and compared with the exact
-sum. "cost" is one hop's dB less two hops', without the rounding of the reduced gradient itself. "theory"
-takes the second rounding to be as noisy, for what it rounds, as the first: 10 log10(2 + (k - 1) c) dB,
-c the correlation: 3 for independent gradients, 10 log10(1 + k) for equal ones. "with ties" counts that a sum
-of k codes of one binade often lies in the middle between two codes: at most 1 + 2/k^2 times the noise.
-"kept" is with the rounding of the reduced gradient; the defaults are E4M3 with one hop and BF16 with two in
-E4M3.
+Gradients of N ranks are drawn with a correlation between ranks, rounded, added and rounded as in the exchange
+(tests/test_two_hops.py checks that the exchange gives the same sums, bit for bit), and compared with the
+exact sum. "cost" is one hop's dB less two hops', without the rounding of the reduced gradient itself.
+"theory" assumes that the second rounding is as noisy, relative to its input, as the first: 10 log10(2 +
+(k - 1) c) dB, c the correlation: 3 for independent gradients, 10 log10(1 + k) for equal ones.
+"with ties" takes into account that a sum of k codes of one binade often lies in the middle between two codes:
+at most 1 + 2/k^2 times the noise. "kept" is with the rounding of the reduced gradient; the defaults are E4M3
+with one hop and BF16 with two in E4M3.
 """
 
 import math
@@ -30,7 +30,7 @@ RANKS = ((4, 2), (8, 2), (8, 4), (16, 8), (32, 8))
 
 
 def rounded(values: Tensor, fmt: Format) -> Tensor:
-    """FP32 values as a format keeps them."""
+    """Return FP32 values as a format stores them."""
     blocks = Blocks.zeros(len(values) // BLOCK, BLOCK, fmt, values.device)
     quantize(values, blocks)
     result = torch.empty_like(values)
@@ -39,12 +39,12 @@ def rounded(values: Tensor, fmt: Format) -> Tensor:
 
 
 def total(parts: list[Tensor]) -> Tensor:
-    """In order."""
+    """Add the parts in order."""
     return sum(parts[1:], start=parts[0])
 
 
 def drawn(ranks: int, correlation: float, size: int) -> list[Tensor]:
-    """One gradient per rank."""
+    """Draw one gradient per rank."""
     generator = torch.Generator().manual_seed(ranks)
     shared = torch.randn(size, generator=generator) * math.sqrt(correlation)
     own = math.sqrt(1 - correlation)
@@ -52,7 +52,7 @@ def drawn(ranks: int, correlation: float, size: int) -> list[Tensor]:
 
 
 def signal_to_noise(found: Tensor, exact: Tensor) -> float:
-    """In dB."""
+    """Return the signal to noise ratio in dB."""
     return 10 * math.log10((exact.square().sum() / (found.double() - exact).square().sum()).item())
 
 

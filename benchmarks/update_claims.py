@@ -1,4 +1,4 @@
-"""What is claimed of the rows of update_error.py, and how they are shown."""
+"""The claims about the rows of update_error.py, and their presentation."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -17,11 +17,11 @@ BOUNDS = {  # of the error, in the order of the regimes
     "O2+": (0.020, 0.030, 0.045, 0.035),
 }
 BYTES = {"O2": 3.02, "O2+": 2.03}  # of both moments, at most
-LARGEST_LR = 101  # difference of an element
+LARGEST_LR = 101  # largest difference of an element
 
 
 def level_of(row: dict[str, Any]) -> str | None:
-    """The level that has the states of a row."""
+    """Return the level that has the states of a row."""
     if row["kind"] != "states" or not row["clamp"]:
         return None
     names = {f"{level.exp_avg}, {level.exp_avg_sq}": name for name, level in ALONE.items()}
@@ -53,7 +53,7 @@ def error(row: dict[str, Any], regime: str) -> float:
 
 
 def dominates(row: dict[str, Any], other: dict[str, Any]) -> bool:
-    """No more bytes, and less error in every regime."""
+    """Whether a row has no more bytes than another, and less error in every regime."""
     return row["bytes"] <= other["bytes"] and all(error(row, each) < error(other, each) for each in REGIMES)
 
 

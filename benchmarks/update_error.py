@@ -1,16 +1,16 @@
-"""How far Adam over low-precision states strays from FP32 Adam on the same gradients.
+"""The deviation of Adam over low-precision states from FP32 Adam on the same gradients.
 
     python benchmarks/update_error.py --out update_error.json
 
-What it shows: O2's and O2+'s states follow FP32 Adam in four regimes (regimes.py), also where gradients
-spread over many orders of magnitude and 8-bit peers break; what the clamp is worth; every pair of formats.
+What it shows: O2's and O2+'s states follow FP32 Adam in four regimes (regimes.py), also if gradients spread
+over many orders of magnitude and 8-bit peers break; the effect of the clamp; every pair of formats.
 
 A tensor of 262,144 elements starts at zero; AdamW, lr 1e-3, beta1 .9, eps 1e-8, no weight decay. The error
-is |dp - dp_fp32| / |dp_fp32|, dp the whole way of the masters of elements that get a gradient, as a mean over
---seeds. Beside every pair of formats of exp_avg and exp_avg_sq the masters are FP32, so that the error is
-theirs alone; the levels, and O2's states with every master, stand as they are built, and their error has the
-rounding of the master in it. In the JSON also: the error of the worst seed, the largest single difference,
-and the drift of elements without a gradient, both in lr.
+is |dp - dp_fp32| / |dp_fp32|, dp the total change of the masters of elements that get a gradient, as a mean
+over --seeds. For every pair of formats of exp_avg and exp_avg_sq the masters are FP32, so that the error is
+that of the pair alone; the levels, and O2's states with every master, are as built, and their error includes
+the rounding of the master. The JSON also has the error of the worst seed, the largest single difference, and
+the drift of elements without a gradient, both in lr.
 
 Peers: torchao's and bitsandbytes' own optimizers; FP8-LM's and Transformer Engine's states, one scale per
 tensor, are simulated. B: bytes of exp_avg and exp_avg_sq per parameter, with scales and code tables.
@@ -44,10 +44,10 @@ BLOCK = 128
 
 @dataclass(frozen=True)
 class Recipe:
-    """An optimizer to follow."""
+    """An optimizer to compare."""
 
     name: str
-    make: Callable[..., Any]  # of the parameter and the hyperparameters as keywords
+    make: Callable[..., Any]  # called with the parameter, and with hyperparameters as keywords
     kind: str = "peer"  # or "states", with FP32 masters, or "as built"
     clamp: bool | None = None  # None: a peer, which has none
     size: float | None = None  # bytes of its two states per parameter, if they are simulated
@@ -55,7 +55,7 @@ class Recipe:
 
 
 def ours(name: str, kind: str, level: str, **states: Any) -> Recipe:
-    """FP8AdamW on its own; states: what the section says of them."""
+    """Return a recipe of FP8AdamW without DeepSpeed; states: keys of its section."""
     fp8 = {"opt_level": level, "optimizer": states}
 
     def make(parameter: Tensor, **hyperparameters: Any) -> Any:
@@ -82,12 +82,12 @@ PEERS = [
 
 
 def formats_of(key: str) -> tuple[str, ...]:
-    """The formats that a key of the section allows."""
+    """Return the formats that a key of the section allows."""
     return tuple(get_args(get_args(OptimizerSection.model_fields[key].annotation)[0]))
 
 
 def pairs() -> Iterator[Recipe]:
-    """Every pair of formats of exp_avg and exp_avg_sq, with and without the clamp."""
+    """Yield every pair of formats of exp_avg and exp_avg_sq, with and without the clamp."""
     for clamp in (True, False):
         for m in formats_of("exp_avg_dtype"):
             for v in formats_of("exp_avg_sq_dtype"):
@@ -96,7 +96,7 @@ def pairs() -> Iterator[Recipe]:
 
 
 def built() -> Iterator[Recipe]:
-    """The levels, their moments drawn and rounded otherwise, and O2's states with other masters."""
+    """Yield the levels, also with other draws and rounding of moments, and O2's states with other masters."""
     for level in ALONE:
         yield ours(level, "as built", level)
     for level in ("O2", "O2+"):
@@ -111,7 +111,7 @@ def built() -> Iterator[Recipe]:
 
 
 class Run:
-    """A recipe at work on its own copy of the tensor."""
+    """A recipe's steps on its own copy of the tensor."""
 
     def __init__(self, recipe: Recipe, rows: int, beta2: float) -> None:
         self._recipe = recipe
@@ -127,7 +127,7 @@ class Run:
 
     @property
     def way(self) -> Tensor:
-        """What the masters have come, from zero on."""
+        """Total change of the masters, from zero on."""
         state, weights = self._optimizer.state[self._parameter], self._parameter.detach()
         if "master" not in state:
             return weights
@@ -139,7 +139,7 @@ class Run:
 
     @property
     def size(self) -> float:
-        """Bytes of exp_avg and exp_avg_sq a parameter."""
+        """Bytes per parameter of exp_avg and exp_avg_sq."""
         if self._recipe.size is not None:
             return self._recipe.size
         state = self._optimizer.state[self._parameter]
@@ -152,7 +152,7 @@ def exact(parameter: Tensor, **hyperparameters: Any) -> Any:
 
 
 def follow(recipes: list[Recipe], regime: Regime, rows: int, seed: int) -> Iterator[dict[str, float]]:
-    """All recipes, step by step together, and how far each came from FP32's way."""
+    """Run all recipes together, step by step; yield the deviation of each from FP32."""
     reference = Run(Recipe("fp32", exact), rows, regime.beta2)
     runs = [Run(recipe, rows, regime.beta2) for recipe in recipes]
     gets_gradient = torch.zeros(rows, COLUMNS, dtype=torch.bool)
@@ -173,7 +173,7 @@ def follow(recipes: list[Recipe], regime: Regime, rows: int, seed: int) -> Itera
 
 
 def measure(recipes: list[Recipe], rows: int, seeds: int, steps: int | None = None) -> list[dict[str, Any]]:
-    """A row a recipe; steps: instead of the regimes' own."""
+    """Return a row per recipe; steps: instead of the regimes' own."""
     results: list[dict[str, Any]] = [
         {"name": each.name, "kind": each.kind, "clamp": each.clamp, "regimes": {}} for each in recipes
     ]
@@ -192,7 +192,7 @@ def measure(recipes: list[Recipe], rows: int, seeds: int, steps: int | None = No
 
 
 def runnable(rows: int, *, quick: bool) -> tuple[list[Recipe], dict[str, str]]:
-    """The peers that take a step here, and why the others do not."""
+    """Return the peers that take a step here, and the reasons of the others."""
     able, not_run = [], {}
     for peer in PEERS:
         try:
@@ -203,18 +203,18 @@ def runnable(rows: int, *, quick: bool) -> tuple[list[Recipe], dict[str, str]]:
             able.append(peer)
         except PeerError as reason:
             not_run[peer.name] = str(reason)
-        except Exception as error:  # whatever a peer dies of is named
+        except Exception as error:  # any failure of a peer is reported
             not_run[peer.name] = f"does not run: {type(error).__name__}: {first_line(error)}"
     return able, not_run
 
 
 def main() -> None:
     parser = parser_of(__doc__, rounds=False)
-    parser.add_argument("--seeds", type=round_count, help="of the gradients; default 3")
+    parser.add_argument("--seeds", type=round_count, help="number of seeds of the gradients; default 3")
     arguments = parser.parse_args()
     quick = arguments.quick
     rows, seeds, steps = (8, 1, 5) if quick else (256, 3, None)
-    warnings.simplefilter("ignore")  # torch.compile's, of what the peers do
+    warnings.simplefilter("ignore")  # torch.compile's warnings about peers
     console = Console(width=132)
     machine = facts()
     peers, not_run = runnable(rows, quick=quick)

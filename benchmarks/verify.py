@@ -1,4 +1,4 @@
-"""Kernels against the plain-PyTorch reference on the same device; a benchmark runs this before it times."""
+"""Compare kernels with the plain-PyTorch reference on the same device; benchmarks do so before they time."""
 
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, pairwise, product
@@ -51,7 +51,7 @@ ROUNDED = (
 
 
 def verify(backend: Backend, device: torch.device, sweeps: bool = False) -> list[str]:
-    """One line per kernel and kind of input: how many cases, none different. Raises AssertionError.
+    """Return one line per kernel and kind of input, with the number of equal cases. Raises AssertionError.
 
     sweeps: only those of an exp_avg in int8.
     """
@@ -68,7 +68,7 @@ def verify(backend: Backend, device: torch.device, sweeps: bool = False) -> list
 
 
 def inputs(device: torch.device) -> dict[str, Tensor]:
-    """Vectors of values that do not end with a block."""
+    """Return vectors of values that do not end with a block."""
     generator = torch.Generator().manual_seed(0)
     size = BLOCKS * BLOCK - 77
     normal = torch.randn(size, generator=generator)
@@ -82,7 +82,7 @@ def inputs(device: torch.device) -> dict[str, Tensor]:
 
 
 def empty(fmt: Format, device: torch.device, blocks: int = BLOCKS) -> Blocks:
-    """Blocks full of garbage, so that what a kernel leaves out shows."""
+    """Return blocks full of garbage, so that elements a kernel does not write show."""
     garbage = Blocks.zeros(blocks, BLOCK, fmt, device)
     garbage.codes.view(torch.uint8).fill_(0xA5)
     if garbage.scales is not None:
@@ -96,7 +96,7 @@ def copy(blocks: Blocks) -> Blocks:
 
 
 def assert_equal(found: Blocks, expected: Blocks, what: str) -> None:
-    """Bits of codes and scales, of blocks and values that are finite; what is not must not be in both."""
+    """Compare bits of codes and scales where blocks and values are finite; elsewhere neither may be."""
     finite = torch.ones(len(found), dtype=torch.bool, device=found.codes.device)
     if found.scales is not None and expected.scales is not None:
         assert torch.equal(found.scales, expected.scales), f"{what}: scales differ"
@@ -132,7 +132,7 @@ def quantized(backend: Backend, device: torch.device) -> Iterator[None]:
 
 
 def quantized_together(backend: Backend, device: torch.device) -> Iterator[None]:
-    """A hundred vectors, beginning anywhere in memory or with 16 bytes."""
+    """Quantise a hundred vectors that begin anywhere in memory, or aligned to 16 bytes."""
     for (name, values), dtype, fmt, step in product(
         inputs(device).items(), (torch.float32, torch.bfloat16), (E4M3, E5M2, BF16), (1, 16)
     ):
@@ -148,7 +148,7 @@ def quantized_together(backend: Backend, device: torch.device) -> Iterator[None]
 
 
 def pieces_of(values: Tensor, ranks: int, fmt: Format) -> list[Blocks]:
-    """The values, rolled for each rank, as messages in one buffer."""
+    """Return the values, rolled for each rank, as messages in one buffer."""
     codes = torch.zeros(ranks, BLOCKS, BLOCK, dtype=fmt.dtype, device=values.device)
     scales = torch.ones(ranks, -(-BLOCKS // 16) * 16, dtype=torch.uint8, device=values.device)
     pieces = [
@@ -204,7 +204,7 @@ def stepped(
 
 
 def edited(backend: Backend, device: torch.device) -> Iterator[None]:
-    """Weights set in place (masks, clamps), 0 and -0 among them, beside lower halves of either sign."""
+    """Compare after weights were set in place (masks, clamps), with 0, -0 and lower halves of either sign."""
     every = 1 if device.type == "cuda" else 32  # the interpreter is slow
     high = torch.arange(0, 1 << 16, every).to(torch.int16).view(torch.bfloat16)
     for fmt, stochastic in ((SPLIT16, False), (SPLIT8, False), (SPLIT8, True)):
@@ -240,7 +240,7 @@ def take_steps(
     dtype: torch.dtype,
     rounding: Rounding,
 ) -> tuple[list[Blocks], Tensor]:
-    """States, weights as blocks, and counts after three steps and one that is skipped; two are counted."""
+    """Return states, weights as blocks, and counts after three steps and a skipped one; two are counted."""
     state = AdamState(*(Blocks.zeros(BLOCKS, BLOCK, fmt, device) for fmt in formats))
     weights = torch.full((BLOCKS, BLOCK), 7.0, dtype=dtype, device=device)
     store_masters(inputs(device)["normal"].nan_to_num(0, 0, 0) * 20, state.master, weights)

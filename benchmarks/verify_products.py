@@ -1,8 +1,8 @@
-"""FP8 products against their contract, before they are timed: bits of casts and weights, errors of products.
+"""Check FP8 products against their contract before timing: bits of casts and weights, errors of products.
 
-All that is wrong is found in one run, which is worth it where a GPU is lent. The reference runs on the CPU.
-A product's error is its distance to the product of the same codes in FP64, beyond what rounding that to BF16
-makes: of the contract's FP32 sums and of cuBLAS's at most BEYOND.
+One run finds all errors, which matters on a borrowed GPU. The reference runs on the CPU.
+A product's error is its distance to the product of the same codes in FP64, beyond the error of rounding that
+to BF16: at most BEYOND for the contract's FP32 sums and for cuBLAS's.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,7 +26,7 @@ NAMES = ("forward", "dgrad", "wgrad")
 
 @dataclass(frozen=True)
 class Error:
-    """Of one product of one shape, as shares of the exact product's norm."""
+    """Error of one product of one shape, as shares of the exact product's norm."""
 
     product: str
     multiply: str  # cublas or emulated
@@ -34,12 +34,12 @@ class Error:
     inner: int  # K
     outer: int  # N
     rounding: float  # of the exact product, rounded to BF16
-    beyond: float  # what the error is larger by
+    beyond: float  # by which the error is larger than the rounding
 
 
 @dataclass(frozen=True)
 class Verified:
-    """What was compared, and what is not as it must be."""
+    """What was compared, and what is wrong."""
 
     lines: list[str]
     errors: list[Error]
@@ -47,7 +47,7 @@ class Verified:
 
 
 def inputs(rows: int, columns: int, seed: int) -> Iterator[tuple[str, Tensor]]:
-    """[rows, columns] bfloat16 of several kinds."""
+    """Yield matrices of several kinds, [rows, columns] bfloat16."""
     generator = torch.Generator().manual_seed(seed)
     normal = torch.randn(rows, columns, generator=generator)
     spread = torch.randn(rows, columns, generator=generator).mul(8).exp()
@@ -61,7 +61,7 @@ def inputs(rows: int, columns: int, seed: int) -> Iterator[tuple[str, Tensor]]:
 
 
 def same_operand(name: str, found: Operand | None, wanted: Operand | None) -> None:
-    """Bits of codes and scales; codes of what is not finite mean nothing, but that they decode to nothing."""
+    """Compare bits of codes and scales; blocks that are not finite must decode to no finite value."""
     assert found is not None, name
     assert wanted is not None, name
     scales, decoded = found.scales.cpu(), Operand(found.codes.cpu(), found.scales.cpu()).decode()
@@ -73,7 +73,7 @@ def same_operand(name: str, found: Operand | None, wanted: Operand | None) -> No
 
 
 def casts(ours: Products, device: torch.device, shapes: list[tuple[int, int]]) -> Iterator[str]:
-    """One line per case."""
+    """Compare casts; yield one line per case."""
     options = {"dgrad": True, "wgrad": True, "bias": True}
     for tokens, features in shapes:
         for kind, values in inputs(tokens, features, tokens + features):
@@ -100,7 +100,7 @@ def same_sums(name: str, found: Tensor | None, values: Tensor) -> None:
 
 
 def weights(ours: Products, device: torch.device, sizes: list[tuple[int, int]]) -> Iterator[str]:
-    """One line per case: a matrix cut into three runs."""
+    """Compare weights; yield one line per case: a matrix cut into three runs."""
     for columns, rows in sizes:
         for kind, values in inputs(rows, columns, rows):
             flat, name = values.reshape(-1), f"{kind}, {rows} x {columns}"
@@ -125,7 +125,7 @@ def weights(ours: Products, device: torch.device, sizes: list[tuple[int, int]]) 
 def decoded_and_turned(
     ours: Products, name: str, codes: Tensor, exponents: Tensor, device: torch.device
 ) -> None:
-    """Decoding, the transpose, and scales as cuBLAS reads them."""
+    """Compare decoding, the transpose, and scales as cuBLAS reads them."""
     rows, columns = codes.shape
     turned = ours.transpose(codes.to(device), exponents.to(device))
     assert torch.equal(turned.codes.cpu().view(torch.uint8), codes.t().view(torch.uint8)), (
@@ -146,7 +146,7 @@ def decoded_and_turned(
 
 
 def weight_operands(ours: Products, values: Tensor) -> tuple[Operand, Operand]:
-    """W for the forward, and transposed for dgrad."""
+    """Return W for the forward, and transposed for dgrad."""
     rows, columns = values.shape
     exponents = torch.zeros(tiles(rows), tiles(columns), dtype=torch.uint8, device=values.device)
     codes = torch.empty(rows, columns, dtype=torch.float8_e4m3fn, device=values.device)
@@ -162,7 +162,7 @@ def gaussian(*shape: int, device: torch.device, seed: int) -> Tensor:
 
 
 def pairs(ours: Products, x: Tensor, w: Tensor, dy: Tensor) -> dict[str, tuple[Operand, Operand]]:
-    """Left and right of every product of a linear layer."""
+    """Return left and right of every product of a linear layer."""
     forward, dgrad = weight_operands(ours, w)
     of_x = ours.cast_input(x, wgrad=True)
     of_dy = ours.cast_gradient(dy, dgrad=True, wgrad=True, bias=False)
@@ -179,7 +179,7 @@ def pairs(ours: Products, x: Tensor, w: Tensor, dy: Tensor) -> dict[str, tuple[O
 def errors(
     ours: Products, ways: list[str], device: torch.device, shape: tuple[int, int, int]
 ) -> Iterator[Error | str]:
-    """Of every product of a linear layer by every way, or what is wrong with it."""
+    """Yield the error of every product of a linear layer by every way, or a description of what is wrong."""
     tokens, inner, outer = shape
     x, dy = (gaussian(tokens, each, device=device, seed=each) for each in (inner, outer))
     w, bias = gaussian(outer, inner, device=device, seed=2), gaussian(outer, device=device, seed=1)
@@ -197,7 +197,7 @@ def errors(
 
 
 def error_of(found: Tensor, exact: Tensor, case: tuple[str, str, int, int, int]) -> Error:
-    """Raises AssertionError if it is too large."""
+    """Return the error of a product. Raises AssertionError if it is too large."""
 
     def relative(values: Tensor) -> float:
         return float((values.double() - exact).norm() / exact.norm()) if exact.any() else 0.0
@@ -211,7 +211,7 @@ def error_of(found: Tensor, exact: Tensor, case: tuple[str, str, int, int, int])
 
 
 def bad_values(ours: Products, way: str, device: torch.device) -> Iterator[str]:
-    """One line per case: inf and NaN reach their row of every product, and rows of zeros give zeros."""
+    """Yield one line per case: inf and NaN reach their row of every product, and rows of zeros give zeros."""
     w = gaussian(272, 208, device=device, seed=2)
     for bad in (torch.inf, -torch.inf, torch.nan):
         x, dy = (gaussian(100, each, device=device, seed=each) for each in (208, 272))
@@ -235,7 +235,7 @@ def rows_are(found: Tensor, bad: set[int], name: str) -> None:
 
 
 def verify(ours: Products, ways: list[str], device: torch.device, tiny: bool) -> Verified:
-    """Compare everything; a kind of case ends with the first that is wrong, products go on."""
+    """Compare everything; a kind of case ends with the first failure, products continue."""
     tokens, sizes = (TINY_TOKENS, TINY_SIZES) if tiny else (TOKENS, SIZES)
     shapes = [(each, features) for each in tokens for features in {size for pair in sizes for size in pair}]
     kinds: dict[str, Callable[[], Iterator[str]]] = {
@@ -246,7 +246,7 @@ def verify(ours: Products, ways: list[str], device: torch.device, tiny: bool) ->
     lines, wrong = [], []
     for name, cases in kinds.items():
         try:
-            lines.append(f"{name}: {sum(1 for _ in cases())} cases as they must be")
+            lines.append(f"{name}: {sum(1 for _ in cases())} correct cases")
         except (AssertionError, RuntimeError, ValueError) as error:
             wrong.append(f"{name}: {type(error).__name__}: {str(error).splitlines()[0][:300]}")
     found = [

@@ -1,15 +1,15 @@
-"""ZeRO 3 gives the same bits over NCCL as over gloo, for the same gradients: digests to compare.
+"""Digests that show that ZeRO 3 gives the same bits over NCCL as over gloo, for the same gradients.
 
     export DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES=    # for gloo
     torchrun --nproc_per_node 2 benchmarks/zero3_bits.py --out gloo.json
     unset DS_ACCELERATOR CUDA_VISIBLE_DEVICES
     torchrun --nproc_per_node 2 benchmarks/zero3_bits.py --out nccl.json --expect gloo.json
 
-Parameters of many sizes get gradients that are given, by modules that fetch them; after some steps the states
-of all ranks, the weights as they are gathered, and the norms are hashed. With overlap and without, at every
-level, with micro-steps, persistent parameters and a step that is skipped. A GPU must leave what the host
-leaves. At O3 matrices are among them, which are multiplied as codes; their gradients are sums of small whole
-numbers, exact whatever multiplies.
+Parameters of many sizes get given gradients, by modules that fetch them; after some steps the states of all
+ranks, the gathered weights, and the norms are hashed: with overlap and without, at every level, with
+micro-steps, persistent parameters and a skipped step. A GPU must give the host's digests. At O3 some
+parameters are matrices, which are multiplied as codes; their gradients are sums of small integers, exact
+in any order and by any kernel.
 """
 
 import argparse
@@ -45,7 +45,7 @@ class Term(nn.Module):
 
 
 class Product(nn.Module):
-    """A matrix whose gradient is the product of two that are given, of numbers from -1 to 1."""
+    """A matrix whose gradient is the product of two given matrices, of numbers from -1 to 1."""
 
     def __init__(self, rows: int, columns: int) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class Terms(nn.Module):
 
 
 def give(model: Terms, step: int, micro_step: int, device: torch.device) -> None:
-    """Other gradients on every rank, in every micro-step."""
+    """Set different gradients on every rank, in every micro-step."""
     rank = torch.distributed.get_rank()
     for number, (term, size) in enumerate(zip(model.terms, SIZES, strict=True)):
         draw = torch.Generator().manual_seed(100_000 * step + 1000 * micro_step + 10 * number + rank)
@@ -88,7 +88,7 @@ def give(model: Terms, step: int, micro_step: int, device: torch.device) -> None
 
 
 def digest(level: str, overlap: bool, micro_steps: int, device: torch.device) -> str:
-    """Of a run; the same on every rank."""
+    """Return the digest of a run; the same on every rank."""
     import deepspeed
 
     zero = {"stage": 3, "overlap_comm": overlap, "reduce_bucket_size": 50_000}
@@ -146,7 +146,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--out", type=Path, metavar="FILE", required=True)
-    parser.add_argument("--expect", type=Path, metavar="FILE", help="what another device has left")
+    parser.add_argument("--expect", type=Path, metavar="FILE", help="digests of another device")
     arguments = parser.parse_args()
     device = join_ranks()
     cases = product(("O1", "O2", "O2+", "O3"), (False, True), (1, 2))
@@ -163,7 +163,7 @@ def main() -> None:
             expected = json.loads(arguments.expect.read_text())["digests"]
             different = [name for name, found in digests.items() if expected[name] != found]
             if different:
-                raise SystemExit(f"other bits than {arguments.expect}: {'; '.join(different)}")
+                raise SystemExit(f"bits differ from {arguments.expect}: {'; '.join(different)}")
             CONSOLE.print(f"the same bits as {arguments.expect}: {len(digests)} runs")
     from train_lm import leave_ranks
 

@@ -162,7 +162,7 @@ def test_misuse_is_told(ranks: RankPools) -> None:
     for messages in owners:
         assert "exp_avg: received values that leave exp_avg_sq 0" in messages[4]
         assert "exp_avg_sq: received values that leave exp_avg_sq 0" in messages[5]
-        assert "set exp_avg after exp_avg_sq, and zeros before" in messages[5]
+        assert "set exp_avg to zeros, then exp_avg_sq, then exp_avg" in messages[5]
 
 
 # ZeRO 3

@@ -278,7 +278,7 @@ def cut_off_and_stepped(stage: int) -> tuple[str, list[str], float, float]:
 @pytest.mark.parametrize("stage", [1, 2])
 def test_line_4_a_backward_that_raised_is_named(ranks: RankPools, stage: int) -> None:
     for message, said, clean, after in ranks.run(2, cut_off_and_stepped, stage, seconds=60):
-        assert "after a backward that did not come to its end: all gradients" in message
+        assert "after a backward that did not finish: all gradients" in message
         assert sum("all gradients since the last step are dropped" in each for each in said) == 1
         assert after == clean
 

@@ -142,7 +142,7 @@ def refused(what: str, rank: int | None = None) -> str:
         ("a way", "DS_FP8_PRODUCTS: received 'cublas', which cannot run on cpu"),
         ("pattern", 'fp8.weights.exclude: received "layers.1.*", allowed: patterns that match a name of the'),
         ("e4m3", 'fp8.products.dtype: received "e4m3", allowed: bf16, or the key left out, on cpu'),
-        ("optimizer", "optimizer: received no FP8 weight to train, allowed: some of blocks.0."),
+        ("optimizer", "optimizer: received no FP8 weight to train, allowed: at least one of blocks.0."),
     ],
 )
 def test_an_engine_that_cannot_have_them(ranks: RankPools, what: str, words: str) -> None:

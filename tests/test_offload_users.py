@@ -376,7 +376,7 @@ def test_more_than_the_machine_or_the_container_has(
         logged() as log,
     ):
         if outcome == "refused":
-            with pytest.raises(ValueError, match=r"take \d+\.00 GB of host memory per rank, \d on"):
+            with pytest.raises(ValueError, match=r"take \d+\.00 GB of host memory per rank, with \d on"):
                 host_memory.refuse_too_much(asked)
         else:
             host_memory.refuse_too_much(asked)

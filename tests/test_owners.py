@@ -72,7 +72,7 @@ def test_a_second_engine_takes_the_parameters_over(ranks: RankPools) -> None:
     for norm, expected, stepped, read in ranks.run(2, two_engines, seconds=60):
         assert norm == expected
         assert "trained by an engine that was made after it" in stepped
-        assert "gradients are there only between" in read
+        assert "gradients exist only between" in read
 
 
 def shared_memory(when: str) -> str:

@@ -4,7 +4,7 @@
 
 namespace ISA {
 
-struct Draws {  // of random bits, from an element of a parameter on
+struct Draws {  // random bits, from an element of a parameter on
     uint32_t v_key, p_key;
     Last last;
     uint32_t element;
@@ -17,16 +17,16 @@ struct Draws {  // of random bits, from an element of a parameter on
 // Decodes, computes and encodes a batch; a state's formats choose one.
 using Work = void (*)(const Sweep&, int64_t row, int rows, Draws, int part);
 
-// Values that are not zero and whose code is.
+// Counts values that are not zero and whose code is.
 int64_t zeros(const Blocks& blocks, int64_t row, int rows, int n, const float* values) {
     alignas(64) float stored[BATCH];
     int64_t count = 0;
-    blocks.decode(row, rows, n, power_of_two(127 + 60), stored);  // so that no code comes to zero
+    blocks.decode(row, rows, n, power_of_two(127 + 60), stored);  // so large that only zero codes give zero
     for (int i = 0; i < rows * n; ++i) count += values[i] != 0 && stored[i] == 0;
     return count;
 }
 
-// After the states have been encoded.
+// Counts what a step lost; call it after the states have been encoded.
 void count(const Sweep& sweep, const Batch& batch, int64_t row, int rows, Draws draws, StateCounts& counts) {
     const Format& v = sweep.v.f();
     counts.clamped += batch.clamped;
@@ -51,7 +51,7 @@ void adam_of(Batch& batch, int rows, int n, const Scalars& s) {
                                                                   batch, rows, n, s);
 }
 
-// A batch of any formats.
+// Computes a batch of any formats.
 template <bool COUNT>
 void compute(const Sweep& sweep, int64_t row, int rows, Batch& batch) {
     const int n = sweep.n;
@@ -67,7 +67,7 @@ void compute(const Sweep& sweep, int64_t row, int rows, Batch& batch) {
     by(sweep.root(), sweep.quotient())(batch, rows, n, sweep.scalars);
 }
 
-// Encodes a batch by the largest values in it; root_amax is that of v where v holds no root.
+// Encodes a batch by its largest values; root_amax is that of v if v holds no root.
 template <bool COUNT>
 void keep(const Sweep& sweep, Batch& batch, int64_t row, int rows, Draws draws, int part) {
     const int n = sweep.n;
@@ -106,7 +106,7 @@ auto master_reader(const Sweep& sweep, int64_t row) {
         return reader<P>(sweep.master, row, sweep.n, sweep.by.p);
 }
 
-// Stores masters of a row, and their weights, as they are computed; stochastically where bits are lost.
+// Stores masters of a row and their weights as they are computed; stochastically if bits are lost.
 template <typename P>
 struct MasterWriter {
     char *codes, *weights;
@@ -138,7 +138,7 @@ struct MasterWriter {
     }
 };
 
-// The formats of a shipped level, with BF16 weights: codes are read and written in the loops that compute.
+// The formats of a shipped level, with BF16 weights: the loops that compute also read and write codes.
 template <typename G, typename P, typename M, typename V>
 void sweep_in_place(const Sweep& sweep, int64_t row, int rows, Draws draws, int) {
     constexpr bool ROOT = dropped<V> != 0, QUOTIENT = number<M> == number<INT8>;
@@ -207,7 +207,7 @@ Draws draws_of(const Sweep& sweep, const Segment& segment) {
             uint32_t(segment.first_element)};
 }
 
-// Rows first to last of all segments', one after the other.
+// Sweeps rows first to last of all segments, one segment after the other.
 void adam_rows(const Sweep& sweep, int64_t first, int64_t last, int part) {
     const Work work = work_of(sweep);
     int64_t seen = 0;  // rows of the segments so far

@@ -4,7 +4,7 @@
 
 namespace ISA {
 
-// A format as a table of functions: formats meet by pointer, and no product of formats is ever compiled.
+// A format as a table of functions: formats are combined by pointer, and no product of formats is compiled.
 using Encode = void (*)(const float* x, Random random, const uint32_t* amax, int unit, void* codes,
                         uint8_t* scales, int rows, int n);
 
@@ -16,13 +16,13 @@ struct Format {
     void (*encode_and_square)(const float* x, const uint32_t* amax, void* codes, uint8_t* scales,
                               double* squares, int rows, int n);
     Encode encode_up, encode_either_way;
-    // How many values encode_up would round to zero if it did.
+    // How many values encode_up would round to zero if it did not prevent that.
     int64_t (*rescued)(const float* x, Random random, const uint32_t* amax, int unit, int rows, int n);
     float max;
     int itemsize;
 };
 
-// What a format is not used for is null.
+// Unused functions of a format are null.
 template <typename F>
 constexpr Format by_pointer() {
     Format all = {};
@@ -45,7 +45,7 @@ constexpr Format beside_weights(int itemsize) {  // split masters; masters.h
     all.itemsize = itemsize;
     return all;
 }
-// By number.
+// Indexed by number.
 constexpr Format FORMATS[] = {by_pointer<FP32>(), by_pointer<BF16>(), by_pointer<FP16>(),
                               by_pointer<E4M3>(), by_pointer<E5M2>(), by_pointer<UE4M4>(),
                               beside_weights(2),  beside_weights(1),  by_pointer<INT8>()};
@@ -110,7 +110,7 @@ void in_batches(int64_t first, int64_t last, int n, Work work) {
         work(row, int(last - row < batch ? last - row : batch));
 }
 
-// Calls work(first, last, part): rows first to last are a thread's part.
+// Calls work(first, last, part): a thread's part is rows first to last.
 template <typename Work>
 void in_parallel(int64_t rows, int threads, Work work) {
 #pragma omp parallel for schedule(static) num_threads(threads)
@@ -127,7 +127,7 @@ struct GradientCounts {  // ops/health.py
     double underflows, saturated, not_finite, signal, noise;
 };
 
-// Counts what became of values, in double precision: on the steps that are measured only.
+// Counts how values were encoded, in double precision, on measured steps only.
 void measure(const float* x, const Blocks& out, int64_t row, int rows, int n, GradientCounts& counts) {
     alignas(64) float decoded[BATCH];
     out.decode(row, rows, n, 1.0f, decoded);
@@ -147,7 +147,7 @@ void measure(const float* x, const Blocks& out, int64_t row, int rows, int n, Gr
     }
 }
 
-// FP32 values of rows of a parameter, zeros past its end.
+// Reads FP32 values of rows of a parameter, with zeros after its end.
 void read_rows(const Values& values, int64_t count, int64_t row, int rows, int n, float* x) {
     alignas(64) char padded[BATCH * 4];
     const char* from = values.at(row * n);

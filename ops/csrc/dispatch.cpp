@@ -1,4 +1,4 @@
-// Which of the compiled instruction sets this processor runs.
+// Selects the compiled instruction set for this processor.
 
 extern "C" __attribute__((visibility("default"))) const char* best_isa() {
 #ifdef __x86_64__

@@ -5,13 +5,13 @@
 
 namespace ISA {
 
-constexpr int BATCH = 256;  // elements worked on at a time: their FP32 values stay in L1
+constexpr int BATCH = 256;  // elements per batch: their FP32 values stay in L1
 constexpr int MAX_ROWS = BATCH / 32;
 
 struct E4M3 {
     using Code = u8;
     static constexpr int exponent_bits = 4, mantissa_bits = 3, lost_codes = 2;
-    // As a half, 2^8 smaller: four exponent bits in the low four of five.
+    // As a half, 2^8 smaller: its four exponent bits are the low four of the half's five.
     static constexpr int unit = 8;
     static f32 decode(u8 code) { return from_half(widen_signed((i8)code) << 7 & 0xBFFF); }
 };
@@ -23,14 +23,14 @@ struct E5M2 {
     static f32 decode(u8 code) { return from_half(widen_signed((i8)code) << 8); }
 };
 
-struct UE4M4 {  // the root of a second moment: no sign, no code for inf or NaN
+struct UE4M4 {  // the root of a second moment: no sign, no codes for inf or NaN
     using Code = u8;
     static constexpr int exponent_bits = 4, mantissa_bits = 4, lost_codes = 1;
     static constexpr int unit = 8;  // as a half, 2^8 smaller
     static f32 decode(u8 code) { return from_half(widen_signed((i8)code) << 6 & 0x3FC0); }
 };
 
-struct INT8 {  // whole numbers: exp_avg over the root of exp_avg_sq
+struct INT8 {  // integers: exp_avg over the root of exp_avg_sq
     using Code = u8;
     static constexpr int exponent_bits = 1, mantissa_bits = 6, lost_codes = 1;
     static constexpr int unit = 0;
@@ -64,7 +64,7 @@ struct FP32 {
     static f32 encode(f32 x) { return x; }
 };
 
-// Their numbers, as in ops.cpu.kernels.FORMATS.
+// Numbers of the formats, as in ops.cpu.kernels.FORMATS.
 template <typename F>
 constexpr int64_t number = -1;
 template <>
@@ -94,7 +94,7 @@ template <typename F>
 constexpr bool signs = true;  // whether it has a sign
 template <>
 constexpr bool signs<UE4M4> = false;
-template <typename F>  // inf and NaN take the last exponent, or only a code of it, or nothing
+template <typename F>  // inf and NaN take the last exponent, or one code of it, or none
 constexpr int max_exponent = bias<F> + (F::lost_codes == 2 || !signs<F> ? 1 : 0);
 template <>
 constexpr int max_exponent<INT8> = 6;
@@ -110,12 +110,12 @@ constexpr float largest_value() {
 
 struct Rounded {
     u32 code;       // the low byte
-    f32 magnitude;  // what it decodes to, without its sign
+    f32 magnitude;  // the decoded value without its sign
 };
 
-// To the nearest code, ties to even, of values within an 8-bit format's range. Adding a number of which
-// the code's last place is the last place rounds; what lands in its low byte, with the exponent above it
-// shifted down to it, is the code, for a constant that is part of the number.
+// Rounds to the nearest code, ties to even; values are in the range of an 8-bit format. Adding a number
+// whose last place is the code's last place rounds. The low byte of the sum, with the exponent above it
+// shifted down to it, is the code, because the number added includes a constant for that.
 template <typename F>
 inline Rounded nearest(f32 x) {
     constexpr int drop = dropped<F>, mantissa = F::mantissa_bits, smallest = 128 - bias<F>;
@@ -133,8 +133,8 @@ struct Pair {  // 2 * LANES values, one after the other
 };
 inline Pair load_two(const float* x) { return {load<f32>(x), load<f32>(x + LANES)}; }
 
-// Rounds scaled values to nearest and stores their codes; returns what those decode to, of an 8-bit format
-// without the sign.
+// Rounds scaled values to nearest and stores their codes; returns the decoded values, without the sign for an
+// 8-bit format.
 template <typename F>
 inline Pair put(char* to, Pair x) {
     if constexpr (itemsize<F> == 1) {
@@ -157,11 +157,11 @@ inline uint32_t amax_of(const float* x, int n) {  // as bits
 
 struct Scale {
     int e;          // its E8M0 byte
-    float inverse;  // what brings 2^unit times the values onto the codes
+    float inverse;  // maps 2^unit times the values to the codes
 };
 
-// Of a block of zeros, or with inf or NaN, or near the end of the range. Kept apart: where a compiler sees
-// these minima among the rest, it moves the scalars into vectors and back, and waits.
+// The scale of a block of zeros, with inf or NaN, or near the end of the range. Kept apart: a compiler that
+// sees these minima among the rest moves the scalars into vectors and back, and waits.
 __attribute__((noinline, cold)) inline Scale rare_scale(int exponent, int e, int unit) {
     if (exponent == 255) return {255, 0.0f};
     e = e < 1 ? 1 : e > 254 ? 254 : e;
@@ -176,7 +176,7 @@ inline Scale scale_of(uint32_t amax, int unit) {
     return {e, power_of_two(254 - unit - e)};
 }
 
-// What brings 2^unit times the values onto the codes; writes the scale.
+// Returns the factor from 2^unit times the values to the codes; writes the scale.
 template <typename F>
 inline float scale_down(uint32_t amax, int unit, uint8_t* scale) {
     if constexpr (scaled<F>) {
@@ -188,7 +188,7 @@ inline float scale_down(uint32_t amax, int unit, uint8_t* scale) {
     }
 }
 
-// Codes of a batch of blocks, read where they lie.
+// Reads the codes of a batch of blocks in place.
 template <typename F>
 struct Reader {
     const char* codes;
@@ -196,14 +196,14 @@ struct Reader {
     float factor;
 
     float scale(int row) const { return scaled<F> ? power_of_two(scales[row]) * factor : factor; }
-    f32 at(int i, float scale) const {  // LANES values from the i-th on, which are a row's
+    f32 at(int i, float scale) const {  // LANES values of one row, from the i-th on
         f32 x = F::decode(load<typename F::Code>(codes + i * itemsize<F>));
         if constexpr (F::unit != 0) x = x * power_of_two(127 + F::unit);
         return x * scale;
     }
 };
 
-// `rows` blocks of n values each, written to `out` or added to what is there.
+// Decodes `rows` blocks of n values each; writes to `out` or adds to it.
 template <typename F, bool ADD>
 void decode(const void* codes, const uint8_t* scales, float factor, float* out, int rows, int n) {
     const Reader<F> from = {static_cast<const char*>(codes), scales, factor};
@@ -226,7 +226,7 @@ void encode(const float* x, const uint32_t* amax, int unit, void* codes, uint8_t
     }
 }
 
-// Sums of squares of a block, as ops/exact.py has them. No addition rounds, so that their order is free.
+// Sum of squares of a block, as in ops/exact.py. No addition rounds, so the order of additions is free.
 template <typename Square>
 inline double sum_of(const float* x, int n, Square square) {
     f64 sums[4] = {};
@@ -240,7 +240,7 @@ inline double sum_of(const float* x, int n, Square square) {
 inline double sum_of_squares(const float* x, int n) {
     return sum_of(x, n, [](f64 value) { return value * value; });
 }
-inline double sum_of_squares_on_a_grid(const float* x, int n) {  // NaN where one is not finite
+inline double sum_of_squares_on_a_grid(const float* x, int n) {  // NaN if a value is not finite
     const uint32_t largest = amax_of(x, n);
     if (largest >= INFINITE) return __builtin_nan("");
     const int64_t field = int64_t(same_bits<uint64_t>(double(same_bits<float>(largest))) >> 52);
@@ -249,7 +249,7 @@ inline double sum_of_squares_on_a_grid(const float* x, int n) {  // NaN where on
     return sum_of(x, n, [grid](f64 value) { return value * value + grid - grid; });
 }
 
-// Also the sum of squares of each block as stored, without its scale.
+// Encodes, and returns the sum of squares of each block as stored, without its scale.
 template <typename F>
 void encode_and_square(const float* x, const uint32_t* amax, void* codes, uint8_t* scales, double* squares,
                        int rows, int n) {

@@ -1,9 +1,8 @@
-// The ops of a backend on a CPU, behind the contracts of ops/blocks.py, ops/reduction.py and
-// ops/adam.py, those of them that write with one scale per tensor, ops/per_tensor.py, and what
-// ops/products.py does to weights: same codes, same scales. A batch of blocks is decoded into FP32 in L1 by
-// its format, computed, and encoded by its format; nothing longer is ever in between. Compiled once per
-// instruction set, which ISA names, and without fused multiply-add: the order of roundings is part of the
-// contract.
+// The ops of a backend on a CPU, with the contracts of ops/blocks.py, ops/reduction.py and ops/adam.py, those
+// with one scale per tensor, ops/per_tensor.py, and the weight functions of ops/products.py: same codes, same
+// scales. A batch of blocks is decoded into FP32 in L1 by its format, computed, and encoded by its format;
+// no longer buffer lies between. Compiled once per instruction set, which ISA names, and without fused
+// multiply-add: the order of roundings is part of the contract.
 #include "tensors.h"
 #include "weights.h"
 

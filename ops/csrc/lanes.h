@@ -1,5 +1,5 @@
 // Vectors of LANES 32-bit values: the compiler's own vector types, with operators, and the few
-// instructions that operators do not reach. Included once per instruction set, whose name is ISA.
+// instructions that operators do not cover. Included once per instruction set, whose name is ISA.
 #pragma once
 #include <stdint.h>
 #include <string.h>
@@ -45,10 +45,10 @@ inline To same_bits(From from) {
     return load<To>(&from);
 }
 
-inline i32 to_integer(f32 x) { return __builtin_convertvector(x, i32); }  // cut
+inline i32 to_integer(f32 x) { return __builtin_convertvector(x, i32); }  // truncates
 inline f32 from_integer(i32 x) { return __builtin_convertvector(x, f32); }
 
-inline f64 doubles(const float* from) {  // HALF_LANES of them
+inline f64 doubles(const float* from) {  // loads HALF_LANES values
     using half = float __attribute__((vector_size(4 * HALF_LANES)));
     return __builtin_convertvector(load<half>(from), f64);
 }
@@ -145,7 +145,7 @@ inline f32 from_half(u16 x) {
 }
 inline u16 to_half(f32 x) {
     u32 bits = bits_of(x), magnitude = bits & MAGNITUDE;
-    // Adding a number of which a half's last place is the last place rounds as the half would.
+    // Adding a number whose last place is the half's last place rounds as the half would.
     u32 exponent = larger(magnitude & INFINITE, (u32{} + 113) << 23);
     f32 rounded = float_of(magnitude) + float_of(exponent + (13 << 23));
     u32 code = bits_of(rounded) + (bits_of(rounded) >> 13) + 2048;

@@ -1,10 +1,10 @@
-// Masters beside the weights that are written with them; ops/masters.py.
+// Masters, and the weights that are written with them; ops/masters.py.
 #pragma once
 #include "blocks.h"
 
 namespace ISA {
 
-// Of a split master a BF16 weight is the upper half, and the code what is kept of the lower.
+// A split master's upper half is a BF16 weight; the code is the stored part of its lower half.
 struct SPLIT16 {
     using Code = u16;
     static constexpr int dropped = 0;
@@ -28,24 +28,24 @@ constexpr bool scaled<SPLIT16> = false;
 template <>
 constexpr bool scaled<SPLIT8> = false;
 
-// Split masters, read where they lie, as a Reader.
+// A Reader of split masters, in place.
 template <typename S>
 struct SplitReader {
     const char *codes, *weights;
     float factor;
 
     float scale(int) const { return factor; }
-    f32 at(int i, float scale) const {  // the lower half counts as a signed number
+    f32 at(int i, float scale) const {  // the lower half is a signed number
         const i32 low = S::low(load<typename S::Code>(codes + i * itemsize<S>));
         const u32 high = widen(load<u16>(weights + 2 * i)) << 16;
-        const i32 borrowed = (low >> 31) & (high << 1 == 0);  // which zero has nothing of
+        const i32 borrowed = (low >> 31) & (high << 1 == 0);  // zero has nothing to borrow from
         return float_of(high + (u32)(low & ~borrowed)) * scale;
     }
 };
 
 constexpr uint32_t HALF_CODE = 0x8000;  // of BF16
 
-inline u32 to_weight(f32 x) {  // half a code added, and cut
+inline u32 to_weight(f32 x) {  // adds half a code and truncates
     return x == x ? (bits_of(x) + HALF_CODE) >> 16 : u32{} + 0x7FC0;
 }
 
@@ -55,7 +55,7 @@ void write_weights(const float* p, int count, char* to, int64_t dtype) {
         store_low_halves(to + 2 * i, to_weight(load<f32>(p + i)), to_weight(load<f32>(p + i + LANES)));
 }
 
-// noise: below what is kept.
+// noise: random bits below the stored part.
 template <typename S>
 inline void put_split(char* codes, char* weights, Pair x, u32 noise_a, u32 noise_b) {
     constexpr uint32_t keep = ~0u << S::dropped;
@@ -92,7 +92,7 @@ void write_split(const float* p, Random* random, char* codes, char* weights, int
     }
 }
 
-// Any masters, decoded; weights: of the same rows.
+// Decodes masters of any format; weights: of the same rows.
 void read_masters(const Blocks& master, const Values& weights, int64_t row, int rows, int n, float factor,
                   float* out) {
     if (master.is<SPLIT16>())
@@ -103,7 +103,7 @@ void read_masters(const Blocks& master, const Values& weights, int64_t row, int 
         master.decode(row, rows, n, factor, out);
 }
 
-// Rounds `p` into masters, to nearest where there is no `random`, and the weights from what is stored.
+// Rounds `p` into masters, to nearest without `random`, and the weights from the stored masters.
 // Overwrites p.
 void write_masters(float* p, const uint32_t* amax, Random* random, const Blocks& master,
                    const Values& weights, int64_t row, int rows, int n) {

@@ -8,7 +8,7 @@ struct NormParts {  // the digits of ops/exact.py, and blocks that are not finit
     static constexpr int DIGIT_BITS = 24, DIGITS = 27, POSITION = 1023 + 52 - 13 * DIGIT_BITS;
     int64_t digits[DIGITS], not_finite;
 
-    void add(double square) {  // of a block; inf or NaN where it is not finite
+    void add(double square) {  // square: of a block; inf or NaN if it is not finite
         if (square - square != 0) return void(++not_finite);
         if (square == 0) return;
         const uint64_t bits = same_bits<uint64_t>(square), hidden = uint64_t(1) << 52;
@@ -22,7 +22,7 @@ struct NormParts {  // the digits of ops/exact.py, and blocks that are not finit
     }
 };
 
-// The sum of the ranks' pieces of a batch, and of what the shard holds.
+// Adds the ranks' pieces of a batch, and the contents of the shard.
 void add_up(const Blocks* pieces, int ranks, const Blocks& shard, bool overwrite, int64_t row, int rows,
             int n, float* total) {
     pieces[0].decode(row, rows, n, 1.0f, total);

@@ -1,17 +1,17 @@
-// Stochastic rounding: one more encoder per format; ops/rounding.py.
+// Stochastic rounding: a second encoder per format; ops/rounding.py.
 #pragma once
 #include "formats.h"
 
 namespace ISA {
 
-// The upper RANDOM_BITS of 32 hashed bits are the random ones.
+// The upper RANDOM_BITS of 32 hashed bits are used.
 constexpr int RANDOM_BITS = 24;  // more than any format drops
 constexpr int FEWER_BITS = 16;   // of the same 32, for a second draw
 constexpr uint32_t SPREAD = 0x9E3779B9;
 constexpr uint32_t APART = 0x361962EB;
 constexpr uint32_t MULTIPLIERS[] = {0x21F0AAAD, 0xD35A2D97};
 
-struct Last {  // of the mixer: what is multiplied, made odd or not, and with what
+struct Last {  // the mixer's last step: the factor, and whether the word is made odd first
     uint32_t multiplier, odd;
 };
 
@@ -26,7 +26,7 @@ uint32_t key_of(uint32_t stream, int64_t parameter) {
     return word ^ word >> 15;
 }
 
-struct Random {  // of elements one after the other
+struct Random {  // random bits of consecutive elements
     u32 index;
     Last last;
 
@@ -44,8 +44,8 @@ struct Random {  // of elements one after the other
     static u32 fewer(u32 word) { return (word + APART) >> (32 - FEWER_BITS); }
 };
 
-// Codes of |value|, which `onto_codes` is on the scale of FP32's exponents: the bits below the code are cut,
-// after noise as wide as they are has been added.
+// Returns codes of |value|; `onto_codes` is the value on the scale of FP32's exponents. Noise as wide as the
+// bits below the code is added, then these are cut.
 template <typename F>
 inline u32 round_stochastically(f32 value, f32 onto_codes, u32 random) {
     constexpr int drop = dropped<F>;
@@ -62,13 +62,13 @@ inline void store_codes(char* to, u32 a, u32 b) {
         store_low_halves(to, a, b);
 }
 
-struct Words {  // random ones of a pair of values
+struct Words {  // random words of a pair of values
     u32 a, b;
 
     explicit Words(Random& random) : a(random.next_word()), b(random.next_word()) {}
 };
 
-// Stores codes of values that are not negative, rounded stochastically, never from non-zero to zero.
+// Stores codes of non-negative values, rounded stochastically, never from non-zero to zero.
 template <typename F>
 inline void put_up(char* to, Pair x, float inverse, Words words) {
     const Pair codes = x * inverse * power_of_two(bias<F>);
@@ -77,13 +77,13 @@ inline void put_up(char* to, Pair x, float inverse, Words words) {
     store_codes<F>(to, x.a == f32{} ? u32{} : a, x.b == f32{} ? u32{} : b);
 }
 
-// Brings values onto whole numbers, times 2^FEWER_BITS; inverse: of their scale.
+// Returns the factor from values to integers, times 2^FEWER_BITS; inverse: of their scale.
 inline float onto_fixed(float inverse) {
     const float factor = inverse * (1 << FEWER_BITS), most = power_of_two(254);
     return factor < most ? factor : most;
 }
 
-// Stores whole numbers, rounded stochastically.
+// Stores integers, rounded stochastically.
 inline void put_whole(char* to, Pair x, float inverse, Words words) {
     const Pair fixed = x * inverse;
     const i32 a = to_integer(fixed.a) + (i32)Random::fewer(words.a);
@@ -102,7 +102,7 @@ inline void put_either_way(char* to, Pair x, float inverse, Words words) {
 
 using Put = void (*)(char* to, Pair x, float inverse, Words words);
 
-// What brings 2^unit times the values onto what is rounded; writes the scale.
+// Returns the factor from 2^unit times the values to the input of rounding; writes the scale.
 template <typename F>
 inline float onto_codes(uint32_t amax, int unit, uint8_t* scale) {
     const float inverse = scale_down<F>(amax, unit, scale);

@@ -1,4 +1,4 @@
-// The arithmetic of an Adam step, and what a sweep is given; ops/adam.py.
+// The arithmetic of an Adam step, and a sweep's arguments; ops/adam.py.
 #pragma once
 #include "masters.h"
 
@@ -9,9 +9,9 @@ constexpr int UNIT = 24;  // ops.adam.LOG_UNIT
 struct Scalars {
     float beta1, one_minus_beta1, beta2, one_minus_beta2, root_beta2, quotient_beta, step_size;
     float root_correction;
-    float eps;  // in the unit of the sweep
+    float eps;  // in the sweep's unit
     float decay;
-    float clamp;  // inf: none
+    float clamp;  // inf: no clamp
     int32_t decoupled;
 };
 
@@ -19,7 +19,7 @@ struct Segment {
     int64_t first_row, last_row, first_element, parameter;
 };
 
-struct Factors {  // what decoded values are multiplied with
+struct Factors {  // factors of decoded values
     float g, p, m, v;
 };
 
@@ -29,28 +29,28 @@ struct StateCounts {  // ops/health.py
 
 struct Sweep {
     Blocks gradient, master, m, v;
-    const float* gradient_scales;  // of rows, in place of the gradient's own; or null
+    const float* gradient_scales;  // of rows, replacing the gradient's own; or null
     Values weights;
     const Segment* segments;
     int64_t segment_count;
     StateCounts* counts;   // one per thread, or null
-    const float* control;  // what the gradient is multiplied with; 0 if the step is skipped
+    const float* control;  // factor of the gradient; 0 if the step is skipped
     uint32_t v_stream, p_stream, multiplier, odd;
     int32_t n, stochastic, stores_sqrt;
     Scalars scalars;
-    Factors by;  // filled in here
+    Factors by;  // set by the sweep
 
     bool root() const { return stores_sqrt && v.f().encode_up; }  // whether v holds its root
-    bool quotient() const { return m.is<INT8>(); }                // whether m is held over it
+    bool quotient() const { return m.is<INT8>(); }                // whether m is stored over that root
 };
 
 struct Batch {
     alignas(64) float g[BATCH], p[BATCH], m[BATCH], v[BATCH];
-    uint32_t clamped;  // where it is counted
+    uint32_t clamped;  // on measured steps only
     uint32_t p_amax[MAX_ROWS], m_amax[MAX_ROWS], root_amax[MAX_ROWS];
 };
 
-struct Ready {  // values that have been decoded, as a Reader
+struct Ready {  // a Reader of decoded values
     const float* values;
 
     float scale(int) const { return 1; }
@@ -59,8 +59,8 @@ struct Ready {  // values that have been decoded, as a Reader
 
 constexpr int NEXT_TO_ZERO = 127 - 110;  // ops.moments.NEXT_TO_ZERO
 
-// The arithmetic, from codes or decoded values to what is encoded; g becomes the root of v. If QUOTIENT, m is
-// over the root of v, before and after. SCALED: whether masters have scales, which need their largest value.
+// The arithmetic, from codes or decoded values to the values that are encoded; g becomes the root of v.
+// QUOTIENT: m is over the root of v, before and after. SCALED: masters have scales, which need their amax.
 template <bool ROOT, bool QUOTIENT, bool SCALED, bool COUNT = false, typename G, typename P, typename M,
           typename V>
 void adam(G g_in, P p_in, M m_in, V v_in, Batch& out, int rows, int n, const Scalars s) {

@@ -1,4 +1,4 @@
-// One scale per tensor; ops/per_tensor.py. A first sweep finds the largest values, a second computes again
+// One scale per tensor; ops/per_tensor.py. A first sweep finds the largest values; a second computes again
 // and encodes.
 #pragma once
 #include <algorithm>
@@ -9,13 +9,13 @@
 
 namespace ISA {
 
-struct SameAmax {  // for every row of a batch
+struct SameAmax {  // one amax for every row of a batch
     uint32_t rows[MAX_ROWS];
 
     explicit SameAmax(uint32_t amax) { std::fill_n(rows, MAX_ROWS, amax); }
 };
 
-// The largest of what find(row, rows) finds in batches, as bits.
+// Returns the largest result of find(row, rows) over all batches, as bits.
 template <typename Find>
 uint32_t largest_in(int64_t blocks, int n, int threads, Find find) {
     std::vector<uint32_t> parts(size_t(threads), 0);

@@ -1,5 +1,5 @@
-// Weights of products, in tiles of 128 x 128; the functions of ops/products.py on a run of a matrix's
-// elements. Rows are read as they lie, whole: tile by tile each row would be another page, and twice as slow.
+// Weights of products, in tiles of 128 x 128; the functions of ops/products.py on consecutive elements of
+// a matrix. Whole rows are read in memory order: tile by tile, each row is another page, and twice as slow.
 #pragma once
 #include <algorithm>
 #include <vector>
@@ -15,7 +15,7 @@ struct Run {  // consecutive elements of a matrix
 
     int64_t across() const { return (columns + TILE - 1) / TILE; }
 
-    // Calls work(row, end): a thread's part of the rows that the run reaches.
+    // Calls work(row, end) for each thread's part of the rows that the run touches.
     template <typename Work>
     void in_parallel_rows(int threads, Work work) const {
         if (!count) return;
@@ -23,8 +23,8 @@ struct Run {  // consecutive elements of a matrix
         in_parallel(end - begin, threads,
                     [&](int64_t from, int64_t to, int) { work(begin + from, begin + to); });
     }
-    // Calls work(tile, from, count) for the tiles of a row, as far as it is in the run, whose elements begin
-    // at 0.
+    // Calls work(tile, from, count) for the tiles of a row, as far as the run covers them; the run's elements
+    // begin at 0.
     template <typename Work>
     void tiles_of(int64_t row, Work work) const {
         const int64_t start = row * columns - first;
@@ -38,7 +38,7 @@ struct Run {  // consecutive elements of a matrix
 
 constexpr int in_vectors(int count) { return (count + 2 * LANES - 1) / (2 * LANES) * (2 * LANES); }
 
-// Elements that can be read in whole vectors: where they lie, or a copy with zeros behind them.
+// Returns elements that can be read in whole vectors: in place, or a copy padded with zeros.
 template <typename T>
 const T* whole(const T* from, int count, T* padded) {
     if (count == in_vectors(count)) return from;
@@ -46,12 +46,12 @@ const T* whole(const T* from, int count, T* padded) {
     return padded;
 }
 
-struct Largest {         // of the elements of a tile that a thread has seen
+struct Largest {         // of a tile's elements seen by a thread
     u32 magnitude = {};  // without the lower half of an FP32
     bool any = false;
 };
 
-void raise(uint8_t* exponent, uint8_t to) {  // threads meet in a tile
+void raise(uint8_t* exponent, uint8_t to) {  // several threads may update a tile
     uint8_t old = __atomic_load_n(exponent, __ATOMIC_RELAXED);
     while (old < to &&
            !__atomic_compare_exchange_n(exponent, &old, to, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {

@@ -1,9 +1,9 @@
-// The host's part of FP8 products: allocations and launches, by a call per cast, transpose and product.
+// The host's part of FP8 products: one call allocates and launches a cast, a transpose or a product.
 //
 // Kernels are Triton's and products cuBLASLt's. Python compiles and plans them, once for every kind of call,
-// and hands over what it takes to launch them. A call of a kind that is not known, or whose tensors lie
-// otherwise than kernels expect, gives an empty list, and Python makes it. Functions of CUDA come by their
-// addresses, so that no header of CUDA is needed.
+// and hands over what is needed to launch them. A call of an unknown kind, or with tensors in a layout that
+// kernels do not expect, returns an empty list, and Python makes it. CUDA functions are passed as addresses,
+// so no CUDA header is needed.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/sum.h>
@@ -22,7 +22,7 @@ using at::Tensor;
 using Tensors = std::vector<Tensor>;
 using Integers = at::IntArrayRef;
 
-constexpr int64_t TILE = 128, TOKENS = 16, GROUP = 4;  // of ops/products.py
+constexpr int64_t TILE = 128, TOKENS = 16, GROUP = 4;  // as in ops/products.py
 constexpr int64_t BEST_ALIGNMENT = 256, ALIGNMENT = 16;
 constexpr int BIAS_POINTER = 8, A_SCALE_POINTER = 17, B_SCALE_POINTER = 18;
 constexpr int64_t TURNED_ROWS = 1, TURNED_TILES = 2;
@@ -52,7 +52,7 @@ SetAttribute set_attribute;
 Matmul matmul;
 std::map<std::pair<int64_t, int64_t>, Kernel> kernels;  // by device and kind
 std::map<Shape, std::unique_ptr<Plan>> plans;
-std::mutex known;  // of what is known
+std::mutex known;  // guards `kernels` and `plans`
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t tiles(int64_t length) { return ceil_div(length, TILE); }
@@ -104,7 +104,7 @@ int64_t cast_kind(bool rows, int64_t turned, bool sums, int64_t groups) {
     return int64_t(rows) | turned << 1 | int64_t(sums) << 3 | int64_t(groups % 16 == 0) << 4;
 }
 
-// Codes and scales in rows, codes and scales transposed, sums over tokens: what is wanted of them.
+// Returns those wanted of: codes and scales in rows, codes and scales transposed, sums over tokens.
 Tensors cast(const Tensor& values, bool rows, int64_t turned, bool sums, int64_t stream) {
     if (values.dim() != 2 || values.scalar_type() != at::kBFloat16) return {};
     int64_t source = address(values);
@@ -141,7 +141,7 @@ Tensors cast(const Tensor& values, bool rows, int64_t turned, bool sums, int64_t
         parts = at::empty({tiles(padded), features}, floats);
         out[4] = address(parts);
     }
-    int64_t scratch = 0, profile = 0;  // which Triton's kernels take last
+    int64_t scratch = 0, profile = 0;  // last arguments of Triton's kernels
     void* arguments[] = {&source, &out[0],   &out[1], &out[2], &out[3],  &out[4], &tokens,
                          &padded, &features, &stride, &groups, &scratch, &profile};
     run(*kernel, tiles(padded) * tiles(features), arguments, stream);
@@ -149,12 +149,12 @@ Tensors cast(const Tensor& values, bool rows, int64_t turned, bool sums, int64_t
     return found;
 }
 
-// Negative; a kind of cast is not. exponents: their address, which may be one of any byte.
+// Negative; a kind of cast is not. exponents: their address, at any alignment.
 int64_t transpose_kind(int64_t exponents, int64_t groups) {
     return -1 - int64_t(exponents % ALIGNMENT == 0) - 2 * int64_t(groups % ALIGNMENT == 0);
 }
 
-// A weight's codes and scales, both transposed.
+// Returns a weight's codes and scales, both transposed.
 Tensors transpose(const Tensor& codes, const Tensor& exponents, int64_t stream) {
     if (codes.dim() != 2 || codes.element_size() != 1 || !codes.is_contiguous()) return {};
     if (exponents.dim() != 2 || exponents.scalar_type() != at::kByte || !exponents.is_contiguous()) return {};
@@ -185,7 +185,7 @@ bool has_scales(const Tensor& scales, int64_t rows, int64_t columns, int64_t dow
            scales.size(1) == columns && scales.stride(0) == down && scales.stride(1) == across;
 }
 
-// left right^T + bias
+// Returns left right^T + bias.
 Tensors multiply(const Tensor& left, const Tensor& left_scales, const Tensor& right,
                  const Tensor& right_scales, const std::optional<Tensor>& bias, int64_t stream) {
     if (!is_codes(left) || !is_codes(right) || !left.numel() || left.size(1) != right.size(1)) return {};

@@ -1,1 +1,1 @@
-"""What DeepSpeed's engine calls in place of its own ZeRO optimizers."""
+"""The optimizers that DeepSpeed's engine uses in place of its own ZeRO optimizers."""

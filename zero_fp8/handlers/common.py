@@ -1,7 +1,8 @@
-"""FP8ZeROOptimizer: what DeepSpeed's engine talks to, whatever the ZeRO stage.
+"""FP8ZeROOptimizer: the optimizer that DeepSpeed's engine calls, at any ZeRO stage.
 
-The parts do the work (`wiring`); here the engine's names are answered. A fresh subclass of DeepSpeed's
-`ZeROOptimizer` base, not of its 3,000-line handlers, whose methods change signature with every release.
+The parts do the work (`wiring`); this module implements the names that the engine calls. It subclasses
+DeepSpeed's `ZeROOptimizer` base and not its 3,000-line handlers, whose methods change signature with every
+release.
 """
 
 import logging
@@ -95,10 +96,10 @@ class FP8ZeROOptimizer(Facade, MovableStates, ZeROOptimizer):
         self._bind()
 
     def _prepare(self) -> None:
-        """When the ranks have agreed, before anything is built."""
+        """Prepare parameters after the ranks have agreed and before anything is built."""
 
     def _bind(self) -> None:
-        """Be the one whom DeepSpeed's utilities ask about these parameters."""
+        """Register with these parameters as the object that DeepSpeed's utilities call."""
         claim(self.parameters.values(), self)
         self.full_tensors.attach(self.parameters)
 
@@ -107,24 +108,24 @@ class FP8ZeROOptimizer(Facade, MovableStates, ZeROOptimizer):
         release(self.parameters.values())
 
     def _listen(self) -> None:
-        """Let gradients travel while backward runs, if they do in this run; again after a cast."""
+        """Reduce gradients while backward runs, if this run does so; call again after a cast."""
         if self.parts.listens:
             self.gradients.listen()
 
     def join(self, members: Members, divisor: Callable[[], float], client: Any) -> None:
-        """Take part in an engine: members of its model, divisor of other backwards, the optimizer given."""
+        """Join an engine: members of its model, divisor of other backwards, the optimizer given."""
         self.roster = Roster(members, self.parameters, self.parameter_names)
         self.arrivals = ArrivalHooks(self.parameters, divisor)
         self.client = Client(client, self.optimizer, self.zero_grad)
 
     def give_up(self) -> None:
-        """Another engine trains these parameters from now on."""
-        logger.warning("parameters of an FP8 engine were given to another engine: the first trains no more")
+        """Stop training, because another engine trains these parameters from now on."""
+        logger.warning("another engine has taken over parameters of an FP8 engine, which stops training")
         self.binding.give_up()
         self._let_go()
 
     def _let_go(self) -> None:
-        """Once: another engine may have the parameters then."""
+        """Release the parameters, once, so that another engine can have them."""
         if not self._has_let_go:
             self._has_let_go = True
             self._unbind()
@@ -135,7 +136,7 @@ class FP8ZeROOptimizer(Facade, MovableStates, ZeROOptimizer):
                 self.client.let_go()
 
     def destroy(self) -> None:
-        """Let go of the parameters, which keep their weights, and free the states."""
+        """Release the parameters, which keep their weights, and free the states."""
         self._let_go()
         self._forget_moves()
         self.parts.close()
@@ -143,16 +144,14 @@ class FP8ZeROOptimizer(Facade, MovableStates, ZeROOptimizer):
     # Backward
 
     def clear_backward_seen_flag(self) -> None:
-        """At every forward, if it is not part of a backward: drop what one has left that raised half-way."""
+        """Drop gradients of a backward that raised half-way. Called at every forward outside a backward."""
         if self.in_backward and not in_backward():
-            logger.warning(
-                "the last backward did not come to its end; all gradients since the last step are dropped"
-            )
+            logger.warning("the last backward did not finish; all gradients since the last step are dropped")
             self.zero_grad()
 
     @property
     def in_backward(self) -> bool:
-        """Whether a backward has begun and has not come to its end."""
+        """Whether a backward has begun and not ended."""
         return self.gradients.active
 
     def opens_backward(self) -> bool:
@@ -160,7 +159,7 @@ class FP8ZeROOptimizer(Facade, MovableStates, ZeROOptimizer):
         return not self.in_backward and (not in_backward() or covers_whole_graph())
 
     def enter_backward(self) -> None:
-        """A backward begins; one that has raised half-way has left its count."""
+        """Begin a backward; reset the depth that a backward that raised half-way has left."""
         self._backward_active_depth = 0
         super().clear_backward_seen_flag()
         super().enter_backward()
@@ -171,24 +170,24 @@ class FP8ZeROOptimizer(Facade, MovableStates, ZeROOptimizer):
         self.gradients.end()
 
     def overlapping_partition_gradients_reduce_epilogue(self) -> None:
-        """ZeRO 2 and 3, after every micro-step: what backward has not sent yet."""
+        """Reduce the gradients that backward has not sent yet: ZeRO 2 and 3, after every micro-step."""
         self.gradients.finish()
 
     def finalize_gradient_accumulation_boundary(self) -> None:
-        """If the caller owns the boundary: every backward has reduced already (ZeRO 2 and 3)."""
+        """Do nothing if the caller owns the boundary: every backward has reduced already (ZeRO 2 and 3)."""
 
     def needs_scaler(self) -> bool:
-        """Whether a loss must be scaled before its backward; also by a scale that is fixed."""
+        """Whether a loss must be scaled before its backward, by a fixed scale as well."""
         return super().needs_scaler() or self.loss_scale != 1
 
     # Step
 
     def step(self, closure: Any = None) -> None:
-        """One Adam step on every shard, or none: then every byte of state stays as it was.
+        """Take one Adam step on every shard, or none: then every byte of state stays as it was.
 
         Raises RuntimeError without a gradient, after a backward that raised half-way, and after
-        `max_consecutive_skips` skips in a row; ValueError, on every rank, if a weight or a gradient of any
-        rank has another shape or dtype now.
+        `max_consecutive_skips` skips in a row; ValueError, on every rank, if the shape or dtype of any
+        rank's weight or gradient has changed.
         """
         self.binding.check_owned()
         if self.client:
@@ -207,14 +206,14 @@ class FP8ZeROOptimizer(Facade, MovableStates, ZeROOptimizer):
             self.gradients.drop()
 
     def _bring_home(self) -> str | None:
-        """Bring weights to where the sweep writes them; an objection to what was done to them."""
+        """Bring weights to the memory that the sweep writes; return an objection to changes made to them."""
         return self.binding.bring_home() or self.parts.frozen.bring_home()
 
     def _refuse_half_a_backward(self) -> None:
         if self.in_backward:
             self.zero_grad()
             raise RuntimeError(
-                "step() after a backward that did not come to its end: all gradients since the last step "
+                "step() after a backward that did not finish: all gradients since the last step "
                 "are dropped; call engine.backward(loss) before engine.step()"
             )
 
@@ -223,7 +222,7 @@ class FP8ZeROOptimizer(Facade, MovableStates, ZeROOptimizer):
         return self.stepper.attempt(objections, self.binding.unlogged, self._gradient_scale())
 
     def _settle(self, verdict: Verdict) -> None:
-        """Count the step, or the skip, as the device has decided."""
+        """Count the step or the skip that the device has decided."""
         if not verdict.received:
             causes = self.roster.causes() if self.roster else "no engine"
             raise RuntimeError(
@@ -241,20 +240,20 @@ class FP8ZeROOptimizer(Facade, MovableStates, ZeROOptimizer):
             self.roster.warn(all_had_gradients=self.gradients.pending.received >= len(self.parameters))
 
     def _gradient_scale(self) -> float:
-        """From the sum over ranks of scaled gradients, as stored, to what a step takes."""
+        """Factor from the sum over ranks of scaled gradients, as stored, to the gradient of a step."""
         return 1.0 / (self.parts.divisor * self.loss_scale)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop the gradients of trained parameters, reduced ones too."""
+        """Drop the gradients of trained parameters, including reduced ones."""
         for parameter in self.parameters.values():
             parameter.grad = None
         self.gradients.drop()
 
     def _bring_gradients(self) -> None:
-        """Before whole gradients are read or set. Raises ValueError if there are none."""
+        """Bring gradients before they are read or set as a whole. Raises ValueError if there are none."""
         self.clear_backward_seen_flag()
         if not self.gradients.has_gradients:
-            raise ValueError("gradients are there only between engine.backward() and engine.step()")
+            raise ValueError("gradients exist only between engine.backward() and engine.step()")
         self.gradients.bring()
 
     # Masters, weights and checkpoints
@@ -265,9 +264,9 @@ class FP8ZeROOptimizer(Facade, MovableStates, ZeROOptimizer):
         return [[self.parameters[slot.parameter] for slot in bucket.slots] for bucket in self.parts.buckets]
 
     def ready_for_files(self) -> AbstractContextManager[None]:
-        """While DeepSpeed saves or loads: parameters are in their buffers and require what they did at first.
+        """Put parameters into their buffers, with their first requires_grad, while DeepSpeed saves or loads.
 
-        Raises ValueError if a parameter has another shape or dtype now.
+        Raises ValueError if the shape or dtype of a parameter has changed.
         """
         self.binding.require()
         return self.roster.as_initialized() if self.roster else nullcontext()
@@ -276,7 +275,7 @@ class FP8ZeROOptimizer(Facade, MovableStates, ZeROOptimizer):
         self.optimizer.drop_clamp("optimizer states were set from outside")
 
     def refresh_fp32_params(self) -> None:
-        """Masters from the weights as they are, and no gradients, as after loading weights."""
+        """Take masters from the current weights and drop gradients, as after loading weights."""
         self.zero_grad()
         self.binding.require()
         self.saved.masters_from_weights()
@@ -284,11 +283,11 @@ class FP8ZeROOptimizer(Facade, MovableStates, ZeROOptimizer):
     _restore_from_bit16_weights = refresh_fp32_params
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's shard: raw states for us, FP32 masters for DeepSpeed's zero_to_fp32.py."""
+        """Return this rank's shard: raw states for us, FP32 masters for DeepSpeed's zero_to_fp32.py."""
         return self.saved.state_dict()
 
     def restore(self, source: Restorable) -> None:
-        """Take over a checkpoint that has been checked; the weights follow the masters."""
+        """Restore a checkpoint that has been checked; the weights follow the masters."""
         self.binding.require()
         self.saved.restore(source)
         self.zero_grad()

@@ -1,7 +1,7 @@
-"""DeepSpeed's fetching of weights under ZeRO 3, with slices of whole blocks and fetches of ours.
+"""DeepSpeed's fetching of weights under ZeRO 3, with slices of whole blocks and our own fetches.
 
-Hooks on modules, prefetch, persistence and release are DeepSpeed's own. What is ours: how a parameter is cut
-(`weights.sliced.slices`), how it travels (`weights.sliced.fetch`), and to be told when a module has ended its
+Hooks on modules, prefetch, persistence and release are DeepSpeed's own. Ours are: how a parameter is cut
+(`weights.sliced.slices`), how it travels (`weights.sliced.fetch`), and a call when a module has ended its
 backward.
 """
 
@@ -18,12 +18,12 @@ from ds_fp8.zero_fp8.placement.parameters import held_of
 from ds_fp8.zero_fp8.weights.sliced import fetch
 from ds_fp8.zero_fp8.weights.sliced.slices import CODES, cut, dtype_of, objection_to
 
-AUTOGRAD_FUNCTIONS = ("pre_bwd_fn", "post_bwd_fn")  # attributes of a module that DeepSpeed has hooked
+AUTOGRAD_FUNCTIONS = ("pre_bwd_fn", "post_bwd_fn")  # attributes of a module with DeepSpeed's hooks
 OnModuleEnd = Callable[[Module], None]
 
 
 class Offload(DeepSpeedZeRoOffload):  # type: ignore[misc]  # DeepSpeed has no types
-    """DeepSpeed's hooks, which also tell when a module has ended its backward."""
+    """DeepSpeed's hooks, plus a call when a module has ended its backward."""
 
     on_module_end: OnModuleEnd = staticmethod(lambda module: None)
 
@@ -36,7 +36,7 @@ class Offload(DeepSpeedZeRoOffload):  # type: ignore[misc]  # DeepSpeed has no t
         _forget_functions(self.module)
 
     def stranger(self) -> str | None:
-        """What is wrong with a parameter that came after deepspeed.initialize, if there is one."""
+        """Return an objection to a parameter that was added after deepspeed.initialize, if there is one."""
         known = ((name, hasattr(each, "ds_id")) for name, each in self.module.named_parameters())
         name = next((name for name, is_known in known if not is_known), None)
         return name and (
@@ -55,7 +55,7 @@ class Offload(DeepSpeedZeRoOffload):  # type: ignore[misc]  # DeepSpeed has no t
 
     def pre_sub_module_backward_function(self, sub_module: Any) -> None:
         super().pre_sub_module_backward_function(sub_module)
-        # DeepSpeed counts the forwards down and fetches no more at 0; a retained graph has another backward.
+        # DeepSpeed counts forwards down and stops fetching at 0, but a retained graph has another backward.
         sub_module.applied_pre_backward_ref_cnt += 1
 
     def post_sub_module_backward_function(self, sub_module: Module) -> None:
@@ -76,47 +76,47 @@ class Fetching:
             cut(parameter, block_size)
 
     def install(self, on_module_end: OnModuleEnd) -> None:
-        """Fetch from now on, and say when modules end their backward."""
+        """Fetch from now on; on_module_end is called when a module has ended its backward."""
         self.offload.on_module_end = on_module_end
         awaited = self.offload.module.ds_inflight_param_registry
         fetch.install(self._names, self._slices, awaited, self._settle)
         self.written()
 
     def written(self) -> None:
-        """Slices were written, on the current stream: fetches from now on wait for that."""
+        """Make fetches from now on wait for slices written on the current stream."""
         self._slices.written(next(iter(self._names)).device)
 
     def _settle(self) -> None:
-        """Release modules that torch.autograd.grad has left in the middle of their backward."""
+        """Release modules that torch.autograd.grad left in the middle of their backward."""
         if not in_backward():
             self.offload.release_backward_leftovers()
 
     def release(self) -> None:
-        """Leave slices alone of every parameter, as a step, a save and a load need it."""
+        """Release all parameters except their slices, as steps, saves and loads require."""
         self.offload.partition_all_parameters()
 
     def restore(self) -> None:
-        """Drop what was done to parameters behind DeepSpeed's back, and would be lost: slices are left."""
+        """Drop changes made without DeepSpeed's knowledge: only slices are left."""
         for each in self._names:
             if objection_to(each) is not None:
                 each.data = torch.empty(0, dtype=dtype_of(each), device=held_of(each).device)
 
     def fetch_persistent(self) -> None:
-        """Slices were written: make whole what stays whole between steps. Collective."""
+        """Fetch the parameters that stay whole between steps, after slices were written. Collective."""
         self.written()
         fetch.fetch(self._stays_whole(), self._slices)
 
     def _stays_whole(self) -> list[Any]:
-        """Persistent parameters, once DeepSpeed has seen a forward.
+        """Return persistent parameters, once DeepSpeed has seen a forward.
 
-        In its first one it learns which parameters are used outside their modules, such as those of a
-        ParameterList or of nn.MultiheadAttention: by their not being whole when they are asked for.
+        In the first forward it learns which parameters are used outside their modules, such as those of a
+        ParameterList or of nn.MultiheadAttention: they are not whole when they are used.
         """
         return [] if self.offload.get_param_coordinator().is_invalid_trace() else self.persistent
 
     @contextmanager
     def released(self) -> Iterator[None]:
-        """Slices alone, until the `with` ends; whoever was whole is fetched anew. Collective."""
+        """Keep only slices until the `with` ends, then fetch whole parameters anew. Collective."""
         whole = self._whole()
         self.release()
         try:
@@ -127,7 +127,7 @@ class Fetching:
 
     @contextmanager
     def set_aside(self) -> Iterator[None]:
-        """As `released`, and whoever was whole is so again as it was, with what was written to it since."""
+        """As `released`, but make whole parameters whole again as they were, with later writes to them."""
         whole = [fetch.kept(each) for each in self._whole()]
         self.release()
         try:
@@ -138,12 +138,12 @@ class Fetching:
                 put_back()
 
     def _whole(self) -> list[Any]:
-        """Parameters that are whole, as persistent ones are, and within GatheredParameters."""
+        """Return whole parameters: persistent ones and those within GatheredParameters."""
         parameters: Iterable[Any] = self._names
         return [each for each in parameters if each.ds_status == ZeroParamStatus.AVAILABLE]
 
     def remove(self) -> None:
-        """Take the hooks off; parameters stay as they are, and FP8 weights are BF16 again."""
+        """Remove the hooks; parameters stay as they are, and FP8 weights become BF16 again."""
         for each in self._names:
             if hasattr(each, CODES):
                 getattr(each, CODES).give_back(each)
@@ -151,7 +151,7 @@ class Fetching:
 
 
 def _forget_functions(model: Module) -> None:
-    """Drop the autograd functions of an engine: DeepSpeed leaves them, and the next engine would use them."""
+    """Delete an engine's autograd functions: DeepSpeed leaves them, and the next engine would use them."""
     for module in model.modules():
         for name in AUTOGRAD_FUNCTIONS:
             module.__dict__.pop(name, None)

@@ -1,8 +1,8 @@
 """Whole FP32 tensors of one parameter, read from the shards and written to them.
 
-What DeepSpeed's `safe_get_full_fp32_param`, `safe_get_full_optimizer_state`, `safe_get_full_grad` and
-their `safe_set_*` twins call: methods bound to the parameters. Reading is collective; writing needs
-the same value on every rank and communicates nothing.
+DeepSpeed's `safe_get_full_fp32_param`, `safe_get_full_optimizer_state`, `safe_get_full_grad` and
+their `safe_set_*` counterparts call these methods, which are bound to the parameters. Reading is collective;
+writing needs the same value on every rank and communicates nothing.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -31,22 +31,22 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Owned(NamedTuple):
-    """What this rank has of a bucket."""
+    """This rank's part of a bucket."""
 
     reduced: ReducedGradient
     shard: Shard
-    weights: Tensor  # where a sweep writes the rows that it owns
+    weights: Tensor  # the memory where a sweep writes the rows that this rank owns
 
 
-Read = Callable[[Owned, slice], Tensor]  # rows of what is owned, in FP32
+Read = Callable[[Owned, slice], Tensor]  # FP32 values of owned rows
 
 
 class FullTensors:
     """Access to the shards by parameter.
 
-    gradient_scale: from the reduced gradient as stored to the mean over ranks. on_reading_gradients:
-    called, on every rank, before a gradient is read or set; it brings what has not arrived yet, and raises
-    ValueError if there is nothing. on_access: called before masters and weights are read or set.
+    gradient_scale: factor from the reduced gradient as stored to the mean over ranks. on_reading_gradients:
+    called, on every rank, before a gradient is read or set; it completes the reduction, and raises ValueError
+    if there is no gradient. on_access: called before masters and weights are read or set.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class FullTensors:
         """Give each parameter the methods that DeepSpeed's utilities call."""
         for index, parameter in parameters.items():
             methods = (
-                None,  # that the attribute exists is what DeepSpeed asks
+                None,  # DeepSpeed asks whether the attribute exists
                 partial(self.get_state, index, parameter),
                 partial(self.set_state, index, parameter),
                 partial(self.get_gradient, index, parameter),
@@ -80,25 +80,25 @@ class FullTensors:
                 setattr(parameter, name, method)
 
     def detach(self, parameters: Mapping[int, Parameter]) -> None:
-        """Take the methods back."""
+        """Remove the methods."""
         for parameter in parameters.values():
             for name in BOUND:
                 parameter.__dict__.pop(name, None)
 
     def get_state(self, index: int, parameter: Parameter, optim_state_key: str | None = None) -> Tensor:
-        """Master weight, or the named state, in FP32. Raises ValueError for another name."""
+        """Return the master weight, or the named state, in FP32. Raises ValueError for another name."""
         return self._gather(index, parameter, self._state_reader(optim_state_key))
 
     def get_own_state(self, index: int, held: Tensor, optim_state_key: str | None = None) -> Tensor:
-        """As `get_state`, of a slice: [elements of `held`], zeros after the parameter's end."""
+        """As `get_state`, for a slice: [elements of `held`], zeros after the parameter's end."""
         return self._own(index, held, self._state_reader(optim_state_key))
 
     def get_gradient(self, index: int, parameter: Parameter) -> Tensor:
-        """Mean gradient in FP32, without loss scale. Raises ValueError outside backward .. step."""
+        """Return the mean FP32 gradient without loss scale. Raises ValueError outside backward .. step."""
         return self._gather(index, parameter, self._gradient_reader())
 
     def get_own_gradient(self, index: int, held: Tensor) -> Tensor:
-        """As `get_gradient`, of a slice: [elements of `held`], zeros after the parameter's end."""
+        """As `get_gradient`, for a slice: [elements of `held`], zeros after the parameter's end."""
         return self._own(index, held, self._gradient_reader())
 
     def set_state(
@@ -118,7 +118,7 @@ class FullTensors:
     def set_own_state(
         self, index: int, held: Tensor, value: Tensor, optim_state_key: str | None = None
     ) -> None:
-        """As `set_state`, of a slice: [elements of `held`].
+        """As `set_state`, for a slice: [elements of `held`].
 
         Raises ValueError for an FP8 weight, whose scales all ranks have to agree on.
         """
@@ -137,7 +137,7 @@ class FullTensors:
         if products is not None and index in products.chosen:
             raise ValueError(
                 f"{products.names[index]}: safe_set_local_fp32_param received a part of an FP8 weight, "
-                "allowed: safe_set_full_fp32_param, by which all ranks have the scales of its tiles"
+                "allowed: safe_set_full_fp32_param, which gives all ranks the scales of its tiles"
             )
 
     def set_gradient(self, index: int, parameter: Parameter, value: Tensor) -> None:
@@ -148,7 +148,7 @@ class FullTensors:
             owned.reduced.set(flat[piece.elements], piece.rows)
 
     def set_own_gradient(self, index: int, held: Tensor, value: Tensor) -> None:
-        """As `set_gradient`, of a slice: [elements of `held`]."""
+        """As `set_gradient`, for a slice: [elements of `held`]."""
         self._on_reading_gradients()
         flat = _flat(value, held.shape, held.device) / self._gradient_scale()
         for owned, piece in self._pieces(index):
@@ -174,7 +174,7 @@ class FullTensors:
         return lambda owned, rows: decode(owned.reduced.blocks[rows]) * scale
 
     def _write_weight(self, index: int, parameter: Parameter, flat: Tensor) -> None:
-        """The whole weight, on every rank, as its owners' masters would give it."""
+        """Write the whole weight, on every rank, as its owners' masters would give it."""
         fmt, size = self._parts.shards[0].master_format, self._parts.shards[0].block_size
         weight = torch.empty(flat.numel(), dtype=parameter.dtype, device=flat.device)
         for part in chunks(-(-flat.numel() // size), size):
@@ -201,7 +201,7 @@ class FullTensors:
         return whole.view(shape_of(parameter))
 
     def _pieces(self, index: int) -> Iterator[tuple[Owned, Piece]]:
-        """Each of this rank's pieces of a parameter, and what holds it."""
+        """Yield each of this rank's pieces of a parameter with its bucket's shard."""
         for _, reduced, shard, weights in self._parts.by_bucket():
             for piece in shard.pieces:
                 if piece.slot.parameter == index:
@@ -232,9 +232,9 @@ LEAST = 2.0**-70  # more than Adam leaves in exp_avg where exp_avg_sq is below w
 
 
 def _quantize_moment(values: Tensor, out: AdamState, key: str) -> None:
-    """A vector of moments, rounded to nearest, zeros after it; the other moment stays as it is.
+    """Round a vector of moments to nearest, with zeros after it; the other moment stays as it is.
 
-    Raises ValueError, and writes nothing, for moments of which there is no quotient, if it is stored.
+    Raises ValueError, and writes nothing, for moments that have no quotient, if the quotient is stored.
     """
     size = out.exp_avg_sq.block_size
 
@@ -258,7 +258,7 @@ def _check_quotients(values: Tensor, state: AdamState, key: str) -> None:
     m, root = (values, state.root()) if key == "exp_avg" else (state.first_moment(), values)
     if bool(((root == 0) & (m.abs() >= LEAST)).any()):
         raise ValueError(
-            f"{key}: received values that leave exp_avg_sq 0 where exp_avg is not, allowed: none such with "
-            "fp8.optimizer.exp_avg_dtype int8, which holds the quotient; set exp_avg after exp_avg_sq, and "
-            "zeros before"
+            f"{key}: received values that leave exp_avg_sq 0 where exp_avg is not 0, which is refused with "
+            "fp8.optimizer.exp_avg_dtype int8, since it holds their quotient; set exp_avg to zeros, then "
+            "exp_avg_sq, then exp_avg"
         )

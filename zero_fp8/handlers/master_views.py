@@ -1,8 +1,8 @@
 """FP32 masters in the form that DeepSpeed's zero_to_fp32.py reads, beside our own states.
 
 Under ZeRO 1 and 2 a bucket is saved as one group of its parameters, each rank's pieces without padding. Under
-ZeRO 3 every rank saves slices of a bucket's parameters, which the script takes to be cut as DeepSpeed cuts:
-an all-to-all of FP32 per bucket brings each rank what it is to save.
+ZeRO 3 every rank saves slices of a bucket's parameters, and the script assumes that DeepSpeed cut them:
+an all-to-all of FP32 per bucket brings each rank those slices.
 """
 
 from collections.abc import Callable
@@ -22,13 +22,13 @@ MasterViews = Callable[[Parts], dict[str, Any]]  # collective
 
 
 def as_groups(parts: Parts) -> dict[str, Any]:
-    """Of ZeRO 1 and 2."""
+    """Return the FP32 masters for ZeRO 1 and 2."""
     groups = [fp32_masters(shard, weights.room).cpu() for _, _, shard, weights in parts.by_bucket()]
     return {"single_partition_of_fp32_groups": groups}
 
 
 def as_slices(parts: Parts) -> dict[str, Any]:
-    """Of ZeRO 3."""
+    """Return the FP32 masters for ZeRO 3."""
     slices = []
     for bucket, _, shard, weights in parts.by_bucket():
         nodes, masters = parts.nodes_of(bucket), fp32_masters(shard, weights.room)
@@ -37,7 +37,7 @@ def as_slices(parts: Parts) -> dict[str, Any]:
 
 
 def cut_evenly(values: Tensor, bucket: Bucket, rank: int, group: ProcessGroup) -> Tensor:
-    """From what each rank owns of a bucket to slices as DeepSpeed cuts them, zeros between. Collective.
+    """Convert each rank's part of a bucket to slices as DeepSpeed cuts them, zeros between. Collective.
 
     values: [elements of this rank's pieces] -> [elements of its slices].
     """

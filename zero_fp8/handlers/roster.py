@@ -1,8 +1,8 @@
-"""Who is in the model and who is trained: said once, by name, where the two have parted.
+"""Compare the model with the trained parameters, and log each difference once, by name.
 
-The trained parameters are those that required a gradient when `deepspeed.initialize` was called. One that
-requires a gradient later (unfreezing, PEFT's set_adapter), or comes with a module that was exchanged, has a
-gradient that nobody takes; a trained one that has left the model is trained no more.
+The trained parameters are those that required a gradient when `deepspeed.initialize` was called. A parameter
+that requires a gradient later (unfreezing, PEFT's set_adapter), or comes with an exchanged module, has a
+gradient that no optimizer takes; a trained parameter that has left the model is no longer trained.
 """
 
 import logging
@@ -15,7 +15,7 @@ from ds_fp8.config.refusals import naming
 
 logger = logging.getLogger("ds_fp8")
 
-THOROUGH = 16  # steps from one walk through the model to the next, where nothing calls for one
+THOROUGH = 16  # steps between two walks through the model, unless one is needed earlier
 
 Members = Callable[[], Iterable[tuple[str, Parameter]]]
 
@@ -29,13 +29,13 @@ class Roster:
     def __init__(self, members: Members, trained: Mapping[int, Parameter], names: Mapping[int, str]) -> None:
         self._members = members
         self._trained = {id(parameter): names[index] for index, parameter in trained.items()}
-        self._required = [(each, each.requires_grad) for _, each in members()]  # a gradient, at first
+        self._required = [(each, each.requires_grad) for _, each in members()]  # requires_grad at first
         self._others = [each for each in members() if id(each[1]) not in self._trained]
         self._said: set[tuple[str, str]] = set()
         self._steps = 0
 
     def warn(self, *, all_had_gradients: bool) -> None:
-        """After a step: log what has not been said yet. Walks through the model where it may have changed."""
+        """Log new differences after a step. Walks through the model if it may have changed."""
         self._steps += 1
         thorough = not all_had_gradients or self._steps % THOROUGH == 0
         if thorough or any(parameter.grad is not None for _, parameter in self._others):
@@ -47,9 +47,9 @@ class Roster:
 
     @contextmanager
     def as_initialized(self) -> Iterator[None]:
-        """Whether parameters require a gradient is meanwhile as it was when training was set up.
+        """Restore every requires_grad to its first value until the `with` ends.
 
-        DeepSpeed saves and loads what requires none in another place than what is trained.
+        DeepSpeed saves and loads frozen parameters apart from trained ones.
         """
         now = [(each, each.requires_grad) for each, _ in self._required]
         try:
@@ -61,7 +61,7 @@ class Roster:
                 each.requires_grad_(required)
 
     def causes(self) -> str:
-        """What may be why a step had no gradient, as the end of a sentence."""
+        """Return the possible causes of a step without a gradient, as the end of a sentence."""
         found = [f"{finding}: {naming(names)}" for finding, names in self._findings() if names]
         return "; ".join(found) or (
             "did the loss not depend on them, or were the gradients set to None after backward?"

@@ -1,4 +1,4 @@
-"""What checkpoints take from a run and give back to it: masters and weights, states, counters."""
+"""What checkpoints read from a run and restore: masters and weights, states, counters."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ from ds_fp8.zero_fp8.weights.tiled import matrices_of, tiled
 
 
 class SavedStates:
-    """The states of a run, as files hold them."""
+    """The states of a run, in the form that files hold."""
 
     def __init__(
         self,
@@ -45,10 +45,10 @@ class SavedStates:
         self.model_weights = ModelWeights(
             parts.shards, parts.weights, parts.frozen, ranks.group, masters=settings.masters_in_model_files
         )
-        self._view: dict[str, Any] | None = None  # the masters' while they are saved
+        self._view: dict[str, Any] | None = None  # view of the masters during a save
 
     def masters_from_weights(self) -> None:
-        """Take the weights as they are; the weights are then rounded as a step would round them."""
+        """Take masters from the current weights, then round the weights as a step would round them."""
         for _, _, shard, weights in self._parts.by_bucket():
             leading = [piece for piece in shard.pieces if weights.leads(piece.slot.parameter)]
             if leading:
@@ -56,9 +56,9 @@ class SavedStates:
         self.weights_from_masters()
 
     def weights_from_masters(self) -> None:
-        """Weights are a function of the state, from the first step and after every load.
+        """Make weights from the state, as the first step and every load require.
 
-        One bucket after another: what a gather takes of memory beside the weights, it takes once.
+        Buckets follow one another, so that memory for a gather is needed for one bucket at a time.
         """
         gathers = Gathers()
         for bucket, _, shard, weights in self._parts.by_bucket():
@@ -70,7 +70,7 @@ class SavedStates:
             gathers.wait()
 
     def take_weights(self, source: WeightSource) -> None:
-        """Write what a checkpoint has of the weights that this rank owns; masters do not follow yet."""
+        """Write a checkpoint's weights that this rank owns; masters do not follow yet."""
         for _, _, shard, weights in self._parts.by_bucket():
             for piece in shard.pieces:
                 name = self._names[piece.slot.parameter]
@@ -82,7 +82,7 @@ class SavedStates:
 
     @contextmanager
     def ready_to_save(self, *, writes: bool) -> Iterator[None]:
-        """What of a save is collective is done: a rank may fail in the rest, and none waits for it.
+        """Do the collective part of a save: a rank may fail in the rest, and no other rank waits for it.
 
         writes: whether this rank writes the model file.
         """
@@ -96,9 +96,9 @@ class SavedStates:
 
     @contextmanager
     def open_to_weights(self, *, keeps: bool) -> Iterator[None]:
-        """While DeepSpeed loads a model file: FP8 weights can be written, frozen ones for good.
+        """Make FP8 weights writable while DeepSpeed loads a model file; written frozen weights are kept.
 
-        keeps: masters are to be taken from what is written; else it is dropped: they come from elsewhere.
+        keeps: take masters from the written values; else drop the values: masters come from elsewhere.
         """
         codes = list(tiled(self._parts.weights))
         for each in codes:
@@ -112,7 +112,7 @@ class SavedStates:
                 each.unset_writers()
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's shard: raw states for us, FP32 masters for DeepSpeed's zero_to_fp32.py. Collective."""
+        """Return this rank's shard: our raw states, and FP32 masters for zero_to_fp32.py. Collective."""
         parts = self._parts
         packed = writer.pack(parts.shards, self._names)
         for _, _, shard, weights in parts.by_bucket():
@@ -130,16 +130,16 @@ class SavedStates:
         return self._master_views(self._parts) if self._settings.save_fp32_master else {}
 
     def described_parameters(self) -> dict[str, manifest.Parameter]:
-        """The trained parameters as a checkpoint's manifest has them, the same on every rank."""
+        """Return the trained parameters as in a checkpoint's manifest, the same on every rank."""
         return writer.describe_parameters(self._parts.buckets, self._parameters, self._names)
 
     @property
     def encoded(self) -> set[str]:
-        """Names of the trained parameters that are codes."""
+        """Return the names of the trained parameters that are codes."""
         return {matrix.name for matrix in matrices_of(self._parts.weights)}
 
     def restore(self, source: Restorable) -> None:
-        """Take over states and counters of a checkpoint that has been checked."""
+        """Restore states and counters of a checkpoint that has been checked."""
         parts = self._parts
         source.restore(parts.shards, [weights.room for weights in parts.weights], self._names)
         source.progress.give_to(self._optimizer, self._loss_scaler)

@@ -1,9 +1,9 @@
-"""What DeepSpeed's utilities ask of a ZeRO 3 parameter: whole FP32 tensors, and this rank's part of them.
+"""Access to a ZeRO 3 parameter by DeepSpeed's utilities: whole FP32 tensors, and this rank's part of them.
 
-`safe_get_full_*`, `safe_set_full_*`, their `local` twins and `safe_update_full_grad_vectorized` call the
-object that is the parameter's `_z3_optimizer`, with the parameter. A local tensor is as long as the slice
-that DeepSpeed keeps in `ds_tensor`: zeros follow after the parameter's end. A parameter that is not trained
-has none of this, and the answer is None.
+`safe_get_full_*`, `safe_set_full_*`, their `local` counterparts and `safe_update_full_grad_vectorized` call
+the object that is the parameter's `_z3_optimizer`, with the parameter. A local tensor is as long as the slice
+that DeepSpeed keeps in `ds_tensor`: zeros follow after the parameter's end. For a parameter that is not
+trained, the result is None.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -19,7 +19,7 @@ ATTRIBUTE = "_z3_optimizer"
 
 
 class Trained(NamedTuple):
-    """Who knows the states of a trained parameter."""
+    """The states of a trained parameter."""
 
     full: FullTensors
     parameter: int  # global index
@@ -36,18 +36,18 @@ class SliceAccess:
         self._trained = {each: Trained(full_tensors, index) for index, each in parameters.items()}
 
     def attach(self, parameters: Iterable[Parameter]) -> None:
-        """Be the one whom DeepSpeed asks about these parameters, which it does of all of a model's."""
+        """Set `_z3_optimizer`, which DeepSpeed asks of all of a model's parameters."""
         for each in parameters:
             setattr(each, ATTRIBUTE, self)
 
     def detach(self) -> None:
-        """They are not trained any more."""
+        """Forget the trained parameters."""
         self._trained.clear()
 
     # Whole tensors
 
     def get_full_hp_param(self, param: Parameter, optim_state_key: str | None = None) -> Tensor | None:
-        """Master weight, or the named state. Collective."""
+        """Return the master weight, or the named state. Collective."""
         known = self._trained.get(param)
         return known and known.full.get_state(known.parameter, param, optim_state_key)
 
@@ -59,7 +59,7 @@ class SliceAccess:
             self._on_written()
 
     def get_fp32_grad_for_param(self, param: Parameter) -> Tensor | None:
-        """Mean gradient. Collective. Raises ValueError outside backward .. step."""
+        """Return the mean gradient. Collective. Raises ValueError outside backward .. step."""
         known = self._trained.get(param)
         return known and known.full.get_gradient(known.parameter, param)
 
@@ -72,7 +72,7 @@ class SliceAccess:
     def update_fp32_grad_for_param_vectorized(
         self, update_func: Callable[[Tensor, Parameter], Tensor], param_list: Iterable[Parameter]
     ) -> None:
-        """Put what a function makes of it in each mean gradient's place. Collective."""
+        """Replace each mean gradient by the result of a function. Collective."""
         for param in param_list:
             gradient = self.get_fp32_grad_for_param(param)
             if gradient is not None:
@@ -81,20 +81,20 @@ class SliceAccess:
     def get_hp_param_device(
         self, param: Parameter, optim_state_key: str | None = None
     ) -> torch.device | None:
-        """Where the master weight, or the named state, lives."""
+        """Return the device of the master weight, or of the named state."""
         return param.device if param in self._trained else None
 
     # This rank's part
 
     def get_local_fp32_param(self, param: Any, optim_state_key: str | None = None) -> Tensor | None:
-        """Of the master weight, or of the named state, [elements of ds_tensor] float32."""
+        """Return this rank's part of the master weight or named state, [elements of ds_tensor] float32."""
         known = self._trained.get(param)
         return known and known.full.get_own_state(known.parameter, param.ds_tensor, optim_state_key)
 
     def set_local_hp_param(self, value: Tensor, param: Any, optim_state_key: str | None = None) -> None:
         """Round this rank's part into the master weight and the weight, or into a state.
 
-        The whole copy that a rank has of a persistent parameter follows at the next step.
+        A rank's whole copy of a persistent parameter follows at the next step.
         """
         known = self._trained.get(param)
         if known:
@@ -102,7 +102,7 @@ class SliceAccess:
             self._on_written()
 
     def get_local_fp32_grad_for_param(self, param: Any) -> Tensor | None:
-        """Of the mean gradient, [elements of ds_tensor] float32. Raises ValueError if there is none."""
+        """Return this rank's mean gradient, [elements of ds_tensor] float32. ValueError if there is none."""
         known = self._trained.get(param)
         return known and known.full.get_own_gradient(known.parameter, param.ds_tensor)
 

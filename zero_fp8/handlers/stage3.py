@@ -1,7 +1,7 @@
-"""What DeepSpeed's engine calls under ZeRO 3.
+"""The ZeRO 3 optimizer that DeepSpeed's engine calls.
 
-As under ZeRO 2, and beside it what concerns fetched weights: the backward epilogue, the release of all
-parameters before a step, and the fetch of persistent ones after it, also if the step was skipped or failed.
+As under ZeRO 2, plus calls for fetched weights: the backward epilogue, the release of all parameters before a
+step, and the fetch of persistent ones after it, also if the step was skipped or failed.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -60,7 +60,7 @@ class Stage3Optimizer(FP8ZeROOptimizer):
     # Backward and step
 
     def backward_epilogue(self) -> None:
-        """Release modules whose input needs no gradient: no hook of theirs has."""
+        """Release modules whose input needs no gradient: no hook has released them."""
         self.parameter_offload.release_backward_leftovers()
 
     def _bring_home(self) -> str | None:
@@ -108,7 +108,7 @@ class Stage3Optimizer(FP8ZeROOptimizer):
 
     @property
     def fp16_groups(self) -> list[list[Parameter]]:
-        """`parameters_by_bucket`, as DeepSpeed's utilities ask for them under ZeRO 3."""
+        """`parameters_by_bucket`, under the name that DeepSpeed's utilities use with ZeRO 3."""
         return self.parameters_by_bucket
 
     def empty_partition_cache(self) -> None:
@@ -118,27 +118,27 @@ class Stage3Optimizer(FP8ZeROOptimizer):
     # Checkpoints
 
     def checkpoint_event_prologue(self) -> None:
-        """Before DeepSpeed saves or loads."""
+        """Prepare for a save or load by DeepSpeed."""
         self.fetching.release()
 
     def checkpoint_event_epilogue(self) -> None:
-        """After DeepSpeed has saved or loaded."""
+        """Fetch persistent parameters after DeepSpeed has saved or loaded."""
         self.fetching.fetch_persistent()
 
     @contextmanager
     def ready_for_files(self) -> Iterator[None]:
-        """As `FP8ZeROOptimizer.ready_for_files`, and slices are all there is, with values."""
+        """As `FP8ZeROOptimizer.ready_for_files`, with parameters released to slices of values."""
         with super().ready_for_files(), self.fetching.set_aside(), self.parts.frozen.as_values():
             yield
 
     def refresh_fp32_params(self) -> None:
-        """Masters from the weights as they are, and no gradients, as after loading weights."""
+        """Take masters from the current weights and drop gradients, as after loading weights."""
         with self.fetching.released():
             super().refresh_fp32_params()
 
     _restore_from_bit16_weights = refresh_fp32_params
 
     def restore(self, source: Restorable) -> None:
-        """Take over a checkpoint that has been checked; the weights follow the masters."""
+        """Restore a checkpoint that has been checked; the weights follow the masters."""
         with self.fetching.released():
             super().restore(source)

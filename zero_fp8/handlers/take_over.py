@@ -1,4 +1,4 @@
-"""What a handler begins with: the ranks agree on what is trained, then the parts of the run are built."""
+"""The first steps of a handler: the ranks agree on what is trained, then the parts of the run are built."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -33,7 +33,7 @@ def take_over(
     prepare: Callable[[], None],
     choice: Choice | None = None,
 ) -> tuple[dict[int, Parameter], Parts]:
-    """The trained parameters by global index, now the handler's, and the parts of the run.
+    """Take over the trained parameters; return them by global index, with the parts of the run.
 
     names: of every parameter of the model, in the model's order. choice: of matrices that become codes.
     Raises ValueError if the ranks' parameters or settings differ, RuntimeError on a GPU without a usable
@@ -63,7 +63,9 @@ def take_over(
         chosen = frozenset(spec.index for spec in specs if spec.dtype is E4M3)
         if choice.parameters and not chosen:
             eligible = naming([names[each] for each in choice.parameters])
-            raise ValueError(f"optimizer: received no FP8 weight to train, allowed: some of {eligible}")
+            raise ValueError(
+                f"optimizer: received no FP8 weight to train, allowed: at least one of {eligible}"
+            )
         products = Products(by_index, chosen, choice, Room(device), StateDictNotice())
     parts = build(buckets, parameters, recipe, settings, fleets, backend, len(param_groups), products)
     if choice:
@@ -72,7 +74,7 @@ def take_over(
 
 
 def _of_choice(choice: Choice | None, names: Mapping[Parameter, str]) -> list[str]:
-    """What ranks must agree on about matrices that become codes; the first that differs is named."""
+    """Return what ranks must agree on about matrices that become codes; errors name the first difference."""
     if choice is None:
         return []
     weights = [f"FP8 weight: {names[each]}" for each in choice.parameters]

@@ -1,1 +1,1 @@
-"""Optimizer states in host memory: what they take, how they come to be there, and moves between phases."""
+"""Optimizer states in host memory: their size, their allocation, and moves between phases."""

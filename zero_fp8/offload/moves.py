@@ -1,8 +1,8 @@
 """engine.offload_states and reload_states: between phases of a run, states go to host memory and come back.
 
-Reinforcement learning does so while another engine generates text. Masters and moments are one state, and
-move together. Where they are meanwhile they can be saved, read and even stepped: they visit the device, with
-the same bits.
+Reinforcement learning uses this while another engine generates text. Masters and moments are one state, and
+move together. While they are away they can be saved, read and even stepped: they visit the device, with the
+same bits.
 """
 
 import logging
@@ -23,11 +23,11 @@ STAYS = {"lp_params": "weights", "lp_grads": "reduced gradients"}
 
 
 class MovableStates:
-    """What DeepSpeed's engine calls."""
+    """The methods that DeepSpeed's engine calls."""
 
     parts: Parts
     recipe: Recipe
-    _away: Residence | None = None  # where states are, if they were moved
+    _away: Residence | None = None  # the moved states' residence
 
     @property
     def nbytes(self) -> int:
@@ -41,10 +41,10 @@ class MovableStates:
         pin_memory: bool = True,
         non_blocking: bool = False,
     ) -> None:
-        """Move master weights and moments to host memory, if `include` has one of them; wait for it.
+        """Move master weights and moments to host memory, if `include` has either; wait for the move.
 
         include: members of DeepSpeed's OffloadStateTypeEnum; None: all. Weights and reduced gradients stay on
-        the device, which is logged if they are asked for. Raises ValueError without enough host memory,
+        the device, which is logged if they are requested. Raises ValueError without enough host memory,
         and with one scale per tensor.
         """
         stays = [words for name, words in STAYS.items() if include is None or name in include]
@@ -59,7 +59,7 @@ class MovableStates:
         self._move(self._away)
 
     def reload_states(self, non_blocking: bool = False) -> None:
-        """Move them back to the device, and wait for it; without a move nothing happens."""
+        """Move states back to the device, and wait for it; do nothing if they were not moved."""
         if self._away is not None:
             self._move(self.parts.residence)
             self._forget_moves()
@@ -70,7 +70,7 @@ class MovableStates:
         get_accelerator().empty_cache()
 
     def _forget_moves(self) -> None:
-        """Give up the room to which states were moved."""
+        """Free the memory to which states were moved."""
         if self._away is not None:
             self._away.close()
             self._away = None

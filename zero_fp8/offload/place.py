@@ -1,4 +1,4 @@
-"""Host memory for a run's offloaded states: who steps them, and what must come and go for that.
+"""Host memory for a run's offloaded states, the executor that steps them, and the data copied for that.
 
 With the executor host the reduced gradient lives in host memory, too (`gradients.landing`).
 """
@@ -30,15 +30,15 @@ EXECUTOR = "fp8.offload.executor"
 
 @dataclass(frozen=True)
 class Offloaded:
-    """Where states live, and the reduced gradient if that is in host memory, too."""
+    """The residence of states, and the reduced gradient if it is in host memory, too."""
 
     residence: Residence
     landing: Landing | None = None
-    reduced: Sequence[Blocks] = ()  # room for it, by bucket
-    host: Backend | None = None  # kernels there
+    reduced: Sequence[Blocks] = ()  # memory for it, by bucket
+    host: Backend | None = None  # kernels of the host
 
     def close(self) -> None:
-        """When no copy is under way."""
+        """Free the memory once no copy is under way."""
         if self.landing:
             self.landing.close()
         self.residence.close()
@@ -47,7 +47,7 @@ class Offloaded:
 def stream(
     recipe: Recipe, offload: Offload, rows: Sequence[int], device: torch.device, backend: Backend
 ) -> Residence:
-    """For shards of so many rows. Raises ValueError if there is not that much memory."""
+    """Create the residence of shards with these rows. Raises ValueError if there is too little memory."""
     how = (recipe.block_size, formats_of(recipe), device, backend)
     return streamed(rows, *how, pinned=offload.pinned, ratio=offload.ratio)
 
@@ -60,9 +60,9 @@ def offloaded(
     backend: Backend,
     ranks: Ranks,
 ) -> Offloaded:
-    """Host memory for what a rank owns. Collective.
+    """Create host memory for this rank's states. Collective.
 
-    Raises ValueError, on every rank, if one has too little memory, or lacks what the executor needs.
+    Raises ValueError, on every rank, if one has too little memory, or lacks what the executor requires.
     """
     host = agreed(lambda: _host_if_wanted(recipe, offload, device, ranks), ranks)
     if host is None:
@@ -84,7 +84,7 @@ def _on_host(
 
 
 def _host_if_wanted(recipe: Recipe, offload: Offload, device: torch.device, ranks: Ranks) -> Backend | None:
-    """The host's kernels, if the config says so or it is faster; None: states visit the device."""
+    """Return the host's kernels, if the config asks for them or they are faster, else None."""
     if offload.executor == "stream":
         return None
     threads, auto = offload.threads or cores_of_a_rank(), offload.executor == "auto"
@@ -102,15 +102,15 @@ def _host_if_wanted(recipe: Recipe, offload: Offload, device: torch.device, rank
 
 
 def _faster(recipe: Recipe, device: torch.device, host: Backend | None, threads: int, ranks: Ranks) -> str:
-    """The executor that is faster for the slowest rank; said by the first. Collective."""
+    """Return the faster executor for the slowest rank; rank 0 logs it. Collective."""
     own: Estimate | None = None
-    with suppress(RuntimeError):  # of a device or host without memory for it
+    with suppress(RuntimeError):  # a device or host without memory for it
         own = measure(formats_of(recipe), recipe.block_size, recipe.rounding, device, host) if host else None
     found = gather_objects(own, ranks)
     known = [each for each in found if each is not None]
     if len(known) < len(found):
         logger.info(
-            "fp8.offload.executor auto: stream, as a rank's host has no kernels or no memory to be measured"
+            "fp8.offload.executor auto: stream, as a rank has no host kernels or no memory to measure them"
         )
         return "stream"
     slowest = Estimate(max(each.stream for each in known), max(each.host for each in known))

@@ -1,4 +1,4 @@
-"""Bytes of a run whose states live in host memory, as they are allocated and as they are estimated."""
+"""Bytes of a run whose states live in host memory, both allocated and estimated."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,24 +13,24 @@ from ds_fp8.zero_fp8.states.residence import arena_bytes, offloaded_rows, stagin
 from ds_fp8.zero_fp8.states.ring import BUFFERS as RING
 from ds_fp8.zero_fp8.states.visits import chunk_rows
 
-LANDING = 2  # buffers of gradients on their way down, on the device and on the host
+LANDING = 2  # buffers for gradients on their way down, on the device and on the host
 
 
 @dataclass(frozen=True)
 class Crossing:
-    """What crosses besides states, in bytes and numbers of one rank, if the host sweeps."""
+    """Other data than states that is copied, in bytes and numbers of one rank, if the host sweeps."""
 
-    rows: Sequence[int]  # of its shards
+    rows: Sequence[int]  # of the rank's shards
     row_bytes: int  # of a row of weights
     nodes: NodeLayout
-    several: bool  # exchanges per step, as far as the config says
+    several: bool  # whether a step has several exchanges, as far as the config says
 
     def device_buffer(self, recipe: Recipe) -> int:
-        """Bytes of a buffer of reduced gradients on the device."""
+        """Return the bytes of a buffer of reduced gradients on the device."""
         return Message(max(self.rows), recipe.block_size, recipe.reduced).nbytes
 
     def host_buffer(self, recipe: Recipe) -> int:
-        """Bytes of a buffer of what the host adds."""
+        """Return the bytes of a buffer of gradients that the host adds."""
         if not self.several:
             return 0
         arriving = recipe.between_nodes if self.nodes.count > 1 else recipe.wire
@@ -38,7 +38,7 @@ class Crossing:
         return min(self.nodes.messages * message.nbytes, total.nbytes)
 
     def landing_bytes(self, recipe: Recipe) -> int:
-        """Host memory for the reduced gradient, for what is added to it, and for weights on their way up."""
+        """Return host bytes for the reduced gradient, terms added to it, and weights on their way up."""
         return (
             sum(room_of(each, recipe.block_size, recipe.reduced) for each in self.rows)
             + LANDING * aligned(self.host_buffer(recipe))
@@ -49,15 +49,15 @@ class Crossing:
 class Expected(NamedTuple):
     """Bytes of one rank whose states live in host memory."""
 
-    host: int  # states there
-    landing: int  # what else is there, if the host sweeps
+    host: int  # states in host memory
+    landing: int  # other data in host memory, if the host sweeps
     resident: int  # states that stay on the device
-    buffers: int  # on the device
-    gradient_on_device: bool  # the reduced one
+    buffers: int  # buffers on the device
+    gradient_on_device: bool  # the reduced gradient
 
 
 def expected(recipe: Recipe, offload: Offload, crossing: Crossing) -> Expected:
-    """What is allocated. executor auto counts as stream."""
+    """Return the bytes that are allocated. executor auto counts as stream."""
     rows, size, formats = crossing.rows, recipe.block_size, formats_of(recipe)
     row = sum(size * fmt.itemsize + fmt.scaled for fmt in formats)
     host = arena_bytes(rows, size, formats, offload.ratio)
@@ -70,5 +70,5 @@ def expected(recipe: Recipe, offload: Offload, crossing: Crossing) -> Expected:
 
 
 def formats_of(recipe: Recipe) -> tuple[Format, Format, Format]:
-    """Of master, exp_avg and exp_avg_sq."""
+    """Return the formats of master, exp_avg and exp_avg_sq."""
     return recipe.master, recipe.exp_avg, recipe.exp_avg_sq

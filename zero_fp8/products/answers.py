@@ -1,4 +1,4 @@
-"""What an FP8 weight answers without being decoded, and what it does not answer.
+"""The functions that an FP8 weight supports without being decoded, and those that it refuses.
 
 The tables hold torch's functions themselves, as `__torch_function__` receives them; names that a version of
 torch lacks are left out.
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._guards import TracingContext
 
-# Of the parameter and its gradient, not of its values: answered by the tensor without values behind it.
+# About the parameter and its gradient, not its values: answered by the tensor without values behind it.
 ASKS = """size dim numel nelement ndimension is_floating_point is_complex element_size get_device is_pinned
 is_signed is_conj is_neg is_inference is_set_to is_shared storage_offset requires_grad_ register_hook
 register_post_accumulate_grad_hook retain_grad detach_ backward __hash__ __len__ __dlpack_device__ _is_view
@@ -24,15 +24,15 @@ is_mps is_xpu is_mkldnn is_mtia is_maia is_vulkan is_sparse_csr is_nested nbytes
 _post_accumulate_grad_hooks grad_dtype volatile"""
 SETTABLE = "requires_grad grad _backward_hooks _grad _post_accumulate_grad_hooks grad_dtype"
 
-LAYOUT = "is_contiguous stride dim_order"  # as it would be, row by row
+LAYOUT = "is_contiguous stride dim_order"  # answered as for a row-major tensor
 
-# The parameter itself if nothing changes; its values if something does.
+# These return the parameter itself if nothing changes, and its values otherwise.
 CONVERSIONS = "to cpu cuda xpu type type_as float double half bfloat16 contiguous"
 
 POINTERS = """data_ptr const_data_ptr mutable_data_ptr untyped_storage storage _typed_storage __dlpack__
 share_memory_ set_ resize_"""
 
-# Of what writes into its first argument, the names without an underscore at the end.
+# Functions that write into their first argument; names without an underscore at the end.
 _OPERATORS = "add sub mul truediv floordiv mod pow and or xor lshift rshift matmul"
 WRITING = {f"__i{name}__" for name in _OPERATORS.split()} | {"__setitem__", "__set__", "__delete__"}
 
@@ -61,8 +61,8 @@ CONVERTING = _members(Tensor, CONVERSIONS)
 POINTING = _members(Tensor, POINTERS) | _accessors("__cuda_array_interface__", "__get__")
 DETACHING = {Tensor.detach} | _accessors("data", "__get__")
 REPLACING = _accessors("data", "__set__")
-NODE = {Tensor.view_as, Tensor.expand_as}  # of a tensor and itself: how others find its gradient's node
-# Names of what a compiled graph cannot hold: what is refused, and what gives values that refuse.
+NODE = {Tensor.view_as, Tensor.expand_as}  # of a tensor and itself: how libraries find its gradient's node
+# Names of functions that a compiled graph cannot hold: refused ones, and ones whose values refuse writes.
 LEAVES_GRAPH = (
     "detach",
     *(name for name in dir(Tensor) if name.endswith("_") and not name.endswith("__")),
@@ -73,5 +73,5 @@ LEAVES_GRAPH = (
 
 
 def compiler_asks() -> bool:
-    """Whether it is torch.compile that looks at a weight, to make a fake one; older ones set no flag then."""
+    """Whether torch.compile inspects a weight to make a fake one; older versions set no flag then."""
     return torch.compiler.is_compiling() or TracingContext.try_get() is not None

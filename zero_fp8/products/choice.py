@@ -1,8 +1,8 @@
-"""Which weights of a model become FP8, and why the others stay.
+"""Choose the weights of a model that become FP8, and give the reason for each that stays.
 
-Eligible is the weight of an exact `nn.Linear` or of Hugging Face's `Conv1D` that a product of codes makes
-faster. A subclass may do anything with its weight, also in C++, so that it stays; so does what computes
-logits or looks up rows.
+The weight of an exact `nn.Linear` or of Hugging Face's `Conv1D` is eligible if a product of codes is faster.
+A subclass may do anything with its weight, also in C++, so its weight stays; so do weights that compute
+logits or are looked up by row.
 """
 
 import fnmatch
@@ -16,10 +16,10 @@ from torch.nn import Parameter
 from ds_fp8.config.refusals import refusal
 from ds_fp8.zero_fp8.placement.parameters import shape_of
 
-MULTIPLE = 16  # cuBLAS takes sides of so many elements
+MULTIPLE = 16  # cuBLAS requires sides that are multiples of this
 CONV1D = "transformers.pytorch_utils.Conv1D"
 HEADS = ("lm_head", "head", "output", "embed_out")
-OTHERS = ("torchao.float8", "transformer_engine")  # packages whose modules make FP8 products of their own
+OTHERS = ("torchao.float8", "transformer_engine")  # packages whose modules make their own FP8 products
 
 
 class Eligible(NamedTuple):
@@ -29,7 +29,7 @@ class Eligible(NamedTuple):
 
 
 class _User(NamedTuple):
-    """A module that has a parameter, under a name of its own."""
+    """A module that has a parameter, under the module's own name for it."""
 
     module_name: str
     module: nn.Module
@@ -46,18 +46,18 @@ def eligible(
     trained: bool = True,
     frozen: bool = False,
 ) -> tuple[list[Eligible], dict[str, str]]:
-    """The weights that become FP8, and the reason of every other matrix, by name.
+    """Return the weights that become FP8, and the reason for every other matrix, by name.
 
     Args:
-        min_elements: of a weight; the shorter side squared may be half as many at least.
-        exclude: patterns of names, as `fnmatch` has them.
+        min_elements: of a weight; the square of its shorter side must be at least half of min_elements.
+        exclude: patterns of names, as in `fnmatch`.
         output_embeddings: whether the model's output embedding may be one of them.
-        dtype: that a weight must have; None: any, of a model that is yet to be cast.
-        trained, frozen: whether weights may be that train, and such that do not, as the base under LoRA.
+        dtype: required of a weight; None: any dtype, for a model that is yet to be cast.
+        trained, frozen: whether trained weights are eligible, and frozen ones, such as the base under LoRA.
 
     Raises:
-        ValueError: the model has modules that make FP8 products of their own, or no name that a pattern of
-            `exclude` matches.
+        ValueError: the model has modules that make their own FP8 products, or a pattern of `exclude`
+            matches no name.
     """
     check_modules(model)
     check_patterns(model, exclude)
@@ -81,18 +81,18 @@ def eligible(
 
 
 def check_modules(model: nn.Module) -> None:
-    """Refuse a model that another library makes FP8 products with."""
+    """Refuse a model that has another library's FP8 products."""
     for name, module in model.named_modules():
         for each in type(module).__mro__:
             if any(_within(each.__module__, package) for package in OTHERS):
                 raise ValueError(
                     f"FP8 products: received {name or 'a model'}, a {_qualified(type(module))}, which makes "
-                    "FP8 products of its own; allowed: nn.Linear and Conv1D"
+                    "its own FP8 products; allowed: nn.Linear and Conv1D"
                 )
 
 
 def check_patterns(model: nn.Module, exclude: Sequence[str]) -> None:
-    """Refuse a pattern that keeps nothing: it was meant for something."""
+    """Refuse a pattern that matches no name."""
     names = [name for name, _ in model.named_parameters()]
     for pattern in exclude:
         if not fnmatch.filter(names, pattern):
@@ -101,14 +101,14 @@ def check_patterns(model: nn.Module, exclude: Sequence[str]) -> None:
 
 
 def kind_of(module: nn.Module) -> str | None:
-    """Of the modules whose weight may be FP8."""
+    """Return the kind of a module whose weight may be FP8, or None."""
     if type(module) is nn.Linear:
         return "Linear"
     return "Conv1D" if _qualified(type(module)) == CONV1D else None
 
 
 def find_output_embeddings(model: nn.Module) -> list[nn.Module]:
-    """What computes logits: as the model or one in it says, else the last Linear if its name does."""
+    """Return modules that compute logits: those that the model or a submodule declares, else by name."""
     methods = [getattr(each, "get_output_embeddings", None) for each in model.modules()]
     said = [method() for method in methods if callable(method)]
     if any(isinstance(each, nn.Module) for each in said):
@@ -118,7 +118,7 @@ def find_output_embeddings(model: nn.Module) -> list[nn.Module]:
 
 
 def _users(model: nn.Module) -> dict[int, list[_User]]:
-    """By parameter, the modules that have it."""
+    """Return the modules that have each parameter, by the parameter's id."""
     users: dict[int, list[_User]] = {}
     for name, module in model.named_modules():
         for attribute, parameter in module._parameters.items():

@@ -1,8 +1,8 @@
-"""Which matrices of a run become FP8, and how they are multiplied: chosen once, when an engine is made.
+"""Choose the matrices of a run that become FP8, and how they are multiplied, once, when an engine is made.
 
-The device decides how: FP8 products by cuBLAS where it has them, else products of weights decoded to BF16,
-one at a time, which save the memory and not the time. DS_FP8_PRODUCTS overrides it: `emulated` computes what
-the FP8 products would, slowly, on any device.
+The device decides how: FP8 products by cuBLAS if it supports them, else products of weights decoded to BF16
+one at a time, which save memory but not time. DS_FP8_PRODUCTS overrides it: `emulated` computes the results
+of the FP8 products, slowly, on any device.
 """
 
 import os
@@ -28,18 +28,18 @@ WAYS = ("cublas", "emulated", "decoded")
 class Choice:
     """The matrices of a run."""
 
-    parameters: Sequence[Parameter]  # that train and become codes
-    frozen: Sequence[Parameter]  # that become codes
+    parameters: Sequence[Parameter]  # trained parameters that become codes
+    frozen: Sequence[Parameter]  # frozen parameters that become codes
     reasons: Mapping[str, str]  # why each other matrix stays, by name
     kernels: Kernels
     way: Way
-    instead: str | None  # why products are not FP8 ones
+    instead: str | None  # why products are not in FP8
 
 
 def choose(model: nn.Module, config: FP8Config, device: torch.device) -> Choice:
-    """The matrices of a run whose section asks for FP8 weights.
+    """Choose the matrices of a run whose section asks for FP8 weights.
 
-    Raises ValueError if no matrix is eligible, or if something that is asked for is not there.
+    Raises ValueError if no matrix is eligible, or if a requested feature is not available.
     """
     section = config.weights
     found, reasons = eligible(
@@ -65,7 +65,7 @@ def choose(model: nn.Module, config: FP8Config, device: torch.device) -> Choice:
 
 
 def _nothing(config: FP8Config, reasons: Mapping[str, str]) -> str:
-    """Why no matrix is eligible, in words."""
+    """Explain why no matrix is eligible."""
     told = naming([f"{name}: {reason}" for name, reason in reasons.items()]) or "it has no matrix"
     size = f"{SECTION}.weights.min_elements is {config.weights.min_elements:,}"
     frozen = "frozen" in reasons.values()
@@ -76,7 +76,7 @@ def _nothing(config: FP8Config, reasons: Mapping[str, str]) -> str:
 
 
 def _way(config: FP8Config, device: torch.device) -> tuple[str, str | None]:
-    """The name of the way, and why it is not FP8 products on the device."""
+    """Return the name of the way, and the reason if the device has no FP8 products."""
     wanted = os.environ.get(VARIABLE)
     if wanted is not None and wanted not in WAYS:
         raise ValueError(f"{VARIABLE}: received {wanted!r}, allowed: {', '.join(WAYS)}")

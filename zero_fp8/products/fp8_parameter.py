@@ -1,10 +1,10 @@
 """The user's own parameter, whose values are FP8 codes.
 
-The object stays, with its name, hooks, gradient, shape, dtype and device; only its class changes. Behind it
-is a single NaN, so that C++ which does not ask Python reads NaN and not something plausible.
+The object stays, with its name, hooks, gradient, shape, dtype and device; only its class changes. Its memory
+is a single NaN, so that C++ code that bypasses Python reads NaN and not a plausible value.
 
 products   `F.linear` and `torch.addmm` (Hugging Face's Conv1D) multiply codes.
-readers    get BF16 values, decoded for them, and give their gradient straight to the parameter.
+readers    get decoded BF16 values, and pass their gradient straight to the parameter.
 writers    are refused, since an optimizer's masters decide; `parameter.data = ...` makes it plain again.
 pointers   are refused: there is no BF16 memory.
 copies     by deepcopy, pickle or state_dict are plain.
@@ -35,11 +35,11 @@ from ds_fp8.zero_fp8.products.ways import Way
 logger = logging.getLogger("ds_fp8")
 
 _DATA = Tensor.data.__get__  # type: ignore[attr-defined]
-_LINEAR = torch._C._nn.linear  # also if a profiler has put its own into torch.nn.functional
+_LINEAR = torch._C._nn.linear  # also if a profiler has replaced torch.nn.functional's
 
 
 class Decoded(torch.autograd.Function):
-    """Values of a parameter for whoever is no product; the gradient goes to the parameter as it is."""
+    """Values of a parameter for functions other than products; the gradient goes to the parameter as is."""
 
     @staticmethod
     def forward(ctx: Any, parameter: Tensor, matrix: Matrix) -> Tensor:
@@ -51,14 +51,14 @@ class Decoded(torch.autograd.Function):
 
 
 class FP8Parameter(nn.Parameter):
-    """See above; made by `take_over` of a parameter, never constructed."""
+    """A parameter that reads FP8 codes; made from a parameter by `take_over`, never constructed."""
 
     matrix: Matrix
     way: Way
 
     @staticmethod
     def take_over(parameter: nn.Parameter, matrix: Matrix, way: Way) -> None:
-        """Make a parameter read its values from `matrix`, and let its own go.
+        """Make a parameter read its values from `matrix`, and free its own.
 
         Raises:
             ValueError: it is no plain BF16 parameter of the matrix's shape and device.
@@ -69,7 +69,7 @@ class FP8Parameter(nn.Parameter):
 
     @staticmethod
     def put_on(parameter: nn.Parameter, nothing: Tensor, matrix: Matrix, way: Way) -> None:
-        """As `take_over`, without a look. nothing: what C++ reads, a NaN of the matrix's shape."""
+        """As `take_over`, without checks. nothing: the tensor that C++ reads, a NaN of the matrix's shape."""
         parameter.data = nothing
         parameter.__class__ = FP8Parameter
         assert isinstance(parameter, FP8Parameter)
@@ -77,7 +77,7 @@ class FP8Parameter(nn.Parameter):
 
     @staticmethod
     def take_off(parameter: nn.Parameter, values: Tensor) -> None:
-        """Make it a plain parameter with these values."""
+        """Turn the parameter into a plain one with these values."""
         assert isinstance(parameter, FP8Parameter)
         parameter.__class__ = nn.Parameter  # type: ignore[assignment]
         del parameter.matrix, parameter.way
@@ -85,7 +85,7 @@ class FP8Parameter(nn.Parameter):
 
     @staticmethod
     def give_back(parameter: nn.Parameter) -> None:
-        """Make it a plain parameter, with the values that its codes have."""
+        """Turn the parameter into a plain one with the values of its codes."""
         assert isinstance(parameter, FP8Parameter)
         FP8Parameter.take_off(parameter, parameter.matrix.values())
 
@@ -94,7 +94,7 @@ class FP8Parameter(nn.Parameter):
         cls, func: Function, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = {} if kwargs is None else kwargs
-        # By identity and first: Dynamo traces this, and looks into no table.
+        # By identity and first: Dynamo traces this code and cannot look into a table.
         if func is _LINEAR or func is functional.linear:
             return _linear(func, *args, **kwargs)
         if func is torch.addmm:
@@ -117,7 +117,7 @@ class FP8Parameter(nn.Parameter):
         return f"FP8Parameter({self.matrix.name}, {list(self.shape)}, {self.way.name})"
 
     def set_(self, *_: Any) -> Any:
-        """torch asks no override here."""
+        """Refuse: torch calls no override here."""
         raise _no_memory(self, Tensor.set_)
 
 
@@ -131,7 +131,7 @@ def _check(parameter: nn.Parameter, matrix: Matrix) -> None:
 
 
 def _linear(func: Function, input: Any, weight: Any, bias: Any = None) -> Any:
-    """torch's names: they may be given as keywords."""
+    """Multiply; arguments have torch's names because they may be given as keywords."""
     if isinstance(input, FP8Parameter) or not isinstance(weight, FP8Parameter):
         return _read(func, (input, weight, bias), {})
     matrix, way = weight.matrix, weight.way
@@ -139,7 +139,7 @@ def _linear(func: Function, input: Any, weight: Any, bias: Any = None) -> Any:
 
 
 def _addmm(input: Any, mat1: Any, mat2: Any, **kwargs: Any) -> Any:
-    """bias + x W, as Conv1D says it; any other sum is of values."""
+    """Multiply for Conv1D, bias + x W; any other sum uses decoded values."""
     is_product = isinstance(mat2, FP8Parameter) and not isinstance(mat1, FP8Parameter)
     if not is_product or isinstance(input, FP8Parameter) or input.dim() != 1 or kwargs:
         return _read(torch.addmm, (input, mat1, mat2), kwargs)
@@ -147,7 +147,7 @@ def _addmm(input: Any, mat1: Any, mat2: Any, **kwargs: Any) -> Any:
 
 
 def _answer(func: Function, args: Any, kwargs: dict[str, Any], for_state_dict: bool) -> Any:
-    """Of functions that are neither products nor answered by the tensor without values."""
+    """Call a function that is neither a product nor answered by the tensor without values."""
     asked = next(each for each in flat((args, tuple(kwargs.values()))) if isinstance(each, FP8Parameter))
     if func in answers.POINTING:
         raise _no_memory(asked, func)
@@ -166,7 +166,7 @@ def _answer(func: Function, args: Any, kwargs: dict[str, Any], for_state_dict: b
 
 
 def _answer_reader(func: Function, asked: FP8Parameter, args: Any, kwargs: dict[str, Any]) -> Any:
-    """Of functions that write to nothing here."""
+    """Call a function that writes to no FP8 weight."""
     if func in answers.LAYING_OUT:
         return func(torch.empty(asked.shape, device="meta"), *args[1:], **kwargs)
     if func in answers.NODE and args[0] is args[-1]:
@@ -179,7 +179,7 @@ def _answer_reader(func: Function, asked: FP8Parameter, args: Any, kwargs: dict[
 
 
 def _values(parameter: FP8Parameter, *, plain: bool) -> Tensor:
-    """Values without a graph."""
+    """Return the values, outside the graph."""
     matrix = parameter.matrix
     matrix.decodes += 1
     values = matrix.values()
@@ -187,7 +187,7 @@ def _values(parameter: FP8Parameter, *, plain: bool) -> Tensor:
 
 
 def _decode(parameter: FP8Parameter) -> Tensor:
-    """Values, in the graph if there is one."""
+    """Return the values, in the graph if there is one."""
     if not torch.is_grad_enabled() or not parameter.requires_grad:
         return _values(parameter, plain=False)
     parameter.matrix.decodes += 1
@@ -196,7 +196,7 @@ def _decode(parameter: FP8Parameter) -> Tensor:
 
 
 def _read(func: Function, args: Any, kwargs: dict[str, Any]) -> Any:
-    """Call with values for each FP8 weight."""
+    """Call a function with the values of each FP8 weight."""
     if torch.compiler.is_dynamo_compiling():
         return _read_traced(func, args, kwargs)
     for each in flat((args, tuple(kwargs.values()))):
@@ -214,7 +214,7 @@ def _decoded(value: Any) -> Any:
 
 
 def _name_once(parameter: FP8Parameter, func: Function) -> None:
-    """A weight that a forward in training reads costs its decoding at each step."""
+    """Log once that training decodes this weight at each step."""
     matrix = parameter.matrix
     if torch.is_grad_enabled() and parameter.requires_grad and not matrix.was_named:
         matrix.was_named = True
@@ -227,7 +227,7 @@ def _name_once(parameter: FP8Parameter, func: Function) -> None:
 
 
 def _one_by_one(func: Function, args: Any, kwargs: dict[str, Any]) -> Any:
-    """One weight is decoded at a time, and not the whole model."""
+    """Decode one weight at a time instead of the whole model."""
     lists = [each for each in args if isinstance(each, list | tuple)]
     found: list[Any] = []
     for index in range(len(lists[0])):
@@ -237,7 +237,7 @@ def _one_by_one(func: Function, args: Any, kwargs: dict[str, Any]) -> Any:
 
 
 def _convert(func: Function, parameter: FP8Parameter, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """What `model.to(...)` asks of each parameter; tried on one element."""
+    """Convert as `model.to(...)` does for each parameter; tested on one element."""
     with torch._C.DisableTorchFunctionSubclass():
         one = parameter.detach()[:1, :1]
         converted = func(one, *args, **kwargs)
@@ -247,7 +247,7 @@ def _convert(func: Function, parameter: FP8Parameter, args: Sequence[Any], kwarg
 
 
 def _replace(parameter: FP8Parameter, new: Tensor) -> None:
-    """`parameter.data = new` makes it plain, unless it has these values already."""
+    """Set `parameter.data = new`: the parameter becomes plain, unless it has these values already."""
     matrix = parameter.matrix
     same = isinstance(new, DecodedValues) and new.matrix is matrix and new.generation == matrix.generation
     if new is not parameter and not same:
@@ -257,7 +257,7 @@ def _replace(parameter: FP8Parameter, new: Tensor) -> None:
 def _write(
     parameter: FP8Parameter, writer: Callable[[Tensor], None], values: Tensor, *_: Any, **__: Any
 ) -> Tensor:
-    """`load_state_dict`, while the owner takes it."""
+    """Write as `load_state_dict` does, while the owner of the matrix allows it."""
     writer(values.expand(parameter.shape))
     return parameter
 
@@ -274,7 +274,7 @@ def _no_memory(parameter: FP8Parameter, func: Function) -> RuntimeError:
 
 
 def _answer_traced(func: Function, args: Any, kwargs: dict[str, Any]) -> Any:
-    """As `_answer`, in what Dynamo can follow; what is no reader leaves the graph."""
+    """As `_answer`, for Dynamo; functions other than readers leave the graph."""
     if func.__name__ in answers.LEAVES_GRAPH or func == _DATA:
         return _answer_outside(func, args, kwargs)
     return _read_traced(func, args, kwargs)

@@ -1,11 +1,11 @@
-"""The functions that cast, multiply and decode, as one value, called eagerly or, in a graph, as custom ops.
+"""The functions that cast, multiply and decode, in one object, called eagerly or, in a graph, as custom ops.
 
-torch.compile sees names and shapes of the ops and looks into none. They are functional, so that it finds
-common casts and drops what nobody uses, and sizes may be symbols. Backward is one op: were its transposed
-weight a value of the graph, the compiler would make it in forward, where all that it depends on is known, and
-keep it until backward.
+torch.compile sees the names and shapes of the ops and traces into none. They are functional, so that it finds
+common casts and drops unused results, and sizes may be symbols. Backward is one op: if its transposed weight
+were a value of the graph, the compiler would make it in forward, where all its inputs are known, and keep it
+until backward.
 
-What a graph passes on is contiguous: scales of rows are transposed.
+All that a graph passes on is contiguous: scales of rows are transposed.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,7 +29,7 @@ _known: dict[str, "Kernels"] = {}
 
 @dataclass(frozen=True)
 class Kernels(Products):
-    """Functions that cast and encode, and how products are multiplied; a name has one set in a process."""
+    """Functions that cast, encode and multiply; a process has one set per name."""
 
     multiply: Callable[[Operand, Operand, Tensor | None], Tensor] = products.multiply
 
@@ -46,12 +46,12 @@ REFERENCE = Kernels.of("reference", product_backend.REFERENCE, products.multiply
 
 
 def named(name: str) -> Kernels:
-    """Those of a name: a custom op takes names, not functions."""
+    """Return the kernels of this name: a custom op takes names, not functions."""
     return _known[name]
 
 
 class Needs(NamedTuple):
-    """Of what a gradient is wanted."""
+    """Which gradients are wanted."""
 
     input: bool
     weight: bool
@@ -59,14 +59,14 @@ class Needs(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """A weight, and what dgrad takes for its tiles."""
+    """A weight, and what dgrad needs of its tiles."""
 
-    codes: Tensor  # as they are stored
-    tiles: Tensor  # the scales if these are multiplied, the exponents if they are transposed first
+    codes: Tensor  # as stored
+    tiles: Tensor  # the scales if the tiles are multiplied, the exponents if they are transposed first
 
 
 class Gradients(NamedTuple):
-    """None where none is wanted."""
+    """Gradients of a product; None for those that are not wanted."""
 
     input: Tensor | None  # [tokens, K] bfloat16
     weight: Tensor | None  # as the matrix is stored, bfloat16
@@ -74,13 +74,13 @@ class Gradients(NamedTuple):
 
 
 def in_graph() -> bool:
-    """Whether what is called now becomes part of a compiled graph."""
+    """Whether the current call becomes part of a compiled graph."""
     return torch.compiler.is_compiling() or _tracing.get()
 
 
 @contextmanager
 def tracing(on: bool = True) -> Iterator[None]:
-    """For code that the compiler runs to see its ops; torch before 2.12 says nothing of it."""
+    """Mark code that the compiler runs to see its ops; torch before 2.12 does not report it."""
     token = _tracing.set(on)
     try:
         yield
@@ -117,10 +117,10 @@ def differentiate(
     swapped: bool,
     count: Callable[[CastGradient], None] | None = None,
 ) -> Gradients:
-    """The gradients of a product for dy, [tokens, N] bfloat16, contiguous.
+    """Return the gradients of a product for dy, [tokens, N] bfloat16, contiguous.
 
     x: of `cast_input`, if the weight's gradient is wanted. swapped: the weight is stored as [K, N]. count:
-    gets the cast of dy; graphs find who counts when they run.
+    called with the cast of dy; graphs look up their counters when they run.
     """
     if not in_graph():
         return _run_gradients(kernels, dy, weight, x, needs, swapped, count)
@@ -160,20 +160,20 @@ def _run_gradients(
 
 
 def _run_decode(kernels: Kernels, codes: Tensor, exponents: Tensor) -> Tensor:
-    """The values of a weight, bfloat16."""
+    """Decode a weight to bfloat16."""
     out = codes.new_empty(codes.shape, dtype=torch.bfloat16)
     kernels.decode_weight(codes, exponents, out)
     return out
 
 
-# The ops. Where nothing is wanted they give empty tensors, since their results are fixed in number.
+# The ops. They return empty tensors for unwanted results, since the number of results is fixed.
 
 
 def _op(name: str, signature: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
-    """An op without what `torch.library.custom_op` wraps around each call; autograd never sees it.
+    """Define an op without what `torch.library.custom_op` wraps around each call; autograd never sees it.
 
     CUDA graphs of the compiler (`mode="reduce-overhead"`) leave it out: they would copy the codes of every
-    weight into memory of their own, at each run.
+    weight into their own memory at each run.
     """
     tags = (torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe)
     torch.library.define(f"ds_fp8::{name}", signature, tags=tags)

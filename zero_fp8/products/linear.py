@@ -1,7 +1,7 @@
-"""`F.linear` and `torch.addmm` with an FP8 weight, as autograd sees them.
+"""`F.linear` and `torch.addmm` with an FP8 weight, as autograd functions.
 
-What backward needs of x is saved, codes or x itself; the weight is the owner's buffer, which must still hold
-what forward multiplied with. Autograd itself casts gradients to the dtypes of x and bias.
+The part of x that backward needs is saved, as codes or as x itself; the weight is the owner's buffer, which
+must still hold the codes that forward multiplied. Autograd casts gradients to the dtypes of x and bias.
 """
 
 from typing import Any
@@ -51,7 +51,7 @@ class Product(torch.autograd.Function):
 
 
 def check_generation(matrix: Matrix, forward: int) -> None:
-    """Fail as torch does if what forward saved was overwritten, or is not there."""
+    """Fail as torch does if what forward saved was overwritten, or was released."""
     if not matrix.is_here:
         raise RuntimeError(
             f"{matrix.name}: backward needs this FP8 weight, which ZeRO 3 has released: it was used outside "
@@ -67,10 +67,10 @@ def check_generation(matrix: Matrix, forward: int) -> None:
 def multiply_input(
     x: Tensor, weight: Tensor, bias: Tensor | None, *, matrix: Matrix, way: Way, swapped: bool
 ) -> Tensor:
-    """The product, with the dtypes that torch would use.
+    """Return the product, with the dtypes that torch would use.
 
     Raises:
-        RuntimeError: x or bias has a dtype or shape that the weight cannot be multiplied with.
+        RuntimeError: x or bias has a dtype or shape that cannot be multiplied with the weight.
     """
     if torch.is_autocast_enabled(x.device.type):
         check_autocast(x, matrix)
@@ -90,7 +90,7 @@ def multiply_input(
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _multiply_outside(*arguments: Any) -> Tensor:
-    """A product that is not part of the graph, which would keep fetched codes until its backward."""
+    """Multiply outside the graph, which would keep fetched codes until its backward."""
     return Product.apply(*arguments)  # type: ignore[no-any-return,no-untyped-call]
 
 
@@ -104,9 +104,9 @@ def _trace(
     swapped: bool,
     wgrad: bool,
 ) -> Tensor:
-    """A product as one call in Dynamo's graph, which does not look into it, for a weight of any name.
+    """Add a product to Dynamo's graph as one call that it does not trace, for a weight of any name.
 
-    What is in it is traced with autograd, by far the faster part.
+    The call's content is traced with autograd, which is by far faster.
     """
     kernels = named(names[0])
     matrix, way = Matrix("traced", *buffers, kernels), way_of(names[1], kernels)
@@ -115,23 +115,23 @@ def _trace(
 
 
 def check_autocast(x: Tensor, matrix: Matrix) -> None:
-    """x is cast inside: q, k and v share the cast of what they were given."""
+    """Refuse other autocast dtypes; x is cast later, so that q, k and v share the cast of their input."""
     dtype = torch.get_autocast_dtype(x.device.type)
     if dtype is not torch.bfloat16:
         raise RuntimeError(f"{matrix.name}: received autocast to {dtype}, allowed with FP8: torch.bfloat16")
-    if not x.is_floating_point() or x.dtype is torch.float64:  # which autocast leaves alone
+    if not x.is_floating_point() or x.dtype is torch.float64:  # autocast does not cast these
         check_dtypes(x, None, matrix)
 
 
 def check_dtypes(x: Tensor, bias: Tensor | None, matrix: Matrix) -> None:
-    """torch would not multiply different dtypes either."""
+    """Refuse dtypes other than bfloat16; torch does not multiply different dtypes either."""
     for what, tensor in (("an input", x), ("a bias", bias)):
         if tensor is not None and tensor.dtype is not torch.bfloat16:
             raise RuntimeError(f"{matrix.name}: received {what} of {tensor.dtype}, allowed: torch.bfloat16")
 
 
 def check_shapes(x: Tensor, bias: Tensor | None, matrix: Matrix, swapped: bool) -> None:
-    """Kernels do not look."""
+    """Refuse wrong shapes, which kernels do not check."""
     rows, columns = matrix.codes.shape
     outputs, inputs = (columns, rows) if swapped else (rows, columns)
     if x.dim() == 0 or x.shape[-1] != inputs or x.device != matrix.codes.device:
@@ -148,7 +148,7 @@ def check_shapes(x: Tensor, bias: Tensor | None, matrix: Matrix, swapped: bool) 
 def _multiply(
     x: Tensor, bias: Tensor | None, matrix: Matrix, way: Way, swapped: bool, wgrad: bool
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """y, [tokens, N], and what backward needs; without tokens nothing is launched."""
+    """Return y, [tokens, N], and the tensors for backward; without tokens nothing is launched."""
     if x.numel() == 0:
         outputs = matrix.codes.shape[1 if swapped else 0]
         return x.new_empty(0, outputs, dtype=torch.bfloat16), ()
@@ -157,7 +157,7 @@ def _multiply(
 
 
 def _differentiate(dy: Tensor, ctx: Any, needs: Needs) -> Gradients:
-    """Gradients for dy, [tokens, N]; without tokens zeros."""
+    """Return gradients for dy, [tokens, N]; zeros without tokens."""
     matrix: Matrix = ctx.matrix
     if dy.numel() == 0:
         shapes = (ctx.input_shape, matrix.codes.shape, dy.shape[1:])

@@ -1,7 +1,7 @@
-"""One FP8 weight, in buffers that somebody else owns.
+"""One FP8 weight, in buffers that another object owns.
 
-The owner writes the codes and says so by `rewritten`. Everything else only reads: values for whoever asks for
-the weight, operands for products. Under ZeRO 3 codes come with a fetch and go with a release; scales stay.
+The owner writes the codes and then calls `rewritten`. All other code only reads: values for readers of the
+weight, operands for products. Under ZeRO 3 a fetch brings the codes and a release frees them; scales stay.
 """
 
 from collections.abc import Callable
@@ -22,41 +22,41 @@ class Matrix:
     name: str
     codes: Tensor  # [rows, columns] float8_e4m3fn
     exponents: Tensor  # [tiles(rows), tiles(columns)] uint8
-    scales: Tensor  # of the codes as they are: `ops.products.scale_shape(rows, columns)` float32
+    scales: Tensor  # of the current codes: `ops.products.scale_shape(rows, columns)` float32
     kernels: Kernels = field(default=REFERENCE, repr=False)
-    generation: int = 0  # how often the codes were rewritten
-    travels: bool = False  # codes come and go
-    is_here: bool = True  # else `codes` has a shape only
-    writer: Callable[[Tensor], None] | None = None  # takes a `copy_` of a whole weight, as of load_state_dict
+    generation: int = 0  # number of times that the codes were rewritten
+    travels: bool = False  # codes are fetched and released
+    is_here: bool = True  # if false, `codes` has a shape only
+    writer: Callable[[Tensor], None] | None = None  # takes a `copy_` of a whole weight, as in load_state_dict
     on_state_dict: Callable[[], None] | None = None  # called when a state_dict takes the values
-    decodes: int = 0  # how often somebody read values
+    decodes: int = 0  # number of times that values were read
     was_named: bool = False  # as a weight that training decodes
     counts: ProductCounts | None = None  # on a measured step
 
     @classmethod
     def of(cls, name: str, codes: Tensor, exponents: Tensor, kernels: Kernels) -> "Matrix":
-        """With scales of its own, which are not known yet."""
+        """Create a matrix with its own scales, which are undefined."""
         return cls(
             name, codes, exponents, torch.ones(scale_shape(*codes.shape), device=codes.device), kernels
         )
 
     def rewritten(self) -> None:
-        """Say that the codes are new: a backward whose forward had the old ones fails.
+        """Mark the codes as new: a backward whose forward had the old ones fails.
 
-        The version counter is what compiled graphs check; kernels and collectives do not count.
+        Compiled graphs check the version counter, which kernels and collectives do not increase.
         """
         self.generation += 1
         if self.is_here:
             torch.autograd.graph.increment_version(self.codes)
 
     def record_stream(self, stream: torch.Stream) -> None:
-        """Keep the memory, if its owner lets it go, until what is queued on the stream now has run."""
+        """Keep the memory, if its owner frees it, until the work now queued on the stream has run."""
         codes = (self.codes,) if self.is_here else ()
         for each in (*codes, self.exponents, self.scales):
             each.record_stream(stream)
 
     def values(self, codes: Tensor | None = None) -> Tensor:
-        """[rows, columns] bfloat16, decoded anew; codes: those of a graph, if it saved them."""
+        """Decode to [rows, columns] bfloat16; codes: those of a graph, if it saved them."""
         return decode(self.kernels, self.codes if codes is None else codes, self.exponents)
 
     def store(self, values: Tensor) -> None:

@@ -1,8 +1,8 @@
 """The last cast of an input: q, k and v, or gate and up, get the same x and save the same codes.
 
-A cast is dropped if its input dies, if the next input is cast, or if a backward begins, so that nothing
-outlives what the graph needs. In a CUDA graph each product casts for itself: a replay makes only what was
-captured in it, of whatever the input's memory then holds.
+A cast is dropped if its input dies, if the next input is cast, or if a backward begins, so that it never
+outlives its use by the graph. In a CUDA graph each product casts for itself: a replay recomputes only what
+was captured in it, from the current contents of the input's memory.
 """
 
 import weakref
@@ -24,14 +24,14 @@ class Last(NamedTuple):
 
 
 class SharedCasts:
-    """One cast at most."""
+    """Keeps one cast at most."""
 
     def __init__(self) -> None:
         self._last: Last | None = None  # replaced as a whole, since forwards may run in threads
 
     def of(self, x: Tensor, wgrad: bool, make: Callable[[], CastInput]) -> CastInput:
-        """The cast of x, from before if it is still what `make` would give."""
-        if x.is_inference() or captured(x):  # the first has no version
+        """Return the cast of x: the last one if it still equals what `make` would give."""
+        if x.is_inference() or captured(x):  # an inference tensor has no version
             return make()
         last, stream = self._last, _stream(x)
         known = last is not None and last.input() is x and (last.version, last.stream) == (x._version, stream)
@@ -51,5 +51,5 @@ class SharedCasts:
 
 
 def _stream(x: Tensor) -> int:
-    """What is cast on one stream may not be there yet for another."""
+    """Return the current stream; another stream may not have the cast yet."""
     return torch._C._cuda_getCurrentRawStream(x.get_device()) if x.is_cuda else 0

@@ -1,7 +1,7 @@
-"""The values of an FP8 weight for whoever reads it: a BF16 tensor that is nobody's memory.
+"""The decoded values of an FP8 weight: a BF16 tensor that is a temporary copy.
 
-What would be written into it would be lost, so that it refuses writes, and so do views of it. Everything
-computed from it is a plain tensor, and so is what is pickled or copied.
+Writes into it would be lost, so it refuses them, and so do views of it. Everything computed from it is a
+plain tensor, and so are pickles and copies.
 """
 
 import sys
@@ -17,9 +17,9 @@ from ds_fp8.zero_fp8.products.matrix import Matrix
 
 
 class DecodedValues(Tensor):
-    """Values that refuse to be written."""
+    """Values that refuse writes."""
 
-    matrix: Matrix | None = None  # whose values these are, or are a view of
+    matrix: Matrix | None = None  # the matrix that these are the values of, or a view of them
     generation: int | None = None  # of the matrix, if these are all its values and no view
 
     @classmethod
@@ -27,9 +27,9 @@ class DecodedValues(Tensor):
         cls, func: Function, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if not all(issubclass(each, cls) or each in _ORDINARY for each in types):
-            return NotImplemented  # a weight that is given beside its values decodes itself first
+            return NotImplemented  # an FP8 weight among the arguments decodes itself first
         kwargs = {} if kwargs is None else kwargs
-        if torch.compiler.is_dynamo_compiling():  # no graph takes what may refuse
+        if torch.compiler.is_dynamo_compiling():  # a graph cannot hold a tensor that may refuse
             return _call_outside(func, args, kwargs)
         if func is Tensor.copy_ and isinstance(args[0], cls) and args[0]._writer:
             args[0]._writer(args[1])
@@ -39,13 +39,13 @@ class DecodedValues(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             versions = [_version(each) for each in given]
             result = func(*args, **kwargs)
-            if versions != [_version(each) for each in given]:  # within a function of any name
+            if versions != [_version(each) for each in given]:  # a function of any name has written
                 raise refusal(given[0].matrix, func)
             return tree_map_only(Tensor, lambda out: _view(out, given[0]), result)
 
     @property
     def _writer(self) -> Callable[[Tensor], None] | None:
-        """What takes a copy into all values of a weight, as DeepSpeed loads it through `.data`."""
+        """Function that copies into all values of a weight, as DeepSpeed loads it through `.data`."""
         return None if self.matrix is None or self.generation is None else self.matrix.writer
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
@@ -66,7 +66,7 @@ def _call_outside(func: Function, args: Any, kwargs: dict[str, Any]) -> Any:
 
 
 def read_only(values: Tensor, matrix: Matrix, *, whole: bool = False) -> Tensor:
-    """The same object, which refuses writes from now on; it keeps its place in the graph."""
+    """Return the same object, which refuses writes from now on; it keeps its place in the graph."""
     values.__class__ = DecodedValues
     assert isinstance(values, DecodedValues)
     values.matrix = matrix
@@ -75,7 +75,7 @@ def read_only(values: Tensor, matrix: Matrix, *, whole: bool = False) -> Tensor:
 
 
 def refuse_writes(func: Function, args: Any, kwargs: dict[str, Any], kind: type) -> None:
-    """Raise if what the function writes to is of that kind."""
+    """Raise if the function writes to an argument of that kind."""
     for each in () if func in PLAIN else flat(written(func, args, kwargs)):
         if isinstance(each, kind):
             raise refusal(getattr(each, "matrix", None), func)
@@ -91,7 +91,7 @@ def refusal(matrix: Matrix | None, func: Function) -> RuntimeError:
 
 
 def written(func: Function, args: Any, kwargs: dict[str, Any]) -> Iterator[Any]:
-    """The arguments that a function writes to by its name; what it only reads is not among them."""
+    """Yield the arguments that a function writes to, judging by its name, without those it only reads."""
     name = name_of(func)
     in_place = name.endswith("_") and not name.endswith("__")
     if in_place or name in WRITING:
@@ -101,12 +101,12 @@ def written(func: Function, args: Any, kwargs: dict[str, Any]) -> Iterator[Any]:
 
 
 def name_of(func: Function) -> str:
-    """`add_`, also of the op torch.ops.aten.add_.Tensor."""
+    """Return the name, such as `add_`, also for the op torch.ops.aten.add_.Tensor."""
     return str(getattr(func, "__name__", func)).split(".", maxsplit=1)[0]
 
 
 def flat(values: Any) -> Iterator[Any]:
-    """What is in lists and tuples, one after the other."""
+    """Yield the items of nested lists and tuples."""
     for each in values:
         if isinstance(each, list | tuple):
             yield from flat(each)
@@ -115,12 +115,12 @@ def flat(values: Any) -> Iterator[Any]:
 
 
 def called_by_state_dict(depth: int) -> bool:
-    """Whether the frame so many above the caller collects a state dict, whose tensors are plain."""
+    """Whether the frame `depth` above the caller collects a state dict, whose tensors are plain."""
     return sys._getframe(depth + 1).f_code.co_name == "_save_to_state_dict"
 
 
 def _view(out: Tensor, whose: DecodedValues) -> Tensor:
-    """What has the memory of read-only values is read-only too."""
+    """Make a result read-only if it has the memory of read-only values."""
     if isinstance(out, DecodedValues) or out.layout is not torch.strided or not _same_memory(out, whose):
         return out
     return out if whose.matrix is None else read_only(out, whose.matrix)

@@ -4,7 +4,7 @@ cublas     x and dy are cast, FP8 products.
 emulated   the same casts, decoded and multiplied in FP32: the contract, `ops.products`.
 decoded    the weight is decoded to BF16, one at a time; x and dy stay as they are.
 
-The first two are one class that is given its kernels.
+The first two are one class with different kernels.
 """
 
 from functools import partial
@@ -25,7 +25,7 @@ Saved = tuple[Tensor, ...]  # of x, for backward
 
 
 class Way(Protocol):
-    """`swapped`: the matrix is stored as [K, N]."""
+    """A way to multiply. `swapped`: the matrix is stored as [K, N]."""
 
     @property
     def name(self) -> str: ...
@@ -33,13 +33,13 @@ class Way(Protocol):
     def forward(
         self, x: Tensor, matrix: Matrix, bias: Tensor | None, *, swapped: bool, wgrad: bool
     ) -> tuple[Tensor, Saved]:
-        """y, [tokens, N] bfloat16; x: [..., K], of any dtype; bias: [N] bfloat16."""
+        """Return y, [tokens, N] bfloat16; x: [..., K], of any dtype; bias: [N] bfloat16."""
         ...
 
     def backward(
         self, dy: Tensor, saved: Saved, matrix: Matrix, codes: Tensor, *, needs: Needs, swapped: bool
     ) -> Gradients:
-        """dy: [tokens, N] bfloat16, contiguous; codes: the matrix's, or those that a graph saved."""
+        """Return gradients. dy: [tokens, N] bfloat16, contiguous; codes: current, or saved by a graph."""
         ...
 
 
@@ -60,7 +60,7 @@ class FP8Products:
             weight = kernels.transpose(self.kernels, matrix.codes, matrix.exponents)
         y = kernels.multiply(self.kernels, cast.forward, weight, bias)
         tokens = x.numel() // x.shape[-1]
-        if in_graph() or len(y) != tokens:  # a graph is one for all numbers of tokens
+        if in_graph() or len(y) != tokens:  # one graph serves any number of tokens
             y = y[:tokens]
         saved = (cast.wgrad.codes, cast.wgrad.scales) if wgrad and cast.wgrad is not None else ()
         return y, saved
@@ -78,7 +78,7 @@ class FP8Products:
         return kernels.differentiate(self.kernels, dy, weight, x, needs, swapped, count)
 
     def _cast(self, x: Tensor, matrix: Matrix, wgrad: bool) -> CastInput:
-        """A compiler, if there is one, finds common casts itself, and its ops count when they run."""
+        """Cast x. A compiler finds common casts itself, and its ops count when they run."""
         if in_graph():
             return kernels.cast_input(self.kernels, _flat(x), wgrad=wgrad)
         cast = self.casts.of(x, wgrad, lambda: kernels.cast_input(self.kernels, _flat(x), wgrad=wgrad))
@@ -88,7 +88,7 @@ class FP8Products:
 
 
 class DecodedProducts:
-    """BF16 products of a weight that is decoded for each."""
+    """BF16 products of a weight that is decoded for each product."""
 
     name = "decoded"
 
@@ -112,11 +112,11 @@ class DecodedProducts:
 
 
 def way_of(name: str, kernels: Kernels) -> Way:
-    """One that has seen nothing yet."""
+    """Return a way without state."""
     return DecodedProducts() if name == DecodedProducts.name else FP8Products(name, kernels)
 
 
 def _flat(x: Tensor) -> Tensor:
-    """[tokens, K] bfloat16, contiguous."""
+    """Return x as [tokens, K] bfloat16, contiguous."""
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     return flat.to(torch.bfloat16).contiguous()

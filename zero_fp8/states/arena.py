@@ -1,11 +1,11 @@
-"""Host memory for states: one mapping per rank, of the bytes that they take, pinned where a GPU reads it.
+"""Host memory for states: one mapping per rank, exactly as large as the states, pinned if a GPU reads it.
 
-torch rounds each of its pinned blocks up to a power of two, so up to twice what is wanted. Here the kernel
-gives the pages and CUDA registers them as they are. A process that is forked, such as a data loader's worker,
-does not get them: pinned pages would be copied for it.
+torch rounds each of its pinned blocks up to a power of two, so to up to twice the bytes wanted. Here the
+kernel maps pages, which CUDA registers as they are. A forked process, such as a data loader's worker, does
+not get them: pinned pages would be copied for it.
 
-CUDA may refuse to register them. Then they stay pageable: copies are three to six times slower and hold up
-the host, with the same results, and a warning says so.
+If CUDA refuses to register them they stay pageable: copies are three to six times slower and block the host,
+with the same results, and a warning is logged.
 """
 
 import logging
@@ -24,17 +24,17 @@ from ds_fp8.zero_fp8.states.host_memory import WHAT, memlock_limit
 
 logger = logging.getLogger("ds_fp8")
 
-ALIGNMENT = 64  # bytes; every tensor begins at a multiple
-MOST_AT_ONCE = 1 << 36  # bytes that CUDA is asked to register in one call; from 2^39 on it fails
+ALIGNMENT = 64  # bytes; the start of every tensor is a multiple
+MOST_AT_ONCE = 1 << 36  # bytes that CUDA registers per call; from 2^39 on it fails
 
 
 def aligned(nbytes: int) -> int:
-    """Bytes of the arena that a tensor takes."""
+    """Return the bytes of the arena that a tensor takes."""
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 def room_of(rows: int, block_size: int, fmt: Format) -> int:
-    """Bytes of the arena that blocks take."""
+    """Return the bytes of the arena that blocks take."""
     return aligned(rows * block_size * fmt.itemsize) + (aligned(rows) if fmt.scaled else 0)
 
 
@@ -42,7 +42,7 @@ class Arena:
     """Memory that is handed out once, from its first byte to its last."""
 
     def __init__(self, nbytes: int, device: torch.device | None) -> None:
-        """Reserve the memory, zeros. device: a GPU that copies from and to it; None: leave it pageable."""
+        """Reserve zeroed memory. device: a GPU that copies from and to it; None: leave it pageable."""
         self.nbytes, self.used = nbytes, 0
         self.pinned = False
         self._memory = mapped(nbytes) if nbytes else None
@@ -65,7 +65,7 @@ class Arena:
         return True
 
     def tensor(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Zeros of the next bytes, with a storage of their own."""
+        """Return zeros from the next bytes, as a tensor with its own storage."""
         nbytes = torch.Size(shape).numel() * dtype.itemsize
         if not nbytes or self._memory is None:
             return torch.zeros(*shape, dtype=dtype)
@@ -80,14 +80,14 @@ class Arena:
         return Blocks(codes, scales, fmt)
 
     def close(self) -> None:
-        """Unpin; the memory goes when the last of its tensors does."""
+        """Unpin the memory, which is freed with the last of its tensors."""
         if self.pinned:
             self._unpin()
         self._memory = None
 
 
 def mapped(nbytes: int) -> mmap.mmap:
-    """Zeros in private pages, large ones where the kernel has them; a forked process has none of them.
+    """Map zeros in private pages, large ones if the kernel has them; a forked process gets none of them.
 
     Raises ValueError if the kernel refuses.
     """
@@ -102,13 +102,13 @@ def mapped(nbytes: int) -> mmap.mmap:
 
 
 def pieces(nbytes: int) -> Iterator[tuple[int, int]]:
-    """First byte and length of what is registered in one call."""
+    """Yield the first byte and the length of the memory that each call registers."""
     for first in range(0, nbytes, MOST_AT_ONCE):
         yield first, min(MOST_AT_ONCE, nbytes - first)
 
 
 def register(address: int, nbytes: int, device: torch.device) -> str | None:
-    """Register memory with CUDA; if it refuses, why, and nothing is registered."""
+    """Register memory with CUDA; if it refuses, return the reason, with nothing registered."""
     cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     for first, length in pieces(nbytes):
         code = int(cudart.cudaHostRegister(address + first, length, 0))
@@ -122,7 +122,7 @@ def register(address: int, nbytes: int, device: torch.device) -> str | None:
 
 def _let_go(address: int, nbytes: int, device: torch.device, memory: object) -> None:
     """Undo `register` when no copy is under way; memory: kept alive until then."""
-    with suppress(Exception):  # of a driver that has shut down
+    with suppress(Exception):  # raised by a driver that has shut down
         torch.cuda.synchronize(device)
     unregister(address, nbytes)
 

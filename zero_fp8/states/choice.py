@@ -1,9 +1,9 @@
-"""Which executor steps offloaded states: what `fp8.offload.executor` says or, if that is auto, the faster.
+"""Choose the executor that steps offloaded states: `fp8.offload.executor` or, if that is auto, the faster.
 
-stream moves all states over the link, each way at once; host reads and writes them where they are, and moves
-two bytes of weights per parameter behind that. So what counts is the link, the cores and the level:
-each is measured for a moment, on this machine, by all ranks at once, since they share memory and links. The
-slowest rank decides.
+stream moves all states over the link, in both directions at once; host reads and writes them in place, and
+meanwhile moves two bytes of weights per parameter. So the link, the cores and the level count: each is
+measured briefly, on this machine, by all ranks at once, since they share memory and links. The slowest rank
+decides.
 """
 
 import os
@@ -23,10 +23,10 @@ from ds_fp8.zero_fp8.states.host_memory import local_processes
 from ds_fp8.zero_fp8.states.lanes import Lane, mark
 
 HOST = torch.device("cpu")
-LINK_BYTES = 1 << 26  # that are copied each way at once
+LINK_BYTES = 1 << 26  # copied in each direction at once
 SWEPT = 1 << 24  # parameters that are swept, more than caches hold
 ROUNDS = 3
-WEIGHT = 2  # bytes of a weight that goes up
+WEIGHT = 2  # bytes of a weight that is uploaded
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def cores_of_a_rank() -> int:
 def measure(
     formats: Sequence[Format], block_size: int, rounding: Rounding, device: torch.device, host: Backend
 ) -> Estimate:
-    """formats: of master, exp_avg and exp_avg_sq; device: a GPU; host: the kernels of the host's sweep."""
+    """Measure. formats: of master, exp_avg and exp_avg_sq; device: a GPU; host: kernels of its sweep."""
     state_bytes = sum(fmt.itemsize + fmt.scaled / block_size for fmt in formats)
     per_byte = _link(device)
     sweep = _sweep(formats, block_size, rounding, host)
@@ -61,7 +61,7 @@ def measure(
 
 
 def _best(act: Callable[[], None]) -> float:
-    """Shortest time of a call, in nanoseconds."""
+    """Return the shortest time of a call, in nanoseconds."""
     act()
     taken = []
     for _ in range(ROUNDS):
@@ -72,7 +72,7 @@ def _best(act: Callable[[], None]) -> float:
 
 
 def _link(device: torch.device) -> float:
-    """Nanoseconds per byte, both ways at once."""
+    """Return nanoseconds per byte, with copies in both directions at once."""
     arena = Arena(2 * LINK_BYTES, device)
     there = [torch.empty(LINK_BYTES, dtype=torch.uint8, device=device) for _ in range(2)]
     here = [arena.tensor((LINK_BYTES,), torch.uint8) for _ in range(2)]
@@ -93,7 +93,7 @@ def _link(device: torch.device) -> float:
 
 
 def _sweep(formats: Sequence[Format], block_size: int, rounding: Rounding, host: Backend) -> float:
-    """Nanoseconds per parameter of the host's sweep."""
+    """Return nanoseconds per parameter of the host's sweep."""
     rows = SWEPT // block_size
     master, exp_avg, exp_avg_sq = (Blocks.zeros(rows, block_size, fmt, HOST) for fmt in formats)
     sweep = Sweep(

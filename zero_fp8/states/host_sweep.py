@@ -1,10 +1,10 @@
-"""Offloaded states stay where they are: the host sweeps them, and only weights and gradients cross.
+"""Offloaded states stay in place: the host sweeps them, and only weights and gradients are copied.
 
-The reduced gradient has come down while backward ran (`gradients.landing`). When the host knows whether the
+The reduced gradient has come down while backward ran (`gradients.landing`). Once the host knows whether the
 step is taken, it sweeps chunk after chunk on its own cores, whatever OMP_NUM_THREADS says, into one of three
-buffers of pinned memory, from which weights go up while the next chunk is swept. A split master needs
-the weight that it lies below, which comes down while the chunk before is swept: so an edit of a weight
-counts, as it does on the device.
+buffers of pinned memory, from which weights go up while the next chunk is swept. A split master needs the
+weight whose lower bits it holds; that weight comes down while the previous chunk is swept. So an edit of a
+weight counts, as it does on the device.
 """
 
 from collections.abc import Iterator
@@ -25,14 +25,14 @@ HOST = torch.device("cpu")
 
 @dataclass
 class Buffer:
-    """Room for the weights of a chunk in host memory."""
+    """Host memory for the weights of a chunk."""
 
     room: Tensor  # uint8
-    free: Event = None  # when they have gone up
-    filled: Event = None  # when the weights that are read have come down
+    free: Event = None  # when its weights have been uploaded
+    filled: Event = None  # when the weights that are read have been downloaded
 
     def rows(self, like: Tensor) -> Tensor:
-        """A view of the buffer with the rows and dtype of `like`."""
+        """Return a view of the buffer with the rows and dtype of `like`."""
         return self.room[: like.nbytes].view(like.dtype).view(like.shape)
 
 
@@ -41,20 +41,20 @@ class HostSweep:
 
     name = "host"
     memory = HOST
-    nbytes = 0  # of the device's memory
+    nbytes = 0  # of device memory
 
     def __init__(
         self, rows: int, row_bytes: int, device: torch.device, backend: Backend, arena: Arena
     ) -> None:
-        """rows: of a chunk; row_bytes: of a row of weights; backend: of the host; arena: for its buffers."""
+        """rows: of a chunk; row_bytes: of a row of weights; backend: the host's; arena: for the buffers."""
         self.rows, self.device, self.backend = rows, device, backend
         self._buffers = [Buffer(arena.tensor((rows * row_bytes,), torch.uint8)) for _ in range(BUFFERS)]
         self._turn = 0
         self._up, self._down = Lane(device), Lane(device)
-        self._control: tuple[Tensor, Tensor] | None = None  # the device's and the host's
+        self._control: tuple[Tensor, Tensor] | None = None  # on the device and on the host
 
     def _on_host(self, control: Tensor) -> Tensor:
-        """The host waits for the verdict, once per step."""
+        """Make the host wait for the verdict, once per step."""
         if self._control is None or self._control[0] is not control:
             self._control = control, control.to(HOST)
         return self._control[1]
@@ -86,7 +86,7 @@ class HostSweep:
             target.counts.add_(counts.to(self.device))
 
     def _prepare(self, weights: Tensor, before: Event, *, reads: bool) -> Buffer:
-        """The next buffer, when it is free, with the weights on their way if they are read."""
+        """Return the next buffer once it is free; if weights are read, start their download."""
         buffer = self._buffers[self._turn]
         self._turn = (self._turn + 1) % BUFFERS
         wait(buffer.free)
@@ -97,7 +97,7 @@ class HostSweep:
         return buffer
 
     def mark(self) -> Event:
-        """As `Executor.mark`: the host has swept."""
+        """As `Executor.mark`: the host's sweep has ended."""
         return None
 
     def settle(self) -> None:

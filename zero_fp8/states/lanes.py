@@ -1,15 +1,15 @@
-"""Side streams of a device, on which copies travel while something else computes; on a CPU nothing."""
+"""Side streams of a device, for copies during computation; no-ops on a CPU."""
 
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
-Event = torch.cuda.Event | None  # None on a CPU, where whatever has been called is done
+Event = torch.cuda.Event | None  # None on a CPU, where every call has finished
 
 
 class Lane:
-    """A stream of the device; on a CPU nothing."""
+    """A stream of the device; a no-op on a CPU."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream: torch.cuda.Stream | None = None
@@ -17,7 +17,7 @@ class Lane:
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def after(self, *events: Event) -> AbstractContextManager[object]:
-        """Work launched within waits for these events."""
+        """Make work launched within the `with` wait for these events."""
         if self._stream is None:
             return nullcontext()
         for event in filter(None, events):
@@ -25,32 +25,32 @@ class Lane:
         return torch.cuda.stream(self._stream)
 
     def mark(self) -> Event:
-        """All that has been launched so far."""
+        """Return an event after all work launched so far."""
         return None if self._stream is None else self._stream.record_event()
 
     def keep(self, tensor: Tensor) -> None:
-        """Keep the tensor's memory from being reused until what has been launched so far is done."""
+        """Keep the tensor's memory from being reused until the work launched so far is done."""
         if self._stream is not None:
             tensor.record_stream(self._stream)
 
     def wait(self) -> None:
-        """Let the host wait for all that has been launched so far."""
+        """Make the host wait for all work launched so far."""
         if self._stream is not None:
             self._stream.synchronize()
 
 
 def mark(device: torch.device) -> Event:
-    """All that the current stream has been given so far."""
+    """Return an event after all work launched so far on the current stream."""
     return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
 
 
 def follow(device: torch.device, event: Event) -> None:
-    """Let the current stream wait for an event."""
+    """Make the current stream wait for an event."""
     if event is not None:
         torch.cuda.current_stream(device).wait_event(event)
 
 
 def wait(event: Event) -> None:
-    """Let the host wait for an event."""
+    """Make the host wait for an event."""
     if event is not None:
         event.synchronize()

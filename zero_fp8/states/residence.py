@@ -1,7 +1,7 @@
-"""Where the states of a rank's shards live: on the device, in host memory, or some rows here and some there.
+"""Where the states of a rank's shards live: on the device, in host memory, or some rows in each.
 
-A shard's states are one or two parts, each of consecutive rows. Those of a part that is resident are swept
-where they are; those of one in host memory by an executor that all shards share.
+A shard's states are one or two parts, each of consecutive rows. A resident part is swept in place; a part in
+host memory by an executor that all shards share.
 """
 
 import math
@@ -27,7 +27,7 @@ ROWS_AT_ONCE = 16
 
 
 def offloaded_rows(rows: int, ratio: float) -> int:
-    """How many of a shard's rows, its last ones, live in host memory.
+    """Return the number of a shard's rows, its last ones, that live in host memory.
 
     They begin at a multiple of 16: kernels read the scales of 16 rows at a time.
     """
@@ -41,11 +41,11 @@ class Part:
 
     rows: slice
     state: AdamState  # of these rows
-    executor: Executor | None = None  # who steps states in host memory; None: they are resident
-    _written: Event = None  # when the last visits are over
+    executor: Executor | None = None  # steps states in host memory; None: they are resident
+    _written: Event = None  # when the last visits have ended
 
     def visits(self, target: Target) -> Iterator[Visit]:
-        """Chunks to be swept, one before the next is asked for. target: of the whole shard."""
+        """Yield chunks to be swept, each before the next is requested. target: of the whole shard."""
         if self.executor is None:
             yield Visit(self.rows, self.state, replace(target, weights=target.weights[self.rows]))
             return
@@ -54,7 +54,7 @@ class Part:
 
     @property
     def cuts(self) -> Iterator[slice]:
-        """Rows of the shard as they are visited."""
+        """Yield the rows of the shard as they are visited."""
         if self.executor is None:
             yield self.rows
             return
@@ -62,21 +62,21 @@ class Part:
             yield slice(self.rows.start + rows.start, self.rows.start + rows.stop)
 
     def among(self, rows: slice) -> slice:
-        """Which rows of this part are among some of the shard; an empty slice if none is."""
+        """Return the rows of this part that are among the shard's `rows`; an empty slice if none is."""
         start = max(self.rows.start, rows.start)
         stop = max(start, min(self.rows.stop, rows.stop))
         return slice(start - self.rows.start, stop - self.rows.start)
 
     def settle(self) -> None:
-        """Wait until the states are what the last sweep made of them."""
+        """Wait until the states hold the results of the last sweep."""
         if self.executor is not None:
             self.executor.settle()
 
 
 class Residence:
-    """Where the states of a rank's shards live, and room for them.
+    """Where the states of a rank's shards live, and their memory.
 
-    formats: of master, exp_avg and exp_avg_sq. away: room in host memory, for `ratio` of every shard's rows;
+    formats: of master, exp_avg and exp_avg_sq. away: host memory for `ratio` of every shard's rows;
     None: all are resident.
     """
 
@@ -95,7 +95,7 @@ class Residence:
         self.away, self.ratio = away, ratio
 
     def parts(self, rows: int) -> tuple[Part, ...]:
-        """The parts of a shard of `rows` rows, zeros."""
+        """Create the parts of a shard of `rows` rows, filled with zeros."""
         away = offloaded_rows(rows, self.ratio) if self.away else 0
         here = slice(0, rows - away)
         parts = [Part(here, self._states(partial(_zeros, self.device), here.stop))]
@@ -109,18 +109,18 @@ class Residence:
         return AdamState(master, exp_avg, exp_avg_sq, stores_sqrt=self._stores_sqrt)
 
     def close(self) -> None:
-        """Give the memory back, when no copy is under way."""
+        """Free the memory once no copy is under way."""
         if self.away is not None:
             self.away.close()
 
 
 @dataclass(frozen=True)
 class Away:
-    """Host memory for states, and who steps them."""
+    """Host memory for states, and the executor that steps them."""
 
     arena: Arena
     executor: Ring | HostSweep
-    landing: Arena | None = None  # for what crosses besides states, if these do not
+    landing: Arena | None = None  # for other data that is copied, if states are not
 
     @property
     def host_bytes(self) -> int:
@@ -135,7 +135,7 @@ class Away:
         return sum(each.nbytes for each in (self.arena, self.landing) if each and each.pinned)
 
     def close(self) -> None:
-        """Give up the memory; no copy may be under way."""
+        """Free the memory; no copy may be under way."""
         self.executor.close()
         self.arena.close()
         if self.landing:
@@ -156,9 +156,9 @@ def streamed(
     pinned: bool = True,
     ratio: float = 1.0,
 ) -> Residence:
-    """For shards whose states visit the device. rows: of each shard; backend: the device's.
+    """Create the residence of shards whose states visit the device. rows: of each; backend: the device's.
 
-    Raises ValueError if there is not that much memory.
+    Raises ValueError if there is too little memory.
     """
     nbytes = arena_bytes(rows, block_size, formats, ratio)
     refuse_too_much(nbytes)
@@ -177,7 +177,7 @@ def swept_on_host(
     landing: Arena,
     row_bytes: int,
 ) -> Residence:
-    """For shards whose states the host sweeps. rows: of each shard; backend: the host's.
+    """Create the residence of shards whose states the host sweeps. rows: of each shard; backend: the host's.
 
     landing: has room for `staging_bytes`; row_bytes: of a row of weights.
     """
@@ -187,18 +187,18 @@ def swept_on_host(
 
 
 def staging_bytes(rows: Sequence[int], block_size: int, row_bytes: int) -> int:
-    """Host memory for weights on their way up."""
+    """Return the bytes of host memory for weights on their way up."""
     return STAGED * aligned(chunk_rows(block_size, max(rows)) * row_bytes)
 
 
 def arena_bytes(rows: Sequence[int], block_size: int, formats: Sequence[Format], ratio: float) -> int:
-    """Bytes of host memory for shards. rows: of each."""
+    """Return the bytes of host memory for shards. rows: of each."""
     away = [offloaded_rows(each, ratio) for each in rows]
     return sum(room_of(each, block_size, fmt) for each in away for fmt in formats)
 
 
 def move(old: Sequence[Part], new: Sequence[Part]) -> None:
-    """Copy the states of a shard to where it will live."""
+    """Copy the states of a shard to their new place."""
     for source in old:
         source.settle()
         for target in new:
@@ -207,6 +207,6 @@ def move(old: Sequence[Part], new: Sequence[Part]) -> None:
 
 
 def nbytes_of(state: AdamState) -> int:
-    """Bytes of codes and scales."""
+    """Return the bytes of codes and scales."""
     blocks: list[Blocks] = [getattr(state, name) for name in STATES]
     return sum(each.nbytes for each in blocks)

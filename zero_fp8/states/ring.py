@@ -1,9 +1,9 @@
 """Offloaded states visit the device: chunk after chunk is uploaded, swept and downloaded.
 
-Three buffers and two side streams, made once. While one chunk is swept, the next comes up and the one before
-goes down, so that the link is busy both ways; an O2 chunk of 8 million parameters takes a millisecond of it.
-The host launches all of it and waits for none: events say when a buffer is free and when a chunk has come.
-On a CPU the same code copies, one thing after the other.
+Three buffers and two side streams are created once. While one chunk is swept, the next is uploaded and the
+previous one downloaded, so that the link is busy in both directions; an O2 chunk of 8 million parameters
+takes a millisecond of it. The host launches all of it and waits for none: events mark when a buffer is free
+and when a chunk has arrived. On a CPU the same code copies one chunk after the other.
 
 A step that the device skips downloads what was uploaded.
 """
@@ -25,10 +25,10 @@ BUFFERS = 3
 
 @dataclass
 class Buffer:
-    """Room for a chunk on the device."""
+    """Device memory for a chunk."""
 
     state: AdamState
-    free: Event  # when the last chunk has left
+    free: Event  # when the last chunk has been downloaded
 
 
 class Ring:
@@ -39,7 +39,7 @@ class Ring:
     def __init__(
         self, rows: int, block_size: int, formats: Sequence[Format], device: torch.device, backend: Backend
     ) -> None:
-        """rows: of a chunk; formats: of master, exp_avg and exp_avg_sq; backend: of the device."""
+        """rows: of a chunk; formats: of master, exp_avg and exp_avg_sq; backend: the device's."""
         self.rows, self.backend = rows, backend
         self.device = self.memory = device
         self._buffers = []

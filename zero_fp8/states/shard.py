@@ -1,7 +1,7 @@
 """Shard: the Adam states of the blocks that one rank owns of a bucket, and their sweep.
 
-`wiring` says where they live (`residence`); after that only a shard knows, and all others reach them through
-`lend` and `where_they_are`.
+`wiring` decides where they live (`residence`); after that only the shard knows, and all other code reaches
+them through `lend` and `where_they_are`.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -28,7 +28,7 @@ class Room(Protocol):
 
     @property
     def room(self) -> Tensor:
-        """Where this rank writes its rows, [blocks, block size] of the model's dtype."""
+        """The rows that this rank writes, [blocks, block size] of the model's dtype."""
 
 
 class Shard:
@@ -42,7 +42,7 @@ class Shard:
         backend: Backend,
         counts: Counts,
     ) -> None:
-        """pieces: what the rows hold; parts: their states; counts: of the bucket's param group."""
+        """pieces: the contents of the rows; parts: their states; counts: of the bucket's param group."""
         self.pieces = tuple(pieces)
         self._rounding = rounding
         self._backend = backend
@@ -54,7 +54,7 @@ class Shard:
         self._plans = [self._plan(part, rows) for part in parts for rows in part.cuts]
 
     def _plan(self, part: Part, rows: slice) -> Any:
-        """The backend's tables of rows that are swept together."""
+        """Return the backend's tables for rows that are swept together."""
         cut = ((piece, _overlap(piece.rows, rows)) for piece in self.pieces)
         segments = [
             Segment(
@@ -93,7 +93,7 @@ class Shard:
         return self._parts[0].state.master.block_size
 
     def cut(self, rows: slice = ALL) -> Iterator[slice]:
-        """Rows in lots that the device has room for, to be lent one after the other."""
+        """Yield rows in chunks that fit on the device, to be lent one after the other."""
         start, stop, _ = rows.indices(self.rows)
         for part in self._parts:
             for each in part.cuts:
@@ -103,9 +103,9 @@ class Shard:
 
     @contextmanager
     def lend(self, rows: slice = ALL) -> Iterator[AdamState]:
-        """The states of some rows on the device of the weights, to read and write until the `with` ends.
+        """Lend the states of some rows on the weights' device, for reads and writes until the `with` ends.
 
-        Of states that live elsewhere these are copies, which are written back: `cut` keeps them small.
+        States that live elsewhere are lent as copies and written back: `cut` keeps them small.
         """
         wanted = slice(*rows.indices(self.rows)[:2])
         inside = [(part, part.among(wanted)) for part in self._parts]
@@ -128,9 +128,9 @@ class Shard:
             copy(copied, home)
 
     def where_they_are(self, rows: slice = ALL) -> Iterator[tuple[slice, AdamState]]:
-        """Some rows' states where they live, for copies: in one lot or two, counted from the first row.
+        """Yield states of some rows where they live, for copies: one or two runs, counted from the first row.
 
-        They may be read until the next step; what is written to them stays.
+        They may be read until the next step; writes to them last.
         """
         wanted = slice(*rows.indices(self.rows)[:2])
         for part in self._parts:
@@ -151,14 +151,14 @@ class Shard:
         for rows in (each for piece in pieces for each in self.cut(piece.rows)):
             with self.lend(rows) as state:
                 if state.master.format.split:
-                    state.master.zero_()  # a BF16 weight is its master, with nothing below
+                    state.master.zero_()  # a BF16 weight is its master, with zero lower bits
                 else:
                     self._backend.quantize(weights[rows].view(-1), state.master)
 
     def sweep(self, gradient: Blocks, weights: Room, scalars: AdamScalars, control: Tensor) -> None:
-        """One Adam step, or none if `control` says so; writes the owned rows of the weights.
+        """Take one Adam step, or none if `control` says so; write the owned rows of the weights.
 
-        gradient: where the states are swept.
+        gradient: on the device where the states are swept.
         """
         counts = self._counts.of_state(sum(piece.numel for piece in self.pieces))
         target, plans = Target(weights.room, control, counts), iter(self._plans)

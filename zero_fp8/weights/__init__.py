@@ -1,1 +1,1 @@
-"""The model's weights: what a rank writes of them, and how the others receive it."""
+"""The model's weights: which of them a rank writes, and how the other ranks receive them."""

@@ -1,10 +1,10 @@
-"""Parameters whose `.data` was replaced after deepspeed.initialize, brought home to their buffers.
+"""Return parameters whose `.data` was replaced after deepspeed.initialize to their buffers.
 
-`parameter.data = ...` (vector_to_parameters, a cast and back, swapped averages, SAM's restore) leaves the
-buffer that sweep and gather write without a reader. Before they, or a save, come to it, the values are copied
-back and the parameter is a view of the buffer again. Masters do not follow, as they do not follow an edit in
-place: such values last until the next step, which is said once. A split master's upper half is the weight
-itself, and so follows.
+After `parameter.data = ...` (vector_to_parameters, a cast and back, swapped averages, SAM's restore) the
+parameter no longer reads the buffer that sweep and gather write. Before the next sweep, gather or save, the
+values are copied back and the parameter becomes a view of the buffer again. Masters do not follow, as they do
+not follow an edit in place: such values last until the next step, which is logged once. A split master's
+upper half is the weight itself, and so follows.
 """
 
 import logging
@@ -29,7 +29,7 @@ logger = logging.getLogger("ds_fp8")
 
 
 class Binding:
-    """Keeps parameters in their buffers. on_return: called when some have been brought back."""
+    """Keeps parameters in their buffers. on_return: called after some have been brought back."""
 
     def __init__(
         self,
@@ -50,11 +50,11 @@ class Binding:
 
     @cached_property
     def _homes(self) -> dict[int, Home]:
-        """By address; codes have none before the first gather."""
+        """Homes by address; codes have none before the first gather."""
         return {home.address: home for each in self._weights for home in each.homes}
 
     def bring_home(self) -> str | None:
-        """Bring parameters back. An objection, and nothing is done, if one does not fit any more."""
+        """Bring parameters back. If one no longer fits, return an objection and do nothing."""
         objection = self._freed() or next(filter(None, map(self._objection, self._homes.values())), None)
         if objection:
             return objection
@@ -65,7 +65,7 @@ class Binding:
         return None
 
     def _freed(self) -> str | None:
-        """An objection to memory that was given back; there is some again, so that collectives can run."""
+        """Return an objection if memory was freed, which is allocated again so that collectives can run."""
         for weights in self._weights:
             if weights.freed:
                 weights.allocate()
@@ -77,7 +77,7 @@ class Binding:
         return None
 
     def _objection(self, home: Home) -> str | None:
-        """To the values that a parameter has now, if they cannot be taken home."""
+        """Return an objection to a parameter's current values if they cannot be copied to its home."""
         parameter, name = self._parameters[home.parameter], self._names[home.parameter]
         objection = home.objection(parameter)
         if objection is not None:
@@ -92,11 +92,11 @@ class Binding:
         return None
 
     def give_up(self) -> None:
-        """Another engine has taken the parameters over."""
+        """Note that another engine has taken over the parameters."""
         self._given_up = True
 
     def check_owned(self) -> None:
-        """Raises RuntimeError if another engine has taken the parameters over."""
+        """Raise RuntimeError if another engine has taken over the parameters."""
         if self._given_up:
             raise RuntimeError(
                 "this engine's parameters are trained by an engine that was made after it: use that one, or "
@@ -104,7 +104,7 @@ class Binding:
             )
 
     def require(self) -> None:
-        """`bring_home`, where the ranks need not agree first. Raises ValueError, or as `check_owned`."""
+        """Run `bring_home` without agreement of the ranks. Raises ValueError, or as `check_owned`."""
         self.check_owned()
         objection = self.bring_home()
         if objection:

@@ -1,6 +1,6 @@
-"""Which engine a parameter belongs to: the last one that was made for it.
+"""Which engine a parameter belongs to: the last one created for it.
 
-An engine that loses a parameter trains no more; it lets go of all of its parameters before the next one
+An engine that loses a parameter stops training; it releases all of its parameters before the next engine
 changes anything.
 """
 
@@ -9,14 +9,14 @@ from typing import Protocol
 
 from torch.nn import Parameter
 
-HOLDER = "ds_fp8_holder"  # attribute of a parameter: who has claimed it
+HOLDER = "ds_fp8_holder"  # attribute of a parameter: the holder that has claimed it
 
 
 class Holder(Protocol):
     """An engine's handler."""
 
     def give_up(self) -> None:
-        """Another engine claims a parameter of this one, which releases all of its own."""
+        """Release all parameters, because another engine claims one of them."""
 
 
 def claim(parameters: Iterable[Parameter], holder: Holder) -> None:
@@ -29,6 +29,6 @@ def claim(parameters: Iterable[Parameter], holder: Holder) -> None:
 
 
 def release(parameters: Iterable[Parameter]) -> None:
-    """Hold parameters no more."""
+    """Remove the holder of each parameter."""
     for each in parameters:
         each.__dict__.pop(HOLDER, None)

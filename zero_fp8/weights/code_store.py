@@ -1,4 +1,4 @@
-"""What `TiledWeights` needs of where codes lie, whole on every rank or as slices."""
+"""What `TiledWeights` needs from the storage of codes, whole on every rank or as slices."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -13,7 +13,7 @@ from ds_fp8.zero_fp8.weights.store import Gather
 
 
 class CodeHome(Protocol):
-    """A `Home`, of a matrix."""
+    """The `Home` of a matrix."""
 
     @property
     def parameter(self) -> int: ...
@@ -30,44 +30,44 @@ class CodeHome(Protocol):
 
 
 class CodeStore(Protocol):
-    """Where the codes of one bucket's matrices lie."""
+    """Storage for the codes of one bucket's matrices."""
 
     @property
     def saved_with_states(self) -> bool:
-        """As `Weights` has it."""
+        """As in `Weights`."""
 
     def codes_of(self, slot: Slot) -> Tensor:
-        """What a new matrix has as its codes, [rows, columns] E4M3."""
+        """Return the codes for a new matrix, [rows, columns] E4M3."""
 
     def home(self, slot: Slot, matrix: Matrix) -> CodeHome: ...
 
     def part(self, piece: Piece, home: Any) -> Tensor:
-        """What this rank owns, [elements] E4M3."""
+        """Return the codes that this rank owns, [elements] E4M3."""
 
     def values(self, piece: Piece, home: Any) -> Tensor:
-        """What this rank owns, as the parameter has it, [elements] bfloat16."""
+        """Return the values that this rank owns, as the parameter has them, [elements] bfloat16."""
 
     def gather(self, nodes: Nodes) -> Gather:
-        """Launch what brings every rank's codes to all."""
+        """Launch the gather that brings every rank's codes to all."""
 
     def show(self, home: Any) -> None:
-        """The parameter reads codes from now on."""
+        """Make the parameter read codes from now on."""
 
     def store(self, home: Any, values: Tensor) -> None:
         """Encode values of a whole parameter, the same on every rank."""
 
     def returned(self, home: Any, own: Sequence[Piece]) -> list[Tensor] | None:
-        """What this rank owns of values that the parameter was given since, [elements] each.
+        """Encode values that the parameter was given since, and return this rank's, [elements] each.
 
-        They have been encoded. None if it was given none.
+        Returns None if it was given none.
         """
 
     @property
     def freed(self) -> bool:
-        """Whether the memory was given back."""
+        """Whether the memory was freed."""
 
     def release(self) -> None:
-        """Have no memory until `allocate` is called."""
+        """Free the memory until `allocate` is called."""
 
     def allocate(self) -> None:
-        """Have memory, of zeros."""
+        """Allocate memory, filled with zeros."""

@@ -18,18 +18,18 @@ from ds_fp8.zero_fp8.weights.home import MatrixHome
 
 
 class CodeViews:
-    """The codes of one bucket's matrices, all of them."""
+    """All codes of one bucket's matrices."""
 
     saved_with_states = False
 
     def __init__(self, bucket: Bucket, parameters: Mapping[int, Parameter], rank: int, way: Way) -> None:
-        """Make room for codes, beside parameters that are plain until `show`."""
+        """Allocate codes; parameters stay plain until `show`."""
         self._bucket, self._parameters, self._way = bucket, parameters, way
         device = parameters[bucket.slots[0].parameter].device
         self._buffer = torch.empty(bucket.blocks * bucket.block_size, dtype=torch.uint8, device=device)
 
     def codes_of(self, slot: Slot) -> Tensor:
-        """[rows, columns] E4M3."""
+        """Return the codes of a parameter, [rows, columns] E4M3."""
         codes = self._buffer[self._bucket.offset(slot) :][: slot.numel].view(E4M3.dtype)
         return codes.view(self._parameters[slot.parameter].shape)
 
@@ -37,20 +37,20 @@ class CodeViews:
         return MatrixHome(slot.parameter, matrix)
 
     def part(self, piece: Piece, home: Any) -> Tensor:
-        """What this rank owns, [elements] E4M3."""
+        """Return the codes that this rank owns, [elements] E4M3."""
         codes: Tensor = home.matrix.codes.view(-1)[piece.elements]
         return codes
 
     def values(self, piece: Piece, home: Any) -> Tensor:
-        """What this rank owns, as the parameter has it, [elements] bfloat16."""
+        """Return the values that this rank owns, as the parameter has them, [elements] bfloat16."""
         return self._parameters[home.parameter].detach().reshape(-1)[piece.elements]
 
     def gather(self, nodes: Nodes) -> AllGather:
-        """Launch what brings every rank's codes to all."""
+        """Launch the gather that brings every rank's codes to all."""
         return AllGather(self._buffer, nodes)
 
     def show(self, home: Any) -> None:
-        """The parameter reads codes from now on."""
+        """Make the parameter read codes from now on."""
         FP8Parameter.take_over(self._parameters[home.parameter], home.matrix, self._way)
 
     def store(self, home: Any, values: Tensor) -> None:
@@ -58,7 +58,7 @@ class CodeViews:
         home.matrix.store(values.view(home.matrix.codes.shape))
 
     def returned(self, home: Any, own: Sequence[Piece]) -> list[Tensor] | None:
-        """What this rank owns of values that the parameter was given since, which have been encoded."""
+        """Encode values that the parameter was given since, and return those that this rank owns."""
         parameter = self._parameters[home.parameter]
         if not home.was_left_by(parameter):
             return None
@@ -69,14 +69,14 @@ class CodeViews:
 
     @property
     def freed(self) -> bool:
-        """Whether the memory was given back: nobody else has the buffer."""
+        """Always false: no other object has the buffer."""
         return False
 
     def release(self) -> None:
-        """Have no memory until `allocate` is called."""
+        """Free the memory until `allocate` is called."""
         self._buffer.untyped_storage().resize_(0)
 
     def allocate(self) -> None:
-        """Have memory, of zeros."""
+        """Allocate memory, filled with zeros."""
         self._buffer.untyped_storage().resize_(self._buffer.nbytes)
         self._buffer.zero_()

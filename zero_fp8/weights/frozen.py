@@ -1,8 +1,7 @@
-"""Matrices that do not train, as LoRA's base: E4M3 codes on every rank, made once of the weights as they are.
+"""Matrices that do not train, such as LoRA's base: E4M3 codes on every rank, made once from the weights.
 
-Every rank has the same weights and so makes the same codes; nothing travels, and there are no masters. Codes
-are a function of the values that they have: whoever encodes a decoded weight, as from a file, finds the same
-bits.
+Every rank has the same weights and so makes the same codes; nothing travels, and there are no masters.
+Encoding is idempotent: encoding a decoded weight, for example one read from a file, gives the same bits.
 """
 
 import logging
@@ -27,10 +26,10 @@ logger = logging.getLogger("ds_fp8")
 
 
 def encode(matrix: Matrix, values: Tensor) -> None:
-    """Make codes of values of the matrix's shape.
+    """Encode values of the matrix's shape.
 
-    Twice: a tile's largest value may be rounded down to one for which the next smaller scale is enough. Of
-    the values that codes have, the second time finds that scale, as everybody will who reads them.
+    Encode twice: a tile's largest value may be rounded down to one for which the next smaller scale will do.
+    The second pass, over the decoded values, finds that scale, as will any reader that encodes them again.
     """
     matrix.store(values)
     matrix.store(matrix.values())
@@ -40,12 +39,12 @@ class FrozenWeights:
     """The codes of a run's frozen matrices."""
 
     def __init__(self) -> None:
-        """Of a run that has none yet."""
+        """Start without frozen matrices."""
         self._parameters: list[tuple[Parameter, MatrixHome, Way]] = []
         self._logged = False
 
     def take_over(self, choice: Choice, names: Mapping[Parameter, str]) -> None:
-        """Encode those of a run, one after the other. names: of every parameter of the model."""
+        """Encode a run's frozen matrices one after the other. names: of every parameter of the model."""
         for index, parameter in enumerate(choice.frozen):
             home = MatrixHome(index, _room(names[parameter], parameter, choice))
             _encode_parameter(parameter, home.matrix, choice.way)
@@ -53,16 +52,16 @@ class FrozenWeights:
 
     @property
     def exist(self) -> bool:
-        """Whether there are some."""
+        """Whether there are frozen matrices."""
         return bool(self._parameters)
 
     def matrices(self) -> Iterator[Matrix]:
         return (home.matrix for _, home, _ in self._parameters)
 
     def bring_home(self) -> str | None:
-        """Encode what has replaced weights through .data. An objection, and nothing is done, if some cannot.
+        """Encode values that replaced weights through .data. If some cannot be encoded, return an objection.
 
-        For steps only: a merged adapter, which is there for a while, is saved as it is.
+        In that case nothing is done. For steps only: an adapter that is merged for a while is saved as it is.
         """
         left = [each for each in self._parameters if each[1].was_left_by(each[0])]
         for parameter, home, _ in left:
@@ -78,7 +77,7 @@ class FrozenWeights:
         return None
 
     def as_values(self) -> AbstractContextManager[None]:
-        """While files are read or written: nothing, whoever reads has values."""
+        """Do nothing while files are read or written: readers of these parameters get values."""
         return nullcontext()
 
     def set_writers(self) -> None:
@@ -87,19 +86,19 @@ class FrozenWeights:
             matrix.writer = partial(encode, matrix)
 
     def unset_writers(self) -> None:
-        """Nobody writes any more."""
+        """Stop load_state_dict from writing."""
         for matrix in self.matrices():
             matrix.writer = None
 
 
 def _encode_parameter(parameter: Parameter, matrix: Matrix, way: Way) -> None:
-    """Make codes of the values that a parameter has, which it then reads."""
+    """Encode the values of a parameter, which from then on reads the codes."""
     encode(matrix, parameter.detach())
     FP8Parameter.take_over(parameter, matrix, way)
 
 
 def _room(name: str, parameter: Parameter, choice: Choice) -> Matrix:
-    """A matrix of a parameter's shape, whose codes are not known yet."""
+    """Create a matrix of a parameter's shape; its codes are undefined."""
     rows, columns = parameter.shape
     codes = torch.empty(rows, columns, dtype=torch.uint8, device=parameter.device).view(E4M3.dtype)
     exponents = codes.new_empty(tiles(rows), tiles(columns), dtype=torch.uint8)

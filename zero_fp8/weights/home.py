@@ -15,12 +15,12 @@ from ds_fp8.zero_fp8.products.matrix import Matrix
 
 
 def elements_of(piece: Piece, rows: Tensor) -> Tensor:
-    """What a piece has of its owner's rows of the bucket, [blocks, block size], as a vector."""
+    """Return a piece's elements of its owner's rows of the bucket, [blocks, block size], as a vector."""
     return rows[piece.rows].view(-1)[: piece.numel]
 
 
 class Home(Protocol):
-    """Where the weights of a parameter belong."""
+    """The memory where the weights of a parameter belong."""
 
     @property
     def parameter(self) -> int:
@@ -28,18 +28,18 @@ class Home(Protocol):
 
     @property
     def address(self) -> int:
-        """Of the memory."""
+        """Address of the home's memory."""
 
     def objection(self, parameter: Parameter) -> str | None:
-        """What is wrong with the values that the parameter has now, if they cannot be taken home."""
+        """Return an objection to the parameter's current values if they cannot be copied home."""
 
     def address_of(self, parameter: Parameter) -> int:
-        """Of the memory that has the parameter's values now."""
+        """Address of the memory that holds the parameter's current values."""
 
 
 @dataclass(frozen=True)
 class WholeHome:
-    """A parameter's place in the buffer whose view it is."""
+    """A parameter's place in the buffer that it is a view of."""
 
     parameter: int  # global index
     view: Tensor  # of the parameter's shape
@@ -58,7 +58,7 @@ class WholeHome:
         )
 
     def objection(self, parameter: Parameter) -> str | None:
-        """What is wrong with the values that the parameter has now, if they cannot be taken home."""
+        """Return an objection to the parameter's current values if they cannot be copied home."""
         other = _another_kind(parameter, described(self.view))
         if other is not None:
             return other
@@ -66,7 +66,7 @@ class WholeHome:
         return None if flaw is None else f"received {flaw} as .data, {ALLOWED}"
 
     def take_in(self, parameter: Parameter) -> None:
-        """Copy a parameter's values into the view, and make it the parameter's memory."""
+        """Copy a parameter's values into the view, which becomes the parameter's memory."""
         self.view.copy_(parameter.detach().contiguous())
         parameter.data = self.view
 
@@ -77,9 +77,9 @@ def described(tensor: Tensor) -> str:
 
 @dataclass(frozen=True)
 class MatrixHome:
-    """A parameter whose values are a matrix's."""
+    """A parameter whose values are those of a matrix."""
 
-    parameter: int  # global index; of a frozen one its place among the frozen
+    parameter: int  # global index; of a frozen parameter its index among the frozen
     matrix: Matrix
 
     @property
@@ -90,11 +90,11 @@ class MatrixHome:
         return parameter.data_ptr() if self.was_left_by(parameter) else self.address
 
     def was_left_by(self, parameter: Parameter) -> bool:
-        """Whether the parameter has values of its own."""
+        """Whether the parameter has its own values instead of the matrix's."""
         return not isinstance(parameter, FP8Parameter) or parameter.matrix is not self.matrix
 
     def objection(self, parameter: Parameter) -> str | None:
-        """What is wrong with the values that the parameter has now, if they cannot be encoded."""
+        """Return an objection to the parameter's current values if they cannot be encoded."""
         if not self.was_left_by(parameter):
             return None
         codes = self.matrix.codes
@@ -102,7 +102,7 @@ class MatrixHome:
 
 
 def _another_kind(parameter: Parameter, allowed: str) -> str | None:
-    """The objection if a parameter's shape, dtype or device are not those that it had."""
+    """Return an objection if a parameter's shape, dtype or device has changed."""
     received = described(parameter)
     if received != allowed:
         return f"received {received} after deepspeed.initialize, allowed: {allowed}"

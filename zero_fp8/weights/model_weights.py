@@ -1,8 +1,8 @@
-"""What model files hold of FP8 weights: the values of their codes, or their masters, rounded to BF16.
+"""FP8 weights in model files: the values of their codes, or their masters rounded to BF16.
 
-Codes are what products multiply, so that a model that is read from their values computes what training
-computes. Masters know more: whatever quantises the model anew, or trains it on, starts better from them.
-Either goes to host memory, one matrix after another.
+Products multiply the codes, so a model that is loaded from their values computes what training computes.
+Masters are more precise: quantising the model anew, or training it further, starts better from them.
+Both go to host memory, one matrix after another.
 """
 
 import logging
@@ -27,7 +27,7 @@ logger = logging.getLogger("ds_fp8")
 
 
 class StateDictNotice:
-    """A line for the log when values of codes first go into a state_dict."""
+    """Logs one line when values of codes first go into a state_dict."""
 
     def __init__(self) -> None:
         self._given = False
@@ -54,20 +54,20 @@ class ModelWeights:
         *,
         masters: bool,
     ) -> None:
-        """masters: what `fp8.checkpoint.weights` says; frozen weights have none."""
+        """masters: whether `fp8.checkpoint.weights` is "masters"; frozen weights have none."""
         self._shards = shards
         self._weights = weights
         self._frozen = frozen
         self._group = group
         self._masters = masters
-        self._held: dict[Matrix, Tensor] | None = None  # during a save, what is collective of it
+        self._held: dict[Matrix, Tensor] | None = None  # gathered masters while a save goes on
 
     def hold(self, *, writes: bool) -> None:
-        """Gather for a save, for the rank that writes. Collective if masters are wanted."""
+        """Gather masters for a save, kept on ranks that write. Collective if masters are wanted."""
         self._held = self._gathered(keeps=writes) if self._masters else {}
 
     def let_go(self) -> None:
-        """The save has ended."""
+        """End a save."""
         self._held = None
 
     @property
@@ -78,7 +78,7 @@ class ModelWeights:
     def make_plain(self, state: dict[str, Any], *, writes: bool) -> None:
         """Turn parameters into plain tensors, FP8 ones into BF16. Outside a save as collective as `hold`.
 
-        writes: as in `hold`; the others leave parameters as they are while a save goes on.
+        writes: as in `hold`; ranks that do not write leave parameters as they are during a save.
         """
         masters = self._held
         if masters is None:
@@ -105,7 +105,7 @@ class ModelWeights:
                 state[matrix.name] = values.cpu()
 
     def _gathered(self, *, keeps: bool) -> dict[Matrix, Tensor]:
-        """Of every matrix that a state_dict has, masters, rounded to BF16, on the CPU. Collective."""
+        """Return the masters of a state_dict's matrices, rounded to BF16, on the CPU. Collective."""
         if any(each.saved_with_states for each in self._weights):
             return {}
         return {matrix: values.cpu() for matrix, values in self._rounded() if keeps}
@@ -119,7 +119,7 @@ class ModelWeights:
 def rounded_masters(
     shard: Shard, weights: TiledWeights, group: ProcessGroup
 ) -> Iterator[tuple[Matrix, Tensor]]:
-    """Each matrix of a bucket and its masters, [rows, columns] bfloat16, as they are encoded. Collective."""
+    """Yield each matrix of a bucket and its masters, [rows, columns] bfloat16, as encoded. Collective."""
     room = weights.room
     for rows in shard.cut():
         with shard.lend(rows) as state:
@@ -128,5 +128,5 @@ def rounded_masters(
         whole = torch.zeros(matrix.codes.shape, dtype=torch.bfloat16, device=room.device)
         for part in own:
             whole.view(-1)[part.piece.elements] = part.of(room)
-        sum_over_ranks(whole.view(torch.uint8), group)  # one rank has each byte, the others have zeros
+        sum_over_ranks(whole.view(torch.uint8), group)  # each byte is on one rank, the others have zeros
         yield matrix, whole

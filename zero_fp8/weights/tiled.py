@@ -1,18 +1,19 @@
-"""Weights of matrix products: E4M3 codes, of a bucket's matrices.
+"""Weights of matrix products: the E4M3 codes of a bucket's matrices.
 
-What a step does with them: the sweep writes a rank's rows of BF16 weights into a room that all buckets share;
-each rank finds the scale that its part of every tile needs, and the ranks agree on the largest (one byte per
-tile of 128 x 128 elements); each rank encodes its rows; under ZeRO 1 and 2 a gather brings the codes of all.
+In a step the sweep writes a rank's rows of BF16 weights into a buffer (`Room`) that all buckets share; each
+rank finds the scale that its part of every tile needs, and the ranks agree on the largest (one byte per
+tile of 128 x 128 elements); each rank encodes its rows; under ZeRO 1 and 2 a gather brings the codes to all.
 Matrices are cut between blocks, as all parameters are, so the codes are the same bits at any number of ranks
 and at any stage, and no tile is padded.
 
-Where codes lie is a `CodeStore`: whole on every rank, or this rank's slices (ZeRO 3). Scales of all tiles are
-on every rank.
+A `CodeStore` holds the codes: whole on every rank, or this rank's slices (ZeRO 3). Scales of all tiles are on
+every rank.
 
-A skipped step has not written the room: then exponents and codes stay as they are, which the device decides.
+A skipped step has not written the buffer: exponents and codes then stay as they are, decided on the device.
 
-Masters are taken from the BF16 weights before they are encoded, and decide ever after. Values that a
-parameter is given between steps are kept, as far as a rank owns them, until codes are made of masters again.
+Masters are taken from the BF16 weights before these are encoded; afterwards codes are always made from
+masters. Values that a parameter is given between steps are kept, as far as a rank owns them, until codes are
+made from masters again.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -38,30 +39,30 @@ from ds_fp8.zero_fp8.weights.store import Gather
 
 
 class Room:
-    """Rows that a sweep writes, of one bucket at a time."""
+    """The rows that a sweep writes, of one bucket at a time."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._rows = torch.empty(0, dtype=torch.bfloat16, device=device)
 
     def rows(self, rows: int, block_size: int) -> Tensor:
-        """[rows, block size] bfloat16, with nothing that is known in them."""
+        """Return the buffer for one bucket, [rows, block size] bfloat16, uninitialised."""
         wanted = rows * block_size
         if self._rows.numel() < wanted:
             self._rows = self._rows.new_empty(wanted)
         return self._rows[:wanted].view(rows, block_size)
 
     def drop(self) -> None:
-        """Hold no memory while nothing is swept."""
+        """Free the memory until the next sweep."""
         self._rows = self._rows.new_empty(0)
 
 
 @dataclass(frozen=True)
 class Products:
-    """What the matrices of a run have in common."""
+    """Settings that the matrices of a run share."""
 
-    names: Mapping[int, str]  # of parameters, by global index
-    chosen: Collection[int]  # global indices of those that become codes
+    names: Mapping[int, str]  # names of parameters, by global index
+    chosen: Collection[int]  # global indices of the parameters that become codes
     choice: Choice
     room: Room
     on_state_dict: Callable[[], None]  # called when a state_dict takes a weight
@@ -69,28 +70,28 @@ class Products:
 
 @dataclass(frozen=True)
 class OwnPart:
-    """A rank's run of elements of a matrix."""
+    """The consecutive elements of a matrix that a rank owns."""
 
     piece: Piece
     home: CodeHome
     codes: Tensor  # [elements] E4M3
-    tiles: slice  # of the matrix, among those of the bucket
+    tiles: slice  # the matrix's tiles among those of the bucket
 
     @property
     def matrix(self) -> Matrix:
         return self.home.matrix
 
     def of(self, rows: Tensor) -> Tensor:
-        """This part of a rank's rows of the bucket, as a vector."""
+        """Return this part of a rank's rows of the bucket, as a vector."""
         return elements_of(self.piece, rows)
 
     def exponents(self, agreed: Tensor) -> Tensor:
-        """Those of the matrix, of what the ranks agree on for a bucket."""
+        """Return the matrix's exponents out of those that the ranks agreed on for the bucket."""
         return agreed[self.tiles].view(self.matrix.exponents.shape)
 
     @property
     def place(self) -> tuple[int, int]:
-        """The first element, and how many a row of the matrix has."""
+        """The first element, and the number of elements per row of the matrix."""
         return self.piece.first_element, self.matrix.codes.shape[1]
 
 
@@ -105,7 +106,7 @@ class CodeGather:
         self._gather.advance()
 
     def land(self) -> None:
-        """Products can use the codes."""
+        """Wait until products can use the codes."""
         self._gather.land()
         self._weights.renew()
 
@@ -114,10 +115,10 @@ class TiledWeights:
     """The codes of one bucket's matrices."""
 
     def __init__(self, bucket: Bucket, store: CodeStore, rank: int, products: Products) -> None:
-        """Parameters are plain until the first gather has landed."""
+        """Create codes; parameters stay plain until the first gather has landed."""
         self._bucket, self._store, self._rank, self._products = bucket, store, rank, products
         self._encoded = False
-        self._given: dict[int, Tensor] = {}  # by parameter, the elements that this rank owns
+        self._given: dict[int, Tensor] = {}  # owned elements, by parameter
         self._device = products.room.device
         codes = [store.codes_of(slot) for slot in bucket.slots]
         sizes = [tuple(map(tiles, each.shape)) for each in codes]
@@ -134,7 +135,7 @@ class TiledWeights:
                 for piece in bucket.pieces(rank)
                 if piece.slot is slot
             ]
-        store.release()  # until the first gather: beside BF16 weights there is one bucket of codes
+        store.release()  # until the first gather: BF16 weights plus the codes of one bucket
 
     def _matrix(self, index: int, codes: Tensor, exponents: Tensor) -> Matrix:
         matrix = Matrix.of(self._products.names[index], codes, exponents, self._products.choice.kernels)
@@ -143,21 +144,21 @@ class TiledWeights:
 
     @property
     def saved_with_states(self) -> bool:
-        """Whether model files have no whole weights."""
+        """Whether no model file has whole weights."""
         return self._store.saved_with_states
 
     def leads(self, index: int) -> bool:
-        """Whether a parameter has other values than codes of its master."""
+        """Whether a parameter has other values than the codes of its master."""
         return not self._encoded or index in self._given
 
     @property
     def room(self) -> Tensor:
-        """Where this rank writes its rows, [blocks, block size] bfloat16; what it holds is lost."""
+        """The buffer where this rank writes its rows, [blocks, block size] bfloat16; contents are lost."""
         return self._products.room.rows(self._bucket.blocks_of(self._rank), self._bucket.block_size)
 
     @property
     def own(self) -> Tensor:
-        """The rows that this rank owns, with their values, until another bucket's are asked for."""
+        """The rows that this rank owns, with their values; valid until another bucket's are read."""
         rows = self.room.zero_()
         for part in self._parts:
             given = self._given.get(part.home.parameter)
@@ -165,34 +166,34 @@ class TiledWeights:
         return rows
 
     def given(self, piece: Piece) -> Tensor:
-        """Room for new values of what this rank owns of a parameter, [elements]; all are to be written."""
+        """Return memory for new values of this rank's part of a parameter, [elements]; write all of it."""
         room = torch.empty(piece.numel, dtype=torch.bfloat16, device=self._device)
         self._given[piece.slot.parameter] = room
         return room
 
     def _keep(self, index: int, values: Tensor) -> None:
-        """Values that a parameter is given, of its shape."""
+        """Keep values that a parameter is given, of its shape."""
         for part in self._parts:
             if part.piece.slot.parameter == index:
                 self.given(part.piece).copy_(values.detach().reshape(-1)[part.piece.elements])
 
     def matrices(self) -> Iterator[tuple[Matrix, list[OwnPart]]]:
-        """Each matrix, and what this rank owns of it."""
+        """Yield each matrix and the parts that this rank owns."""
         for home in self.homes:
             yield home.matrix, [part for part in self._parts if part.home is home]
 
     def set_writers(self, *, keeps: bool) -> None:
-        """Let load_state_dict write; keeps: masters are to be taken from what it writes."""
+        """Let load_state_dict write; keeps: masters are to be taken from the written values."""
         for home in self.homes:
             home.matrix.writer = partial(self._keep, home.parameter) if keeps else _drop
 
     def unset_writers(self) -> None:
-        """Nobody writes any more."""
+        """Stop load_state_dict from writing."""
         for home in self.homes:
             home.matrix.writer = None
 
     def gather(self, nodes: Nodes, control: Tensor | None) -> CodeGather:
-        """Encode what `room` holds, and launch what brings every rank's codes to all."""
+        """Encode the contents of `room`, and launch the gather that brings every rank's codes to all."""
         if not self._encoded:
             self._store.allocate()
         room, kernels = self.room, self._products.choice.kernels
@@ -212,7 +213,7 @@ class TiledWeights:
         return CodeGather(self._store.gather(nodes), self)
 
     def renew(self) -> None:
-        """Every rank's codes are here."""
+        """Update scales and parameters once every rank's codes have arrived."""
         for home in self.homes:
             matrix = home.matrix
             expand = self._products.choice.kernels.expand_exponents
@@ -231,7 +232,7 @@ class TiledWeights:
                 self._given.pop(index, None)
 
     def bind(self, parameters: Mapping[int, Parameter]) -> Iterator[int]:
-        """Encode parameters that have values of their own; the global index of each."""
+        """Encode parameters that have their own values; yield the global index of each."""
         for home in self.homes if self._encoded else ():
             own = [part.piece for part in self._parts if part.home is home]
             given = self._store.returned(home, own)
@@ -242,16 +243,16 @@ class TiledWeights:
 
     @property
     def freed(self) -> bool:
-        """Whether the memory was given back."""
+        """Whether the memory was freed."""
         return self._encoded and self._store.freed
 
     def allocate(self) -> None:
-        """Have memory again, with nothing that is known in it."""
+        """Allocate memory again, filled with zeros."""
         self._store.allocate()
 
 
 def _drop(_: Tensor) -> None:
-    """Masters decide."""
+    """Ignore written values: codes are made from masters."""
 
 
 def is_tiled(weights: object) -> TypeGuard[TiledWeights]:
@@ -260,10 +261,10 @@ def is_tiled(weights: object) -> TypeGuard[TiledWeights]:
 
 
 def tiled(weights: Sequence[object]) -> Iterator[TiledWeights]:
-    """Those of buckets that have matrices."""
+    """Yield the weights of the buckets that have matrices."""
     return filter(is_tiled, weights)
 
 
 def matrices_of(weights: Sequence[object]) -> Iterator[Matrix]:
-    """Of all buckets that have some."""
+    """Yield the matrices of all buckets."""
     return (home.matrix for each in tiled(weights) for home in each.homes)

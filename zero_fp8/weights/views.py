@@ -37,15 +37,15 @@ class FlatWeights:
 
     @property
     def freed(self) -> bool:
-        """Whether the buffer's memory was given back, by `untyped_storage().resize_(0)` on a parameter."""
+        """Whether the buffer's memory was freed, by `untyped_storage().resize_(0)` on a parameter."""
         return self.buffer.untyped_storage().nbytes() < self.buffer.nbytes
 
     def allocate(self) -> None:
-        """Have memory again, with nothing that is known in it."""
+        """Allocate memory again, uninitialised."""
         self.buffer.untyped_storage().resize_(self.buffer.nbytes)
 
     def bind(self, parameters: Mapping[int, Parameter]) -> Iterator[int]:
-        """Bring parameters that have left the buffer back, with their values; the global index of each."""
+        """Bring back parameters that left the buffer, with their values; yield the global index of each."""
         for home in self.homes:
             parameter = parameters[home.parameter]
             if home.was_left_by(parameter):
@@ -53,7 +53,7 @@ class FlatWeights:
                 yield home.parameter
 
     def leads(self, index: int) -> bool:
-        """Always: a master is made of what a parameter is given."""
+        """Always true: a master is made from the parameter's values."""
         return True
 
     @property
@@ -64,7 +64,7 @@ class FlatWeights:
     room = own
 
     def given(self, piece: Piece) -> Tensor:
-        """Where new values of what this rank owns of a parameter are written, [elements]."""
+        """Return the memory for new values of this rank's part of a parameter, [elements]."""
         return elements_of(piece, self.own)
 
     def write(self, index: int, parameter: Parameter, values: Tensor) -> None:
@@ -72,7 +72,7 @@ class FlatWeights:
         parameter.data.view(-1).copy_(values)
 
     def gather(self, nodes: Nodes, control: Tensor | None) -> AllGather | Broadcasts:
-        """Launch what brings every rank's rows to all."""
+        """Launch the gather that brings every rank's rows to all."""
         if len({len(part) for part in self._parts}) == 1:
             return AllGather(self.buffer, nodes)
         return Broadcasts(self._parts, nodes.group)

@@ -1,1 +1,1 @@
-"""Weights under ZeRO 3: slices of every parameter, and how the ranks put them together."""
+"""Weights under ZeRO 3: slices of every parameter, and how the ranks gather them."""

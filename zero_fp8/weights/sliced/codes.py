@@ -1,15 +1,15 @@
-"""FP8 weights under ZeRO 3: what is sharded, fetched and multiplied are codes.
+"""FP8 weights under ZeRO 3: codes are sharded, fetched and multiplied.
 
 `ds_tensor` holds this rank's codes. The scales of a matrix, ten bytes per tile of 128 x 128 elements, are on
-every rank, so that a fetch sends codes and nothing else. What a parameter is:
+every rank, so a fetch sends codes only. A parameter has one of three states:
 
     released   DeepSpeed's empty parameter
-    fetched    an FP8Parameter that reads the fetched codes: products take them as they have come
+    fetched    an FP8Parameter that reads the fetched codes: products use them as received
     gathered   by `GatheredParameters`: plain and BF16, decoded, so that it can be written
 
-When a gathered parameter is released with `modifier_rank=0`, the ranks agree whether its values are those of
-its codes: if so, nothing is encoded, and a round trip changes no byte. If not, each rank has all values,
-finds the scales of all tiles and keeps its part of the codes.
+If a gathered parameter is released with `modifier_rank=0`, the ranks agree whether its values still equal
+those of its codes: if so, nothing is encoded, and a round trip changes no byte. If not, each rank has all
+values, finds the scales of all tiles and keeps its part of the codes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -33,19 +33,19 @@ from ds_fp8.zero_fp8.products.matrix import Matrix
 from ds_fp8.zero_fp8.products.ways import Way
 from ds_fp8.zero_fp8.weights.sliced.slices import CODES, EDITED, FETCHED, is_away, objection_to
 
-TORCHS = torch._C._nn.linear  # which asks FP8Parameter
-Encode = Callable[[Matrix, Tensor], None]  # makes codes of values, [rows, columns]
+TORCHS = torch._C._nn.linear  # which dispatches to FP8Parameter
+Encode = Callable[[Matrix, Tensor], None]  # encodes values, [rows, columns]
 
 
 def nothing_of(shape: torch.Size, device: torch.device) -> tuple[Tensor, Tensor]:
-    """NaNs without memory of their own: [rows, columns] bfloat16, and E4M3 of the same two bytes."""
+    """Return NaNs that share two bytes: [rows, columns] bfloat16, and E4M3 of the same two bytes."""
     nan = torch.full((1,), float("nan"), dtype=torch.bfloat16, device=device)
     code = nan.view(torch.uint8)[1:].view(E4M3.dtype)  # 0x7F, of 0x7FC0
     return nan.expand(shape), code.expand(shape)
 
 
 def beside_codes(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """DeepSpeed's zero3_linear_wrap, its `F.linear` under ZeRO 3: FP8 weights are not its to multiply."""
+    """Wrap DeepSpeed's zero3_linear_wrap, its `F.linear` under ZeRO 3, so that FP8 weights bypass it."""
 
     @wraps(original)
     def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -63,37 +63,37 @@ class SlicedMatrix:
         parameter: Any,
         matrix: Matrix,
         held: Tensor,  # this rank's codes, [slice] uint8
-        nothing: Tensor,  # what C++ reads, [rows, columns] bfloat16
+        nothing: Tensor,  # the tensor that C++ reads, [rows, columns] bfloat16
         way: Way,
         encode: Encode = Matrix.store,  # values that are given to the parameter
     ) -> None:
-        """index: as homes have it. matrix: without codes yet."""
+        """index: as in homes. matrix: without codes yet."""
         self.parameter, self.matrix, self.held, self._way = index, matrix, held, way
         self._part, self._nothing, self._away = part_of(parameter), nothing, matrix.codes
         self._encode, self._released = encode, nothing.new_empty(0)
-        self.edited: Tensor | None = None  # this rank's part of new values, until somebody asks
+        self.edited: Tensor | None = None  # this rank's part of new values, until it is read
         matrix.travels, matrix.is_here = True, False
 
     def take_over(self, parameter: Any) -> None:
-        """From now on the parameter's slice is codes."""
+        """Make codes the parameter's slice from now on."""
         parameter.ds_tensor.data = self.held
         setattr(parameter, CODES, self)
 
-    # As a home
+    # The `Home` protocol
 
     @property
     def address(self) -> int:
-        """Of this rank's codes."""
+        """Address of this rank's codes."""
         return self.held.data_ptr()
 
     def address_of(self, parameter: Parameter) -> int:
         return self.address if self.is_read_by(parameter) else parameter.data_ptr()
 
     def objection(self, parameter: Parameter) -> str | None:
-        """What was done to the parameter behind DeepSpeed's back, and would be lost."""
+        """Return an objection to changes made without DeepSpeed's knowledge, which would be lost."""
         return objection_to(parameter)
 
-    # What a parameter is
+    # The states of a parameter
 
     def is_read_by(self, parameter: Any) -> bool:
         """Whether the parameter is fetched."""
@@ -107,7 +107,7 @@ class SlicedMatrix:
         parameter.ds_status = ZeroParamStatus.AVAILABLE
 
     def gathered(self, parameter: Any) -> None:
-        """Give a fetched parameter values of its own, in place of its codes."""
+        """Replace a fetched parameter's codes by their values."""
         if self.is_read_by(parameter):
             values = self.matrix.values()
             FP8Parameter.take_off(parameter, values)
@@ -115,7 +115,7 @@ class SlicedMatrix:
             self._drop()
 
     def release(self, parameter: Any) -> None:
-        """Let go of all but this rank's codes. Raises RuntimeError if modules are using the parameter."""
+        """Release all but this rank's codes. Raises RuntimeError if modules are using the parameter."""
         if self.is_read_by(parameter) and not parameter.ds_active_sub_modules:
             FP8Parameter.take_off(parameter, self._released)
             self._drop()
@@ -123,12 +123,12 @@ class SlicedMatrix:
 
     def _drop(self) -> None:
         codes = self.matrix.codes
-        if codes.is_cuda:  # they may have been made on another stream, the coordinator's
+        if codes.is_cuda:  # they may have been made on the coordinator's stream
             codes.record_stream(torch.cuda.current_stream())
         self.matrix.codes, self.matrix.is_here = self._away, False
 
     def kept(self, parameter: Any) -> Callable[[], None]:
-        """What makes a parameter that is whole so again, as it is, after a release."""
+        """Return a function that makes a whole parameter whole again, as it is now, after a release."""
         if self.is_read_by(parameter):
             return partial(self.fetched, parameter, self.matrix.codes.view(torch.uint8))
         values = parameter.data
@@ -154,7 +154,7 @@ class SlicedMatrix:
         return not torch.equal(values.reshape(-1)[self._part], self.own_values())
 
     def take(self, parameter: Any) -> None:
-        """Encode what a gathered parameter was given."""
+        """Encode the values of a gathered parameter."""
         values = parameter.detach()
         self.store(parameter, values)
         self.edited = values.reshape(-1)[self._part].to(torch.bfloat16, copy=True)
@@ -163,7 +163,7 @@ class SlicedMatrix:
     def store(self, parameter: Any, values: Tensor) -> None:
         """Encode values of the whole parameter, the same on every rank, and keep this rank's codes.
 
-        A parameter that is whole has them, too.
+        A parameter that is whole is updated, too.
         """
         matrix, is_read = self.matrix, self.is_read_by(parameter)
         matrix.codes, matrix.is_here = self._nothing.new_empty(self._away.shape, dtype=E4M3.dtype), True
@@ -176,7 +176,7 @@ class SlicedMatrix:
             matrix.codes, matrix.is_here = self._away, False
 
     def own_values(self) -> Tensor:
-        """This rank's part, decoded, [elements] bfloat16; the rows of tiles that it touches are decoded."""
+        """Decode this rank's part, [elements] bfloat16; all rows of the tiles that it touches are decoded."""
         part, columns = self._part, self._away.shape[1]
         first, last = part.start // columns // TILE * TILE, -(-part.stop // columns)
         if part.start == part.stop:
@@ -188,7 +188,7 @@ class SlicedMatrix:
         return decode(self.matrix.kernels, codes.view(E4M3.dtype), exponents).view(-1)[own]
 
     def encode_slices(self, parameter: Any) -> None:
-        """Put a parameter of BF16 slices together, and make codes of its values. Collective."""
+        """Gather a parameter of BF16 slices and encode its values. Collective."""
         parameter.all_gather(param_list=[parameter])
         values = parameter.detach()
         self.take_over(parameter)
@@ -196,7 +196,7 @@ class SlicedMatrix:
         self.release(parameter)
 
     def give_back(self, parameter: Any) -> None:
-        """Leave values in the parameter and in its slice: it is BF16 as if it had never been codes."""
+        """Put values into the parameter and its slice: it is BF16 as if it had never been encoded."""
         if parameter.ds_status is ZeroParamStatus.AVAILABLE:
             self.gathered(parameter)
         values, own = torch.zeros_like(self.held, dtype=torch.bfloat16), self.own_values()
@@ -206,7 +206,7 @@ class SlicedMatrix:
 
 
 def partition(parameters: Sequence[Any], *, updated: bool) -> None:
-    """Release parameters that are whole. updated: take values that they were given. Collective then."""
+    """Release parameters that are whole. updated: encode values that they were given; then collective."""
     assert all(each.ds_status is not ZeroParamStatus.INFLIGHT for each in parameters)
     whole = [(each, getattr(each, CODES)) for each in parameters if not is_away(each)]
     gathered = [(each, codes) for each, codes in whole if updated and not codes.is_read_by(each)]
@@ -228,7 +228,7 @@ class CodeSlices:
     saved_with_states = True
 
     def __init__(self, bucket: Bucket, parameters: Mapping[int, Any], rank: int, way: Way) -> None:
-        """Make room for codes, beside slices of BF16 until `show`."""
+        """Allocate codes; slices stay BF16 until `show`."""
         self._bucket, self._parameters, self._way = bucket, parameters, way
         first = parameters[bucket.slots[0].parameter].ds_tensor
         shape = bucket.blocks_of(rank), bucket.block_size
@@ -239,7 +239,7 @@ class CodeSlices:
         }
 
     def codes_of(self, slot: Slot) -> Tensor:
-        """[rows, columns] E4M3, of which only the shape is there."""
+        """Return a placeholder, [rows, columns] E4M3, which has the shape only."""
         return self._nothing[slot.parameter][1]
 
     def home(self, slot: Slot, matrix: Matrix) -> SlicedMatrix:
@@ -248,28 +248,28 @@ class CodeSlices:
         return SlicedMatrix(index, self._parameters[index], matrix, held, nothing, self._way)
 
     def _slice(self, index: int) -> Tensor:
-        """The room of a parameter's slice."""
+        """Return the memory of a parameter's slice."""
         slot = next(each for each in self._bucket.slots if each.parameter == index)
         length = self._parameters[index].ds_tensor.numel()
         return self._own.view(-1)[self._bucket.offset(slot) :][:length]
 
     def part(self, piece: Piece, home: Any) -> Tensor:
-        """What this rank owns, [elements] E4M3."""
+        """Return the codes that this rank owns, [elements] E4M3."""
         codes: Tensor = home.held[: piece.numel].view(E4M3.dtype)
         return codes
 
     def values(self, piece: Piece, home: SlicedMatrix) -> Tensor:
-        """What this rank owns, as the parameter has it, [elements] bfloat16."""
+        """Return the values that this rank owns, as the parameter has them, [elements] bfloat16."""
         parameter = self._parameters[home.parameter]
         values: Tensor = home.own_values() if hasattr(parameter, CODES) else parameter.ds_tensor
         return values[: piece.numel]
 
     def gather(self, nodes: Nodes) -> NothingToGather:
-        """Nothing: DeepSpeed fetches a parameter where it is used."""
+        """Gather nothing: DeepSpeed fetches a parameter where it is used."""
         return NothingToGather()
 
     def show(self, home: SlicedMatrix) -> None:
-        """The parameter's slice is codes from now on."""
+        """Make codes the parameter's slice from now on."""
         home.take_over(self._parameters[home.parameter])
 
     def store(self, home: SlicedMatrix, values: Tensor) -> None:
@@ -277,7 +277,7 @@ class CodeSlices:
         home.store(self._parameters[home.parameter], values)
 
     def returned(self, home: SlicedMatrix, own: Sequence[Piece]) -> list[Tensor] | None:
-        """What this rank owns of values that the parameter was given since, which have been encoded."""
+        """Encode values that the parameter was given since, and return those that this rank owns."""
         parameter, edited = self._parameters[home.parameter], home.edited
         if not getattr(parameter, EDITED):
             return None
@@ -287,14 +287,14 @@ class CodeSlices:
 
     @property
     def freed(self) -> bool:
-        """Whether the memory was given back, by `untyped_storage().resize_(0)` on a slice."""
+        """Whether the memory was freed, by `untyped_storage().resize_(0)` on a slice."""
         return self._own.untyped_storage().nbytes() < self._own.nbytes
 
     def release(self) -> None:
-        """Have no memory until `allocate` is called."""
+        """Free the memory until `allocate` is called."""
         self._own.untyped_storage().resize_(0)
 
     def allocate(self) -> None:
-        """Have memory, of zeros."""
+        """Allocate memory, filled with zeros."""
         self._own.untyped_storage().resize_(self._own.nbytes)
         self._own.zero_()

@@ -1,10 +1,10 @@
-"""Fetches under ZeRO 3: the slices of parameters, as bytes, to every rank, which puts them together.
+"""Fetches under ZeRO 3: gather the slices of parameters, as bytes, on every rank.
 
-DeepSpeed's coordinator decides when which parameters are fetched and released, and asks the first of a group
-to gather them all: `install` gives every parameter methods of ours for that. A parameter of any dtype
-travels as bytes, an FP8 weight as its codes. Since slices follow each other in rank order, a gather of one
-parameter is the parameter: a large one travels alone, and is copied on neither side; the small ones of a
-group travel side by side.
+DeepSpeed's coordinator decides when parameters are fetched and released, and calls the gather method of the
+first parameter of a group for all of them: `install` replaces that method. A parameter of any dtype travels
+as bytes, an FP8 weight as its codes. Since slices follow each other in rank order, the gather of one
+parameter is the parameter: a large one travels alone, without a copy on either side; the small ones of a
+group share one message.
 """
 
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
@@ -20,14 +20,14 @@ from ds_fp8.zero_fp8.weights.sliced import codes
 from ds_fp8.zero_fp8.weights.sliced.slices import CODES, EDITED, FETCHED, is_away, objection_to
 
 UNDER_WAY = "ds_fp8_fetch"  # attribute of a parameter: its last fetch
-WRITTEN = "ds_fp8_written"  # to be called when its slices were written
-ALONE = 1 << 20  # bytes of a slice from which on its parameter travels alone
+WRITTEN = "ds_fp8_written"  # attribute of a parameter: called after its slices were written
+ALONE = 1 << 20  # bytes of a slice; parameters with slices of this size or more travel alone
 
 
 class Slices:
-    """What the slices of a run are called, and when they were last written.
+    """The names of a run's slices, and when they were last written.
 
-    On a GPU DeepSpeed fetches on a stream of its own, which knows nothing of a sweep that still runs.
+    On a GPU DeepSpeed fetches on its own stream, which does not wait for a sweep that is still running.
     """
 
     def __init__(self, name: Callable[[Any], str]) -> None:
@@ -35,19 +35,19 @@ class Slices:
         self._written: Any = None  # an event
 
     def written(self, device: torch.device) -> None:
-        """What has been launched on the current stream may have written slices."""
+        """Note that work launched on the current stream may have written slices."""
         if device.type == "cuda":
             self._written = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._written.record()
 
     def wait(self) -> None:
-        """Let the current stream wait for it."""
+        """Make the current stream wait for the last write."""
         if self._written is not None:
             torch.cuda.current_stream().wait_event(self._written)
 
 
 class Transfer:
-    """Parameters that travel side by side: one all-gather."""
+    """Parameters that share one all-gather."""
 
     def __init__(self, parameters: Sequence[Any]) -> None:
         self._parameters = parameters
@@ -61,14 +61,14 @@ class Transfer:
     def land(self) -> None:
         """Wait, and give the parameters their values."""
         self._work.wait()
-        if self._whole.is_cuda:  # it may have been made on another stream, the coordinator's
+        if self._whole.is_cuda:  # it may have been made on the coordinator's stream
             self._whole.record_stream(torch.cuda.current_stream())
         for parameter, part in zip(self._parameters, self._whole.split(self._sizes, dim=1), strict=True):
-            _fill(parameter, part.reshape(-1))  # copies where several have travelled
+            _fill(parameter, part.reshape(-1))  # copies if several share the message
 
 
 class Whole:
-    """Parameters of which this rank, the only one, has all: nothing travels."""
+    """Parameters of a run with one rank, which has all of them: nothing travels."""
 
     def __init__(self, parameters: Sequence[Any]) -> None:
         self._parameters = parameters
@@ -80,7 +80,7 @@ class Whole:
 
 
 def _fill(parameter: Any, whole: Tensor) -> None:
-    """whole: bytes of all slices, [n] uint8."""
+    """Give a parameter its values. whole: bytes of all slices, [n] uint8."""
     values = whole.view(parameter.ds_tensor.dtype)
     if len(values) > parameter.ds_numel:
         values = values[: parameter.ds_numel]
@@ -93,7 +93,7 @@ def _fill(parameter: Any, whole: Tensor) -> None:
 
 
 def kept(parameter: Any) -> Callable[[], None]:
-    """What makes a parameter that is whole so again, as it is, with what is written to it meanwhile."""
+    """Return a function that makes a whole parameter whole again, with all values written to it meanwhile."""
     if hasattr(parameter, CODES):
         restore: Callable[[], None] = getattr(parameter, CODES).kept(parameter)
         return restore
@@ -101,14 +101,14 @@ def kept(parameter: Any) -> Callable[[], None]:
 
 
 def put_back(parameter: Any, values: Tensor) -> None:
-    """The parameter is whole, with these values."""
+    """Make the parameter whole, with these values."""
     parameter.data = values
     setattr(parameter, FETCHED, values.data_ptr())
     parameter.ds_status = ZeroParamStatus.AVAILABLE
 
 
 class Fetch:
-    """A group of parameters under way: what DeepSpeed's coordinator waits for, once or more."""
+    """A group of parameters on their way; DeepSpeed's coordinator waits for it, once or more."""
 
     def __init__(self, parameters: Sequence[Any]) -> None:
         if parameters[0].ds_zero_partition_world_size == 1:
@@ -119,15 +119,15 @@ class Fetch:
         self._under_way = [Transfer(each) for each in (*alone, small) if each]
 
     def wait(self, handle_dependency: bool = True) -> None:
-        """Every parameter of the group is whole."""
+        """Wait until every parameter of the group is whole."""
         while self._under_way:
             self._under_way.pop(0).land()
 
 
 def launch(parameters: Iterable[Any], slices: Slices) -> Fetch:
-    """Fetch parameters of which only slices are there, in the same order on every rank. Collective.
+    """Fetch parameters of which only slices are present, in the same order on every rank. Collective.
 
-    Raises ValueError for one whose `.data` was replaced.
+    Raises ValueError for a parameter whose `.data` was replaced.
     """
     ordered = sorted(parameters, key=lambda each: each.ds_id)
     for each in ordered:
@@ -145,7 +145,7 @@ def launch(parameters: Iterable[Any], slices: Slices) -> Fetch:
 
 
 def gather(parameters: Iterable[Any], slices: Slices) -> list[Fetch]:
-    """Fetch those of the parameters that are not whole; all that is under way for them. Collective."""
+    """Fetch the parameters that are not whole; return all fetches under way for them. Collective."""
     parameters = list(parameters)
     away = [each for each in parameters if is_away(each)]
     inflight = ZeroParamStatus.INFLIGHT
@@ -165,10 +165,10 @@ def install(
     awaited: MutableMapping[Any, Any],
     settle: Callable[[], None],
 ) -> None:
-    """Let DeepSpeed fetch these parameters by `launch`, for good: its own fetch of one cuts elsewhere.
+    """Make DeepSpeed fetch these parameters by `launch`, for good: its own fetch assumes other slices.
 
     awaited: the fetches for which DeepSpeed's coordinator will wait, by parameter. settle: called before
-    somebody else gathers parameters.
+    parameters are gathered outside the coordinator.
     """
 
     def all_gather_coalesced(group: Iterable[Any], safe_mode: bool = False, quantize: bool = False) -> Fetch:
@@ -178,12 +178,12 @@ def install(
         settle()
         fetches = gather(param_list or [own], slices)
         for each in param_list or [own]:
-            awaited.pop(each, None)  # who asks for it now may let it go before the coordinator comes to it
+            awaited.pop(each, None)  # the caller may release it before the coordinator waits for it
         if async_op:
             return fetches
         for fetch in fetches:
             fetch.wait()
-        for each in param_list or ():  # of GatheredParameters, where whoever asks may write
+        for each in param_list or ():  # of GatheredParameters, whose caller may write
             if hasattr(each, CODES):
                 getattr(each, CODES).gathered(each)
         return None
@@ -198,7 +198,7 @@ def install(
 
 
 def _partition(own: Any, original: Any, param_list: Any = None, **options: Any) -> None:
-    """DeepSpeed's partition, which notes whose slices it has written; those of codes are not its to write."""
+    """Call DeepSpeed's partition and note which slices it wrote; slices of codes are left to `codes`."""
     parameters, updated = param_list or [own], bool(options.get("has_been_updated"))
     plain = [each for each in parameters if not hasattr(each, CODES)]
     if plain:

@@ -1,8 +1,8 @@
-"""Matrices that do not train, under ZeRO 3: slices of codes, made once of the weights as they are.
+"""Matrices that do not train, under ZeRO 3: slices of codes, made once from the weights.
 
-Codes are made of the whole matrix, which each rank has for that moment, one after the other, and each keeps
-its slice. Files hold values: `as_values` gives slices of BF16 to whoever reads and writes files, and codes
-are made anew of what a file has brought.
+Codes are made from the whole matrix, which each rank holds for that moment, one matrix after the other, and
+each rank keeps its slice. Files hold values: `as_values` makes slices BF16 while files are read or written,
+and encodes anew what a file has changed.
 """
 
 import logging
@@ -30,13 +30,13 @@ class FrozenSlices:
     """The codes of a run's frozen matrices that this rank holds."""
 
     def __init__(self, group: ProcessGroup) -> None:
-        """Of a run that has none yet. group: the ranks that share them."""
+        """Start without frozen matrices. group: the ranks that share them."""
         self._parameters: list[tuple[Parameter, SlicedMatrix]] = []
         self._group = group
         self._logged = False
 
     def take_over(self, choice: Choice, names: Mapping[Parameter, str]) -> None:
-        """Encode those of a run, one after the other. Collective. names: of every parameter of the model."""
+        """Encode a run's frozen matrices one by one. Collective. names: of every parameter of the model."""
         for index, parameter in enumerate(choice.frozen):
             rows, columns = shape = shape_of(parameter)
             nothing, codes = nothing_of(shape, parameter.device)
@@ -49,16 +49,16 @@ class FrozenSlices:
 
     @property
     def exist(self) -> bool:
-        """Whether there are some."""
+        """Whether there are frozen matrices."""
         return bool(self._parameters)
 
     def matrices(self) -> Iterator[Matrix]:
         return (home.matrix for _, home in self._parameters)
 
     def bring_home(self) -> str | None:
-        """An objection if weights were replaced behind DeepSpeed's back.
+        """Return an objection if weights were replaced without DeepSpeed's knowledge.
 
-        What was changed within GatheredParameters is codes already, which the log says once.
+        Weights changed within GatheredParameters are encoded already, which is logged once.
         """
         for parameter, home in self._parameters:
             objection = home.objection(parameter)
@@ -75,7 +75,7 @@ class FrozenSlices:
 
     @contextmanager
     def as_values(self) -> Iterator[None]:
-        """While files are read or written slices hold values; codes follow what was read. Collective."""
+        """Make slices hold values while files are read or written, then encode what changed. Collective."""
         for parameter, home in self._parameters:
             home.give_back(parameter)
         try:
@@ -88,7 +88,7 @@ class FrozenSlices:
                     home.take_over(parameter)
 
     def _changed(self) -> list[int]:
-        """Of each matrix, whether a slice of any rank has other values than its codes."""
+        """For each matrix, whether a slice of any rank has other values than its codes."""
         found = [self._has_changed(*each) for each in self._parameters]
         if not found:
             return []
@@ -103,7 +103,7 @@ class FrozenSlices:
         return not torch.equal(values, own)
 
     def set_writers(self) -> None:
-        """Nothing: files are read into slices."""
+        """Do nothing: files are read into slices."""
 
     def unset_writers(self) -> None:
-        """Nothing was set."""
+        """Do nothing: no writer was set."""

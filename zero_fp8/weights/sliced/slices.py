@@ -1,10 +1,10 @@
 """Weights under ZeRO 3: this rank's slice of every parameter of a bucket, in one buffer.
 
-DeepSpeed keeps a parameter's slice in `ds_tensor` and cuts it wherever the parameter's size divided by the
-ranks falls. Here a slice is a whole number of blocks: `aligned` takes the place of the method in which
+DeepSpeed keeps a parameter's slice in `ds_tensor` and cuts wherever the parameter's size divided by the
+number of ranks falls. Here a slice is a whole number of blocks: `aligned` replaces the method in which
 DeepSpeed rounds, for parameters that carry our attribute; for all others it changes nothing. Slices stay
-equal, consecutive and in order, so that a gather puts a parameter together again. The sweep writes the
-slices, and whoever fetches a parameter has its new values.
+equal, consecutive and in order, so that a gather yields the whole parameter. The sweep writes the slices, and
+the next fetch of a parameter brings its new values.
 """
 
 import functools
@@ -25,13 +25,13 @@ from ds_fp8.zero_fp8.placement.partition import Bucket, Piece, padding_of_slices
 from ds_fp8.zero_fp8.weights.home import described, elements_of
 
 BLOCK_SIZE = "ds_fp8_block_size"  # attribute of a parameter whose slices are whole blocks
-CODES = "ds_fp8_codes"  # of one whose slices are codes: its `codes.SlicedMatrix`
-FETCHED = "ds_fp8_fetched"  # address of the values that its last fetch has brought
-EDITED = "ds_fp8_edited"  # whether its slices were written within GatheredParameters and nobody has looked
+CODES = "ds_fp8_codes"  # attribute of a parameter whose slices are codes: its `codes.SlicedMatrix`
+FETCHED = "ds_fp8_fetched"  # attribute: address of the values that the last fetch brought
+EDITED = "ds_fp8_edited"  # attribute: whether slices were written within GatheredParameters, unseen by `bind`
 
 
 def aligned(original: Callable[..., int]) -> Callable[..., int]:
-    """Init._padding_size: elements that a parameter's slices have beyond its own."""
+    """Wrap Init._padding_size: the number of elements by which a parameter's slices exceed it."""
 
     @functools.wraps(original)
     def method(self: Any, parameter: Any) -> int:
@@ -44,11 +44,11 @@ def aligned(original: Callable[..., int]) -> Callable[..., int]:
 
 
 def cut(parameter: Any, block_size: int) -> None:
-    """Cut a parameter anew, between blocks; what lies past its end is zero. Collective."""
+    """Cut a parameter anew, between blocks; padding after its end is zero. Collective."""
     if not parameter.ds_numel:
         return
     parameter.all_gather(param_list=[parameter])
-    parameter.__dict__.pop(CODES, None)  # of an engine before: values are here
+    parameter.__dict__.pop(CODES, None)  # set by an earlier engine; the parameter has values now
     setattr(parameter, BLOCK_SIZE, block_size)
     parameter.ds_tensor = None
     parameter.partition(has_been_updated=True)
@@ -58,7 +58,7 @@ def cut(parameter: Any, block_size: int) -> None:
 
 @dataclass(frozen=True)
 class SliceHome:
-    """A slice's place in the buffer; the parameter itself is DeepSpeed's to fill and to empty."""
+    """A slice's place in the buffer; DeepSpeed fills and empties the parameter itself."""
 
     parameter: int  # global index
     view: Tensor  # of the slice
@@ -71,12 +71,12 @@ class SliceHome:
         return parameter.data_ptr()
 
     def objection(self, parameter: Any) -> str | None:
-        """What was done to the parameter behind DeepSpeed's back, and would be lost."""
+        """Return an objection to changes made without DeepSpeed's knowledge, which would be lost."""
         return objection_to(parameter)
 
 
 def objection_to(parameter: Any) -> str | None:
-    """What was done to a parameter behind DeepSpeed's back, and would be lost."""
+    """Return an objection to changes made without DeepSpeed's knowledge, which would be lost."""
     held, codes = parameter.ds_tensor, getattr(parameter, CODES, None)
     if codes is not None and codes.is_read_by(parameter):
         return None
@@ -84,7 +84,7 @@ def objection_to(parameter: Any) -> str | None:
     if parameter.dtype is not dtype or parameter.device != held.device:
         received = f"{parameter.dtype} on {parameter.device}"
         return f"received {received} after deepspeed.initialize, allowed: {dtype} on {held.device}"
-    left = parameter.numel() <= 1  # DeepSpeed leaves none, or one, between uses
+    left = parameter.numel() <= 1  # DeepSpeed leaves no element, or one, between uses
     whole = not is_away(parameter) and parameter.shape == shape_of(parameter)
     if not left and (not whole or _was_replaced(parameter)):
         return (
@@ -105,13 +105,13 @@ def _was_replaced(parameter: Any) -> bool:
 
 
 def dtype_of(parameter: Any) -> torch.dtype:
-    """That a parameter has for whoever asks: of codes BF16."""
+    """Return the dtype that a parameter shows to users: BF16 for codes."""
     dtype: torch.dtype = torch.bfloat16 if hasattr(parameter, CODES) else parameter.ds_tensor.dtype
     return dtype
 
 
 def is_away(parameter: Any) -> bool:
-    """Whether only slices of the parameter are there."""
+    """Whether only slices of the parameter are present."""
     return bool(parameter.ds_status == ZeroParamStatus.NOT_AVAILABLE)
 
 
@@ -133,7 +133,7 @@ class SlicedWeights:
             self.homes.append(home)
 
     def leads(self, index: int) -> bool:
-        """Always: a master is made of what a parameter is given."""
+        """Always true: a master is made from the parameter's values."""
         return True
 
     @property
@@ -144,29 +144,29 @@ class SlicedWeights:
     room = own
 
     def given(self, piece: Piece) -> Tensor:
-        """Where new values of what this rank owns of a parameter are written, [elements]."""
+        """Return the memory for new values of this rank's part of a parameter, [elements]."""
         return elements_of(piece, self.own)
 
     def write(self, index: int, parameter: Parameter, values: Tensor) -> None:
-        """Write a parameter that is whole, [elements]; slices are owned rows."""
+        """Write a parameter if it is whole, [elements]; its slices are owned rows, written already."""
         if parameter.numel() == values.numel():
             parameter.data.view(-1).copy_(values)
 
     def gather(self, nodes: Nodes, control: Tensor | None) -> NothingToGather:
-        """Nothing: DeepSpeed fetches a parameter where it is used."""
+        """Gather nothing: DeepSpeed fetches a parameter where it is used."""
         return NothingToGather()
 
     @property
     def freed(self) -> bool:
-        """Whether the memory was given back, by `untyped_storage().resize_(0)` on a slice."""
+        """Whether the memory was freed, by `untyped_storage().resize_(0)` on a slice."""
         return self._own.untyped_storage().nbytes() < self._own.nbytes
 
     def allocate(self) -> None:
-        """Have memory again, with nothing that is known in it."""
+        """Allocate memory again, uninitialised."""
         self._own.untyped_storage().resize_(self._own.nbytes)
 
     def bind(self, parameters: Mapping[int, Parameter]) -> Iterator[int]:
-        """The global index of each parameter that was written since; its slice is here already."""
+        """Yield the global index of each parameter that was written since; its slice is up to date."""
         for home in self.homes:
             if getattr(parameters[home.parameter], EDITED):
                 setattr(parameters[home.parameter], EDITED, False)
