@@ -171,6 +171,22 @@ def test_whoever_reads_has_the_same_bits(ranks: RankPools) -> None:
     ranks.run(2, read_everywhere, seconds=SECONDS)
 
 
+def take_masters() -> None:
+    """Masters that are taken from an edit are what was written, before it was rounded to codes."""
+    with engine_of() as engine:
+        steps(engine, 1)
+        weight = engine.module.blocks[1].up.weight
+        values = torch.randn(weight.ds_shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+        with deepspeed.zero.GatheredParameters([weight], modifier_rank=0), torch.no_grad():
+            weight.copy_(values)
+        engine.optimizer.refresh_fp32_params()
+        assert torch.equal(safe_get_full_fp32_param(weight), values.float())
+
+
+def test_masters_are_taken_from_an_edit(ranks: RankPools) -> None:
+    ranks.run(2, take_masters, seconds=SECONDS)
+
+
 def rounded(values: Tensor) -> Tensor:
     out = torch.empty(values.shape, dtype=torch.bfloat16)
     write_weights(values, out)
@@ -241,9 +257,9 @@ def test_codes_are_there_while_they_are_multiplied(ranks: RankPools, kind: str) 
     assert ranks.run(2, count_whole, kind, seconds=SECONDS) == [(1, 6656, 6656)] * 2
 
 
-def hand_over() -> None:
-    """Parameters that an engine lets go of are BF16, for a next engine of ours or of stock DeepSpeed."""
-    with engine_of() as engine:
+def hand_over(stage: int) -> None:
+    """Parameters that an engine lets go of are BF16 for a next engine, of ours or of stock DeepSpeed."""
+    with engine_of(stage=stage) as engine:
         steps(engine, 2)
         model, values = engine.module, gathered(engine)
     for fp8 in (O3, None):
@@ -252,11 +268,34 @@ def hand_over() -> None:
             engine = build(config, model)
         now = gathered(engine)
         assert_same_bits(now, values)
+        assert len(coded(engine)) == (6 if fp8 else 0)
         engine.destroy()
 
 
-def test_the_next_engine_has_the_weights(ranks: RankPools) -> None:
-    ranks.run(2, hand_over, seconds=SECONDS)
+@pytest.mark.parametrize("stage", [2, 3])
+def test_the_next_engine_has_the_weights(ranks: RankPools, stage: int) -> None:
+    ranks.run(2, hand_over, stage, seconds=SECONDS)
+
+
+def take_over(stage: int) -> None:
+    """A second engine makes codes of what a first one, which is not destroyed, has as codes."""
+    with engine_of(stage=stage, zero=SOME_PERSIST) as first:
+        steps(first, 2)
+        values = gathered(first)
+        first(test_zero3.tokens_of(first, 2, 0))  # persistent ones are fetched
+        with patch.dict(os.environ, DS_FP8_PRODUCTS="emulated"):
+            second = build(ds_config(O3, stage=3, zero=SMALL, lr=0.0, weight_decay=0.0), first.module)
+        assert len(coded(second)) == 6
+        assert_same_bits(gathered(second), values)
+        with pytest.raises(RuntimeError, match="trained by an engine that was made after it"):
+            first.step()
+        steps(second, 2)
+        second.destroy()
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_second_engine_has_the_weights(ranks: RankPools, stage: int) -> None:
+    ranks.run(2, take_over, stage, seconds=SECONDS)
 
 
 def multiplied_by_deepspeed(default: bool) -> tuple[list[float], list[int]]:

@@ -29,6 +29,7 @@ from ds_fp8.zero_fp8.optimizer.replacement import replace_optimizer
 from ds_fp8.zero_fp8.placement.parameters import shape_of
 from ds_fp8.zero_fp8.products.chosen import choose
 from ds_fp8.zero_fp8.recipe import Recipe, ZeroSettings, recipe_of
+from ds_fp8.zero_fp8.weights.claims import make_plain
 
 logger = logging.getLogger("ds_fp8")
 
@@ -242,6 +243,7 @@ def handler_of(engine: Any, recipe: Recipe, settings: ZeroSettings) -> FP8ZeROOp
     timers = timers_of(engine)
     what = (engine.basic_optimizer, engine.param_names, recipe, settings, ranks_of(engine))
     section, device = engine._config.ds_fp8, torch.device(engine.device)
+    make_plain(engine.module.parameters())
     choice = None
     if section.has_codes:
         choice = agreed(lambda: choose(engine.module, section, device), engine.seq_data_parallel_group)

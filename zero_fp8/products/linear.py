@@ -54,8 +54,9 @@ def check_generation(matrix: Matrix, forward: int) -> None:
     """Fail as torch does if what forward saved was overwritten, or was released."""
     if not matrix.is_here:
         raise RuntimeError(
-            f"{matrix.name}: backward needs this FP8 weight, which ZeRO 3 has released: it was used outside "
-            "the forward of its module, without deepspeed.zero.register_external_parameter"
+            f"{matrix.name}: backward needs the codes of this FP8 weight, which ZeRO 3 has released: it was "
+            "used outside the forward of its module, without deepspeed.zero.register_external_parameter, or "
+            "backward runs within deepspeed.zero.GatheredParameters and its forward did not"
         )
     if matrix.generation != forward:
         raise RuntimeError(

@@ -9,6 +9,8 @@ from typing import Protocol
 
 from torch.nn import Parameter
 
+from ds_fp8.zero_fp8.products.fp8_parameter import FP8Parameter
+
 HOLDER = "ds_fp8_holder"  # attribute of a parameter: the holder that has claimed it
 
 
@@ -32,3 +34,10 @@ def release(parameters: Iterable[Parameter]) -> None:
     """Remove the holder of each parameter."""
     for each in parameters:
         each.__dict__.pop(HOLDER, None)
+
+
+def make_plain(parameters: Iterable[Parameter]) -> None:
+    """Give values of their own to parameters that read the codes of an engine before."""
+    for each in parameters:
+        if isinstance(each, FP8Parameter):
+            FP8Parameter.give_back(each)

@@ -156,8 +156,8 @@ class SlicedMatrix:
     def take(self, parameter: Any) -> None:
         """Encode the values of a gathered parameter."""
         values = parameter.detach()
+        self.edited = values.reshape(-1)[self._part].to(torch.bfloat16, copy=True)  # `store` rounds them
         self.store(parameter, values)
-        self.edited = values.reshape(-1)[self._part].to(torch.bfloat16, copy=True)
         setattr(parameter, EDITED, True)
 
     def store(self, parameter: Any, values: Tensor) -> None:
