@@ -45,6 +45,7 @@ from ds_fp8.ops.triton.tiles import (
 WARPS = 2
 # If masters are rounded to nearest, and stochastically. With the assembler's 123 fewer warps run at a time.
 QUOTIENT_REGISTERS = 96, 88
+CONVERTING_REGISTERS = 120  # where FP8 is converted by arithmetic
 STATE_COUNTS = tl.constexpr(health.STATE_COUNTS)
 
 
@@ -243,7 +244,8 @@ def most_registers(exp_avg: str, stochastic: bool, hardware: bool) -> int | None
 
     exp_avg: a format. stochastic: how masters are rounded. hardware: whether the device converts FP8.
     """
-    return QUOTIENT_REGISTERS[stochastic] if exp_avg == "int8" and hardware else None
+    most = QUOTIENT_REGISTERS[stochastic] if hardware else CONVERTING_REGISTERS
+    return most if exp_avg == "int8" else None
 
 
 def launch_sweep(sweep: Sweep, which: str, amax: Tensor) -> None:
