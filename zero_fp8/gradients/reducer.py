@@ -116,11 +116,15 @@ class GradientReducer:
         self._start_round()
 
     def _catch_up(self) -> None:
-        """After a backward that raised: take part in the collectives that other ranks have launched."""
+        """After a backward that raised: take part in the collectives that other ranks have launched.
+
+        The ranks agree in the group of fetches, of which all have launched the same: how many buckets a rank
+        has launched is a matter of time.
+        """
         self.schedule.open = False
         launched = torch.tensor(self._next, device=self._device)
         for nodes in self._fleets.values():
-            max_over_ranks(launched, nodes.group)
+            max_over_ranks(launched, nodes.all_ranks)
         while self._next < int(launched):
             self._launch_next()
         self._land()
