@@ -197,13 +197,18 @@ def like(run: Run, where: str, runs: list[Run]) -> Run | None:
     return next((each for each in same if each["where"].startswith(where)), None)
 
 
+def where_of(run: Run) -> str:
+    """Return where states are, with the share that is offloaded if that is not all."""
+    ratio = run["options"].get("ratio", "1.0")
+    return str(run["where"]) + (f" {ratio}" if float(ratio) < 1 else "")
+
+
 def claims_of(run: Run, runs: list[Run]) -> list[Claim]:
     options = run["options"]
-    part = f" {options['ratio']}" if float(options.get("ratio", 1)) < 1 else ""
-    name = f"{run['model']} {options['level']} {run['where']}{part}, {options['micro_steps']} micro-steps: "
+    name = f"{run['model']} {options['level']} {where_of(run)}, {options['micro_steps']} micro-steps: "
     found, stock, resident = [], like(run, "stock", runs), like(run, "resident", runs)
     if stock and run["where"] == "auto":
-        most = 0.5 if run["options"]["micro_steps"] == "1" else 0.35
+        most = 0.5 if options["micro_steps"] == "1" else 0.35
         ratio = statistics.median(run["after_backward"]) / statistics.median(stock["after_backward"])
         found.append(Claim.at_most(name + "after backward / stock's", ratio, most))
     if resident and run["where"] in ("auto", "stream") and run["tokens"] >= 8192:
@@ -230,9 +235,8 @@ def report(runs: list[Run]) -> None:
         level = "" if "stock" in run["where"] else run["options"]["level"]
         milliseconds, overlap = statistics.median(run["milliseconds"]), link.get("overlap", {})
         executor = f" ({about['offload']})" if run["where"] == "auto" and "offload" in about else ""
-        part = f" {run['options']['ratio']}" if float(run["options"].get("ratio", 1)) < 1 else ""
         table.add_row(
-            f"{run['model']} {run['where']}{part}{executor} {level}",
+            f"{run['model']} {where_of(run)}{executor} {level}",
             run["options"]["micro_steps"],
             f"{run['tokens'] * run['ranks'] / milliseconds * 1000:,.0f}",
             f"{milliseconds:,.1f}",

@@ -34,11 +34,11 @@ from timing import facts, parser_of, write
 from torch import Tensor, nn
 from train_lm import ByteGPT, Corpus, read_corpus, train_step
 
+from ds_fp8.ops.formats import E4M3
 from ds_fp8.ops.products import TILE, Operand, cast_gradient, cast_input
 from ds_fp8.zero_fp8.products.fp8_parameter import FP8Parameter
 
 EARLY, STEPS = 10, 300
-LARGEST_CODE = 448
 FIGURES = ("underflow", "saturated", "amax_spread")
 MOST = 0.01  # share of underflow, in the mean over the layers, with the casts of products
 TAKEN = ("x rows", "x tiles", "dy rows", "dy columns")
@@ -83,7 +83,7 @@ def figures(values: Tensor, cast: Operand) -> Shares:
     codes, scales = cast.codes[:rows, :inner].float().abs()[live], scales[:rows][live]
     if not len(codes):
         return dict.fromkeys(FIGURES, 0.0)
-    shares = ((codes == 0).double().mean(), (codes == LARGEST_CODE).double().mean())
+    shares = ((codes == 0).double().mean(), (codes == E4M3.max).double().mean())
     return dict(zip(FIGURES, map(float, (*shares, (scales.max() / scales.min()).log2())), strict=True))
 
 

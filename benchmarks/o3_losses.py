@@ -22,11 +22,12 @@ from typing import Any
 
 import torch
 from claims import Claim, print_claims
-from paired import Paired, paired
-from precision import SIZES, Job, Results, Size, resumed, run, start
+from precision import SIZES, Job, Size, resumed, run, start
+from precision_report import Results, paired_by
 from recipes import PEAK_RATE, Build, engine, fp8
 from rich.console import Console
 from rich.table import Table
+from seeds import Paired
 from timing import facts, parser_of, round_count, write
 from torch import nn
 from train_lm import Shape
@@ -75,12 +76,8 @@ def study(out: Path, result: dict[str, Any], size: Size, seeds: int, console: Co
 
 def pairs(runs: Mapping[str, Results]) -> dict[tuple[str, str], Paired]:
     """Pair runs by recipe and figure."""
-
-    def by_seed(results: Results, figure: str) -> dict[int, float]:
-        return {int(seed): each[figure] for seed, each in results.items()}
-
     return {
-        (name, figure): paired(by_seed(results, figure), by_seed(runs[STOCK], figure))
+        (name, figure): paired_by(figure, results, runs[STOCK])
         for name, results in runs.items()
         for figure in FIGURES
         if name != STOCK

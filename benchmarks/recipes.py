@@ -17,6 +17,7 @@ from ds_fp8.ops.formats import E4M3
 ADAMW = {"betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
 CLIPPING = 1.0
 PEAK_RATE = 5e-4
+FINE_RATE = 1e-5  # of fine-tuning
 Build = Callable[[nn.Module, int], Any]  # called with the model and the batch size
 
 

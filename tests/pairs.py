@@ -16,6 +16,7 @@ from split_models import splits_forgotten
 from test_offload import small_chunks
 from test_sequence_parallel import sequences_forgotten
 from torch import Tensor, nn
+from train_lm import mean_over_ranks
 
 import ds_fp8
 
@@ -227,9 +228,7 @@ def steps_of(engine: Any, values: Values, steps: Sequence[int] = range(STEPS)) -
         loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
         engine.backward(loss)
         engine.step()
-        mean = loss.detach().clone()
-        dist.all_reduce(mean)
-        found["losses"].append(mean.item() / dist.get_world_size())
+        found["losses"].append(mean_over_ranks(loss.detach().clone()))
         found["norms"].append(float(engine.get_global_grad_norm()))
     return found
 

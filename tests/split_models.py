@@ -13,6 +13,7 @@ from deepspeed.utils import groups
 from engines import build, ds_config, packed
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from train_lm import mean_over_ranks
 
 import ds_fp8
 
@@ -197,9 +198,7 @@ def run(engine: Any, first: int, steps: int, size: int = SIZE) -> Result:
             loss = loss_of(engine, 4 * step + micro_step, size)
             engine.backward(loss)
             engine.step()
-        mean = loss.detach().clone()
-        dist.all_reduce(mean)
-        result["losses"].append(mean.item() / dist.get_world_size())
+        result["losses"].append(mean_over_ranks(loss.detach().clone()))
         result["norms"].append(float(engine.get_global_grad_norm()))
     return result
 

@@ -18,6 +18,7 @@ sys.path.append(str(BENCHMARKS))
 import o3_casts  # noqa: E402
 import o3_losses  # noqa: E402
 import precision  # noqa: E402
+import precision_report  # noqa: E402
 import recipes as recipes_of  # noqa: E402
 import update_error  # noqa: E402
 from claims import Claim, print_claims  # noqa: E402
@@ -148,7 +149,7 @@ def test_what_does_not_hold_is_said() -> None:
     ("square", "close"), [([0.02, 0.02, 0.02], True), ([0.1, -0.01, -0.02], False), ([0.0, 0.0, 0.01], False)]
 )
 def test_seeds_that_contradict_each_other_prove_nothing(square: list[float], close: bool) -> None:
-    def results(*validation: float) -> precision.Results:
+    def results(*validation: float) -> precision_report.Results:
         figures = {"before": 3.0, "training": 1.0}
         return {f"{seed}": {**figures, "validation": 2 + each} for seed, each in enumerate(validation)}
 
@@ -161,15 +162,15 @@ def test_seeds_that_contradict_each_other_prove_nothing(square: list[float], clo
     }
     runs["fine-tuning"][recipes_of.FP8_MASTER] = results(0.4, 0.6, 0.2)
     runs["fine-tuning"][recipes_of.O1] = results(0.008, 0.008, 0.008)
-    rows = precision.summarise(runs)
-    claims = {each.text: each.holds for each in precision.judge(rows, 0.005)}
+    rows = precision_report.summarise(runs)
+    claims = {each.text: each.holds for each in precision_report.judge(rows, 0.005)}
     assert claims.pop(f"{recipes_of.PLUS}: mean difference to FP32") is False
     assert claims.pop(f"{recipes_of.O1}: of FP32's improvement at a rate of 1e-05") is False
     assert claims.pop(f"{recipes_of.FP8_SQUARE}: worse than FP32 by") is close
     assert claims.pop(f"{recipes_of.FP8_MASTER}: of FP32's improvement at a rate of 1e-05") is False
     assert len(claims) == 8
     assert all(claims.values())
-    assert precision.judge([row for row in rows if row["recipe"] == recipes_of.FP32], 0.005) == []
+    assert precision_report.judge([row for row in rows if row["recipe"] == recipes_of.FP32], 0.005) == []
     master = next(each for each in rows if "kept" in each and each["recipe"] == recipes_of.FP8_MASTER)
     assert master["kept"] == pytest.approx(0.6)
 
@@ -227,7 +228,7 @@ def fake_run(calls: list[tuple[str, int]], stop: int) -> Any:
     return run
 
 
-def flat(runs: precision.Runs) -> dict[tuple[str, str, str], dict[str, float]]:
+def flat(runs: precision_report.Runs) -> dict[tuple[str, str, str], dict[str, float]]:
     return {
         (stage, name, seed): figures
         for stage, by_recipe in runs.items()

@@ -23,6 +23,7 @@ from hf_trainer import model_of
 from packaging.version import Version
 from ranks import RankPools
 from torch import Tensor
+from train_lm import mean_over_ranks
 from transformers import Trainer, TrainerCallback
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -117,9 +118,7 @@ def train(config: dict[str, Any], size: int, kind: str, steps: int = STEPS, save
                 loss = LOSSES[kind](engine, part)
                 engine.backward(loss)
                 engine.step()
-            mean = loss.detach().clone()
-            dist.all_reduce(mean)
-            result["losses"].append(mean.item() / dist.get_world_size())
+            result["losses"].append(mean_over_ranks(loss.detach().clone()))
             result["norms"].append(float(engine.get_global_grad_norm()))
         if save:
             engine.save_checkpoint(save, "tag")
