@@ -185,8 +185,8 @@ def bytes_at_gathers() -> tuple[list[int], list[int]]:
     def counted(self: CodeViews, nodes: Any) -> Any:
         matrices = [each._parameters[slot.parameter] for each in stores for slot in each._bucket.slots]
         plain = sum(each.nbytes for each in matrices if not isinstance(each, FP8Parameter))
-        found.append(plain + sum(each._buffer.untyped_storage().nbytes() for each in stores))
-        codes.append(self._buffer.nbytes)
+        found.append(plain + sum(each.memory.bytes.untyped_storage().nbytes() for each in stores))
+        codes.append(self.memory.bytes.nbytes)
         return gather(self, nodes)
 
     with patch.object(CodeViews, "__init__", made), patch.object(CodeViews, "gather", counted):

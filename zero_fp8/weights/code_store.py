@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -29,8 +30,33 @@ class CodeHome(Protocol):
     def address_of(self, parameter: Parameter) -> int: ...
 
 
+class CodeMemory:
+    """The memory of a bucket's codes: bytes, and views of them, which stay valid."""
+
+    def __init__(self, *shape: int, device: torch.device) -> None:
+        self.bytes = torch.empty(shape, dtype=torch.uint8, device=device)
+
+    @property
+    def freed(self) -> bool:
+        """Whether it was freed, by `release` or by `untyped_storage().resize_(0)` on a view."""
+        return self.bytes.untyped_storage().nbytes() < self.bytes.nbytes
+
+    def release(self) -> None:
+        """Free the memory until `allocate` is called."""
+        self.bytes.untyped_storage().resize_(0)
+
+    def allocate(self) -> None:
+        """Allocate memory, filled with zeros."""
+        self.bytes.untyped_storage().resize_(self.bytes.nbytes)
+        self.bytes.zero_()
+
+
 class CodeStore(Protocol):
     """Storage for the codes of one bucket's matrices."""
+
+    @property
+    def memory(self) -> CodeMemory:
+        """The memory of what this rank holds."""
 
     @property
     def saved_with_states(self) -> bool:
@@ -61,13 +87,3 @@ class CodeStore(Protocol):
 
         Returns None if it was given none.
         """
-
-    @property
-    def freed(self) -> bool:
-        """Whether the memory was freed."""
-
-    def release(self) -> None:
-        """Free the memory until `allocate` is called."""
-
-    def allocate(self) -> None:
-        """Allocate memory, filled with zeros."""

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -14,6 +13,7 @@ from ds_fp8.zero_fp8.placement.partition import Bucket, Piece, Slot
 from ds_fp8.zero_fp8.products.fp8_parameter import FP8Parameter
 from ds_fp8.zero_fp8.products.matrix import Matrix
 from ds_fp8.zero_fp8.products.ways import Way
+from ds_fp8.zero_fp8.weights.code_store import CodeMemory
 from ds_fp8.zero_fp8.weights.home import MatrixHome
 
 
@@ -26,11 +26,11 @@ class CodeViews:
         """Allocate codes; parameters stay plain until `show`."""
         self._bucket, self._parameters, self._way = bucket, parameters, way
         device = parameters[bucket.slots[0].parameter].device
-        self._buffer = torch.empty(bucket.blocks * bucket.block_size, dtype=torch.uint8, device=device)
+        self.memory = CodeMemory(bucket.blocks * bucket.block_size, device=device)
 
     def codes_of(self, slot: Slot) -> Tensor:
         """Return the codes of a parameter, [rows, columns] E4M3."""
-        codes = self._buffer[self._bucket.offset(slot) :][: slot.numel].view(E4M3.dtype)
+        codes = self.memory.bytes[self._bucket.offset(slot) :][: slot.numel].view(E4M3.dtype)
         return codes.view(self._parameters[slot.parameter].shape)
 
     def home(self, slot: Slot, matrix: Matrix) -> MatrixHome:
@@ -47,7 +47,7 @@ class CodeViews:
 
     def gather(self, nodes: Nodes) -> AllGather:
         """Launch the gather that brings every rank's codes to all."""
-        return AllGather(self._buffer, nodes)
+        return AllGather(self.memory.bytes, nodes)
 
     def show(self, home: Any) -> None:
         """Make the parameter read codes from now on."""
@@ -66,17 +66,3 @@ class CodeViews:
         home.matrix.store(values)
         self.show(home)
         return [values.reshape(-1)[piece.elements] for piece in own]
-
-    @property
-    def freed(self) -> bool:
-        """Always false: no other object has the buffer."""
-        return False
-
-    def release(self) -> None:
-        """Free the memory until `allocate` is called."""
-        self._buffer.untyped_storage().resize_(0)
-
-    def allocate(self) -> None:
-        """Allocate memory, filled with zeros."""
-        self._buffer.untyped_storage().resize_(self._buffer.nbytes)
-        self._buffer.zero_()

@@ -135,7 +135,7 @@ class TiledWeights:
                 for piece in bucket.pieces(rank)
                 if piece.slot is slot
             ]
-        store.release()  # until the first gather: BF16 weights plus the codes of one bucket
+        store.memory.release()  # until the first gather: BF16 weights plus the codes of one bucket
 
     def _matrix(self, index: int, codes: Tensor, exponents: Tensor) -> Matrix:
         matrix = Matrix.of(self._products.names[index], codes, exponents, self._products.choice.kernels)
@@ -195,7 +195,7 @@ class TiledWeights:
     def gather(self, nodes: Nodes, control: Tensor | None) -> CodeGather:
         """Encode the contents of `room`, and launch the gather that brings every rank's codes to all."""
         if not self._encoded:
-            self._store.allocate()
+            self._store.memory.allocate()
         room, kernels = self.room, self._products.choice.kernels
         agreed = torch.zeros_like(self._exponents)
         for part in self._parts:
@@ -244,11 +244,11 @@ class TiledWeights:
     @property
     def freed(self) -> bool:
         """Whether the memory was freed."""
-        return self._encoded and self._store.freed
+        return self._encoded and self._store.memory.freed
 
     def allocate(self) -> None:
         """Allocate memory again, filled with zeros."""
-        self._store.allocate()
+        self._store.memory.allocate()
 
 
 def _drop(_: Tensor) -> None:

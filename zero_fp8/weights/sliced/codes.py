@@ -31,6 +31,7 @@ from ds_fp8.zero_fp8.products.fp8_parameter import FP8Parameter
 from ds_fp8.zero_fp8.products.kernels import decode
 from ds_fp8.zero_fp8.products.matrix import Matrix
 from ds_fp8.zero_fp8.products.ways import Way
+from ds_fp8.zero_fp8.weights.code_store import CodeMemory
 from ds_fp8.zero_fp8.weights.sliced.slices import CODES, EDITED, FETCHED, is_away, objection_to
 
 TORCHS = torch._C._nn.linear  # which dispatches to FP8Parameter
@@ -231,8 +232,7 @@ class CodeSlices:
         """Allocate codes; slices stay BF16 until `show`."""
         self._bucket, self._parameters, self._way = bucket, parameters, way
         first = parameters[bucket.slots[0].parameter].ds_tensor
-        shape = bucket.blocks_of(rank), bucket.block_size
-        self._own = torch.empty(shape, dtype=torch.uint8, device=first.device)
+        self.memory = CodeMemory(bucket.blocks_of(rank), bucket.block_size, device=first.device)
         self._nothing = {
             slot.parameter: nothing_of(shape_of(parameters[slot.parameter]), first.device)
             for slot in bucket.slots
@@ -251,7 +251,7 @@ class CodeSlices:
         """Return the memory of a parameter's slice."""
         slot = next(each for each in self._bucket.slots if each.parameter == index)
         length = self._parameters[index].ds_tensor.numel()
-        return self._own.view(-1)[self._bucket.offset(slot) :][:length]
+        return self.memory.bytes.view(-1)[self._bucket.offset(slot) :][:length]
 
     def part(self, piece: Piece, home: Any) -> Tensor:
         """Return the codes that this rank owns, [elements] E4M3."""
@@ -284,17 +284,3 @@ class CodeSlices:
         setattr(parameter, EDITED, False)
         home.edited = None
         return [edited for _ in own if edited is not None]
-
-    @property
-    def freed(self) -> bool:
-        """Whether the memory was freed, by `untyped_storage().resize_(0)` on a slice."""
-        return self._own.untyped_storage().nbytes() < self._own.nbytes
-
-    def release(self) -> None:
-        """Free the memory until `allocate` is called."""
-        self._own.untyped_storage().resize_(0)
-
-    def allocate(self) -> None:
-        """Allocate memory, filled with zeros."""
-        self._own.untyped_storage().resize_(self._own.nbytes)
-        self._own.zero_()
