@@ -265,7 +265,7 @@ class Cuda:
     """What `torch.cuda` does for an arena. codes: what registering answers, call by call."""
 
     def __init__(self, *codes: int) -> None:
-        self.codes, self.registered = list(codes), set[int]()
+        self.codes, self.registered = list(codes), dict[int, int]()
         self.device = lambda device: SimpleNamespace(__enter__=None)
 
     def cudart(self) -> "Cuda":
@@ -274,35 +274,36 @@ class Cuda:
     def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:  # noqa: N802
         code = self.codes.pop(0) if self.codes else 0
         if code == 0:
-            self.registered.add(address)
+            self.registered[address] = nbytes
         return code
 
     def cudaHostUnregister(self, address: int) -> None:  # noqa: N802
-        self.registered.remove(address)
+        del self.registered[address]
 
 
-def test_memory_is_registered_in_pieces_and_let_go() -> None:
+def test_memory_is_registered_in_one_call_and_let_go() -> None:
+    """CUDA refuses a copy from or to memory that two calls have registered."""
     cuda = Cuda()
     device = torch.device("cuda", 0)
-    with patch.object(arena, "MOST_AT_ONCE", 1 << 16), patch("torch.cuda.cudart", cuda.cudart):
-        with patch("torch.cuda.device"):
-            found = arena.Arena(200_000, device)
+    large = 1 << 37
+    with patch("torch.cuda.cudart", cuda.cudart):
+        with patch("torch.cuda.device"), patch.object(arena, "mapped", lambda _: bytearray(1)):
+            found = arena.Arena(large, device)
         assert found.pinned
-        assert len(cuda.registered) == 4
+        assert list(cuda.registered.values()) == [large]
         found.close()
         found.close()
-        assert cuda.registered == set()
+        assert not cuda.registered
         with patch("torch.cuda.device"):
             found = arena.Arena(100_000, device)
-        assert len(cuda.registered) == 2
+        assert list(cuda.registered.values()) == [100_000]
         del found  # an engine that was dropped
-        assert cuda.registered == set()
+        assert not cuda.registered
 
 
 def test_memory_that_cannot_be_pinned_is_said_and_used() -> None:
-    cuda = Cuda(0, 0, 2)
+    cuda = Cuda(2)
     with (
-        patch.object(arena, "MOST_AT_ONCE", 1 << 16),
         patch("torch.cuda.cudart", cuda.cudart),
         patch("torch.cuda.device"),
         patch("torch.zeros", side_effect=RuntimeError("the error that CUDA keeps")) as asked,
@@ -310,7 +311,7 @@ def test_memory_that_cannot_be_pinned_is_said_and_used() -> None:
     ):
         found = arena.Arena(200_000, torch.device("cuda", 0))
     assert asked.called
-    assert cuda.registered == set()
+    assert not cuda.registered
     assert not found.pinned
     assert "NOT pinned" in log[0]
     assert "error 2" in log[0]

@@ -1,7 +1,8 @@
 """Host memory for states: one mapping per rank, exactly as large as the states, pinned if a GPU reads it.
 
 torch rounds each of its pinned blocks up to a power of two, so to up to twice the bytes wanted. Here the
-kernel maps pages, which CUDA registers as they are. A forked process, such as a data loader's worker, does
+kernel maps pages, which CUDA registers as they are, in one call: it refuses a copy from or to memory of two
+calls. A forked process, such as a data loader's worker, does
 not get them: pinned pages would be copied for it.
 
 If CUDA refuses to register them they stay pageable: copies are three to six times slower and block the host,
@@ -11,7 +12,7 @@ with the same results, and a warning is logged.
 import logging
 import mmap
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -25,7 +26,6 @@ from ds_fp8.zero_fp8.states.host_memory import WHAT, memlock_limit
 logger = logging.getLogger("ds_fp8")
 
 ALIGNMENT = 64  # bytes; the start of every tensor is a multiple
-MOST_AT_ONCE = 1 << 36  # bytes that CUDA registers per call; from 2^39 on it fails
 
 
 def aligned(nbytes: int) -> int:
@@ -61,7 +61,7 @@ class Arena:
                 memlock_limit(),
             )
             return False
-        self._unpin = weakref.finalize(self, _let_go, address, self.nbytes, device, self._memory)
+        self._unpin = weakref.finalize(self, _let_go, address, device, self._memory)
         return True
 
     def tensor(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -101,34 +101,20 @@ def mapped(nbytes: int) -> mmap.mmap:
     return memory
 
 
-def pieces(nbytes: int) -> Iterator[tuple[int, int]]:
-    """Yield the first byte and the length of the memory that each call registers."""
-    for first in range(0, nbytes, MOST_AT_ONCE):
-        yield first, min(MOST_AT_ONCE, nbytes - first)
-
-
 def register(address: int, nbytes: int, device: torch.device) -> str | None:
-    """Register memory with CUDA; if it refuses, return the reason, with nothing registered."""
+    """Register memory with CUDA; if it refuses, as it does from 2^39 bytes on, return the reason."""
     cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    for first, length in pieces(nbytes):
-        code = int(cudart.cudaHostRegister(address + first, length, 0))
-        if code:
-            unregister(address, first)
-            with suppress(RuntimeError):  # CUDA would report the error to its next caller
-                torch.zeros(1, device=device)
-            return f"cudaHostRegister gave error {code}"
-    return None
+    code = int(cudart.cudaHostRegister(address, nbytes, 0))
+    if not code:
+        return None
+    with suppress(RuntimeError):  # CUDA would report the error to its next caller
+        torch.zeros(1, device=device)
+    return f"cudaHostRegister gave error {code}"
 
 
-def _let_go(address: int, nbytes: int, device: torch.device, memory: object) -> None:
+def _let_go(address: int, device: torch.device, memory: object) -> None:
     """Undo `register` when no copy is under way; memory: kept alive until then."""
     with suppress(Exception):  # raised by a driver that has shut down
         torch.cuda.synchronize(device)
-    unregister(address, nbytes)
-
-
-def unregister(address: int, nbytes: int) -> None:
-    """Undo `register`."""
     cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    for first, _ in pieces(nbytes):
-        cudart.cudaHostUnregister(address + first)
+    cudart.cudaHostUnregister(address)
