@@ -9,8 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fsdp2 import BYTES, Fsdp2
 from torch import cuda
 from torch.autograd import DeviceType  # type: ignore[attr-defined]
+from torch.distributed import get_world_size
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import ds_fp8
@@ -36,9 +38,29 @@ def predicted_bytes(engine: Any) -> float:
         recipe, buckets = engine.optimizer.recipe, engine.optimizer.parts.buckets
         return state_bytes(recipe, buckets) + gradient_bytes(recipe, buckets, accumulating=False)
     parameters = elements(engine.module)
+    if isinstance(engine, Fsdp2):
+        return BYTES * parameters / get_world_size()
     low = engine._config._param_dict["bf16"].get("bf16_optimizer_states", False)
     gradient = 2 if engine.zero_optimization_stage() == 3 else 0  # kept between steps, too
     return ((6 if low else 12) + gradient) * parameters / engine.seq_dp_world_size
+
+
+def weights_saved(engine: Any) -> float:
+    """Return the bytes by which FP8 weights lower a rank's peak: of those it keeps, and of those it fetches."""
+    about = ds_fp8.describe(engine) if ds_fp8.is_active(engine) else {}
+    if "fp8_elements" not in about:
+        return 0.0
+    parameters = elements(engine.module)
+    if engine.zero_optimization_stage() < 3:
+        return float(2 * parameters - about["weight_bytes"])
+    kept = 2 * parameters / engine.seq_dp_world_size - about["weight_bytes"]
+    return float(kept + min(engine.zero_max_live_parameters(), parameters) * about["fp8_share"])
+
+
+def decodes(engine: Any) -> int:
+    """Count how often FP8 weights have been decoded for what is not a product."""
+    matrices = (getattr(each, "matrix", None) for each in engine.module.parameters())
+    return sum(each.decodes for each in matrices if each is not None)
 
 
 def waits(step: Callable[[], object]) -> dict[str, int]:

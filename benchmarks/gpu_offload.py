@@ -37,7 +37,7 @@ from claims import Claim, print_claims
 from gpu_train import CONSOLE, load
 from llama import SIZES, batches, options
 from offload_runs import WAYS, check_bits, engine_of
-from ranks_gpu import facts, join_ranks
+from ranks_gpu import facts, join_ranks, limit_memory
 from rich.table import Table
 from timing import write
 from torch import cuda
@@ -272,9 +272,7 @@ def main() -> None:
     arguments = options(**vars(parser.parse_args()))
     device = join_ranks()
     if arguments.gpu_gb:
-        cuda.set_per_process_memory_fraction(
-            arguments.gpu_gb * 1e9 / cuda.get_device_properties(device).total_memory
-        )
+        limit_memory(arguments.gpu_gb, device)
     runs = load(arguments.out)
     runs.append(measure(arguments, runs, device))
     if torch.distributed.get_rank() == 0:

@@ -7,7 +7,8 @@
     torchrun --nproc_per_node 2 benchmarks/hf_llama.py --probe 4 8 12 16 --size 7B --checkpointing \\
         --deepspeed_config benchmarks/gpu/zero3_bf16_torch.json
 
-The second prints the peak by micro-batch, until memory runs out. With
+The second prints the peak by micro-batch, until memory runs out. `--fsdp2` instead of a configuration is
+plain PyTorch; headline.py says what `--micro_steps`, `--compile` and `--gpu_gb` are for. With
 
     torchrun --nproc_per_node 2 benchmarks/hf_llama.py --out alst.json --size 350M --context 8192 \\
         --sequence_parallel 2 --steps 200 --sleeps 20 --deepspeed_config benchmarks/gpu/zero3_o2.json
@@ -17,7 +18,8 @@ to 20 ms before each forward; step times then mean nothing, and sent bytes are n
 
     for config in bf16_torch o2_overlap; do
         torchrun --nproc_per_node 2 benchmarks/hf_llama.py --out autotp.json --size 350M --micro_batch 4 \\
-            --tensor_parallel 2 --steps 200 --sleeps 20 --deepspeed_config benchmarks/gpu/$config.json
+            --tensor_parallel 2 --steps 200 --warmup_steps 100 --sleeps 20 \\
+            --deepspeed_config benchmarks/gpu/$config.json
     done
 
 AutoTP splits the model over two ranks, its all-reduces overlap (tp_overlap_comm), and every rank also sleeps
@@ -29,25 +31,27 @@ a rank should keep of states and reduced gradient. The text is the standard libr
 """
 
 import argparse
+import itertools
 import random
 import statistics
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from claims import Claim, print_claims
-from engine_facts import predicted_bytes, sent
-from gpu_train import CONSOLE, claims_of_memory_and_time, load
-from llama import SIZES, batches, engine_of, same_everywhere, sleepy_collectives, step
+from engine_facts import decodes, predicted_bytes, sent, waits, weights_saved
+from fsdp2 import Fsdp2
+from gpu_train import CONSOLE, claims_of_memory_and_time, load, loss_apart
+from llama import SIZES, Batch, batches, engine_of, micro_step, same_everywhere, sleepy_collectives, step
 from meters import elements
-from ranks_gpu import facts, join_ranks
+from ranks_gpu import facts, join_ranks, limit_memory
 from rich.table import Table
 from timing import write
 from torch import cuda
 
-WARM_UP = 4  # untimed steps: DeepSpeed's trace and the allocator settle
 Run = dict[str, Any]
 
 
@@ -74,40 +78,65 @@ def train(arguments: argparse.Namespace, device: torch.device) -> Run:
     milliseconds, losses, norms = [], [], []
     draw = random.Random(torch.distributed.get_rank())
     for _ in range(arguments.steps):
-        batch = next(source)
+        whole = list(itertools.islice(source, arguments.micro_steps))
         wait(device)
         time.sleep(draw.uniform(0, arguments.sleeps) / 1000)
         start = time.perf_counter()
         with sleepy_collectives(draw, arguments.sleeps if arguments.tensor_parallel > 1 else 0):
-            losses.append(step(engine, batch))
+            losses.append(step(engine, iter(whole)))
         norms.append(engine.get_global_grad_norm())
         wait(device)
         milliseconds.append((time.perf_counter() - start) * 1000)
     mean = torch.stack(losses).float()
     torch.distributed.all_reduce(mean)
+    ranks = torch.distributed.get_world_size()
+    sequences = arguments.micro_batch * arguments.micro_steps * ranks // _ranks_per_sequence(arguments)
     return {
         "config": name_of(arguments),
         "model": arguments.size,
-        "world_size": torch.distributed.get_world_size(),
-        "options": {key: str(value) for key, value in vars(arguments).items() if key != "out"},
+        "world_size": ranks,
+        "options": options_of(arguments),
         "parameters": elements(engine.module),
-        "milliseconds": milliseconds[WARM_UP:],
-        "losses": (mean / torch.distributed.get_world_size()).tolist(),
+        "tokens": sequences * arguments.context,
+        "milliseconds": milliseconds[arguments.warm_up :],
+        "losses": (mean / ranks).tolist(),
         "norms": [float(each) for each in norms],
-        "same_everywhere": same_everywhere(engine),
         "peak_bytes_allocated": peak(device),
-        "predicted_bytes": predicted_bytes(engine),
-        "sent": {} if _is_split(arguments) else sent(lambda: step(engine, next(source))),
+        **facts_of(engine, arguments, source),
         **facts(device),
     }
 
 
+def facts_of(engine: Any, arguments: argparse.Namespace, source: Iterator[Batch]) -> Run:
+    """Return what is found out after the steps that are timed."""
+    found: Run = {
+        "predicted_bytes": predicted_bytes(engine),
+        "weights_saved": weights_saved(engine),
+        "decodes": decodes(engine),
+    }
+    if isinstance(engine, Fsdp2):
+        return found | {"sent": {}, "waits": {}, "same_everywhere": True}
+    found["same_everywhere"] = same_everywhere(engine)
+    if _ranks_per_sequence(arguments) > 1 or arguments.compile:  # counting would run what is compiled eagerly
+        return found | {"sent": {}, "waits": {}}
+    found["sent"] = sent(lambda: step(engine, source))
+    for _ in range(arguments.micro_steps - 1):
+        micro_step(engine, next(source))
+    engine.backward(engine(**next(source)).loss)
+    return found | {"waits": waits(engine.step)}
+
+
 def name_of(arguments: argparse.Namespace) -> str:
-    return arguments.deepspeed_config.stem + ("+float8" if arguments.float8 else "")
+    name = "fsdp2" if arguments.fsdp2 else arguments.deepspeed_config.stem
+    return name + ("+float8" if arguments.float8 else "")
 
 
-def _is_split(arguments: argparse.Namespace) -> bool:
-    return max(arguments.sequence_parallel, arguments.tensor_parallel) > 1
+def options_of(arguments: argparse.Namespace) -> dict[str, str]:
+    return {key: str(value) for key, value in vars(arguments).items() if key != "out"}
+
+
+def _ranks_per_sequence(arguments: argparse.Namespace) -> int:
+    return max(arguments.sequence_parallel, arguments.tensor_parallel)
 
 
 def probe(arguments: argparse.Namespace, device: torch.device) -> None:
@@ -119,18 +148,26 @@ def probe(arguments: argparse.Namespace, device: torch.device) -> None:
         forget_peak(device)
         try:
             for _ in range(2):
-                step(engine, next(source))
+                step(engine, source)
         except torch.OutOfMemoryError:
             CONSOLE.print(f"micro-batch {micro_batch}: out of memory")
             return
         CONSOLE.print(f"micro-batch {micro_batch}: peak {peak(device) / 1e9:.2f} GB")
 
 
+def choice_of(run: Run) -> tuple[str, ...]:
+    """Return the configuration, and what a contestant chooses beside it."""
+    options = run["options"]
+    found = [run["config"], f"{options['micro_batch']} x {options.get('micro_steps', 1)}"]
+    found += ["checkpointing"] if options["checkpointing"] == "True" else []
+    return (*found, *(["compiled"] if options["compile"] not in ("None", "False") else []))
+
+
 def gathered(runs: list[Run]) -> list[Run]:
-    """Merge runs into one per configuration: medians of the steps of all its runs."""
+    """Merge runs into one per configuration and choice: medians of the steps of all its runs."""
     found = []
-    for name in dict.fromkeys(run["config"] for run in runs):
-        same = [run for run in runs if run["config"] == name]
+    for choice in dict.fromkeys(map(choice_of, runs)):
+        same = [run for run in runs if choice_of(run) == choice]
         times = [each for run in same for each in run["milliseconds"]]
         found.append({**same[0], "milliseconds_per_step": statistics.median(times), "runs": len(same)})
     return found
@@ -140,29 +177,35 @@ def report(runs: list[Run]) -> None:
     compared = gathered(runs)
     stock = next((run for run in compared if "bf16" in run["config"]), None)
     table = Table(title=f"Llama {runs[0]['model']}, {runs[0]['ranks']} x {runs[0]['device']}")
-    for name in ("", "runs", "ms/step", "/ stock", "peak GB", "states GB", "sent B/param", "loss"):
+    columns = ("", "runs", "ms/step", "/ stock", "tokens/s", "peak GB", "states GB", "sent B/param", "loss")
+    for name in columns:
         table.add_column(name, justify="right" if name else "left")
     for run in compared:
         ratio = run["milliseconds_per_step"] / stock["milliseconds_per_step"] if stock else 1.0
         table.add_row(
-            run["config"],
+            ", ".join(choice_of(run)),
             str(run["runs"]),
             f"{run['milliseconds_per_step']:,.1f}",
             f"{ratio:.3f}",
+            f"{run.get('tokens', 0) / run['milliseconds_per_step'] * 1000:,.0f}",
             *(f"{run[key] / 1e9:.2f}" for key in ("peak_bytes_allocated", "predicted_bytes")),
             f"{sum(run['sent'].values()) / run['parameters']:.3f}",
             f"{run['losses'][-1]:.4f}",
         )
     CONSOLE.print(table)
-    ours = [run for run in compared if run is not stock] if stock else []
+    ours = [run for run in compared if not _is_peer(run)] if stock else []
     options = runs[0]["options"]
     shared = any(int(options.get(key, 1)) > 1 for key in ("sequence_parallel", "tensor_parallel"))
     claims = claims_of_a_training if shared else partial(claims_of_memory_and_time, most=0.92)
     print_claims([claim for run in ours for claim in claims(run, stock)], CONSOLE)
 
 
+def _is_peer(run: Run) -> bool:
+    return any(name in run["config"] for name in ("bf16", "fsdp2"))
+
+
 def claims_of_a_training(run: Run, stock: Run) -> list[Claim]:
-    """Claim that it trains as stock does, until rounding makes them diverge: there is no warm-up."""
+    """Claim that it trains as stock does: step by step until rounding makes them diverge, then in the mean."""
     name = f"{run['model']} {run['config']}, {run['world_size']} ranks: "
     off = abs(run["norms"][0] / stock["norms"][0] - 1)
     apart = max(
@@ -170,6 +213,7 @@ def claims_of_a_training(run: Run, stock: Run) -> list[Claim]:
     )
     return [
         Claim.at_most(name + "losses of the first 10 steps, from stock's", apart, 0.02),
+        Claim.at_most(name + "loss of the last 50 steps, from stock's", abs(loss_apart(run, stock)), 0.02),
         Claim.at_most(name + "first norm, relative difference to stock's", off, 0.02),
         Claim.at_most(name + "ranks with different weights", float(not run["same_everywhere"]), 0.0),
     ]
@@ -180,14 +224,20 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("--deepspeed_config", type=Path, required=True)
+    engine = parser.add_mutually_exclusive_group(required=True)
+    engine.add_argument("--deepspeed_config", type=Path)
+    engine.add_argument("--fsdp2", action="store_true", help="plain PyTorch")
     add("--out", type=Path, metavar="FILE", help="file that collects runs")
     add("--again", action="store_true", help="repeat runs that --out has")
     add("--size", choices=SIZES, default="tiny")
     add("--micro_batch", type=int, default=1)
     add("--context", type=int, default=2048)
+    add("--micro_steps", type=int, default=1, metavar="N", help="gradient accumulation")
     add("--steps", type=int, default=16)
-    add("--compile", action="store_true", help="engine.compile()")
+    add("--warm_up", type=int, default=4, metavar="N", help="steps that are not timed: the allocator settles")
+    add("--warmup_steps", type=int, default=0, metavar="N", help="of the learning rate")
+    add("--compile", choices=("model", "layers"), help="engine.compile(), or each layer and the loss")
+    add("--gpu_gb", type=float, help="GPU memory that may be used; default: all")
     add("--float8", action="store_true", help="products by torchao's tensorwise float8; named +float8")
     add("--sequence_parallel", type=int, default=1, metavar="N", help="ranks that share a sequence")
     add(
@@ -199,12 +249,15 @@ def main() -> None:
     add("--probe", type=int, nargs="+", metavar="N", help="micro-batches to try")
     arguments = parser.parse_args()
     device = join_ranks()
+    if arguments.gpu_gb:
+        limit_memory(arguments.gpu_gb, device)
     CONSOLE.quiet = torch.distributed.get_rank() > 0
     if arguments.probe:
         probe(arguments, device)
         return
     runs = load(arguments.out)
-    if arguments.again or name_of(arguments) not in [run["config"] for run in runs]:
+    asked = {"config": name_of(arguments), "options": options_of(arguments)}
+    if arguments.again or choice_of(asked) not in map(choice_of, runs):
         runs.append(train(arguments, device))
         write(arguments.out if torch.distributed.get_rank() == 0 else None, {"runs": runs})
     report(runs)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from fsdp2 import Fsdp2
 from torch import Tensor
 from torch.distributed.nn.functional import all_gather
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -31,9 +32,13 @@ KERNELS = [SDPBackend.FLASH_ATTENTION]  # a CPU has it, too
 Batch = dict[str, Tensor]
 PLAIN = {  # defaults of options that a training here reads
     "checkpointing": False,
+    "compile": None,
     "float8": False,
+    "fsdp2": False,
+    "micro_steps": 1,
     "sequence_parallel": 1,
     "tensor_parallel": 1,
+    "warmup_steps": 0,
     "zero_init": False,
 }
 
@@ -62,7 +67,7 @@ def model_of(
         attn_implementation="sdpa",
     )
     torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
+    torch.set_default_dtype(torch.float32 if arguments.fsdp2 else torch.bfloat16)  # FSDP2 shards masters
     sliced = config is not None and arguments.zero_init
     with deepspeed.zero.Init(config_dict_or_path=config, dtype=torch.bfloat16) if sliced else device:
         model: torch.nn.Module = LlamaForCausalLM(llama)
@@ -70,14 +75,34 @@ def model_of(
     if arguments.checkpointing:
         options = {"use_reentrant": False}
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)  # type: ignore[operator]
+    if arguments.float8:
+        from torchao.float8 import convert_to_float8_training
+
+        convert_to_float8_training(model, module_filter_fn=lambda _, name: "lm_head" not in name)
+    if arguments.compile == "layers":
+        for each in layers_of(model):
+            each.compile()
+        model.loss_function = torch.compile(model.loss_function)
     return model
+
+
+def layers_of(model: torch.nn.Module) -> list[torch.nn.Module]:
+    return list(model.model.layers)  # type: ignore[union-attr,arg-type]
 
 
 def engine_of(arguments: argparse.Namespace, device: torch.device) -> Any:
     import deepspeed
 
+    if arguments.fsdp2:
+        model = model_of(arguments, device)
+        return Fsdp2(model, layers_of(model), arguments.micro_steps)
     config = dict(dry_run.read(str(arguments.deepspeed_config)))
     config["train_micro_batch_size_per_gpu"] = arguments.micro_batch
+    config["gradient_accumulation_steps"] = arguments.micro_steps
+    if arguments.warmup_steps:
+        warm_up = {"warmup_max_lr": config["optimizer"]["params"]["lr"], "warmup_type": "linear"}
+        warm_up["warmup_num_steps"] = arguments.warmup_steps
+        config["scheduler"] = {"type": "WarmupLR", "params": warm_up}
     model, mpu = model_of(arguments, device, config), None
     if arguments.sequence_parallel > 1:
         from deepspeed.runtime.sequence_parallel.ulysses_sp import (  # noqa: TID251  # as DeepSpeed documents
@@ -87,15 +112,11 @@ def engine_of(arguments: argparse.Namespace, device: torch.device) -> Any:
         size = config["sequence_parallel_size"] = arguments.sequence_parallel
         shares = (model, "sdpa", size, arguments.micro_batch)
         mpu = UlyssesSPAttentionHF.register_with_transformers(*shares)
-    if arguments.float8:
-        from torchao.float8 import convert_to_float8_training
-
-        convert_to_float8_training(model, module_filter_fn=lambda _, name: "lm_head" not in name)
     if arguments.tensor_parallel > 1:
         config["tensor_parallel"] = {"autotp_size": arguments.tensor_parallel, "tp_overlap_comm": True}
     parameters = model.parameters()
     engine = deepspeed.initialize(model=model, model_parameters=parameters, config=config, mpu=mpu)[0]
-    if arguments.compile:
+    if arguments.compile == "model":
         engine.compile()
     return engine
 
@@ -121,7 +142,13 @@ def part_of(tokens: Tensor, place: int, ranks: int) -> Batch:
     return {key: each.chunk(ranks, dim=1)[place].contiguous() for key, each in whole.items()}
 
 
-def step(engine: Any, batch: Batch) -> Tensor:
+def step(engine: Any, source: Iterator[Batch]) -> Tensor:
+    """Take an optimizer step; return the mean loss of its micro-steps."""
+    losses = [micro_step(engine, next(source)) for _ in range(engine.gradient_accumulation_steps())]
+    return torch.stack(losses).mean()
+
+
+def micro_step(engine: Any, batch: Batch) -> Tensor:
     with sdpa_kernel(KERNELS) if engine.sequence_parallel_size > 1 else nullcontext():
         loss = shared_loss(engine, batch) if engine.sequence_parallel_size > 1 else engine(**batch).loss
         engine.backward(loss)

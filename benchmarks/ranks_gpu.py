@@ -36,6 +36,12 @@ def join_ranks() -> torch.device:
     return device
 
 
+def limit_memory(gigabytes: float, device: torch.device) -> None:
+    """Let torch's allocator use no more than this, as on a GPU that has less."""
+    share = gigabytes * 1e9 / cuda.get_device_properties(device).total_memory
+    cuda.set_per_process_memory_fraction(min(1.0, share), device)
+
+
 def facts(device: torch.device) -> dict[str, Any]:
     """Return facts of the run, the same on every rank."""
     import deepspeed
