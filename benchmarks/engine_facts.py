@@ -46,7 +46,7 @@ def predicted_bytes(engine: Any) -> float:
 
 
 def weights_saved(engine: Any) -> float:
-    """Return the bytes by which FP8 weights lower a rank's peak: of those it keeps, and of those it fetches."""
+    """Return the bytes by which FP8 weights lower a rank's peak: those that it keeps and those it fetches."""
     about = ds_fp8.describe(engine) if ds_fp8.is_active(engine) else {}
     if "fp8_elements" not in about:
         return 0.0

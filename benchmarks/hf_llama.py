@@ -205,7 +205,7 @@ def _is_peer(run: Run) -> bool:
 
 
 def claims_of_a_training(run: Run, stock: Run) -> list[Claim]:
-    """Claim that it trains as stock does: step by step until rounding makes them diverge, then in the mean."""
+    """Claim that it trains as stock does: step by step until roundings make them diverge, then on average."""
     name = f"{run['model']} {run['config']}, {run['world_size']} ranks: "
     off = abs(run["norms"][0] / stock["norms"][0] - 1)
     apart = max(
