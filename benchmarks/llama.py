@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from fsdp2 import Fsdp2
 from torch import Tensor
-from torch.distributed.nn.functional import all_gather
+from torch.distributed.nn.functional import all_reduce
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ds_fp8.estimate import dry_run
@@ -161,7 +161,7 @@ def shared_loss(engine: Any, batch: Batch) -> Tensor:
     labels = batch.pop("labels").flatten()
     logits = engine(**batch).logits.float().flatten(0, 1)
     mine = F.cross_entropy(logits, labels, ignore_index=-100)
-    return torch.stack([*all_gather(mine, group=engine.get_sequence_parallel_group())]).mean()
+    return all_reduce(mine, group=engine.get_sequence_parallel_group()) / engine.sequence_parallel_size
 
 
 @contextmanager
