@@ -71,8 +71,8 @@ def test_a_wrong_kernel_is_found_on_every_rank(ranks: RankPools) -> None:
 
 
 def trainings() -> list[dict[str, Any]]:
-    first, *_, stock = same_bits.settings(2)
-    return same_bits.trainings([first, same_bits.Setting(1, True, 1), stock], 2)
+    ways = [same_bits.Setting(2, False, 1), same_bits.Setting(1, True, 1)]
+    return list(same_bits.trainings([*ways, same_bits.Setting(2, False, 1, same_bits.STOCK)], 2))
 
 
 def disturbed_trainings(everywhere: bool) -> str:
