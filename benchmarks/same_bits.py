@@ -129,6 +129,7 @@ NUMERICS: dict[str, dict[str, Any]] = {
     "O2": {},
     "one scale per tensor": {"scaling": "tensor"},
     "one scale per tensor, added in FP8": {"scaling": "tensor", "gradients": {"reduction": "fp8"}},
+    "O3": {"opt_level": "O3", "weights": {"min_elements": 2**14}},  # every linear layer's weight
 }
 
 
@@ -154,6 +155,8 @@ class Setting:
 
     def ds_config(self) -> dict[str, Any]:
         zero = {"stage": self.stage, "overlap_comm": self.overlap, "reduce_bucket_size": 100_000}
+        if self.stage == 3:  # a linear layer adds its bias as at other stages
+            zero |= {"memory_efficient_linear": False, "stage3_param_persistence_threshold": 1000}
         params: dict[str, Any] = {"lr": 1e-3, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
         config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": 4,
@@ -173,38 +176,45 @@ class Setting:
 
 def settings(ranks: int) -> list[Setting]:
     """Return settings, the first one twice: bits are compared only if a training is repeatable."""
-    ways = [Setting(*each) for each in product((2, 1), (False, True), node_sizes(ranks))]
+    nodes = node_sizes(ranks)
+    ways = [Setting(*each) for each in product((2, 3, 1), (False, True), nodes)]
+    codes = [Setting(*each, size, "O3") for each in ((2, False), (2, True), (3, True)) for size in nodes]
     tensors = [
-        Setting(*each, 1, name) for name in NUMERICS if name != "O2" for each in ((2, False), (1, True))
+        Setting(*each, 1, name)
+        for name, fp8 in NUMERICS.items()
+        if "scaling" in fp8
+        for each in ((2, False), (1, True))
     ]
-    return [ways[0], *ways, *tensors, Setting(2, False, 1, STOCK)]
+    return [ways[0], *ways, *codes, Setting(2, False, 1, STOCK), *tensors]
 
 
-@repeatable()
-def trainings(ways: Sequence[Setting], steps: int) -> list[dict[str, Any]]:
-    """Train; return a row per setting, stock's last: losses, and the digest of the weights.
+def trainings(ways: Sequence[Setting], steps: int) -> Iterator[dict[str, Any]]:
+    """Train; yield a row per setting: losses, and the digest of the weights.
 
     Raises AssertionError if ranks end with different weights, or if settings differ that must not.
     """
-    rows = [train(setting, steps) for setting in ways]
     first: dict[str, dict[str, Any]] = {}
-    for setting, row in zip(ways, rows, strict=True):
-        reference = first.setdefault(setting.alike, row)
-        for what in ("weights", "losses"):
-            assert row[what] == reference[what], f"{row['name']}: {what} differ from {reference['name']}'s"
-    return rows
+    with repeatable():
+        for setting in ways:
+            row = train(setting, steps)
+            yield row
+            reference = first.setdefault(setting.alike, row)
+            for what in ("weights", "losses"):
+                assert row[what] == reference[what], f"{setting}: {what} differ from {reference['name']}'s"
 
 
 def train(setting: Setting, steps: int) -> dict[str, Any]:
+    import deepspeed
     from train_lm import Corpus, Shape, build_engine, read_corpus, train_step
 
     shape, group = Shape(), torch.distributed.group.WORLD
     engine = build_engine(setting.ds_config(), shape, seed=0)
     batches = Corpus(read_corpus("topics"), shape.context).batches(4, torch.distributed.get_rank())
     losses = [train_step(engine, batches) for _ in range(steps)]
-    digest = hashlib.sha256()
-    for parameter in engine.module.parameters():
-        digest.update(raw(parameter).numpy().tobytes())
+    digest, parameters = hashlib.sha256(), list(engine.module.parameters())
+    with deepspeed.zero.GatheredParameters(parameters):
+        for parameter in parameters:
+            digest.update(raw(parameter).numpy().tobytes())
     digests = gather_objects(digest.hexdigest(), group)
     engine.destroy()
     assert len({*digests}) == 1, f"{setting}: the ranks end with different weights"

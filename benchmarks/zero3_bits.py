@@ -1,4 +1,4 @@
-"""Digests that show that ZeRO 3 gives the same bits over NCCL as over gloo, for the same gradients.
+"""Digests that show that ZeRO 3 and O3 give the same bits over NCCL as over gloo, for the same gradients.
 
     export DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES=    # for gloo
     torchrun --nproc_per_node 2 benchmarks/zero3_bits.py --out gloo.json
@@ -7,14 +7,17 @@
 
 Parameters of many sizes get given gradients, by modules that fetch them; after some steps the states of all
 ranks, the gathered weights, and the norms are hashed: with overlap and without, at every level, with
-micro-steps, persistent parameters and a skipped step. A GPU must give the host's digests. At O3 some
-parameters are matrices, which are multiplied as codes; their gradients are sums of small integers, exact
-in any order and by any kernel.
+micro-steps, persistent parameters and a skipped step; from four ranks on also in two hops. A GPU must give
+the host's digests. At O3 some parameters are matrices, which are multiplied as codes; their gradients are
+sums of small integers, exact in any order and by any kernel. O3 runs under ZeRO 2, too, which gathers codes.
+
+Files are written as digests are found: a run that is killed has compared those before.
 """
 
 import argparse
 import hashlib
 import json
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -22,9 +25,11 @@ from typing import Any
 import torch
 from gpu_train import CONSOLE
 from ranks_gpu import facts, join_ranks
+from same_bits import node_sizes
 from timing import write
 from torch import Tensor, nn
 
+LEVELS = ("O1", "O2", "O2+", "O3")
 SIZES = (1000, 128, 70_000, 1, 600_000, 40_000, 12_345, 300, 9_999)
 MATRICES = ((256, 192), (96, 400))
 TOKENS = 48
@@ -87,36 +92,67 @@ def give(model: Terms, step: int, micro_step: int, device: torch.device) -> None
         matrix.given = x, dy
 
 
-def digest(level: str, overlap: bool, micro_steps: int, device: torch.device) -> str:
+@dataclass(frozen=True)
+class Case:
+    """A way to train; two hops overlap and have nodes of two ranks."""
+
+    level: str
+    overlap: bool
+    micro_steps: int
+    stage: int = 3
+    node_size: int = 1
+
+    def __str__(self) -> str:
+        stage = "" if self.stage == 3 else f", ZeRO {self.stage}"
+        overlap = "overlap" if self.overlap else "no overlap"
+        nodes = "" if self.node_size == 1 else f", nodes of {self.node_size}"
+        return f"{self.level}{stage}, {overlap}, {self.micro_steps} micro-steps{nodes}"
+
+    def ds_config(self) -> dict[str, Any]:
+        zero = {"stage": self.stage, "overlap_comm": self.overlap, "reduce_bucket_size": 50_000}
+        if self.stage == 3:
+            zero |= {"stage3_param_persistence_threshold": 1000, "stage3_prefetch_bucket_size": 100_000}
+            zero |= {"stage3_max_reuse_distance": 0}
+        fp8 = {"enabled": True, "opt_level": self.level, "gradients": {"intra_node_size": self.node_size}}
+        if self.level == "O3":
+            fp8 |= {"weights": {"min_elements": 4096}}
+        params = {"lr": 1e-2, "betas": [0.9, 0.95], "weight_decay": 0.1}
+        return {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": self.micro_steps,
+            "gradient_clipping": 1.0,
+            "bf16": {"enabled": True},
+            "optimizer": {"type": "AdamW", "params": params},
+            "zero_optimization": zero,
+            "fp8": fp8,
+            "steps_per_print": 10**9,
+        }
+
+
+def cases(ranks: int) -> list[Case]:
+    found = [Case(*each) for each in product(LEVELS, (False, True), (1, 2))]
+    for size in node_sizes(ranks):
+        levels = () if size == 1 else LEVELS
+        found += [Case(level, True, micro_steps, 3, size) for level, micro_steps in product(levels, (1, 2))]
+        found += [Case("O3", overlap, 1, 2, size) for overlap in (False, True)]
+    return found
+
+
+def digest(case: Case, device: torch.device) -> str:
     """Return the digest of a run; the same on every rank."""
     import deepspeed
 
-    zero = {"stage": 3, "overlap_comm": overlap, "reduce_bucket_size": 50_000}
-    zero |= {"stage3_param_persistence_threshold": 1000, "stage3_prefetch_bucket_size": 100_000}
-    config = {
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": micro_steps,
-        "gradient_clipping": 1.0,
-        "bf16": {"enabled": True},
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "betas": [0.9, 0.95], "weight_decay": 0.1}},
-        "zero_optimization": {**zero, "stage3_max_reuse_distance": 0},
-        "fp8": {
-            "enabled": True,
-            "opt_level": level,
-            **({"weights": {"min_elements": 4096}} if level == "O3" else {}),
-        },
-        "steps_per_print": 10**9,
-    }
     model = Terms()
-    engine = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)[0]
+    parameters = model.parameters()
+    engine = deepspeed.initialize(model=model, model_parameters=parameters, config=case.ds_config())[0]
     norms = []
     for step in range(STEPS):
-        for micro_step in range(micro_steps):
+        for micro_step in range(case.micro_steps):
             give(engine.module, step, micro_step, device)
             engine.backward(engine(torch.zeros((), dtype=torch.bfloat16, device=device)))
             engine.step()
         norms.append(engine.get_global_grad_norm())
-    assert engine.skipped_steps == 1
+    assert engine.skipped_steps == 1, f"{case}: {engine.skipped_steps} steps were skipped"
     found = hash_of(engine, norms)
     engine.destroy()
     return found
@@ -141,6 +177,20 @@ def hash_of(engine: Any, norms: list[float]) -> str:
     return hashlib.sha256("".join(together).encode()).hexdigest()
 
 
+def run(out: Path, expected: dict[str, str], device: torch.device) -> list[str]:
+    """Find all digests; return the names of those that are not as expected."""
+    rank, digests = torch.distributed.get_rank(), {}
+    different = []
+    for case in cases(torch.distributed.get_world_size()):
+        name, found = str(case), digest(case, device)
+        digests[name] = found
+        if expected and expected.get(name) != found:
+            different.append(name)
+        write(out if rank == 0 else None, {**facts(device), "digests": digests})
+        CONSOLE.print(f"{found[:16]}  {name}{'  DIFFERS' if name in different else ''}")
+    return different
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -149,22 +199,13 @@ def main() -> None:
     parser.add_argument("--expect", type=Path, metavar="FILE", help="digests of another device")
     arguments = parser.parse_args()
     device = join_ranks()
-    cases = product(("O1", "O2", "O2+", "O3"), (False, True), (1, 2))
-    digests = {
-        f"{level}, {'overlap' if overlap else 'no overlap'}, {micro_steps} micro-steps": digest(
-            level, overlap, micro_steps, device
-        )
-        for level, overlap, micro_steps in cases
-    }
-    if torch.distributed.get_rank() == 0:
-        write(arguments.out, {**facts(device), "digests": digests})
-        CONSOLE.print("\n".join(f"{found[:16]}  {name}" for name, found in digests.items()))
-        if arguments.expect:
-            expected = json.loads(arguments.expect.read_text())["digests"]
-            different = [name for name, found in digests.items() if expected[name] != found]
-            if different:
-                raise SystemExit(f"bits differ from {arguments.expect}: {'; '.join(different)}")
-            CONSOLE.print(f"the same bits as {arguments.expect}: {len(digests)} runs")
+    CONSOLE.quiet = torch.distributed.get_rank() > 0
+    expected = json.loads(arguments.expect.read_text())["digests"] if arguments.expect else {}
+    different = run(arguments.out, expected, device)
+    if different:
+        raise SystemExit(f"bits differ from {arguments.expect}: {'; '.join(different)}")
+    if expected:
+        CONSOLE.print(f"the same bits as {arguments.expect}: {len(expected)} runs")
     from train_lm import leave_ranks
 
     leave_ranks()

@@ -45,6 +45,7 @@ RUN_BY = {
     "benchmarks/gpu_one.py": "test_benchmarks.py::test_gpu_one_under_the_interpreter",
     "benchmarks/gpu_products.py": "test_gpu_benchmarks.py::test_gpu_products",
     "benchmarks/gpu_many.py": "test_gpu_benchmarks.py::test_gpu_many",
+    "benchmarks/zero3_bits.py": "test_gpu_benchmarks.py::test_zero3_bits",
     "benchmarks/gpu_train.py": "test_gpu_benchmarks.py::test_gpu_train",
     "benchmarks/adam_cpu.py": "test_benchmarks.py::test_adam_cpu",
     "benchmarks/quantize_cpu.py": "test_benchmarks.py::test_quantize_cpu",

@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -14,8 +13,6 @@ import pytest
 import torch
 from ranks import RankPools, free_port
 
-from ds_fp8.ops.backend import REFERENCE, choose
-from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.product_backend import MULTIPLY
 from ds_fp8.ops.product_backend import REFERENCE as PRODUCTS
 from ds_fp8.ops.products import CastGradient, Operand
@@ -28,85 +25,10 @@ import exchange_times  # noqa: E402
 import gpu_train  # noqa: E402
 import offload_runs  # noqa: E402
 import paired  # noqa: E402
-import same_bits  # noqa: E402
 import verify_products  # noqa: E402
 
 CPU = torch.device("cpu")
 PRODUCT = MULTIPLY["emulated"]
-
-
-def without_the_last_rank(pieces: Sequence[Blocks], shard: Blocks, *, overwrite: bool) -> torch.Tensor:
-    return REFERENCE.accumulate(pieces[:-1], shard, overwrite=overwrite)
-
-
-def objection(check: Callable[[], object]) -> str:
-    """What an assertion says; a rank that raised would not live on."""
-    try:
-        check()
-    except AssertionError as error:
-        return str(error)
-    return "none"
-
-
-def against_host() -> list[str]:
-    return same_bits.against_host(CPU, choose(CPU))
-
-
-def against_host_with_a_wrong_kernel() -> str:
-    wrong = dataclasses.replace(choose(CPU), accumulate=without_the_last_rank)
-    return objection(lambda: same_bits.against_host(CPU, wrong))
-
-
-@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_arrivals_are_compared_bit_by_bit(ranks: RankPools, world_size: int) -> None:
-    lines = ranks.run(world_size, against_host)
-    assert len({*map(tuple, lines)}) == 1
-    assert len(lines[0]) == 8 * world_size // 2
-    assert any("nodes of 2, overlap" in line for line in lines[0]) is (world_size == 4)
-
-
-def test_a_wrong_kernel_is_found_on_every_rank(ranks: RankPools) -> None:
-    told = "e4m3 into e4m3, nodes of 1: rank 0: gradients of bucket 0 differ from the reference over gloo"
-    assert ranks.run(2, against_host_with_a_wrong_kernel) == [told, told]
-
-
-def trainings() -> list[dict[str, Any]]:
-    first, *_, stock = same_bits.settings(2)
-    return same_bits.trainings([first, same_bits.Setting(1, True, 1), stock], 2)
-
-
-def disturbed_trainings(everywhere: bool) -> str:
-    """After its two steps the first training changes a weight, on rank 1 or on all."""
-    import train_lm
-
-    here = everywhere or torch.distributed.get_rank() == 1
-    steps = []
-
-    def step(engine: Any, batches: Any, original: Any = train_lm.train_step) -> float:
-        steps.append(original(engine, batches))
-        if here and len(steps) == 2:
-            next(iter(engine.module.parameters())).data.view(-1)[0] += 1
-        return steps[-1]
-
-    with patch.object(train_lm, "train_step", step):
-        return objection(trainings)
-
-
-@pytest.mark.parametrize(
-    ("everywhere", "told"),
-    [
-        (False, "O2, ZeRO 2, nodes of 1: the ranks end with different weights"),
-        (True, "O2, ZeRO 1, nodes of 1, overlap: weights differ from O2, ZeRO 2, nodes of 1's"),
-    ],
-)
-def test_other_weights_are_found(ranks: RankPools, everywhere: bool, told: str) -> None:
-    assert ranks.run(2, disturbed_trainings, everywhere) == [told, told]
-
-
-def test_trainings_end_alike(ranks: RankPools) -> None:
-    rows = ranks.run(2, trainings)[0]
-    assert rows[0]["weights"] == rows[1]["weights"] != rows[2]["weights"]
-    assert abs(rows[0]["last_loss"] - rows[2]["last_loss"]) < same_bits.PARITY
 
 
 def measure(elements: int) -> dict[str, Any]:
@@ -236,6 +158,16 @@ def test_gpu_many(tmp_path: Path) -> None:
     assert all(claim["holds"] for claim in result["claims"])
     assert "no FP8 reduce-scatter" in printed
     assert printed.count("claims") == 1, "one rank prints"
+
+
+@pytest.mark.slow
+def test_zero3_bits(tmp_path: Path) -> None:
+    """A run gives the digests of the run before."""
+    out, again = tmp_path / "bits.json", tmp_path / "again.json"
+    torchrun("zero3_bits.py", "--out", str(out))
+    printed = torchrun("zero3_bits.py", "--out", str(again), "--expect", str(out))
+    assert json.loads(out.read_text()) == json.loads(again.read_text())
+    assert f"the same bits as {out}: 18 runs" in " ".join(printed.split())
 
 
 @pytest.mark.slow
