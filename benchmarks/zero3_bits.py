@@ -159,22 +159,33 @@ def digest(case: Case, device: torch.device) -> str:
 
 
 def hash_of(engine: Any, norms: list[float]) -> str:
+    """Return digests of norms, states and weights, in one text: the same on every rank."""
     import deepspeed
 
     from ds_fp8.zero_fp8.checkpoint import writer
     from ds_fp8.zero_fp8.comm.agreement import gather_objects
 
     handler = engine.optimizer
-    own = hashlib.sha256(repr(norms).encode())
+    states, weights = hashlib.sha256(), hashlib.sha256()
     for name, entry in sorted(writer.pack(handler.parts.shards, handler.parameter_names).items()):
-        own.update(name.encode())
+        states.update(name.encode())
         for key, value in sorted(entry.items()):
-            own.update(key.encode() + (value.numpy().tobytes() if isinstance(value, Tensor) else b""))
+            states.update(key.encode() + (value.numpy().tobytes() if isinstance(value, Tensor) else b""))
     with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
         for parameter in engine.module.parameters():
-            own.update(parameter.detach().cpu().view(torch.int16).numpy().tobytes())
-    together = gather_objects(own.hexdigest(), handler.dp_process_group)
-    return hashlib.sha256("".join(together).encode()).hexdigest()
+            weights.update(parameter.detach().cpu().view(torch.int16).numpy().tobytes())
+    parts = {"norms": hashlib.sha256(repr(norms).encode()), "states": states, "weights": weights}
+    found = []
+    for part, own in parts.items():
+        together = "".join(gather_objects(own.hexdigest(), handler.dp_process_group))
+        found.append(f"{part} {hashlib.sha256(together.encode()).hexdigest()[:16]}")
+    return ", ".join(found)
+
+
+def differing(found: str, expected: str) -> str:
+    """Name the parts that differ; empty if none does."""
+    pairs = zip(found.split(", "), expected.split(", "), strict=True)
+    return " and ".join(ours.split()[0] for ours, theirs in pairs if ours != theirs)
 
 
 def run(out: Path, expected: dict[str, str], device: torch.device) -> list[str]:
@@ -184,10 +195,11 @@ def run(out: Path, expected: dict[str, str], device: torch.device) -> list[str]:
     for case in cases(torch.distributed.get_world_size()):
         name, found = str(case), digest(case, device)
         digests[name] = found
-        if expected and expected.get(name) != found:
-            different.append(name)
+        wrong = differing(found, expected[name]) if expected else ""
+        if wrong:
+            different.append(f"{wrong} of {name}")
         write(out if rank == 0 else None, {**facts(device), "digests": digests})
-        CONSOLE.print(f"{found[:16]}  {name}{'  DIFFERS' if name in different else ''}")
+        CONSOLE.print(f"{found}  {name}{f'  {wrong} DIFFER' if wrong else ''}")
     return different
 
 

@@ -151,7 +151,10 @@ def test_another_digest_is_found(ranks: RankPools, tmp_path: Path) -> None:
     assert ranks.run(2, differences, out, {}) == [[], []]
     expected = json.loads(out.read_text())["digests"]
     assert ranks.run(2, differences, out, expected) == [[], []]
-    assert ranks.run(2, differences, out, {name: "0"}) == [[name], [name]]
+    parts = expected[name].split(", ")
+    assert [each.split()[0] for each in parts] == ["norms", "states", "weights"]
+    other = ", ".join(["norms 0", parts[1], "weights 0"])
+    assert ranks.run(2, differences, out, {name: other})[1] == [f"norms and weights of {name}"]
 
 
 @pytest.mark.parametrize(
