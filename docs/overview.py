@@ -5,6 +5,7 @@ python docs/overview.py
 
 import json
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +27,24 @@ COMPARISONS = [
         {"zero3_bf16_torch": "stock BF16", "zero3_o3": "O3"},
     ),
     (
-        "Llama 1.3B, compiled\n1 H100, ZeRO 2",
-        "o3_llama_h100",
-        {"bf16_torch": "stock BF16", "o2plus": "O2+", "o3": "O3"},
+        "Llama 7B, compiled\n2 H200, ZeRO 2",
+        "equal_batch_7B_h200",
+        {"bf16_torch_overlap": "stock BF16", "fsdp2": "FSDP2", "o2plus_overlap": "O2+", "o3_overlap": "O3"},
     ),
 ]
-LOSSES = {
+LOSSES = {  # GPT 125M
     "stock BF16": "125M_bf16_beta2_999_h100",
     "O2": "125M_o2_beta2_999_h100",
     "O2+": "125M_o2plus_beta2_999_h100",
 }
-COLOURS = {"stock BF16": "#8c8c8c", "O2": "#4c78a8", "O2+": "#54a24b", "O3": "#e45756"}
+SEEDS = ("o3_350M_batch_h200", {"bf16_torch": "stock BF16", "o3_every_linear": "O3"})  # GPT 350M
+COLOURS = {
+    "stock BF16": "#8c8c8c",
+    "FSDP2": "#c7c7c7",
+    "O2": "#4c78a8",
+    "O2+": "#54a24b",
+    "O3": "#e45756",
+}
 WINDOW = 50  # steps that are averaged for the loss curve
 
 
@@ -66,11 +74,20 @@ def draw_bars(axes: Axes, of: int, title: str, unit: str) -> None:
 
 def draw_losses(axes: Axes) -> None:
     for label, file in LOSSES.items():
-        losses = json.loads((RESULTS / f"{file}.json").read_text())["losses"]
-        smooth = np.convolve(losses, np.ones(WINDOW) / WINDOW, mode="valid")
-        steps = np.arange(WINDOW, len(losses) + 1)
-        axes.plot(steps, smooth, color=COLOURS[label], linewidth=1.2, label=label)
-    axes.set(ylim=(0.4, 3), xlabel="step", title="Training loss, GPT 125M, 1 H100")
+        draw_loss(axes, json.loads((RESULTS / f"{file}.json").read_text())["losses"], label)
+    file, configs = SEEDS
+    runs = json.loads((RESULTS / f"{file}.json").read_text())["runs"]
+    for config, label in configs.items():
+        seeds = [each["losses"] for each in runs if each["config"] == config]
+        draw_loss(axes, np.mean(seeds, axis=0), label, "--")
+    axes.set(ylim=(0.4, 3), xlabel="step", title="Training loss: GPT 125M; 350M, three seeds (dashed)")
+
+
+def draw_loss(axes: Axes, losses: Sequence[float], label: str, style: str = "-") -> None:
+    smooth = np.convolve(losses, np.ones(WINDOW) / WINDOW, mode="valid")
+    axes.plot(
+        np.arange(WINDOW, len(losses) + 1), smooth, style, color=COLOURS[label], linewidth=1.2, label=label
+    )
 
 
 def main() -> None:

@@ -172,9 +172,9 @@ def figures(file: str, config: str) -> tuple[str, str]:
             ("zero3_o3_h200", "zero3_o3"),
         ),
         (
-            "Llama 1.3B, `O3`, compiled, one H100",
-            ("o3_llama_h100", "bf16_torch"),
-            ("o3_llama_h100", "o3"),
+            "Llama 7B, `O3`, compiled, ZeRO 2, two H200s",
+            ("equal_batch_7B_h200", "bf16_torch_overlap"),
+            ("equal_batch_7B_h200", "o3_overlap"),
         ),
         (
             "GPT-125M, `O2`, one H100, 3,000 steps",
