@@ -57,6 +57,15 @@ def weights_saved(engine: Any) -> float:
     return float(kept + min(engine.zero_max_live_parameters(), parameters) * about["fp8_share"])
 
 
+def gradient_bytes_sent(engine: Any) -> float | None:
+    """Return the estimate of a step's gradient bytes that a rank sends; None if not in one hop of FP8."""
+    if not ds_fp8.is_active(engine) or ds_fp8.describe(engine)["nodes"] > 1:
+        return None
+    ranks, about = engine.seq_dp_world_size, ds_fp8.describe(engine)
+    each = about["wire_bytes_per_gradient_element"] * (ranks - 1) / ranks
+    return float(each * elements(engine.module) * engine.gradient_accumulation_steps())
+
+
 def decodes(engine: Any) -> int:
     """Count how often FP8 weights have been decoded for what is not a product."""
     matrices = (getattr(each, "matrix", None) for each in engine.module.parameters())

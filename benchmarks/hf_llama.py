@@ -42,7 +42,7 @@ from typing import Any
 
 import torch
 from claims import Claim, print_claims
-from engine_facts import decodes, predicted_bytes, sent, waits, weights_saved
+from engine_facts import decodes, gradient_bytes_sent, predicted_bytes, sent, waits, weights_saved
 from fsdp2 import Fsdp2
 from gpu_train import CONSOLE, claims_of_memory_and_time, load, loss_apart
 from llama import SIZES, Batch, batches, engine_of, micro_step, same_everywhere, sleepy_collectives, step
@@ -113,6 +113,7 @@ def facts_of(engine: Any, arguments: argparse.Namespace, source: Iterator[Batch]
         "predicted_bytes": predicted_bytes(engine),
         "weights_saved": weights_saved(engine),
         "decodes": decodes(engine),
+        "gradient_bytes": gradient_bytes_sent(engine),
     }
     if isinstance(engine, Fsdp2):
         return found | {"sent": {}, "waits": {}, "same_everywhere": True}
@@ -197,7 +198,18 @@ def report(runs: list[Run]) -> None:
     options = runs[0]["options"]
     shared = any(int(options.get(key, 1)) > 1 for key in ("sequence_parallel", "tensor_parallel"))
     claims = claims_of_a_training if shared else partial(claims_of_memory_and_time, most=0.92)
-    print_claims([claim for run in ours for claim in claims(run, stock)], CONSOLE)
+    found = [claim for run in ours for claim in (*claims(run, stock), *claims_of_wire(run))]
+    print_claims(found, CONSOLE)
+
+
+def claims_of_wire(run: Run) -> list[Claim]:
+    """Claim that a step sends the bytes of gradients that the estimate says."""
+    exchanged, expected = run["sent"].get("alltoall_base_"), run.get("gradient_bytes")
+    if not exchanged or not expected:
+        return []
+    name = f"{run['model']} {run['config']}, {run['world_size']} ranks: "
+    text = name + "bytes of gradients sent, relative error of the estimate"
+    return [Claim.at_most(text, abs(exchanged / expected - 1), 0.02)]
 
 
 def _is_peer(run: Run) -> bool:

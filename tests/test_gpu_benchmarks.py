@@ -11,7 +11,8 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from ranks import RankPools, free_port
+from benchmark_runs import torchrun
+from ranks import RankPools
 
 from ds_fp8.ops.product_backend import MULTIPLY
 from ds_fp8.ops.product_backend import REFERENCE as PRODUCTS
@@ -136,14 +137,6 @@ def test_losses_are_paired_by_seed() -> None:
 def test_runs_of_earlier_versions_can_be_read(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     gpu_train.report(gpu_train.load(path))
     assert "waits in engine.step" in capsys.readouterr().out
-
-
-def torchrun(script: str, *options: str) -> str:
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()))
-    command = [sys.executable, *launcher, str(ROOT / "benchmarks" / script), *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
 
 
 @pytest.mark.slow

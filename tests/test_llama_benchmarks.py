@@ -1,0 +1,41 @@
+"""Llama trainings beside their peers, at tiny sizes: a faster contestant is found faster."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from benchmark_runs import ROOT, torchrun
+
+sys.path.append(str(ROOT / "benchmarks"))
+
+import gpu_train
+import headline
+import hf_llama
+
+
+@pytest.mark.slow
+def test_hf_llama_and_headline(tmp_path: Path) -> None:
+    """Contestants of one file, and what headline.py makes of them."""
+    pytest.importorskip("transformers")
+    out = tmp_path / "llama.json"
+    options = ("--out", str(out), "--context", "64", "--micro_steps", "2", "--steps", "3", "--warm_up", "1")
+    printed = ""
+    for contestant in ("bf16_torch_overlap", "o2plus_overlap", None):
+        config = ("--deepspeed_config", str(ROOT / f"benchmarks/gpu/{contestant}.json"))
+        printed = torchrun("hf_llama.py", *options, *(config if contestant else ("--fsdp2",)))
+    words = " ".join(printed.split())
+    assert "bytes of gradients sent, relative error of the estimate" in words
+    stock, ours, fsdp2 = json.loads(out.read_text())["runs"]
+    assert stock["tokens"] == ours["tokens"] == fsdp2["tokens"] == 2 * 2 * 64
+    assert max(abs(a - b) for a, b in zip(fsdp2["losses"], stock["losses"], strict=True)) < 0.02
+    assert abs(ours["sent"]["alltoall_base_"] / ours["gradient_bytes"] - 1) < 0.01
+    assert stock["sent"]
+    assert not fsdp2["sent"]
+    runs = hf_llama.gathered(gpu_train.load(out))
+    faster = [{**run, "config": "o3"} if run is runs[1] else run for run in runs]
+    faster[1]["milliseconds_per_step"] = 0.5 * min(run["milliseconds_per_step"] for run in runs)
+    holds = [each.holds for each in (*headline.of_equal_batch(faster), *headline.of_equal_memory(faster))]
+    assert holds == [True, True]
+    faster[1]["milliseconds_per_step"] *= 3
+    assert not any(each.holds for each in headline.of_equal_batch(faster))
