@@ -17,6 +17,7 @@ Files are written as digests are found: a run that is killed has compared those 
 import argparse
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -188,11 +189,16 @@ def differing(found: str, expected: str) -> str:
     return " and ".join(ours.split()[0] for ours, theirs in pairs if ours != theirs)
 
 
-def run(out: Path, expected: dict[str, str], device: torch.device) -> list[str]:
-    """Find all digests; return the names of those that are not as expected."""
+def run(
+    out: Path, expected: dict[str, str], device: torch.device, chosen: Sequence[str] | None = None
+) -> list[str]:
+    """Find all digests, or those of the cases with these names; return the names of unexpected ones."""
     rank, digests = torch.distributed.get_rank(), {}
     different = []
-    for case in cases(torch.distributed.get_world_size()):
+    by_name = {str(each): each for each in cases(torch.distributed.get_world_size())}
+    if unknown := [each for each in chosen or () if each not in by_name]:
+        raise SystemExit(f"--cases: received {unknown}, allowed: {list(by_name)}")
+    for case in by_name.values() if chosen is None else [by_name[name] for name in chosen]:
         name, found = str(case), digest(case, device)
         digests[name] = found
         wrong = differing(found, expected[name]) if expected else ""
@@ -209,15 +215,17 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, metavar="FILE", required=True)
     parser.add_argument("--expect", type=Path, metavar="FILE", help="digests of another device")
+    parser.add_argument("--cases", nargs="+", metavar="NAME", help="only these, in this order; default: all")
     arguments = parser.parse_args()
     device = join_ranks()
     CONSOLE.quiet = torch.distributed.get_rank() > 0
     expected = json.loads(arguments.expect.read_text())["digests"] if arguments.expect else {}
-    different = run(arguments.out, expected, device)
+    different = run(arguments.out, expected, device, arguments.cases)
     if different:
         raise SystemExit(f"bits differ from {arguments.expect}: {'; '.join(different)}")
     if expected:
-        CONSOLE.print(f"the same bits as {arguments.expect}: {len(expected)} runs")
+        runs = len(arguments.cases or expected)
+        CONSOLE.print(f"the same bits as {arguments.expect}: {runs} runs")
     from train_lm import leave_ranks
 
     leave_ranks()

@@ -142,8 +142,7 @@ def test_digests_in_two_hops(ranks: RankPools) -> None:
 
 
 def differences(out: Path, expected: dict[str, str]) -> list[str]:
-    with patch.object(zero3_bits, "cases", lambda ranks: [zero3_bits.Case("O1", True, 1)]):
-        return zero3_bits.run(out, expected, CPU)
+    return zero3_bits.run(out, expected, CPU, ["O1, overlap, 1 micro-steps"])
 
 
 def test_another_digest_is_found(ranks: RankPools, tmp_path: Path) -> None:
