@@ -148,10 +148,10 @@ def test_losses_of_fp8_lm_as_published_equal_stock_bf16(runs: Runs, recipe: str)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_losses_equal_stock_bf16_over_more_steps(runs: Runs, recipe: str, stage: int, seed: int) -> None:
-    options: dict[str, Any] = {"stage": stage, "shape": EXAMPLE, "seed": seed, "steps": 300}
+def test_losses_equal_stock_bf16_over_more_steps(runs: Runs, recipe: str, seed: int) -> None:
+    """Under ZeRO 2: ZeRO 1 has the same bits."""
+    options: dict[str, Any] = {"shape": EXAMPLE, "seed": seed, "steps": 300}
     assert_parity(runs(recipe, **options), runs(None, **options))
 
 
