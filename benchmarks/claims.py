@@ -24,6 +24,10 @@ class Claim:
     def at_most(text: str, figure: float, bound: float) -> "Claim":
         return Claim(text, figure, f"at most {bound:.4f}", figure <= bound)
 
+    @staticmethod
+    def at_least(text: str, figure: float, bound: float) -> "Claim":
+        return Claim(text, figure, f"at least {bound}", figure >= bound)
+
 
 def print_claims(claims: Sequence[Claim], console: Console) -> None:
     table = Table(title="claims")

@@ -59,9 +59,10 @@ def weights_saved(engine: Any) -> float:
 
 def gradient_bytes_sent(engine: Any) -> float | None:
     """Return the estimate of a step's gradient bytes that a rank sends; None if not in one hop of FP8."""
-    if not ds_fp8.is_active(engine) or ds_fp8.describe(engine)["nodes"] > 1:
+    about = ds_fp8.describe(engine) if ds_fp8.is_active(engine) else {"nodes": 0}
+    if about["nodes"] != 1:
         return None
-    ranks, about = engine.seq_dp_world_size, ds_fp8.describe(engine)
+    ranks = engine.seq_dp_world_size
     each = about["wire_bytes_per_gradient_element"] * (ranks - 1) / ranks
     return float(each * elements(engine.module) * engine.gradient_accumulation_steps())
 

@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from claims import Claim, print_claims
 from gpu_train import CONSOLE, load
-from llama import SIZES, batches, options
+from llama import SIZES, batches, options, recorded
 from offload_runs import WAYS, check_bits, engine_of
 from ranks_gpu import facts, join_ranks, limit_memory
 from rich.table import Table
@@ -163,7 +163,7 @@ def measure(arguments: argparse.Namespace, runs: list[Run], device: torch.device
     found: Run = {
         "where": arguments.where,
         "model": arguments.size,
-        "options": {key: str(value) for key, value in vars(arguments).items() if key != "out"},
+        "options": recorded(arguments),
         "parameters": sum(each.numel() for each in engine.module.parameters()),
         "tokens": arguments.micro_batch * arguments.micro_steps * arguments.context,
         "milliseconds": list(whole[WARM_UP:]),
@@ -214,10 +214,10 @@ def claims_of(run: Run, runs: list[Run]) -> list[Claim]:
     if resident and run["where"] in ("auto", "stream") and run["tokens"] >= 8192:
         kept = statistics.median(resident["milliseconds"]) / statistics.median(run["milliseconds"])
         least = 0.95 if run["tokens"] >= 16384 else 0.9
-        found.append(Claim(name + "speed / that without offload", kept, f"at least {least}", kept >= least))
+        found.append(Claim.at_least(name + "speed / that without offload", kept, least))
     if run.get("link") and run["device"] != "cpu":
         each_way = run["link"]["gb_per_second"]
-        found.append(Claim(name + "GB/s each way", each_way, "at least 42", each_way >= 42))
+        found.append(Claim.at_least(name + "GB/s each way", each_way, 42))
     if "expected_between_steps" in run and "between_steps" in run:
         off = abs(run["between_steps"] / run["expected_between_steps"] - 1)
         found.append(Claim.at_most(name + "bytes between steps, relative error of the estimate", off, 0.02))

@@ -28,7 +28,7 @@ from typing import Any
 
 from claims import Claim, print_claims
 from gpu_train import CONSOLE, load
-from hf_llama import choice_of, gathered
+from hf_llama import choice_of, gathered, is_bf16
 from rich.table import Table
 
 Run = dict[str, Any]
@@ -38,10 +38,6 @@ STOCK, FLOAT8, OURS = "bf16_torch", "+float8", "o3"
 def speed(run: Run) -> float:
     """Return tokens per second of all ranks."""
     return float(run["tokens"] / run["milliseconds_per_step"] * 1000)
-
-
-def is_bf16(run: Run) -> bool:
-    return run["config"].startswith(("bf16", "fsdp2"))
 
 
 def fastest(runs: Sequence[Run], start: str = "") -> Run | None:
@@ -72,10 +68,10 @@ def of_equal_batch(runs: Sequence[Run]) -> list[Claim]:
         return []
     name, found = f"{ours['model']}, {ours['ranks']} ranks, equal batch: ", []
     if best:
-        found.append(at_least(name + "O3's speed / the best BF16's", speed(ours) / speed(best), 1.43))
+        found.append(Claim.at_least(name + "O3's speed / the best BF16's", speed(ours) / speed(best), 1.43))
     if float8:
         text = name + "O3's speed / that of O2+ with torchao's float8"
-        found.append(at_least(text, speed(ours) / speed(float8), 1.10))
+        found.append(Claim.at_least(text, speed(ours) / speed(float8), 1.10))
         memory = ours["peak_bytes_allocated"] / max(1, float8["peak_bytes_allocated"])
         found.append(Claim.at_most(name + "O3's peak / that of O2+ with torchao's float8", memory, 1.0))
     return found
@@ -86,7 +82,7 @@ def of_equal_memory(runs: Sequence[Run]) -> list[Claim]:
     if ours is None or stock is None:
         return []
     name = f"{ours['model']}, {ours['ranks']} ranks, equal memory: O3's speed / stock BF16's"
-    return [at_least(name, speed(ours) / speed(stock), 1.75)]
+    return [Claim.at_least(name, speed(ours) / speed(stock), 1.75)]
 
 
 def of_memory(runs: Sequence[Run]) -> list[Claim]:
@@ -95,10 +91,6 @@ def of_memory(runs: Sequence[Run]) -> list[Claim]:
         return []
     name = f"{ours['model']}, {ours['ranks']} ranks: O3's peak / stock BF16's"
     return [Claim.at_most(name, ours["peak_bytes_allocated"] / max(1, stock["peak_bytes_allocated"]), 0.45)]
-
-
-def at_least(name: str, found: float, least: float) -> Claim:
-    return Claim(name, found, f"at least {least:.2f}", found >= least)
 
 
 STUDIES = {"equal_batch": of_equal_batch, "equal_memory": of_equal_memory, "memory": of_memory}

@@ -45,7 +45,17 @@ from claims import Claim, print_claims
 from engine_facts import decodes, gradient_bytes_sent, predicted_bytes, sent, waits, weights_saved
 from fsdp2 import Fsdp2
 from gpu_train import CONSOLE, claims_of_memory_and_time, load, loss_apart
-from llama import SIZES, Batch, batches, engine_of, micro_step, same_everywhere, sleepy_collectives, step
+from llama import (
+    SIZES,
+    Batch,
+    batches,
+    engine_of,
+    micro_step,
+    recorded,
+    same_everywhere,
+    sleepy_collectives,
+    step,
+)
 from meters import elements
 from ranks_gpu import facts, join_ranks, limit_memory
 from rich.table import Table
@@ -95,7 +105,7 @@ def train(arguments: argparse.Namespace, device: torch.device) -> Run:
         "config": name_of(arguments),
         "model": arguments.size,
         "world_size": ranks,
-        "options": options_of(arguments),
+        "options": recorded(arguments),
         "parameters": elements(engine.module),
         "tokens": sequences * arguments.context,
         "milliseconds": milliseconds[arguments.warm_up :],
@@ -130,10 +140,6 @@ def facts_of(engine: Any, arguments: argparse.Namespace, source: Iterator[Batch]
 def name_of(arguments: argparse.Namespace) -> str:
     name = "fsdp2" if arguments.fsdp2 else arguments.deepspeed_config.stem
     return name + ("+float8" if arguments.float8 else "")
-
-
-def options_of(arguments: argparse.Namespace) -> dict[str, str]:
-    return {key: str(value) for key, value in vars(arguments).items() if key != "out"}
 
 
 def _ranks_per_sequence(arguments: argparse.Namespace) -> int:
@@ -194,7 +200,7 @@ def report(runs: list[Run]) -> None:
             f"{run['losses'][-1]:.4f}",
         )
     CONSOLE.print(table)
-    ours = [run for run in compared if not _is_peer(run)] if stock else []
+    ours = [run for run in compared if not is_bf16(run)] if stock else []
     options = runs[0]["options"]
     shared = any(int(options.get(key, 1)) > 1 for key in ("sequence_parallel", "tensor_parallel"))
     claims = claims_of_a_training if shared else partial(claims_of_memory_and_time, most=0.92)
@@ -212,7 +218,8 @@ def claims_of_wire(run: Run) -> list[Claim]:
     return [Claim.at_most(text, abs(exchanged / expected - 1), 0.02)]
 
 
-def _is_peer(run: Run) -> bool:
+def is_bf16(run: Run) -> bool:
+    """Whether it is a peer without FP8: stock DeepSpeed or FSDP2."""
     return any(name in run["config"] for name in ("bf16", "fsdp2"))
 
 
@@ -268,7 +275,7 @@ def main() -> None:
         probe(arguments, device)
         return
     runs = load(arguments.out)
-    asked = {"config": name_of(arguments), "options": options_of(arguments)}
+    asked = {"config": name_of(arguments), "options": recorded(arguments)}
     if arguments.again or choice_of(asked) not in map(choice_of, runs):
         runs.append(train(arguments, device))
         write(arguments.out if torch.distributed.get_rank() == 0 else None, {"runs": runs})

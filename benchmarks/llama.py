@@ -48,6 +48,11 @@ def options(**given: Any) -> argparse.Namespace:
     return argparse.Namespace(**{**PLAIN, **given})
 
 
+def recorded(arguments: argparse.Namespace) -> dict[str, str]:
+    """Return the options as a result has them."""
+    return {key: str(value) for key, value in vars(arguments).items() if key != "out"}
+
+
 def model_of(
     arguments: argparse.Namespace, device: torch.device, config: dict[str, Any] | None = None
 ) -> torch.nn.Module:
