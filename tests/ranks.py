@@ -10,13 +10,16 @@ import os
 import socket
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from typing import Any
 from unittest.mock import patch
 
+import torch.distributed
 import torch.multiprocessing as mp
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import _world
 
 HANG = 300.0  # seconds after which a rank is taken to hang
 FORKED = mp.get_context("forkserver")
@@ -61,6 +64,7 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
     deepspeed.init_distributed("gloo")
     ds_fp8.register()
     gc.freeze()  # what was imported: collections, of which tests make many, pass over it
+    names = set(_world.pg_names.values())
     while True:
         request = pipe.recv()
         if request is None:
@@ -72,7 +76,37 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
         except BaseException:
             pipe.send((False, traceback.format_exc()))
             break
+        del request, function, arguments
+        names = leave_groups(names)
     torch.distributed.destroy_process_group()
+
+
+def leave_groups(earlier: set[str]) -> set[str]:
+    """Give up process groups that a function made and left: each has threads, and they poll.
+
+    earlier: names of those that there were before. Returns the names of those that are left; DeepSpeed keeps
+    some for the next engine.
+    """
+    made = [group for group, name in _world.pg_names.items() if name not in earlier]
+    if made:
+        kept = list(_kept_by_deepspeed())
+        for group in made:
+            if not any(group is each for each in kept):
+                torch.distributed.destroy_process_group(group)
+        del made, group
+        gc.collect()  # what still refers to them
+    return set(_world.pg_names.values())
+
+
+def _kept_by_deepspeed() -> Iterator[object]:
+    from deepspeed.runtime.sequence_parallel import parallel_state_sp
+    from deepspeed.utils import groups
+
+    for value in (*vars(groups).values(), *vars(parallel_state_sp).values()):
+        if isinstance(value, DeviceMesh):
+            yield from value.get_all_groups()
+        else:
+            yield from value.values() if isinstance(value, dict) else [value]
 
 
 class Ranks:

@@ -89,6 +89,7 @@ def refuse_by_model(name: str) -> str:
     import deepspeed
     from deepspeed.moe.layer import MoE
     from deepspeed.pipe import PipelineModule
+    from deepspeed.utils import groups
 
     config, options = ds_config({}), {}
     if name == "a PipelineModule":
@@ -112,6 +113,8 @@ def refuse_by_model(name: str) -> str:
         deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config, **options)
     except ValueError as error:
         return str(error)
+    finally:
+        groups.mpu = None  # DeepSpeed keeps what the model or the caller gave
     return "nothing was refused"
 
 
