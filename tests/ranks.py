@@ -90,12 +90,18 @@ def leave_groups(earlier: set[str]) -> set[str]:
     made = [group for group, name in _world.pg_names.items() if name not in earlier]
     if made:
         kept = list(_kept_by_deepspeed())
-        for group in made:
-            if not any(group is each for each in kept):
-                torch.distributed.destroy_process_group(group)
-        del made, group
-        gc.collect()  # what still refers to them
+        for group in [each for each in made if not any(each is other for other in kept)]:
+            torch.distributed.destroy_process_group(group)
+            _take_from_holders(group)
     return set(_world.pg_names.values())
+
+
+def _take_from_holders(group: object) -> None:
+    """DeepSpeed never frees an engine under ZeRO 3: its groups' threads end only if it holds them no longer."""
+    for holder in gc.get_referrers(group):
+        attributes = holder if isinstance(holder, dict) else getattr(holder, "__dict__", {})
+        for name in [name for name, value in attributes.items() if value is group]:
+            attributes[name] = None
 
 
 def _kept_by_deepspeed() -> Iterator[object]:
