@@ -97,7 +97,7 @@ def leave_groups(earlier: set[str]) -> set[str]:
 
 
 def _take_from_holders(group: object) -> None:
-    """DeepSpeed never frees an engine under ZeRO 3: its groups' threads end only if it holds them no longer."""
+    """DeepSpeed frees no engine of ZeRO 3: only if that holds its groups no longer, their threads end."""
     for holder in gc.get_referrers(group):
         attributes = holder if isinstance(holder, dict) else getattr(holder, "__dict__", {})
         for name in [name for name, value in attributes.items() if value is group]:
