@@ -21,12 +21,13 @@ from ds_fp8.ops.rounding import EXP_AVG_SQ, MASTER, signed
 from ds_fp8.ops.triton.masters import load_masters, store_masters
 from ds_fp8.ops.triton.moments import (
     UNIT,
+    clamp_first_moment,
     first_moment,
     second_moment,
     store_first_moment,
     store_second_moment,
 )
-from ds_fp8.ops.triton.roots import divide, minimum, root_and_inverse
+from ds_fp8.ops.triton.roots import divide, minimum, quotient, root_and_inverse
 from ds_fp8.ops.triton.rounding import key_of, random_words, row_places
 from ds_fp8.ops.triton.tiles import (
     deciding_magnitudes,
@@ -43,8 +44,8 @@ from ds_fp8.ops.triton.tiles import (
 )
 
 WARPS = 2
-# If masters are rounded to nearest, and stochastically. With the assembler's 123 fewer warps run at a time.
-QUOTIENT_REGISTERS = 96, 88
+# If masters are rounded to nearest, and stochastically. With the assembler's 94 fewer warps run at a time.
+QUOTIENT_REGISTERS = 72, 80
 CONVERTING_REGISTERS = 120  # where FP8 is converted by arithmetic
 STATE_COUNTS = tl.constexpr(health.STATE_COUNTS)
 
@@ -101,7 +102,7 @@ def adam_kernel(
     first, rows, offset, inside = tile_rows(blocks, tile, BLOCK, ROWS)
     start = first * BLOCK
 
-    # Load: gradient, moments and masters, as FP32.
+    # Load: gradient and moments, as FP32.
     g = load_codes(gradient_codes + start, offset, inside, GRADIENT, HARDWARE)
     m = load_codes(m_codes + start, offset, inside, M, HARDWARE)
     v = load_codes(v_codes + start, offset, inside, V, HARDWARE)
@@ -112,87 +113,75 @@ def adam_kernel(
     unit = two_to_the(UNIT)
     g = g * (g_scale * (tl.load(control) * unit))[:, None]
     masters, p_scales, w = master_codes + start, master_scales + first, weights + start
-    p = load_masters(
-        masters,
-        p_scales,
-        weights=w,
-        rows=rows,
-        offset=offset,
-        inside=inside,
-        factor=decay if DECOUPLED else 1.0,
-        FORMAT=MASTER,
-        HARDWARE=HARDWARE,
-    )
-
-    # Update: m, v and p after the step.
     if not DECOUPLED:
+        p = load_masters(masters, p_scales, w, rows, offset, inside, 1.0, MASTER, HARDWARE)
         g = g + p * (decay * unit)
+
+    # Update: m and v after the step, and what it takes from p.
     v, root = second_moment(v, v_scale, unit * unit * beta2, unit * root_beta2, M, V, SWEEP)
     m = first_moment(m, m_scale, beta1 * unit, quotient_beta, root, M) + g * one_minus_beta1
     v = minimum(v + g * g * one_minus_beta2, 3.4028234663852886e38)
     root, inverse = root_and_inverse(v)
     m_unclamped = m
-    if CLAMPED:
-        bounded = minimum(tl.abs(m), root * clamp).to(tl.int32, bitcast=True)
-        m = (bounded | (m.to(tl.int32, bitcast=True) & -0x80000000)).to(tl.float32, bitcast=True)
-        m_magnitudes = bounded
-    else:
-        m_magnitudes = magnitude(m)
-    p = p - divide(m, root * root_correction + eps * unit) * step_size
-
-    if M == "int8":  # so early, since fewer registers are in use here than later
+    m, m_magnitudes = clamp_first_moment(m, root * clamp, CLAMPED)
+    clamped = tl.abs(m_unclamped) > tl.abs(m)
+    update = divide(m, root * root_correction + eps * unit) * step_size
+    if M == "int8":
+        m = quotient(m, root, inverse)
         parameter, first_element = row_places(first, rows, table, tile_segments, tile, segments, BLOCK)
 
-    # Scales: magnitudes that decide them, of a row or of its tensor.
+    # Magnitudes that decide scales, of a row or of its tensor.
     amax += first
-    p_magnitudes = deciding_magnitudes(magnitude(p), amax, rows, inside, SWEEP)
     m_magnitudes = deciding_magnitudes(m_magnitudes, amax + blocks, rows, inside, SWEEP)
     v_magnitudes = deciding_magnitudes(magnitude(v), amax + 2 * blocks, rows, inside, SWEEP)
-    if SWEEP == "measure":
-        return
 
-    # Store: m, v, then the master with its weight.
+    # Store: m and v.
     place = partial + tile * STATE_COUNTS
-    clamped = tl.abs(m_unclamped) > tl.abs(m)
     random = offset  # not read: of states that are rounded to nearest
     if M == "int8":
         random = random_words(key_of(v_stream, parameter), first_element, multiplier, odd, BLOCK)
-    store_first_moment(
-        m,
-        m_magnitudes,
-        random,
-        root=root,
-        inverse=inverse,
-        clamped=clamped,
-        place=place,
-        codes=m_codes + start,
-        scales=m_scales + first,
-        rows=rows,
-        offset=offset,
-        inside=inside,
-        COUNT=COUNT,
-        FORMAT=M,
-        HARDWARE=HARDWARE,
-    )
-    if V != "fp32" and SWEEP == "blocks" and M != "int8":
-        parameter, first_element = row_places(first, rows, table, tile_segments, tile, segments, BLOCK)
-        random = random_words(key_of(v_stream, parameter), first_element, multiplier, odd, BLOCK)
-    store_second_moment(
-        v,
-        v_magnitudes,
-        random,
-        root=root,
-        place=place,
-        codes=v_codes + start,
-        scales=v_scales + first,
-        rows=rows,
-        offset=offset,
-        inside=inside,
-        COUNT=COUNT,
-        FORMAT=V,
-        SWEEP=SWEEP,
-        HARDWARE=HARDWARE,
-    )
+    if SWEEP != "measure":
+        store_first_moment(
+            m,
+            m_magnitudes,
+            random,
+            clamped=clamped,
+            place=place,
+            codes=m_codes + start,
+            scales=m_scales + first,
+            rows=rows,
+            offset=offset,
+            inside=inside,
+            COUNT=COUNT,
+            FORMAT=M,
+            HARDWARE=HARDWARE,
+        )
+        if V != "fp32" and SWEEP == "blocks" and M != "int8":
+            parameter, first_element = row_places(first, rows, table, tile_segments, tile, segments, BLOCK)
+            random = random_words(key_of(v_stream, parameter), first_element, multiplier, odd, BLOCK)
+        store_second_moment(
+            v,
+            v_magnitudes,
+            random,
+            root=root,
+            place=place,
+            codes=v_codes + start,
+            scales=v_scales + first,
+            rows=rows,
+            offset=offset,
+            inside=inside,
+            COUNT=COUNT,
+            FORMAT=V,
+            SWEEP=SWEEP,
+            HARDWARE=HARDWARE,
+        )
+
+    # The master, with its weight: loaded only now, since registers decide how many warps run at a time.
+    factor = decay if DECOUPLED else 1.0
+    p = load_masters(masters, p_scales, w, rows, offset, inside, factor, MASTER, HARDWARE) - update
+    p_magnitudes = deciding_magnitudes(magnitude(p), amax, rows, inside, SWEEP)
+    if SWEEP == "measure":
+        return
     if STOCHASTIC:
         if M != "int8":
             parameter, first_element = row_places(first, rows, table, tile_segments, tile, segments, BLOCK)

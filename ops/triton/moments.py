@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from ds_fp8.ops import moments
-from ds_fp8.ops.triton.roots import quotient, square_root
+from ds_fp8.ops.triton.roots import minimum, square_root
 from ds_fp8.ops.triton.rounding import (
     FEWER_BITS,
     as_half,
@@ -55,12 +55,21 @@ def first_moment(m, scale, factor, quotient_factor, root, M: tl.constexpr):
 
 
 @triton.jit
+def clamp_first_moment(m, most, CLAMPED: tl.constexpr):
+    """m, of magnitude `most` at most if CLAMPED, and its magnitudes."""
+    if CLAMPED:
+        bounded = minimum(tl.abs(m), most).to(tl.int32, bitcast=True)
+        sign = m.to(tl.int32, bitcast=True) & -0x80000000
+        return (bounded | sign).to(tl.float32, bitcast=True), bounded
+    else:
+        return m, magnitude(m)
+
+
+@triton.jit
 def store_first_moment(
     m,
     magnitudes,
     random,
-    root,
-    inverse,
     clamped,
     place,
     codes,
@@ -72,13 +81,11 @@ def store_first_moment(
     FORMAT: tl.constexpr,
     HARDWARE: tl.constexpr,
 ):
-    """Store m, given times 2^UNIT, to nearest, or m over the root of v, stochastically.
+    """Store m, given times 2^UNIT, to nearest, or what is given as m over the root of v, stochastically.
 
-    magnitudes: the largest of a row decides m's scale. root, inverse: as `root_and_inverse` gives them.
-    clamped, place: to be counted, and where.
+    magnitudes: the largest of a row decides m's scale. clamped, place: to be counted, and where.
     """
     if FORMAT == "int8":
-        m = quotient(m, root, inverse)
         stored = store_quotients(
             m, random, codes=codes, scales=scales, rows=rows, offset=offset, inside=inside
         )
