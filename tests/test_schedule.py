@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -36,8 +37,8 @@ class Rank:
         self.parameters = {index: layer.weight for index, layer in enumerate(self.layers)}
         specs = [ParameterSpec(index, 16, 0, "fp32", Fleet("data", 2)) for index in self.parameters]
         buckets = partition_sliced(specs, bucket_elements=1, block_size=32)
-        group: Any = None
-        self.schedule = ModuleEnds(buckets, group, torch.device("cpu"))
+        nodes: Any = Mock()
+        self.schedule = ModuleEnds(buckets, nodes, torch.device("cpu"))
         self.left: list[int] = []
         self.schedule.listen(self.parameters, self._leave)
 

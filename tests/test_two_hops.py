@@ -303,3 +303,28 @@ def refuse_nodes(size: int) -> str:
 def test_nodes_that_do_not_divide_the_ranks_are_refused(ranks: RankPools) -> None:
     words = "fp8.gradients.intra_node_size: received 3, allowed: divisors of the world size 4: 1, 2, 4"
     assert ranks.run(4, refuse_nodes, 3) == [words] * 4
+
+
+def threads_of_groups() -> int:
+    """Threads that gloo has in this process: every process group has one that polls."""
+    names = [each.read_text().strip() for each in Path("/proc/self/task").glob("*/comm")]
+    return names.count("gloo_tcp_loop")
+
+
+def threads_while_engines_come_and_go(stage: int) -> list[int]:
+    """Threads with an engine and after it, for two of them, one after the other."""
+    found = []
+    for _ in range(2):
+        engine = build_gpt(ds_config({"gradients": {"intra_node_size": 2}}, stage=stage))
+        train_losses(engine, batches(engine), 1)
+        found.append(threads_of_groups())
+        engine.destroy()
+        found.append(threads_of_groups())
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are listed in /proc")
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_destroyed_engine_leaves_no_groups(ranks: RankPools, stage: int) -> None:
+    first, then, second, last = ranks.run(4, threads_while_engines_come_and_go, stage)[0]
+    assert first == second > then == last

@@ -127,7 +127,7 @@ def build(
         offloaded=away,
         listens=settings.stage >= 2,
         divisor=_divisor(buckets[0].fleet, settings),
-        frozen=FrozenSlices(run.first.group) if settings.stage == 3 else FrozenWeights(),
+        frozen=FrozenSlices(run.first) if settings.stage == 3 else FrozenWeights(),
         products=products,
     )
 
@@ -237,7 +237,7 @@ class _Run:
         """The schedule that decides when buckets are sent."""
         if settings.stage < 3:
             return Arrivals(buckets)
-        return ModuleEnds(buckets, self.first.group, self.device)
+        return ModuleEnds(buckets, self.first, self.device)
 
     def gradient_parts(self, buckets: Sequence[Bucket], offloaded: Offloaded) -> GradientParts:
         """How gradients are packed, scaled and added up."""

@@ -53,7 +53,7 @@ class Nodes:
         all_ranks: of the run; None: those of the fleet.
         """
         self.all_ranks = all_ranks or Ranks(group)
-        self._apart = apart
+        self._given, self._apart = group, apart
         if apart:
             group = dist.new_group(torch.distributed.get_process_group_ranks(group))
         self.group = group  # all ranks of the fleet
@@ -69,7 +69,7 @@ class Nodes:
             self.across = [dist.new_group(each) for each in world.T.tolist()][self.place]
 
     def close(self) -> None:
-        """Give up the groups that were made."""
+        """Give up the groups that were made: their threads end when nothing refers to them."""
         if self.across is not None:
             dist.destroy_process_group(self.inside)
             dist.destroy_process_group(self.across)
@@ -77,3 +77,4 @@ class Nodes:
         if self._apart:
             self._apart = False
             dist.destroy_process_group(self.group)
+        self.inside = self.group = self._given

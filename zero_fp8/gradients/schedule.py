@@ -22,10 +22,10 @@ from typing import Any, Protocol
 
 import torch
 from torch.autograd.graph import Node, get_gradient_edge
-from torch.distributed import ProcessGroup
 from torch.nn import Module, Parameter
 
 from ds_fp8.zero_fp8.comm.collectives import max_over_ranks
+from ds_fp8.zero_fp8.comm.groups import Nodes
 from ds_fp8.zero_fp8.placement.partition import Bucket
 
 AT_THE_END = 2**31 - 1  # place of a bucket that leaves when backward has ended
@@ -134,10 +134,10 @@ class ModuleEnds:
 
     patient = True
 
-    def __init__(self, buckets: Sequence[Bucket], group: ProcessGroup, device: torch.device) -> None:
-        """group, device: of the ranks that agree."""
+    def __init__(self, buckets: Sequence[Bucket], nodes: Nodes, device: torch.device) -> None:
+        """nodes, device: of the ranks that agree."""
         self._buckets = buckets
-        self._group = group
+        self._nodes = nodes
         self._device = device
         self._hooks: list[Any] = []
         self.changed = False
@@ -193,7 +193,7 @@ class ModuleEnds:
             AT_THE_END if missing else self._places[index] for index, missing in enumerate(self._missing)
         ]
         agreed = torch.tensor([*places, -len(self._ends)], dtype=torch.int32, device=self._device)
-        max_over_ranks(agreed, self._group)
+        max_over_ranks(agreed, self._nodes.group)
         *places, fewest = agreed.tolist()
         if not fewest:
             return  # a round without a backward shows nothing

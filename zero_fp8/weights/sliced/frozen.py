@@ -11,12 +11,12 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 
 from ds_fp8.config.refusals import naming
 from ds_fp8.ops.products import tiles
 from ds_fp8.zero_fp8.comm.collectives import max_over_ranks
+from ds_fp8.zero_fp8.comm.groups import Nodes
 from ds_fp8.zero_fp8.placement.parameters import held_of, part_of, shape_of
 from ds_fp8.zero_fp8.products.chosen import Choice
 from ds_fp8.zero_fp8.products.matrix import Matrix
@@ -29,10 +29,10 @@ logger = logging.getLogger("ds_fp8")
 class FrozenSlices:
     """The codes of a run's frozen matrices that this rank holds."""
 
-    def __init__(self, group: ProcessGroup) -> None:
-        """Start without frozen matrices. group: the ranks that share them."""
+    def __init__(self, nodes: Nodes) -> None:
+        """Start without frozen matrices. nodes: of the ranks that share them."""
         self._parameters: list[tuple[Parameter, SlicedMatrix]] = []
-        self._group = group
+        self._nodes = nodes
         self._logged = False
 
     def take_over(self, choice: Choice, names: Mapping[Parameter, str]) -> None:
@@ -93,7 +93,7 @@ class FrozenSlices:
         if not found:
             return []
         flags = torch.tensor(found, dtype=torch.uint8, device=self._parameters[0][0].device)
-        max_over_ranks(flags, self._group)
+        max_over_ranks(flags, self._nodes.group)
         changed: list[int] = flags.tolist()
         return changed
 
