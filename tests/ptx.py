@@ -211,7 +211,7 @@ def compiled(launch: Launch, architecture: int, whole: Collection[str] = ()) -> 
     options = dict(launch.options)
     if "M" in constants:
         options["maxnreg"] = adam_triton.most_registers(
-            constants["M"], constants["STOCHASTIC"], constants["HARDWARE"]
+            constants["M"], constants["STOCHASTIC"], architecture == 90
         )
     types = {name: type_of(value) for name, value in launch.parameters.items()}
     assert all(value % 16 == 0 for name, value in launch.parameters.items() if types[name] == "i64")

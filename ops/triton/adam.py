@@ -44,9 +44,9 @@ from ds_fp8.ops.triton.tiles import (
 )
 
 WARPS = 2
-# If masters are rounded to nearest, and stochastically. With the assembler's 94 fewer warps run at a time.
+# On Hopper, if masters are rounded to nearest, and stochastically. With the assembler's 94 fewer warps run at
+# a time.
 QUOTIENT_REGISTERS = 72, 80
-CONVERTING_REGISTERS = 120  # where FP8 is converted by arithmetic
 STATE_COUNTS = tl.constexpr(health.STATE_COUNTS)
 
 
@@ -228,13 +228,12 @@ def adam_step(sweep: Sweep) -> None:
         launch_sweep(sweep, "blocks", sweep.plan.table)
 
 
-def most_registers(exp_avg: str, stochastic: bool, hardware: bool) -> int | None:
+def most_registers(exp_avg: str, stochastic: bool, hopper: bool) -> int | None:
     """Return how many registers a thread may have; None if the assembler decides.
 
-    exp_avg: a format. stochastic: how masters are rounded. hardware: whether the device converts FP8.
+    exp_avg: a format. stochastic: how masters are rounded. hopper: whether the device is one.
     """
-    most = QUOTIENT_REGISTERS[stochastic] if hardware else CONVERTING_REGISTERS
-    return most if exp_avg == "int8" else None
+    return QUOTIENT_REGISTERS[stochastic] if exp_avg == "int8" and hopper else None
 
 
 def launch_sweep(sweep: Sweep, which: str, amax: Tensor) -> None:
@@ -243,7 +242,8 @@ def launch_sweep(sweep: Sweep, which: str, amax: Tensor) -> None:
     s, state, gradient, plan = sweep.scalars, sweep.state, sweep.gradient, sweep.plan
     rows, programs = tile_of(len(gradient), gradient.block_size, WARPS)
     partial = partials(sweep.counts, programs, plan.table)
-    hardware = hardware_fp8(sweep.weights.device)
+    device = sweep.weights.device
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
     launch(
         adam_kernel,
         programs,
@@ -280,10 +280,10 @@ def launch_sweep(sweep: Sweep, which: str, amax: Tensor) -> None:
         MASTER=state.master.format.name,
         M=state.exp_avg.format.name,
         V=state.exp_avg_sq.format.name,
-        HARDWARE=hardware,
+        HARDWARE=hardware_fp8(device),
         BLOCK=gradient.block_size,
         ROWS=rows,
-        maxnreg=most_registers(state.exp_avg.format.name, sweep.rounding.stochastic, hardware),
+        maxnreg=most_registers(state.exp_avg.format.name, sweep.rounding.stochastic, hopper),
     )
     if sweep.counts is not None:
         sweep.counts.add_(partial.sum(dim=0))
