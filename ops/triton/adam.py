@@ -23,6 +23,7 @@ from ds_fp8.ops.triton.moments import (
     UNIT,
     clamp_first_moment,
     first_moment,
+    most_registers,
     second_moment,
     store_first_moment,
     store_second_moment,
@@ -44,9 +45,6 @@ from ds_fp8.ops.triton.tiles import (
 )
 
 WARPS = 2
-# On Hopper, if masters are rounded to nearest, and stochastically. With the assembler's 94 fewer warps run at
-# a time.
-QUOTIENT_REGISTERS = 72, 80
 STATE_COUNTS = tl.constexpr(health.STATE_COUNTS)
 
 
@@ -114,7 +112,17 @@ def adam_kernel(
     g = g * (g_scale * (tl.load(control) * unit))[:, None]
     masters, p_scales, w = master_codes + start, master_scales + first, weights + start
     if not DECOUPLED:
-        p = load_masters(masters, p_scales, w, rows, offset, inside, 1.0, MASTER, HARDWARE)
+        p = load_masters(
+            masters,
+            p_scales,
+            weights=w,
+            rows=rows,
+            offset=offset,
+            inside=inside,
+            factor=1.0,
+            FORMAT=MASTER,
+            HARDWARE=HARDWARE,
+        )
         g = g + p * (decay * unit)
 
     # Update: m and v after the step, and what it takes from p.
@@ -177,8 +185,18 @@ def adam_kernel(
         )
 
     # The master, with its weight: loaded only now, since registers decide how many warps run at a time.
-    factor = decay if DECOUPLED else 1.0
-    p = load_masters(masters, p_scales, w, rows, offset, inside, factor, MASTER, HARDWARE) - update
+    p = load_masters(
+        masters,
+        p_scales,
+        weights=w,
+        rows=rows,
+        offset=offset,
+        inside=inside,
+        factor=decay if DECOUPLED else 1.0,
+        FORMAT=MASTER,
+        HARDWARE=HARDWARE,
+    )
+    p = p - update
     p_magnitudes = deciding_magnitudes(magnitude(p), amax, rows, inside, SWEEP)
     if SWEEP == "measure":
         return
@@ -226,14 +244,6 @@ def adam_step(sweep: Sweep) -> None:
     """`ops.adam.adam_step` in one launch."""
     if len(sweep.gradient):
         launch_sweep(sweep, "blocks", sweep.plan.table)
-
-
-def most_registers(exp_avg: str, stochastic: bool, hopper: bool) -> int | None:
-    """Return how many registers a thread may have; None if the assembler decides.
-
-    exp_avg: a format. stochastic: how masters are rounded. hopper: whether the device is one.
-    """
-    return QUOTIENT_REGISTERS[stochastic] if exp_avg == "int8" and hopper else None
 
 
 def launch_sweep(sweep: Sweep, which: str, amax: Tensor) -> None:
