@@ -5,6 +5,7 @@ the result does not depend on the order of arrival. An FP8 sum inside the collec
 again at every hop.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -56,6 +57,17 @@ def norm_parts_of_blocks(squares: Tensor) -> Tensor:
 def norm_square(parts: Tensor) -> Tensor:
     """The sum of squares from `norm_parts`, 0-d float64, the same bits on every device."""
     return sum_of_digits(parts[:DIGITS])
+
+
+def norm(parts: Tensor) -> Tensor:
+    """The root of `norm_square`, 0-d float64, correctly rounded.
+
+    torch's own root on a CPU may be off by one in the last place.
+    """
+    square = norm_square(parts)
+    if square.device.type == "cpu":
+        return torch.tensor(math.sqrt(square.item()), dtype=torch.float64)
+    return square.sqrt()
 
 
 def first_non_finite_block(shard: Blocks) -> int | None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ds_fp8.config.refusals import naming
-from ds_fp8.ops.reduction import NORM_PARTS, first_non_finite_block, norm_square
+from ds_fp8.ops.reduction import NORM_PARTS, first_non_finite_block, norm as norm_of
 from ds_fp8.zero_fp8.comm.agreement import gather_objects
 from ds_fp8.zero_fp8.comm.collectives import max_over_ranks, sum_over_ranks
 from ds_fp8.zero_fp8.comm.groups import Ranks
@@ -53,7 +53,7 @@ class Verdict:
         sums = _summed(list(_norm_parts(reduced, counted)), own, ranks)
         agreed = sums[NORM_PARTS:]
         non_finite, all_received, against = sums[NORM_PARTS - 1], agreed[0], agreed[1:3]
-        norm = norm_square(sums[:NORM_PARTS]).sqrt() * gradient_scale
+        norm = norm_of(sums[:NORM_PARTS]) * gradient_scale
         factor = clip_factor(norm, clip)
         go = (norm * factor <= LARGEST) & (non_finite == 0) & (all_received > 0) & (against == 0).all()
         self.control = torch.stack([factor * gradient_scale, go]).to(torch.float32)
