@@ -16,6 +16,7 @@ from torch import Tensor
 from ds_fp8.ops import products
 from ds_fp8.ops.product_backend import MULTIPLY, REFERENCE, Products
 from ds_fp8.ops.products import TILE, Operand, scale_shape, tiles
+from ds_fp8.ops.weight_runs import Grid, Run, WeightRuns
 
 TOKENS = (0, 1, 3, 17, 100, 4097)
 SIZES = ((208, 272), (528, 128), (2048, 1040))  # K and N
@@ -120,6 +121,39 @@ def weights(ours: Products, device: torch.device, sizes: list[tuple[int, int]]) 
             same_operand(name, Operand(made, ones.scales.to(device)), ones)
             decoded_and_turned(ours, name, codes, exponents, device)
             yield name
+
+
+def together(ours: Products, device: torch.device, sizes: list[tuple[int, int]]) -> Iterator[str]:
+    """Compare weights of all sizes at once with each alone; of the first a rank has the second half."""
+    matrices = [dict(inputs(rows, columns, rows)) for columns, rows in sizes]
+    for kind in ("normal", "wide", "denormal"):
+        grids: list[Grid] = []
+        runs: list[Run] = []
+        parts: list[Tensor] = []
+        for values in (each[kind] for each in matrices):
+            rows, columns = values.shape
+            first = 0 if grids else values.numel() // 2 // TILE * TILE
+            start, shape = grids[-1].place.stop if grids else 0, (tiles(rows), tiles(columns))
+            scales = torch.ones(scale_shape(rows, columns), device=device)
+            grids.append(Grid(columns, shape, slice(start, start + shape[0] * shape[1]), scales))
+            taken = sum(map(len, parts))
+            parts.append(values.reshape(-1)[first:].to(device))
+            runs.append(Run(grids[-1], first, len(parts[-1]), taken, taken))
+        made = [
+            encoded(functions(ours, grids, runs), grids, torch.cat(parts))
+            for functions in (ours.weight_runs, WeightRuns)
+        ]
+        assert all(map(torch.equal, *made)), f"{kind}: {len(sizes)} matrices at once"
+        yield kind
+
+
+def encoded(runs: WeightRuns, grids: list[Grid], values: Tensor) -> list[Tensor]:
+    exponents = torch.zeros(grids[-1].place.stop, dtype=torch.uint8, device=values.device)
+    runs.find_exponents(values, exponents)
+    codes = torch.empty_like(values, dtype=torch.float8_e4m3fn)
+    runs.encode(values, exponents, codes)
+    runs.expand_exponents(exponents)
+    return [exponents, codes.view(torch.uint8), *(grid.scales.clone() for grid in grids)]
 
 
 def decoded_and_turned(
@@ -241,6 +275,7 @@ def verify(ours: Products, ways: list[str], device: torch.device, tiny: bool) ->
     kinds: dict[str, Callable[[], Iterator[str]]] = {
         "casts": lambda: casts(ours, device, shapes),
         "weights": lambda: weights(ours, device, list(sizes)),
+        "weights at once": lambda: together(ours, device, list(sizes)),
         **{f"inf, NaN and zeros, {way}": partial(bad_values, ours, way, device) for way in ways},
     }
     lines, wrong = [], []

@@ -4,6 +4,7 @@ They are a few comparisons of integers per op, whatever its length. The referenc
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.formats import E4M3, INT8, UE4M4
 from ds_fp8.ops.health import GRADIENT_COUNTS, STATE_COUNTS
 from ds_fp8.ops.products import TILE, TOKENS, tiles
+from ds_fp8.ops.weight_runs import Grid, Run
 
 BLOCK_SIZES = (32, 64, 128, 256)
 VALUES = (torch.float32, torch.bfloat16, torch.float16)
@@ -140,6 +142,48 @@ def check_expand(exponents: Tensor, scales: Tensor) -> None:
     _tensor("scales", scales, exponents.device, (torch.float32,))
     if scales.dim() != 2 or scales.shape[0] != rows or scales.shape[1] < columns:
         raise _refusal("scales", f"shape {tuple(scales.shape)}", f"[{rows}, {columns} or more]")
+
+
+class Ends(NamedTuple):
+    """Where the runs of weights end: the least lengths of their vectors."""
+
+    values: int
+    exponents: int
+    codes: int
+
+
+def check_runs(grids: Sequence[Grid], runs: Sequence[Run]) -> Ends:
+    """Before `ops.weight_runs.WeightRuns` is used; its scales are checked as for `expand_exponents`."""
+    for grid in grids:
+        down, across = grid.shape
+        if across != tiles(grid.columns) or grid.place.stop - grid.place.start != down * across:
+            raise _refusal(
+                "grid", f"{grid.shape} at {grid.place}", f"[tiles, tiles of {grid.columns} columns]"
+            )
+        check_expand(grid.scales.new_empty(grid.shape, dtype=torch.uint8), grid.scales)
+    for run in runs:
+        most = run.grid.shape[0] * TILE * run.grid.columns
+        if min(run.first, run.values, run.codes) < 0 or not 0 < run.count <= most - run.first:
+            raise _refusal("run", f"{run.count} values from {run.first} on", f"1 to {most} from 0 on")
+    return Ends(
+        max((run.values + run.count for run in runs), default=0),
+        max((grid.place.stop for grid in grids), default=0),
+        max((run.codes + run.count for run in runs), default=0),
+    )
+
+
+def check_vectors(ends: Ends, values: Tensor | None, exponents: Tensor, codes: Tensor | None = None) -> None:
+    """Before a function of `ops.weight_runs.WeightRuns`."""
+    device = exponents.device
+    for name, tensor, least, dtype in (
+        ("values", values, ends.values, torch.bfloat16),
+        ("exponents", exponents, ends.exponents, torch.uint8),
+        ("codes", codes, ends.codes, E4M3.dtype),
+    ):
+        if tensor is not None:
+            _tensor(name, tensor, device, (dtype,))
+            if tensor.numel() < least:
+                raise _refusal(name, f"{tensor.numel()} elements", f"{least} or more")
 
 
 def _states(state: AdamState, device: torch.device, shape: torch.Size, stochastic: bool) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ds_fp8.ops import backend, cublas, products
 from ds_fp8.ops.products import CastGradient, CastInput, Operand
+from ds_fp8.ops.weight_runs import WeightRuns
 
 logger = logging.getLogger("ds_fp8")
 
@@ -34,6 +35,7 @@ class Products:
     encode_weight: Callable[..., None]
     decode_weight: Callable[[Tensor, Tensor, Tensor], None]
     expand_exponents: Callable[[Tensor, Tensor], None]
+    weight_runs: Callable[..., WeightRuns] = WeightRuns  # of these functions, grids and runs
     instead: str | None = None  # why this one runs although a faster one was wanted
 
 
@@ -94,7 +96,7 @@ def cpu_products() -> Products:
 
 def triton_products() -> Products:
     """The Triton kernels; Triton is imported only here."""
-    from ds_fp8.ops.triton.products import casts, weights
+    from ds_fp8.ops.triton.products import casts, runs, weights
 
     return Products(
         name="triton",
@@ -105,6 +107,7 @@ def triton_products() -> Products:
         encode_weight=weights.encode_weight,
         decode_weight=weights.decode_weight,
         expand_exponents=weights.expand_exponents,
+        weight_runs=runs.WeightRuns,
     )
 
 

@@ -59,7 +59,7 @@ def norm_square(parts: Tensor) -> Tensor:
     return sum_of_digits(parts[:DIGITS])
 
 
-def norm(parts: Tensor) -> Tensor:
+def norm_of(parts: Tensor) -> Tensor:
     """The root of `norm_square`, 0-d float64, correctly rounded.
 
     torch's own root on a CPU may be off by one in the last place.

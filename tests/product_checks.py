@@ -11,6 +11,7 @@ from torch import Tensor
 from ds_fp8.ops import products
 from ds_fp8.ops.product_backend import REFERENCE, Products
 from ds_fp8.ops.products import TILE, Operand, padded_tokens, scale_shape, tiles
+from ds_fp8.ops.weight_runs import Grid, Run, WeightRuns
 
 KINDS = ("normal", "zero", "tiny", "denormal", "huge", "sparse")
 WITH_BAD = (*KINDS, "inf", "nan", "bits")
@@ -119,6 +120,53 @@ def check_runs(ours: Products, weight: Weight, cuts: Sequence[int], where: torch
             assert_same(edge, garbage(TILE, dtype=torch.float8_e4m3fn), "a neighbour's code")
         made.append(codes[TILE:-TILE].cpu())
     assert_same(torch.cat(made).view(rows, columns), weight.codes, "code", free=weight.free)
+
+
+def check_weight_runs(ours: Products, weights: Sequence[Weight], cut: int, gap: int) -> None:
+    """Many matrices at once are each as alone; a step that is skipped writes no code.
+
+    A rank has the elements of the first matrix from `cut` on, those up to `cut` of the last, and the others
+    whole. Between two runs are `gap` elements, of values and codes, that belong to nobody.
+    """
+    grids: list[Grid] = []
+    runs: list[Run] = []
+    parts = [torch.empty(0)]
+    for weight in weights:
+        (rows, columns), (down, across) = weight.values.shape, weight.exponents.shape
+        start = grids[-1].place.stop if grids else 0
+        place, scales = slice(start, start + down * across), torch.zeros(scale_shape(rows, columns))
+        grids.append(Grid(columns, (down, across), place, scales))
+        first = cut if weight is weights[0] else 0
+        last = cut if weight is weights[-1] else rows * columns
+        taken = sum(map(len, parts)) + gap
+        runs.append(Run(grids[-1], first, last - first, taken, taken + gap))
+        parts += [torch.full((gap,), 9.0), weight.values.reshape(-1)[first:last]]
+    values = torch.cat(parts).to(torch.bfloat16)
+    found, wanted = (
+        results(functions.weight_runs(functions, grids, runs), grids, values, gap)
+        for functions in (ours, REFERENCE)
+    )
+    for key, each in wanted.items():
+        assert_same(found[key], each, key)
+
+
+def results(together: WeightRuns, grids: Sequence[Grid], values: Tensor, gap: int) -> dict[str, Tensor]:
+    exponents = torch.zeros(grids[-1].place.stop, dtype=torch.uint8)
+    together.find_exponents(values, exponents)
+    skipped = garbage(len(values) + gap, dtype=torch.float8_e4m3fn)
+    together.encode(values, exponents, skipped, torch.tensor([1.0, 0.0]))
+    codes, first = skipped.clone(), skipped.clone()
+    together.encode(values, exponents, codes, torch.tensor([1.0, 1.0]))
+    together.encode(values, exponents, first)
+    together.expand_exponents(exponents)
+    scales = torch.cat([grid.scales.reshape(-1) for grid in grids])
+    return {
+        "exponent": exponents,
+        "skipped code": skipped,
+        "code": codes,
+        "first code": first,
+        "scale": scales,
+    }
 
 
 def check_weight(ours: Products, weight: Weight, where: torch.device) -> None:

@@ -13,8 +13,10 @@ import torch
 from ptx import META, Launch, compiled, resources
 from torch import Tensor
 
+from ds_fp8.ops.product_backend import triton_products
 from ds_fp8.ops.products import scale_shape, tiles
-from ds_fp8.ops.triton.products import casts, weights
+from ds_fp8.ops.triton.products import casts, runs, weights
+from ds_fp8.ops.weight_runs import Grid, Run
 
 TOKENS = 4097
 ROWS, COLUMNS = 1040, 528  # multiples of 16 only
@@ -36,6 +38,9 @@ def launches() -> dict[str, Launch]:
     run = (empty(COUNT), FIRST, COLUMNS, exponents)
     made = empty(COUNT, dtype=torch.float8_e4m3fn)
     scales = empty(*scale_shape(ROWS, COLUMNS), dtype=torch.float32)
+    grid = Grid(COLUMNS, (tiles(ROWS), tiles(COLUMNS)), slice(0, exponents.numel()), scales)
+    together = runs.WeightRuns(triton_products(), [grid], [Run(grid, FIRST, COUNT, 0, 0)])
+    flat = exponents.view(-1)
     both = {"dgrad": True, "wgrad": True}
     work = {
         "find": partial(weights.find_exponents, *run),
@@ -49,6 +54,9 @@ def launches() -> dict[str, Launch]:
         "x for wgrad": cast(casts.cast_input, wgrad=True),
         "dy": cast(casts.cast_gradient, **both, bias=False),
         "dy and sums": cast(casts.cast_gradient, **both, bias=True),
+        "find of runs": Launch(runs, "find_runs_kernel", partial(together.find_exponents, run[0], flat)),
+        "encode of runs": Launch(runs, "encode_runs_kernel", partial(together.encode, run[0], flat, made)),
+        "expand of grids": Launch(runs, "expand_grids_kernel", partial(together.expand_exponents, flat)),
         **{name: Launch(weights, f"{name}_kernel", code) for name, code in work.items()},
     }
 

@@ -17,6 +17,7 @@ from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.formats import E4M3, FP16, FP32, SPLIT16, UE4M4, Format
 from ds_fp8.ops.product_backend import Products, cpu_products, triton_products
 from ds_fp8.ops.rounding import Rounding
+from ds_fp8.ops.weight_runs import Grid, Run
 
 ROWS, BLOCK = 6, 64
 KERNELS = {
@@ -189,6 +190,33 @@ def test_weights_of_products_refuse_what_does_not_fit(ours: Products) -> None:
         lambda: ours.decode_weight(codes, exponents, matrix(BF16, 208, 256)),
         lambda: ours.decode_weight(codes, exponents, matrix(torch.float16, 256, 208)),
         lambda: ours.decode_weight(codes.t(), exponents, matrix(BF16, 208, 256)),
+    ):
+        with pytest.raises(ValueError, match=r": received .*, allowed: "):
+            call()
+
+
+def test_many_weights_refuse_what_does_not_fit() -> None:
+    """A matrix of 256 x 208 has 2 x 2 tiles."""
+    ours, scales = triton_products(), matrix(torch.float32, 2, 4)
+    grid = Grid(208, (2, 2), slice(0, 4), scales)
+    for grids, runs in (
+        ([Grid(300, (2, 2), slice(0, 4), scales)], []),
+        ([Grid(208, (2, 2), slice(0, 3), scales)], []),
+        ([Grid(208, (2, 2), slice(0, 4), scales[:1])], []),
+        ([grid], [Run(grid, 255 * 208 + 1, 208, 0, 0)]),
+        ([grid], [Run(grid, 0, 208, -1, 0)]),
+    ):
+        with pytest.raises(ValueError, match=r": received .*, allowed: "):
+            ours.weight_runs(ours, grids, runs)
+    together = ours.weight_runs(ours, [grid], [Run(grid, 0, 208, 8, 16)])
+    values, exponents, codes = matrix(BF16, 216), matrix(BYTES, 4), matrix(CODES, 224)
+    for call in (
+        lambda: together.find_exponents(values[1:], exponents),
+        lambda: together.find_exponents(values.float(), exponents),
+        lambda: together.find_exponents(values, exponents[1:]),
+        lambda: together.encode(values, exponents, codes[1:]),
+        lambda: together.encode(values, exponents, codes.view(torch.uint8)),
+        lambda: together.expand_exponents(exponents.int()),
     ):
         with pytest.raises(ValueError, match=r": received .*, allowed: "):
             call()

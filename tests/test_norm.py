@@ -19,7 +19,7 @@ from ds_fp8.ops.backend import REFERENCE, Backend
 from ds_fp8.ops.blocks import Blocks, decode, quantize
 from ds_fp8.ops.exact import digits_of
 from ds_fp8.ops.formats import E4M3, FP32, Format
-from ds_fp8.ops.reduction import norm, norm_square
+from ds_fp8.ops.reduction import norm_of, norm_square
 from ds_fp8.zero_fp8 import verdict as verdict_module
 from ds_fp8.zero_fp8.verdict import Counted, Verdict
 
@@ -103,7 +103,7 @@ def test_the_root_is_rounded_as_on_a_gpu() -> None:
     for number in torch.rand(300, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 1e13:
         parts = torch.cat([digits_of(number[None]), torch.zeros(1, dtype=torch.int64)])
         assert norm_square(parts) == number
-        assert norm(parts).item() == math.sqrt(number)
+        assert norm_of(parts).item() == math.sqrt(number)
 
 
 def test_a_gradient_beyond_the_largest_norm_is_not_taken() -> None:

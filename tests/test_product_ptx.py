@@ -38,6 +38,8 @@ DESIGN = {
     "dy and sums": Design(2, 2, e4m3=2, narrow=3),
     "find": Design(2, 0, narrow=2),
     "encode": Design(2, 1, e4m3=1, narrow=2),
+    "find of runs": Design(2, 0, narrow=9),
+    "encode of runs": Design(2, 1, e4m3=1, narrow=10),
     "decode": Design(1, 2, narrow=1),
     "transpose": Design(1, 1, narrow=2),
 }
@@ -87,7 +89,7 @@ def test_the_hardware_converts(kernels: dict[str, Any], name: str) -> None:
     assert "fma" not in kernel["ptx"]
 
 
-@pytest.mark.parametrize("name", [*DESIGN, "expand"])
+@pytest.mark.parametrize("name", [*DESIGN, "expand", "expand of grids"])
 def test_registers_are_enough(kernels: dict[str, Any], name: str) -> None:
     resources = kernels[name]["resources"]
     assert (resources["STACK"], resources["LOCAL"]) == (0, 0), f"spills: {resources}"

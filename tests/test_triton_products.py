@@ -7,7 +7,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from product_checks import KINDS, SHAPES, WITH_BAD, Weight, check_casts, check_runs, check_weight, matrix
+from product_checks import (
+    KINDS,
+    SHAPES,
+    WITH_BAD,
+    Weight,
+    check_casts,
+    check_runs,
+    check_weight,
+    check_weight_runs,
+    matrix,
+)
 from torch import Tensor
 from triton_support import CONVERSIONS, DEVICE, conversion
 
@@ -91,6 +101,17 @@ def test_tiles_beside_a_run_are_left_alone() -> None:
         values = torch.zeros(40, dtype=torch.bfloat16, device=DEVICE)
         OURS.find_exponents(values, 130 * 256 + 140, 256, exponents)
     assert exponents.tolist() == [[0, 0], [0, 1], [0, 0]]
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="benchmarks/gpu_products.py compares them there")
+@each_hardware
+@pytest.mark.parametrize(("cut", "gap"), [(300, 7), (2048, 128)])
+def test_many_weights_at_once(hardware: bool, cut: int, gap: int) -> None:
+    """Whole words, and not; the third is one tile, the second 1,280 of them."""
+    shapes = [(272, 208), (2560, 1024), (16, 32), (272, 256)]
+    weights = [Weight.of(matrix(*shape, KINDS, seed)) for seed, shape in enumerate(shapes)]
+    with conversion(hardware):
+        check_weight_runs(OURS, weights, cut, gap)
 
 
 Products = Callable[[Operand, Operand, Tensor | None], Tensor]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ds_fp8.config.refusals import naming
-from ds_fp8.ops.reduction import NORM_PARTS, first_non_finite_block, norm as norm_of
+from ds_fp8.ops.reduction import NORM_PARTS, first_non_finite_block, norm_of
 from ds_fp8.zero_fp8.comm.agreement import gather_objects
 from ds_fp8.zero_fp8.comm.collectives import max_over_ranks, sum_over_ranks
 from ds_fp8.zero_fp8.comm.groups import Ranks

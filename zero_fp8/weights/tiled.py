@@ -27,7 +27,9 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from ds_fp8.ops.formats import E4M3
 from ds_fp8.ops.products import tiles
+from ds_fp8.ops.weight_runs import Grid, Run
 from ds_fp8.zero_fp8.comm.collectives import max_over_ranks
 from ds_fp8.zero_fp8.comm.groups import Nodes
 from ds_fp8.zero_fp8.placement.partition import Bucket, Piece
@@ -75,7 +77,6 @@ class OwnPart:
     piece: Piece
     home: CodeHome
     codes: Tensor  # [elements] E4M3
-    tiles: slice  # the matrix's tiles among those of the bucket
 
     @property
     def matrix(self) -> Matrix:
@@ -85,14 +86,11 @@ class OwnPart:
         """Return this part of a rank's rows of the bucket, as a vector."""
         return elements_of(self.piece, rows)
 
-    def exponents(self, agreed: Tensor) -> Tensor:
-        """Return the matrix's exponents out of those that the ranks agreed on for the bucket."""
-        return agreed[self.tiles].view(self.matrix.exponents.shape)
-
-    @property
-    def place(self) -> tuple[int, int]:
-        """The first element, and the number of elements per row of the matrix."""
-        return self.piece.first_element, self.matrix.codes.shape[1]
+    def run(self, grid: Grid, block_size: int) -> Run:
+        """Return where the elements are."""
+        piece = self.piece
+        values, codes = piece.first_row * block_size, int(self.codes.storage_offset())
+        return Run(grid, piece.first_element, piece.numel, values, codes)
 
 
 class CodeGather:
@@ -121,20 +119,26 @@ class TiledWeights:
         self._given: dict[int, Tensor] = {}  # owned elements, by parameter
         self._device = products.room.device
         codes = [store.codes_of(slot) for slot in bucket.slots]
-        sizes = [tuple(map(tiles, each.shape)) for each in codes]
+        sizes = [(tiles(rows), tiles(columns)) for rows, columns in (each.shape for each in codes)]
         ends = list(accumulate(map(prod, sizes)))
         self._exponents = torch.ones(ends[-1], dtype=torch.uint8, device=self._device)
         self.homes: list[CodeHome] = []
         self._parts: list[OwnPart] = []
+        grids, runs = [], []
         for slot, own, size, end in zip(bucket.slots, codes, sizes, ends, strict=True):
             places = slice(end - prod(size), end)
             home = store.home(slot, self._matrix(slot.parameter, own, self._exponents[places].view(size)))
             self.homes.append(home)
-            self._parts += [
-                OwnPart(piece, home, store.part(piece, home), places)
+            grids.append(Grid(own.shape[1], size, places, home.matrix.scales))
+            parts = [
+                OwnPart(piece, home, store.part(piece, home))
                 for piece in bucket.pieces(rank)
                 if piece.slot is slot
             ]
+            self._parts += parts
+            runs += [part.run(grids[-1], bucket.block_size) for part in parts]
+        kernels = products.choice.kernels
+        self._runs = kernels.weight_runs(kernels, grids, runs)
         store.memory.release()  # until the first gather: BF16 weights plus the codes of one bucket
 
     def _matrix(self, index: int, codes: Tensor, exponents: Tensor) -> Matrix:
@@ -196,29 +200,30 @@ class TiledWeights:
         """Encode the contents of `room`, and launch the gather that brings every rank's codes to all."""
         if not self._encoded:
             self._store.memory.allocate()
-        room, kernels = self.room, self._products.choice.kernels
-        agreed = torch.zeros_like(self._exponents)
-        for part in self._parts:
-            kernels.find_exponents(part.of(room), *part.place, part.exponents(agreed))
+        room, agreed = self.room, torch.zeros_like(self._exponents)
+        self._runs.find_exponents(room.view(-1), agreed)
         max_over_ranks(agreed, nodes.group)
         if control is None:
             self._exponents.copy_(agreed)
         else:
             self._exponents.copy_(torch.where(control[1] == 0, self._exponents, agreed))
+        self._runs.encode(room.view(-1), self._exponents, self._codes, control)
         for part in self._parts:
-            kernels.encode_weight(part.of(room), *part.place, part.matrix.exponents, part.codes, control)
             if part.matrix.counts is not None:
                 part.matrix.counts.of_weight(part.of(room), part.codes, part.matrix.exponents)
         self._products.room.drop()
         return CodeGather(self._store.gather(nodes), self)
 
+    @property
+    def _codes(self) -> Tensor:
+        """The memory of codes as a vector."""
+        return self._store.memory.bytes.view(-1).view(E4M3.dtype)
+
     def renew(self) -> None:
         """Update scales and parameters once every rank's codes have arrived."""
+        self._runs.expand_exponents(self._exponents)
         for home in self.homes:
-            matrix = home.matrix
-            expand = self._products.choice.kernels.expand_exponents
-            expand(matrix.exponents, matrix.scales)
-            matrix.rewritten()
+            home.matrix.rewritten()
             if not self._encoded:
                 self._store.show(home)
         self._encoded = True

@@ -55,7 +55,12 @@ def find_kernel(
     columns,
     first_tile,  # of a row of tiles
 ):
-    tile = first_tile + tl.program_id(0)
+    find_tile(values, exponents, first, count, columns, first_tile + tl.program_id(0))
+
+
+@triton.jit
+def find_tile(values, exponents, first, count, columns, tile):
+    """Raise the exponent of a tile."""
     start, offset, inside = part_of_tile(first, count, columns, tile)
     x = decode(tl.load(values + start + offset, mask=inside, other=0.0), "bf16", False)
     amax = tl.max(tl.max(tl.where(inside, magnitude(x), -1), axis=1), axis=0)
@@ -78,7 +83,21 @@ def encode_kernel(
 ):
     if tl.load(control + 1) == 0.0:
         return
-    tile = first_tile + tl.program_id(0)
+    encode_tile(
+        values=values,
+        exponents=exponents,
+        codes=codes,
+        first=first,
+        count=count,
+        columns=columns,
+        tile=first_tile + tl.program_id(0),
+        HARDWARE=HARDWARE,
+    )
+
+
+@triton.jit
+def encode_tile(values, exponents, codes, first, count, columns, tile, HARDWARE: tl.constexpr):
+    """Encode a tile, or the part of it that is in the run."""
     start, offset, inside = part_of_tile(first, count, columns, tile)
     x = decode(tl.load(values + start + offset, mask=inside, other=0.0), "bf16", False)
     inverse = inverse_scale(tl.load(exponents + tile).to(tl.int32), 0)
@@ -147,7 +166,21 @@ def expand_kernel(
     groups,
     MANY: tl.constexpr,
 ):
-    place = tl.program_id(0) * MANY + tl.arange(0, MANY)
+    expand_part(
+        exponents=exponents,
+        scales=scales,
+        rows=rows,
+        columns=columns,
+        groups=groups,
+        part=tl.program_id(0),
+        MANY=MANY,
+    )
+
+
+@triton.jit
+def expand_part(exponents, scales, rows, columns, groups, part, MANY: tl.constexpr):
+    """Expand MANY exponents of a matrix."""
+    place = part * MANY + tl.arange(0, MANY)
     inside = place < rows * columns
     scale = power_of_two(tl.load(exponents + place, mask=inside, other=0))
     tl.store(scales + place // columns * groups + place % columns, scale, mask=inside)
@@ -186,21 +219,27 @@ def _launch_run(
     kernel: object, values: Tensor, first: int, columns: int, exponents: Tensor, **more: object
 ) -> None:
     """A program for each tile in the rows of tiles that the run reaches."""
-    across = tiles(columns)
-    first_row = first // columns // products.TILE
-    last_row = (first + values.numel() - 1) // columns // products.TILE
+    first_tile, programs = tile_rows_of(first, values.numel(), columns)
     launch(
         kernel,
-        (last_row - first_row + 1) * across,
+        programs,
         WARPS,
         values=values,
         exponents=exponents,
         first=first,
         count=values.numel(),
         columns=columns,
-        first_tile=first_row * across,
+        first_tile=first_tile,
         **more,
     )
+
+
+def tile_rows_of(first: int, count: int, columns: int) -> tuple[int, int]:
+    """The first tile, and the number of tiles, of the rows of tiles that a run reaches."""
+    across = tiles(columns)
+    first_row = first // columns // products.TILE
+    last_row = (first + count - 1) // columns // products.TILE
+    return first_row * across, (last_row - first_row + 1) * across
 
 
 def decode_weight(codes: Tensor, exponents: Tensor, out: Tensor) -> None:

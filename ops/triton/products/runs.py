@@ -1,0 +1,187 @@
+"""Many weights on a GPU: `ops.weight_runs` in one launch per function.
+
+A table on the device says where the matrices and runs are. The number of a program leads to its row.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ds_fp8.ops import weight_runs
+from ds_fp8.ops.guards import check_runs, check_vectors
+from ds_fp8.ops.triton.products.weights import (
+    MANY,
+    WARPS,
+    always,
+    encode_tile,
+    expand_part,
+    find_tile,
+    tile_rows_of,
+)
+from ds_fp8.ops.triton.quantize_many import on_device
+from ds_fp8.ops.triton.tiles import hardware_fp8, launch
+from ds_fp8.ops.weight_runs import Grid, Run
+
+if TYPE_CHECKING:
+    from ds_fp8.ops.product_backend import Products
+
+WORD = 16  # elements; if all places are multiples of it, a thread moves several at once
+
+
+@triton.jit
+def run_of(rows, owners, WORD: tl.constexpr):
+    """A program's tile; of its run first, count, columns, and places of exponents, values and codes."""
+    program = tl.program_id(0)
+    row = rows + tl.load(owners + program) * 7
+    columns = tl.multiple_of(tl.load(row + 3).to(tl.int32), WORD)
+    return (
+        program + tl.load(row).to(tl.int32),
+        tl.multiple_of(tl.load(row + 1), WORD),
+        tl.multiple_of(tl.load(row + 2), WORD),
+        columns,
+        tl.load(row + 4),
+        tl.multiple_of(tl.load(row + 5), WORD),
+        tl.multiple_of(tl.load(row + 6), WORD),
+    )
+
+
+@triton.jit
+def find_runs_kernel(values, exponents, rows, owners, WORD: tl.constexpr):
+    """As `find_kernel`, for all runs."""
+    tile, first, count, columns, place, own, _ = run_of(rows, owners, WORD)
+    find_tile(values + own, exponents + place, first, count, columns, tile)
+
+
+@triton.jit
+def encode_runs_kernel(
+    values, exponents, codes, control, rows, owners, WORD: tl.constexpr, HARDWARE: tl.constexpr
+):
+    """As `encode_kernel`, for all runs."""
+    if tl.load(control + 1) == 0.0:
+        return
+    tile, first, count, columns, place, own, made = run_of(rows, owners, WORD)
+    encode_tile(
+        values=values + own,
+        exponents=exponents + place,
+        codes=codes + made,
+        first=first,
+        count=count,
+        columns=columns,
+        tile=tile,
+        HARDWARE=HARDWARE,
+    )
+
+
+@triton.jit
+def expand_grids_kernel(
+    exponents,
+    scales,  # of the first matrix
+    rows,  # [matrices, 6] int64: places of exponents and scales, tiles down and across, groups, program
+    owners,  # [programs] int64: their rows
+    MANY: tl.constexpr,
+):
+    """As `expand_kernel`, for all matrices."""
+    program = tl.program_id(0)
+    row = rows + tl.load(owners + program) * 6
+    expand_part(
+        exponents=exponents + tl.load(row),
+        scales=scales + tl.load(row + 1),
+        rows=tl.load(row + 2).to(tl.int32),
+        columns=tl.load(row + 3).to(tl.int32),
+        groups=tl.load(row + 4).to(tl.int32),
+        part=program - tl.load(row + 5).to(tl.int32),
+        MANY=MANY,
+    )
+
+
+class Table:
+    """Rows of whole numbers, and for each program the row that it serves."""
+
+    def __init__(self, rows: Sequence[Sequence[int]], programs: Sequence[int], device: torch.device) -> None:
+        """programs: of each row."""
+        owners = [row for row, many in enumerate(programs) for _ in range(many)]
+        self.rows, self.owners = on_device(rows, device), on_device([owners], device)  # [1, programs]
+        self.programs = len(owners)
+
+
+class WeightRuns(weight_runs.WeightRuns):
+    """All matrices and runs of a bucket; tables are made at the first use."""
+
+    def __init__(self, functions: "Products", grids: Sequence[Grid], runs: Sequence[Run]) -> None:
+        super().__init__(functions, grids, [run for run in runs if run.count])
+        self._ends = check_runs(grids, self._runs)
+        places = [each for run in self._runs for each in (run.first, run.count, run.values, run.codes)]
+        places += [run.grid.columns for run in self._runs]
+        self._word = WORD if all(each % WORD == 0 for each in places) else 1
+        self._tiles: Table | None = None
+        self._scales: Table | None = None
+
+    def find_exponents(self, values: Tensor, exponents: Tensor) -> None:
+        """`ops.weight_runs.WeightRuns.find_exponents`."""
+        check_vectors(self._ends, values, exponents)
+        self._launch(find_runs_kernel, values, exponents)
+
+    def encode(self, values: Tensor, exponents: Tensor, codes: Tensor, control: Tensor | None = None) -> None:
+        """`ops.weight_runs.WeightRuns.encode`."""
+        check_vectors(self._ends, values, exponents, codes)
+        go = always(values.device) if control is None else control
+        hardware = hardware_fp8(values.device)
+        self._launch(encode_runs_kernel, values, exponents, codes=codes, control=go, HARDWARE=hardware)
+
+    def expand_exponents(self, exponents: Tensor) -> None:
+        """`ops.weight_runs.WeightRuns.expand_exponents`."""
+        check_vectors(self._ends, None, exponents)
+        if self._scales is None:
+            self._scales = self._table_of_scales()
+        launch(
+            expand_grids_kernel,
+            self._scales.programs,
+            WARPS // 2,
+            exponents=exponents,
+            scales=self._grids[0].scales,
+            rows=self._scales.rows,
+            owners=self._scales.owners,
+            MANY=MANY,
+        )
+
+    def _launch(self, kernel: object, values: Tensor, exponents: Tensor, **more: object) -> None:
+        if not self._runs:
+            return
+        if self._tiles is None:
+            self._tiles = self._table_of_tiles(values.device)
+        launch(
+            kernel,
+            self._tiles.programs,
+            WARPS,
+            values=values,
+            exponents=exponents,
+            rows=self._tiles.rows,
+            owners=self._tiles.owners,
+            WORD=self._word,
+            **more,
+        )
+
+    def _table_of_tiles(self, device: torch.device) -> Table:
+        rows, programs, before = [], [], 0
+        for run in self._runs:
+            columns = run.grid.columns
+            first, many = tile_rows_of(run.first, run.count, columns)
+            place = run.grid.place.start
+            rows.append((first - before, run.first, run.count, columns, place, run.values, run.codes))
+            programs.append(many)
+            before += many
+        return Table(rows, programs, device)
+
+    def _table_of_scales(self) -> Table:
+        start = self._grids[0].scales
+        rows, programs, before = [], [], 0
+        for grid in self._grids:
+            apart = (grid.scales.data_ptr() - start.data_ptr()) // start.element_size()
+            rows.append((grid.place.start, apart, *grid.shape, grid.scales.shape[1], before))
+            programs.append(-(-grid.shape[0] * grid.shape[1] // MANY))
+            before += programs[-1]
+        return Table(rows, programs, start.device)
