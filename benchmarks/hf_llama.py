@@ -18,7 +18,7 @@ to 20 ms before each forward; step times then mean nothing, and sent bytes are n
 
     for config in bf16_torch o2_overlap; do
         torchrun --nproc_per_node 2 benchmarks/hf_llama.py --out autotp.json --size 350M --micro_batch 4 \\
-            --tensor_parallel 2 --steps 200 --warmup_steps 100 --sleeps 20 \\
+            --tensor_parallel 2 --steps 200 --lr 1e-4 --sleeps 20 \\
             --deepspeed_config benchmarks/gpu/$config.json
     done
 
@@ -256,6 +256,7 @@ def main() -> None:
     add("--micro_steps", type=int, default=1, metavar="N", help="gradient accumulation")
     add("--steps", type=int, default=16)
     add("--warm_up", type=int, default=4, metavar="N", help="steps that are not timed: the allocator settles")
+    add("--lr", type=float, help="peak learning rate; default: the configuration's")
     add("--warmup_steps", type=int, default=0, metavar="N", help="of the learning rate")
     add("--compile", choices=("model", "layers"), help="engine.compile(), or each layer and the loss")
     add("--gpu_gb", type=float, help="GPU memory that may be used; default: all")

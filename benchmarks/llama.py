@@ -36,6 +36,7 @@ PLAIN = {  # defaults of options that a training here reads
     "float8": False,
     "fsdp2": False,
     "kept_layers": 0,
+    "lr": None,
     "micro_steps": 1,
     "sequence_parallel": 1,
     "tensor_parallel": 1,
@@ -107,6 +108,8 @@ def engine_of(arguments: argparse.Namespace, device: torch.device) -> Any:
     config = dict(dry_run.read(str(arguments.deepspeed_config)))
     config["train_micro_batch_size_per_gpu"] = arguments.micro_batch
     config["gradient_accumulation_steps"] = arguments.micro_steps
+    if arguments.lr:
+        config["optimizer"]["params"]["lr"] = arguments.lr
     if arguments.warmup_steps:
         warm_up = {"warmup_max_lr": config["optimizer"]["params"]["lr"], "warmup_type": "linear"}
         warm_up["warmup_num_steps"] = arguments.warmup_steps
