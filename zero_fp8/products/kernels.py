@@ -8,7 +8,7 @@ until backward.
 All that a graph passes on is contiguous: scales of rows are transposed.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -91,8 +91,8 @@ def tracing(on: bool = True) -> Iterator[None]:
 def cast_input(kernels: Kernels, x: Tensor, *, wgrad: bool) -> CastInput:
     if not in_graph():
         return kernels.cast_input(x, wgrad=wgrad)
-    codes, scales, turned, turned_scales = _cast_input(kernels.name, x, wgrad)
-    return CastInput(Operand(codes, scales), Operand(turned, turned_scales) if wgrad else None)
+    codes, scales, *turned = _cast_input(kernels.name, x, wgrad)
+    return CastInput(Operand(codes, scales), Operand(*turned) if wgrad else None)
 
 
 def multiply(kernels: Kernels, left: Operand, right: Operand, bias: Tensor | None = None) -> Tensor:
@@ -122,11 +122,13 @@ def differentiate(
     x: of `cast_input`, if the weight's gradient is wanted. swapped: the weight is stored as [K, N]. count:
     called with the cast of dy; graphs look up their counters when they run.
     """
-    if not in_graph():
-        return _run_gradients(kernels, dy, weight, x, needs, swapped, count)
-    codes, scales = (None, None) if x is None else (x.codes, x.scales)
-    found = _differentiate(kernels.name, dy, *weight, codes, scales, [*needs], swapped)
-    return Gradients(*(each if wanted else None for each, wanted in zip(found, needs, strict=True)))
+    if in_graph():
+        codes, scales = (None, None) if x is None else (x.codes, x.scales)
+        found = _differentiate(kernels.name, dy, *weight, codes, scales, [*needs], swapped)
+    else:
+        found = _run_gradients(kernels, dy, weight, x, needs, swapped, count)
+    wanted = iter(found)
+    return Gradients(*(next(wanted) if each else None for each in needs))
 
 
 def decode(kernels: Kernels, codes: Tensor, exponents: Tensor) -> Tensor:
@@ -141,22 +143,26 @@ def _run_gradients(
     dy: Tensor,
     weight: Stored,
     x: Operand | None,
-    needs: Needs,
+    needs: Sequence[bool],  # as `Needs`
     swapped: bool,
-    count: Callable[[CastGradient], None] | None = None,
-) -> Gradients:
-    cast = kernels.cast_gradient(dy, dgrad=needs.input, wgrad=needs.weight, bias=needs.bias)
+    count: Callable[[CastGradient], None] | None,
+) -> list[Tensor]:
+    """Return the wanted gradients."""
+    found = []
+    dgrad, wgrad, bias = needs
+    cast = kernels.cast_gradient(dy, dgrad=dgrad, wgrad=wgrad, bias=bias)
     if count is not None:
         count(cast)
-    dx = dw = None
     if cast.dgrad is not None:
         right = Operand(*weight) if swapped else kernels.transpose(*weight)
         dx = kernels.multiply(cast.dgrad, right, None)
-        dx = dx if len(dx) == len(dy) else dx[: len(dy)]
+        found.append(dx if len(dx) == len(dy) else dx[: len(dy)])
     if cast.wgrad is not None and x is not None:
         dw = kernels.multiply(cast.wgrad, x, None)
-        dw = dw.t().contiguous() if swapped else dw
-    return Gradients(dx, dw, None if cast.bias is None else cast.bias.to(torch.bfloat16))
+        found.append(dw.t().contiguous() if swapped else dw)
+    if cast.bias is not None:
+        found.append(cast.bias.to(torch.bfloat16))
+    return found
 
 
 def _run_decode(kernels: Kernels, codes: Tensor, exponents: Tensor) -> Tensor:
@@ -166,7 +172,7 @@ def _run_decode(kernels: Kernels, codes: Tensor, exponents: Tensor) -> Tensor:
     return out
 
 
-# The ops. They return empty tensors for unwanted results, since the number of results is fixed.
+# The ops. A list has the wanted results only.
 
 
 def _op(name: str, signature: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
@@ -183,20 +189,17 @@ def _op(name: str, signature: str, run: Callable[..., Any], fake: Callable[..., 
     return op
 
 
-def _run_cast_input(kernels: str, x: Tensor, wgrad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _run_cast_input(kernels: str, x: Tensor, wgrad: bool) -> list[Tensor]:
     cast = named(kernels).cast_input(x, wgrad=wgrad)
     IN_GRAPHS.cast(x, cast.forward, wgrad)
-    turned = _nothing(x) if cast.wgrad is None else (cast.wgrad.codes, cast.wgrad.scales)
-    return cast.forward.codes, cast.forward.scales.t().contiguous(), *turned
+    turned = () if cast.wgrad is None else (cast.wgrad.codes, cast.wgrad.scales)
+    return [cast.forward.codes, cast.forward.scales.t().contiguous(), *turned]
 
 
-def _fake_cast_input(kernels: str, x: Tensor, wgrad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake_cast_input(kernels: str, x: Tensor, wgrad: bool) -> list[Tensor]:
     tokens, features = padded_tokens(x.shape[0]), x.shape[1]
-    whole = scale_shape(features, tokens)
-    return (
-        *_fake(x, (tokens, features), (tiles(features), tokens), True),
-        *_fake(x, (features, tokens), whole, wgrad),
-    )
+    turned = _fake(x, (features, tokens), scale_shape(features, tokens)) if wgrad else ()
+    return [*_fake(x, (tokens, features), (tiles(features), tokens)), *turned]
 
 
 def _run_multiply(
@@ -222,11 +225,10 @@ def _run_differentiate(
     x_scales: Tensor | None,
     needs: list[bool],
     swapped: bool,
-) -> tuple[Tensor, ...]:
+) -> list[Tensor]:
     right = None if x is None or x_scales is None else Operand(x, x_scales)
     weight, count = Stored(codes, weight_tiles), IN_GRAPHS.gradient(dy, weight_tiles)
-    found = _run_gradients(named(kernels), dy, weight, right, Needs(*needs), swapped, count)
-    return tuple(dy.new_empty(0) if each is None else each for each in found)
+    return _run_gradients(named(kernels), dy, weight, right, needs, swapped, count)
 
 
 def _fake_differentiate(
@@ -238,10 +240,10 @@ def _fake_differentiate(
     x_scales: Tensor | None,
     needs: list[bool],
     swapped: bool,
-) -> tuple[Tensor, ...]:
+) -> list[Tensor]:
     features = codes.shape[0 if swapped else 1]
     shapes = ((dy.shape[0], features), codes.shape, (dy.shape[1],))
-    return tuple(dy.new_empty(shape if each else 0) for shape, each in zip(shapes, needs, strict=True))
+    return [dy.new_empty(shape) for shape, each in zip(shapes, needs, strict=True) if each]
 
 
 def _run_transpose(kernels: str, codes: Tensor, exponents: Tensor) -> tuple[Tensor, Tensor]:
@@ -250,22 +252,13 @@ def _run_transpose(kernels: str, codes: Tensor, exponents: Tensor) -> tuple[Tens
     return turned.codes, turned.scales
 
 
-def _nothing(like: Tensor) -> tuple[Tensor, Tensor]:
-    return like.new_empty(0, dtype=_CODES), like.new_empty(0, dtype=torch.float32)
-
-
-def _fake(
-    like: Tensor, codes: tuple[int, int], scales: tuple[int, int], wanted: bool
-) -> tuple[Tensor, Tensor]:
-    return (
-        like.new_empty(codes if wanted else 0, dtype=_CODES),
-        like.new_empty(scales if wanted else 0, dtype=torch.float32),
-    )
+def _fake(like: Tensor, codes: tuple[int, int], scales: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    return like.new_empty(codes, dtype=_CODES), like.new_empty(scales, dtype=torch.float32)
 
 
 _cast_input = _op(
     "cast_input",
-    "(str kernels, Tensor x, bool wgrad) -> (Tensor, Tensor, Tensor, Tensor)",
+    "(str kernels, Tensor x, bool wgrad) -> Tensor[]",
     _run_cast_input,
     _fake_cast_input,
 )
@@ -279,7 +272,7 @@ _multiply = _op(
 _differentiate = _op(
     "differentiate",
     "(str kernels, Tensor dy, Tensor codes, Tensor weight_tiles, Tensor? x, Tensor? x_scales, bool[] needs, "
-    "bool swapped) -> (Tensor, Tensor, Tensor)",
+    "bool swapped) -> Tensor[]",
     _run_differentiate,
     _fake_differentiate,
 )
@@ -287,7 +280,7 @@ _transpose = _op(
     "transpose",
     "(str kernels, Tensor codes, Tensor exponents) -> (Tensor, Tensor)",
     _run_transpose,
-    lambda kernels, codes, _: _fake(codes, codes.shape[::-1], scale_shape(*codes.shape[::-1]), True),
+    lambda kernels, codes, _: _fake(codes, codes.shape[::-1], scale_shape(*codes.shape[::-1])),
 )
 _decode = _op(
     "decode_weight",
