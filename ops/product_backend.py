@@ -8,7 +8,7 @@ How to multiply is another choice, by name: `cublas` is fast and needs Hopper (`
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,6 +21,9 @@ from ds_fp8.ops.weight_runs import WeightRuns
 logger = logging.getLogger("ds_fp8")
 
 Multiply = Callable[[Operand, Operand, Tensor | None], Tensor]
+# dy, the weight's codes and exponents (its scales if swapped), x, which gradients are wanted, swapped: the
+# wanted gradients of input, weight and bias; none if it cannot make them all
+Differentiate = Callable[[Tensor, tuple[Tensor, Tensor], Operand | None, Sequence[bool], bool], list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class Products:
     decode_weight: Callable[[Tensor, Tensor, Tensor], None]
     expand_exponents: Callable[[Tensor, Tensor], None]
     weight_runs: Callable[..., WeightRuns] = WeightRuns  # of these functions, grids and runs
+    differentiate: Differentiate | None = None  # a whole backward by one call, if there is one
     instead: str | None = None  # why this one runs although a faster one was wanted
 
 
@@ -67,6 +71,7 @@ def by_way(name: str, functions: Products) -> tuple[Products, Multiply]:
             cast_input=hopper.cast_input,
             cast_gradient=hopper.cast_gradient,
             transpose=hopper.transpose,
+            differentiate=hopper.differentiate,
         )
         return launched, hopper.multiply
     logger.warning("FP8 products are launched from Python, which takes the host far longer: %s", obstacle)

@@ -6,6 +6,7 @@ or `ops.cublas`, which check it, and what they compiled or planned is handed ove
 """
 
 import ctypes
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from ds_fp8.ops.products import CastGradient, CastInput, Operand, padded_tokens,
 from ds_fp8.ops.triton.products import casts, weights
 from ds_fp8.ops.triton.tiles import ALIGNMENT, latest
 
+LAUNCHES = torch.ops.ds_fp8_launches  # a call of an overload, `.default`, needs not search for it
 NOTHING, ROWS, TILES = range(3)  # how transposed codes are scaled
 LARGEST = 2**31 - 1 - 16  # of a size, which a kernel takes as 32 bits
 
@@ -31,13 +33,13 @@ def obstacle() -> str | None:
             library.cublasLtMatmulDescSetAttribute,
             library.cublasLtMatmul,
         )
-        torch.ops.ds_fp8_launches.start([ctypes.cast(each, ctypes.c_void_p).value for each in functions])
+        LAUNCHES.start.default([ctypes.cast(each, ctypes.c_void_p).value for each in functions])
     return found
 
 
 def cast_input(x: Tensor, *, wgrad: bool) -> CastInput:
     """`ops.products.cast_input`."""
-    found = torch.ops.ds_fp8_launches.cast(x, True, TILES if wgrad else NOTHING, False, _stream(x))
+    found = LAUNCHES.cast.default(x, True, TILES if wgrad else NOTHING, False, _stream(x))
     if found:
         return CastInput(Operand(*found[:2]), Operand(*found[2:]) if wgrad else None)
     cast = casts.cast_input(x, wgrad=wgrad)
@@ -47,7 +49,7 @@ def cast_input(x: Tensor, *, wgrad: bool) -> CastInput:
 
 def cast_gradient(dy: Tensor, *, dgrad: bool, wgrad: bool, bias: bool) -> CastGradient:
     """`ops.products.cast_gradient`."""
-    found = torch.ops.ds_fp8_launches.cast(dy, dgrad, ROWS if wgrad else NOTHING, bias, _stream(dy))
+    found = LAUNCHES.cast.default(dy, dgrad, ROWS if wgrad else NOTHING, bias, _stream(dy))
     if found:
         rows = Operand(*found[:2]) if dgrad else None
         turned = Operand(*found[2 * dgrad :][:2]) if wgrad else None
@@ -59,26 +61,37 @@ def cast_gradient(dy: Tensor, *, dgrad: bool, wgrad: bool, bias: bool) -> CastGr
 
 def transpose(codes: Tensor, exponents: Tensor) -> Operand:
     """`ops.products.transpose`."""
-    found = torch.ops.ds_fp8_launches.transpose(codes, exponents, _stream(codes))
+    found = LAUNCHES.transpose.default(codes, exponents, _stream(codes))
     if found:
         return Operand(*found)
     turned = weights.transpose(codes, exponents)
     if _is_usual(codes, *codes.shape):
         groups = turned.scales.shape[1]
-        _learn(codes, torch.ops.ds_fp8_launches.transpose_kind(exponents.data_ptr(), groups))
+        _learn(codes, LAUNCHES.transpose_kind.default(exponents.data_ptr(), groups))
     return turned
 
 
 def multiply(left: Operand, right: Operand, bias: Tensor | None = None) -> Tensor:
     """`ops.products.multiply`, as `ops.cublas` has it."""
     operands = left.codes, left.scales, right.codes, right.scales
-    found = torch.ops.ds_fp8_launches.multiply(*operands, bias, _stream(left.codes))
+    found = LAUNCHES.multiply.default(*operands, bias, _stream(left.codes))
     if found:
         return found[0]  # type: ignore[no-any-return]
     product = cublas.multiply(left, right, bias)
     if left.codes.numel():
-        torch.ops.ds_fp8_launches.add_plan(*cublas.plan_of(left, right, bias).described())
+        LAUNCHES.add_plan.default(*cublas.plan_of(left, right, bias).described())
     return product
+
+
+def differentiate(
+    dy: Tensor, weight: tuple[Tensor, Tensor], x: Operand | None, needs: Sequence[bool], swapped: bool
+) -> list[Tensor]:
+    """`ops.product_backend.Differentiate`."""
+    codes, scales = (None, None) if x is None else (x.codes, x.scales)
+    found: list[Tensor] = LAUNCHES.differentiate.default(
+        dy, *weight, codes, scales, *needs, swapped, _stream(dy)
+    )
+    return found
 
 
 def _learn_cast(values: Tensor, rows: bool, turned: int, sums: bool) -> None:
@@ -86,7 +99,7 @@ def _learn_cast(values: Tensor, rows: bool, turned: int, sums: bool) -> None:
     tokens, features = values.shape
     if tokens and _is_usual(values, features, values.stride(0)):
         groups = scale_shape(features, padded_tokens(tokens))[1]
-        kind = torch.ops.ds_fp8_launches.cast_kind(rows, turned, sums, groups)
+        kind = LAUNCHES.cast_kind.default(rows, turned, sums, groups)
         _learn(values, kind)
 
 
@@ -99,7 +112,7 @@ def _learn(given: Tensor, kind: int) -> None:
     """The kernel that was launched last is of this kind."""
     compiled = latest()
     threads, shared = 32 * compiled.metadata.num_warps, compiled.metadata.shared
-    torch.ops.ds_fp8_launches.add_kernel(given.get_device(), kind, compiled.function, threads, shared)
+    LAUNCHES.add_kernel.default(given.get_device(), kind, compiled.function, threads, shared)
 
 
 def _stream(tensor: Tensor) -> int:

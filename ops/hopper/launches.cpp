@@ -1,4 +1,4 @@
-// The host's part of FP8 products: one call allocates and launches a cast, a transpose or a product.
+// The host's part of FP8 products: one call launches a cast, a transpose, a product or a backward.
 //
 // Kernels are Triton's and products cuBLASLt's. Python compiles and plans them, once for every kind of call,
 // and hands over what is needed to launch them. A call of an unknown kind, or with tensors in a layout that
@@ -6,6 +6,7 @@
 // so no CUDA header is needed.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_strided.h>
 #include <ATen/ops/sum.h>
 #include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
@@ -104,6 +105,11 @@ int64_t cast_kind(bool rows, int64_t turned, bool sums, int64_t groups) {
     return int64_t(rows) | turned << 1 | int64_t(sums) << 3 | int64_t(groups % 16 == 0) << 4;
 }
 
+// Scales of rows, as cuBLAS reads them.
+Tensor scales_of_rows(int64_t rows, int64_t inner, const at::TensorOptions& floats) {
+    return at::empty_strided({rows, tiles(inner)}, {1, rows}, floats);
+}
+
 // Returns those wanted of: codes and scales in rows, codes and scales transposed, sums over tokens.
 Tensors cast(const Tensor& values, bool rows, int64_t turned, bool sums, int64_t stream) {
     if (values.dim() != 2 || values.scalar_type() != at::kBFloat16) return {};
@@ -126,14 +132,14 @@ Tensors cast(const Tensor& values, bool rows, int64_t turned, bool sums, int64_t
     if (rows) {
         found.push_back(at::empty({padded, features}, codes_of));
         out[0] = address(found.back());
-        found.push_back(at::empty({tiles(features), padded}, floats).t());
+        found.push_back(scales_of_rows(padded, features, floats));
         out[1] = address(found.back());
     }
     if (turned) {
         found.push_back(at::empty({features, padded}, codes_of));
         out[2] = address(found.back());
         found.push_back(turned == TURNED_TILES ? at::empty({tiles(features), groups}, floats)
-                                               : at::empty({tiles(padded), features}, floats).t());
+                                               : scales_of_rows(features, padded, floats));
         out[3] = address(found.back());
     }
     Tensor parts;
@@ -154,26 +160,35 @@ int64_t transpose_kind(int64_t exponents, int64_t groups) {
     return -1 - int64_t(exponents % ALIGNMENT == 0) - 2 * int64_t(groups % ALIGNMENT == 0);
 }
 
-// Returns a weight's codes and scales, both transposed.
-Tensors transpose(const Tensor& codes, const Tensor& exponents, int64_t stream) {
-    if (codes.dim() != 2 || codes.element_size() != 1 || !codes.is_contiguous()) return {};
-    if (exponents.dim() != 2 || exponents.scalar_type() != at::kByte || !exponents.is_contiguous()) return {};
-    if (exponents.size(0) != tiles(codes.size(0)) || exponents.size(1) != tiles(codes.size(1))) return {};
-    if (exponents.device() != codes.device()) return {};
+const Kernel* find_transpose(const Tensor& codes, const Tensor& exponents) {
+    if (codes.dim() != 2 || codes.element_size() != 1 || !codes.is_contiguous()) return nullptr;
+    if (exponents.dim() != 2 || exponents.scalar_type() != at::kByte || !exponents.is_contiguous())
+        return nullptr;
+    const int64_t rows = codes.size(0), columns = codes.size(1);
+    if (exponents.size(0) != tiles(rows) || exponents.size(1) != tiles(columns)) return nullptr;
+    if (exponents.device() != codes.device()) return nullptr;
+    if (!codes.numel() || rows >= INT32_MAX || columns >= INT32_MAX) return nullptr;
+    if ((address(codes) | rows | columns) % ALIGNMENT) return nullptr;
+    return find_kernel(codes.device().index(), transpose_kind(address(exponents), padded_tiles(rows)));
+}
+
+Tensors launch_transpose(const Kernel& kernel, const Tensor& codes, const Tensor& exponents, int64_t stream) {
     int64_t source = address(codes), bytes = address(exponents);
-    if (!codes.numel() || codes.size(0) >= INT32_MAX || codes.size(1) >= INT32_MAX) return {};
     int32_t rows = int32_t(codes.size(0)), columns = int32_t(codes.size(1)),
             groups = int32_t(padded_tiles(rows));
-    if ((source | rows | columns) % ALIGNMENT) return {};
-    const Kernel* kernel = find_kernel(codes.device().index(), transpose_kind(bytes, groups));
-    if (!kernel) return {};
     const c10::DeviceGuard guard(codes.device());
     const Tensor turned = at::empty({columns, rows}, codes.options());
     const Tensor scales = at::empty({tiles(columns), groups}, codes.options().dtype(at::kFloat));
     int64_t target = address(turned), floats = address(scales), scratch = 0, profile = 0;
     void* arguments[] = {&source, &bytes, &target, &floats, &rows, &columns, &groups, &scratch, &profile};
-    run(*kernel, tiles(rows) * tiles(columns), arguments, stream);
+    run(kernel, tiles(rows) * tiles(columns), arguments, stream);
     return {turned, scales};
+}
+
+// Returns a weight's codes and scales, both transposed.
+Tensors transpose(const Tensor& codes, const Tensor& exponents, int64_t stream) {
+    const Kernel* kernel = find_transpose(codes, exponents);
+    return kernel ? launch_transpose(*kernel, codes, exponents, stream) : Tensors();
 }
 
 bool is_codes(const Tensor& codes) {
@@ -232,6 +247,36 @@ Tensors multiply(const Tensor& left, const Tensor& left_scales, const Tensor& ri
     return {product};
 }
 
+// Returns the wanted gradients of a product: of its input, cut to dy's tokens, of its weight and of its bias.
+// weight_tiles: the weight's exponents; its scales if it is swapped, that is stored as [K, N].
+Tensors differentiate(const Tensor& dy, const Tensor& codes, const Tensor& weight_tiles,
+                      const std::optional<Tensor>& x, const std::optional<Tensor>& x_scales, bool input,
+                      bool weight, bool bias, bool swapped, int64_t stream) {
+    if (weight && !(x && x_scales)) return {};
+    const bool turns = input && !swapped;
+    const Kernel* const turning = turns ? find_transpose(codes, weight_tiles) : nullptr;
+    if (turns && !turning) return {};  // before a cast is launched in vain
+    const Tensors casts = cast(dy, input, weight ? TURNED_ROWS : 0, bias, stream);
+    if (casts.empty()) return {};
+    Tensors found;
+    if (input) {
+        const Tensors right =
+            turns ? launch_transpose(*turning, codes, weight_tiles, stream) : Tensors{codes, weight_tiles};
+        const Tensors dx = multiply(casts[0], casts[1], right[0], right[1], std::nullopt, stream);
+        if (dx.empty()) return {};
+        const bool padded = dx[0].size(0) != dy.size(0);
+        found.push_back(padded ? dx[0].narrow(0, 0, dy.size(0)) : dx[0]);
+    }
+    if (weight) {
+        const Tensor* const turned = &casts[input ? 2 : 0];
+        const Tensors dw = multiply(turned[0], turned[1], *x, *x_scales, std::nullopt, stream);
+        if (dw.empty()) return {};
+        found.push_back(swapped ? dw[0].t().contiguous() : dw[0]);
+    }
+    if (bias) found.push_back(casts.back().to(at::kBFloat16));
+    return found;
+}
+
 }  // namespace
 
 TORCH_LIBRARY(ds_fp8_launches, library) {
@@ -247,4 +292,8 @@ TORCH_LIBRARY(ds_fp8_launches, library) {
         "stream) "
         "-> Tensor[]",
         multiply);
+    library.def(
+        "differentiate(Tensor dy, Tensor codes, Tensor weight_tiles, Tensor? x, Tensor? x_scales, "
+        "bool input, bool weight, bool bias, bool swapped, int stream) -> Tensor[]",
+        differentiate);
 }

@@ -147,7 +147,11 @@ def _run_gradients(
     swapped: bool,
     count: Callable[[CastGradient], None] | None,
 ) -> list[Tensor]:
-    """Return the wanted gradients."""
+    """Return the wanted gradients, by one call if there is one and nothing counts the cast."""
+    if kernels.differentiate is not None and count is None:
+        found = kernels.differentiate(dy, weight, x, needs, swapped)
+        if found:
+            return found
     found = []
     dgrad, wgrad, bias = needs
     cast = kernels.cast_gradient(dy, dgrad=dgrad, wgrad=wgrad, bias=bias)
