@@ -4,14 +4,24 @@ The matrices have their exponents in one vector; a rank has runs of their elemen
 and one of codes. None of these places changes between steps, so that a GPU needs one launch for all of them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from ds_fp8.ops.product_backend import Products
+
+class Functions(Protocol):
+    """Those of `ops.products` that a weight needs, by one implementation."""
+
+    @property
+    def find_exponents(self) -> Callable[[Tensor, int, int, Tensor], None]: ...
+
+    @property
+    def encode_weight(self) -> Callable[..., None]: ...
+
+    @property
+    def expand_exponents(self) -> Callable[[Tensor, Tensor], None]: ...
 
 
 @dataclass(frozen=True)
@@ -42,7 +52,7 @@ class Run:
 class WeightRuns:
     """All matrices and runs, one by one."""
 
-    def __init__(self, functions: "Products", grids: Sequence[Grid], runs: Sequence[Run]) -> None:
+    def __init__(self, functions: Functions, grids: Sequence[Grid], runs: Sequence[Run]) -> None:
         self._functions, self._grids, self._runs = functions, grids, runs
 
     def find_exponents(self, values: Tensor, exponents: Tensor) -> None:

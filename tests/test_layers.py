@@ -68,7 +68,7 @@ ROOMS = (
     ("ds_fp8.zero_fp8", "plain_tensors recipe"),
     ("ds_fp8.ops", "op_builders product_backend | backend"),
     ("ds_fp8.ops.hopper", "functions | build"),
-    ("ds_fp8.ops.triton.products", "casts weights | scales"),
+    ("ds_fp8.ops.triton.products", "runs | casts weights | scales"),
     (
         "ds_fp8.ops.triton",
         "per_tensor quantize_many | adam reduction blocks | masters moments | roots | rounding | tiles",
@@ -76,8 +76,8 @@ ROOMS = (
     ("ds_fp8.ops.cpu", "weight_tiles | kernels | build structures threads"),
     (
         "ds_fp8.ops",
-        "fp8_sum per_tensor cublas | guards cublas_lt | adam reduction products | masters moments exact | "
-        "rounding blocks | health | capture formats",
+        "fp8_sum per_tensor cublas | guards cublas_lt | weight_runs adam reduction products | "
+        "masters moments exact | rounding blocks | health | capture formats",
     ),
     ("ds_fp8.config", "ds_config | offload parsing | optimizer_params rules section | rule_kinds"),
     ("ds_fp8", "compat"),

@@ -4,7 +4,6 @@ A table on the device says where the matrices and runs are. The number of a prog
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -25,9 +24,6 @@ from ds_fp8.ops.triton.products.weights import (
 from ds_fp8.ops.triton.quantize_many import on_device
 from ds_fp8.ops.triton.tiles import hardware_fp8, launch
 from ds_fp8.ops.weight_runs import Grid, Run
-
-if TYPE_CHECKING:
-    from ds_fp8.ops.product_backend import Products
 
 WORD = 16  # elements; if all places are multiples of it, a thread moves several at once
 
@@ -111,7 +107,7 @@ class Table:
 class WeightRuns(weight_runs.WeightRuns):
     """All matrices and runs of a bucket; tables are made at the first use."""
 
-    def __init__(self, functions: "Products", grids: Sequence[Grid], runs: Sequence[Run]) -> None:
+    def __init__(self, functions: weight_runs.Functions, grids: Sequence[Grid], runs: Sequence[Run]) -> None:
         super().__init__(functions, grids, [run for run in runs if run.count])
         self._ends = check_runs(grids, self._runs)
         places = [each for run in self._runs for each in (run.first, run.count, run.values, run.codes)]
