@@ -137,10 +137,10 @@ def expected_between_steps(engine: Any) -> int:
     handler, parts = engine.optimizer, engine.optimizer.parts
     several = engine.gradient_accumulation_steps() > 1
     gradient = memory.gradient_bytes(handler.recipe, parts.buckets, accumulating=several)
-    weights = memory.weight_bytes(2, parts.buckets)
+    about = ds_fp8.describe(engine)
+    weights = int(about["weight_bytes"])
     if handler.settings.offload is None:
         return weights + gradient + memory.state_bytes(handler.recipe, parts.buckets)
-    about = ds_fp8.describe(engine)
     resident = sum(each.nbytes - each.host_nbytes for each in parts.shards)
     return weights + (gradient if about["offload"] == "stream" else 0) + about["ring_bytes"] + resident
 

@@ -1,9 +1,10 @@
 """Many weights on a GPU: `ops.weight_runs` in one launch per function.
 
-A table on the device says where the matrices and runs are. The number of a program leads to its row.
+A table on the device says where the matrices and runs are; a program finds its row by its number.
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 import triton
@@ -21,7 +22,7 @@ from ds_fp8.ops.triton.products.weights import (
     find_tile,
     tile_rows_of,
 )
-from ds_fp8.ops.triton.quantize_many import on_device
+from ds_fp8.ops.triton.quantize_many import distance, on_device
 from ds_fp8.ops.triton.tiles import hardware_fp8, launch
 from ds_fp8.ops.weight_runs import Grid, Run
 
@@ -29,79 +30,105 @@ WORD = 16  # elements; if all places are multiples of it, a thread moves several
 
 
 @triton.jit
-def run_of(rows, owners, WORD: tl.constexpr):
+def row_of(rows, count, program, FIELDS: tl.constexpr, LOG_COUNT: tl.constexpr):
+    """The row that a program serves: the last of those whose first program is not behind it."""
+    row = 0
+    for halved in tl.static_range(1, LOG_COUNT + 1):
+        other = row + (1 << (LOG_COUNT - halved))
+        first = tl.load(rows + other * FIELDS, mask=other < count, other=0x7FFFFFFF)
+        row = tl.where(first <= program, other, row)
+    return rows + row * FIELDS
+
+
+@triton.jit
+def run_of(rows, count, LOG_COUNT: tl.constexpr, WORD: tl.constexpr):
     """A program's tile; of its run first, count, columns, and places of exponents, values and codes."""
     program = tl.program_id(0)
-    row = rows + tl.load(owners + program) * 7
-    columns = tl.multiple_of(tl.load(row + 3).to(tl.int32), WORD)
+    row = row_of(rows, count, program, 8, LOG_COUNT)
+    columns = tl.multiple_of(tl.load(row + 4).to(tl.int32), WORD)
     return (
-        program + tl.load(row).to(tl.int32),
-        tl.multiple_of(tl.load(row + 1), WORD),
+        program - tl.load(row).to(tl.int32) + tl.load(row + 1).to(tl.int32),
         tl.multiple_of(tl.load(row + 2), WORD),
+        tl.multiple_of(tl.load(row + 3), WORD),
         columns,
-        tl.load(row + 4),
-        tl.multiple_of(tl.load(row + 5), WORD),
+        tl.load(row + 5),
         tl.multiple_of(tl.load(row + 6), WORD),
+        tl.multiple_of(tl.load(row + 7), WORD),
     )
 
 
-@triton.jit
-def find_runs_kernel(values, exponents, rows, owners, WORD: tl.constexpr):
+@triton.jit(do_not_specialize=["count"])
+def find_runs_kernel(values, exponents, rows, count, LOG_COUNT: tl.constexpr, WORD: tl.constexpr):
     """As `find_kernel`, for all runs."""
-    tile, first, count, columns, place, own, _ = run_of(rows, owners, WORD)
-    find_tile(values + own, exponents + place, first, count, columns, tile)
+    tile, first, elements, columns, place, own, _ = run_of(rows, count, LOG_COUNT, WORD)
+    find_tile(values + own, exponents + place, first, elements, columns, tile)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def encode_runs_kernel(
-    values, exponents, codes, control, rows, owners, WORD: tl.constexpr, HARDWARE: tl.constexpr
+    values,
+    exponents,
+    codes,
+    control,
+    rows,  # [runs, 8] int64: first program, its tile, then what `run_of` returns
+    count,  # of rows
+    LOG_COUNT: tl.constexpr,
+    WORD: tl.constexpr,
+    HARDWARE: tl.constexpr,
 ):
     """As `encode_kernel`, for all runs."""
     if tl.load(control + 1) == 0.0:
         return
-    tile, first, count, columns, place, own, made = run_of(rows, owners, WORD)
+    tile, first, elements, columns, place, own, made = run_of(rows, count, LOG_COUNT, WORD)
     encode_tile(
         values=values + own,
         exponents=exponents + place,
         codes=codes + made,
         first=first,
-        count=count,
+        count=elements,
         columns=columns,
         tile=tile,
         HARDWARE=HARDWARE,
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def expand_grids_kernel(
     exponents,
     scales,  # of the first matrix
-    rows,  # [matrices, 6] int64: places of exponents and scales, tiles down and across, groups, program
-    owners,  # [programs] int64: their rows
+    rows,  # [matrices, 6] int64: first program, places of exponents and scales, tiles down and across, groups
+    count,
+    LOG_COUNT: tl.constexpr,
     MANY: tl.constexpr,
 ):
     """As `expand_kernel`, for all matrices."""
     program = tl.program_id(0)
-    row = rows + tl.load(owners + program) * 6
+    row = row_of(rows, count, program, 6, LOG_COUNT)
     expand_part(
-        exponents=exponents + tl.load(row),
-        scales=scales + tl.load(row + 1),
-        rows=tl.load(row + 2).to(tl.int32),
-        columns=tl.load(row + 3).to(tl.int32),
-        groups=tl.load(row + 4).to(tl.int32),
-        part=program - tl.load(row + 5).to(tl.int32),
+        exponents=exponents + tl.load(row + 1),
+        scales=scales + tl.load(row + 2),
+        rows=tl.load(row + 3).to(tl.int32),
+        columns=tl.load(row + 4).to(tl.int32),
+        groups=tl.load(row + 5).to(tl.int32),
+        part=program - tl.load(row).to(tl.int32),
         MANY=MANY,
     )
 
 
 class Table:
-    """Rows of whole numbers, and for each program the row that it serves."""
+    """Rows of whole numbers on the device, each with the number of its first program before them."""
 
     def __init__(self, rows: Sequence[Sequence[int]], programs: Sequence[int], device: torch.device) -> None:
         """programs: of each row."""
-        owners = [row for row, many in enumerate(programs) for _ in range(many)]
-        self.rows, self.owners = on_device(rows, device), on_device([owners], device)  # [1, programs]
-        self.programs = len(owners)
+        firsts = accumulate(programs, initial=0)
+        self._rows = on_device([(first, *row) for first, row in zip(firsts, rows, strict=False)], device)
+        self.programs = sum(programs)
+
+    @property
+    def arguments(self) -> dict[str, object]:
+        """What kernels take."""
+        count = len(self._rows)
+        return {"rows": self._rows, "count": count, "LOG_COUNT": (count - 1).bit_length()}
 
 
 class WeightRuns(weight_runs.WeightRuns):
@@ -139,9 +166,8 @@ class WeightRuns(weight_runs.WeightRuns):
             WARPS // 2,
             exponents=exponents,
             scales=self._grids[0].scales,
-            rows=self._scales.rows,
-            owners=self._scales.owners,
             MANY=MANY,
+            **self._scales.arguments,
         )
 
     def _launch(self, kernel: object, values: Tensor, exponents: Tensor, **more: object) -> None:
@@ -155,29 +181,26 @@ class WeightRuns(weight_runs.WeightRuns):
             WARPS,
             values=values,
             exponents=exponents,
-            rows=self._tiles.rows,
-            owners=self._tiles.owners,
             WORD=self._word,
+            **self._tiles.arguments,
             **more,
         )
 
     def _table_of_tiles(self, device: torch.device) -> Table:
-        rows, programs, before = [], [], 0
+        rows, programs = [], []
         for run in self._runs:
             columns = run.grid.columns
             first, many = tile_rows_of(run.first, run.count, columns)
             place = run.grid.place.start
-            rows.append((first - before, run.first, run.count, columns, place, run.values, run.codes))
+            rows.append((first, run.first, run.count, columns, place, run.values, run.codes))
             programs.append(many)
-            before += many
         return Table(rows, programs, device)
 
     def _table_of_scales(self) -> Table:
         start = self._grids[0].scales
-        rows, programs, before = [], [], 0
-        for grid in self._grids:
-            apart = (grid.scales.data_ptr() - start.data_ptr()) // start.element_size()
-            rows.append((grid.place.start, apart, *grid.shape, grid.scales.shape[1], before))
-            programs.append(-(-grid.shape[0] * grid.shape[1] // MANY))
-            before += programs[-1]
+        rows = [
+            (grid.place.start, distance(grid.scales, start), *grid.shape, grid.scales.shape[1])
+            for grid in self._grids
+        ]
+        programs = [-(-down * across // MANY) for down, across in (grid.shape for grid in self._grids)]
         return Table(rows, programs, start.device)
