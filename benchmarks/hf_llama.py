@@ -166,7 +166,9 @@ def choice_of(run: Run) -> tuple[str, ...]:
     """Return the configuration, and what a contestant chooses beside it."""
     options = run["options"]
     found = [run["config"], f"{options['micro_batch']} x {options.get('micro_steps', 1)}"]
-    found += ["checkpointing"] if options["checkpointing"] == "True" else []
+    if options["checkpointing"] == "True":
+        kept = int(options.get("kept_layers", 0))
+        found.append(f"checkpointing but for {kept} layers" if kept else "checkpointing")
     return (*found, *(["compiled"] if options["compile"] not in ("None", "False") else []))
 
 
@@ -265,6 +267,7 @@ def main() -> None:
     add("--sleeps", type=float, default=0.0, metavar="MS", help="a rank's longest sleep before a forward")
     add("--zero_init", action="store_true", help="no rank makes the whole model (ZeRO 3)")
     add("--checkpointing", action="store_true", help="checkpoint every layer's activations")
+    add("--kept_layers", type=int, default=0, metavar="N", help="first layers that are not checkpointed")
     add("--probe", type=int, nargs="+", metavar="N", help="micro-batches to try")
     arguments = parser.parse_args()
     device = join_ranks()

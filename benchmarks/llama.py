@@ -35,6 +35,7 @@ PLAIN = {  # defaults of options that a training here reads
     "compile": None,
     "float8": False,
     "fsdp2": False,
+    "kept_layers": 0,
     "micro_steps": 1,
     "sequence_parallel": 1,
     "tensor_parallel": 1,
@@ -80,6 +81,8 @@ def model_of(
     if arguments.checkpointing:
         options = {"use_reentrant": False}
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)  # type: ignore[operator]
+        for each in layers_of(model)[: arguments.kept_layers]:
+            each.gradient_checkpointing = False  # type: ignore[assignment]
     if arguments.float8:
         from torchao.float8 import convert_to_float8_training
 

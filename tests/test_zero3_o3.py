@@ -298,16 +298,20 @@ def test_a_second_engine_has_the_weights(ranks: RankPools, stage: int) -> None:
     ranks.run(2, take_over, stage, seconds=SECONDS)
 
 
-def multiplied_by_deepspeed(default: bool) -> tuple[list[float], list[int]]:
+def multiplied_by_deepspeed(default: bool, compiled: bool) -> tuple[list[float], list[int]]:
     zero = {**SMALL, "memory_efficient_linear": True} if default else SMALL
     with engine_of(zero=zero) as engine:
+        if compiled:
+            engine.compile(backend="aot_eager")
         losses = steps(engine, 3)
         return losses, [each.decodes for each in matrices_of(engine.optimizer.parts.weights)]
 
 
-def test_deepspeeds_own_linear_leaves_codes_to_us(ranks: RankPools) -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_deepspeeds_own_linear_leaves_codes_to_us(ranks: RankPools, compiled: bool) -> None:
     """Which it is unless the config says otherwise; the head, without a bias, has its bits."""
-    (own, decodes), (torchs, _) = (ranks.run(2, multiplied_by_deepspeed, each)[0] for each in (True, False))
+    own, decodes = ranks.run(2, multiplied_by_deepspeed, True, compiled, seconds=SECONDS)[0]
+    torchs, _ = ranks.run(2, multiplied_by_deepspeed, False, False, seconds=SECONDS)[0]
     assert own == torchs
     assert decodes == [0] * 6
 

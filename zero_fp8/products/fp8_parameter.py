@@ -96,7 +96,7 @@ class FP8Parameter(nn.Parameter):
         kwargs = {} if kwargs is None else kwargs
         # By identity and first: Dynamo traces this code and cannot look into a table.
         if func is _LINEAR or func is functional.linear:
-            return _linear(func, *args, **kwargs)
+            return linear(*args, **kwargs)
         if func is torch.addmm:
             return _addmm(*args, **kwargs)
         if torch.compiler.is_dynamo_compiling():
@@ -130,10 +130,10 @@ def _check(parameter: nn.Parameter, matrix: Matrix) -> None:
         raise ValueError(f"{matrix.name}: received a parameter of {received}, allowed: {allowed}")
 
 
-def _linear(func: Function, input: Any, weight: Any, bias: Any = None) -> Any:
-    """Multiply; arguments have torch's names because they may be given as keywords."""
+def linear(input: Any, weight: Any, bias: Any = None) -> Any:
+    """Return what `F.linear` does, with an FP8 product if the weight is one; arguments have torch's names."""
     if isinstance(input, FP8Parameter) or not isinstance(weight, FP8Parameter):
-        return _read(func, (input, weight, bias), {})
+        return _read(_LINEAR, (input, weight, bias), {})
     matrix, way = weight.matrix, weight.way
     return multiply_input(input, weight, bias, matrix=matrix, way=way, swapped=False)
 

@@ -73,26 +73,27 @@ def multiply_input(
     Raises:
         RuntimeError: x or bias has a dtype or shape that cannot be multiplied with the weight.
     """
+    if torch.compiler.is_dynamo_compiling() and matrix.travels:
+        y = _multiply_outside(x, weight, bias, matrix=matrix, way=way, swapped=swapped)
+        return y  # type: ignore[no-any-return]
     if torch.is_autocast_enabled(x.device.type):
         check_autocast(x, matrix)
     else:
         check_dtypes(x, bias, matrix)
     check_shapes(x, bias, matrix, swapped)
     wgrad = torch.is_grad_enabled() and weight.requires_grad
-    if torch.compiler.is_dynamo_compiling() and matrix.travels:
-        return _multiply_outside(x, weight, bias, matrix, way, swapped, wgrad)  # type: ignore[no-any-return]
     if torch.compiler.is_dynamo_compiling():
         buffers = matrix.codes, matrix.exponents, matrix.scales
         with torch._C.DisableTorchFunctionSubclass():
-            y: Tensor = _trace(x, weight, bias, buffers, (matrix.kernels.name, way.name), swapped, wgrad)
-            return y
+            names = matrix.kernels.name, way.name
+            return _trace(x, weight, bias, buffers, names, swapped, wgrad)  # type: ignore[no-any-return]
     return Product.apply(x, weight, bias, matrix, way, swapped, wgrad)  # type: ignore[no-any-return,no-untyped-call]
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _multiply_outside(*arguments: Any) -> Tensor:
+def _multiply_outside(*arguments: Any, **options: Any) -> Tensor:
     """Multiply outside the graph, which would keep fetched codes until its backward."""
-    return Product.apply(*arguments)  # type: ignore[no-any-return,no-untyped-call]
+    return multiply_input(*arguments, **options)
 
 
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]

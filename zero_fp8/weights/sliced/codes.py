@@ -27,6 +27,7 @@ from ds_fp8.zero_fp8.comm.collectives import NothingToGather, max_over_ranks
 from ds_fp8.zero_fp8.comm.groups import Nodes
 from ds_fp8.zero_fp8.placement.parameters import part_of, shape_of
 from ds_fp8.zero_fp8.placement.partition import Bucket, Piece, Slot
+from ds_fp8.zero_fp8.products import fp8_parameter
 from ds_fp8.zero_fp8.products.fp8_parameter import FP8Parameter
 from ds_fp8.zero_fp8.products.kernels import decode
 from ds_fp8.zero_fp8.products.matrix import Matrix
@@ -34,7 +35,6 @@ from ds_fp8.zero_fp8.products.ways import Way
 from ds_fp8.zero_fp8.weights.code_store import CodeMemory
 from ds_fp8.zero_fp8.weights.sliced.slices import CODES, EDITED, FETCHED, is_away, objection_to
 
-TORCHS = torch._C._nn.linear  # which dispatches to FP8Parameter
 Encode = Callable[[Matrix, Tensor], None]  # encodes values, [rows, columns]
 
 
@@ -46,11 +46,15 @@ def nothing_of(shape: torch.Size, device: torch.device) -> tuple[Tensor, Tensor]
 
 
 def beside_codes(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Wrap DeepSpeed's zero3_linear_wrap, its `F.linear` under ZeRO 3, so that FP8 weights bypass it."""
+    """Wrap DeepSpeed's zero3_linear_wrap, its `F.linear` under ZeRO 3, so that FP8 weights bypass it.
+
+    Dynamo dispatches to a subclass only from functions that are in torch's namespaces, where torch's own
+    linear is not when DeepSpeed has replaced it: the product is called as it is.
+    """
 
     @wraps(original)
     def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return (TORCHS if isinstance(weight, FP8Parameter) else original)(input, weight, bias)
+        return (fp8_parameter.linear if isinstance(weight, FP8Parameter) else original)(input, weight, bias)
 
     return linear
 
