@@ -74,8 +74,8 @@ def multiply_input(
         RuntimeError: x or bias has a dtype or shape that cannot be multiplied with the weight.
     """
     if torch.compiler.is_dynamo_compiling() and matrix.travels:
-        y = _multiply_outside(x, weight, bias, matrix=matrix, way=way, swapped=swapped)
-        return y  # type: ignore[no-any-return]
+        options = {"matrix": matrix, "way": way, "swapped": swapped}
+        return _multiply_outside(x, weight, bias, **options)  # type: ignore[no-any-return]
     if torch.is_autocast_enabled(x.device.type):
         check_autocast(x, matrix)
     else:
