@@ -134,6 +134,7 @@ WRITERS = {
     "data": lambda w: w.data.mul_(2),
     "detach": lambda w: w.detach().zero_(),
     "pointer": lambda w: w.data_ptr(),
+    "foreach": lambda w: torch._foreach_mul_([w], 2),
 }
 
 
@@ -153,7 +154,8 @@ def test_values_of_a_weight_are_read_by_compiled_code() -> None:
     layer = fp8_linear()
 
     def call(x: Tensor, values: Tensor) -> Tensor:
-        return (x @ values.t()) * layer.weight.detach().abs().max() + layer.weight.size(0)
+        norm = torch._foreach_norm([layer.weight])[0]
+        return (x @ values.t()) * layer.weight.detach().abs().max() + layer.weight.size(0) * norm
 
     x, values = random(5, 160), layer.weight.data
     assert torch.equal(torch.compile(call, backend="aot_eager")(x, values), call(x, values))

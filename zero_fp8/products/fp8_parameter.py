@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn, overrides
+from torch import Tensor, nn
 from torch.nn import functional
 
 from ds_fp8.zero_fp8.products import answers
@@ -36,8 +36,6 @@ logger = logging.getLogger("ds_fp8")
 
 _DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 _LINEAR, _ADDMM = torch._C._nn.linear, torch.addmm  # also if a profiler or DeepSpeed has replaced them
-# Dynamo dispatches what this list has, which lacks torch's own linear if DeepSpeed has replaced it before.
-overrides.get_overridable_functions()[functional].append(_LINEAR)
 
 
 class Decoded(torch.autograd.Function):
