@@ -146,15 +146,19 @@ def test_a_head_within_a_wrapper_is_found() -> None:
 
 
 @pytest.mark.parametrize("name", ["lm_head", "head", "output", "embed_out"])
-def test_a_last_linear_with_the_name_of_a_head_stays(name: str) -> None:
+def test_a_linear_with_the_name_of_a_head_stays(name: str) -> None:
+    """Also one that is made before the layers, whose own outputs are none."""
     model = nn.Module()
-    for each in (name, "body", f"last_{name}"):
-        setattr(model, each, nn.Linear(SIDE, SIDE, dtype=torch.bfloat16))
-    assert f"{name}.weight" in choose(model)[0]
-    model = nn.Module()
-    for each in ("body", name):
-        setattr(model, each, nn.Linear(SIDE, SIDE, dtype=torch.bfloat16))
-    assert choose(model) == (["body.weight"], {f"{name}.weight": "the output embedding"})
+    setattr(model, name, nn.Linear(SIDE, SIDE))
+    model.layers = nn.ModuleList(nn.ModuleDict({name: nn.Linear(SIDE, SIDE)}) for _ in range(2))
+    setattr(model, f"last_{name}", nn.Linear(SIDE, SIDE))
+    names = [f"layers.0.{name}.weight", f"layers.1.{name}.weight", f"last_{name}.weight"]
+    assert choose(model.bfloat16()) == (names, {f"{name}.weight": "the output embedding"})
+
+
+def test_the_head_of_a_list_of_stages_comes_last() -> None:
+    stages = nn.ModuleList(nn.ModuleDict({"head": nn.Linear(SIDE, SIDE)}) for _ in range(2)).bfloat16()
+    assert choose(stages) == (["0.head.weight"], {"1.head.weight": "the output embedding"})
 
 
 def test_torchaos_float8_is_refused_by_name() -> None:

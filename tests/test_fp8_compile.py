@@ -1,7 +1,10 @@
 """FP8 weights under torch.compile: one graph, the same bits, new codes without a new graph."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -131,6 +134,7 @@ WRITERS = {
     "data": lambda w: w.data.mul_(2),
     "detach": lambda w: w.detach().zero_(),
     "pointer": lambda w: w.data_ptr(),
+    "foreach": lambda w: torch._foreach_mul_([w], 2),
 }
 
 
@@ -150,10 +154,35 @@ def test_values_of_a_weight_are_read_by_compiled_code() -> None:
     layer = fp8_linear()
 
     def call(x: Tensor, values: Tensor) -> Tensor:
-        return (x @ values.t()) * layer.weight.detach().abs().max() + layer.weight.size(0)
+        norm = torch._foreach_norm([layer.weight])[0]
+        return (x @ values.t()) * layer.weight.detach().abs().max() + layer.weight.size(0) * norm
 
     x, values = random(5, 160), layer.weight.data
     assert torch.equal(torch.compile(call, backend="aot_eager")(x, values), call(x, values))
+
+
+REPLACED_BEFORE = """
+from torch.nn import functional
+linear = functional.linear
+functional.linear = lambda *arguments: linear(*arguments)  # as DeepSpeed does for ZeRO 3
+
+import torch
+from fp8_weights import fp8_linear, random
+
+layer, x = fp8_linear(), random(5, 160)
+call = lambda x: linear(x, layer.weight, layer.bias)
+assert torch.equal(torch.compile(call, backend="aot_eager", fullgraph=True)(x), call(x))
+assert layer.weight.matrix.decodes == 0
+"""
+
+
+def test_torchs_own_linear_is_a_product_when_another_has_replaced_it() -> None:
+    """Imported by name, and called first in a process in which torch's table of functions lacks it."""
+    tests = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-c", REPLACED_BEFORE], cwd=tests, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("tokens", [17, 150])

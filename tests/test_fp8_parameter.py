@@ -7,6 +7,7 @@ import logging
 import pickle
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 from unittest.mock import Mock, call
 
@@ -438,6 +439,15 @@ def test_a_wrapped_linear_is_a_product(wrapped_linear: None) -> None:
     got = functional.linear(weight=layer.weight, bias=layer.bias, input=x)
     assert torch.equal(got, layer(x))
     assert layer.weight.matrix.decodes == 0
+
+
+def test_a_wrapped_addmm_is_a_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of Hugging Face's Conv1D."""
+    weight, bias, x, original = fp8_linear().weight, random(160), random(3, 96), torch.addmm
+    wanted = torch.addmm(bias, x, weight)
+    monkeypatch.setattr(torch, "addmm", partial(original))
+    assert torch.equal(torch.addmm(bias, x, weight), wanted)
+    assert weight.matrix.decodes == 0
 
 
 def test_a_linear_that_asks_for_overrides_is_a_product(monkeypatch: pytest.MonkeyPatch) -> None:

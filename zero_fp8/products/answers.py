@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, overrides
 from torch._guards import TracingContext
 
 # About the parameter and its gradient, not its values: answered by the tensor without values behind it.
@@ -62,14 +62,19 @@ POINTING = _members(Tensor, POINTERS) | _accessors("__cuda_array_interface__", "
 DETACHING = {Tensor.detach} | _accessors("data", "__get__")
 REPLACING = _accessors("data", "__set__")
 NODE = {Tensor.view_as, Tensor.expand_as}  # of a tensor and itself: how libraries find its gradient's node
+FOREACH = {name: each for name, each in vars(torch).items() if name.startswith("_foreach_")}
 # Names of functions that a compiled graph cannot hold: refused ones, and ones whose values refuse writes.
 LEAVES_GRAPH = (
     "detach",
-    *(name for name in dir(Tensor) if name.endswith("_") and not name.endswith("__")),
+    *(name for name in (*dir(Tensor), *FOREACH) if name.endswith("_") and not name.endswith("__")),
     *WRITING - {"__set__", "__delete__"},
     *POINTERS.split(),
     "record_stream",
 )
+
+# Dynamo dispatches the functions of this table, which torch makes once: it lacks private ones, and torch's
+# own linear if DeepSpeed has replaced F.linear before. Without dispatch a graph would read NaN.
+overrides.get_overridable_functions()[torch].extend((torch._C._nn.linear, *FOREACH.values()))
 
 
 def compiler_asks() -> bool:

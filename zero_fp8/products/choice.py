@@ -108,13 +108,20 @@ def kind_of(module: nn.Module) -> str | None:
 
 
 def find_output_embeddings(model: nn.Module) -> list[nn.Module]:
-    """Return modules that compute logits: those that the model or a submodule declares, else by name."""
+    """Return modules that compute logits: those that the model or a submodule declares, else by name.
+
+    By name, a layer's `output` or `head`, as in `layers.0.attention.output`, is none unless it comes last.
+    """
     methods = [getattr(each, "get_output_embeddings", None) for each in model.modules()]
     said = [method() for method in methods if callable(method)]
     if any(isinstance(each, nn.Module) for each in said):
         return [each for each in said if isinstance(each, nn.Module)]
-    last = [each for each in model.named_modules() if type(each[1]) is nn.Linear][-1:]
-    return [module for name, module in last if name.rpartition(".")[2] in HEADS]
+    linears = [(name.split("."), each) for name, each in model.named_modules() if type(each) is nn.Linear]
+    return [
+        module
+        for index, (path, module) in enumerate(linears, start=1)
+        if path[-1] in HEADS and (index == len(linears) or not any(each.isdigit() for each in path))
+    ]
 
 
 def _users(model: nn.Module) -> dict[int, list[_User]]:

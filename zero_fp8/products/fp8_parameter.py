@@ -35,7 +35,7 @@ from ds_fp8.zero_fp8.products.ways import Way
 logger = logging.getLogger("ds_fp8")
 
 _DATA = Tensor.data.__get__  # type: ignore[attr-defined]
-_LINEAR = torch._C._nn.linear  # also if a profiler has replaced torch.nn.functional's
+_LINEAR, _ADDMM = torch._C._nn.linear, torch.addmm  # also if a profiler or DeepSpeed has replaced them
 
 
 class Decoded(torch.autograd.Function):
@@ -97,7 +97,7 @@ class FP8Parameter(nn.Parameter):
         # By identity and first: Dynamo traces this code and cannot look into a table.
         if func is _LINEAR or func is functional.linear:
             return linear(*args, **kwargs)
-        if func is torch.addmm:
+        if func is _ADDMM or func is torch.addmm:
             return _addmm(*args, **kwargs)
         if torch.compiler.is_dynamo_compiling():
             return _answer_traced(func, args, kwargs)
@@ -142,7 +142,7 @@ def _addmm(input: Any, mat1: Any, mat2: Any, **kwargs: Any) -> Any:
     """Multiply for Conv1D, bias + x W; any other sum uses decoded values."""
     is_product = isinstance(mat2, FP8Parameter) and not isinstance(mat1, FP8Parameter)
     if not is_product or isinstance(input, FP8Parameter) or input.dim() != 1 or kwargs:
-        return _read(torch.addmm, (input, mat1, mat2), kwargs)
+        return _read(_ADDMM, (input, mat1, mat2), kwargs)
     return multiply_input(mat1, mat2, input, matrix=mat2.matrix, way=mat2.way, swapped=True)
 
 
