@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from benchmark_runs import ROOT, torchrun
 
 sys.path.append(str(ROOT / "benchmarks"))
@@ -12,6 +13,9 @@ sys.path.append(str(ROOT / "benchmarks"))
 import gpu_train
 import headline
 import hf_llama
+import operations
+import step_profile
+import sweeps
 
 
 @pytest.mark.slow
@@ -39,3 +43,25 @@ def test_hf_llama_and_headline(tmp_path: Path) -> None:
     assert holds == [True, True]
     faster[1]["milliseconds_per_step"] *= 3
     assert not any(each.holds for each in headline.of_equal_batch(faster))
+
+
+def test_a_gpu_is_busy_while_any_kernel_runs() -> None:
+    """Kernels of two streams overlap; between others there is a gap."""
+    found = step_profile.kernels_of([(5000.0, 9000.0, "b"), (0.0, 3000.0, "a"), (1000.0, 4000.0, "b")])
+    assert found == {"launches": 3, "busy_ms": 8.0, "kernels_ms": {"b": 7.0, "a": 3.0}}
+
+
+@pytest.mark.slow
+def test_step_profile(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    out, config = tmp_path / "profile.json", ROOT / "benchmarks/gpu/o2plus.json"
+    torchrun("step_profile.py", "--out", str(out), "--context", "64", "--deepspeed_config", str(config))
+    (run,) = json.loads(out.read_text())["runs"]
+    for phase in step_profile.PHASES:
+        assert 0 < run[phase]["host_ms"] <= run[phase]["whole_ms"]
+
+
+def test_sweeps(tmp_path: Path) -> None:
+    times = sweeps.sweep_times(2048, 1, torch.device("cpu"))
+    assert len(times) == len(operations.LEVELS)
+    assert min(times.values()) > 0
