@@ -39,7 +39,7 @@ def launches() -> dict[str, Launch]:
     made = empty(COUNT, dtype=torch.float8_e4m3fn)
     scales = empty(*scale_shape(ROWS, COLUMNS), dtype=torch.float32)
     grid = Grid(COLUMNS, (tiles(ROWS), tiles(COLUMNS)), slice(0, exponents.numel()), scales)
-    together = runs.WeightRuns(triton_products(), [grid], [Run(grid, FIRST, COUNT, 0, 0)])
+    together = runs.WeightRuns(triton_products(), 3 * [grid], 3 * [Run(grid, FIRST, COUNT, 0, 0)])
     flat = exponents.view(-1)
     both = {"dgrad": True, "wgrad": True}
     work = {

@@ -38,8 +38,8 @@ DESIGN = {
     "dy and sums": Design(2, 2, e4m3=2, narrow=3),
     "find": Design(2, 0, narrow=2),
     "encode": Design(2, 1, e4m3=1, narrow=2),
-    "find of runs": Design(2, 0, narrow=9),
-    "encode of runs": Design(2, 1, e4m3=1, narrow=10),
+    "find of runs": Design(2, 0, narrow=2 + 7 + 2),  # two to find a run among three, which has seven numbers
+    "encode of runs": Design(2, 1, e4m3=1, narrow=2 + 8 + 2),
     "decode": Design(1, 2, narrow=1),
     "transpose": Design(1, 1, narrow=2),
 }
