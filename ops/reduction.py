@@ -66,7 +66,7 @@ def norm_of(parts: Tensor) -> Tensor:
     """
     square = norm_square(parts)
     if square.device.type == "cpu":
-        return torch.tensor(math.sqrt(square.item()), dtype=torch.float64)
+        return torch.tensor(math.sqrt(square.tolist()), dtype=torch.float64)  # a CPU need not wait
     return square.sqrt()
 
 
