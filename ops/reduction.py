@@ -66,7 +66,8 @@ def norm_of(parts: Tensor) -> Tensor:
     """
     square = norm_square(parts)
     if square.device.type == "cpu":
-        return torch.tensor(math.sqrt(square.tolist()), dtype=torch.float64)  # a CPU need not wait
+        (value,) = square[None].tolist()
+        return torch.tensor(math.sqrt(value), dtype=torch.float64)
     return square.sqrt()
 
 
