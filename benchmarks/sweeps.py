@@ -59,8 +59,8 @@ def main() -> None:
         "milliseconds": times,
     }
     write(arguments.out, {"runs": [*runs, {**run, "milliseconds": times}]})
-    for name, milliseconds in times.items():
-        Console().print(f"{milliseconds:8.4f} ms  {name}")
+    for operation, milliseconds in times.items():
+        Console().print(f"{milliseconds:8.4f} ms  {operation}")
 
 
 if __name__ == "__main__":

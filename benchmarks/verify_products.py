@@ -124,9 +124,12 @@ def weights(ours: Products, device: torch.device, sizes: list[tuple[int, int]]) 
 
 
 def together(ours: Products, device: torch.device, sizes: list[tuple[int, int]]) -> Iterator[str]:
-    """Compare weights of all sizes at once with each alone; of the first a rank has the second half."""
+    """Compare weights of all sizes at once with each alone; of the first a rank has the second half.
+
+    Codes lie elsewhere than values, at whole words and not.
+    """
     matrices = [dict(inputs(rows, columns, rows)) for columns, rows in sizes]
-    for kind in ("normal", "wide", "denormal"):
+    for kind, apart in (("normal", 0), ("wide", 16), ("denormal", 7)):
         grids: list[Grid] = []
         runs: list[Run] = []
         parts: list[Tensor] = []
@@ -138,22 +141,25 @@ def together(ours: Products, device: torch.device, sizes: list[tuple[int, int]])
             grids.append(Grid(columns, shape, slice(start, start + shape[0] * shape[1]), scales))
             taken = sum(map(len, parts))
             parts.append(values.reshape(-1)[first:].to(device))
-            runs.append(Run(grids[-1], first, len(parts[-1]), taken, taken))
+            runs.append(Run(grids[-1], first, len(parts[-1]), taken, taken + apart))
         made = [
-            encoded(functions(ours, grids, runs), grids, torch.cat(parts))
+            encoded(functions(ours, grids, runs), grids, torch.cat(parts), apart)
             for functions in (ours.weight_runs, WeightRuns)
         ]
         assert all(map(torch.equal, *made)), f"{kind}: {len(sizes)} matrices at once"
         yield kind
 
 
-def encoded(runs: WeightRuns, grids: list[Grid], values: Tensor) -> list[Tensor]:
+def encoded(runs: WeightRuns, grids: list[Grid], values: Tensor, apart: int) -> list[Tensor]:
     exponents = torch.zeros(grids[-1].place.stop, dtype=torch.uint8, device=values.device)
     runs.find_exponents(values, exponents)
-    codes = torch.empty_like(values, dtype=torch.float8_e4m3fn)
-    runs.encode(values, exponents, codes)
+    codes = torch.zeros(len(values) + apart, dtype=torch.uint8, device=values.device)
+    for go in (0.0, 1.0):  # a step that is skipped, and one that is not
+        control = torch.tensor([1.0, go], device=values.device)
+        runs.encode(values, exponents, codes.view(torch.float8_e4m3fn), control)
+        assert go or not codes.any(), "a skipped step writes codes"
     runs.expand_exponents(exponents)
-    return [exponents, codes.view(torch.uint8), *(grid.scales.clone() for grid in grids)]
+    return [exponents, codes, *(grid.scales.clone() for grid in grids)]
 
 
 def decoded_and_turned(

@@ -167,7 +167,7 @@ def check_runs(grids: Sequence[Grid], runs: Sequence[Run]) -> Ends:
             raise _refusal("run", f"{run.count} values from {run.first} on", f"1 to {most} from 0 on")
     return Ends(
         max((run.values + run.count for run in runs), default=0),
-        max((grid.place.stop for grid in grids), default=0),
+        max((grid.place.stop for grid in (*grids, *(run.grid for run in runs))), default=0),
         max((run.codes + run.count for run in runs), default=0),
     )
 

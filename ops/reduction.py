@@ -66,8 +66,8 @@ def norm_of(parts: Tensor) -> Tensor:
     """
     square = norm_square(parts)
     if square.device.type == "cpu":
-        (value,) = square[None].tolist()
-        return torch.tensor(math.sqrt(value), dtype=torch.float64)
+        (value,) = square[None].tolist()  # not `item`, which on a GPU would wait
+        return square.new_tensor(math.sqrt(value))
     return square.sqrt()
 
 

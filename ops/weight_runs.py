@@ -50,7 +50,7 @@ class Run:
 
 
 class WeightRuns:
-    """All matrices and runs, one by one."""
+    """All matrices and runs, one by one. No two runs of a matrix reach the same tile."""
 
     def __init__(self, functions: Functions, grids: Sequence[Grid], runs: Sequence[Run]) -> None:
         self._functions, self._grids, self._runs = functions, grids, runs

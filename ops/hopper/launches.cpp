@@ -252,7 +252,7 @@ Tensors multiply(const Tensor& left, const Tensor& left_scales, const Tensor& ri
 Tensors differentiate(const Tensor& dy, const Tensor& codes, const Tensor& weight_tiles,
                       const std::optional<Tensor>& x, const std::optional<Tensor>& x_scales, bool input,
                       bool weight, bool bias, bool swapped, int64_t stream) {
-    if (weight && !(x && x_scales)) return {};
+    if (codes.device() != dy.device() || (weight && !(x && x_scales))) return {};
     const bool turns = input && !swapped;
     const Kernel* const turning = turns ? find_transpose(codes, weight_tiles) : nullptr;
     if (turns && !turning) return {};  // before a cast is launched in vain

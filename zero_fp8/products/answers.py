@@ -4,6 +4,7 @@ The tables hold torch's functions themselves, as `__torch_function__` receives t
 torch lacks are left out.
 """
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -72,9 +73,22 @@ LEAVES_GRAPH = (
     "record_stream",
 )
 
-# Dynamo dispatches the functions of this table, which torch makes once: it lacks private ones, and torch's
-# own linear if DeepSpeed has replaced F.linear before. Without dispatch a graph would read NaN.
-overrides.get_overridable_functions()[torch].extend((torch._C._nn.linear, *FOREACH.values()))
+
+def _let_dynamo_dispatch() -> None:
+    """Let compiled code, too, call an FP8 weight's answers to functions that torch does not list.
+
+    Dynamo dispatches the functions of a table that torch makes once. It lacks private ones, and torch's own
+    linear if DeepSpeed has replaced `F.linear` before; without dispatch a graph would read NaN. Dynamo keeps
+    a copy from its first compilation on.
+    """
+    overrides.get_overridable_functions()[torch].extend((torch._C._nn.linear, *FOREACH.values()))
+    variables = sys.modules.get("torch._dynamo.variables.torch")
+    forget = getattr(getattr(variables, "get_overridable_functions", None), "cache_clear", None)
+    if forget is not None:
+        forget()
+
+
+_let_dynamo_dispatch()
 
 
 def compiler_asks() -> bool:

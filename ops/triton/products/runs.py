@@ -31,7 +31,7 @@ WORD = 16  # elements; if all places are multiples of it, a thread moves several
 
 @triton.jit
 def row_of(rows, count, program, FIELDS: tl.constexpr, LOG_COUNT: tl.constexpr):
-    """The row that a program serves: the last of those whose first program is not behind it."""
+    """The row that a program serves: the last of those whose first program is not after it."""
     row = 0
     for halved in tl.static_range(1, LOG_COUNT + 1):
         other = row + (1 << (LOG_COUNT - halved))
