@@ -37,7 +37,7 @@ from claims import Claim, print_claims
 from gpu_train import CONSOLE, load
 from llama import SIZES, batches, options, recorded
 from offload_runs import WAYS, check_bits, engine_of
-from ranks_gpu import facts, join_ranks, limit_memory
+from ranks_gpu import facts, join_ranks, limit_memory, wait
 from rich.table import Table
 from timing import write
 from torch import cuda
@@ -49,11 +49,6 @@ from ds_fp8.estimate import memory
 
 WARM_UP = 2  # untimed steps
 Run = dict[str, Any]
-
-
-def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        cuda.synchronize(device)
 
 
 # Time and memory

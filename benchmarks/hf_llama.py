@@ -57,17 +57,12 @@ from llama import (
     step,
 )
 from meters import elements
-from ranks_gpu import facts, join_ranks, limit_memory
+from ranks_gpu import facts, join_ranks, limit_memory, wait
 from rich.table import Table
 from timing import write
 from torch import cuda
 
 Run = dict[str, Any]
-
-
-def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        cuda.synchronize(device)
 
 
 def forget_peak(device: torch.device) -> None:

@@ -36,6 +36,12 @@ def join_ranks() -> torch.device:
     return device
 
 
+def wait(device: torch.device) -> None:
+    """Wait until a GPU has run what was launched."""
+    if device.type == "cuda":
+        cuda.synchronize(device)
+
+
 def limit_memory(gigabytes: float, device: torch.device) -> None:
     """Let torch's allocator use no more than this, as on a GPU that has less."""
     share = gigabytes * 1e9 / cuda.get_device_properties(device).total_memory

@@ -15,16 +15,15 @@ import itertools
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from gpu_train import CONSOLE, load
 from llama import SIZES, Batch, batches, engine_of, micro_step, options, recorded
-from ranks_gpu import facts, join_ranks
+from ranks_gpu import facts, join_ranks, wait
 from timing import write
-from torch import cuda
 from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.profiler import ProfilerActivity, profile
 
@@ -33,7 +32,7 @@ WARM_UP, TIMED = 10, 6  # steps
 TOP = 30  # kernels that are listed
 
 
-def phases_of(engine: Any, batch: Batch, wait: Callable[[], None]) -> Iterator[tuple[float, float]]:
+def phases_of(engine: Any, batch: Batch, device: torch.device) -> Iterator[tuple[float, float]]:
     """Yield milliseconds of each phase of a step: of the host, and until the device has ended."""
     losses: list[Any] = []
     calls = (
@@ -42,11 +41,11 @@ def phases_of(engine: Any, batch: Batch, wait: Callable[[], None]) -> Iterator[t
         engine.step,
     )
     for call in calls:
-        wait()
+        wait(device)
         start = time.perf_counter()
         call()
         launched = time.perf_counter()
-        wait()
+        wait(device)
         yield (launched - start) * 1000, (time.perf_counter() - start) * 1000
 
 
@@ -66,15 +65,11 @@ def kernels_of(events: list[tuple[float, float, str]]) -> dict[str, Any]:
 
 
 def measure(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    def wait() -> None:
-        if device.type == "cuda":
-            cuda.synchronize(device)
-
     engine = engine_of(arguments, device)
     batch, *others = itertools.islice(batches(arguments, device), WARM_UP)
     for each in (batch, *others):
         micro_step(engine, each)
-    rounds = [list(phases_of(engine, batch, wait)) for _ in range(TIMED)]
+    rounds = [list(phases_of(engine, batch, device)) for _ in range(TIMED)]
     found: dict[str, Any] = {
         phase: {
             key: statistics.median(each[place][kind] for each in rounds)
@@ -85,7 +80,7 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> dict[str, An
     if device.type == "cuda":
         with profile(activities=[ProfilerActivity.CUDA]) as profiler:
             micro_step(engine, batch)
-            wait()
+            wait(device)
         events = [each for each in profiler.events() if each.device_type != DeviceType.CPU]
         found["gpu"] = kernels_of([(e.time_range.start, e.time_range.end, e.name) for e in events])
     return found
