@@ -38,7 +38,8 @@ def test_hf_llama_and_headline(tmp_path: Path) -> None:
     assert not fsdp2["sent"]
     runs = hf_llama.gathered(gpu_train.load(out))
     faster = [{**run, "config": "o3"} if run is runs[1] else run for run in runs]
-    faster[1]["milliseconds_per_step"] = 0.5 * min(run["milliseconds_per_step"] for run in runs)
+    for run, milliseconds in zip(faster, (100.0, 50.0, 90.0), strict=True):  # as measured they are noise
+        run["milliseconds_per_step"] = milliseconds
     holds = [each.holds for each in (*headline.of_equal_batch(faster), *headline.of_equal_memory(faster))]
     assert holds == [True, True]
     faster[1]["milliseconds_per_step"] *= 3
