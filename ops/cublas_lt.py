@@ -98,14 +98,14 @@ class Plan:
     def __call__(
         self, left: Tensor, left_scales: Tensor, right: Tensor, right_scales: Tensor, bias: Tensor | None
     ) -> Tensor:
-        """The product, [rows, columns] bfloat16, on the current stream. Nothing is checked."""
+        """The product, [rows, columns] bfloat16, on its device's current stream. Nothing is checked."""
         product = torch.empty(len(left), self._columns, dtype=torch.bfloat16, device=self._device)
         workspace = None
         if self._workspace:
             workspace = torch.empty(self._workspace, dtype=torch.uint8, device=self._device)
         stream = torch._C._cuda_getCurrentRawStream(self._device.index)  # as Triton asks: cheaper
         address = product.data_ptr()
-        with self._lock:
+        with self._lock, torch.cuda.device(self._device):
             self._point(A_SCALE_POINTER, right_scales)
             self._point(B_SCALE_POINTER, left_scales)
             if bias is not None:
@@ -130,6 +130,10 @@ class Plan:
             )
         _check(status, "cublasLtMatmul")
         return product
+
+    def copy(self) -> "Plan":
+        """A plan of the same product whose descriptor is its own."""
+        return Plan(self._shape, self._device)
 
     def described(self) -> tuple[list[int], list[int], list[int], int]:
         """The device and the shape, handles, the algorithm and the bytes of its workspace, as numbers."""

@@ -52,6 +52,7 @@ def _multiply(left: Operand, right: Operand, bias: Tensor | None = None) -> Tens
     assert right.scales.is_contiguous()
     assert left.codes.is_contiguous()
     assert right.codes.is_contiguous()
+    assert bias is None or bias.is_contiguous()
     return products.multiply(left, right, bias)
 
 

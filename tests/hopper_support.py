@@ -51,9 +51,11 @@ class Device:
     def __init__(self, library: Library) -> None:
         self.library = library
         self.launches = self.products = 0
+        self.context = 1  # of the calling thread
         unsigned = [c_uint] * 7
         self.functions = (
             CFUNCTYPE(c_int, c_void_p, *unsigned, c_void_p, POINTER(c_void_p), c_void_p)(self.launch),
+            CFUNCTYPE(c_int, POINTER(c_void_p))(self.get_context),
             CFUNCTYPE(c_int, c_void_p, c_int, c_void_p, c_size_t)(self.set_attribute),
             CFUNCTYPE(c_int, *[c_void_p] * 14, c_size_t, c_void_p)(self.multiply),
         )
@@ -63,6 +65,10 @@ class Device:
 
     def addresses(self) -> list[int | None]:
         return [ctypes.cast(each, c_void_p).value for each in self.functions]
+
+    def get_context(self, context: Any) -> int:
+        context[0] = self.context
+        return 0
 
     def launch(self, function: int, *arguments: Any) -> int:
         """A kernel's handle is its kind and 100."""

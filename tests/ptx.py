@@ -71,7 +71,7 @@ class Launch:
 
     def __init__(self, module: Any, kernel: str, code: Callable[[], object]) -> None:
         self.kernel = self.fn = getattr(module, kernel)
-        device = mock.patch.object(torch._C, "_cuda_getDevice", create=True, return_value=0)
+        device = mock.patch.object(torch._C, "_cuda_getDevice", create=True, return_value=-1)
         with mock.patch.object(module, kernel, self), device:
             code()
 

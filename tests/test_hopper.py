@@ -11,7 +11,7 @@ import pytest
 import torch
 from hopper_support import E4M3, Device, cast_gradient, cast_input, learning, same
 
-from ds_fp8.ops import products
+from ds_fp8.ops import cublas, products
 from ds_fp8.ops.hopper import build, functions
 from ds_fp8.ops.hopper.functions import LAUNCHES
 from ds_fp8.ops.products import Operand, padded_tokens, scale_shape
@@ -37,6 +37,9 @@ def test_casts_of_inputs(device: Device, monkeypatch: pytest.MonkeyPatch, tokens
     assert functions.cast_input(x[:0], wgrad=wgrad).forward.codes.shape == (0, 160)
     functions.cast_input(torch.randn(tokens, 161, dtype=torch.bfloat16)[:, 1:], wgrad=wgrad)
     assert device.launches == before + 1, "neither no tokens nor an odd address"
+    device.context = 0
+    assert same(functions.cast_input(x, wgrad=wgrad).forward, wanted.forward)
+    assert device.launches == before + 1, "a thread that has no context yet leaves the launch to Triton"
 
 
 @pytest.mark.parametrize("wanted", [(True, True, True), (False, True, False), (True, False, True)])
@@ -96,6 +99,19 @@ def test_products(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="right scales: received shape"):
         functions.multiply(cast.forward, Operand(weight.codes, weight.scales[:, :1]))
     assert device.products == before + 1
+
+
+def test_python_and_cpp_share_no_descriptor(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It holds the addresses of scales while a product is launched, and each has a lock of its own."""
+    given: list[list[int]] = []
+    add = LAUNCHES.add_plan.default
+    monkeypatch.setattr(LAUNCHES.add_plan, "default", lambda *plan: (given.append(plan[1]), add(*plan)))
+    x, w = (cast_input(torch.randn(rows, 176, dtype=torch.bfloat16), wgrad=False) for rows in (16, 32))
+    groups = scale_shape(32, 176)
+    right = Operand(w.forward.codes, torch.ones(groups))
+    functions.multiply(x.forward, right)
+    assert device.products == 0
+    assert given[0][1] != cublas.plan_of(x.forward, right, None).described()[1][1]
 
 
 def test_a_library_that_cannot_be_built(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:

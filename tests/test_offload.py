@@ -2,9 +2,10 @@
 
 import logging
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from ranks import RankPools
 from torch import Tensor, nn
 
 import ds_fp8
+from ds_fp8.zero_fp8.gradients.landing import HostSum
 
 SECONDS = 120.0  # until a run that should take some counts as a hang
 WIDTH = 32
@@ -275,3 +277,15 @@ def with_two_hops(executor: str) -> None:
 @pytest.mark.parametrize("executor", EXECUTORS)
 def test_two_hops(ranks: RankPools, executor: str) -> None:
     ranks.run(4, with_two_hops, executor, seconds=SECONDS)
+
+
+def test_an_addition_on_the_host_that_failed_is_not_followed_by_a_step() -> None:
+    failed: Future[Tensor] = Future()
+    failed.set_exception(MemoryError("no room"))
+    added: Future[Tensor] = Future()
+    added.set_result(torch.zeros(1))
+    total = HostSum(on_device=Mock(), landing=Mock(add=Mock(side_effect=[failed, added])))
+    for _ in range(2):
+        total.add([], Mock(), overwrite=False)
+    with pytest.raises(MemoryError, match="no room"):
+        total.settle()

@@ -4,7 +4,7 @@ import random
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from ds_fp8.estimate import memory
+from ds_fp8.zero_fp8.comm.collectives import AllToAll
 from ds_fp8.zero_fp8.gradients.reducer import UNDER_WAY
 from ds_fp8.zero_fp8.states.shard import Shard
 
@@ -396,3 +397,24 @@ def drawn_runs(seeds: range) -> None:
 @pytest.mark.parametrize("first", range(0, 50, 10))
 def test_fifty_random_models_do_not_deadlock(ranks: RankPools, first: int) -> None:
     ranks.run(3, drawn_runs, range(first, first + 10), seconds=60)
+
+
+class OfAnotherStream:
+    """A buffer on a GPU that was made on another stream than the current one."""
+
+    is_cuda = True
+
+    def __init__(self) -> None:
+        self.kept_for: list[Any] = []
+
+    def record_stream(self, stream: Any) -> None:
+        self.kept_for.append(stream)
+
+
+def test_buffers_are_reused_after_the_stream_that_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stream that waits for an exchange need not be that on which its buffers were made."""
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "current")
+    exchange, buffers = object.__new__(AllToAll), (OfAnotherStream(), OfAnotherStream())
+    exchange._work, (exchange._sent, exchange._received) = Mock(), buffers  # type: ignore[assignment]
+    exchange.wait()
+    assert [each.kept_for for each in buffers] == [["current"]] * 2

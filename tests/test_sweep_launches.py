@@ -17,7 +17,7 @@ SOURCES = {path.relative_to(OPS).as_posix(): path.read_text() for path in sorted
 KERNELS = "".join(source for name, source in SOURCES.items() if name.startswith("triton/"))
 LAUNCH = "launch"  # of the module LAUNCHING: a kernel, programs and warps, then the kernel's own arguments
 OF_LAUNCH = 3
-LAUNCHING = "triton/tiles.py"  # gives a compiled kernel its arguments in the order of the parameters
+LAUNCHING = "triton/launching.py"  # gives a compiled kernel its arguments in the order of the parameters
 LONG, FIRST = 8, 3  # parameters of a device function, and how many of that many are clear by their place
 STEPS = ("adam_step", "step_tensors")
 

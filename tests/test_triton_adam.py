@@ -8,6 +8,7 @@ from itertools import chain
 from typing import Any
 
 import pytest
+import torch
 from grids import pairwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -34,8 +35,10 @@ from sweep_checks import (
 )
 from triton_support import CONVERSIONS, TRITON, conversion
 
+from ds_fp8.ops.adam import Segment
 from ds_fp8.ops.formats import BF16, FP16, Format
-from ds_fp8.ops.triton.tiles import INTERPRETED
+from ds_fp8.ops.triton import adam as triton_adam
+from ds_fp8.ops.triton.launching import INTERPRETED
 
 # On a GPU the root of v is right for 0 and from 2^-102 on, in the sweep's unit; an interpreted one always is.
 KINDS = MOMENTS if INTERPRETED else tuple(kind for kind in MOMENTS if kind != "faint")
@@ -116,3 +119,9 @@ def test_nan_stays_nan(fmt: str, place: str, clamped: bool) -> None:
 def test_a_denormal_exp_avg() -> None:
     with conversion(hardware=False):
         check_a_denormal_exp_avg(TRITON)
+
+
+def test_rows_before_the_first_segment_read_its_entry_of_the_table() -> None:
+    """Padding, with which a rank's part of a bucket begins if it has none of the first parameters."""
+    plan = triton_adam.plan([Segment(slice(40, 90), 3, 0)], 400, 128, torch.device("cpu"))
+    assert plan.tile_segments.tolist() == [0] * len(plan.tile_segments)

@@ -45,10 +45,11 @@ from triton_support import CONVERSIONS, DEVICE, TRITON, conversion, each_convers
 from ds_fp8.ops.blocks import to_float32
 from ds_fp8.ops.formats import E4M3, Format
 from ds_fp8.ops.rounding import RANDOM_BITS, round_up_from_zero
+from ds_fp8.ops.triton import launching
 from ds_fp8.ops.triton import quantize_many as quantize_many_triton
 from ds_fp8.ops.triton import rounding as rounding_triton
 from ds_fp8.ops.triton import tiles as tiles_triton
-from ds_fp8.ops.triton.tiles import INTERPRETED
+from ds_fp8.ops.triton.launching import INTERPRETED
 
 TILE = tl.constexpr(1 << 16 if INTERPRETED else 1 << 12)  # the interpreter pays by the tile
 
@@ -84,7 +85,7 @@ def launch(kernel: Any, source: Tensor, *others: Tensor, **constants: object) ->
     tensors = [each.to(DEVICE) for each in (source, *others)]
     programs = -(-source.numel() // TILE.value)
     operands = dict(zip(kernel.arg_names, [*tensors, source.numel()], strict=False))
-    tiles_triton.launch(kernel, programs, 4, **operands, **constants)
+    launching.launch(kernel, programs, 4, **operands, **constants)
     others[-1].copy_(tensors[-1])
 
 
@@ -98,7 +99,7 @@ def test_every_code_is_decoded(fmt: Format, hardware: bool) -> None:
     codes = readable(every_code(fmt), hardware)
     values = torch.full(codes.shape, 7.0)
     with conversion(hardware):
-        launch(decode_kernel, tiles_triton.raw(codes), values, FORMAT=fmt.name, HARDWARE=hardware)
+        launch(decode_kernel, launching.raw(codes), values, FORMAT=fmt.name, HARDWARE=hardware)
     assert_same(values, to_float32(codes, fmt), fmt.name)
 
 
@@ -109,7 +110,7 @@ def test_every_nasty_value_is_encoded(fmt: Format, hardware: bool) -> None:
         values = torch.cat([values, torch.tensor([torch.inf, -torch.inf, torch.nan, -torch.nan])])
     codes = garbage(len(values), dtype=fmt.dtype)
     with conversion(hardware):
-        launch(encode_kernel, values, tiles_triton.raw(codes), FORMAT=fmt.name, HARDWARE=hardware)
+        launch(encode_kernel, values, launching.raw(codes), FORMAT=fmt.name, HARDWARE=hardware)
     assert_same(codes, values.to(fmt.dtype), fmt.name)
 
 
@@ -176,7 +177,7 @@ def test_a_launch_takes_64_vectors(monkeypatch: pytest.MonkeyPatch, count: int) 
 
     def counting(*arguments: Any, **constants: Any) -> None:
         launches.append(arguments)
-        tiles_triton.launch(*arguments, **constants)
+        launching.launch(*arguments, **constants)
 
     monkeypatch.setattr(quantize_many_triton, "launch", counting)
     generator = torch.Generator().manual_seed(count)

@@ -1,12 +1,14 @@
 """How kernels are launched on a GPU: Triton is asked once for each kind of call."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
 
-from ds_fp8.ops.triton import tiles as launching
+from ds_fp8.ops.triton import launching
 
 
 @dataclass
@@ -44,9 +46,39 @@ class Compiled:
         return lambda *values: self.kernel.calls.append((grid, *values))
 
 
-def test_a_kernel_is_looked_up_once_per_kind_of_call(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def current(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The current devices, the last one on top; tensors in host memory say that they are on -1."""
+    devices = [-1]
+
+    @contextmanager
+    def switch(device: int) -> Iterator[None]:
+        devices.append(device)
+        yield
+        devices.pop()
+
     monkeypatch.setattr(launching, "INTERPRETED", False)
-    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: devices[-1], raising=False)
+    monkeypatch.setattr(torch.cuda, "device", switch)
+    return devices
+
+
+def test_a_kernel_runs_where_its_tensors_are(current: list[int]) -> None:
+    current[:] = [5]
+    seen = []
+
+    class Watching(Kernel):
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            seen.append(current[-1])
+            return super().__getitem__(grid)
+
+    launching.launch(Watching([Parameter("n"), Parameter("x")]), 1, 4, n=3, x=torch.zeros(2))
+    assert seen == [-1]
+    assert current == [5]
+
+
+@pytest.mark.usefixtures("current")
+def test_a_kernel_is_looked_up_once_per_kind_of_call() -> None:
     kernel = Kernel([Parameter("x"), Parameter("n"), Parameter("free", False, True), Parameter("WAY", True)])
     memory = torch.zeros(64, dtype=torch.float8_e4m3fn)
 

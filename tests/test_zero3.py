@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import set_z3_leaf_modules
 from engines import assert_same_bits, build, ds_config, packed, weight_bits, whole_states, zero3
 from grids import pairwise, some_of
 from meters import Traffic, live_tensors, storages
@@ -50,6 +51,20 @@ class Biased(nn.Linear):
         return F.linear(hidden, self.weight, self.bias if dist.get_rank() == 0 else None)
 
 
+class Experts(nn.Module):
+    """One of them is used, on each rank another, and another in each step; one is used on no rank."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(Block(width, inner) for _ in range(3))
+        self.step = 0
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        self.step += 1
+        out: Tensor = self.experts[(self.step + dist.get_rank()) % 3](hidden)
+        return out
+
+
 class Model(nn.Module):
     """What a model may do with its modules and parameters, by name."""
 
@@ -68,6 +83,9 @@ class Model(nn.Module):
             self.blocks[1].requires_grad_(False)
         if kind == "bias on one rank":
             self.blocks[1].down = Biased(inner, width)
+        if kind == "experts":
+            self.blocks[1] = Experts(width, inner)
+            set_z3_leaf_modules(self, [Experts])
         self.step = 0
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -99,7 +117,7 @@ class Model(nn.Module):
 
 KINDS = (
     *("plain", "checkpointing", "reentrant", "tied", "head by function", "frozen", "bias on one rank"),
-    *("block twice", "other order", "block left out", "module unused", "two groups", "two dtypes"),
+    *("block twice", "other order", "block left out", "module unused", "experts", "two groups", "two dtypes"),
 )
 
 
@@ -371,7 +389,7 @@ def prompt() -> AbstractContextManager[Any]:
 
 def test_most_buckets_leave_before_backward_has_ended(ranks: RankPools) -> None:
     zero = {"overlap_comm": True, **zero3(persistence=60, prefetch=2000, reuse=0)}
-    for kind in ("plain", "head by function", "bias on one rank", "checkpointing"):
+    for kind in ("plain", "head by function", "bias on one rank", "checkpointing", "experts"):
         for found in both(ranks, 2, kind, ds_config({}, zero=zero, bucket=1000), around=prompt):
             assert found["early"] >= found["buckets"] - 2, f"{kind}: {found['early']} of {found['buckets']}"
             assert not found["late"], kind

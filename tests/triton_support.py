@@ -20,9 +20,9 @@ from ds_fp8.ops.triton import adam as adam_triton
 from ds_fp8.ops.triton import blocks as blocks_triton
 from ds_fp8.ops.triton import reduction as reduction_triton
 from ds_fp8.ops.triton import tiles as tiles_triton
+from ds_fp8.ops.triton.launching import INTERPRETED
 from ds_fp8.ops.triton.products import casts as casts_triton
 from ds_fp8.ops.triton.products import weights as weights_triton
-from ds_fp8.ops.triton.tiles import INTERPRETED
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 TRITON = Kernels(triton_backend(), DEVICE)

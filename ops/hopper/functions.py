@@ -14,8 +14,8 @@ from torch import Tensor
 from ds_fp8.ops import cublas, cublas_lt
 from ds_fp8.ops.hopper import build
 from ds_fp8.ops.products import CastGradient, CastInput, Operand, padded_tokens, scale_shape
+from ds_fp8.ops.triton.launching import ALIGNMENT, latest
 from ds_fp8.ops.triton.products import casts, weights
-from ds_fp8.ops.triton.tiles import ALIGNMENT, latest
 
 LAUNCHES = torch.ops.ds_fp8_launches  # a call of an overload, `.default`, needs not search for it
 NOTHING, ROWS, TILES = range(3)  # how transposed codes are scaled
@@ -30,6 +30,7 @@ def obstacle() -> str | None:
         assert library is not None
         functions = (
             driver.cuLaunchKernel,
+            driver.cuCtxGetCurrent,
             library.cublasLtMatmulDescSetAttribute,
             library.cublasLtMatmul,
         )
@@ -79,7 +80,7 @@ def multiply(left: Operand, right: Operand, bias: Tensor | None = None) -> Tenso
         return found[0]  # type: ignore[no-any-return]
     product = cublas.multiply(left, right, bias)
     if left.codes.numel():
-        LAUNCHES.add_plan.default(*cublas.plan_of(left, right, bias).described())
+        LAUNCHES.add_plan.default(*cublas.plan_of(left, right, bias).copy().described())
     return product
 
 

@@ -30,6 +30,7 @@ constexpr int64_t TURNED_ROWS = 1, TURNED_TILES = 2;
 
 using LaunchKernel = int (*)(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned,
                              void*, void**, void**);
+using GetContext = int (*)(void**);
 using SetAttribute = int (*)(void*, int, const void*, size_t);
 using Matmul = int (*)(void*, void*, const void*, const void*, void*, const void*, void*, const void*,
                        const void*, void*, void*, void*, const void*, void*, size_t, void*);
@@ -49,6 +50,7 @@ struct Plan {
 using Shape = std::array<int64_t, 7>;  // device, rows, columns, inner, right in tiles, with bias, alignment
 
 LaunchKernel launch_kernel;
+GetContext get_context;
 SetAttribute set_attribute;
 Matmul matmul;
 std::map<std::pair<int64_t, int64_t>, Kernel> kernels;  // by device and kind
@@ -65,8 +67,9 @@ void check(int64_t status, const char* what) { TORCH_CHECK(status == 0, what, ":
 
 void start(Integers functions) {
     launch_kernel = reinterpret_cast<LaunchKernel>(functions[0]);
-    set_attribute = reinterpret_cast<SetAttribute>(functions[1]);
-    matmul = reinterpret_cast<Matmul>(functions[2]);
+    get_context = reinterpret_cast<GetContext>(functions[1]);
+    set_attribute = reinterpret_cast<SetAttribute>(functions[2]);
+    matmul = reinterpret_cast<Matmul>(functions[3]);
 }
 
 void add_kernel(int64_t device, int64_t kind, int64_t function, int64_t threads, int64_t shared) {
@@ -89,7 +92,10 @@ void add_plan(Integers shape, Integers handles, Integers algorithm, int64_t work
     plans.emplace(key, std::move(plan));
 }
 
+// None in a thread that has not used CUDA before: Triton's own launch gives it a context.
 const Kernel* find_kernel(int64_t device, int64_t kind) {
+    void* context = nullptr;
+    if (get_context(&context) || !context) return nullptr;
     std::lock_guard<std::mutex> guard(known);
     const auto found = kernels.find({device, kind});
     return found == kernels.end() ? nullptr : &found->second;

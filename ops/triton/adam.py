@@ -18,6 +18,7 @@ from ds_fp8.ops import health
 from ds_fp8.ops.adam import Segment, Sweep
 from ds_fp8.ops.guards import check_segments, check_step
 from ds_fp8.ops.rounding import EXP_AVG_SQ, MASTER, signed
+from ds_fp8.ops.triton.launching import launch
 from ds_fp8.ops.triton.masters import load_masters, store_masters
 from ds_fp8.ops.triton.moments import (
     UNIT,
@@ -33,7 +34,6 @@ from ds_fp8.ops.triton.rounding import key_of, random_words, row_places
 from ds_fp8.ops.triton.tiles import (
     deciding_magnitudes,
     hardware_fp8,
-    launch,
     load_codes,
     load_scales,
     magnitude,
@@ -237,6 +237,7 @@ def plan(segments: Sequence[Segment], blocks: int, block_size: int, device: torc
     rows, programs = tile_of(blocks, block_size, WARPS)
     first_rows = torch.arange(programs + 1, dtype=torch.int32) * rows
     tile_segments = torch.searchsorted(table[0], first_rows, right=True, out_int32=True) - 1
+    tile_segments.clamp_(min=0)  # rows before the first segment are padding
     return Plan(table.to(device), tile_segments.to(device), blocks)
 
 

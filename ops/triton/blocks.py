@@ -8,11 +8,11 @@ from torch import Tensor
 from ds_fp8.ops import health
 from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.guards import check_dequantize, check_quantize
+from ds_fp8.ops.triton.launching import launch
 from ds_fp8.ops.triton.tiles import (
     decode,
     hardware_fp8,
     largest,
-    launch,
     load_codes,
     load_scales,
     magnitude,

@@ -15,7 +15,8 @@ from torch import Tensor
 from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.guards import check_quantize
 from ds_fp8.ops.triton.blocks import WARPS, quantize_tile
-from ds_fp8.ops.triton.tiles import hardware_fp8, launch, partials, scales_of, tile_of
+from ds_fp8.ops.triton.launching import launch
+from ds_fp8.ops.triton.tiles import hardware_fp8, partials, scales_of, tile_of
 
 LOG_VECTORS = tl.constexpr(6)
 VECTORS = tl.constexpr(2**6)  # of a launch, at most

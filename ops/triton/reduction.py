@@ -16,15 +16,14 @@ from ds_fp8.ops import exact
 from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.guards import check_accumulate, check_distances
 from ds_fp8.ops.reduction import NORM_PARTS
+from ds_fp8.ops.triton.launching import launch, raw
 from ds_fp8.ops.triton.tiles import (
     decode,
     hardware_fp8,
     is_scaled,
-    launch,
     load_codes,
     load_scales,
     magnitude,
-    raw,
     scales_of,
     store_blocks,
     tile_of,

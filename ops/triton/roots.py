@@ -4,10 +4,10 @@ import triton
 import triton.language as tl
 
 from ds_fp8.ops import moments
-from ds_fp8.ops.triton import tiles
+from ds_fp8.ops.triton import launching
 
 NEXT_TO_ZERO = tl.constexpr(moments.NEXT_TO_ZERO)
-INTERPRETED = tl.constexpr(tiles.INTERPRETED)
+INTERPRETED = tl.constexpr(launching.INTERPRETED)
 
 
 @triton.jit

@@ -1,19 +1,11 @@
-"""Tiles of blocks on a GPU: the device functions that all Triton kernels share, and how they are launched.
+"""Tiles of blocks on a GPU: the device functions that all Triton kernels share.
 
 A tile is [ROWS, BLOCK]: a block is a row, so its amax is a reduction in registers. Formats are compile-time
 constants. From sm_89 on the hardware converts FP8; before, integer arithmetic does, to the same bits.
 
 Kernels are bound by instructions as much as by memory. So a scale is multiplied with a row's other factors
 before the row is, and a tile's address is one 64-bit base and 32-bit offsets.
-
-Triton looks up a compiled kernel by the types of all arguments and by what they are divisible by, which takes
-it tens of microseconds of Python. `launch` asks the same once per argument, and passes pointers as integers.
-Codes of 8 bits are bytes to a kernel, which every architecture can load.
 """
-
-import os
-import threading
-from typing import Any
 
 import torch
 import triton
@@ -28,59 +20,6 @@ from ds_fp8.ops.formats import BY_NAME
 # so rounds twice.
 FIRST_WITH_FP8 = (8, 9) if Version(triton.__version__) >= Version("3.9") else (9, 0)
 PER_WARP = 512  # elements of a tile: 16 per thread, one 16-byte access of an 8-bit format
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-ALIGNMENT = 16  # bytes of a pointer, and of an integer what divides it: Triton compiles for both cases
-
-_compiled: dict[tuple[object, ...], Any] = {}
-_thread = threading.local()
-
-
-def launch(kernel: Any, programs: int, warps: int, /, *, maxnreg: object = None, **arguments: object) -> None:
-    """Launch without fused multiply-adds, which round once where the reference rounds twice.
-
-    maxnreg: registers of a thread at most; None: the assembler chooses. arguments: every parameter of the
-    kernel by its name, so that none can take another's place.
-    """
-    if INTERPRETED:
-        kernel[(programs,)](**as_bytes(arguments))
-        return
-    kind: list[object] = [kernel.fn, warps, maxnreg, torch._C._cuda_getDevice()]
-    values, key = [_describe(arguments[each.name], each, kind) for each in kernel.params], tuple(kind)
-    _thread.compiled = _compiled.get(key)
-    if _thread.compiled is not None:
-        _thread.compiled[(programs, 1, 1)](*values)
-        return
-    options = {"num_warps": warps, "enable_fp_fusion": False, "maxnreg": maxnreg}
-    _thread.compiled = _compiled[key] = kernel[(programs,)](**as_bytes(arguments), **options)
-
-
-def latest() -> Any:
-    """Triton's compilation of the kernel that this thread launched last."""
-    return _thread.compiled
-
-
-def as_bytes(arguments: dict[str, object]) -> dict[str, object]:
-    return {name: raw(each) if isinstance(each, Tensor) else each for name, each in arguments.items()}
-
-
-def raw(codes: Tensor) -> Tensor:
-    return codes.view(torch.uint8) if codes.element_size() == 1 else codes
-
-
-def _describe(value: Any, parameter: Any, kind: list[object]) -> object:
-    """An argument as a compiled kernel takes it; into `kind` goes what Triton compiles a kernel for."""
-    if isinstance(value, Tensor):
-        pointer, dtype = value.data_ptr(), value.dtype
-        kind += (torch.uint8 if dtype.itemsize == 1 else dtype, pointer % ALIGNMENT)
-        return pointer
-    kind.append(type(value))
-    if parameter.is_constexpr:
-        kind.append(value)
-    elif isinstance(value, int):
-        kind.append(-(2**31) <= value < 2**31)
-        if not parameter.do_not_specialize:
-            kind += (value == 1, value % ALIGNMENT == 0)
-    return value
 
 
 def tile_of(blocks: int, block_size: int, warps: int, tiles: int = 1) -> tuple[int, int]:

@@ -53,6 +53,7 @@ class AllToAll:
         work, self._work = self._work, None
         work.wait()
         received = self._received
+        keep_for_this_stream(self._sent, received)
         del self._sent, self._received
         return received
 
@@ -135,6 +136,13 @@ class NothingToGather:
 
     def land(self) -> None:
         """Do nothing: nothing was launched."""
+
+
+def keep_for_this_stream(*buffers: Tensor) -> None:
+    """Reuse their memory, which may be another stream's, only when the current stream is done with it."""
+    for each in buffers:
+        if each.is_cuda:
+            each.record_stream(torch.cuda.current_stream())
 
 
 def exchange(sent: Sequence[Tensor], sizes: Sequence[int], group: ProcessGroup) -> Tensor:

@@ -141,7 +141,7 @@ class HostSum:
     on_device: Sum  # how messages add up there
     landing: Landing
     _landed: Event = None
-    _added: "Future[Tensor] | None" = field(default=None)
+    _added: "list[Future[Tensor]]" = field(default_factory=list)  # since what has arrived was last waited for
 
     def add(
         self, arrived: Sequence[Blocks], gradient: Blocks, *, overwrite: bool
@@ -149,8 +149,9 @@ class HostSum:
         if overwrite:
             parts, self._landed = self.landing.bring(self.on_device, arrived, gradient)
             return parts
-        self._added = self.landing.add(self.on_device, arrived, gradient)
-        return self._added
+        added = self.landing.add(self.on_device, arrived, gradient)
+        self._added.append(added)
+        return added
 
     def forget(self) -> None:
         self.settle()
@@ -159,6 +160,7 @@ class HostSum:
     def settle(self) -> None:
         """Wait until what has arrived has been added up in host memory."""
         wait(self._landed)
-        if self._added is not None:
-            self._added.result()
-        self._landed = self._added = None
+        for each in self._added:
+            each.result()
+        self._landed = None
+        self._added.clear()

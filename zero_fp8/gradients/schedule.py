@@ -10,13 +10,17 @@ A bucket that lacked a gradient on some rank, or was full after the last module 
 of backward, as does everything that has not left by then. While places are being learnt, buckets leave in
 index order, each at the first module end that finds it full.
 
+A module that DeepSpeed fetches as a whole (`set_z3_leaf_modules`), such as the experts of a mixture, may use
+other parameters on each rank. Its bucket must not wait for those that this rank did not use: they count as
+arrived when the module has ended.
+
 What was learnt is forgotten, on all ranks, when a bucket of any rank was not full at its place: parameters or
 modules are then used in another way than before. Only full buckets leave during backward, so when one leaves
 changes no number.
 """
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -29,6 +33,7 @@ from ds_fp8.zero_fp8.comm.groups import Nodes
 from ds_fp8.zero_fp8.placement.partition import Bucket
 
 AT_THE_END = 2**31 - 1  # place of a bucket that leaves when backward has ended
+LEAF = "ds_z3_leaf_module"  # DeepSpeed's attribute of a parameter: the module that is fetched as a whole
 End = tuple[Hashable, int]  # a module, and how often it had ended its backward in this round
 
 
@@ -146,15 +151,20 @@ class ModuleEnds:
 
     def forget(self) -> None:
         self.order: Sequence[int] = range(len(self._buckets))
+        self._last: dict[Module, int] = {}  # of a module fetched as a whole: its ends in a round, once learnt
         self._triggers: dict[int, End | None] | None = None  # by bucket; None: to be learnt
 
     def listen(self, parameters: Mapping[int, Parameter], on_leave: Callable[[], None]) -> None:
         """Hook the parameters: buckets leave elsewhere, when all hooks have run."""
         self.remove()
         self._on_leave = on_leave
+        self._fetched_as_a_whole: dict[Module, list[tuple[int, int]]] = {}  # buckets and parameters
         for bucket in self._buckets:
             for index in (slot.parameter for slot in bucket.slots):
                 parameter: Any = parameters[index]  # torch's stub of the hook has no types
+                leaf = getattr(parameter, LEAF, None)
+                if leaf is not None:
+                    self._fetched_as_a_whole.setdefault(leaf, []).append((bucket.index, index))
                 if parameter.requires_grad:
                     on_gradient = partial(self._on_gradient, bucket.index, index)
                     self._hooks.append(parameter.register_post_accumulate_grad_hook(on_gradient))
@@ -169,7 +179,16 @@ class ModuleEnds:
         if self.open:
             self._counts[module] += 1
             self._ends[module, self._counts[module]] = None
+            if self._counts[module] >= self._last.get(module, 1):
+                self._count_as_arrived(self._fetched_as_a_whole.get(module, ()))
             self._on_leave()
+
+    def _count_as_arrived(self, parameters: Iterable[tuple[int, int]]) -> None:
+        """Wait no longer for these parameters of a module that has just ended."""
+        for bucket, index in parameters:
+            if index in self._missing[bucket]:
+                self._missing[bucket].discard(index)
+                self._places[bucket] = len(self._ends) - 1
 
     def renew(self) -> None:
         self.open = True
@@ -203,6 +222,7 @@ class ModuleEnds:
             bucket: None if place == AT_THE_END else ends[place] for bucket, place in enumerate(places)
         }
         self.order = sorted(range(len(places)), key=places.__getitem__)
+        self._last = {leaf: self._counts[leaf] for leaf in self._fetched_as_a_whole}
 
     def start_round(self) -> None:
         self.open = False

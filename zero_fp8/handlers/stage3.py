@@ -11,7 +11,7 @@ from typing import Any
 from torch.nn import Module, Parameter
 
 from ds_fp8.zero_fp8.checkpoint.contracts import Restorable
-from ds_fp8.zero_fp8.gradients.schedule import ModuleEnds
+from ds_fp8.zero_fp8.gradients.schedule import LEAF, ModuleEnds
 from ds_fp8.zero_fp8.handlers.common import FP8ZeROOptimizer
 from ds_fp8.zero_fp8.handlers.fetching import Fetching, Offload
 from ds_fp8.zero_fp8.handlers.master_views import as_slices
@@ -95,7 +95,7 @@ class Stage3Optimizer(FP8ZeROOptimizer):
         """Trained parameters by the module that DeepSpeed fetches as a whole (`set_z3_leaf_modules`)."""
         found: dict[Module, list[Parameter]] = {}
         for each in self.parameters.values():
-            leaf = getattr(each, "ds_z3_leaf_module", None)
+            leaf = getattr(each, LEAF, None)
             if leaf is not None:
                 found.setdefault(leaf, []).append(each)
         return found

@@ -154,7 +154,7 @@ def _multiply(
     if x.numel() == 0:
         outputs = matrix.codes.shape[1 if swapped else 0]
         return x.new_empty(0, outputs, dtype=torch.bfloat16), ()
-    bias = None if bias is None else bias.to(torch.bfloat16)
+    bias = None if bias is None else bias.to(torch.bfloat16).contiguous()
     return way.forward(x, matrix, bias, swapped=swapped, wgrad=wgrad)
 
 

@@ -16,6 +16,7 @@ from ds_fp8.ops import products
 from ds_fp8.ops.formats import E4M3
 from ds_fp8.ops.guards import check_cast
 from ds_fp8.ops.products import CastGradient, CastInput, Operand, padded_tokens, scale_shape, tiles
+from ds_fp8.ops.triton.launching import launch
 from ds_fp8.ops.triton.products.scales import store_tile_scale
 from ds_fp8.ops.triton.tiles import (
     decode,
@@ -23,7 +24,6 @@ from ds_fp8.ops.triton.tiles import (
     exponent_of,
     hardware_fp8,
     inverse_scale,
-    launch,
     magnitude,
     power_of_two,
 )

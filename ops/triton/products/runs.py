@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ds_fp8.ops import weight_runs
 from ds_fp8.ops.guards import check_runs, check_vectors
+from ds_fp8.ops.triton.launching import launch
 from ds_fp8.ops.triton.products.weights import (
     MANY,
     WARPS,
@@ -23,7 +24,7 @@ from ds_fp8.ops.triton.products.weights import (
     tile_rows_of,
 )
 from ds_fp8.ops.triton.quantize_many import distance, on_device
-from ds_fp8.ops.triton.tiles import hardware_fp8, launch
+from ds_fp8.ops.triton.tiles import hardware_fp8
 from ds_fp8.ops.weight_runs import Grid, Run
 
 WORD = 16  # elements; if all places are multiples of it, a thread moves several at once

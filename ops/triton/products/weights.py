@@ -14,6 +14,7 @@ from torch import Tensor
 from ds_fp8.ops import products
 from ds_fp8.ops.guards import check_decode, check_expand, check_run, check_transpose
 from ds_fp8.ops.products import Operand, scale_shape, tiles
+from ds_fp8.ops.triton.launching import launch
 from ds_fp8.ops.triton.products.scales import store_tile_scale
 from ds_fp8.ops.triton.tiles import (
     decode,
@@ -21,7 +22,6 @@ from ds_fp8.ops.triton.tiles import (
     exponent_of,
     hardware_fp8,
     inverse_scale,
-    launch,
     magnitude,
     power_of_two,
     round_to_bf16,

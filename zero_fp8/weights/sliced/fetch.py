@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ds_fp8.compat import ZeroParamStatus
-from ds_fp8.zero_fp8.comm.collectives import gather_flat
+from ds_fp8.zero_fp8.comm.collectives import gather_flat, keep_for_this_stream
 from ds_fp8.zero_fp8.weights.sliced import codes
 from ds_fp8.zero_fp8.weights.sliced.slices import CODES, EDITED, FETCHED, is_away, objection_to
 
@@ -61,8 +61,7 @@ class Transfer:
     def land(self) -> None:
         """Wait, and give the parameters their values."""
         self._work.wait()
-        if self._whole.is_cuda:  # it may have been made on the coordinator's stream
-            self._whole.record_stream(torch.cuda.current_stream())
+        keep_for_this_stream(self._own, self._whole)  # they may have been made on the coordinator's
         for parameter, part in zip(self._parameters, self._whole.split(self._sizes, dim=1), strict=True):
             _fill(parameter, part.reshape(-1))  # copies if several share the message
 
