@@ -71,8 +71,7 @@ ROOMS = (
     ("ds_fp8.ops.triton.products", "runs | casts weights | scales"),
     (
         "ds_fp8.ops.triton",
-        "per_tensor quantize_many | adam reduction blocks | masters moments | roots | rounding | "
-        "launching tiles",
+        "per_tensor quantize_many | adam reduction blocks | masters moments | rounding | launching tiles",
     ),
     ("ds_fp8.ops.cpu", "weight_tiles | kernels | build structures threads"),
     (

@@ -7,7 +7,6 @@ is read from device memory: nothing waits for the host.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -23,15 +22,20 @@ from ds_fp8.ops.triton.masters import load_masters, store_masters
 from ds_fp8.ops.triton.moments import (
     UNIT,
     clamp_first_moment,
+    divide,
     first_moment,
+    minimum,
     most_registers,
+    on_hopper,
+    quotient,
+    root_and_inverse,
     second_moment,
     store_first_moment,
     store_second_moment,
 )
-from ds_fp8.ops.triton.roots import divide, minimum, quotient, root_and_inverse
 from ds_fp8.ops.triton.rounding import key_of, random_words, row_places
 from ds_fp8.ops.triton.tiles import (
+    Plan,
     deciding_magnitudes,
     hardware_fp8,
     load_codes,
@@ -220,25 +224,10 @@ def adam_kernel(
     )
 
 
-@dataclass(frozen=True)
-class Plan:
-    """The segments of a shard, as the kernel looks them up."""
-
-    table: Tensor  # [3, segments] int32: row with which one begins, its block of the parameter, the parameter
-    tile_segments: Tensor  # [tiles + 1] int32: the segment with which a tile begins
-    blocks: int
-
-
 def plan(segments: Sequence[Segment], blocks: int, block_size: int, device: torch.device) -> Plan:
-    """`ops.adam.plan`: the segments of a shard, as the kernel looks them up."""
+    """`ops.adam.plan`."""
     check_segments(segments, blocks)
-    columns = [(s.blocks.start, s.first_element // block_size, s.parameter) for s in segments]
-    table = torch.tensor(columns or [(0, 0, 0)], dtype=torch.int32).t().contiguous()
-    rows, programs = tile_of(blocks, block_size, WARPS)
-    first_rows = torch.arange(programs + 1, dtype=torch.int32) * rows
-    tile_segments = torch.searchsorted(table[0], first_rows, right=True, out_int32=True) - 1
-    tile_segments.clamp_(min=0)  # rows before the first segment are padding
-    return Plan(table.to(device), tile_segments.to(device), blocks)
+    return Plan.of(segments, blocks, block_size, WARPS, device)
 
 
 def adam_step(sweep: Sweep) -> None:
@@ -253,8 +242,6 @@ def launch_sweep(sweep: Sweep, which: str, amax: Tensor) -> None:
     s, state, gradient, plan = sweep.scalars, sweep.state, sweep.gradient, sweep.plan
     rows, programs = tile_of(len(gradient), gradient.block_size, WARPS)
     partial = partials(sweep.counts, programs, plan.table)
-    device = sweep.weights.device
-    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
     launch(
         adam_kernel,
         programs,
@@ -291,10 +278,12 @@ def launch_sweep(sweep: Sweep, which: str, amax: Tensor) -> None:
         MASTER=state.master.format.name,
         M=state.exp_avg.format.name,
         V=state.exp_avg_sq.format.name,
-        HARDWARE=hardware_fp8(device),
+        HARDWARE=hardware_fp8(sweep.weights.device),
         BLOCK=gradient.block_size,
         ROWS=rows,
-        maxnreg=most_registers(state.exp_avg.format.name, sweep.rounding.stochastic, hopper),
+        maxnreg=most_registers(
+            state.exp_avg.format.name, sweep.rounding.stochastic, on_hopper(sweep.weights)
+        ),
     )
     if sweep.counts is not None:
         sweep.counts.add_(partial.sum(dim=0))

@@ -15,6 +15,7 @@ from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.guards import check_accumulate, check_quantize
 from ds_fp8.ops.health import GRADIENT_COUNTS
 from ds_fp8.ops.triton import adam as adam_triton
+from ds_fp8.ops.triton import tiles
 from ds_fp8.ops.triton.adam import launch_sweep
 from ds_fp8.ops.triton.blocks import largest_magnitude, launch_quantize
 from ds_fp8.ops.triton.reduction import largest_sums, launch_sum, norm_parts_of_blocks
@@ -42,7 +43,7 @@ def accumulate(pieces: Sequence[Blocks], shard: Blocks, *, overwrite: bool) -> T
 
 
 @dataclass(frozen=True)
-class Plan(adam_triton.Plan):
+class Plan(tiles.Plan):
     """The segments of a shard, and which of them each row belongs to."""
 
     segment_of_row: Tensor  # [3, blocks] int64: one row for each of p, m and v, all alike

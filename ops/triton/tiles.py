@@ -7,12 +7,16 @@ Kernels are bound by instructions as much as by memory. So a scale is multiplied
 before the row is, and a tile's address is one 64-bit base and 32-bit offsets.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 from packaging.version import Version
 from torch import Tensor
 
+from ds_fp8.ops.adam import Segment
 from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.formats import BY_NAME
 
@@ -20,6 +24,27 @@ from ds_fp8.ops.formats import BY_NAME
 # so rounds twice.
 FIRST_WITH_FP8 = (8, 9) if Version(triton.__version__) >= Version("3.9") else (9, 0)
 PER_WARP = 512  # elements of a tile: 16 per thread, one 16-byte access of an 8-bit format
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The segments of a shard, as the sweep looks them up."""
+
+    table: Tensor  # [3, segments] int32: row with which one begins, its block of the parameter, the parameter
+    tile_segments: Tensor  # [tiles + 1] int32: the segment with which a tile begins
+    blocks: int
+
+    @classmethod
+    def of(
+        cls, segments: Sequence[Segment], blocks: int, block_size: int, warps: int, device: torch.device
+    ) -> "Plan":
+        columns = [(s.blocks.start, s.first_element // block_size, s.parameter) for s in segments]
+        table = torch.tensor(columns or [(0, 0, 0)], dtype=torch.int32).t().contiguous()
+        rows, programs = tile_of(blocks, block_size, warps)
+        first_rows = torch.arange(programs + 1, dtype=torch.int32) * rows
+        following = torch.searchsorted(table[0], first_rows, right=True, out_int32=True)
+        tile_segments = (following - 1).clamp_(min=0)  # rows before the first segment are padding
+        return cls(table.to(device), tile_segments.to(device), blocks)
 
 
 def tile_of(blocks: int, block_size: int, warps: int, tiles: int = 1) -> tuple[int, int]:
