@@ -81,12 +81,14 @@ def lay_out(
     for owner, message, part in zip(owners, messages, torch.split(buffer, sizes), strict=True):
         blocks, end = blocks_in(part, message), 0
         for piece in bucket.pieces(owner):
-            blocks[end : piece.first_row].zero_()
+            if piece.first_row > end:
+                blocks[end : piece.first_row].zero_()
             gradient = gradients[piece.slot.parameter]
             if gradient is not None:
                 writes.append((piece, gradient, blocks[piece.rows]))
             else:
                 blocks[piece.rows].zero_()
             end = piece.rows.stop
-        blocks[end:].zero_()
+        if end < len(blocks):
+            blocks[end:].zero_()
     return buffer, writes

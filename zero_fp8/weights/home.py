@@ -59,7 +59,7 @@ class WholeHome:
 
     def objection(self, parameter: Parameter) -> str | None:
         """Return an objection to the parameter's current values if they cannot be copied home."""
-        other = _another_kind(parameter, described(self.view))
+        other = _another_kind(parameter, self.view, self.view.dtype)
         if other is not None:
             return other
         flaw = flaw_of(parameter.detach().resolve_neg()) if self.was_left_by(parameter) else None
@@ -69,10 +69,6 @@ class WholeHome:
         """Copy a parameter's values into the view, which becomes the parameter's memory."""
         self.view.copy_(parameter.detach().contiguous())
         parameter.data = self.view
-
-
-def described(tensor: Tensor) -> str:
-    return f"{list(tensor.shape)} of {tensor.dtype} on {tensor.device}"
 
 
 @dataclass(frozen=True)
@@ -97,13 +93,17 @@ class MatrixHome:
         """Return an objection to the parameter's current values if they cannot be encoded."""
         if not self.was_left_by(parameter):
             return None
-        codes = self.matrix.codes
-        return _another_kind(parameter, f"{list(codes.shape)} of {torch.bfloat16} on {codes.device}")
+        return _another_kind(parameter, self.matrix.codes, torch.bfloat16)
 
 
-def _another_kind(parameter: Parameter, allowed: str) -> str | None:
+def _another_kind(parameter: Parameter, home: Tensor, dtype: torch.dtype) -> str | None:
     """Return an objection if a parameter's shape, dtype or device has changed."""
-    received = described(parameter)
-    if received != allowed:
-        return f"received {received} after deepspeed.initialize, allowed: {allowed}"
-    return None
+    if (parameter.shape, parameter.dtype, parameter.device) == (home.shape, dtype, home.device):
+        return None
+    allowed = described(home, dtype)
+    return f"received {described(parameter)} after deepspeed.initialize, allowed: {allowed}"
+
+
+def described(tensor: Tensor, dtype: torch.dtype | None = None) -> str:
+    """Describe a tensor, as if it had another dtype if one is given."""
+    return f"{list(tensor.shape)} of {dtype or tensor.dtype} on {tensor.device}"
