@@ -130,16 +130,16 @@ def test_a_backward_with_an_unknown_part_is_made_of_parts(device: Device, parts:
     turned = products.transpose(*given.weight)
     assert cast.dgrad is not None
     assert cast.wgrad is not None
-    for learn, launches in (
-        (lambda: parts.cast_gradient(given.dy, dgrad=True, wgrad=True, bias=True), 0),
-        (lambda: parts.transpose(*given.weight), 0),  # a transpose may stay unknown: no cast in vain
-        (lambda: parts.multiply(cast.dgrad, turned, None), 2),
-        (lambda: parts.multiply(cast.wgrad, given.x, None), 2),
+    for learn in (
+        lambda: parts.cast_gradient(given.dy, dgrad=True, wgrad=True, bias=True),
+        lambda: parts.transpose(*given.weight),
+        lambda: parts.multiply(cast.dgrad, turned, None),
+        lambda: parts.multiply(cast.wgrad, given.x, None),
     ):
-        before = device.launches
         assert given.launch(*needs) == []
-        assert device.launches == before + launches
+        assert device.launches == device.products == 0, "nothing is launched in vain"
         learn()
+        device.launches = device.products = 0
     assert len(given.launch(*needs)) == 3
     other = Backward.of(1930, 32, 1952)
     wanted = other.run(replace(parts, name="unknown", multiply=products.multiply), needs)

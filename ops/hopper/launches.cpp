@@ -11,10 +11,12 @@
 #include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <array>
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <vector>
 
 namespace {
@@ -111,6 +113,40 @@ int64_t cast_kind(bool rows, int64_t turned, bool sums, int64_t groups) {
     return int64_t(rows) | turned << 1 | int64_t(sums) << 3 | int64_t(groups % 16 == 0) << 4;
 }
 
+// What a cast reads.
+struct Values {
+    int64_t address;
+    int32_t tokens, padded, features, stride, groups;
+};
+
+// None if a kernel does not expect them so.
+std::optional<Values> read_by_casts(const Tensor& values) {
+    if (values.dim() != 2 || values.scalar_type() != at::kBFloat16) return std::nullopt;
+    const int64_t tokens = values.size(0), features = values.size(1), stride = values.stride(0);
+    if (!tokens || tokens >= INT32_MAX - TOKENS || features >= INT32_MAX || stride >= INT32_MAX)
+        return std::nullopt;
+    if (values.stride(1) != 1 || (address(values) | features | stride) % TOKENS) return std::nullopt;
+    const int64_t padded = ceil_div(tokens, TOKENS) * TOKENS;
+    return Values{address(values),   int32_t(tokens), int32_t(padded),
+                  int32_t(features), int32_t(stride), int32_t(padded_tiles(padded))};
+}
+
+// Where a cast writes; 0: nowhere.
+struct Cast {
+    int64_t codes = 0, scales = 0, turned = 0, turned_scales = 0, parts = 0;
+};
+
+void launch_cast(const Kernel& kernel, Values values, Cast out, int64_t stream) {
+    for (int64_t* each : {&out.codes, &out.scales, &out.turned, &out.turned_scales, &out.parts})
+        if (!*each) *each = values.address;  // a pointer needs an address
+    int64_t scratch = 0, profile = 0;        // last arguments of Triton's kernels
+    void* arguments[] = {
+        &values.address, &out.codes,     &out.scales,    &out.turned,      &out.turned_scales,
+        &out.parts,      &values.tokens, &values.padded, &values.features, &values.stride,
+        &values.groups,  &scratch,       &profile};
+    run(kernel, tiles(values.padded) * tiles(values.features), arguments, stream);
+}
+
 // Scales of rows, as cuBLAS reads them.
 Tensor scales_of_rows(int64_t rows, int64_t inner, const at::TensorOptions& floats) {
     return at::empty_strided({rows, tiles(inner)}, {1, rows}, floats);
@@ -118,14 +154,9 @@ Tensor scales_of_rows(int64_t rows, int64_t inner, const at::TensorOptions& floa
 
 // Returns those wanted of: codes and scales in rows, codes and scales transposed, sums over tokens.
 Tensors cast(const Tensor& values, bool rows, int64_t turned, bool sums, int64_t stream) {
-    if (values.dim() != 2 || values.scalar_type() != at::kBFloat16) return {};
-    int64_t source = address(values);
-    int32_t tokens = int32_t(values.size(0)), features = int32_t(values.size(1)),
-            stride = int32_t(values.stride(0));
-    const bool small =
-        values.size(0) < INT32_MAX - TOKENS && values.size(1) < INT32_MAX && values.stride(0) < INT32_MAX;
-    if (!tokens || !small || values.stride(1) != 1 || (source | features | stride) % TOKENS) return {};
-    int32_t padded = int32_t(ceil_div(tokens, TOKENS) * TOKENS), groups = int32_t(padded_tiles(padded));
+    const auto source = read_by_casts(values);
+    if (!source) return {};
+    const auto [_, tokens, padded, features, stride, groups] = *source;
     const auto device = values.device();
     const Kernel* kernel = find_kernel(device.index(), cast_kind(rows, turned, sums, groups));
     if (!kernel) return {};
@@ -133,30 +164,26 @@ Tensors cast(const Tensor& values, bool rows, int64_t turned, bool sums, int64_t
     const auto codes_of = values.options().dtype(at::kFloat8_e4m3fn),
                floats = values.options().dtype(at::kFloat);
     Tensors found;
-    std::array<int64_t, 5> out;
-    out.fill(source);  // a pointer needs an address
+    Cast out;
     if (rows) {
         found.push_back(at::empty({padded, features}, codes_of));
-        out[0] = address(found.back());
+        out.codes = address(found.back());
         found.push_back(scales_of_rows(padded, features, floats));
-        out[1] = address(found.back());
+        out.scales = address(found.back());
     }
     if (turned) {
         found.push_back(at::empty({features, padded}, codes_of));
-        out[2] = address(found.back());
+        out.turned = address(found.back());
         found.push_back(turned == TURNED_TILES ? at::empty({tiles(features), groups}, floats)
                                                : scales_of_rows(features, padded, floats));
-        out[3] = address(found.back());
+        out.turned_scales = address(found.back());
     }
     Tensor parts;
     if (sums) {
         parts = at::empty({tiles(padded), features}, floats);
-        out[4] = address(parts);
+        out.parts = address(parts);
     }
-    int64_t scratch = 0, profile = 0;  // last arguments of Triton's kernels
-    void* arguments[] = {&source, &out[0],   &out[1], &out[2], &out[3],  &out[4], &tokens,
-                         &padded, &features, &stride, &groups, &scratch, &profile};
-    run(*kernel, tiles(padded) * tiles(features), arguments, stream);
+    launch_cast(*kernel, *source, out, stream);
     if (sums) found.push_back(at::sum(parts, 0));
     return found;
 }
@@ -178,23 +205,31 @@ const Kernel* find_transpose(const Tensor& codes, const Tensor& exponents) {
     return find_kernel(codes.device().index(), transpose_kind(address(exponents), padded_tiles(rows)));
 }
 
-Tensors launch_transpose(const Kernel& kernel, const Tensor& codes, const Tensor& exponents, int64_t stream) {
-    int64_t source = address(codes), bytes = address(exponents);
+// Codes and scales, as addresses.
+struct Operand {
+    int64_t codes, scales;
+};
+
+void launch_transpose(const Kernel& kernel, const Tensor& codes, const Tensor& exponents, Operand turned,
+                      int64_t stream) {
+    int64_t source = address(codes), bytes = address(exponents), scratch = 0, profile = 0;
     int32_t rows = int32_t(codes.size(0)), columns = int32_t(codes.size(1)),
             groups = int32_t(padded_tiles(rows));
-    const c10::DeviceGuard guard(codes.device());
-    const Tensor turned = at::empty({columns, rows}, codes.options());
-    const Tensor scales = at::empty({tiles(columns), groups}, codes.options().dtype(at::kFloat));
-    int64_t target = address(turned), floats = address(scales), scratch = 0, profile = 0;
-    void* arguments[] = {&source, &bytes, &target, &floats, &rows, &columns, &groups, &scratch, &profile};
+    void* arguments[] = {&source,  &bytes,  &turned.codes, &turned.scales, &rows,
+                         &columns, &groups, &scratch,      &profile};
     run(kernel, tiles(rows) * tiles(columns), arguments, stream);
-    return {turned, scales};
 }
 
 // Returns a weight's codes and scales, both transposed.
 Tensors transpose(const Tensor& codes, const Tensor& exponents, int64_t stream) {
     const Kernel* kernel = find_transpose(codes, exponents);
-    return kernel ? launch_transpose(*kernel, codes, exponents, stream) : Tensors();
+    if (!kernel) return {};
+    const int64_t rows = codes.size(0), columns = codes.size(1);
+    const c10::DeviceGuard guard(codes.device());
+    const Tensor turned = at::empty({columns, rows}, codes.options());
+    const Tensor scales = at::empty({tiles(columns), padded_tiles(rows)}, codes.options().dtype(at::kFloat));
+    launch_transpose(*kernel, codes, exponents, {address(turned), address(scales)}, stream);
+    return {turned, scales};
 }
 
 bool is_codes(const Tensor& codes) {
@@ -206,18 +241,47 @@ bool has_scales(const Tensor& scales, int64_t rows, int64_t columns, int64_t dow
            scales.size(1) == columns && scales.stride(0) == down && scales.stride(1) == across;
 }
 
+bool has_scales_of_rows(const Tensor& scales, int64_t rows, int64_t inner) {
+    return has_scales(scales, rows, tiles(inner), 1, rows);
+}
+
+bool has_scales_of_tiles(const Tensor& scales, int64_t rows, int64_t inner) {
+    return has_scales(scales, tiles(rows), padded_tiles(inner), padded_tiles(inner), 1);
+}
+
+// The plan for operands at these addresses: left [rows, inner], right [columns, inner].
+Plan* find_plan(int64_t device, int64_t rows, int64_t columns, int64_t inner, bool in_tiles, bool with_bias,
+                Operand left, Operand right) {
+    const int64_t together = left.codes | left.scales | right.codes | right.scales;
+    const int64_t alignment = together % BEST_ALIGNMENT ? together & -together : BEST_ALIGNMENT;
+    std::lock_guard<std::mutex> guard(known);
+    const auto found = plans.find({device, rows, columns, inner, in_tiles, with_bias, alignment});
+    return found == plans.end() ? nullptr : found->second.get();
+}
+
+// bias: its address, if the plan has one.
+void launch_product(Plan& plan, Operand left, Operand right, int64_t bias, int64_t out, int64_t workspace,
+                    int64_t stream) {
+    const float one = 1, zero = 0;
+    std::lock_guard<std::mutex> lock(plan.mutex);
+    check(set_attribute(plan.matmul, A_SCALE_POINTER, &right.scales, sizeof(int64_t)), "A_SCALE_POINTER");
+    check(set_attribute(plan.matmul, B_SCALE_POINTER, &left.scales, sizeof(int64_t)), "B_SCALE_POINTER");
+    if (bias) check(set_attribute(plan.matmul, BIAS_POINTER, &bias, sizeof(int64_t)), "BIAS_POINTER");
+    check(matmul(plan.handle, plan.matmul, &one, pointer(right.codes), plan.right, pointer(left.codes),
+                 plan.left, &zero, pointer(out), plan.product, pointer(out), plan.product,
+                 plan.algorithm.data(), pointer(plan.workspace ? workspace : 0), size_t(plan.workspace),
+                 pointer(stream)),
+          "cublasLtMatmul");
+}
+
 // Returns left right^T + bias.
 Tensors multiply(const Tensor& left, const Tensor& left_scales, const Tensor& right,
                  const Tensor& right_scales, const std::optional<Tensor>& bias, int64_t stream) {
     if (!is_codes(left) || !is_codes(right) || !left.numel() || left.size(1) != right.size(1)) return {};
-    const int64_t rows = left.size(0), columns = right.size(0), inner = left.size(1),
-                  across = padded_tiles(inner);
+    const int64_t rows = left.size(0), columns = right.size(0), inner = left.size(1);
     const bool in_tiles = right_scales.dim() == 2 && right_scales.size(0) != columns;
-    const bool fit = has_scales(left_scales, rows, tiles(inner), 1, rows) &&
-                     (in_tiles ? has_scales(right_scales, tiles(columns), across, across, 1)
-                               : has_scales(right_scales, columns, tiles(inner), 1, columns));
-    if (!fit) return {};
-    int64_t together = address(left) | address(left_scales) | address(right) | address(right_scales);
+    if (!has_scales_of_rows(left_scales, rows, inner)) return {};
+    if (!(in_tiles ? has_scales_of_tiles : has_scales_of_rows)(right_scales, columns, inner)) return {};
     const auto device = left.device();
     if (right.device() != device || left_scales.device() != device || right_scales.device() != device)
         return {};
@@ -225,61 +289,106 @@ Tensors multiply(const Tensor& left, const Tensor& left_scales, const Tensor& ri
         if (bias->dim() != 1 || bias->size(0) != columns || bias->scalar_type() != at::kBFloat16) return {};
         if (bias->device() != device || !bias->is_contiguous() || address(*bias) % ALIGNMENT) return {};
     }
-    const int64_t alignment = together % BEST_ALIGNMENT ? together & -together : BEST_ALIGNMENT;
-    Plan* plan;
-    {
-        std::lock_guard<std::mutex> guard(known);
-        const auto found =
-            plans.find({device.index(), rows, columns, inner, in_tiles, bias.has_value(), alignment});
-        if (found == plans.end()) return {};
-        plan = found->second.get();
-    }
+    const Operand a{address(left), address(left_scales)}, b{address(right), address(right_scales)};
+    Plan* const plan = find_plan(device.index(), rows, columns, inner, in_tiles, bias.has_value(), a, b);
+    if (!plan) return {};
     const c10::DeviceGuard guard(device);
     const Tensor product = at::empty({rows, columns}, left.options().dtype(at::kBFloat16));
     Tensor workspace;
     if (plan->workspace) workspace = at::empty({plan->workspace}, left.options().dtype(at::kByte));
-    const float one = 1, zero = 0;
-    const int64_t a_scales = address(right_scales), b_scales = address(left_scales);
-    const int64_t added = bias ? address(*bias) : 0;
-    void* const out = product.data_ptr();
-    std::lock_guard<std::mutex> lock(plan->mutex);
-    check(set_attribute(plan->matmul, A_SCALE_POINTER, &a_scales, sizeof(a_scales)), "A_SCALE_POINTER");
-    check(set_attribute(plan->matmul, B_SCALE_POINTER, &b_scales, sizeof(b_scales)), "B_SCALE_POINTER");
-    if (bias) check(set_attribute(plan->matmul, BIAS_POINTER, &added, sizeof(added)), "BIAS_POINTER");
-    check(matmul(plan->handle, plan->matmul, &one, right.data_ptr(), plan->right, left.data_ptr(), plan->left,
-                 &zero, out, plan->product, out, plan->product, plan->algorithm.data(),
-                 plan->workspace ? workspace.data_ptr() : nullptr, size_t(plan->workspace), pointer(stream)),
-          "cublasLtMatmul");
+    launch_product(*plan, a, b, bias ? address(*bias) : 0, address(product),
+                   plan->workspace ? address(workspace) : 0, stream);
     return {product};
 }
 
+// Places in one piece of memory, one after the other.
+struct Places {
+    int64_t end = 0;
+
+    int64_t add(int64_t bytes) {
+        const int64_t begin = end;
+        end += ceil_div(bytes, BEST_ALIGNMENT) * BEST_ALIGNMENT;
+        return begin;
+    }
+    Operand add(int64_t rows, int64_t inner, int64_t scales) {
+        return {add(rows * inner), add(scales * int64_t(sizeof(float)))};
+    }
+};
+
+Operand in(Operand places, int64_t memory) { return {places.codes + memory, places.scales + memory}; }
+
 // Returns the wanted gradients of a product: of its input, cut to dy's tokens, of its weight and of its bias.
-// weight_tiles: the weight's exponents; its scales if it is swapped, that is stored as [K, N].
+// weight_tiles: the weight's exponents; its scales if it is swapped, that is stored as [K, N]. What only this
+// call reads lies in one piece of memory. Nothing is launched unless everything can be.
 Tensors differentiate(const Tensor& dy, const Tensor& codes, const Tensor& weight_tiles,
                       const std::optional<Tensor>& x, const std::optional<Tensor>& x_scales, bool input,
                       bool weight, bool bias, bool swapped, int64_t stream) {
-    if (codes.device() != dy.device() || (weight && !(x && x_scales))) return {};
+    const auto source = read_by_casts(dy);
+    if (!source || !is_codes(codes) || codes.size(swapped) != source->features) return {};
+    const auto device = dy.device();
+    if (codes.device() != device || weight_tiles.device() != device) return {};
+    const int64_t padded = source->padded, outputs = source->features, inputs = codes.size(!swapped);
     const bool turns = input && !swapped;
+    const Kernel* const casting =
+        find_kernel(device.index(), cast_kind(input, weight ? TURNED_ROWS : 0, bias, source->groups));
     const Kernel* const turning = turns ? find_transpose(codes, weight_tiles) : nullptr;
-    if (turns && !turning) return {};  // before a cast is launched in vain
-    const Tensors casts = cast(dy, input, weight ? TURNED_ROWS : 0, bias, stream);
-    if (casts.empty()) return {};
+    if (!casting || (turns && !turning)) return {};
+    if (input && swapped && !has_scales_of_tiles(weight_tiles, inputs, outputs)) return {};
+    bool in_tiles = false;
+    if (weight) {
+        if (!x || !x_scales || !is_codes(*x) || x->device() != device || x_scales->device() != device)
+            return {};
+        if (x->size(0) != inputs || x->size(1) != padded) return {};
+        in_tiles = x_scales->dim() == 2 && x_scales->size(0) != inputs;
+        if (!(in_tiles ? has_scales_of_tiles : has_scales_of_rows)(*x_scales, inputs, padded)) return {};
+    }
+
+    Places places;
+    Operand rows{}, turned{}, right{};
+    if (input) rows = places.add(padded, outputs, padded * tiles(outputs));
+    if (weight) turned = places.add(outputs, padded, outputs * tiles(padded));
+    if (turns) right = places.add(inputs, outputs, tiles(inputs) * padded_tiles(outputs));
+    const int64_t parts = bias ? places.add(tiles(padded) * outputs * int64_t(sizeof(float))) : 0;
+    const c10::DeviceGuard guard(device);
+    const auto bytes = codes.options().dtype(at::kByte);
+    const Tensor memory = at::empty({places.end}, bytes);
+    const int64_t begin = address(memory);
+    rows = in(rows, begin), turned = in(turned, begin);
+    right = turns ? in(right, begin) : Operand{address(codes), address(weight_tiles)};
+    const Operand given = weight ? Operand{address(*x), address(*x_scales)} : Operand{};
+    const auto plan = [&](int64_t height, int64_t inner, bool tiled, Operand a, Operand b) {
+        return find_plan(device.index(), height, inputs, inner, tiled, false, a, b);
+    };
+    Plan* const of_input = input ? plan(padded, outputs, true, rows, right) : nullptr;
+    Plan* const of_weight = weight ? plan(outputs, padded, in_tiles, turned, given) : nullptr;
+    if ((input && !of_input) || (weight && !of_weight)) return {};
+    const int64_t needed = std::max(of_input ? of_input->workspace : 0, of_weight ? of_weight->workspace : 0);
+    Tensor workspace;
+    if (needed) workspace = at::empty({needed}, bytes);
+    const int64_t room = needed ? address(workspace) : 0;
+
+    Cast out;
+    if (input) out.codes = rows.codes, out.scales = rows.scales;
+    if (weight) out.turned = turned.codes, out.turned_scales = turned.scales;
+    if (bias) out.parts = begin + parts;
+    launch_cast(*casting, *source, out, stream);
+    const auto values = dy.options();
     Tensors found;
     if (input) {
-        const Tensors right =
-            turns ? launch_transpose(*turning, codes, weight_tiles, stream) : Tensors{codes, weight_tiles};
-        const Tensors dx = multiply(casts[0], casts[1], right[0], right[1], std::nullopt, stream);
-        if (dx.empty()) return {};
-        const bool padded = dx[0].size(0) != dy.size(0);
-        found.push_back(padded ? dx[0].narrow(0, 0, dy.size(0)) : dx[0]);
+        if (turns) launch_transpose(*turning, codes, weight_tiles, right, stream);
+        const Tensor dx = at::empty({padded, inputs}, values);
+        launch_product(*of_input, rows, right, 0, address(dx), room, stream);
+        found.push_back(padded == source->tokens ? dx : dx.narrow(0, 0, source->tokens));
     }
     if (weight) {
-        const Tensor* const turned = &casts[input ? 2 : 0];
-        const Tensors dw = multiply(turned[0], turned[1], *x, *x_scales, std::nullopt, stream);
-        if (dw.empty()) return {};
-        found.push_back(swapped ? dw[0].t().contiguous() : dw[0]);
+        const Tensor dw = at::empty({outputs, inputs}, values);
+        launch_product(*of_weight, turned, given, 0, address(dw), room, stream);
+        found.push_back(swapped ? dw.t().contiguous() : dw);
     }
-    if (bias) found.push_back(casts.back().to(at::kBFloat16));
+    if (bias) {
+        const Tensor sums = memory.narrow(0, parts, tiles(padded) * outputs * int64_t(sizeof(float)));
+        found.push_back(at::sum(sums.view(at::kFloat).view({tiles(padded), outputs}), 0).to(at::kBFloat16));
+    }
     return found;
 }
 
