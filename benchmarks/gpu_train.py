@@ -138,10 +138,12 @@ def claims_of(run: Run, stock: Run | None) -> list[Claim]:
     return [*found, Claim.at_most(name + "waits and copies per step", ours, theirs)]
 
 
-def claims_of_memory_and_time(run: Run, stock: Run, most: float) -> list[Claim]:
-    """Return claims beside stock's; most: of an iteration's time."""
+def claims_of_memory_and_time(
+    run: Run, stock: Run, most: float, *, same_activations: bool = True
+) -> list[Claim]:
+    """Return claims beside stock's; most: of an iteration's time. Predictions are without activations."""
     name, found = f"{run['model']} {run['config']}, {run['world_size']} ranks: ", []
-    if run["peak_bytes_allocated"]:
+    if run["peak_bytes_allocated"] and same_activations:
         expected = stock["predicted_bytes"] - run["predicted_bytes"]
         expected += run.get("weights_saved", saved_bytes(run))
         saved = stock["peak_bytes_allocated"] - run["peak_bytes_allocated"]

@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -44,6 +45,20 @@ def test_hf_llama_and_headline(tmp_path: Path) -> None:
     assert holds == [True, True]
     faster[1]["milliseconds_per_step"] *= 3
     assert not any(each.holds for each in headline.of_equal_batch(faster))
+
+
+def test_memory_is_compared_if_the_same_layers_are_checkpointed() -> None:
+    """Predictions are of states; what activations take is the same only then."""
+
+    def run_of(config: str, peak: float, **options: str) -> dict[str, Any]:
+        figures = {"peak_bytes_allocated": peak, "predicted_bytes": peak / 2, "weights_saved": 0.0}
+        named = {"model": "7B", "config": config, "world_size": 2, "milliseconds_per_step": 90.0}
+        shared = {"micro_batch": "4", "checkpointing": "True", "compile": "None"}
+        return {**named, **figures, "options": {**shared, **options}}
+
+    stock = run_of("bf16", 80.0)
+    for options, count in (({}, 2), ({"kept_layers": "4"}, 1), ({"kept_layers": "0"}, 2)):
+        assert len(hf_llama.claims_beside(run_of("o3", 60.0, **options), stock)) == count
 
 
 def test_a_gpu_is_busy_while_any_kernel_runs() -> None:
