@@ -40,8 +40,8 @@ FAULTS = (
     Fault(
         "another shape is not looked for",
         "zero_fp8/weights/home.py",
-        "if received != allowed:",
-        "if False:",
+        "if (parameter.shape, parameter.dtype, parameter.device) == (home.shape, dtype, home.device):",
+        "if True:",
         f"{BACKWARDS} line_2_another_shape",
     ),
     Fault(
