@@ -243,7 +243,7 @@ def handler_of(engine: Any, recipe: Recipe, settings: ZeroSettings) -> FP8ZeROOp
     timers = timers_of(engine)
     what = (engine.basic_optimizer, engine.param_names, recipe, settings, ranks_of(engine))
     section, device = engine._config.ds_fp8, torch.device(engine.device)
-    make_plain(engine.module.parameters())
+    make_plain(engine.module.parameters(), engine.seq_data_parallel_group)
     choice = None
     if section.has_codes:
         choice = agreed(lambda: choose(engine.module, section, device), engine.seq_data_parallel_group)

@@ -103,7 +103,12 @@ class FP8ZeROOptimizer(Facade, MovableStates, ZeROOptimizer):
         claim(self.parameters.values(), self)
         self.full_tensors.attach(self.parameters)
 
+    def leave_masters(self) -> None:
+        """Leave the masters of FP8 weights to an engine that follows."""
+        self.saved.model_weights.leave(self.parameters)
+
     def _unbind(self) -> None:
+        self.leave_masters()
         self.full_tensors.detach(self.parameters)
         release(self.parameters.values())
 

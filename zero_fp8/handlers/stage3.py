@@ -47,8 +47,14 @@ class Stage3Optimizer(FP8ZeROOptimizer):
         self.slice_access = SliceAccess(self.full_tensors, self.parameters, self.fetching.written)
         self.slice_access.attach(self._names)
 
+    def leave_masters(self) -> None:
+        """Do nothing: slices are given back with the values of masters."""
+
     def _unbind(self) -> None:
         self.slice_access.detach()
+        for part, values in self.saved.model_weights.own_values():
+            matrix: Any = part.home
+            matrix.give_back(self.parameters[matrix.parameter], values)
         self.fetching.remove()
         release(self._names)
 

@@ -2,16 +2,25 @@
 
 An engine that loses a parameter stops training; it releases all of its parameters before the next engine
 changes anything.
+
+An FP8 weight outlives its engine as codes, with masters beside them: each rank's part, rounded to BF16, which
+only a collective can put together. The next engine does that when it is made.
 """
 
 from collections.abc import Iterable
 from typing import Protocol
 
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 
+from ds_fp8.zero_fp8.comm.collectives import sum_over_ranks
 from ds_fp8.zero_fp8.products.fp8_parameter import FP8Parameter
 
 HOLDER = "ds_fp8_holder"  # attribute of a parameter: the holder that has claimed it
+LEFT = "ds_fp8_left"  # attribute of an FP8 weight: what its engine has left beside its codes, of the type
+Left = list[tuple[slice, Tensor]]  # the elements that this rank owned, and their masters in bfloat16
 
 
 class Holder(Protocol):
@@ -19,6 +28,9 @@ class Holder(Protocol):
 
     def give_up(self) -> None:
         """Release all parameters, because another engine claims one of them."""
+
+    def leave_masters(self) -> None:
+        """Give FP8 weights what `make_plain` takes."""
 
 
 def claim(parameters: Iterable[Parameter], holder: Holder) -> None:
@@ -36,8 +48,29 @@ def release(parameters: Iterable[Parameter]) -> None:
         each.__dict__.pop(HOLDER, None)
 
 
-def make_plain(parameters: Iterable[Parameter]) -> None:
-    """Give values of their own to parameters that read the codes of an engine before."""
-    for each in parameters:
-        if isinstance(each, FP8Parameter):
-            FP8Parameter.give_back(each)
+def make_plain(parameters: Iterable[Parameter], group: ProcessGroup) -> None:
+    """Give values of their own to FP8 weights of an engine before. Collective if there are any.
+
+    These are its masters, rounded to BF16, as another level would have left them; of weights without masters,
+    such as a frozen base, the values of codes.
+    """
+    coded = [each for each in parameters if isinstance(each, FP8Parameter)]
+    if not coded:
+        return
+    holders = [getattr(each, HOLDER, None) for each in coded]
+    for holder in dict.fromkeys(each for each in holders if each is not None):
+        holder.leave_masters()
+    left: list[Left] = [each.__dict__.pop(LEFT, []) for each in coded]
+    owned = [sum(values.numel() for _, values in each) for each in left]
+    elements = torch.tensor(owned, device=coded[0].device)
+    sum_over_ranks(elements, group)
+    for parameter, own, there in zip(coded, left, elements.tolist(), strict=True):
+        if there != parameter.numel():
+            FP8Parameter.give_back(parameter)
+            continue
+        whole = torch.zeros(parameter.shape, dtype=torch.bfloat16, device=parameter.device)
+        for place, values in own:
+            whole.view(-1)[place] = values
+        own.clear()
+        sum_over_ranks(whole.view(torch.uint8), group)  # each byte is on one rank, the others have zeros
+        FP8Parameter.take_off(parameter, whole)

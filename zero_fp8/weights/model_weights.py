@@ -6,22 +6,24 @@ Both go to host memory, one matrix after another.
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.nn import Parameter
 
 from ds_fp8.ops.masters import rewrite_weights
 from ds_fp8.zero_fp8.comm.collectives import sum_over_ranks
 from ds_fp8.zero_fp8.products.fp8_parameter import FP8Parameter
 from ds_fp8.zero_fp8.products.matrix import Matrix
 from ds_fp8.zero_fp8.states.shard import Shard
+from ds_fp8.zero_fp8.weights.claims import LEFT, Left
 from ds_fp8.zero_fp8.weights.frozen import FrozenWeights
 from ds_fp8.zero_fp8.weights.sliced.frozen import FrozenSlices
 from ds_fp8.zero_fp8.weights.store import Weights
-from ds_fp8.zero_fp8.weights.tiled import TiledWeights, is_tiled
+from ds_fp8.zero_fp8.weights.tiled import OwnPart, TiledWeights, is_tiled
 
 logger = logging.getLogger("ds_fp8")
 
@@ -110,6 +112,26 @@ class ModelWeights:
             return {}
         return {matrix: values.cpu() for matrix, values in self._rounded() if keeps}
 
+    def own_values(self) -> Iterator[tuple[OwnPart, Tensor]]:
+        """Yield what this rank owns of FP8 weights: masters rounded to BF16, valid until the next one."""
+        for shard, weights in zip(self._shards, self._weights, strict=True):
+            if is_tiled(weights):
+                yield from weights.own_values(own_masters(shard, weights))
+
+    def leave(self, parameters: Mapping[int, Parameter]) -> None:
+        """Give FP8 weights what `claims.make_plain` takes. parameters: by global index."""
+        if not any(isinstance(each, FP8Parameter) for each in parameters.values()):
+            return  # another engine has made them plain
+        left: dict[int, Left] = {}
+        try:
+            for part, values in self.own_values():
+                left.setdefault(part.home.parameter, []).append((part.piece.elements, values.clone()))
+        except RuntimeError as error:  # no memory: the next engine begins with codes
+            logger.warning("the masters of FP8 weights are not left to an engine that follows: %s", error)
+            return
+        for index, own in left.items():
+            setattr(parameters[index], LEFT, own)
+
     def _rounded(self) -> Iterator[tuple[Matrix, Tensor]]:
         for shard, weights in zip(self._shards, self._weights, strict=True):
             if is_tiled(weights):
@@ -120,13 +142,19 @@ def rounded_masters(
     shard: Shard, weights: TiledWeights, group: ProcessGroup
 ) -> Iterator[tuple[Matrix, Tensor]]:
     """Yield each matrix of a bucket and its masters, [rows, columns] bfloat16, as encoded. Collective."""
-    room = weights.room
-    for rows in shard.cut():
-        with shard.lend(rows) as state:
-            rewrite_weights(state.master, room[rows])
+    room = own_masters(shard, weights)
     for matrix, own in weights.matrices():
         whole = torch.zeros(matrix.codes.shape, dtype=torch.bfloat16, device=room.device)
         for part in own:
             whole.view(-1)[part.piece.elements] = part.of(room)
         sum_over_ranks(whole.view(torch.uint8), group)  # each byte is on one rank, the others have zeros
         yield matrix, whole
+
+
+def own_masters(shard: Shard, weights: TiledWeights) -> Tensor:
+    """Return the masters that this rank owns of a bucket, rounded to BF16, until its room is used again."""
+    room = weights.room
+    for rows in shard.cut():
+        with shard.lend(rows) as state:
+            rewrite_weights(state.master, room[rows])
+    return room

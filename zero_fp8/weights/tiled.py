@@ -181,6 +181,15 @@ class TiledWeights:
             if part.piece.slot.parameter == index:
                 self.given(part.piece).copy_(values.detach().reshape(-1)[part.piece.elements])
 
+    def own_values(self, rows: Tensor) -> Iterator[tuple[OwnPart, Tensor]]:
+        """Yield this rank's parts and their values, [elements] bfloat16.
+
+        rows: its masters, rounded, [blocks, block size]; values that a parameter was given since come first.
+        """
+        for part in self._parts:
+            given = self._given.get(part.home.parameter)
+            yield part, part.of(rows) if given is None else given
+
     def matrices(self) -> Iterator[tuple[Matrix, list[OwnPart]]]:
         """Yield each matrix and the parts that this rank owns."""
         for home in self.homes:

@@ -200,11 +200,17 @@ class SlicedMatrix:
         self.store(parameter, values)
         self.release(parameter)
 
-    def give_back(self, parameter: Any) -> None:
-        """Put values into the parameter and its slice: it is BF16 as if it had never been encoded."""
+    def give_back(self, parameter: Any, own: Tensor | None = None) -> None:
+        """Make the parameter's slice BF16 as if it had never been encoded.
+
+        own: this rank's values, if they are not those of its codes; a whole parameter is then released.
+        """
         if parameter.ds_status is ZeroParamStatus.AVAILABLE:
             self.gathered(parameter)
-        values, own = torch.zeros_like(self.held, dtype=torch.bfloat16), self.own_values()
+            if own is not None:
+                partition_parameters.free_param(parameter)
+        own = self.own_values() if own is None else own
+        values = torch.zeros_like(self.held, dtype=torch.bfloat16)
         values[: len(own)] = own
         parameter.ds_tensor.data = values
         delattr(parameter, CODES)
