@@ -293,6 +293,20 @@ def test_the_next_engine_has_the_weights(ranks: RankPools, stage: int) -> None:
     ranks.run(2, hand_over, stage, seconds=SECONDS)
 
 
+def hand_over_to_stock() -> None:
+    with engine_of(stage=2) as engine:
+        steps(engine, 2)
+        model, kept = engine.module, masters(engine)
+    engine = build(ds_config(None, stage=2), model)
+    assert_rounded({name: each.detach() for name, each in model.named_parameters()}, kept)
+    steps(engine, 1)
+    engine.destroy()
+
+
+def test_stock_deepspeed_goes_on_from_the_masters(ranks: RankPools) -> None:
+    ranks.run(2, hand_over_to_stock, seconds=SECONDS)
+
+
 def take_over(stage: int, then: int) -> None:
     """A second engine goes on from the masters, in BF16, of a first one that is not destroyed."""
     with engine_of(stage=stage, zero=SOME_PERSIST) as first:

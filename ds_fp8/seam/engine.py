@@ -69,6 +69,8 @@ def configure_distributed_model(original: Method) -> Method:
             by_mpu = self.mpu is not None and not is_sequence_parallel(self.mpu)
             replicas = self.mpu.get_data_parallel_group() if by_mpu else everywhere
             check_agreement("config or model", _model(model), device, replicas)
+        else:
+            make_plain(model.parameters(), everywhere)
         original(self, model)
 
     return method
