@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.nn import Module, Parameter
 
 from ds_fp8.zero_fp8.checkpoint.contracts import Restorable
@@ -18,6 +20,8 @@ from ds_fp8.zero_fp8.handlers.master_views import as_slices
 from ds_fp8.zero_fp8.handlers.slice_access import SliceAccess
 from ds_fp8.zero_fp8.optimizer.fp8_adamw import FP8AdamW
 from ds_fp8.zero_fp8.weights.claims import claim, release
+from ds_fp8.zero_fp8.weights.sliced.slices import CODES
+from ds_fp8.zero_fp8.weights.tiled import tiled
 
 
 class Stage3Optimizer(FP8ZeROOptimizer):
@@ -53,10 +57,17 @@ class Stage3Optimizer(FP8ZeROOptimizer):
     def _unbind(self) -> None:
         self.slice_access.detach()
         for part, values in self.saved.model_weights.own_values():
-            matrix: Any = part.home
-            matrix.give_back(self.parameters[matrix.parameter], values)
+            self._give_back(part.home, values)
+        for each in tiled(self.parts.weights):
+            for home in each.homes:
+                self._give_back(home, torch.empty(0, dtype=torch.bfloat16))  # this rank owns nothing of it
         self.fetching.remove()
         release(self._names)
+
+    def _give_back(self, home: Any, values: Tensor) -> None:
+        parameter = self.parameters[home.parameter]
+        if hasattr(parameter, CODES):
+            home.give_back(parameter, values)
 
     def _on_module_end(self, module: Module) -> None:
         schedule = self.gradients.schedule

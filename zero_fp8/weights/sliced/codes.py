@@ -203,11 +203,13 @@ class SlicedMatrix:
     def give_back(self, parameter: Any, own: Tensor | None = None) -> None:
         """Make the parameter's slice BF16 as if it had never been encoded.
 
-        own: this rank's values, if they are not those of its codes; a whole parameter is then released.
+        own: this rank's values, if they are not those of its codes. A whole parameter is then released, on
+        every rank or none, even if a forward that raised has left it in use.
         """
         if parameter.ds_status is ZeroParamStatus.AVAILABLE:
             self.gathered(parameter)
             if own is not None:
+                parameter.ds_active_sub_modules.clear()
                 partition_parameters.free_param(parameter)
         own = self.own_values() if own is None else own
         values = torch.zeros_like(self.held, dtype=torch.bfloat16)
