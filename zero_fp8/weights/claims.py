@@ -68,9 +68,14 @@ def make_plain(parameters: Iterable[Parameter], group: ProcessGroup) -> None:
         if there != parameter.numel():
             FP8Parameter.give_back(parameter)
             continue
-        whole = torch.zeros(parameter.shape, dtype=torch.bfloat16, device=parameter.device)
-        for place, values in own:
-            whole.view(-1)[place] = values
+        FP8Parameter.take_off(parameter, put_together(parameter.shape, own, parameter.device, group))
         own.clear()
-        sum_over_ranks(whole.view(torch.uint8), group)  # each byte is on one rank, the others have zeros
-        FP8Parameter.take_off(parameter, whole)
+
+
+def put_together(shape: torch.Size, own: Left, device: torch.device, group: ProcessGroup) -> Tensor:
+    """Return a weight of which each rank has a part, bfloat16. Collective."""
+    whole = torch.zeros(shape, dtype=torch.bfloat16, device=device)
+    for place, values in own:
+        whole.view(-1)[place] = values
+    sum_over_ranks(whole.view(torch.uint8), group)  # each byte is on one rank, the others have zeros
+    return whole

@@ -9,17 +9,15 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 
 from ds_fp8.ops.masters import rewrite_weights
-from ds_fp8.zero_fp8.comm.collectives import sum_over_ranks
 from ds_fp8.zero_fp8.products.fp8_parameter import FP8Parameter
 from ds_fp8.zero_fp8.products.matrix import Matrix
 from ds_fp8.zero_fp8.states.shard import Shard
-from ds_fp8.zero_fp8.weights.claims import LEFT, Left
+from ds_fp8.zero_fp8.weights.claims import LEFT, Left, put_together
 from ds_fp8.zero_fp8.weights.frozen import FrozenWeights
 from ds_fp8.zero_fp8.weights.sliced.frozen import FrozenSlices
 from ds_fp8.zero_fp8.weights.store import Weights
@@ -144,11 +142,8 @@ def rounded_masters(
     """Yield each matrix of a bucket and its masters, [rows, columns] bfloat16, as encoded. Collective."""
     room = own_masters(shard, weights)
     for matrix, own in weights.matrices():
-        whole = torch.zeros(matrix.codes.shape, dtype=torch.bfloat16, device=room.device)
-        for part in own:
-            whole.view(-1)[part.piece.elements] = part.of(room)
-        sum_over_ranks(whole.view(torch.uint8), group)  # each byte is on one rank, the others have zeros
-        yield matrix, whole
+        parts = [(part.piece.elements, part.of(room)) for part in own]
+        yield matrix, put_together(matrix.codes.shape, parts, room.device, group)
 
 
 def own_masters(shard: Shard, weights: TiledWeights) -> Tensor:
