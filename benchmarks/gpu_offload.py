@@ -133,7 +133,7 @@ def expected_between_steps(engine: Any) -> int:
     several = engine.gradient_accumulation_steps() > 1
     gradient = memory.gradient_bytes(handler.recipe, parts.buckets, accumulating=several)
     about = ds_fp8.describe(engine)
-    weights = int(about["weight_bytes"])
+    weights = int(about.get("weight_bytes", memory.weight_bytes(2, parts.buckets)))
     if handler.settings.offload is None:
         return weights + gradient + memory.state_bytes(handler.recipe, parts.buckets)
     resident = sum(each.nbytes - each.host_nbytes for each in parts.shards)
