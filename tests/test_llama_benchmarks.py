@@ -77,6 +77,19 @@ def test_step_profile(tmp_path: Path) -> None:
         assert 0 < run[phase]["host_ms"] <= run[phase]["whole_ms"]
 
 
+@pytest.mark.slow
+def test_offload(tmp_path: Path) -> None:
+    """Streamed states leave weights, gradient and ring on the device."""
+    pytest.importorskip("transformers")
+    out = tmp_path / "offload.json"
+    options = ("--micro_batch", "1", "--context", "64", "--steps", "3", "--level", "O2+")
+    torchrun("gpu_offload.py", "--out", str(out), *options, "--where", "stream")
+    (run,) = json.loads(out.read_text())["runs"]
+    assert len(run["checked"]) == 4
+    least = 2 * run["parameters"] + run["about"]["ring_bytes"]
+    assert least < run["expected_between_steps"] < least + 2 * run["parameters"]
+
+
 def test_sweeps(tmp_path: Path) -> None:
     times = sweeps.sweep_times(2048, 1, torch.device("cpu"))
     assert len(times) == len(operations.LEVELS)

@@ -16,6 +16,7 @@ import test_o3_frozen
 import test_zero3
 import torch
 from deepspeed import comm as dist
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param, safe_set_local_fp32_param
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from engines import (
@@ -330,6 +331,46 @@ def take_over(stage: int, then: int) -> None:
 @pytest.mark.parametrize(("stage", "then"), [(2, 2), (2, 3), (3, 3)])
 def test_a_second_engine_has_the_weights(ranks: RankPools, stage: int, then: int) -> None:
     ranks.run(2, take_over, stage, then, seconds=SECONDS)
+
+
+class Narrow(nn.Module):
+    """Matrices of two blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.head = (nn.Linear(16, 16, bias=False) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.two(self.one(x)).relu()).float().square().mean()
+
+
+def take_over_narrow() -> None:
+    """The third rank owns nothing of a matrix that is whole on all."""
+    config = ds_config(O3, stage=3, zero=zero3(persistence=256, prefetch=0, reuse=0))
+    torch.manual_seed(0)
+    model, x = Narrow().bfloat16(), torch.ones(2, 16, dtype=torch.bfloat16)
+    with patch.dict(os.environ, DS_FP8_PRODUCTS="emulated"):
+        first = build(config, model)
+        first.backward(first(x))
+        first.step()
+        kept = masters(first)
+        first(x)
+        assert len(gathered_now(model)) == 2
+        second = build(config, model)
+    assert not gathered_now(model)
+    assert_rounded(masters(second), kept)
+    first.destroy()
+    second.destroy()
+
+
+def gathered_now(model: Any) -> list[str]:
+    """Names of the matrices of which this rank has all elements, but for the head."""
+    named = list(model.named_parameters())[:2]
+    return [name for name, each in named if each.ds_status is ZeroParamStatus.AVAILABLE]
+
+
+def test_every_rank_lets_go_of_a_matrix_of_few_blocks(ranks: RankPools) -> None:
+    ranks.run(3, take_over_narrow, seconds=SECONDS)
 
 
 def multiplied_by_deepspeed(default: bool, compiled: bool) -> tuple[list[float], list[int]]:
