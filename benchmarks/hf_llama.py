@@ -45,6 +45,7 @@ from engine_facts import decodes, gradient_bytes_sent, predicted_bytes, sent, wa
 from fsdp2 import Fsdp2
 from gpu_train import CONSOLE, claims_of_memory_and_time, load, loss_apart
 from llama import (
+    LAYERS,
     SIZES,
     Batch,
     batches,
@@ -163,7 +164,8 @@ def choice_of(run: Run) -> tuple[str, ...]:
     if options["checkpointing"] == "True":
         kept = int(options.get("kept_layers", 0))
         found.append(f"checkpointing but for {kept} layers" if kept else "checkpointing")
-    return (*found, *(["compiled"] if options["compile"] not in ("None", "False") else []))
+    compiled = {"model": ["compiled"], "layers": ["compiled"], "graphs": ["compiled", "CUDA graphs"]}
+    return (*found, *compiled.get(options["compile"], []))
 
 
 def gathered(runs: list[Run]) -> list[Run]:
@@ -257,7 +259,11 @@ def main() -> None:
     add("--warm_up", type=int, default=4, metavar="N", help="steps that are not timed: the allocator settles")
     add("--lr", type=float, help="peak learning rate; default: the configuration's")
     add("--warmup_steps", type=int, default=0, metavar="N", help="of the learning rate")
-    add("--compile", choices=("model", "layers"), help="engine.compile(), or each layer and the loss")
+    add(
+        "--compile",
+        choices=("model", *LAYERS),
+        help="engine.compile(); each layer and the loss; in CUDA graphs",
+    )
     add("--gpu_gb", type=float, help="GPU memory that may be used; default: all")
     add("--float8", action="store_true", help="products by torchao's tensorwise float8; named +float8")
     add("--sequence_parallel", type=int, default=1, metavar="N", help="ranks that share a sequence")

@@ -29,6 +29,7 @@ VOCABULARY = 32_000
 SPLIT = "tensor_model_parallel"  # DeepSpeed's mark of a parameter that is split over ranks
 COLLECTIVES = ("all_reduce", "all_to_all_single", "all_gather_into_tensor")
 KERNELS = [SDPBackend.FLASH_ATTENTION]  # a CPU has it, too
+LAYERS = {"layers": None, "graphs": "reduce-overhead"}  # how each is compiled: torch's mode
 Batch = dict[str, Tensor]
 PLAIN = {  # defaults of options that a training here reads
     "checkpointing": False,
@@ -88,9 +89,9 @@ def model_of(
         from torchao.float8 import convert_to_float8_training
 
         convert_to_float8_training(model, module_filter_fn=lambda _, name: "lm_head" not in name)
-    if arguments.compile == "layers":
+    if arguments.compile in LAYERS:
         for each in layers_of(model):
-            each.compile()
+            each.compile(mode=LAYERS[arguments.compile])
         model.loss_function = torch.compile(model.loss_function)
     return model
 
@@ -160,6 +161,7 @@ def step(engine: Any, source: Iterator[Batch]) -> Tensor:
 
 
 def micro_step(engine: Any, batch: Batch) -> Tensor:
+    torch.compiler.cudagraph_mark_step_begin()
     with sdpa_kernel(KERNELS) if engine.sequence_parallel_size > 1 else nullcontext():
         loss = shared_loss(engine, batch) if engine.sequence_parallel_size > 1 else engine(**batch).loss
         engine.backward(loss)

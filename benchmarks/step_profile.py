@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from gpu_train import CONSOLE, load
-from llama import SIZES, Batch, batches, engine_of, micro_step, options, recorded
+from llama import LAYERS, SIZES, Batch, batches, engine_of, micro_step, options, recorded
 from ranks_gpu import facts, join_ranks, wait
 from timing import write
 from torch.autograd import DeviceType  # type: ignore[attr-defined]
@@ -96,7 +96,7 @@ def main() -> None:
     add("--size", choices=SIZES, default="tiny")
     add("--micro_batch", type=int, default=1)
     add("--context", type=int, default=2048)
-    add("--compile", choices=("model", "layers"))
+    add("--compile", choices=("model", *LAYERS))
     add("--checkpointing", action="store_true")
     add("--float8", action="store_true", help="products by torchao's tensorwise float8; named +float8")
     arguments = options(**vars(parser.parse_args()))
