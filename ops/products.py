@@ -108,7 +108,7 @@ def transpose(codes: Tensor, exponents: Tensor) -> Operand:
     codes: [rows, columns] float8_e4m3fn; exponents: [tiles(rows), tiles(columns)] uint8.
     """
     rows, columns = codes.shape
-    scales = torch.ones(scale_shape(columns, rows), device=codes.device)
+    scales = torch.ones(scale_shape(columns, rows), dtype=torch.float32, device=codes.device)
     expand_exponents(exponents.t(), scales)
     return Operand(codes.t().contiguous(), scales)
 

@@ -1,6 +1,7 @@
 """FP8 products as autograd sees them: their numbers, what they save, what they refuse."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +21,14 @@ from ds_fp8.zero_fp8.products.ways import FP8Products, Way
 
 ROUNDING = 0.0017  # of a BF16 result, relative
 E4M3_PRODUCT = 0.037  # of a product of two operands that are rounded to E4M3, measured on gaussian data
+
+
+@contextmanager
+def one_forward() -> Iterator[None]:
+    """A forward of a model, as its hooks see it."""
+    shared_casts.begin_forward()
+    yield
+    shared_casts.end_forward()
 
 
 def error(got: Tensor, exact: Tensor) -> float:
@@ -227,7 +236,7 @@ def test_the_same_input_is_cast_and_saved_once() -> None:
     layers = [fp8_linear(way=spy.way, seed=seed) for seed in range(4)]
     layers[0].weight.requires_grad_(False)
     x = random(20, 160)
-    with Saved() as saved:
+    with Saved() as saved, one_forward():
         ys = [layer(x) for layer in layers]
     assert spy.inputs == [False, True]
     assert len({each.data_ptr() for each in saved.tensors if each.dtype is torch.float8_e4m3fn}) == 1
@@ -252,11 +261,12 @@ def test_in_a_cuda_graph_every_product_casts_for_itself(monkeypatch: pytest.Monk
     """A replay with other values in x would miss a cast of before, and so would what comes after it."""
     spy = Spy()
     layer, x = fp8_linear(way=spy.way), random(20, 160)
-    layer(x)
-    for capturing in (True, False):
-        monkeypatch.setattr(shared_casts, "captured", lambda _, answer=capturing: answer)
+    with one_forward():
         layer(x)
-        layer(x)
+        for capturing in (True, False):
+            monkeypatch.setattr(shared_casts, "captured", lambda _, answer=capturing: answer)
+            layer(x)
+            layer(x)
     assert len(spy.inputs) == 3, "before and after it is the same cast"
 
 
@@ -264,16 +274,56 @@ def test_a_cast_lives_no_longer_than_its_input_and_the_forward() -> None:
     layer = fp8_linear(way=Spy().way)
     casts = layer.weight.way.casts
     x = random(20, 160)
-    y = layer(x)
-    assert casts._last is not None
-    y.sum().backward()
+    with one_forward():
+        y = layer(x)
+        assert casts._last is not None
+        y.sum().backward()
+        assert casts._last is None
+        layer(x)
+        del x
+        assert casts._last is None
+        with torch.inference_mode():
+            layer(random(20, 160))
     assert casts._last is None
-    layer(x)
-    del x
-    assert casts._last is None
-    with torch.inference_mode():
-        layer(random(20, 160))
-    assert casts._last is None
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.name)
+@pytest.mark.parametrize("shape", [(3,), (2, 3), (2, 2, 3), ()], ids=str)
+def test_outputs_may_be_edited(way: Way, shape: tuple[int, ...]) -> None:
+    """As by an in-place activation, a slice or a hook."""
+
+    def edited(y: Tensor, in_place: bool) -> Tensor:
+        if not in_place:
+            doubled = torch.cat([2 * y[..., :40], y[..., 40:]], dim=-1)
+            return (doubled + 1).relu() * 3
+        y[..., :40] *= 2
+        y += 1
+        return functional.relu(y, inplace=True) * 3
+
+    layer, x = fp8_linear(way=way), random(12, 160)[: torch.Size(shape).numel()].view(*shape, 160)
+    found = []
+    for in_place in (False, True):
+        layer.zero_grad()
+        edited(layer(x), in_place).float().sum().backward()
+        found.append([layer.weight.grad, layer.bias.grad])
+    for separate, edit in zip(*found, strict=True):
+        assert torch.equal(separate, edit)
+
+
+def test_an_input_that_is_refilled_is_cast_anew() -> None:
+    """By writes that torch does not count: a buffer that another library fills, for example."""
+    spy = Spy()
+    layer, x = fp8_linear(way=spy.way), random(20, 160)
+    for seed in range(3):
+        x.data.copy_(random(20, 160, seed=seed))
+        with one_forward():
+            got = layer(x)
+        assert torch.equal(got, layer(x.clone()))
+        assert torch.equal(got, layer(x))
+    with one_forward():
+        layer(x)
+        x.data = random(20, 160, seed=4)
+        assert torch.equal(layer(x), layer(x.clone()))
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.name)

@@ -15,6 +15,7 @@ import pytest
 import torch
 from fp8_weights import DECODED, EMULATED, fp8_linear, hold, random, take_over, twin
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
@@ -476,15 +477,62 @@ def test_zero3s_linear_is_right_and_seen() -> None:
     assert layer.weight.matrix.decodes > 0
 
 
-def test_second_derivatives_and_transforms_are_refused() -> None:
-    layer, x = fp8_linear(), random(3, 160).requires_grad_()
+def differentiate_twice(layer: nn.Linear, x: Tensor) -> None:
     first = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)[0]
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        first.sum().backward()
-    with pytest.raises(RuntimeError, match="vmap"):
-        torch.func.vmap(layer)(x)
-    with pytest.raises((RuntimeError, NotImplementedError), match="jvp"):
-        torch.func.jvp(layer, (x,), (x,))
+    first.sum().backward()
+
+
+def penalize_a_constant_gradient(layer: nn.Linear, x: Tensor) -> None:
+    """The gradient of x is the weight's alone."""
+    first = torch.autograd.grad(layer(x).float().sum(), x, create_graph=True)[0]
+    (first.float().square().sum() + layer(x).float().sum()).backward()
+
+
+def differentiate_forward(layer: nn.Linear, x: Tensor) -> None:
+    with forward_ad.dual_level():
+        layer(forward_ad.make_dual(x, x))
+
+
+def differentiate_in_batches(layer: nn.Linear, x: Tensor) -> None:
+    torch.autograd.grad(layer(x), x, random(2, 3, 96), is_grads_batched=True)
+
+
+REFUSED: dict[str, tuple[Callable[[nn.Linear, Tensor], Any], str]] = {
+    "twice": (differentiate_twice, "can be differentiated once only"),
+    "penalty": (penalize_a_constant_gradient, "can be differentiated once only"),
+    "forward mode": (differentiate_forward, "forward-mode differentiation cannot look into"),
+    "in batches": (differentiate_in_batches, "is_grads_batched cannot look into"),
+    "vmap": (lambda layer, x: torch.func.vmap(layer)(x), "torch.func cannot look into"),
+    "jvp": (lambda layer, x: torch.func.jvp(layer, (x,), (x,)), "torch.func cannot look into"),
+    "jacrev": (lambda layer, x: torch.func.jacrev(layer)(x), "torch.func cannot look into"),
+    "jit.trace": (torch.jit.trace, "torch.jit.trace cannot look into"),
+    "sparse": (lambda layer, x: layer(x.detach().to_sparse()), "received a sparse tensor as input"),
+    "nested": (
+        lambda layer, x: layer(torch.nested.nested_tensor([x, x])),
+        "received a nested tensor as input",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The PyTorch API of nested tensors")
+def test_what_does_not_see_into_a_product_is_refused(what: str) -> None:
+    """By a message with the weight's name and what helps."""
+    layer, x = fp8_linear(), random(3, 160).requires_grad_()
+    do, words = REFUSED[what]
+    with pytest.raises(RuntimeError, match=f"^weight: .*{words}.*weights.exclude"):
+        do(layer, x)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_first_derivative_may_have_a_graph(trained: bool) -> None:
+    """That of a frozen layer's input is a constant."""
+    layer, x = fp8_linear(), random(3, 160).requires_grad_()
+    layer.weight.requires_grad_(trained)
+    wanted = torch.autograd.grad(layer(x).float().sum(), x)[0]
+    (got,) = torch.autograd.grad(layer(x).float().sum(), x, create_graph=True)
+    assert got.requires_grad == trained
+    assert torch.equal(got, wanted)
 
 
 def test_functional_call_and_inference_mode() -> None:

@@ -211,6 +211,36 @@ def test_a_base_is_merged_safely_and_encoded_again(ranks: RankPools) -> None:
         assert checks == [True, True, 1, True]
 
 
+class OverBase(nn.Module):
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base, self.head = base, nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.base(x)).float().square().mean()
+
+
+def share_base() -> list[bool]:
+    """Actor and critic over one base: whether each engine steps, and what that does to the base."""
+    torch.manual_seed(0)
+    base, x = nn.Linear(64, 64).requires_grad_(False), torch.randn(4, 64).bfloat16()
+    engines = [engine_of(FROZEN, model=OverBase(base)) for _ in range(2)]
+    values, found = base.weight.detach().clone(), []
+    for engine in (*reversed(engines), *engines):
+        before = engine.module.head.weight.detach().clone()
+        engine.backward(engine(x))
+        engine.step()
+        found.append(not torch.equal(engine.module.head.weight, before))
+    for engine in engines:
+        found.append(torch.equal(base.weight, values))
+        engine.destroy()
+    return [*found, torch.equal(base.weight, values)]
+
+
+def test_two_engines_over_one_base(ranks: RankPools) -> None:
+    assert ranks.run(1, share_base)[0] == [True] * 7
+
+
 def save_adapter(folder: str) -> tuple[int, bool]:
     """How many weights PEFT's save has decoded if it is given the adapter's, and whether it has the rest."""
     engine = engine_of(FROZEN)

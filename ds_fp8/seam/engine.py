@@ -28,6 +28,7 @@ from ds_fp8.zero_fp8.optimizer.fp8_adamw import FP8AdamW
 from ds_fp8.zero_fp8.optimizer.replacement import replace_optimizer
 from ds_fp8.zero_fp8.placement.parameters import shape_of
 from ds_fp8.zero_fp8.products.chosen import choose
+from ds_fp8.zero_fp8.products.shared_casts import share_in_forwards_of
 from ds_fp8.zero_fp8.recipe import Recipe, ZeroSettings, recipe_of
 from ds_fp8.zero_fp8.weights.claims import make_plain
 
@@ -249,6 +250,7 @@ def handler_of(engine: Any, recipe: Recipe, settings: ZeroSettings) -> FP8ZeROOp
     choice = None
     if section.has_codes:
         choice = agreed(lambda: choose(engine.module, section, device), engine.seq_data_parallel_group)
+        share_in_forwards_of(engine.module)
     if settings.stage == 3:
         offload = functools.partial(offload_of, engine, timers)
         return Stage3Optimizer(offload, *what, timers, loss_scaler_of(engine), choice=choice)

@@ -117,7 +117,8 @@ class Checkpoint:
     def states(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
         """A parameter's master, exp_avg and exp_avg_sq, whole, as FP32 vectors."""
         numel = torch.Size(self.parameters[name].shape).numel()
-        vectors = (torch.empty(numel), torch.empty(numel), torch.empty(numel))
+        master, exp_avg, exp_avg_sq = torch.empty(3, numel, dtype=torch.float32)
+        vectors = master, exp_avg, exp_avg_sq
         for first in range(0, numel, CHUNK):
             part = slice(first, min(first + CHUNK, numel))
             values = self.values(name, part)
@@ -218,7 +219,7 @@ class Checkpoint:
     def _upper_halves(self, name: str, first: int, rows: int) -> Tensor:
         """The model's weights of some blocks, zeros after the parameter's end: what split masters need."""
         if not self._formats["master"].split:
-            return torch.empty(rows, 0)
+            return torch.empty(rows, 0, dtype=torch.float32)
         if self._has_upper_halves:
             parts = self._held(name, first, first + rows)
             return torch.cat([self._upper_half(file, name, blocks)[part] for _, file, blocks, part in parts])

@@ -70,7 +70,7 @@ class FP8Packer:
 
     def _agree(self, gradients: Gradients, nodes: Nodes) -> dict[int, Tensor]:
         """The factor of each parameter's values, 0-d float32, by parameter; the same on every rank."""
-        amax = torch.zeros(len(gradients), device=self._device)
+        amax = torch.zeros(len(gradients), dtype=torch.float32, device=self._device)
         for number, gradient in enumerate(gradients.values()):
             if gradient is not None:
                 amax[number] = fp8_sum.largest(gradient)
@@ -80,7 +80,7 @@ class FP8Packer:
 
     def _own_scales(self, bucket: Bucket, rank: int, inverse: Mapping[int, Tensor]) -> Tensor:
         """Scales of this rank's rows, [blocks] float32."""
-        scales = torch.ones(bucket.blocks_of(rank), device=self._device)
+        scales = torch.ones(bucket.blocks_of(rank), dtype=torch.float32, device=self._device)
         for piece in bucket.pieces(rank):
             scales[piece.rows] = 1 / inverse[piece.slot.parameter]
         return scales

@@ -127,7 +127,7 @@ class States:
             if backend.instead:
                 logger.warning("plain PyTorch instead of kernels, with the same numbers: %s", backend.instead)
             self._backends[device] = backend
-            self._controls[device] = torch.ones(2, device=device)
+            self._controls[device] = torch.ones(2, dtype=torch.float32, device=device)
         return self._backends[device]
 
     def _sweep_rows(

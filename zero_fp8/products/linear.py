@@ -4,15 +4,42 @@ The part of x that backward needs is saved, as codes or as x itself; the weight 
 must still hold the codes that forward multiplied. Autograd casts gradients to the dtypes of x and bias.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 
+from ds_fp8.zero_fp8.plain_tensors import ALLOWED, kind_of
 from ds_fp8.zero_fp8.products.kernels import Gradients, Needs, in_graph, named, tracing
 from ds_fp8.zero_fp8.products.matrix import Matrix
 from ds_fp8.zero_fp8.products.ways import Way, way_of
+
+INSTEAD = "weights.exclude with its name keeps a weight in BF16"
+_BATCHED = torch._C._dispatch_key_parse("Batched")  # a tensor of is_grads_batched
+Backward = Callable[[Any, Tensor], tuple[Tensor | None, ...]]
+
+
+def _once(backward: Backward) -> Backward:
+    """Have a second derivative fail, by an error that names the weight.
+
+    torch's `once_differentiable` looks at dy only: dx would be a constant, though it depends on the weight.
+    """
+
+    @functools.wraps(backward)
+    def run(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            found = backward(ctx, dy)
+        depends = dy.requires_grad or all(ctx.needs_input_grad[:2])  # dx on the weight, dw on x
+        if not torch.is_grad_enabled() or not depends:
+            return found
+        text = f"{ctx.matrix.name}: an FP8 product can be differentiated once only; {INSTEAD}"
+        fail = torch._C._functions.DelayedError(text.encode(), len(found))
+        return fail(*(each if each is None else each.detach().requires_grad_() for each in found))  # type: ignore[arg-type]
+
+    return run
 
 
 class Product(torch.autograd.Function):
@@ -35,12 +62,15 @@ class Product(torch.autograd.Function):
         ctx.matrix, ctx.way, ctx.swapped = matrix, way, swapped
         ctx.input_shape = x.shape
         ctx.generation = None if compiling else matrix.generation
-        return y.view(*x.shape[:-1], y.shape[-1])
+        shape = *x.shape[:-1], y.shape[-1]
+        return torch.ops.aten._unsafe_view(y, shape)  # type: ignore[no-any-return]  # a view of y forbids edits
 
     @staticmethod
-    @once_differentiable
+    @_once
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, *_ = ctx.needs_input_grad
+        if ctx.generation is not None:
+            check_transforms(dy, ctx.matrix)
         if x and ctx.generation is not None:
             check_generation(ctx.matrix, ctx.generation)
         flat = dy.reshape(-1, dy.shape[-1]).contiguous()
@@ -71,11 +101,15 @@ def multiply_input(
     """Return the product, with the dtypes that torch would use.
 
     Raises:
-        RuntimeError: x or bias has a dtype or shape that cannot be multiplied with the weight.
+        RuntimeError: x or bias has a dtype, shape or layout that cannot be multiplied with the weight, or the
+            call is traced by torch.jit or transformed by torch.func.
     """
     if torch.compiler.is_dynamo_compiling() and matrix.travels:
         y: Tensor = _multiply_outside(x, weight, bias, matrix=matrix, way=way, swapped=swapped)
         return y
+    if not torch.compiler.is_compiling():
+        check_kind(x, matrix)
+        check_transforms(x, matrix)
     if torch.is_autocast_enabled(x.device.type):
         check_autocast(x, matrix)
     else:
@@ -114,6 +148,30 @@ def _trace(
     matrix, way = Matrix("traced", *buffers, kernels), way_of(names[1], kernels)
     with tracing():
         return Product.apply(x, weight, bias, matrix, way, swapped, wgrad)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def check_kind(x: Tensor, matrix: Matrix) -> None:
+    """Refuse inputs that have no address, such as nested or sparse ones."""
+    kind = None if type(x) is Tensor and x.layout is torch.strided and not x.is_nested else kind_of(x)
+    if kind is not None:
+        raise RuntimeError(f"{matrix.name}: received {kind} as input of an FP8 product, {ALLOWED}; {INSTEAD}")
+
+
+def check_transforms(tensor: Tensor, matrix: Matrix) -> None:
+    """Refuse what does not see into an FP8 product. tensor: x, or the gradient of y."""
+    doer = "torch.jit.trace" if torch._C._get_tracing_state() is not None else None
+    if torch._C._are_functorch_transforms_active():
+        doer = "torch.func"
+    elif torch._C._dispatch_keys(tensor).has(_BATCHED):
+        doer = "torch.autograd.grad with is_grads_batched"
+    elif forward_ad._current_level >= 0 and _has_tangent(tensor):
+        doer = "forward-mode differentiation"
+    if doer is not None:
+        raise RuntimeError(f"{matrix.name}: {doer} cannot look into an FP8 product; {INSTEAD}")
+
+
+def _has_tangent(tensor: Tensor) -> bool:
+    return forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
 
 
 def check_autocast(x: Tensor, matrix: Matrix) -> None:

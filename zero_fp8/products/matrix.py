@@ -36,9 +36,8 @@ class Matrix:
     @classmethod
     def of(cls, name: str, codes: Tensor, exponents: Tensor, kernels: Kernels) -> "Matrix":
         """Create a matrix with its own scales, which are undefined."""
-        return cls(
-            name, codes, exponents, torch.ones(scale_shape(*codes.shape), device=codes.device), kernels
-        )
+        scales = torch.ones(scale_shape(*codes.shape), dtype=torch.float32, device=codes.device)
+        return cls(name, codes, exponents, scales, kernels)
 
     def rewritten(self) -> None:
         """Mark the codes as new: a backward whose forward had the old ones fails.

@@ -1,25 +1,74 @@
 """The last cast of an input: q, k and v, or gate and up, get the same x and save the same codes.
 
-A cast is dropped if its input dies, if the next input is cast, or if a backward begins, so that it never
+A cast is shared within one forward of the model, or one backward that does forwards again: there x is a value
+between layers. Between forwards it may be a buffer that was refilled in a way that torch does not count. A
+cast is dropped if its input dies, if the next input is cast, or if a backward begins, so that it never
 outlives its use by the graph. In a CUDA graph each product casts for itself: a replay recomputes only what
 was captured in it, from the current contents of the input's memory.
 """
 
+import itertools
+import threading
 import weakref
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from ds_fp8.ops.capture import captured
 from ds_fp8.ops.products import CastInput
 
 
+class _Forward(threading.local):
+    """The forward that this thread runs."""
+
+    number = 0  # 0: none
+
+
+_forward = _Forward()
+_numbers = itertools.count(1)
+
+
+def begin_forward(*_: Any) -> None:
+    if not torch.compiler.is_compiling():
+        _forward.number = next(_numbers)
+
+
+def end_forward(*_: Any) -> None:
+    if not torch.compiler.is_compiling():
+        _forward.number = 0
+
+
+def share_in_forwards_of(model: Module) -> None:
+    """Share casts within each forward of the model. Its hooks are functions, which can be pickled."""
+    if begin_forward not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(begin_forward, prepend=True)
+        model.register_forward_hook(end_forward, always_call=True)
+
+
+class Moment(NamedTuple):
+    """What is the same while a tensor still has the values that were cast."""
+
+    forward: int
+    backward: int
+    version: int
+    address: int
+    stream: int
+
+    @classmethod
+    def now(cls, x: Tensor) -> "Moment | None":
+        """Return None if nothing is shared: an inference tensor has no version."""
+        at = _forward.number, torch._C._current_graph_task_id()
+        if at == (0, -1) or x.is_inference() or captured(x):
+            return None
+        return cls(*at, x._version, x.data_ptr(), _stream(x))
+
+
 class Last(NamedTuple):
     input: weakref.ref[Tensor]
-    version: int
-    stream: int
+    moment: Moment
     cast: CastInput
 
 
@@ -31,14 +80,14 @@ class SharedCasts:
 
     def of(self, x: Tensor, wgrad: bool, make: Callable[[], CastInput]) -> CastInput:
         """Return the cast of x: the last one if it still equals what `make` would give."""
-        if x.is_inference() or captured(x):  # an inference tensor has no version
+        last, moment = self._last, Moment.now(x)
+        if moment is None:
             return make()
-        last, stream = self._last, _stream(x)
-        known = last is not None and last.input() is x and (last.version, last.stream) == (x._version, stream)
+        known = last is not None and last.input() is x and last.moment == moment
         if last is not None and known and (last.cast.wgrad is not None or not wgrad):
             return last.cast
         cast = make()
-        self._last = Last(weakref.ref(x, self._forget), x._version, stream, cast)
+        self._last = Last(weakref.ref(x, self._forget), moment, cast)
         return cast
 
     def clear(self) -> None:

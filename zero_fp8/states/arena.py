@@ -108,7 +108,7 @@ def register(address: int, nbytes: int, device: torch.device) -> str | None:
     if not code:
         return None
     with suppress(RuntimeError):  # CUDA would report the error to its next caller
-        torch.zeros(1, device=device)
+        torch.zeros(1, dtype=torch.float32, device=device)
     return f"cudaHostRegister gave error {code}"
 
 

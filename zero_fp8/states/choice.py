@@ -102,7 +102,7 @@ def _sweep(formats: Sequence[Format], block_size: int, rounding: Rounding, host:
         torch.zeros(rows, block_size, dtype=torch.bfloat16),
         host.plan([Segment(slice(0, rows), 0, 0)], rows, block_size, HOST),
         AdamScalars(1, 1e-3, 0.9, 0.95, 1e-8, 0.1, True, True, 1.165),
-        torch.ones(2),
+        torch.ones(2, dtype=torch.float32),
         rounding,
     )
     return _best(lambda: host.adam_step(sweep)) / SWEPT

@@ -63,6 +63,7 @@ class FrozenWeights:
 
         In that case nothing is done. For steps only: an adapter that is merged for a while is saved as it is.
         """
+        self._share()
         left = [each for each in self._parameters if each[1].was_left_by(each[0])]
         for parameter, home, _ in left:
             objection = home.objection(parameter)
@@ -75,6 +76,12 @@ class FrozenWeights:
             named = naming([home.matrix.name for _, home, _ in left])
             logger.warning("frozen weights replaced through .data are rounded to FP8 again: %s", named)
         return None
+
+    def _share(self) -> None:
+        """Take over the codes of a later engine that has encoded the same base."""
+        for place, (parameter, home, way) in enumerate(self._parameters):
+            if isinstance(parameter, FP8Parameter) and home.was_left_by(parameter):
+                self._parameters[place] = parameter, MatrixHome(home.parameter, parameter.matrix), way
 
     def as_values(self) -> AbstractContextManager[None]:
         """Do nothing while files are read or written: readers of these parameters get values."""

@@ -120,19 +120,19 @@ def cast_gradient(dy: Tensor, *, dgrad: bool, wgrad: bool, bias: bool) -> CastGr
     tokens, features = padded_tokens(len(dy)), dy.shape[1]
     rows = _in_rows(tokens, features, dy.device) if dgrad else None
     turned = _in_rows(features, tokens, dy.device) if wgrad else None
-    sums = torch.empty(tiles(tokens), features, device=dy.device) if bias else None
+    sums = torch.empty(tiles(tokens), features, dtype=torch.float32, device=dy.device) if bias else None
     _cast(dy, rows, turned, "rows" if wgrad else "", sums)
     return CastGradient(rows, turned, None if sums is None else sums.sum(0))
 
 
 def _in_rows(rows: int, inner: int, device: torch.device) -> Operand:
     codes = torch.empty(rows, inner, dtype=E4M3.dtype, device=device)
-    return Operand(codes, torch.empty(tiles(inner), rows, device=device).t())
+    return Operand(codes, torch.empty(tiles(inner), rows, dtype=torch.float32, device=device).t())
 
 
 def _in_tiles(rows: int, inner: int, device: torch.device) -> Operand:
     codes = torch.empty(rows, inner, dtype=E4M3.dtype, device=device)
-    return Operand(codes, torch.empty(scale_shape(rows, inner), device=device))
+    return Operand(codes, torch.empty(scale_shape(rows, inner), dtype=torch.float32, device=device))
 
 
 def _cast(

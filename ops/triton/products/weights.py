@@ -212,7 +212,7 @@ def encode_weight(
 @functools.cache
 def always(device: torch.device) -> Tensor:
     """A control that lets kernels write."""
-    return torch.ones(2, device=device)
+    return torch.ones(2, dtype=torch.float32, device=device)
 
 
 def _launch_run(

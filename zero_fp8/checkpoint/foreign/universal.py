@@ -223,7 +223,7 @@ def _write_states(checkpoint: Whole, name: str, folder: Path) -> int:
 
 def _step(manifest: Manifest) -> Tensor:
     """A step count that torch's optimizers accept as a tensor and DeepSpeed's kernels as a number."""
-    return torch.tensor(float(manifest.steps))
+    return torch.tensor(manifest.steps, dtype=torch.float32)
 
 
 def _common(checkpoint: Whole) -> dict[str, Any]:

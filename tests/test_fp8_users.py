@@ -1,0 +1,82 @@
+"""FP8 weights in an engine whose user does what plain PyTorch allows."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from deepspeed.utils import safe_get_full_fp32_param
+from engines import build, ds_config
+from fp8_weights import random
+from ranks import RankPools
+from torch import Tensor, nn
+
+O3 = {"opt_level": "O3", "weights": {"min_elements": 4096}}
+SECONDS = 60.0
+
+
+class Parallel(nn.Module):
+    """Two matrices that get the model's input itself, so that no other input is cast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = (nn.Linear(64, 64) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.left(x) * self.right(x)
+
+
+@contextmanager
+def engine_of(fp8: dict[str, Any], stage: int = 2) -> Iterator[Any]:
+    torch.manual_seed(0)
+    with patch.dict(os.environ, DS_FP8_PRODUCTS="emulated"):
+        engine = build(ds_config(fp8, stage=stage), Parallel())
+    yield engine
+    engine.destroy()
+
+
+def refill(stage: int) -> list[bool]:
+    """Whether outputs are those of a buffer that numpy has filled."""
+    x, found = torch.zeros(4, 64, dtype=torch.bfloat16), []
+    with engine_of(O3, stage) as engine, torch.no_grad():
+        for seed in range(3):
+            x.view(torch.int16).numpy()[:] = random(4, 64, seed=seed).view(torch.int16).numpy()
+            got = engine(x)
+            found.append(bool(got.any()) and torch.equal(got, engine.module(x.clone())))
+            engine(x)
+    return found
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_buffer_may_be_refilled(ranks: RankPools, stage: int) -> None:
+    assert ranks.run(1, refill, stage)[0] == [True] * 3
+
+
+def masters_after(fp8: dict[str, Any], default: torch.dtype) -> list[Tensor]:
+    """Masters after three steps, the last of which clips, under another default dtype."""
+    with engine_of(fp8) as engine:
+        torch.set_default_dtype(default)
+        try:
+            for seed in range(3):
+                loss = engine(random(4, 64, seed=seed)).float().square().sum() * 10**seed
+                engine.backward(loss)
+                engine.step()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        return [safe_get_full_fp32_param(each) for each in engine.module.parameters()]
+
+
+TENSOR = {"opt_level": "O2", "scaling": "tensor", "gradients": {"reduction": "fp8"}}
+
+
+@pytest.mark.parametrize("fp8", [{"opt_level": "O2+"}, TENSOR, O3], ids=lambda fp8: fp8["opt_level"])
+def test_the_default_dtype_may_change(ranks: RankPools, fp8: dict[str, Any]) -> None:
+    wanted, *others = (
+        ranks.run(2, masters_after, fp8, each, seconds=SECONDS)[0]
+        for each in (torch.float32, torch.float64, torch.bfloat16)
+    )
+    for found in others:
+        assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
