@@ -1,5 +1,6 @@
 """FP8 weights in an engine whose user does what plain PyTorch allows."""
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from deepspeed.utils import safe_get_full_fp32_param
-from engines import build, ds_config
+from engines import Lines, build, ds_config
 from fp8_weights import random
 from ranks import RankPools
 from torch import Tensor, nn
@@ -61,7 +62,8 @@ def masters_after(fp8: dict[str, Any], default: torch.dtype) -> list[Tensor]:
         torch.set_default_dtype(default)
         try:
             for seed in range(3):
-                loss = engine(random(4, 64, seed=seed)).float().square().sum() * 10**seed
+                x = random(4, 64, seed=seed).requires_grad_()
+                loss = engine(x).float().square().sum() * 10**seed
                 engine.backward(loss)
                 engine.step()
         finally:
@@ -80,3 +82,24 @@ def test_the_default_dtype_may_change(ranks: RankPools, fp8: dict[str, Any]) -> 
     )
     for found in others:
         assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
+
+
+def go_around(jagged: bool) -> list[str]:
+    """What is logged of a step whose gradient is not finite."""
+    lines = Lines()
+    logging.getLogger("ds_fp8").addHandler(lines)
+    with engine_of(O3) as engine:
+        parts = [random(each, 64) for each in (3, 5)]
+        x = torch.nested.nested_tensor(parts, layout=torch.jagged) if jagged else torch.cat(parts)
+        y = engine.module(x)
+        (y.values() if jagged else y * torch.inf).float().mean().backward()
+        engine.step()
+    logging.getLogger("ds_fp8").removeHandler(lines)
+    return [each for each in lines.lines if "no product has multiplied" in each]
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_weights_that_were_passed_by_are_named(ranks: RankPools) -> None:
+    (line,) = ranks.run(1, go_around, True)[0]
+    assert line.startswith("right.weight, left.weight: ")
+    assert ranks.run(1, go_around, False)[0] == []

@@ -263,6 +263,9 @@ class Adapted(nn.Module):
 def words_of(what: str) -> str:
     """The refusal of an engine."""
     with splits_forgotten():
+        if what == "sizes":
+            size = {"tensor_parallel": {"autotp_size": 3}}
+            return refusal(lambda: build(config_of("autotp", {}) | size, llama()))
         if what == "lora":
             return refusal(lambda: build(config_of("autotp", {}), Adapted.make()))
         mpu = {"pipeline": Pipeline, "no grid": NoGrid}.get(what, Mpu)(SIZE)
@@ -284,6 +287,7 @@ def words_of(what: str) -> str:
         ("pipeline", "deepspeed.initialize: received an mpu with pipeline stages"),
         ("no grid", "deepspeed.initialize: received an mpu whose groups hold the ranks"),
         ("unequal", "rank 0: tokens.weight: received other values than on the first model-parallel rank"),
+        ("sizes", "tensor_parallel.autotp_size: received 3, allowed: divisors of the world size 2: 1, 2"),
         ("lora", "received adapters of PEFT, allowed with tensor_parallel.autotp_size 2: none"),
     ],
 )

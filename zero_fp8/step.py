@@ -11,12 +11,15 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 
+from ds_fp8.config.refusals import naming
 from ds_fp8.zero_fp8.comm.groups import Ranks
 from ds_fp8.zero_fp8.optimizer.fp8_adamw import FP8AdamW
 from ds_fp8.zero_fp8.parts import Parts
+from ds_fp8.zero_fp8.products.linear import never_used
 from ds_fp8.zero_fp8.recipe import Recipe, ZeroSettings
 from ds_fp8.zero_fp8.verdict import Counted, Verdict, non_finite_parameters
 from ds_fp8.zero_fp8.weights.store import Gathers
+from ds_fp8.zero_fp8.weights.tiled import matrices_of
 
 logger = logging.getLogger("ds_fp8")
 
@@ -110,6 +113,13 @@ class Stepper:
         culprits = non_finite_parameters(owned, names, self._ranks, parts.residence.device)
         if self._ranks.rank == 0:
             logger.warning("step skipped: the gradient of %s is not finite", culprits)
+            passed_by = never_used(matrices_of(parts.weights))
+            if passed_by:
+                logger.warning(
+                    "%s: no product has multiplied these FP8 weights. What goes around the parameter, as a "
+                    "jagged nested tensor or torch.jit.script, reads NaN: weights.exclude keeps them in BF16",
+                    naming(passed_by),
+                )
         if self.consecutive_skips >= self._settings.max_consecutive_skips:
             raise RuntimeError(
                 f"{self.consecutive_skips} steps skipped in a row, as many as fp8.max_consecutive_skips "

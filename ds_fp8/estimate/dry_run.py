@@ -20,7 +20,7 @@ from ds_fp8.config.refusals import cut, refusal, show
 from ds_fp8.config.section import SECTION, FP8Config
 from ds_fp8.estimate.fetching import fetching_of
 from ds_fp8.estimate.runs import Run
-from ds_fp8.zero_fp8.placement.ranks import NODE_SIZE, SEQUENCE_SIZE, Fleet, check_divides
+from ds_fp8.zero_fp8.placement.ranks import AUTOTP_SIZE, NODE_SIZE, SEQUENCE_SIZE, Fleet, check_divides
 from ds_fp8.zero_fp8.recipe import Offload, Recipe, offload_from, recipe_of
 
 FASTER_FROM = 16_000_000  # elements of a bucket, on one node with NVLink; docs/communication.md
@@ -125,7 +125,7 @@ def judge(config: Mapping[str, Any], gpus: int) -> Any:
             initialize_params(DeepSpeedConfig._initialize_params)(self, param_dict)
             size = _sequence_parallel_size(param_dict)
             check_divides(SEQUENCE_SIZE, size, gpus)
-            check_divides("tensor_parallel.autotp_size", max(1, autotp_size(param_dict)), gpus)
+            check_divides(AUTOTP_SIZE, max(1, autotp_size(param_dict)), gpus)
             self.world_size = Fleet("data", gpus).sequences(size)
 
     try:

@@ -1,16 +1,33 @@
 """What the engine and its model say before anything is allocated: checks, and the settings of a run."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from deepspeed import comm as dist
 
+from ds_fp8.compat import DeepSpeedConfig
 from ds_fp8.config import ds_config
 from ds_fp8.config.refusals import naming, refusal
 from ds_fp8.config.section import FP8Config
 from ds_fp8.zero_fp8.comm.groups import Ranks
-from ds_fp8.zero_fp8.placement.ranks import NODE_SIZE, SEQUENCE_SIZE, check_divides
+from ds_fp8.zero_fp8.placement.ranks import AUTOTP_SIZE, NODE_SIZE, SEQUENCE_SIZE, check_divides
 from ds_fp8.zero_fp8.recipe import Recipe, ZeroSettings, offload_from, weight_dtypes
+
+
+def initialize_params(original: Callable[..., Any]) -> Callable[..., Any]:
+    """DeepSpeedConfig._initialize_params: also refuse what the number of ranks shows."""
+    method = ds_config.initialize_params(original)
+
+    @functools.wraps(method)
+    def checked(self: Any, param_dict: dict[str, Any]) -> None:
+        method(self, param_dict)
+        if type(self) is DeepSpeedConfig and self.ds_fp8 is not None and self.ds_fp8.enabled:
+            size = max(1, ds_config.autotp_size(param_dict))
+            check_divides(AUTOTP_SIZE, size, dist.get_world_size() if dist.is_initialized() else size)
+
+    return checked
 
 
 def check_engine(engine: Any, recipe: Recipe) -> None:

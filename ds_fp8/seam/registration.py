@@ -31,9 +31,8 @@ from ds_fp8.compat import (
     partition_parameters,
     warn_of_newer_torch,
 )
-from ds_fp8.config import ds_config
 from ds_fp8.ops.op_builders import FP8CPUBuilder, FP8TritonBuilder
-from ds_fp8.seam import backward, engine, loading, model_file, saving
+from ds_fp8.seam import backward, engine, engine_checks, loading, model_file, saving
 from ds_fp8.zero_fp8.weights.sliced import codes, slices
 
 logger = logging.getLogger("ds_fp8")
@@ -60,7 +59,7 @@ class Patch:
 
 
 SEAM = (
-    (DeepSpeedConfig, "_initialize_params", ds_config.initialize_params),
+    (DeepSpeedConfig, "_initialize_params", engine_checks.initialize_params),
     (DeepSpeedEngine, "_configure_distributed_model", engine.configure_distributed_model),
     (DeepSpeedEngine, "_configure_basic_optimizer", engine.configure_basic_optimizer),
     (DeepSpeedEngine, "_do_optimizer_sanity_check", engine.do_optimizer_sanity_check),

@@ -76,6 +76,7 @@ class NodeLayout:
 
 NODE_SIZE = "fp8.gradients.intra_node_size"
 SEQUENCE_SIZE = "sequence_parallel_size"
+AUTOTP_SIZE = "tensor_parallel.autotp_size"
 
 
 def check_divides(key: str, size: int, ranks: int) -> None:

@@ -5,7 +5,7 @@ must still hold the codes that forward multiplied. Autograd casts gradients to t
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from ds_fp8.zero_fp8.products.matrix import Matrix
 from ds_fp8.zero_fp8.products.ways import Way, way_of
 
 INSTEAD = "weights.exclude with its name keeps a weight in BF16"
+_graphs: list[Any] = []  # names of kernels and way of each product that was traced
 _BATCHED = torch._C._dispatch_key_parse("Batched")  # a tensor of is_grads_batched
 Backward = Callable[[Any, Tensor], tuple[Tensor | None, ...]]
 
@@ -108,6 +109,7 @@ def multiply_input(
         y: Tensor = _multiply_outside(x, weight, bias, matrix=matrix, way=way, swapped=swapped)
         return y
     if not torch.compiler.is_compiling():
+        matrix.was_multiplied = True
         check_kind(x, matrix)
         check_transforms(x, matrix)
     if torch.is_autocast_enabled(x.device.type):
@@ -144,10 +146,16 @@ def _trace(
 
     The call's content is traced with autograd, which is by far faster.
     """
+    _graphs.append(names)
     kernels = named(names[0])
     matrix, way = Matrix("traced", *buffers, kernels), way_of(names[1], kernels)
     with tracing():
         return Product.apply(x, weight, bias, matrix, way, swapped, wgrad)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def never_used(matrices: Iterable[Matrix]) -> list[str]:
+    """Name weights that were neither multiplied nor read; none if there are graphs, which do not tell."""
+    return [] if _graphs else [each.name for each in matrices if not each.was_multiplied and not each.decodes]
 
 
 def check_kind(x: Tensor, matrix: Matrix) -> None:

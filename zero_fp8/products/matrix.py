@@ -30,6 +30,7 @@ class Matrix:
     writer: Callable[[Tensor], None] | None = None  # takes a `copy_` of a whole weight, as in load_state_dict
     on_state_dict: Callable[[], None] | None = None  # called when a state_dict takes the values
     decodes: int = 0  # number of times that values were read
+    was_multiplied: bool = False  # outside graphs
     was_named: bool = False  # as a weight that training decodes
     counts: ProductCounts | None = None  # on a measured step
 
