@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.nn import Parameter
+from torch.nn import Parameter, functional
 
 from ds_fp8.config.refusals import naming
 from ds_fp8.zero_fp8.comm.agreement import check_agreement, first_objection
@@ -22,6 +22,7 @@ from ds_fp8.zero_fp8.placement.partition import ParameterSpec
 
 logger = logging.getLogger("ds_fp8")
 
+COLUMNS = 4096  # of the table in which bytes are summed
 MARK = "parameter.tensor_model_parallel = True marks one of which each rank has a part"
 
 
@@ -58,7 +59,7 @@ def warn_if_parted(names: Mapping[Parameter, str], ranks: Ranks) -> None:
     whole = [each for each in names if not is_sharded(each) and each.numel()]
     if ranks.peers is None or not whole:
         return
-    sums = torch.stack([_sum_of_bits(each.detach()) for each in whole])
+    sums = torch.stack([_weighed_bytes(each.detach()) for each in whole])
     largest, smallest = sums.clone(), -sums
     for each in (largest, smallest):
         max_over_ranks(each, ranks.peers)
@@ -72,8 +73,16 @@ def warn_if_parted(names: Mapping[Parameter, str], ranks: Ranks) -> None:
         )
 
 
-def _sum_of_bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(-1).view(torch.uint8).sum(dtype=torch.int64)
+def _weighed_bytes(tensor: Tensor) -> Tensor:
+    """Sum a tensor's bytes, each times its place, modulo 2^64: rows that are swapped change it."""
+    flat = tensor.contiguous().view(-1).view(torch.uint8)
+    table = functional.pad(flat, (0, -len(flat) % COLUMNS)).view(-1, COLUMNS)
+    rows, columns = table.sum(1, dtype=torch.int64), table.sum(0, dtype=torch.int64)
+    return COLUMNS * _weighed(rows) + _weighed(columns)
+
+
+def _weighed(sums: Tensor) -> Tensor:
+    return (sums * torch.arange(len(sums), device=sums.device)).sum()
 
 
 def _differs(own: Tensor, peers: ProcessGroup) -> bool:
