@@ -14,6 +14,9 @@ from engines import Lines, build, ds_config
 from fp8_weights import random
 from ranks import RankPools
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ds_fp8.zero_fp8.products import kernels
 
 O3 = {"opt_level": "O3", "weights": {"min_elements": 4096}}
 SECONDS = 60.0
@@ -103,3 +106,21 @@ def test_weights_that_were_passed_by_are_named(ranks: RankPools) -> None:
     (line,) = ranks.run(1, go_around, True)[0]
     assert line.startswith("right.weight, left.weight: ")
     assert ranks.run(1, go_around, False)[0] == []
+
+
+def count_casts(checkpointed: bool, stage: int) -> int:
+    """Of inputs, in a forward and its backward."""
+    x = random(4, 64).requires_grad_()
+    with engine_of(O3, stage) as engine:
+        if checkpointed:
+            model, forward = engine.module, engine.module.forward
+            model.forward = lambda x: checkpoint(forward, x, use_reentrant=True)
+        with patch.object(kernels, "cast_input", wraps=kernels.cast_input) as cast:
+            engine.backward(engine(x).float().square().sum())
+    return cast.call_count
+
+
+@pytest.mark.parametrize(("stage", "checkpointed"), [(2, 2), (3, 3)])
+def test_a_forward_casts_an_input_once(ranks: RankPools, stage: int, checkpointed: int) -> None:
+    """And so does one that is done again. ZeRO 3's aliases are not known in a first one without autograd."""
+    assert [ranks.run(1, count_casts, each, stage)[0] for each in (False, True)] == [1, checkpointed]

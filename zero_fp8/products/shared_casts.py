@@ -5,6 +5,9 @@ between layers. Between forwards it may be a buffer that was refilled in a way t
 cast is dropped if its input dies, if the next input is cast, or if a backward begins, so that it never
 outlives its use by the graph. In a CUDA graph each product casts for itself: a replay recomputes only what
 was captured in it, from the current contents of the input's memory.
+
+Under ZeRO 3 DeepSpeed's hooks give each module an alias of its own. There an alias that autograd follows is
+known by its memory, which lives, and by its version, which it shares; the cast lives until the forward ends.
 """
 
 import itertools
@@ -15,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import Module
 
 from ds_fp8.ops.capture import captured
@@ -39,6 +43,8 @@ def begin_forward(*_: Any) -> None:
 def end_forward(*_: Any) -> None:
     if not torch.compiler.is_compiling():
         _forward.number = 0
+        for each in _all:
+            each.clear()
 
 
 def share_in_forwards_of(model: Module) -> None:
@@ -66,10 +72,28 @@ class Moment(NamedTuple):
         return cls(*at, x._version, x.data_ptr(), _stream(x))
 
 
+class Alias:
+    """An input that is known by its memory; its address is the moment's."""
+
+    def __init__(self, x: Tensor) -> None:
+        self._memory = StorageWeakRef(x.untyped_storage())  # type: ignore[no-untyped-call]
+        self._layout = x.shape, x.stride(), x.dtype
+
+    def is_alias_of(self, x: Tensor) -> bool:
+        """A tensor that autograd does not follow may have a version of its own, as `x.data` has."""
+        alike = x.requires_grad and (x.shape, x.stride(), x.dtype) == self._layout
+        return alike and not self._memory.expired()  # type: ignore[no-untyped-call]
+
+
 class Last(NamedTuple):
-    input: weakref.ref[Tensor]
+    input: weakref.ref[Tensor] | Alias
     moment: Moment
     cast: CastInput
+
+    def is_of(self, x: Tensor, moment: Moment) -> bool:
+        if self.moment != moment:
+            return False
+        return self.input.is_alias_of(x) if isinstance(self.input, Alias) else self.input() is x
 
 
 class SharedCasts:
@@ -77,17 +101,23 @@ class SharedCasts:
 
     def __init__(self) -> None:
         self._last: Last | None = None  # replaced as a whole, since forwards may run in threads
+        _all.add(self)
 
-    def of(self, x: Tensor, wgrad: bool, make: Callable[[], CastInput]) -> CastInput:
-        """Return the cast of x: the last one if it still equals what `make` would give."""
+    def of(
+        self, x: Tensor, wgrad: bool, make: Callable[[], CastInput], *, aliases: bool = False
+    ) -> CastInput:
+        """Return the cast of x: the last one if it still equals what `make` would give.
+
+        aliases: modules get aliases of x.
+        """
         last, moment = self._last, Moment.now(x)
         if moment is None:
             return make()
-        known = last is not None and last.input() is x and last.moment == moment
-        if last is not None and known and (last.cast.wgrad is not None or not wgrad):
+        if last is not None and last.is_of(x, moment) and (last.cast.wgrad is not None or not wgrad):
             return last.cast
         cast = make()
-        self._last = Last(weakref.ref(x, self._forget), moment, cast)
+        known_by = Alias(x) if aliases and x.requires_grad else weakref.ref(x, self._forget)
+        self._last = Last(known_by, moment, cast)
         return cast
 
     def clear(self) -> None:
@@ -97,6 +127,9 @@ class SharedCasts:
         last = self._last
         if last is not None and last.input is dead:
             self._last = None
+
+
+_all: "weakref.WeakSet[SharedCasts]" = weakref.WeakSet()
 
 
 def _stream(x: Tensor) -> int:
