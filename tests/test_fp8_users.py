@@ -11,12 +11,13 @@ import pytest
 import torch
 from deepspeed.utils import safe_get_full_fp32_param
 from engines import Lines, build, ds_config
-from fp8_weights import random
+from fp8_weights import fp8_linear, random
 from ranks import RankPools
 from torch import Tensor, nn
+from torch.distributed._functional_collectives import all_reduce
 from torch.utils.checkpoint import checkpoint
 
-from ds_fp8.zero_fp8.products import kernels
+from ds_fp8.zero_fp8.products import kernels, shared_casts
 
 O3 = {"opt_level": "O3", "weights": {"min_elements": 4096}}
 SECONDS = 60.0
@@ -124,3 +125,30 @@ def count_casts(checkpointed: bool, stage: int) -> int:
 def test_a_forward_casts_an_input_once(ranks: RankPools, stage: int, checkpointed: int) -> None:
     """And so does one that is done again. ZeRO 3's aliases are not known in a first one without autograd."""
     assert [ranks.run(1, count_casts, each, stage)[0] for each in (False, True)] == [1, checkpointed]
+
+
+def test_an_alias_lies_in_the_same_storage() -> None:
+    """Another storage may have the memory of one that something keeps."""
+    x = random(4, 64).requires_grad_()
+    memory = bytearray(x.detach().view(torch.uint8).numpy().tobytes())
+    first, second = (
+        torch.frombuffer(memory, dtype=torch.bfloat16).view(4, 64).requires_grad_() for _ in range(2)
+    )
+    alias = shared_casts.Alias(first)
+    assert first.data_ptr() == second.data_ptr()
+    assert [alias.is_alias_of(each) for each in (first, first.detach(), first.view(4, 64), second)] == [
+        True,
+        False,
+        True,
+        False,
+    ]
+
+
+def test_a_value_that_is_on_its_way_is_waited_for(ranks: RankPools) -> None:
+    assert ranks.run(2, multiply_what_arrives) == [True] * 2
+
+
+def multiply_what_arrives() -> bool:
+    layer, x = fp8_linear(), random(3, 160)
+    arriving = all_reduce(x, "sum", torch.distributed.group.WORLD)
+    return torch.equal(layer(arriving), layer(2 * x))

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.nn import Parameter, functional
+from torch.nn import Parameter
 
 from ds_fp8.config.refusals import naming
 from ds_fp8.zero_fp8.comm.agreement import check_agreement, first_objection
@@ -22,7 +22,7 @@ from ds_fp8.zero_fp8.placement.partition import ParameterSpec
 
 logger = logging.getLogger("ds_fp8")
 
-COLUMNS = 4096  # of the table in which bytes are summed
+CHUNK = 2**22  # bytes that are summed at once
 MARK = "parameter.tensor_model_parallel = True marks one of which each rank has a part"
 
 
@@ -76,13 +76,11 @@ def warn_if_parted(names: Mapping[Parameter, str], ranks: Ranks) -> None:
 def _weighed_bytes(tensor: Tensor) -> Tensor:
     """Sum a tensor's bytes, each times its place, modulo 2^64: rows that are swapped change it."""
     flat = tensor.contiguous().view(-1).view(torch.uint8)
-    table = functional.pad(flat, (0, -len(flat) % COLUMNS)).view(-1, COLUMNS)
-    rows, columns = table.sum(1, dtype=torch.int64), table.sum(0, dtype=torch.int64)
-    return COLUMNS * _weighed(rows) + _weighed(columns)
-
-
-def _weighed(sums: Tensor) -> Tensor:
-    return (sums * torch.arange(len(sums), device=sums.device)).sum()
+    total = torch.zeros((), dtype=torch.int64, device=flat.device)
+    for first in range(0, len(flat), CHUNK):
+        part = flat[first : first + CHUNK]
+        total += (part * torch.arange(first + 1, first + len(part) + 1, device=flat.device)).sum()
+    return total
 
 
 def _differs(own: Tensor, peers: ProcessGroup) -> bool:

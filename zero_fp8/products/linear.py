@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
 from ds_fp8.zero_fp8.plain_tensors import ALLOWED, kind_of
 from ds_fp8.zero_fp8.products.kernels import Gradients, Needs, in_graph, named, tracing
@@ -18,7 +19,7 @@ from ds_fp8.zero_fp8.products.matrix import Matrix
 from ds_fp8.zero_fp8.products.ways import Way, way_of
 
 INSTEAD = "weights.exclude with its name keeps a weight in BF16"
-_graphs: list[Any] = []  # names of kernels and way of each product that was traced
+_graphs: set[tuple[str, str]] = set()  # names of kernels and ways whose products were traced
 _BATCHED = torch._C._dispatch_key_parse("Batched")  # a tensor of is_grads_batched
 Backward = Callable[[Any, Tensor], tuple[Tensor | None, ...]]
 
@@ -110,7 +111,7 @@ def multiply_input(
         return y
     if not torch.compiler.is_compiling():
         matrix.was_multiplied = True
-        check_kind(x, matrix)
+        x = _dense(x, matrix)
         check_transforms(x, matrix)
     if torch.is_autocast_enabled(x.device.type):
         check_autocast(x, matrix)
@@ -146,7 +147,7 @@ def _trace(
 
     The call's content is traced with autograd, which is by far faster.
     """
-    _graphs.append(names)
+    _graphs.add(names)
     kernels = named(names[0])
     matrix, way = Matrix("traced", *buffers, kernels), way_of(names[1], kernels)
     with tracing():
@@ -158,11 +159,16 @@ def never_used(matrices: Iterable[Matrix]) -> list[str]:
     return [] if _graphs else [each.name for each in matrices if not each.was_multiplied and not each.decodes]
 
 
-def check_kind(x: Tensor, matrix: Matrix) -> None:
-    """Refuse inputs that have no address, such as nested or sparse ones."""
-    kind = None if type(x) is Tensor and x.layout is torch.strided and not x.is_nested else kind_of(x)
+def _dense(x: Tensor, matrix: Matrix) -> Tensor:
+    """Refuse inputs that have no address, such as nested or sparse ones; wait for one that is on its way."""
+    if type(x) is Tensor and x.layout is torch.strided and not x.is_nested:
+        return x
+    if isinstance(x, AsyncCollectiveTensor):
+        return x.wait()
+    kind = kind_of(x)
     if kind is not None:
         raise RuntimeError(f"{matrix.name}: received {kind} as input of an FP8 product, {ALLOWED}; {INSTEAD}")
+    return x
 
 
 def check_transforms(tensor: Tensor, matrix: Matrix) -> None:

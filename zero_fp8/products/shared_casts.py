@@ -43,15 +43,25 @@ def begin_forward(*_: Any) -> None:
 def end_forward(*_: Any) -> None:
     if not torch.compiler.is_compiling():
         _forward.number = 0
-        for each in _all:
+        end_part()
+
+
+def end_part(*_: Any) -> None:
+    """Drop casts: what follows, such as a head and a loss, may need the memory."""
+    if not torch.compiler.is_compiling():
+        for each in list(_all):
             each.clear()
 
 
 def share_in_forwards_of(model: Module) -> None:
     """Share casts within each forward of the model. Its hooks are functions, which can be pickled."""
-    if begin_forward not in model._forward_pre_hooks.values():
-        model.register_forward_pre_hook(begin_forward, prepend=True)
-        model.register_forward_hook(end_forward, always_call=True)
+    if begin_forward in model._forward_pre_hooks.values():
+        return
+    model.register_forward_pre_hook(begin_forward, prepend=True)
+    model.register_forward_hook(end_forward, always_call=True)
+    for part in model.children():
+        if any(True for _ in part.children()):
+            part.register_forward_hook(end_part)
 
 
 class Moment(NamedTuple):
@@ -65,24 +75,28 @@ class Moment(NamedTuple):
 
     @classmethod
     def now(cls, x: Tensor) -> "Moment | None":
-        """Return None if nothing is shared: an inference tensor has no version."""
+        """Return None if nothing is shared.
+
+        An inference tensor has no version, and one of the compiler's CUDA graphs is written by each replay.
+        """
         at = _forward.number, torch._C._current_graph_task_id()
-        if at == (0, -1) or x.is_inference() or captured(x):
+        replayed = torch._C._is_cached_tensor(x)  # type: ignore[attr-defined]
+        if at == (0, -1) or replayed or x.is_inference() or captured(x):
             return None
         return cls(*at, x._version, x.data_ptr(), _stream(x))
 
 
 class Alias:
-    """An input that is known by its memory; its address is the moment's."""
+    """An input that is known by its storage; its address in it is the moment's."""
 
     def __init__(self, x: Tensor) -> None:
-        self._memory = StorageWeakRef(x.untyped_storage())  # type: ignore[no-untyped-call]
+        self._storage = StorageWeakRef(x.untyped_storage())  # type: ignore[no-untyped-call]
         self._layout = x.shape, x.stride(), x.dtype
 
     def is_alias_of(self, x: Tensor) -> bool:
         """A tensor that autograd does not follow may have a version of its own, as `x.data` has."""
         alike = x.requires_grad and (x.shape, x.stride(), x.dtype) == self._layout
-        return alike and not self._memory.expired()  # type: ignore[no-untyped-call]
+        return alike and self._storage.cdata == x.untyped_storage()._cdata  # kept from reuse by the reference
 
 
 class Last(NamedTuple):

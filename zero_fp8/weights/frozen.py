@@ -89,6 +89,7 @@ class FrozenWeights:
 
     def set_writers(self) -> None:
         """Let load_state_dict write."""
+        self._share()
         for matrix in self.matrices():
             matrix.writer = partial(encode, matrix)
 
