@@ -23,9 +23,9 @@ def initialize_params(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def checked(self: Any, param_dict: dict[str, Any]) -> None:
         method(self, param_dict)
-        if type(self) is DeepSpeedConfig and self.ds_fp8 is not None and self.ds_fp8.enabled:
-            size = max(1, ds_config.autotp_size(param_dict))
-            check_divides(AUTOTP_SIZE, size, dist.get_world_size() if dist.is_initialized() else size)
+        enabled = self.ds_fp8 is not None and self.ds_fp8.enabled
+        if enabled and type(self) is DeepSpeedConfig and dist.is_initialized():  # not in a dry run
+            check_divides(AUTOTP_SIZE, max(1, ds_config.autotp_size(param_dict)), dist.get_world_size())
 
     return checked
 

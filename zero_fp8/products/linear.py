@@ -73,8 +73,8 @@ class Product(torch.autograd.Function):
         x, weight, bias, *_ = ctx.needs_input_grad
         if ctx.generation is not None:
             check_transforms(dy, ctx.matrix)
-        if x and ctx.generation is not None:
-            check_generation(ctx.matrix, ctx.generation)
+            if x:
+                check_generation(ctx.matrix, ctx.generation)
         flat = dy.reshape(-1, dy.shape[-1]).contiguous()
         with tracing(ctx.generation is None):
             found = _differentiate(flat, ctx, Needs(x, weight, bias))
@@ -110,9 +110,9 @@ def multiply_input(
         y: Tensor = _multiply_outside(x, weight, bias, matrix=matrix, way=way, swapped=swapped)
         return y
     if not torch.compiler.is_compiling():
-        matrix.was_multiplied = True
         x = _dense(x, matrix)
         check_transforms(x, matrix)
+        matrix.was_multiplied = True
     if torch.is_autocast_enabled(x.device.type):
         check_autocast(x, matrix)
     else:

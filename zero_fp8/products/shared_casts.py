@@ -7,7 +7,8 @@ outlives its use by the graph. In a CUDA graph each product casts for itself: a 
 was captured in it, from the current contents of the input's memory.
 
 Under ZeRO 3 DeepSpeed's hooks give each module an alias of its own. There an alias that autograd follows is
-known by its memory, which lives, and by its version, which it shares; the cast lives until the forward ends.
+known by its storage and by its version, which it shares; its cast lives until the forward ends, or a part of
+the model that has parts of its own.
 """
 
 import itertools
@@ -43,7 +44,7 @@ def begin_forward(*_: Any) -> None:
 def end_forward(*_: Any) -> None:
     if not torch.compiler.is_compiling():
         _forward.number = 0
-        end_part()
+    end_part()
 
 
 def end_part(*_: Any) -> None:

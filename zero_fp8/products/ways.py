@@ -79,10 +79,13 @@ class FP8Products:
 
     def _cast(self, x: Tensor, matrix: Matrix, wgrad: bool) -> CastInput:
         """Cast x. A compiler finds common casts itself, and its ops count when they run."""
-        if in_graph():
+
+        def make() -> CastInput:
             return kernels.cast_input(self.kernels, _flat(x), wgrad=wgrad)
-        make = partial(kernels.cast_input, self.kernels, wgrad=wgrad)
-        cast = self.casts.of(x, wgrad, lambda: make(_flat(x)), aliases=matrix.travels)
+
+        if in_graph():
+            return make()
+        cast = self.casts.of(x, wgrad, make, aliases=matrix.travels)
         if matrix.counts is not None and wgrad and not captured(x):
             matrix.counts.of_input(_flat(x), cast.forward)
         return cast
