@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,6 @@ def weights(ours: Products, values: Tensor) -> Iterator[Contestant]:
     codes = torch.empty(rows, columns, dtype=torch.float8_e4m3fn, device=device)
     ours.find_exponents(flat, 0, columns, exponents)
     ours.encode_weight(flat, 0, columns, exponents, codes.view(-1))
-    scales = torch.ones(scale_shape(rows, columns), device=device)
     out = torch.empty_like(values)
     runs: dict[str, tuple[Callable[[], object], int]] = {
         "find exponents": (lambda: ours.find_exponents(flat, 0, columns, exponents), 2 * count),
@@ -96,8 +96,8 @@ def weights(ours: Products, values: Tensor) -> Iterator[Contestant]:
         "decode to BF16": (lambda: ours.decode_weight(codes, exponents, out), 3 * count),
         "transpose": (lambda: ours.transpose(codes, exponents), 2 * count),
         "expand exponents": (
-            lambda: ours.expand_exponents(exponents, scales),
-            exponents.nbytes + scales.nbytes,
+            lambda: ours.expand(codes, exponents),
+            exponents.nbytes + 4 * prod(scale_shape(rows, columns)),
         ),
     }
     for name, (run, moved) in runs.items():
@@ -189,6 +189,10 @@ def host_microseconds(ours: Products, device: torch.device, repeat: int) -> dict
         **{f"{name}, {way}": partial(MULTIPLY[way], *pair, None) for name, pair in operands.items()},
         "BF16 matmul": lambda: x @ w.t(),
     }
+    if ours.multiply_weight is not None:
+        calls[f"forward, {way}"] = partial(
+            ours.multiply_weight, operands["forward"][0], (codes, exponents), None, False
+        )
     found = {name: host_time(run, repeat, device) for name, run in calls.items()}
     found["linear"] = sum(value for name, value in found.items() if name != "BF16 matmul")
     return found

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ds_fp8.ops import products
 from ds_fp8.ops.product_backend import MULTIPLY, REFERENCE, Products
-from ds_fp8.ops.products import TILE, Operand, scale_shape, tiles
+from ds_fp8.ops.products import TILE, Operand, tiles
 from ds_fp8.ops.weight_runs import Grid, Run, WeightRuns
 
 TOKENS = (0, 1, 3, 17, 100, 4097)
@@ -137,13 +137,12 @@ def together(ours: Products, device: torch.device, sizes: list[tuple[int, int]])
             rows, columns = values.shape
             first = 0 if grids else values.numel() // 2 // TILE * TILE
             start, shape = grids[-1].place.stop if grids else 0, (tiles(rows), tiles(columns))
-            scales = torch.ones(scale_shape(rows, columns), device=device)
-            grids.append(Grid(columns, shape, slice(start, start + shape[0] * shape[1]), scales))
+            grids.append(Grid(columns, shape, slice(start, start + shape[0] * shape[1])))
             taken = sum(map(len, parts))
             parts.append(values.reshape(-1)[first:].to(device))
             runs.append(Run(grids[-1], first, len(parts[-1]), taken, taken + apart))
         made = [
-            encoded(functions(ours, grids, runs), grids, torch.cat(parts), apart)
+            encoded(functions(ours, runs), grids, torch.cat(parts), apart)
             for functions in (ours.weight_runs, WeightRuns)
         ]
         assert all(map(torch.equal, *made)), f"{kind}: {len(sizes)} matrices at once"
@@ -158,8 +157,7 @@ def encoded(runs: WeightRuns, grids: list[Grid], values: Tensor, apart: int) -> 
         control = torch.tensor([1.0, go], device=values.device)
         runs.encode(values, exponents, codes.view(torch.float8_e4m3fn), control)
         assert go or not codes.any(), "a skipped step writes codes"
-    runs.expand_exponents(exponents)
-    return [exponents, codes, *(grid.scales.clone() for grid in grids)]
+    return [exponents, codes]
 
 
 def decoded_and_turned(
@@ -179,22 +177,18 @@ def decoded_and_turned(
         products.decode_weight(codes, exponents, wanted)
         same = (found.cpu() == wanted) | ~(found.cpu().isfinite() | wanted.isfinite())
         assert same.all(), f"{name}: decoded to {dtype}"
-    made, scales = (torch.ones(scale_shape(rows, columns), device=place) for place in (device, "cpu"))
-    ours.expand_exponents(exponents.to(device), made)
-    REFERENCE.expand_exponents(exponents, scales)
-    assert torch.equal(made.cpu(), scales), f"{name}: expanded scales"
+    expanded = ours.expand(codes.to(device), exponents.to(device)).scales
+    assert torch.equal(expanded.cpu(), REFERENCE.expand(codes, exponents).scales), f"{name}: expanded scales"
 
 
-def weight_operands(ours: Products, values: Tensor) -> tuple[Operand, Operand]:
-    """Return W for the forward, and transposed for dgrad."""
+def stored(ours: Products, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return codes and exponents of a weight."""
     rows, columns = values.shape
     exponents = torch.zeros(tiles(rows), tiles(columns), dtype=torch.uint8, device=values.device)
     codes = torch.empty(rows, columns, dtype=torch.float8_e4m3fn, device=values.device)
     ours.find_exponents(values.view(-1), 0, columns, exponents)
     ours.encode_weight(values.view(-1), 0, columns, exponents, codes.view(-1))
-    scales = torch.ones(scale_shape(rows, columns), device=values.device)
-    ours.expand_exponents(exponents, scales)
-    return Operand(codes, scales), ours.transpose(codes, exponents)
+    return codes, exponents
 
 
 def gaussian(*shape: int, device: torch.device, seed: int) -> Tensor:
@@ -203,7 +197,8 @@ def gaussian(*shape: int, device: torch.device, seed: int) -> Tensor:
 
 def pairs(ours: Products, x: Tensor, w: Tensor, dy: Tensor) -> dict[str, tuple[Operand, Operand]]:
     """Return left and right of every product of a linear layer."""
-    forward, dgrad = weight_operands(ours, w)
+    weight = stored(ours, w)
+    forward, dgrad = ours.expand(*weight), ours.transpose(*weight)
     of_x = ours.cast_input(x, wgrad=True)
     of_dy = ours.cast_gradient(dy, dgrad=True, wgrad=True, bias=False)
     assert of_x.wgrad is not None
@@ -267,6 +262,34 @@ def bad_values(ours: Products, way: str, device: torch.device) -> Iterator[str]:
         yield f"{way}, {bad}"
 
 
+def by_one_call(ours: Products, device: torch.device, shapes: list[tuple[int, int, int]]) -> Iterator[str]:
+    """Yield one line per case: a product that looks after its weight, and a backward, have the bits of parts.
+
+    The weight as it is, and stored transposed. Each call runs twice: the first may be made of parts.
+    """
+    assert ours.multiply_weight is not None
+    assert ours.differentiate is not None
+    for tokens, inner, outer in shapes:
+        x, dy = (gaussian(tokens, each, device=device, seed=each) for each in (inner, outer))
+        w, bias = gaussian(outer, inner, device=device, seed=2), gaussian(outer, device=device, seed=1)
+        operands = pairs(ours, x, w, dy)
+        wanted = [MULTIPLY["cublas"](*operands["forward"], each) for each in (bias, None)]
+        dx, dw = (MULTIPLY["cublas"](*operands[each], None) for each in ("dgrad", "wgrad"))
+        for swapped in (False, True):
+            weight = stored(ours, w.t().contiguous() if swapped else w)
+            ours.expand(*weight), ours.transpose(*weight)  # so that both are known
+            case = f"{tokens} tokens, {inner} -> {outer}{', transposed' if swapped else ''}"
+            for _ in range(2):
+                left = operands["forward"][0]
+                found = [ours.multiply_weight(left, weight, each, swapped) for each in (bias, None)]
+                assert all(map(torch.equal, found, wanted)), f"{case}: forward"
+            made = ours.differentiate(dy, weight, operands["wgrad"][1], (True, True, False), swapped)
+            assert len(made) == 2, f"{case}: backward is made of parts"
+            assert torch.equal(made[0], dx[:tokens]), f"{case}: dgrad"
+            assert torch.equal(made[1], dw.t() if swapped else dw), f"{case}: wgrad"
+            yield case
+
+
 def rows_are(found: Tensor, bad: set[int], name: str) -> None:
     finite = found.isfinite()
     rows = set((~finite.all(1)).nonzero().flatten().tolist())
@@ -284,6 +307,9 @@ def verify(ours: Products, ways: list[str], device: torch.device, tiny: bool) ->
         "weights at once": lambda: together(ours, device, list(sizes)),
         **{f"inf, NaN and zeros, {way}": partial(bad_values, ours, way, device) for way in ways},
     }
+    if ours.multiply_weight is not None:
+        linears = [(count, *size) for size in sizes for count in tokens if count]
+        kinds["products by one call"] = lambda: by_one_call(ours, device, linears)
     lines, wrong = [], []
     for name, cases in kinds.items():
         try:

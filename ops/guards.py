@@ -14,7 +14,7 @@ from ds_fp8.ops.blocks import Blocks
 from ds_fp8.ops.formats import E4M3, INT8, UE4M4
 from ds_fp8.ops.health import GRADIENT_COUNTS, STATE_COUNTS
 from ds_fp8.ops.products import TILE, TOKENS, tiles
-from ds_fp8.ops.weight_runs import Grid, Run
+from ds_fp8.ops.weight_runs import Run
 
 BLOCK_SIZES = (32, 64, 128, 256)
 VALUES = (torch.float32, torch.bfloat16, torch.float16)
@@ -124,24 +124,13 @@ def check_decode(codes: Tensor, exponents: Tensor, out: Tensor) -> None:
 
 
 def check_transpose(codes: Tensor, exponents: Tensor) -> None:
-    """Before `ops.products.transpose`."""
+    """Before `ops.products.transpose` or `expand`."""
     _tensor("codes", codes, codes.device, (E4M3.dtype,))
     if codes.dim() != 2 or not codes.numel():
         raise _refusal("codes", f"shape {tuple(codes.shape)}", "[rows, columns] of a matrix")
     _tensor("exponents", exponents, codes.device, E8M0)
     rows, columns = codes.shape
     _same("exponents", tuple(exponents.shape), (tiles(rows), tiles(columns)), "a byte per tile")
-
-
-def check_expand(exponents: Tensor, scales: Tensor) -> None:
-    """Before `ops.products.expand_exponents`."""
-    _tensor("exponents", exponents, scales.device, E8M0)
-    if exponents.dim() != 2 or not exponents.numel():
-        raise _refusal("exponents", f"shape {tuple(exponents.shape)}", "[tiles, tiles] of a matrix")
-    rows, columns = exponents.shape
-    _tensor("scales", scales, exponents.device, (torch.float32,))
-    if scales.dim() != 2 or scales.shape[0] != rows or scales.shape[1] < columns:
-        raise _refusal("scales", f"shape {tuple(scales.shape)}", f"[{rows}, {columns} or more]")
 
 
 class Ends(NamedTuple):
@@ -152,27 +141,26 @@ class Ends(NamedTuple):
     codes: int
 
 
-def check_runs(grids: Sequence[Grid], runs: Sequence[Run]) -> Ends:
-    """Before `ops.weight_runs.WeightRuns` is used; its scales are checked as for `expand_exponents`."""
-    for grid in grids:
+def check_runs(runs: Sequence[Run]) -> Ends:
+    """Before `ops.weight_runs.WeightRuns` is used."""
+    for run in runs:
+        grid = run.grid
         down, across = grid.shape
         if across != tiles(grid.columns) or grid.place.stop - grid.place.start != down * across:
             raise _refusal(
                 "grid", f"{grid.shape} at {grid.place}", f"[tiles, tiles of {grid.columns} columns]"
             )
-        check_expand(grid.scales.new_empty(grid.shape, dtype=torch.uint8), grid.scales)
-    for run in runs:
-        most = run.grid.shape[0] * TILE * run.grid.columns
+        most = down * TILE * grid.columns
         if min(run.first, run.values, run.codes) < 0 or not 0 < run.count <= most - run.first:
             raise _refusal("run", f"{run.count} values from {run.first} on", f"1 to {most} from 0 on")
     return Ends(
         max((run.values + run.count for run in runs), default=0),
-        max((grid.place.stop for grid in (*grids, *(run.grid for run in runs))), default=0),
+        max((run.grid.place.stop for run in runs), default=0),
         max((run.codes + run.count for run in runs), default=0),
     )
 
 
-def check_vectors(ends: Ends, values: Tensor | None, exponents: Tensor, codes: Tensor | None = None) -> None:
+def check_vectors(ends: Ends, values: Tensor, exponents: Tensor, codes: Tensor | None = None) -> None:
     """Before a function of `ops.weight_runs.WeightRuns`."""
     device = exponents.device
     for name, tensor, least, dtype in (

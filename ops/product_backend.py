@@ -21,9 +21,12 @@ from ds_fp8.ops.weight_runs import WeightRuns
 logger = logging.getLogger("ds_fp8")
 
 Multiply = Callable[[Operand, Operand, Tensor | None], Tensor]
-# dy, the weight's codes and exponents (its scales if swapped), x, which gradients are wanted, swapped: the
-# wanted gradients of input, weight and bias; none if it cannot make them all
-Differentiate = Callable[[Tensor, tuple[Tensor, Tensor], Operand | None, Sequence[bool], bool], list[Tensor]]
+Weight = tuple[Tensor, Tensor]  # codes and exponents
+# x, the weight, a bias, and whether the weight is transposed first: the product
+MultiplyWeight = Callable[[Operand, Weight, Tensor | None, bool], Tensor]
+# dy, the weight, x, which gradients are wanted, swapped: the wanted gradients of input, weight and bias; none
+# if it cannot make them all
+Differentiate = Callable[[Tensor, Weight, Operand | None, Sequence[bool], bool], list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,9 @@ class Products:
     find_exponents: Callable[[Tensor, int, int, Tensor], None]
     encode_weight: Callable[..., None]
     decode_weight: Callable[[Tensor, Tensor, Tensor], None]
-    expand_exponents: Callable[[Tensor, Tensor], None]
+    expand: Callable[[Tensor, Tensor], Operand]
     weight_runs: Callable[..., WeightRuns] = WeightRuns  # of these functions, grids and runs
+    multiply_weight: MultiplyWeight | None = None  # a product and what it needs of the weight, by one call
     differentiate: Differentiate | None = None  # a whole backward by one call, if there is one
     instead: str | None = None  # why this one runs although a faster one was wanted
 
@@ -51,7 +55,7 @@ REFERENCE = Products(
     find_exponents=products.find_exponents,
     encode_weight=products.encode_weight,
     decode_weight=products.decode_weight,
-    expand_exponents=products.expand_exponents,
+    expand=products.expand,
 )
 
 
@@ -71,6 +75,8 @@ def by_way(name: str, functions: Products) -> tuple[Products, Multiply]:
             cast_input=hopper.cast_input,
             cast_gradient=hopper.cast_gradient,
             transpose=hopper.transpose,
+            expand=hopper.expand,
+            multiply_weight=hopper.multiply_weight,
             differentiate=hopper.differentiate,
         )
         return launched, hopper.multiply
@@ -111,7 +117,7 @@ def triton_products() -> Products:
         find_exponents=weights.find_exponents,
         encode_weight=weights.encode_weight,
         decode_weight=weights.decode_weight,
-        expand_exponents=weights.expand_exponents,
+        expand=weights.expand,
         weight_runs=runs.WeightRuns,
     )
 

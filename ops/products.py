@@ -7,7 +7,7 @@
 operands     E4M3 codes times power-of-two scales, current ones: no history, no state (FP8-LM, arXiv
              2310.18313, section 2.3; blocks as in DeepSeek-V3, arXiv 2412.19437, section 3.3).
 W            one scale per tile of 128 x 128. Its codes transpose without loss, so that one copy serves
-             forward and dgrad.
+             forward and dgrad. A scale is stored as a byte, its exponent; a product expands what it reads.
 x            one scale per token and 128 features for the forward, so that a token's codes depend on nothing
              but the token; for wgrad transposed, in tiles of 128 x 128.
 dy           one scale per token and 128 features for dgrad; for wgrad transposed, one per feature and 128
@@ -107,10 +107,14 @@ def transpose(codes: Tensor, exponents: Tensor) -> Operand:
 
     codes: [rows, columns] float8_e4m3fn; exponents: [tiles(rows), tiles(columns)] uint8.
     """
-    rows, columns = codes.shape
-    scales = torch.ones(scale_shape(columns, rows), dtype=torch.float32, device=codes.device)
-    expand_exponents(exponents.t(), scales)
-    return Operand(codes.t().contiguous(), scales)
+    return expand(codes.t().contiguous(), exponents.t())
+
+
+def expand(codes: Tensor, exponents: Tensor) -> Operand:
+    """A weight as it is stored, with the FP32 scales that a product reads; arguments as for `transpose`."""
+    scales = torch.ones(scale_shape(*codes.shape), dtype=torch.float32, device=codes.device)
+    scales[:, : exponents.shape[1]] = power_of_two(exponents)
+    return Operand(codes, scales)
 
 
 # A weight, of which a rank has a run of elements only
@@ -149,14 +153,6 @@ def encode_weight(
 def decode_weight(codes: Tensor, exponents: Tensor, out: Tensor) -> None:
     """The values of a weight, [N, K], into `out`, bfloat16 or float32: exact but for BF16's subnormals."""
     out.copy_(Operand(codes, power_of_two(exponents)).decode())
-
-
-def expand_exponents(exponents: Tensor, scales: Tensor) -> None:
-    """Scales as cuBLAS reads them: FP32, the inner dimension padded to a multiple of four tiles.
-
-    exponents: [tiles(N), tiles(K)] uint8. scales: `scale_shape(N, K)`, but for the padding written.
-    """
-    scales[:, : exponents.shape[1]] = power_of_two(exponents)
 
 
 def scale_shape(rows: int, inner: int) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""The weights of a bucket's matrices at once, each as `ops.products` finds, encodes and expands it.
+"""The weights of a bucket's matrices at once, each as `ops.products` finds and encodes it.
 
 The matrices have their exponents in one vector; a rank has runs of their elements, in one vector of values
 and one of codes. None of these places changes between steps, so that a GPU needs one launch for all of them.
@@ -20,9 +20,6 @@ class Functions(Protocol):
     @property
     def encode_weight(self) -> Callable[..., None]: ...
 
-    @property
-    def expand_exponents(self) -> Callable[[Tensor, Tensor], None]: ...
-
 
 @dataclass(frozen=True)
 class Grid:
@@ -31,7 +28,6 @@ class Grid:
     columns: int  # of the matrix
     shape: tuple[int, int]  # in tiles
     place: slice  # of its exponents
-    scales: Tensor  # `ops.products.scale_shape` of the matrix, float32
 
     def of(self, exponents: Tensor) -> Tensor:
         """Return its exponents, [tiles(rows), tiles(columns)], out of those of all matrices."""
@@ -50,10 +46,10 @@ class Run:
 
 
 class WeightRuns:
-    """All matrices and runs, one by one. No two runs of a matrix reach the same tile."""
+    """All runs, one by one. No two runs of a matrix reach the same tile."""
 
-    def __init__(self, functions: Functions, grids: Sequence[Grid], runs: Sequence[Run]) -> None:
-        self._functions, self._grids, self._runs = functions, grids, runs
+    def __init__(self, functions: Functions, runs: Sequence[Run]) -> None:
+        self._functions, self._runs = functions, runs
 
     def find_exponents(self, values: Tensor, exponents: Tensor) -> None:
         """Raise all exponents to what the values need.
@@ -73,8 +69,3 @@ class WeightRuns:
             own, made = values[run.values :][: run.count], codes[run.codes :][: run.count]
             tiles = run.grid.columns, run.grid.of(exponents)
             self._functions.encode_weight(own, run.first, *tiles, made, control)
-
-    def expand_exponents(self, exponents: Tensor) -> None:
-        """Write the scales of all matrices."""
-        for grid in self._grids:
-            self._functions.expand_exponents(grid.of(exponents), grid.scales)

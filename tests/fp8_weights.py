@@ -78,7 +78,6 @@ def hold(values: Tensor, name: str = "weight") -> Matrix:
         name,
         torch.empty(rows, columns, dtype=torch.float8_e4m3fn),
         torch.zeros(products.tiles(rows), products.tiles(columns), dtype=torch.uint8),
-        torch.ones(products.scale_shape(rows, columns)),
     )
     matrix.store(values)
     return matrix

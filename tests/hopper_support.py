@@ -19,6 +19,7 @@ from ds_fp8.ops import products
 from ds_fp8.ops.hopper import build, functions
 from ds_fp8.ops.hopper.functions import LAUNCHES
 from ds_fp8.ops.products import CastGradient, CastInput, Operand, padded_tokens, scale_shape, tiles
+from ds_fp8.ops.triton.products.weights import MANY
 
 E4M3, FP32 = torch.float8_e4m3fn, torch.float32
 THREADS, SHARED = 256, 4096
@@ -75,7 +76,9 @@ class Device:
         *grid, shared, stream, given, _ = arguments
         assert (grid[1:], shared, stream) == ([1, 1, THREADS, 1, 1], SHARED, 7)
         self.launches += 1
-        if function < 100:
+        if function < 96:
+            self.expand(grid[0], given)
+        elif function < 100:
             self.transpose(grid[0], given)
         else:
             self.cast(function - 100, grid[0], given)
@@ -91,6 +94,15 @@ class Device:
         assert turned.scales.shape[1] == groups
         read(at[2], (columns, rows), E4M3).copy_(turned.codes)
         read(at[3], tuple(turned.scales.shape), FP32).copy_(turned.scales)
+
+    def expand(self, programs: int, given: Any) -> None:
+        at = [c_int64.from_address(given[each]).value for each in range(2)]
+        rows, columns, groups = (c_int32.from_address(given[each]).value for each in (2, 3, 4))
+        assert [c_int64.from_address(given[each]).value for each in (5, 6)] == [0, 0]
+        assert programs == -(-rows * groups // MANY)
+        codes = torch.empty(rows * products.TILE, columns * products.TILE, dtype=E4M3)
+        scales = products.expand(codes, read(at[0], (rows, columns), torch.uint8)).scales
+        read(at[1], (rows, groups), FP32).copy_(scales)
 
     def cast(self, kind: int, programs: int, given: Any) -> None:
         at = [c_int64.from_address(given[each]).value for each in range(6)]
@@ -139,7 +151,8 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Device:
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: 7, raising=False)
     for name, function in {"cast_input": cast_input, "cast_gradient": cast_gradient}.items():
         monkeypatch.setattr(functions.casts, name, function)
-    monkeypatch.setattr(functions.weights, "transpose", products.transpose)
+    for function in (products.transpose, products.expand):
+        monkeypatch.setattr(functions.weights, function.__name__, function)
     return device
 
 

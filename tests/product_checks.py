@@ -134,8 +134,7 @@ def check_weight_runs(ours: Products, weights: Sequence[Weight], cut: int, gap: 
     for weight in weights:
         (rows, columns), (down, across) = weight.values.shape, weight.exponents.shape
         start = grids[-1].place.stop if grids else 0
-        place, scales = slice(start, start + down * across), torch.zeros(scale_shape(rows, columns))
-        grids.append(Grid(columns, (down, across), place, scales))
+        grids.append(Grid(columns, (down, across), slice(start, start + down * across)))
         first = cut if weight is weights[0] else 0
         last = cut if weight is weights[-1] else rows * columns
         taken = sum(map(len, parts)) + gap
@@ -143,8 +142,7 @@ def check_weight_runs(ours: Products, weights: Sequence[Weight], cut: int, gap: 
         parts += [torch.full((gap,), 9.0), weight.values.reshape(-1)[first:last]]
     values = torch.cat(parts).to(torch.bfloat16)
     found, wanted = (
-        results(functions.weight_runs(functions, grids, runs), grids, values, gap)
-        for functions in (ours, REFERENCE)
+        results(functions.weight_runs(functions, runs), grids, values, gap) for functions in (ours, REFERENCE)
     )
     for key, each in wanted.items():
         assert_same(found[key], each, key)
@@ -158,14 +156,11 @@ def results(together: WeightRuns, grids: Sequence[Grid], values: Tensor, gap: in
     codes, first = skipped.clone(), skipped.clone()
     together.encode(values, exponents, codes, torch.tensor([1.0, 1.0]))
     together.encode(values, exponents, first)
-    together.expand_exponents(exponents)
-    scales = torch.cat([grid.scales.reshape(-1) for grid in grids])
     return {
         "exponent": exponents,
         "skipped code": skipped,
         "code": codes,
         "first code": first,
-        "scale": scales,
     }
 
 
@@ -184,11 +179,10 @@ def check_weight(ours: Products, weight: Weight, where: torch.device) -> None:
     wanted = products.transpose(weight.codes, weight.exponents).scales
     assert turned.scales.is_contiguous()
     assert_same(turned.scales, wanted, "scale of a transposed tile")
-    scales = torch.full(scale_shape(rows, columns), 7.0)
-    moved = scales.to(where, copy=True)
-    ours.expand_exponents(exponents, moved)
-    products.expand_exponents(weight.exponents, scales)
-    assert_same(moved, scales, "scale of a tile")
+    expanded = ours.expand(codes, exponents)
+    assert expanded.codes is codes
+    assert expanded.scales.is_contiguous()
+    assert_same(expanded.scales, products.expand(weight.codes, weight.exponents).scales, "scale of a tile")
 
 
 def padding_is_neutral(operand: Operand, tokens: int, axis: int) -> bool:

@@ -14,7 +14,7 @@ from ptx import META, Launch, compiled, resources
 from torch import Tensor
 
 from ds_fp8.ops.product_backend import triton_products
-from ds_fp8.ops.products import scale_shape, tiles
+from ds_fp8.ops.products import tiles
 from ds_fp8.ops.triton.products import casts, runs, weights
 from ds_fp8.ops.weight_runs import Grid, Run
 
@@ -37,9 +37,8 @@ def launches() -> dict[str, Launch]:
     exponents = empty(tiles(ROWS), tiles(COLUMNS), dtype=torch.uint8)
     run = (empty(COUNT), FIRST, COLUMNS, exponents)
     made = empty(COUNT, dtype=torch.float8_e4m3fn)
-    scales = empty(*scale_shape(ROWS, COLUMNS), dtype=torch.float32)
-    grid = Grid(COLUMNS, (tiles(ROWS), tiles(COLUMNS)), slice(0, exponents.numel()), scales)
-    together = runs.WeightRuns(triton_products(), 3 * [grid], 3 * [Run(grid, FIRST, COUNT, 0, 0)])
+    grid = Grid(COLUMNS, (tiles(ROWS), tiles(COLUMNS)), slice(0, exponents.numel()))
+    together = runs.WeightRuns(triton_products(), 3 * [Run(grid, FIRST, COUNT, 0, 0)])
     flat = exponents.view(-1)
     both = {"dgrad": True, "wgrad": True}
     work = {
@@ -47,7 +46,7 @@ def launches() -> dict[str, Launch]:
         "encode": partial(weights.encode_weight, *run, made),
         "decode": partial(weights.decode_weight, codes, exponents, empty(ROWS, COLUMNS)),
         "transpose": partial(weights.transpose, codes, exponents),
-        "expand": partial(weights.expand_exponents, exponents, scales),
+        "expand": partial(weights.expand, codes, exponents),
     }
     return {
         "x": cast(casts.cast_input, wgrad=False),
@@ -56,7 +55,6 @@ def launches() -> dict[str, Launch]:
         "dy and sums": cast(casts.cast_gradient, **both, bias=True),
         "find of runs": Launch(runs, "find_runs_kernel", partial(together.find_exponents, run[0], flat)),
         "encode of runs": Launch(runs, "encode_runs_kernel", partial(together.encode, run[0], flat, made)),
-        "expand of grids": Launch(runs, "expand_grids_kernel", partial(together.expand_exponents, flat)),
         **{name: Launch(weights, f"{name}_kernel", code) for name, code in work.items()},
     }
 

@@ -191,7 +191,7 @@ def test_torchs_own_linear_is_a_product_when_another_has_replaced_it() -> None:
 @pytest.mark.parametrize("way", [EMULATED, LAID_OUT], ids=lambda way: way.name)
 def test_fakes_have_the_shapes_and_strides_of_kernels(way: FP8Products, tokens: int) -> None:
     name, x, dy = way.kernels.name, random(tokens, 160), random(tokens, 96)
-    matrix = hold(random(96, 160))
+    matrix, turned = hold(random(96, 160)), hold(random(160, 96))
     ops = torch.ops.ds_fp8
     cast = ops.cast_input(name, x, True)
     calls = [
@@ -200,8 +200,8 @@ def test_fakes_have_the_shapes_and_strides_of_kernels(way: FP8Products, tokens: 
             (ops.differentiate, (name, dy, matrix.codes, matrix.exponents, *cast[2:], needs, False))
             for needs in product([True, False], repeat=3)
         ),
-        (ops.multiply, (name, *cast[:2], matrix.codes, matrix.scales, random(96))),
-        (ops.transpose, (name, matrix.codes, matrix.exponents)),
+        (ops.multiply, (name, *cast[:2], matrix.codes, matrix.exponents, random(96), False)),
+        (ops.multiply, (name, *cast[:2], turned.codes, turned.exponents, None, True)),
         (ops.decode_weight, (name, matrix.codes, matrix.exponents)),
     ]
     for op, arguments in calls:

@@ -197,18 +197,17 @@ def test_weights_of_products_refuse_what_does_not_fit(ours: Products) -> None:
 
 def test_many_weights_refuse_what_does_not_fit() -> None:
     """A matrix of 256 x 208 has 2 x 2 tiles."""
-    ours, scales = triton_products(), matrix(torch.float32, 2, 4)
-    grid = Grid(208, (2, 2), slice(0, 4), scales)
-    for grids, runs in (
-        ([Grid(300, (2, 2), slice(0, 4), scales)], []),
-        ([Grid(208, (2, 2), slice(0, 3), scales)], []),
-        ([Grid(208, (2, 2), slice(0, 4), scales[:1])], []),
-        ([grid], [Run(grid, 255 * 208 + 1, 208, 0, 0)]),
-        ([grid], [Run(grid, 0, 208, -1, 0)]),
+    ours = triton_products()
+    grid = Grid(208, (2, 2), slice(0, 4))
+    for run in (
+        Run(Grid(300, (2, 2), slice(0, 4)), 0, 208, 0, 0),
+        Run(Grid(208, (2, 2), slice(0, 3)), 0, 208, 0, 0),
+        Run(grid, 255 * 208 + 1, 208, 0, 0),
+        Run(grid, 0, 208, -1, 0),
     ):
         with pytest.raises(ValueError, match=r": received .*, allowed: "):
-            ours.weight_runs(ours, grids, runs)
-    together = ours.weight_runs(ours, [grid], [Run(grid, 0, 208, 8, 16)])
+            ours.weight_runs(ours, [run])
+    together = ours.weight_runs(ours, [Run(grid, 0, 208, 8, 16)])
     values, exponents, codes = matrix(BF16, 216), matrix(BYTES, 4), matrix(CODES, 224)
     for call in (
         lambda: together.find_exponents(values[1:], exponents),
@@ -216,7 +215,7 @@ def test_many_weights_refuse_what_does_not_fit() -> None:
         lambda: together.find_exponents(values, exponents[1:]),
         lambda: together.encode(values, exponents, codes[1:]),
         lambda: together.encode(values, exponents, codes.view(torch.uint8)),
-        lambda: together.expand_exponents(exponents.int()),
+        lambda: together.find_exponents(values, exponents.int()),
     ):
         with pytest.raises(ValueError, match=r": received .*, allowed: "):
             call()
@@ -224,7 +223,6 @@ def test_many_weights_refuse_what_does_not_fit() -> None:
 
 def test_casts_of_products_refuse_what_does_not_fit() -> None:
     ours, exponents = triton_products(), matrix(BYTES, 2, 3)
-    scales = matrix(torch.float32, 2, 4)
     for call in (
         lambda: ours.cast_input(matrix(torch.float32, 4, 32), wgrad=True),
         lambda: ours.cast_input(matrix(BF16, 32), wgrad=True),
@@ -234,9 +232,9 @@ def test_casts_of_products_refuse_what_does_not_fit() -> None:
         lambda: ours.transpose(matrix(CODES, 384, 256).t(), exponents),
         lambda: ours.transpose(matrix(CODES, 256), exponents),
         lambda: ours.transpose(matrix(CODES, 384, 256), exponents),
-        lambda: ours.expand_exponents(exponents, matrix(torch.float32, 3, 4)),
-        lambda: ours.expand_exponents(exponents, scales.double()),
-        lambda: ours.expand_exponents(exponents.t(), scales),
+        lambda: ours.expand(matrix(CODES, 256, 384), exponents.int()),
+        lambda: ours.expand(matrix(CODES, 256, 384), exponents.t()),
+        lambda: ours.expand(matrix(CODES, 384, 256), exponents),
     ):
         with pytest.raises(ValueError, match=r": received .*, allowed: "):
             call()

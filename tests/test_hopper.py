@@ -4,12 +4,15 @@ Here both are functions of `hopper_support`, which read and write the host's mem
 compared in benchmarks/gpu_products.py.
 """
 
+from collections import Counter
 from typing import Any
 
 import hopper_support
 import pytest
 import torch
+from fp8_weights import hold
 from hopper_support import E4M3, Device, cast_gradient, cast_input, learning, same
+from torch import Tensor
 
 from ds_fp8.ops import cublas, products
 from ds_fp8.ops.hopper import build, functions
@@ -99,6 +102,48 @@ def test_products(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="right scales: received shape"):
         functions.multiply(cast.forward, Operand(weight.codes, weight.scales[:, :1]))
     assert device.products == before + 1
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_product_that_looks_after_its_weight(
+    device: Device, monkeypatch: pytest.MonkeyPatch, swapped: bool
+) -> None:
+    """One call of C++ for scales or transpose and product; the first call of a kind is made of parts."""
+    inputs, outputs = (144, 272) if swapped else (160, 272)
+    values = torch.randn((inputs, outputs) if swapped else (outputs, inputs)).bfloat16()
+    weight, x = stored(values), cast_input(torch.randn(37, inputs).bfloat16(), wgrad=False).forward
+    prepare = products.transpose if swapped else products.expand
+    wanted = products.multiply(x, prepare(*weight), bias := torch.randn(outputs).bfloat16())
+    exponents = weight[1]
+    kinds = LAUNCHES.expand_kind(exponents.data_ptr()), LAUNCHES.transpose_kind(exponents.data_ptr(), 4)
+    learning(monkeypatch, kinds[swapped])
+    assert torch.equal(functions.multiply_weight(x, weight, bias, swapped), wanted)
+    assert device.products == 0
+    plan_of_any_alignment(x, prepare(*weight), bias)
+    launched = device.launched()
+    assert torch.equal(functions.multiply_weight(x, weight, bias, swapped), wanted)
+    assert device.launched() - launched == Counter(kernels=1, products=1)
+    assert not LAUNCHES.multiply_weight(*vars(x).values(), weight[0], exponents, bias, not swapped, 7)
+    for wrong in (
+        (weight[0].t(), exponents),
+        (weight[0], exponents.float()),
+        (weight[0], exponents[:1]),
+    ):
+        assert not LAUNCHES.multiply_weight(*vars(x).values(), *wrong, bias, swapped, 7)
+    assert not LAUNCHES.multiply_weight(*vars(x).values(), *weight, bias[1:], swapped, 7)
+    assert device.launched() - launched == Counter(kernels=1, products=1)
+
+
+def stored(values: Tensor) -> tuple[Tensor, Tensor]:
+    matrix = hold(values)
+    return matrix.codes, matrix.exponents
+
+
+def plan_of_any_alignment(left: Operand, right: Operand, bias: Tensor) -> None:
+    """The alignment of memory is chance on the host."""
+    shape, *plan = cublas.plan_of(left, right, bias).copy().described()
+    for alignment in (16, 32, 64, 128, 256):
+        LAUNCHES.add_plan([*shape[:-1], alignment], *plan)
 
 
 def test_python_and_cpp_share_no_descriptor(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """C++ makes the backward of a product by one call, with the bits of a cast, a transpose and products."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
@@ -36,7 +37,7 @@ class Backward(NamedTuple):
         dy = torch.randn(tokens, outputs + 48).bfloat16()[:, :outputs]
         x = cast_input(torch.randn(tokens, inputs).bfloat16(), wgrad=True).wgrad
         assert x is not None
-        return cls(dy, Stored(matrix.codes, matrix.scales if swapped else matrix.exponents), x, swapped)
+        return cls(dy, Stored(matrix.codes, matrix.exponents), x, swapped)
 
     def run(self, by: Kernels, needs: Sequence[bool], **counted: Any) -> tuple[Tensor | None, ...]:
         x = self.x if needs[1] else None
@@ -82,8 +83,13 @@ def parts(device: Device, monkeypatch: pytest.MonkeyPatch) -> Kernels:
         learning(monkeypatch, LAUNCHES.transpose_kind(exponents.data_ptr(), groups))
         return products.transpose(codes, exponents)
 
+    def expand(codes: Tensor, exponents: Tensor) -> Operand:
+        learning(monkeypatch, LAUNCHES.expand_kind(exponents.data_ptr()))
+        return products.expand(codes, exponents)
+
     monkeypatch.setattr(functions.casts, "cast_gradient", cast)
     monkeypatch.setattr(functions.weights, "transpose", transpose)
+    monkeypatch.setattr(functions.weights, "expand", expand)
     monkeypatch.setattr(functions, "obstacle", lambda: None)
     launched, _ = product_backend.by_way("cublas", product_backend.REFERENCE)
     assert launched.differentiate is functions.differentiate
@@ -96,7 +102,7 @@ def whole(parts: Kernels, **instead: Any) -> Kernels:
     return replace(parts, name=name, differentiate=functions.differentiate, **instead)
 
 
-ONLY = {"cast_gradient": refuse, "transpose": refuse, "multiply": refuse}
+ONLY = {"cast_gradient": refuse, "transpose": refuse, "expand": refuse, "multiply": refuse}
 
 
 @pytest.mark.parametrize(
@@ -113,7 +119,8 @@ def test_backward_by_one_call(
         wanted = given.run(parts, needs)
         by_parts = device.launched() - before
         found = given.run(whole(parts, **ONLY), needs)
-        assert device.launched() - before == by_parts + by_parts
+        expanded = Counter(kernels=int(swapped and needs.input))  # by parts not counted
+        assert device.launched() - before == by_parts + by_parts + expanded
         assert [each is not None for each in found] == [*needs]
         listed = [each for each in wanted if each is not None]
         of_op = given.run_op(whole(parts, **ONLY), needs)
@@ -160,8 +167,8 @@ def test_a_backward_in_another_layout(device: Device, parts: Kernels) -> None:
         given._replace(dy=given.dy.t().contiguous().t()),
         given._replace(x=None),
         given._replace(x=Operand(given.x.codes, given.x.scales[:, :1])),
-        given._replace(weight=Stored(given.weight.codes.t(), given.weight.tiles)),
-        given._replace(weight=Stored(given.weight.codes, given.weight.tiles.float())),
+        given._replace(weight=Stored(given.weight.codes.t(), given.weight.exponents)),
+        given._replace(weight=Stored(given.weight.codes, given.weight.exponents.float())),
     ):
         assert wrong.launch(True, True, False) == []
 

@@ -51,12 +51,11 @@ def engine_of(
 
 
 def codes_of(engine: Any) -> dict[str, Tensor]:
-    """Codes, exponents and scales of every matrix, by name."""
+    """Codes and exponents of every matrix, by name."""
     found = {}
     for matrix in matrices_of(engine.optimizer.parts.weights):
         found[f"{matrix.name}/codes"] = matrix.codes.view(torch.uint8).clone()
         found[f"{matrix.name}/exponents"] = matrix.exponents.clone()
-        found[f"{matrix.name}/scales"] = matrix.scales.view(torch.int32).clone()
     return found
 
 

@@ -218,7 +218,7 @@ def test_codes_of_an_input_that_does_not_count_in_memory_of_one_that_did(
     for wgrad in (True, False):
         health.forget()
         IN_GRAPHS.cast(x, cast, wgrad)
-        IN_GRAPHS.multiply(cast.codes, layer.weight.matrix.scales)
+        IN_GRAPHS.multiply(cast.codes, layer.weight.matrix.exponents)
         assert collected(health).get("weight") == (shares_by_hand({"x": by_hand(x)}) if wgrad else None)
     health.measure(False)
 

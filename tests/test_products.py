@@ -32,9 +32,8 @@ def error(actual: Tensor, exact: Tensor) -> float:
 
 def operands_of(weight: Weight) -> tuple[Operand, Operand]:
     """W for the forward, and transposed for dgrad."""
-    scales = torch.ones(products.scale_shape(*weight.codes.shape))
-    products.expand_exponents(weight.exponents, scales)
-    return Operand(weight.codes, scales), products.transpose(weight.codes, weight.exponents)
+    stored = weight.codes, weight.exponents
+    return products.expand(*stored), products.transpose(*stored)
 
 
 def test_the_error_of_a_weight() -> None:
@@ -142,10 +141,10 @@ def test_the_codes_of_a_transposed_weight_are_the_transposed_codes(kinds: tuple[
     values = matrix(272, 208, kinds)
     weight, turned = Weight.of(values), Weight.of(values.t().contiguous())
     assert_same(turned.exponents, weight.exponents.t().contiguous(), "exponent")
-    made, scales = products.transpose(weight.codes, weight.exponents), torch.ones(3, 4)
-    products.expand_exponents(turned.exponents, scales[:2])
+    made = products.transpose(weight.codes, weight.exponents)
+    scales = products.expand(turned.codes, turned.exponents).scales
     assert_same(turned.codes, made.codes, "code", free=turned.free)
-    assert_same(made.scales, scales[:2], "scale")
+    assert_same(made.scales, scales, "scale")
 
 
 @settings(deadline=None, derandomize=True, max_examples=60)

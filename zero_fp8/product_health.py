@@ -5,7 +5,7 @@ has none, and nothing is computed. Counting is plain PyTorch on the device; noth
 with inf or NaN do not count.
 
 A compiled graph is one for many matrices and for all steps. So its ops ask when they run (`IN_GRAPHS`), and
-find the matrix by the addresses of the exponents or scales that they are given.
+find the matrix by the address of the exponents that they are given.
 """
 
 import math
@@ -70,7 +70,6 @@ class Measured(Protocol):
     name: str
     counts: ProductCounts | None
     exponents: Tensor
-    scales: Tensor
 
 
 class InGraphs:
@@ -83,7 +82,6 @@ class InGraphs:
     def __init__(self) -> None:
         self._matrices: WeakSet[Measured] = WeakSet()  # an engine that goes lets its matrices go
         self._inputs: dict[int, tuple[Tensor, Tensor]] = {}  # sums and extremes by the address of codes
-        self._transposed: dict[int, ProductCounts | None] = {}  # by the address of scales
 
     def follow(self, matrices: Sequence[Measured]) -> None:
         self._matrices.update(matrices)
@@ -91,7 +89,6 @@ class InGraphs:
     def leave(self, matrices: Sequence[Measured]) -> None:
         self._matrices.difference_update(matrices)
         self._inputs.clear()
-        self._transposed.clear()
 
     def cast(self, x: Tensor, cast: Operand, wgrad: bool) -> None:
         """x was cast; it counts if a weight's gradient wants it. Codes may have the memory of older ones."""
@@ -101,31 +98,23 @@ class InGraphs:
         if wgrad:
             self._inputs[cast.codes.data_ptr()] = _of_rows(x, cast)
 
-    def transpose(self, exponents: Tensor, scales: Tensor) -> None:
-        """The weight that has these exponents was transposed for a product."""
-        if self._measures(exponents):
-            self._transposed[scales.data_ptr()] = self._of(exponents)
-
-    def multiply(self, codes: Tensor, scales: Tensor) -> None:
-        """Codes of an input meet a weight that has these scales; if its input does not count, nothing."""
-        counts, counted = self._of(scales), self._inputs.get(codes.data_ptr())
+    def multiply(self, codes: Tensor, exponents: Tensor) -> None:
+        """Codes of an input meet a weight that has these exponents; if its input does not count, nothing."""
+        counts, counted = self._of(exponents), self._inputs.get(codes.data_ptr())
         if counts is not None and counted is not None:
             counts.add_input(*counted)
 
-    def gradient(self, dy: Tensor, tiles: Tensor) -> Callable[[CastGradient], None] | None:
-        """What counts casts of dy for the weight that has these exponents or scales, if something does."""
-        counts = self._of(tiles)
+    def gradient(self, dy: Tensor, exponents: Tensor) -> Callable[[CastGradient], None] | None:
+        """What counts casts of dy for the weight that has these exponents, if something does."""
+        counts = self._of(exponents)
         return None if counts is None else partial(counts.of_gradient, dy)
 
-    def _of(self, tiles: Tensor) -> ProductCounts | None:
-        """The counts of the weight that has these exponents or scales, while ops count."""
-        if not self._measures(tiles):
+    def _of(self, exponents: Tensor) -> ProductCounts | None:
+        """The counts of the weight that has these exponents, while ops count."""
+        if not self._measures(exponents):
             return None
-        address = tiles.data_ptr()
-        for each in self._matrices:
-            if address in (each.exponents.data_ptr(), each.scales.data_ptr()):
-                return each.counts
-        return self._transposed.get(address)
+        address = exponents.data_ptr()
+        return next((each.counts for each in self._matrices if each.exponents.data_ptr() == address), None)
 
     def _measures(self, values: Tensor) -> bool:
         """Whether an op of these values counts; not in a CUDA graph, which is replayed on every step."""

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ds_fp8.config.section import FP8Config
-from ds_fp8.estimate.memory import Shape, room_bytes, shape_of, tile_bytes
+from ds_fp8.estimate.memory import Shape, exponent_bytes, room_bytes, shape_of
 from ds_fp8.estimate.runs import Model, Run
 from ds_fp8.ops.formats import BF16, E4M3
 from ds_fp8.zero_fp8.placement.partition import Bucket
@@ -76,7 +76,7 @@ def guessed(model: Model, buckets: Sequence[Bucket]) -> tuple[int, int, int]:
     What trains beside frozen parameters is taken for adapters: the codes are then the base's.
     """
     width = width_of(model.parameters)
-    rate = E4M3.itemsize + tile_bytes(width, width) / width**2
+    rate = E4M3.itemsize + exponent_bytes(width, width) / width**2
     saved = round(_guessed_elements(model) * (BF16.itemsize - rate))
     return saved, 0 if model.frozen else room_bytes(buckets), WIDEST * width**2
 
@@ -89,7 +89,7 @@ def _guessed_elements(model: Model) -> int:
 def guessed_slices(model: Model) -> tuple[int, int]:
     """Of a model of unknown shapes: elements that are codes, and bytes beside them on every GPU."""
     elements, width = elements_of(model.parameters), width_of(model.parameters)
-    return elements, round(elements * tile_bytes(width, width) / width**2)
+    return elements, round(elements * exponent_bytes(width, width) / width**2)
 
 
 def refusal_of(config: FP8Config, model: Model, run: Run) -> str | None:

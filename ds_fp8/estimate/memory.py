@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ds_fp8.ops.formats import BF16, E4M3, FP32, Format
-from ds_fp8.ops.products import TILE, scale_shape, tiles
+from ds_fp8.ops.products import TILE, tiles
 from ds_fp8.zero_fp8.offload.sizes import Crossing, Expected, expected
 from ds_fp8.zero_fp8.placement import parameters
 from ds_fp8.zero_fp8.placement.messages import Message
@@ -130,17 +130,12 @@ def frozen_bytes(shapes: Collection[Shape]) -> int:
 def beside_codes(shapes: Iterable[Shape]) -> int:
     """Bytes on every rank beside the codes of these matrices."""
     behind = BF16.itemsize  # the value that C++ would read in a parameter's place
-    return sum(tile_bytes(*each) + behind for each in shapes)
-
-
-def tile_bytes(rows: int, columns: int) -> int:
-    """Bytes of a matrix's exponents, and of its FP32 scales."""
-    return _exponents(rows, columns) + FP32.itemsize * prod(scale_shape(rows, columns))
+    return sum(exponent_bytes(*each) + behind for each in shapes)
 
 
 def agreement_bytes(buckets: Sequence[Bucket], shapes: Mapping[int, Shape]) -> int:
     """Bytes that a rank hands to the maxima by which the ranks agree on exponents in a step."""
-    return sum(_exponents(*shape) for shape in _shapes_of(buckets, shapes))
+    return sum(exponent_bytes(*shape) for shape in _shapes_of(buckets, shapes))
 
 
 def room_bytes(buckets: Sequence[Bucket]) -> int:
@@ -157,7 +152,7 @@ def _shapes_of(buckets: Sequence[Bucket], shapes: Mapping[int, Shape]) -> list[S
     return [shapes[slot.parameter] for bucket in buckets for slot in bucket.slots]
 
 
-def _exponents(rows: int, columns: int) -> int:
+def exponent_bytes(rows: int, columns: int) -> int:
     return tiles(rows) * tiles(columns)
 
 
@@ -289,8 +284,5 @@ LARGE = 8 * TILE  # a side of a matrix whose tiles are all full
 
 def _of_codes() -> dict[str, float]:
     """Bytes per element of a large FP8 matrix: on every rank, and on the wire per step."""
-    elements = LARGE * LARGE
-    return {
-        "weight_bytes_per_fp8_element": E4M3.itemsize + tile_bytes(LARGE, LARGE) / elements,
-        "wire_bytes_per_fp8_element": E4M3.itemsize + _exponents(LARGE, LARGE) / elements,
-    }
+    found = E4M3.itemsize + exponent_bytes(LARGE, LARGE) / LARGE**2
+    return {"weight_bytes_per_fp8_element": found, "wire_bytes_per_fp8_element": found}

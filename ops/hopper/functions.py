@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ds_fp8.ops import cublas, cublas_lt
 from ds_fp8.ops.hopper import build
+from ds_fp8.ops.product_backend import Weight
 from ds_fp8.ops.products import CastGradient, CastInput, Operand, padded_tokens, scale_shape
 from ds_fp8.ops.triton.launching import ALIGNMENT, latest
 from ds_fp8.ops.triton.products import casts, weights
@@ -72,6 +73,13 @@ def transpose(codes: Tensor, exponents: Tensor) -> Operand:
     return turned
 
 
+def expand(codes: Tensor, exponents: Tensor) -> Operand:
+    """`ops.products.expand`, which C++ knows within products only."""
+    expanded = weights.expand(codes, exponents)
+    _learn(codes, LAUNCHES.expand_kind.default(exponents.data_ptr()))
+    return expanded
+
+
 def multiply(left: Operand, right: Operand, bias: Tensor | None = None) -> Tensor:
     """`ops.products.multiply`, as `ops.cublas` has it."""
     operands = left.codes, left.scales, right.codes, right.scales
@@ -84,8 +92,16 @@ def multiply(left: Operand, right: Operand, bias: Tensor | None = None) -> Tenso
     return product
 
 
+def multiply_weight(x: Operand, weight: Weight, bias: Tensor | None, swapped: bool) -> Tensor:
+    """`ops.product_backend.MultiplyWeight`."""
+    found = LAUNCHES.multiply_weight.default(x.codes, x.scales, *weight, bias, swapped, _stream(x.codes))
+    if found:
+        return found[0]  # type: ignore[no-any-return]
+    return multiply(x, transpose(*weight) if swapped else expand(*weight), bias)
+
+
 def differentiate(
-    dy: Tensor, weight: tuple[Tensor, Tensor], x: Operand | None, needs: Sequence[bool], swapped: bool
+    dy: Tensor, weight: Weight, x: Operand | None, needs: Sequence[bool], swapped: bool
 ) -> list[Tensor]:
     """`ops.product_backend.Differentiate`."""
     codes, scales = (None, None) if x is None else (x.codes, x.scales)

@@ -29,6 +29,7 @@ constexpr int64_t TILE = 128, TOKENS = 16, GROUP = 4;  // as in ops/products.py
 constexpr int64_t BEST_ALIGNMENT = 256, ALIGNMENT = 16;
 constexpr int BIAS_POINTER = 8, A_SCALE_POINTER = 17, B_SCALE_POINTER = 18;
 constexpr int64_t TURNED_ROWS = 1, TURNED_TILES = 2;
+constexpr int64_t EXPANDED = 1024;  // scales of a program, as in ops/triton/products/weights.py
 
 using LaunchKernel = int (*)(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned,
                              void*, void**, void**);
@@ -193,42 +194,67 @@ int64_t transpose_kind(int64_t exponents, int64_t groups) {
     return -1 - int64_t(exponents % ALIGNMENT == 0) - 2 * int64_t(groups % ALIGNMENT == 0);
 }
 
-const Kernel* find_transpose(const Tensor& codes, const Tensor& exponents) {
-    if (codes.dim() != 2 || codes.element_size() != 1 || !codes.is_contiguous()) return nullptr;
-    if (exponents.dim() != 2 || exponents.scalar_type() != at::kByte || !exponents.is_contiguous())
-        return nullptr;
-    const int64_t rows = codes.size(0), columns = codes.size(1);
-    if (exponents.size(0) != tiles(rows) || exponents.size(1) != tiles(columns)) return nullptr;
-    if (exponents.device() != codes.device()) return nullptr;
-    if (!codes.numel() || rows >= INT32_MAX || columns >= INT32_MAX) return nullptr;
-    if ((address(codes) | rows | columns) % ALIGNMENT) return nullptr;
-    return find_kernel(codes.device().index(), transpose_kind(address(exponents), padded_tiles(rows)));
-}
+// Below those of transposes.
+int64_t expand_kind(int64_t exponents) { return -5 - int64_t(exponents % ALIGNMENT == 0); }
 
 // Codes and scales, as addresses.
 struct Operand {
     int64_t codes, scales;
 };
 
-void launch_transpose(const Kernel& kernel, const Tensor& codes, const Tensor& exponents, Operand turned,
-                      int64_t stream) {
-    int64_t source = address(codes), bytes = address(exponents), scratch = 0, profile = 0;
-    int32_t rows = int32_t(codes.size(0)), columns = int32_t(codes.size(1)),
-            groups = int32_t(padded_tiles(rows));
-    void* arguments[] = {&source,  &bytes,  &turned.codes, &turned.scales, &rows,
-                         &columns, &groups, &scratch,      &profile};
-    run(kernel, tiles(rows) * tiles(columns), arguments, stream);
+// A weight that a product reads as it is stored or transposed, [rows, inner].
+struct Weight {
+    const Tensor &codes, &exponents;
+    bool turned;
+    const Kernel* kernel;  // transposes; or expands exponents, codes staying where they are
+
+    int64_t rows() const { return codes.size(turned); }
+    int64_t inner() const { return codes.size(!turned); }
+    int64_t scales() const { return tiles(rows()) * padded_tiles(inner()); }
+};
+
+// None if a kernel does not expect it so.
+std::optional<Weight> find_weight(const Tensor& codes, const Tensor& exponents, bool turned) {
+    if (codes.dim() != 2 || codes.element_size() != 1 || !codes.is_contiguous()) return std::nullopt;
+    if (exponents.dim() != 2 || exponents.scalar_type() != at::kByte || !exponents.is_contiguous())
+        return std::nullopt;
+    const int64_t rows = codes.size(0), columns = codes.size(1);
+    if (exponents.size(0) != tiles(rows) || exponents.size(1) != tiles(columns)) return std::nullopt;
+    if (exponents.device() != codes.device()) return std::nullopt;
+    if (!codes.numel() || rows >= INT32_MAX || columns >= INT32_MAX) return std::nullopt;
+    if ((address(codes) | rows | columns) % ALIGNMENT) return std::nullopt;
+    const int64_t kind =
+        turned ? transpose_kind(address(exponents), padded_tiles(rows)) : expand_kind(address(exponents));
+    const Kernel* kernel = find_kernel(codes.device().index(), kind);
+    if (!kernel) return std::nullopt;
+    return Weight{codes, exponents, turned, kernel};
+}
+
+// Writes scales, and codes if they are transposed.
+void launch_weight(const Weight& weight, Operand out, int64_t stream) {
+    int64_t source = address(weight.codes), bytes = address(weight.exponents), scratch = 0, profile = 0;
+    int32_t groups = int32_t(padded_tiles(weight.inner()));
+    if (weight.turned) {
+        int32_t rows = int32_t(weight.inner()), columns = int32_t(weight.rows());
+        void* arguments[] = {&source,  &bytes,  &out.codes, &out.scales, &rows,
+                             &columns, &groups, &scratch,   &profile};
+        run(*weight.kernel, tiles(rows) * tiles(columns), arguments, stream);
+    } else {
+        int32_t rows = int32_t(tiles(weight.rows())), columns = int32_t(tiles(weight.inner()));
+        void* arguments[] = {&bytes, &out.scales, &rows, &columns, &groups, &scratch, &profile};
+        run(*weight.kernel, ceil_div(weight.scales(), EXPANDED), arguments, stream);
+    }
 }
 
 // Returns a weight's codes and scales, both transposed.
 Tensors transpose(const Tensor& codes, const Tensor& exponents, int64_t stream) {
-    const Kernel* kernel = find_transpose(codes, exponents);
-    if (!kernel) return {};
-    const int64_t rows = codes.size(0), columns = codes.size(1);
+    const auto weight = find_weight(codes, exponents, true);
+    if (!weight) return {};
+    const int64_t rows = weight->rows(), inner = weight->inner();
     const c10::DeviceGuard guard(codes.device());
-    const Tensor turned = at::empty({columns, rows}, codes.options());
-    const Tensor scales = at::empty({tiles(columns), padded_tiles(rows)}, codes.options().dtype(at::kFloat));
-    launch_transpose(*kernel, codes, exponents, {address(turned), address(scales)}, stream);
+    const Tensor turned = at::empty({rows, inner}, codes.options());
+    const Tensor scales = at::empty({tiles(rows), padded_tiles(inner)}, codes.options().dtype(at::kFloat));
+    launch_weight(*weight, {address(turned), address(scales)}, stream);
     return {turned, scales};
 }
 
@@ -274,33 +300,6 @@ void launch_product(Plan& plan, Operand left, Operand right, int64_t bias, int64
           "cublasLtMatmul");
 }
 
-// Returns left right^T + bias.
-Tensors multiply(const Tensor& left, const Tensor& left_scales, const Tensor& right,
-                 const Tensor& right_scales, const std::optional<Tensor>& bias, int64_t stream) {
-    if (!is_codes(left) || !is_codes(right) || !left.numel() || left.size(1) != right.size(1)) return {};
-    const int64_t rows = left.size(0), columns = right.size(0), inner = left.size(1);
-    const bool in_tiles = right_scales.dim() == 2 && right_scales.size(0) != columns;
-    if (!has_scales_of_rows(left_scales, rows, inner)) return {};
-    if (!(in_tiles ? has_scales_of_tiles : has_scales_of_rows)(right_scales, columns, inner)) return {};
-    const auto device = left.device();
-    if (right.device() != device || left_scales.device() != device || right_scales.device() != device)
-        return {};
-    if (bias) {
-        if (bias->dim() != 1 || bias->size(0) != columns || bias->scalar_type() != at::kBFloat16) return {};
-        if (bias->device() != device || !bias->is_contiguous() || address(*bias) % ALIGNMENT) return {};
-    }
-    const Operand a{address(left), address(left_scales)}, b{address(right), address(right_scales)};
-    Plan* const plan = find_plan(device.index(), rows, columns, inner, in_tiles, bias.has_value(), a, b);
-    if (!plan) return {};
-    const c10::DeviceGuard guard(device);
-    const Tensor product = at::empty({rows, columns}, left.options().dtype(at::kBFloat16));
-    Tensor workspace;
-    if (plan->workspace) workspace = at::empty({plan->workspace}, left.options().dtype(at::kByte));
-    launch_product(*plan, a, b, bias ? address(*bias) : 0, address(product),
-                   plan->workspace ? address(workspace) : 0, stream);
-    return {product};
-}
-
 // Places in one piece of memory, one after the other.
 struct Places {
     int64_t end = 0;
@@ -310,30 +309,90 @@ struct Places {
         end += ceil_div(bytes, BEST_ALIGNMENT) * BEST_ALIGNMENT;
         return begin;
     }
-    Operand add(int64_t rows, int64_t inner, int64_t scales) {
-        return {add(rows * inner), add(scales * int64_t(sizeof(float)))};
+    Operand add(int64_t codes, int64_t scales) { return {add(codes), add(scales * int64_t(sizeof(float)))}; }
+    Operand add(const Weight& weight) {
+        return add(weight.turned ? weight.rows() * weight.inner() : 0, weight.scales());
     }
 };
 
 Operand in(Operand places, int64_t memory) { return {places.codes + memory, places.scales + memory}; }
+Operand in(Operand places, const Weight& weight, int64_t memory) {
+    const Operand found = in(places, memory);
+    return weight.turned ? found : Operand{address(weight.codes), found.scales};
+}
+
+// Whether a product with a right side of [columns, inner] can have them as its left side and its bias.
+bool fit(const Tensor& left, const Tensor& left_scales, const std::optional<Tensor>& bias, int64_t columns,
+         int64_t inner) {
+    const auto device = left.device();
+    if (!is_codes(left) || !left.numel() || left.size(1) != inner) return false;
+    if (!has_scales_of_rows(left_scales, left.size(0), inner) || left_scales.device() != device) return false;
+    return !bias || (bias->dim() == 1 && bias->size(0) == columns && bias->scalar_type() == at::kBFloat16 &&
+                     bias->device() == device && bias->is_contiguous() && address(*bias) % ALIGNMENT == 0);
+}
+
+// Returns left right^T + bias.
+Tensor product_of(Plan& plan, const Tensor& like, int64_t columns, Operand left, Operand right,
+                  const std::optional<Tensor>& bias, int64_t stream) {
+    const Tensor product = at::empty({like.size(0), columns}, like.options().dtype(at::kBFloat16));
+    Tensor workspace;
+    if (plan.workspace) workspace = at::empty({plan.workspace}, like.options().dtype(at::kByte));
+    launch_product(plan, left, right, bias ? address(*bias) : 0, address(product),
+                   plan.workspace ? address(workspace) : 0, stream);
+    return product;
+}
+
+Tensors multiply(const Tensor& left, const Tensor& left_scales, const Tensor& right,
+                 const Tensor& right_scales, const std::optional<Tensor>& bias, int64_t stream) {
+    if (!is_codes(right)) return {};
+    const int64_t columns = right.size(0), inner = right.size(1);
+    const bool in_tiles = right_scales.dim() == 2 && right_scales.size(0) != columns;
+    if (!fit(left, left_scales, bias, columns, inner)) return {};
+    if (!(in_tiles ? has_scales_of_tiles : has_scales_of_rows)(right_scales, columns, inner)) return {};
+    const auto device = left.device();
+    if (right.device() != device || right_scales.device() != device) return {};
+    const Operand a{address(left), address(left_scales)}, b{address(right), address(right_scales)};
+    Plan* const plan =
+        find_plan(device.index(), left.size(0), columns, inner, in_tiles, bias.has_value(), a, b);
+    if (!plan) return {};
+    const c10::DeviceGuard guard(device);
+    return {product_of(*plan, left, columns, a, b, bias, stream)};
+}
+
+// Returns x W^T + bias for a weight, which is transposed first if it is swapped, that is stored as [K, N].
+Tensors multiply_weight(const Tensor& x, const Tensor& x_scales, const Tensor& codes, const Tensor& exponents,
+                        const std::optional<Tensor>& bias, bool swapped, int64_t stream) {
+    const auto weight = find_weight(codes, exponents, swapped);
+    if (!weight || !is_codes(codes) || !fit(x, x_scales, bias, weight->rows(), weight->inner())) return {};
+    const auto device = x.device();
+    if (codes.device() != device) return {};
+    const c10::DeviceGuard guard(device);
+    Places places;
+    const Operand room = places.add(*weight);
+    const Tensor memory = at::empty({places.end}, codes.options().dtype(at::kByte));
+    const Operand left{address(x), address(x_scales)}, right = in(room, *weight, address(memory));
+    Plan* const plan = find_plan(device.index(), x.size(0), weight->rows(), weight->inner(), true,
+                                 bias.has_value(), left, right);
+    if (!plan) return {};
+    launch_weight(*weight, right, stream);
+    return {product_of(*plan, x, weight->rows(), left, right, bias, stream)};
+}
 
 // Returns the wanted gradients of a product: of its input, cut to dy's tokens, of its weight and of its bias.
-// weight_tiles: the weight's exponents; its scales if it is swapped, that is stored as [K, N]. What only this
-// call reads lies in one piece of memory. Nothing is launched unless everything can be.
-Tensors differentiate(const Tensor& dy, const Tensor& codes, const Tensor& weight_tiles,
+// swapped: the weight is stored as [K, N]. What only this call reads lies in one piece of memory. Nothing is
+// launched unless everything can be.
+Tensors differentiate(const Tensor& dy, const Tensor& codes, const Tensor& exponents,
                       const std::optional<Tensor>& x, const std::optional<Tensor>& x_scales, bool input,
                       bool weight, bool bias, bool swapped, int64_t stream) {
     const auto source = read_by_casts(dy);
     if (!source || !is_codes(codes) || codes.size(swapped) != source->features) return {};
     const auto device = dy.device();
-    if (codes.device() != device || weight_tiles.device() != device) return {};
+    if (codes.device() != device) return {};
     const int64_t padded = source->padded, outputs = source->features, inputs = codes.size(!swapped);
-    const bool turns = input && !swapped;
     const Kernel* const casting =
         find_kernel(device.index(), cast_kind(input, weight ? TURNED_ROWS : 0, bias, source->groups));
-    const Kernel* const turning = turns ? find_transpose(codes, weight_tiles) : nullptr;
-    if (!casting || (turns && !turning)) return {};
-    if (input && swapped && !has_scales_of_tiles(weight_tiles, inputs, outputs)) return {};
+    const auto stored = input ? find_weight(codes, exponents, !swapped) : std::nullopt;
+    if (!casting || (input && !stored)) return {};
     bool in_tiles = false;
     if (weight) {
         if (!x || !x_scales || !is_codes(*x) || x->device() != device || x_scales->device() != device)
@@ -345,16 +404,15 @@ Tensors differentiate(const Tensor& dy, const Tensor& codes, const Tensor& weigh
 
     Places places;
     Operand rows{}, turned{}, right{};
-    if (input) rows = places.add(padded, outputs, padded * tiles(outputs));
-    if (weight) turned = places.add(outputs, padded, outputs * tiles(padded));
-    if (turns) right = places.add(inputs, outputs, tiles(inputs) * padded_tiles(outputs));
+    if (input) rows = places.add(padded * outputs, padded * tiles(outputs)), right = places.add(*stored);
+    if (weight) turned = places.add(outputs * padded, outputs * tiles(padded));
     const int64_t parts = bias ? places.add(tiles(padded) * outputs * int64_t(sizeof(float))) : 0;
     const c10::DeviceGuard guard(device);
     const auto bytes = codes.options().dtype(at::kByte);
     const Tensor memory = at::empty({places.end}, bytes);
     const int64_t begin = address(memory);
     rows = in(rows, begin), turned = in(turned, begin);
-    right = turns ? in(right, begin) : Operand{address(codes), address(weight_tiles)};
+    if (input) right = in(right, *stored, begin);
     const Operand given = weight ? Operand{address(*x), address(*x_scales)} : Operand{};
     const auto plan = [&](int64_t height, int64_t inner, bool tiled, Operand a, Operand b) {
         return find_plan(device.index(), height, inputs, inner, tiled, false, a, b);
@@ -375,7 +433,7 @@ Tensors differentiate(const Tensor& dy, const Tensor& codes, const Tensor& weigh
     const auto values = dy.options();
     Tensors found;
     if (input) {
-        if (turns) launch_transpose(*turning, codes, weight_tiles, right, stream);
+        launch_weight(*stored, right, stream);
         const Tensor dx = at::empty({padded, inputs}, values);
         launch_product(*of_input, rows, right, 0, address(dx), room, stream);
         found.push_back(padded == source->tokens ? dx : dx.narrow(0, 0, source->tokens));
@@ -401,14 +459,18 @@ TORCH_LIBRARY(ds_fp8_launches, library) {
     library.def("cast_kind(bool rows, int turned, bool sums, int groups) -> int", cast_kind);
     library.def("cast(Tensor values, bool rows, int turned, bool sums, int stream) -> Tensor[]", cast);
     library.def("transpose_kind(int exponents, int groups) -> int", transpose_kind);
+    library.def("expand_kind(int exponents) -> int", expand_kind);
     library.def("transpose(Tensor codes, Tensor exponents, int stream) -> Tensor[]", transpose);
     library.def(
-        "multiply(Tensor left, Tensor left_scales, Tensor right, Tensor right_scales, Tensor? bias, int "
-        "stream) "
-        "-> Tensor[]",
+        "multiply(Tensor left, Tensor left_scales, Tensor right, Tensor right_scales, Tensor? bias, "
+        "int stream) -> Tensor[]",
         multiply);
     library.def(
-        "differentiate(Tensor dy, Tensor codes, Tensor weight_tiles, Tensor? x, Tensor? x_scales, "
+        "multiply_weight(Tensor x, Tensor x_scales, Tensor codes, Tensor exponents, Tensor? bias, "
+        "bool swapped, int stream) -> Tensor[]",
+        multiply_weight);
+    library.def(
+        "differentiate(Tensor dy, Tensor codes, Tensor exponents, Tensor? x, Tensor? x_scales, "
         "bool input, bool weight, bool bias, bool swapped, int stream) -> Tensor[]",
         differentiate);
 }

@@ -59,10 +59,10 @@ class Needs(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """A weight, and what dgrad needs of its tiles."""
+    """A weight."""
 
-    codes: Tensor  # as stored
-    tiles: Tensor  # the scales if the tiles are multiplied, the exponents if they are transposed first
+    codes: Tensor  # [rows, columns] float8_e4m3fn
+    exponents: Tensor  # [tiles(rows), tiles(columns)] uint8
 
 
 class Gradients(NamedTuple):
@@ -95,17 +95,12 @@ def cast_input(kernels: Kernels, x: Tensor, *, wgrad: bool) -> CastInput:
     return CastInput(Operand(codes, scales), Operand(*turned) if wgrad else None)
 
 
-def multiply(kernels: Kernels, left: Operand, right: Operand, bias: Tensor | None = None) -> Tensor:
+def multiply(kernels: Kernels, x: Operand, weight: Stored, bias: Tensor | None, swapped: bool) -> Tensor:
+    """Return x W^T. swapped: the weight is stored as [K, N]."""
     if not in_graph():
-        return kernels.multiply(left, right, bias)
-    y: Tensor = _multiply(kernels.name, left.codes, left.scales, right.codes, right.scales, bias)
+        return _run_product(kernels, x, weight, bias, swapped)
+    y: Tensor = _multiply(kernels.name, x.codes, x.scales, *weight, bias, swapped)
     return y
-
-
-def transpose(kernels: Kernels, codes: Tensor, exponents: Tensor) -> Operand:
-    if not in_graph():
-        return kernels.transpose(codes, exponents)
-    return Operand(*_transpose(kernels.name, codes, exponents))
 
 
 def differentiate(
@@ -138,6 +133,13 @@ def decode(kernels: Kernels, codes: Tensor, exponents: Tensor) -> Tensor:
     return values
 
 
+def _run_product(kernels: Kernels, x: Operand, weight: Stored, bias: Tensor | None, swapped: bool) -> Tensor:
+    if kernels.multiply_weight is not None:
+        return kernels.multiply_weight(x, weight, bias, swapped)
+    right = kernels.transpose(*weight) if swapped else kernels.expand(*weight)
+    return kernels.multiply(x, right, bias)
+
+
 def _run_gradients(
     kernels: Kernels,
     dy: Tensor,
@@ -158,7 +160,7 @@ def _run_gradients(
     if count is not None:
         count(cast)
     if cast.dgrad is not None:
-        right = Operand(*weight) if swapped else kernels.transpose(*weight)
+        right = kernels.expand(*weight) if swapped else kernels.transpose(*weight)
         dx = kernels.multiply(cast.dgrad, right, None)
         found.append(dx if len(dx) == len(dy) else dx[: len(dy)])
     if cast.wgrad is not None and x is not None:
@@ -207,31 +209,43 @@ def _fake_cast_input(kernels: str, x: Tensor, wgrad: bool) -> list[Tensor]:
 
 
 def _run_multiply(
-    kernels: str, left: Tensor, left_scales: Tensor, right: Tensor, right_scales: Tensor, bias: Tensor | None
+    kernels: str,
+    x: Tensor,
+    x_scales: Tensor,
+    codes: Tensor,
+    exponents: Tensor,
+    bias: Tensor | None,
+    swapped: bool,
 ) -> Tensor:
-    operand = Operand(left, left_scales.t())
-    IN_GRAPHS.multiply(left, right_scales)
-    return named(kernels).multiply(operand, Operand(right, right_scales), bias)
+    IN_GRAPHS.multiply(x, exponents)
+    weight = Stored(codes, exponents)
+    return _run_product(named(kernels), Operand(x, x_scales.t()), weight, bias, swapped)
 
 
 def _fake_multiply(
-    kernels: str, left: Tensor, left_scales: Tensor, right: Tensor, right_scales: Tensor, bias: Tensor | None
+    kernels: str,
+    x: Tensor,
+    x_scales: Tensor,
+    codes: Tensor,
+    exponents: Tensor,
+    bias: Tensor | None,
+    swapped: bool,
 ) -> Tensor:
-    return left.new_empty(left.shape[0], right.shape[0], dtype=torch.bfloat16)
+    return x.new_empty(x.shape[0], codes.shape[1 if swapped else 0], dtype=torch.bfloat16)
 
 
 def _run_differentiate(
     kernels: str,
     dy: Tensor,
     codes: Tensor,
-    weight_tiles: Tensor,
+    exponents: Tensor,
     x: Tensor | None,
     x_scales: Tensor | None,
     needs: list[bool],
     swapped: bool,
 ) -> list[Tensor]:
     right = None if x is None or x_scales is None else Operand(x, x_scales)
-    weight, count = Stored(codes, weight_tiles), IN_GRAPHS.gradient(dy, weight_tiles)
+    weight, count = Stored(codes, exponents), IN_GRAPHS.gradient(dy, exponents)
     return _run_gradients(named(kernels), dy, weight, right, needs, swapped, count)
 
 
@@ -239,7 +253,7 @@ def _fake_differentiate(
     kernels: str,
     dy: Tensor,
     codes: Tensor,
-    weight_tiles: Tensor,
+    exponents: Tensor,
     x: Tensor | None,
     x_scales: Tensor | None,
     needs: list[bool],
@@ -248,12 +262,6 @@ def _fake_differentiate(
     features = codes.shape[0 if swapped else 1]
     shapes = ((dy.shape[0], features), codes.shape, (dy.shape[1],))
     return [dy.new_empty(shape) for shape, each in zip(shapes, needs, strict=True) if each]
-
-
-def _run_transpose(kernels: str, codes: Tensor, exponents: Tensor) -> tuple[Tensor, Tensor]:
-    turned = named(kernels).transpose(codes, exponents)
-    IN_GRAPHS.transpose(exponents, turned.scales)
-    return turned.codes, turned.scales
 
 
 def _fake(like: Tensor, codes: tuple[int, int], scales: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -268,23 +276,17 @@ _cast_input = _op(
 )
 _multiply = _op(
     "multiply",
-    "(str kernels, Tensor left, Tensor left_scales, Tensor right, Tensor right_scales, Tensor? bias) "
+    "(str kernels, Tensor x, Tensor x_scales, Tensor codes, Tensor exponents, Tensor? bias, bool swapped) "
     "-> Tensor",
     _run_multiply,
     _fake_multiply,
 )
 _differentiate = _op(
     "differentiate",
-    "(str kernels, Tensor dy, Tensor codes, Tensor weight_tiles, Tensor? x, Tensor? x_scales, bool[] needs, "
+    "(str kernels, Tensor dy, Tensor codes, Tensor exponents, Tensor? x, Tensor? x_scales, bool[] needs, "
     "bool swapped) -> Tensor[]",
     _run_differentiate,
     _fake_differentiate,
-)
-_transpose = _op(
-    "transpose",
-    "(str kernels, Tensor codes, Tensor exponents) -> (Tensor, Tensor)",
-    _run_transpose,
-    lambda kernels, codes, _: _fake(codes, codes.shape[::-1], scale_shape(*codes.shape[::-1])),
 )
 _decode = _op(
     "decode_weight",

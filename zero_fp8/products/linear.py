@@ -120,7 +120,7 @@ def multiply_input(
     check_shapes(x, bias, matrix, swapped)
     wgrad = torch.is_grad_enabled() and weight.requires_grad
     if torch.compiler.is_dynamo_compiling():
-        buffers = matrix.codes, matrix.exponents, matrix.scales
+        buffers = matrix.codes, matrix.exponents
         with torch._C.DisableTorchFunctionSubclass():
             names = matrix.kernels.name, way.name
             return _trace(x, weight, bias, buffers, names, swapped, wgrad)  # type: ignore[no-any-return]
@@ -138,7 +138,7 @@ def _trace(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    buffers: tuple[Tensor, Tensor, Tensor],  # of the matrix
+    buffers: tuple[Tensor, Tensor],  # of the matrix
     names: tuple[str, str],  # of kernels and way
     swapped: bool,
     wgrad: bool,
@@ -149,7 +149,7 @@ def _trace(
     """
     _graphs.add(names)
     kernels = named(names[0])
-    matrix, way = Matrix("traced", *buffers, kernels), way_of(names[1], kernels)
+    matrix, way = Matrix("traced", *buffers, kernels=kernels), way_of(names[1], kernels)
     with tracing():
         return Product.apply(x, weight, bias, matrix, way, swapped, wgrad)  # type: ignore[no-any-return,no-untyped-call]
 

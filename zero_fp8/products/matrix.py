@@ -1,7 +1,7 @@
 """One FP8 weight, in buffers that another object owns.
 
 The owner writes the codes and then calls `rewritten`. All other code only reads: values for readers of the
-weight, operands for products. Under ZeRO 3 a fetch brings the codes and a release frees them; scales stay.
+weight, operands for products. Under ZeRO 3 a fetch brings the codes and a release frees them; exponents stay.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ds_fp8.ops.products import scale_shape
 from ds_fp8.zero_fp8.product_health import ProductCounts
 from ds_fp8.zero_fp8.products.kernels import REFERENCE, Kernels, decode
 
@@ -22,7 +21,6 @@ class Matrix:
     name: str
     codes: Tensor  # [rows, columns] float8_e4m3fn
     exponents: Tensor  # [tiles(rows), tiles(columns)] uint8
-    scales: Tensor  # of the current codes: `ops.products.scale_shape(rows, columns)` float32
     kernels: Kernels = field(default=REFERENCE, repr=False)
     generation: int = 0  # number of times that the codes were rewritten
     travels: bool = False  # codes are fetched and released
@@ -33,12 +31,6 @@ class Matrix:
     was_multiplied: bool = False  # outside graphs
     was_named: bool = False  # as a weight that training decodes
     counts: ProductCounts | None = None  # on a measured step
-
-    @classmethod
-    def of(cls, name: str, codes: Tensor, exponents: Tensor, kernels: Kernels) -> "Matrix":
-        """Create a matrix with its own scales, which are undefined."""
-        scales = torch.ones(scale_shape(*codes.shape), dtype=torch.float32, device=codes.device)
-        return cls(name, codes, exponents, scales, kernels)
 
     def rewritten(self) -> None:
         """Mark the codes as new: a backward whose forward had the old ones fails.
@@ -52,7 +44,7 @@ class Matrix:
     def record_stream(self, stream: torch.Stream) -> None:
         """Keep the memory, if its owner frees it, until the work now queued on the stream has run."""
         codes = (self.codes,) if self.is_here else ()
-        for each in (*codes, self.exponents, self.scales):
+        for each in (*codes, self.exponents):
             each.record_stream(stream)
 
     def values(self, codes: Tensor | None = None) -> Tensor:
@@ -66,5 +58,4 @@ class Matrix:
         self.exponents.zero_()
         self.kernels.find_exponents(flat, 0, columns, self.exponents)
         self.kernels.encode_weight(flat, 0, columns, self.exponents, self.codes.view(-1))
-        self.kernels.expand_exponents(self.exponents, self.scales)
         self.rewritten()

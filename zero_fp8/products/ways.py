@@ -55,10 +55,8 @@ class FP8Products:
         self, x: Tensor, matrix: Matrix, bias: Tensor | None, *, swapped: bool, wgrad: bool
     ) -> tuple[Tensor, Saved]:
         cast = self._cast(x, matrix, wgrad)
-        weight = Operand(matrix.codes, matrix.scales)
-        if swapped:
-            weight = kernels.transpose(self.kernels, matrix.codes, matrix.exponents)
-        y = kernels.multiply(self.kernels, cast.forward, weight, bias)
+        weight = kernels.Stored(matrix.codes, matrix.exponents)
+        y = kernels.multiply(self.kernels, cast.forward, weight, bias, swapped)
         tokens = x.numel() // x.shape[-1]
         if in_graph() or len(y) != tokens:  # one graph serves any number of tokens
             y = y[:tokens]
@@ -73,7 +71,7 @@ class FP8Products:
             self.casts.clear()
             if matrix.counts is not None and not captured(dy):
                 count = partial(matrix.counts.of_gradient, dy)
-        weight = kernels.Stored(codes, matrix.scales if swapped else matrix.exponents)
+        weight = kernels.Stored(codes, matrix.exponents)
         x = Operand(*saved) if needs.weight else None
         return kernels.differentiate(self.kernels, dy, weight, x, needs, swapped, count)
 

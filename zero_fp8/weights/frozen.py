@@ -110,4 +110,4 @@ def _room(name: str, parameter: Parameter, choice: Choice) -> Matrix:
     rows, columns = parameter.shape
     codes = torch.empty(rows, columns, dtype=torch.uint8, device=parameter.device).view(E4M3.dtype)
     exponents = codes.new_empty(tiles(rows), tiles(columns), dtype=torch.uint8)
-    return Matrix.of(name, codes, exponents, choice.kernels)
+    return Matrix(name, codes, exponents, choice.kernels)

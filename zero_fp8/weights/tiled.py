@@ -6,8 +6,8 @@ tile of 128 x 128 elements); each rank encodes its rows; under ZeRO 1 and 2 a ga
 Matrices are cut between blocks, as all parameters are, so the codes are the same bits at any number of ranks
 and at any stage, and no tile is padded.
 
-A `CodeStore` holds the codes: whole on every rank, or this rank's slices (ZeRO 3). Scales of all tiles are on
-every rank.
+A `CodeStore` holds the codes: whole on every rank, or this rank's slices (ZeRO 3). The exponents of all
+tiles are on every rank.
 
 A skipped step has not written the buffer: exponents and codes then stay as they are, decided on the device.
 
@@ -124,25 +124,25 @@ class TiledWeights:
         self._exponents = torch.ones(ends[-1], dtype=torch.uint8, device=self._device)
         self.homes: list[CodeHome] = []
         self._parts: list[OwnPart] = []
-        grids, runs = [], []
+        runs = []
         for slot, own, size, end in zip(bucket.slots, codes, sizes, ends, strict=True):
             places = slice(end - prod(size), end)
             home = store.home(slot, self._matrix(slot.parameter, own, self._exponents[places].view(size)))
             self.homes.append(home)
-            grids.append(Grid(own.shape[1], size, places, home.matrix.scales))
+            grid = Grid(own.shape[1], size, places)
             parts = [
                 OwnPart(piece, home, store.part(piece, home))
                 for piece in bucket.pieces(rank)
                 if piece.slot is slot
             ]
             self._parts += parts
-            runs += [part.run(grids[-1], bucket.block_size) for part in parts]
+            runs += [part.run(grid, bucket.block_size) for part in parts]
         kernels = products.choice.kernels
-        self._runs = kernels.weight_runs(kernels, grids, runs)
+        self._runs = kernels.weight_runs(kernels, runs)
         store.memory.release()  # until the first gather: BF16 weights plus the codes of one bucket
 
     def _matrix(self, index: int, codes: Tensor, exponents: Tensor) -> Matrix:
-        matrix = Matrix.of(self._products.names[index], codes, exponents, self._products.choice.kernels)
+        matrix = Matrix(self._products.names[index], codes, exponents, self._products.choice.kernels)
         matrix.on_state_dict = self._products.on_state_dict
         return matrix
 
@@ -229,8 +229,7 @@ class TiledWeights:
         return self._store.memory.bytes.view(-1).view(E4M3.dtype)
 
     def renew(self) -> None:
-        """Update scales and parameters once every rank's codes have arrived."""
-        self._runs.expand_exponents(self._exponents)
+        """Update parameters once every rank's codes have arrived."""
         for home in self.homes:
             home.matrix.rewritten()
             if not self._encoded:

@@ -15,17 +15,15 @@ from ds_fp8.ops import weight_runs
 from ds_fp8.ops.guards import check_runs, check_vectors
 from ds_fp8.ops.triton.launching import launch
 from ds_fp8.ops.triton.products.weights import (
-    MANY,
     WARPS,
     always,
     encode_tile,
-    expand_part,
     find_tile,
     tile_rows_of,
 )
-from ds_fp8.ops.triton.quantize_many import distance, on_device
+from ds_fp8.ops.triton.quantize_many import on_device
 from ds_fp8.ops.triton.tiles import hardware_fp8
-from ds_fp8.ops.weight_runs import Grid, Run
+from ds_fp8.ops.weight_runs import Run
 
 WORD = 16  # elements; if all places are multiples of it, a thread moves several at once
 
@@ -93,29 +91,6 @@ def encode_runs_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["count"])
-def expand_grids_kernel(
-    exponents,
-    scales,  # of the first matrix
-    rows,  # [matrices, 6] int64: first program, places of exponents and scales, tiles down and across, groups
-    count,
-    LOG_COUNT: tl.constexpr,
-    MANY: tl.constexpr,
-):
-    """As `expand_kernel`, for all matrices."""
-    program = tl.program_id(0)
-    row = row_of(rows, count, program, 6, LOG_COUNT)
-    expand_part(
-        exponents=exponents + tl.load(row + 1),
-        scales=scales + tl.load(row + 2),
-        rows=tl.load(row + 3).to(tl.int32),
-        columns=tl.load(row + 4).to(tl.int32),
-        groups=tl.load(row + 5).to(tl.int32),
-        part=program - tl.load(row).to(tl.int32),
-        MANY=MANY,
-    )
-
-
 class Table:
     """Rows of whole numbers on the device, each with the number of its first program before them."""
 
@@ -133,16 +108,15 @@ class Table:
 
 
 class WeightRuns(weight_runs.WeightRuns):
-    """All matrices and runs of a bucket; tables are made at the first use."""
+    """All runs of a bucket; the table is made at the first use."""
 
-    def __init__(self, functions: weight_runs.Functions, grids: Sequence[Grid], runs: Sequence[Run]) -> None:
-        super().__init__(functions, grids, [run for run in runs if run.count])
-        self._ends = check_runs(grids, self._runs)
+    def __init__(self, functions: weight_runs.Functions, runs: Sequence[Run]) -> None:
+        super().__init__(functions, [run for run in runs if run.count])
+        self._ends = check_runs(self._runs)
         places = [each for run in self._runs for each in (run.first, run.count, run.values, run.codes)]
         places += [run.grid.columns for run in self._runs]
         self._word = WORD if all(each % WORD == 0 for each in places) else 1
         self._tiles: Table | None = None
-        self._scales: Table | None = None
 
     def find_exponents(self, values: Tensor, exponents: Tensor) -> None:
         """`ops.weight_runs.WeightRuns.find_exponents`."""
@@ -155,21 +129,6 @@ class WeightRuns(weight_runs.WeightRuns):
         go = always(values.device) if control is None else control
         hardware = hardware_fp8(values.device)
         self._launch(encode_runs_kernel, values, exponents, codes=codes, control=go, HARDWARE=hardware)
-
-    def expand_exponents(self, exponents: Tensor) -> None:
-        """`ops.weight_runs.WeightRuns.expand_exponents`."""
-        check_vectors(self._ends, None, exponents)
-        if self._scales is None:
-            self._scales = self._table_of_scales()
-        launch(
-            expand_grids_kernel,
-            self._scales.programs,
-            WARPS // 2,
-            exponents=exponents,
-            scales=self._grids[0].scales,
-            MANY=MANY,
-            **self._scales.arguments,
-        )
 
     def _launch(self, kernel: object, values: Tensor, exponents: Tensor, **more: object) -> None:
         if not self._runs:
@@ -196,12 +155,3 @@ class WeightRuns(weight_runs.WeightRuns):
             rows.append((first, run.first, run.count, columns, place, run.values, run.codes))
             programs.append(many)
         return Table(rows, programs, device)
-
-    def _table_of_scales(self) -> Table:
-        start = self._grids[0].scales
-        rows = [
-            (grid.place.start, distance(grid.scales, start), *grid.shape, grid.scales.shape[1])
-            for grid in self._grids
-        ]
-        programs = [-(-down * across // MANY) for down, across in (grid.shape for grid in self._grids)]
-        return Table(rows, programs, start.device)

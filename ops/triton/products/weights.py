@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ds_fp8.ops import products
-from ds_fp8.ops.guards import check_decode, check_expand, check_run, check_transpose
+from ds_fp8.ops.guards import check_decode, check_run, check_transpose
 from ds_fp8.ops.products import Operand, scale_shape, tiles
 from ds_fp8.ops.triton.launching import launch
 from ds_fp8.ops.triton.products.scales import store_tile_scale
@@ -29,6 +29,7 @@ from ds_fp8.ops.triton.tiles import (
 
 WARPS = 8
 MANY = 1024  # scales of a program
+ONE = tl.constexpr(127)  # the byte of a scale of 1
 TILE = tl.constexpr(products.TILE)
 
 
@@ -157,33 +158,20 @@ def tile_of_matrix(rows, columns, tile):
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "columns", "groups"])
 def expand_kernel(
     exponents,  # [rows, columns] uint8
-    scales,  # [rows, groups] float32, written
+    scales,  # [rows, groups] float32, written; padding is 1
     rows,
     columns,
     groups,
     MANY: tl.constexpr,
 ):
-    expand_part(
-        exponents=exponents,
-        scales=scales,
-        rows=rows,
-        columns=columns,
-        groups=groups,
-        part=tl.program_id(0),
-        MANY=MANY,
-    )
-
-
-@triton.jit
-def expand_part(exponents, scales, rows, columns, groups, part, MANY: tl.constexpr):
-    """Expand MANY exponents of a matrix."""
-    place = part * MANY + tl.arange(0, MANY)
-    inside = place < rows * columns
-    scale = power_of_two(tl.load(exponents + place, mask=inside, other=0))
-    tl.store(scales + place // columns * groups + place % columns, scale, mask=inside)
+    place = tl.program_id(0) * MANY + tl.arange(0, MANY)
+    row, column = place // groups, place % groups
+    inside = row < rows
+    stored = tl.load(exponents + row * columns + column, mask=inside & (column < columns), other=ONE)
+    tl.store(scales + place, power_of_two(stored), mask=inside)
 
 
 def find_exponents(values: Tensor, first: int, columns: int, exponents: Tensor) -> None:
@@ -280,17 +268,19 @@ def transpose(codes: Tensor, exponents: Tensor) -> Operand:
     return Operand(turned, scales)
 
 
-def expand_exponents(exponents: Tensor, scales: Tensor) -> None:
-    """`ops.products.expand_exponents` in one launch."""
-    check_expand(exponents, scales)
+def expand(codes: Tensor, exponents: Tensor) -> Operand:
+    """`ops.products.expand` in one launch."""
+    check_transpose(codes, exponents)
+    scales = codes.new_empty(scale_shape(*codes.shape), dtype=torch.float32)
     launch(
         expand_kernel,
-        -(-exponents.numel() // MANY),
+        -(-scales.numel() // MANY),
         WARPS // 2,
         exponents=exponents,
         scales=scales,
-        rows=exponents.shape[0],
+        rows=scales.shape[0],
         columns=exponents.shape[1],
         groups=scales.shape[1],
         MANY=MANY,
     )
+    return Operand(codes, scales)

@@ -1,7 +1,7 @@
 """FP8 weights under ZeRO 3: codes are sharded, fetched and multiplied.
 
-`ds_tensor` holds this rank's codes. The scales of a matrix, ten bytes per tile of 128 x 128 elements, are on
-every rank, so a fetch sends codes only. A parameter has one of three states:
+`ds_tensor` holds this rank's codes. The exponents of a matrix, a byte per tile of 128 x 128 elements,
+are on every rank, so a fetch sends codes only. A parameter has one of three states:
 
     released   DeepSpeed's empty parameter
     fetched    an FP8Parameter that reads the fetched codes: products use them as received

@@ -41,7 +41,7 @@ class FrozenSlices:
             rows, columns = shape = shape_of(parameter)
             nothing, codes = nothing_of(shape, parameter.device)
             exponents = torch.ones(tiles(rows), tiles(columns), dtype=torch.uint8, device=parameter.device)
-            matrix = Matrix.of(names[parameter], codes, exponents, choice.kernels)
+            matrix = Matrix(names[parameter], codes, exponents, choice.kernels)
             held = torch.zeros_like(held_of(parameter), dtype=torch.uint8)
             home = SlicedMatrix(index, parameter, matrix, held, nothing, choice.way, encode)
             self._parameters.append((parameter, home))
