@@ -15,13 +15,12 @@ import torch
 from torch import Tensor
 
 from ds_fp8.ops import backend, cublas, products
-from ds_fp8.ops.products import CastGradient, CastInput, Operand
+from ds_fp8.ops.products import CastGradient, CastInput, Operand, Weight
 from ds_fp8.ops.weight_runs import WeightRuns
 
 logger = logging.getLogger("ds_fp8")
 
 Multiply = Callable[[Operand, Operand, Tensor | None], Tensor]
-Weight = tuple[Tensor, Tensor]  # codes and exponents
 # x, the weight, a bias, and whether the weight is transposed first: the product
 MultiplyWeight = Callable[[Operand, Weight, Tensor | None, bool], Tensor]
 # dy, the weight, x, which gradients are wanted, swapped: the wanted gradients of input, weight and bias; none

@@ -32,6 +32,7 @@ from ds_fp8.ops.formats import E4M3
 TILE = 128  # elements of a scale along each direction that has one
 TOKENS = 16  # sides of a product are multiples of this
 GROUP = 4  # tiles along the inner dimension per group of scales, as cuBLAS reads them
+Weight = tuple[Tensor, Tensor]  # codes and exponents
 
 
 def tiles(length: int) -> int:

@@ -1,5 +1,6 @@
 """Estimates against what engines allocate: tensors of the handler, DeepSpeed's and ours, on two ranks."""
 
+import math
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -21,6 +22,7 @@ from train_lm import ByteGPT, Shape
 
 import ds_fp8
 from ds_fp8.config.section import FP8Config
+from ds_fp8.estimate import memory
 from ds_fp8.estimate.codes import codes_of
 from ds_fp8.estimate.fetching import Fetching
 from ds_fp8.estimate.methods import (
@@ -197,7 +199,7 @@ def alive_between_steps(
 
 @grid(count=[1, 2, 3], when=[(1, 2), (2, 1)], how=[(128, []), (32, ["layers.0.*"])])
 def test_fp8_weights(ranks: RankPools, count: int, when: tuple[int, int], how: tuple[int, list[str]]) -> None:
-    """To the byte: codes, scales and exponents on every rank; no room in which codes are made."""
+    """To the byte: codes and exponents on every rank; no room in which codes are made."""
     block_size, exclude = how
     fp8 = {**CODES, "block_size": block_size}
     fp8["weights"] = {**CODES["weights"], "exclude": exclude}
@@ -232,7 +234,7 @@ def test_frozen_fp8_weights(ranks: RankPools, level: str) -> None:
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_fp8_slices(ranks: RankPools, count: int, frozen: bool) -> None:
-    """To the byte, under ZeRO 3: slices of codes, scales of all tiles on every rank, no room, no fetch."""
+    """To the byte, under ZeRO 3: slices of codes, exponents of all tiles on every rank, no room, no fetch."""
     fp8 = {**CODES, "weights": {"min_elements": 256, "frozen": "e4m3" if frozen else "bf16"}}
     config, model = FP8Config.model_validate(fp8), model_of_module(llama(frozen))
     held, chosen = (
@@ -245,6 +247,11 @@ def test_fp8_slices(ranks: RankPools, count: int, frozen: bool) -> None:
         assert (about["fp8_weights"], about["bf16_matrices"]) == (list(chosen.names), chosen.reasons)
         assert about["fp8_elements"] == chosen.elements
         assert about["weight_room_bytes"] + chosen.largest <= held.buffers
+
+
+@pytest.mark.parametrize("shape", [(1024, 1024), (2048, 5504), (11008, 4096)])
+def test_an_fp8_weight_takes_a_byte_per_element_and_one_per_tile(shape: tuple[int, int]) -> None:
+    assert memory.frozen_bytes([shape]) <= 1.0001 * math.prod(shape)
 
 
 def test_fp8_weights_of_a_billion() -> None:

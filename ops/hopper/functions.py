@@ -13,8 +13,7 @@ from torch import Tensor
 
 from ds_fp8.ops import cublas, cublas_lt
 from ds_fp8.ops.hopper import build
-from ds_fp8.ops.product_backend import Weight
-from ds_fp8.ops.products import CastGradient, CastInput, Operand, padded_tokens, scale_shape
+from ds_fp8.ops.products import CastGradient, CastInput, Operand, Weight, padded_tokens, scale_shape
 from ds_fp8.ops.triton.launching import ALIGNMENT, latest
 from ds_fp8.ops.triton.products import casts, weights
 
