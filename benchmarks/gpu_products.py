@@ -31,7 +31,7 @@ from verify_products import gaussian, pairs, verify
 
 from ds_fp8.ops import cublas, products
 from ds_fp8.ops.product_backend import MULTIPLY, Products, by_way, triton_products
-from ds_fp8.ops.products import Operand, scale_shape, tiles
+from ds_fp8.ops.products import Operand, Weight, scale_shape, tiles
 
 HIDDEN = {"1.3B": 2048, "7B": 4096}
 LAYERS = {"qkv": (1, 3), "proj": (1, 1), "up": (1, 4), "down": (4, 1)}  # K and N, in hidden sizes
@@ -191,7 +191,7 @@ def host_microseconds(ours: Products, device: torch.device, repeat: int) -> dict
     }
     if ours.multiply_weight is not None:
         calls[f"forward, {way}"] = partial(
-            ours.multiply_weight, operands["forward"][0], (codes, exponents), None, False
+            ours.multiply_weight, operands["forward"][0], Weight(codes, exponents), None, False
         )
     found = {name: host_time(run, repeat, device) for name, run in calls.items()}
     found["linear"] = sum(value for name, value in found.items() if name != "BF16 matmul")

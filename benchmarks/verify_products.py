@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ds_fp8.ops import products
 from ds_fp8.ops.product_backend import MULTIPLY, REFERENCE, Products
-from ds_fp8.ops.products import TILE, Operand, tiles
+from ds_fp8.ops.products import TILE, Operand, Weight, tiles
 from ds_fp8.ops.weight_runs import Grid, Run, WeightRuns
 
 TOKENS = (0, 1, 3, 17, 100, 4097)
@@ -181,14 +181,14 @@ def decoded_and_turned(
     assert torch.equal(expanded.cpu(), REFERENCE.expand(codes, exponents).scales), f"{name}: expanded scales"
 
 
-def stored(ours: Products, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Return codes and exponents of a weight."""
+def stored(ours: Products, values: Tensor) -> Weight:
+    """Return a weight of these values."""
     rows, columns = values.shape
     exponents = torch.zeros(tiles(rows), tiles(columns), dtype=torch.uint8, device=values.device)
     codes = torch.empty(rows, columns, dtype=torch.float8_e4m3fn, device=values.device)
     ours.find_exponents(values.view(-1), 0, columns, exponents)
     ours.encode_weight(values.view(-1), 0, columns, exponents, codes.view(-1))
-    return codes, exponents
+    return Weight(codes, exponents)
 
 
 def gaussian(*shape: int, device: torch.device, seed: int) -> Tensor:
@@ -263,7 +263,7 @@ def bad_values(ours: Products, way: str, device: torch.device) -> Iterator[str]:
 
 
 def by_one_call(ours: Products, device: torch.device, shapes: list[tuple[int, int, int]]) -> Iterator[str]:
-    """Yield one line per case: a product that looks after its weight, and a backward, have the bits of parts.
+    """Yield one line per case: a product that prepares its weight, and a backward, have the bits of parts.
 
     The weight as it is, and stored transposed. Each call runs twice: the first may be made of parts.
     """
@@ -276,18 +276,33 @@ def by_one_call(ours: Products, device: torch.device, shapes: list[tuple[int, in
         wanted = [MULTIPLY["cublas"](*operands["forward"], each) for each in (bias, None)]
         dx, dw = (MULTIPLY["cublas"](*operands[each], None) for each in ("dgrad", "wgrad"))
         for swapped in (False, True):
-            weight = stored(ours, w.t().contiguous() if swapped else w)
+            weight = at_odd_address(stored(ours, w.t().contiguous() if swapped else w))
             ours.expand(*weight), ours.transpose(*weight)  # so that both are known
             case = f"{tokens} tokens, {inner} -> {outer}{', transposed' if swapped else ''}"
+            left = operands["forward"][0]
             for _ in range(2):
-                left = operands["forward"][0]
                 found = [ours.multiply_weight(left, weight, each, swapped) for each in (bias, None)]
                 assert all(map(torch.equal, found, wanted)), f"{case}: forward"
+            assert launched(left, weight, bias, swapped), f"{case}: forward is made of parts"
             made = ours.differentiate(dy, weight, operands["wgrad"][1], (True, True, False), swapped)
             assert len(made) == 2, f"{case}: backward is made of parts"
             assert torch.equal(made[0], dx[:tokens]), f"{case}: dgrad"
             assert torch.equal(made[1], dw.t() if swapped else dw), f"{case}: wgrad"
             yield case
+
+
+def launched(left: Operand, weight: Weight, bias: Tensor, swapped: bool) -> bool:
+    """Whether C++ makes a product by one call."""
+    stream = torch.cuda.current_stream().cuda_stream
+    launch = torch.ops.ds_fp8_launches.multiply_weight
+    return bool(launch(left.codes, left.scales, *weight, bias, swapped, stream))
+
+
+def at_odd_address(weight: Weight) -> Weight:
+    """Exponents as in a bucket, where they begin at any byte."""
+    room = weight.exponents.new_empty(weight.exponents.numel() + 3)
+    exponents = room[3:].view(weight.exponents.shape).copy_(weight.exponents)
+    return weight._replace(exponents=exponents)
 
 
 def rows_are(found: Tensor, bad: set[int], name: str) -> None:

@@ -118,12 +118,12 @@ def check_run(
 
 def check_decode(codes: Tensor, exponents: Tensor, out: Tensor) -> None:
     """Before `ops.products.decode_weight`."""
-    check_transpose(codes, exponents)
+    check_weight(codes, exponents)
     _tensor("out", out, codes.device, (torch.bfloat16, torch.float32))
     _same("out", out.shape, codes.shape, "the codes' shape")
 
 
-def check_transpose(codes: Tensor, exponents: Tensor) -> None:
+def check_weight(codes: Tensor, exponents: Tensor) -> None:
     """Before `ops.products.transpose` or `expand`."""
     _tensor("codes", codes, codes.device, (E4M3.dtype,))
     if codes.dim() != 2 or not codes.numel():

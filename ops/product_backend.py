@@ -40,7 +40,7 @@ class Products:
     encode_weight: Callable[..., None]
     decode_weight: Callable[[Tensor, Tensor, Tensor], None]
     expand: Callable[[Tensor, Tensor], Operand]
-    weight_runs: Callable[..., WeightRuns] = WeightRuns  # of these functions, grids and runs
+    weight_runs: Callable[..., WeightRuns] = WeightRuns  # of these functions, and runs
     multiply_weight: MultiplyWeight | None = None  # a product and what it needs of the weight, by one call
     differentiate: Differentiate | None = None  # a whole backward by one call, if there is one
     instead: str | None = None  # why this one runs although a faster one was wanted

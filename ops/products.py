@@ -22,6 +22,7 @@ The functions here are the contract, in plain PyTorch. `ops.triton.products`, `o
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,7 +33,6 @@ from ds_fp8.ops.formats import E4M3
 TILE = 128  # elements of a scale along each direction that has one
 TOKENS = 16  # sides of a product are multiples of this
 GROUP = 4  # tiles along the inner dimension per group of scales, as cuBLAS reads them
-Weight = tuple[Tensor, Tensor]  # codes and exponents
 
 
 def tiles(length: int) -> int:
@@ -42,6 +42,13 @@ def tiles(length: int) -> int:
 
 def padded_tokens(tokens: int) -> int:
     return -(-tokens // TOKENS) * TOKENS
+
+
+class Weight(NamedTuple):
+    """A weight as it is stored."""
+
+    codes: Tensor  # [rows, columns] float8_e4m3fn
+    exponents: Tensor  # [tiles(rows), tiles(columns)] uint8
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ compared in benchmarks/gpu_products.py.
 """
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import hopper_support
@@ -17,7 +18,12 @@ from torch import Tensor
 from ds_fp8.ops import cublas, products
 from ds_fp8.ops.hopper import build, functions
 from ds_fp8.ops.hopper.functions import LAUNCHES
-from ds_fp8.ops.products import Operand, padded_tokens, scale_shape
+from ds_fp8.ops.products import Operand, Weight, padded_tokens, scale_shape
+from ds_fp8.zero_fp8.products import kernels
+
+ONE_CALL = replace(
+    kernels.REFERENCE, name="one call", expand=None, transpose=None, multiply_weight=functions.multiply_weight
+)
 
 
 @pytest.fixture
@@ -104,14 +110,15 @@ def test_products(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     assert device.products == before + 1
 
 
+@pytest.mark.parametrize("shift", [0, 3])
 @pytest.mark.parametrize("swapped", [False, True])
-def test_a_product_that_looks_after_its_weight(
-    device: Device, monkeypatch: pytest.MonkeyPatch, swapped: bool
+def test_a_product_that_prepares_its_weight(
+    device: Device, monkeypatch: pytest.MonkeyPatch, swapped: bool, shift: int
 ) -> None:
     """One call of C++ for scales or transpose and product; the first call of a kind is made of parts."""
-    inputs, outputs = (144, 272) if swapped else (160, 272)
+    inputs, outputs = 144 + 16 * swapped + 32 * bool(shift), 272  # what is known of a shape stays so
     values = torch.randn((inputs, outputs) if swapped else (outputs, inputs)).bfloat16()
-    weight, x = stored(values), cast_input(torch.randn(37, inputs).bfloat16(), wgrad=False).forward
+    weight, x = stored(values, shift), cast_input(torch.randn(37, inputs).bfloat16(), wgrad=False).forward
     prepare = products.transpose if swapped else products.expand
     wanted = products.multiply(x, prepare(*weight), bias := torch.randn(outputs).bfloat16())
     exponents = weight[1]
@@ -121,8 +128,10 @@ def test_a_product_that_looks_after_its_weight(
     assert device.products == 0
     plan_of_any_alignment(x, prepare(*weight), bias)
     launched = device.launched()
-    assert torch.equal(functions.multiply_weight(x, weight, bias, swapped), wanted)
+    assert torch.equal(kernels.multiply(ONE_CALL, x, weight, bias, swapped), wanted)
     assert device.launched() - launched == Counter(kernels=1, products=1)
+    assert same((functions.transpose if swapped else functions.expand)(*weight), prepare(*weight))
+    assert device.launched() - launched == Counter(kernels=2, products=1)
     assert not LAUNCHES.multiply_weight(*vars(x).values(), weight[0], exponents, bias, not swapped, 7)
     for wrong in (
         (weight[0].t(), exponents),
@@ -131,12 +140,15 @@ def test_a_product_that_looks_after_its_weight(
     ):
         assert not LAUNCHES.multiply_weight(*vars(x).values(), *wrong, bias, swapped, 7)
     assert not LAUNCHES.multiply_weight(*vars(x).values(), *weight, bias[1:], swapped, 7)
-    assert device.launched() - launched == Counter(kernels=1, products=1)
+    assert device.launched() - launched == Counter(kernels=2, products=1)
 
 
-def stored(values: Tensor) -> tuple[Tensor, Tensor]:
+def stored(values: Tensor, shift: int) -> Weight:
+    """A matrix whose exponents begin at any byte, as in a bucket."""
     matrix = hold(values)
-    return matrix.codes, matrix.exponents
+    room = torch.empty(matrix.exponents.numel() + shift, dtype=torch.uint8)
+    exponents = room[shift:].view(matrix.exponents.shape).copy_(matrix.exponents)
+    return Weight(matrix.codes, exponents)
 
 
 def plan_of_any_alignment(left: Operand, right: Operand, bias: Tensor) -> None:

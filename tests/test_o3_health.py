@@ -218,9 +218,27 @@ def test_codes_of_an_input_that_does_not_count_in_memory_of_one_that_did(
     for wgrad in (True, False):
         health.forget()
         IN_GRAPHS.cast(x, cast, wgrad)
-        IN_GRAPHS.multiply(cast.codes, layer.weight.matrix.exponents)
+        IN_GRAPHS.multiply(cast.codes, layer.weight.matrix.codes)
         assert collected(health).get("weight") == (shares_by_hand({"x": by_hand(x)}) if wgrad else None)
     health.measure(False)
+
+
+def test_graphs_that_are_given_copies_of_exponents_count(layer: nn.Linear, health: ProductHealth) -> None:
+    """The compiler copies them on a GPU where they begin at an odd address."""
+    x, dy, matrix, ops = (
+        uneven(37, 160, seed=1),
+        uneven(37, 96, seed=2),
+        layer.weight.matrix,
+        torch.ops.ds_fp8,
+    )
+    name, weight = EMULATED.kernels.name, (matrix.codes, matrix.exponents.clone())
+    health.measure(True)
+    cast = ops.cast_input(name, x, True)
+    ops.multiply(name, *cast[:2], *weight, None, False)
+    ops.differentiate(name, dy, *weight, *cast[2:], [True, True, False], False)
+    found = collected(health)["weight"]
+    health.measure(False)
+    assert {each.split("_")[0] for each in found} == {"x", "dy"}
 
 
 # On ranks

@@ -5,7 +5,8 @@ has none, and nothing is computed. Counting is plain PyTorch on the device; noth
 with inf or NaN do not count.
 
 A compiled graph is one for many matrices and for all steps. So its ops ask when they run (`IN_GRAPHS`), and
-find the matrix by the address of the exponents that they are given.
+find the matrix by the address of the codes that they are given: of exponents, which may begin at any byte,
+the compiler makes aligned copies.
 """
 
 import math
@@ -69,7 +70,7 @@ class Measured(Protocol):
 
     name: str
     counts: ProductCounts | None
-    exponents: Tensor
+    codes: Tensor
 
 
 class InGraphs:
@@ -98,23 +99,23 @@ class InGraphs:
         if wgrad:
             self._inputs[cast.codes.data_ptr()] = _of_rows(x, cast)
 
-    def multiply(self, codes: Tensor, exponents: Tensor) -> None:
-        """Codes of an input meet a weight that has these exponents; if its input does not count, nothing."""
-        counts, counted = self._of(exponents), self._inputs.get(codes.data_ptr())
+    def multiply(self, x: Tensor, codes: Tensor) -> None:
+        """x, codes of an input, meets the weight that has these codes; if x does not count, nothing."""
+        counts, counted = self._of(codes), self._inputs.get(x.data_ptr())
         if counts is not None and counted is not None:
             counts.add_input(*counted)
 
-    def gradient(self, dy: Tensor, exponents: Tensor) -> Callable[[CastGradient], None] | None:
-        """What counts casts of dy for the weight that has these exponents, if something does."""
-        counts = self._of(exponents)
+    def gradient(self, dy: Tensor, codes: Tensor) -> Callable[[CastGradient], None] | None:
+        """What counts casts of dy for the weight that has these codes, if something does."""
+        counts = self._of(codes)
         return None if counts is None else partial(counts.of_gradient, dy)
 
-    def _of(self, exponents: Tensor) -> ProductCounts | None:
-        """The counts of the weight that has these exponents, while ops count."""
-        if not self._measures(exponents):
+    def _of(self, codes: Tensor) -> ProductCounts | None:
+        """The counts of the weight that has these codes, while ops count."""
+        if not self._measures(codes):
             return None
-        address = exponents.data_ptr()
-        return next((each.counts for each in self._matrices if each.exponents.data_ptr() == address), None)
+        address = codes.data_ptr()
+        return next((each.counts for each in self._matrices if each.codes.data_ptr() == address), None)
 
     def _measures(self, values: Tensor) -> bool:
         """Whether an op of these values counts; not in a CUDA graph, which is replayed on every step."""

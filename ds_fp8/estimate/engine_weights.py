@@ -83,7 +83,7 @@ def _whole(
 def _sliced(
     handler: Any, members: Sequence[Parameter], coded: Sequence[Bucket], shapes: Mapping[int, memory.Shape]
 ) -> int:
-    """Bytes of slices under ZeRO 3, and of scales, which every rank has."""
+    """Bytes of slices under ZeRO 3, and of exponents, which every rank has."""
     cut = memory.Cut(handler.recipe.block_size, handler.parts.buckets[0].fleet)
     trained = {id(each) for each in handler.parameters.values()}
     frozen = {index for index, each in enumerate(members) if id(each) not in trained}

@@ -115,7 +115,7 @@ def shape_of(matrix: Tensor) -> Shape:
 
 
 def code_bytes(buckets: Sequence[Bucket], shapes: Mapping[int, Shape]) -> int:
-    """Bytes of these buckets' weights on every rank as FP8 codes, padding and scales included.
+    """Bytes of these buckets' weights on every rank as FP8 codes, padding and exponents included.
 
     shapes: of their matrices, by global index.
     """
@@ -153,6 +153,7 @@ def _shapes_of(buckets: Sequence[Bucket], shapes: Mapping[int, Shape]) -> list[S
 
 
 def exponent_bytes(rows: int, columns: int) -> int:
+    """Bytes of a matrix's exponents."""
     return tiles(rows) * tiles(columns)
 
 

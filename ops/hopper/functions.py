@@ -73,7 +73,10 @@ def transpose(codes: Tensor, exponents: Tensor) -> Operand:
 
 
 def expand(codes: Tensor, exponents: Tensor) -> Operand:
-    """`ops.products.expand`, which C++ knows within products only."""
+    """`ops.products.expand`."""
+    found = LAUNCHES.expand.default(codes, exponents, _stream(codes))
+    if found:
+        return Operand(codes, found[0])
     expanded = weights.expand(codes, exponents)
     _learn(codes, LAUNCHES.expand_kind.default(exponents.data_ptr()))
     return expanded

@@ -246,6 +246,17 @@ void launch_weight(const Weight& weight, Operand out, int64_t stream) {
     }
 }
 
+// Returns a weight's scales.
+Tensors expand(const Tensor& codes, const Tensor& exponents, int64_t stream) {
+    const auto weight = find_weight(codes, exponents, false);
+    if (!weight) return {};
+    const c10::DeviceGuard guard(codes.device());
+    const Tensor scales =
+        at::empty({tiles(weight->rows()), padded_tiles(weight->inner())}, codes.options().dtype(at::kFloat));
+    launch_weight(*weight, {address(codes), address(scales)}, stream);
+    return {scales};
+}
+
 // Returns a weight's codes and scales, both transposed.
 Tensors transpose(const Tensor& codes, const Tensor& exponents, int64_t stream) {
     const auto weight = find_weight(codes, exponents, true);
@@ -460,6 +471,7 @@ TORCH_LIBRARY(ds_fp8_launches, library) {
     library.def("cast(Tensor values, bool rows, int turned, bool sums, int stream) -> Tensor[]", cast);
     library.def("transpose_kind(int exponents, int groups) -> int", transpose_kind);
     library.def("expand_kind(int exponents) -> int", expand_kind);
+    library.def("expand(Tensor codes, Tensor exponents, int stream) -> Tensor[]", expand);
     library.def("transpose(Tensor codes, Tensor exponents, int stream) -> Tensor[]", transpose);
     library.def(
         "multiply(Tensor left, Tensor left_scales, Tensor right, Tensor right_scales, Tensor? bias, "

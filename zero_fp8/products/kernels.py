@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ds_fp8.ops import product_backend, products
 from ds_fp8.ops.product_backend import Products
-from ds_fp8.ops.products import CastGradient, CastInput, Operand, padded_tokens, scale_shape, tiles
+from ds_fp8.ops.products import CastGradient, CastInput, Operand, Weight, padded_tokens, scale_shape, tiles
 from ds_fp8.zero_fp8.product_health import IN_GRAPHS
 
 _CODES = torch.float8_e4m3fn
@@ -58,13 +58,6 @@ class Needs(NamedTuple):
     bias: bool
 
 
-class Stored(NamedTuple):
-    """A weight."""
-
-    codes: Tensor  # [rows, columns] float8_e4m3fn
-    exponents: Tensor  # [tiles(rows), tiles(columns)] uint8
-
-
 class Gradients(NamedTuple):
     """Gradients of a product; None for those that are not wanted."""
 
@@ -95,8 +88,8 @@ def cast_input(kernels: Kernels, x: Tensor, *, wgrad: bool) -> CastInput:
     return CastInput(Operand(codes, scales), Operand(*turned) if wgrad else None)
 
 
-def multiply(kernels: Kernels, x: Operand, weight: Stored, bias: Tensor | None, swapped: bool) -> Tensor:
-    """Return x W^T. swapped: the weight is stored as [K, N]."""
+def multiply(kernels: Kernels, x: Operand, weight: Weight, bias: Tensor | None, swapped: bool) -> Tensor:
+    """Return x W^T + bias. swapped: the weight is stored as [K, N]."""
     if not in_graph():
         return _run_product(kernels, x, weight, bias, swapped)
     y: Tensor = _multiply(kernels.name, x.codes, x.scales, *weight, bias, swapped)
@@ -106,7 +99,7 @@ def multiply(kernels: Kernels, x: Operand, weight: Stored, bias: Tensor | None, 
 def differentiate(
     kernels: Kernels,
     dy: Tensor,
-    weight: Stored,
+    weight: Weight,
     x: Operand | None,
     needs: Needs,
     swapped: bool,
@@ -133,7 +126,7 @@ def decode(kernels: Kernels, codes: Tensor, exponents: Tensor) -> Tensor:
     return values
 
 
-def _run_product(kernels: Kernels, x: Operand, weight: Stored, bias: Tensor | None, swapped: bool) -> Tensor:
+def _run_product(kernels: Kernels, x: Operand, weight: Weight, bias: Tensor | None, swapped: bool) -> Tensor:
     if kernels.multiply_weight is not None:
         return kernels.multiply_weight(x, weight, bias, swapped)
     right = kernels.transpose(*weight) if swapped else kernels.expand(*weight)
@@ -143,7 +136,7 @@ def _run_product(kernels: Kernels, x: Operand, weight: Stored, bias: Tensor | No
 def _run_gradients(
     kernels: Kernels,
     dy: Tensor,
-    weight: Stored,
+    weight: Weight,
     x: Operand | None,
     needs: Sequence[bool],  # as `Needs`
     swapped: bool,
@@ -217,8 +210,8 @@ def _run_multiply(
     bias: Tensor | None,
     swapped: bool,
 ) -> Tensor:
-    IN_GRAPHS.multiply(x, exponents)
-    weight = Stored(codes, exponents)
+    IN_GRAPHS.multiply(x, codes)
+    weight = Weight(codes, exponents)
     return _run_product(named(kernels), Operand(x, x_scales.t()), weight, bias, swapped)
 
 
@@ -245,7 +238,7 @@ def _run_differentiate(
     swapped: bool,
 ) -> list[Tensor]:
     right = None if x is None or x_scales is None else Operand(x, x_scales)
-    weight, count = Stored(codes, exponents), IN_GRAPHS.gradient(dy, exponents)
+    weight, count = Weight(codes, exponents), IN_GRAPHS.gradient(dy, codes)
     return _run_gradients(named(kernels), dy, weight, right, needs, swapped, count)
 
 

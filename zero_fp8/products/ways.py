@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ds_fp8.ops.capture import captured
-from ds_fp8.ops.products import CastInput, Operand
+from ds_fp8.ops.products import CastInput, Operand, Weight
 from ds_fp8.zero_fp8.products import kernels
 from ds_fp8.zero_fp8.products.kernels import Gradients, Kernels, Needs, in_graph
 from ds_fp8.zero_fp8.products.matrix import Matrix
@@ -55,7 +55,7 @@ class FP8Products:
         self, x: Tensor, matrix: Matrix, bias: Tensor | None, *, swapped: bool, wgrad: bool
     ) -> tuple[Tensor, Saved]:
         cast = self._cast(x, matrix, wgrad)
-        weight = kernels.Stored(matrix.codes, matrix.exponents)
+        weight = Weight(matrix.codes, matrix.exponents)
         y = kernels.multiply(self.kernels, cast.forward, weight, bias, swapped)
         tokens = x.numel() // x.shape[-1]
         if in_graph() or len(y) != tokens:  # one graph serves any number of tokens
@@ -71,7 +71,7 @@ class FP8Products:
             self.casts.clear()
             if matrix.counts is not None and not captured(dy):
                 count = partial(matrix.counts.of_gradient, dy)
-        weight = kernels.Stored(codes, matrix.exponents)
+        weight = Weight(codes, matrix.exponents)
         x = Operand(*saved) if needs.weight else None
         return kernels.differentiate(self.kernels, dy, weight, x, needs, swapped, count)
 

@@ -1,6 +1,6 @@
 """Many weights on a GPU: `ops.weight_runs` in one launch per function.
 
-A table on the device says where the matrices and runs are; a program finds its row by its number.
+A table on the device says where the runs are; a program finds its row by its number.
 """
 
 from collections.abc import Sequence

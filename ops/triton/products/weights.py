@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ds_fp8.ops import products
-from ds_fp8.ops.guards import check_decode, check_run, check_transpose
+from ds_fp8.ops.guards import check_decode, check_run, check_weight
 from ds_fp8.ops.products import Operand, scale_shape, tiles
 from ds_fp8.ops.triton.launching import launch
 from ds_fp8.ops.triton.products.scales import store_tile_scale
@@ -249,7 +249,7 @@ def decode_weight(codes: Tensor, exponents: Tensor, out: Tensor) -> None:
 
 def transpose(codes: Tensor, exponents: Tensor) -> Operand:
     """`ops.products.transpose` in one launch."""
-    check_transpose(codes, exponents)
+    check_weight(codes, exponents)
     rows, columns = codes.shape
     turned = codes.new_empty(columns, rows)
     scales = codes.new_empty(scale_shape(columns, rows), dtype=torch.float32)
@@ -270,7 +270,7 @@ def transpose(codes: Tensor, exponents: Tensor) -> Operand:
 
 def expand(codes: Tensor, exponents: Tensor) -> Operand:
     """`ops.products.expand` in one launch."""
-    check_transpose(codes, exponents)
+    check_weight(codes, exponents)
     scales = codes.new_empty(scale_shape(*codes.shape), dtype=torch.float32)
     launch(
         expand_kernel,
