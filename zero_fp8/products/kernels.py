@@ -215,18 +215,6 @@ def _run_multiply(
     return _run_product(named(kernels), Operand(x, x_scales.t()), weight, bias, swapped)
 
 
-def _fake_multiply(
-    kernels: str,
-    x: Tensor,
-    x_scales: Tensor,
-    codes: Tensor,
-    exponents: Tensor,
-    bias: Tensor | None,
-    swapped: bool,
-) -> Tensor:
-    return x.new_empty(x.shape[0], codes.shape[1 if swapped else 0], dtype=torch.bfloat16)
-
-
 def _run_differentiate(
     kernels: str,
     dy: Tensor,
@@ -272,7 +260,9 @@ _multiply = _op(
     "(str kernels, Tensor x, Tensor x_scales, Tensor codes, Tensor exponents, Tensor? bias, bool swapped) "
     "-> Tensor",
     _run_multiply,
-    _fake_multiply,
+    lambda kernels, x, x_scales, codes, exponents, bias, swapped: x.new_empty(
+        x.shape[0], codes.shape[1 if swapped else 0], dtype=torch.bfloat16
+    ),
 )
 _differentiate = _op(
     "differentiate",
