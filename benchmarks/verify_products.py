@@ -11,11 +11,13 @@ from functools import partial
 from itertools import pairwise
 
 import torch
+from one_call import by_one_call
+from product_operands import gaussian, inputs, pairs
 from torch import Tensor
 
 from ds_fp8.ops import products
 from ds_fp8.ops.product_backend import MULTIPLY, REFERENCE, Products
-from ds_fp8.ops.products import TILE, Operand, Weight, tiles
+from ds_fp8.ops.products import TILE, Operand, tiles
 from ds_fp8.ops.weight_runs import Grid, Run, WeightRuns
 
 TOKENS = (0, 1, 3, 17, 100, 4097)
@@ -45,20 +47,6 @@ class Verified:
     lines: list[str]
     errors: list[Error]
     wrong: list[str]
-
-
-def inputs(rows: int, columns: int, seed: int) -> Iterator[tuple[str, Tensor]]:
-    """Yield matrices of several kinds, [rows, columns] bfloat16."""
-    generator = torch.Generator().manual_seed(seed)
-    normal = torch.randn(rows, columns, generator=generator)
-    spread = torch.randn(rows, columns, generator=generator).mul(8).exp()
-    bits = torch.randint(-(2**15), 2**15, (rows, columns), generator=generator).to(torch.int16)
-    some = torch.rand(rows, 1, generator=generator) < 0.3
-    yield "normal", normal.bfloat16()
-    yield "wide", (normal * spread).bfloat16()
-    yield "rows of zeros", torch.where(some, 0.0, normal).bfloat16()
-    yield "denormal", (bits & 0x807F - 0x10000).view(torch.bfloat16)
-    yield "any bits", bits.view(torch.bfloat16)
 
 
 def same_operand(name: str, found: Operand | None, wanted: Operand | None) -> None:
@@ -181,36 +169,6 @@ def decoded_and_turned(
     assert torch.equal(expanded.cpu(), REFERENCE.expand(codes, exponents).scales), f"{name}: expanded scales"
 
 
-def stored(ours: Products, values: Tensor) -> Weight:
-    """Return a weight of these values."""
-    rows, columns = values.shape
-    exponents = torch.zeros(tiles(rows), tiles(columns), dtype=torch.uint8, device=values.device)
-    codes = torch.empty(rows, columns, dtype=torch.float8_e4m3fn, device=values.device)
-    ours.find_exponents(values.view(-1), 0, columns, exponents)
-    ours.encode_weight(values.view(-1), 0, columns, exponents, codes.view(-1))
-    return Weight(codes, exponents)
-
-
-def gaussian(*shape: int, device: torch.device, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16().to(device)
-
-
-def pairs(ours: Products, x: Tensor, w: Tensor, dy: Tensor) -> dict[str, tuple[Operand, Operand]]:
-    """Return left and right of every product of a linear layer."""
-    weight = stored(ours, w)
-    forward, dgrad = ours.expand(*weight), ours.transpose(*weight)
-    of_x = ours.cast_input(x, wgrad=True)
-    of_dy = ours.cast_gradient(dy, dgrad=True, wgrad=True, bias=False)
-    assert of_x.wgrad is not None
-    assert of_dy.dgrad is not None
-    assert of_dy.wgrad is not None
-    return {
-        "forward": (of_x.forward, forward),
-        "dgrad": (of_dy.dgrad, dgrad),
-        "wgrad": (of_dy.wgrad, of_x.wgrad),
-    }
-
-
 def errors(
     ours: Products, ways: list[str], device: torch.device, shape: tuple[int, int, int]
 ) -> Iterator[Error | str]:
@@ -260,49 +218,6 @@ def bad_values(ours: Products, way: str, device: torch.device) -> Iterator[str]:
         assert not found["wgrad"][200].isfinite().any(), f"{bad}: wgrad, from dy"
         assert not found["wgrad"][:, :TILE].isfinite().any(), f"{bad}: wgrad, from x's tile"
         yield f"{way}, {bad}"
-
-
-def by_one_call(ours: Products, device: torch.device, shapes: list[tuple[int, int, int]]) -> Iterator[str]:
-    """Yield one line per case: a product that prepares its weight, and a backward, have the bits of parts.
-
-    The weight as it is, and stored transposed. Each call runs twice: the first may be made of parts.
-    """
-    assert ours.multiply_weight is not None
-    assert ours.differentiate is not None
-    for tokens, inner, outer in shapes:
-        x, dy = (gaussian(tokens, each, device=device, seed=each) for each in (inner, outer))
-        w, bias = gaussian(outer, inner, device=device, seed=2), gaussian(outer, device=device, seed=1)
-        operands = pairs(ours, x, w, dy)
-        wanted = [MULTIPLY["cublas"](*operands["forward"], each) for each in (bias, None)]
-        dx, dw = (MULTIPLY["cublas"](*operands[each], None) for each in ("dgrad", "wgrad"))
-        for swapped in (False, True):
-            weight = at_odd_address(stored(ours, w.t().contiguous() if swapped else w))
-            ours.expand(*weight), ours.transpose(*weight)  # so that both are known
-            case = f"{tokens} tokens, {inner} -> {outer}{', transposed' if swapped else ''}"
-            left = operands["forward"][0]
-            for _ in range(2):
-                found = [ours.multiply_weight(left, weight, each, swapped) for each in (bias, None)]
-                assert all(map(torch.equal, found, wanted)), f"{case}: forward"
-            assert launched(left, weight, bias, swapped), f"{case}: forward is made of parts"
-            made = ours.differentiate(dy, weight, operands["wgrad"][1], (True, True, False), swapped)
-            assert len(made) == 2, f"{case}: backward is made of parts"
-            assert torch.equal(made[0], dx[:tokens]), f"{case}: dgrad"
-            assert torch.equal(made[1], dw.t() if swapped else dw), f"{case}: wgrad"
-            yield case
-
-
-def launched(left: Operand, weight: Weight, bias: Tensor, swapped: bool) -> bool:
-    """Whether C++ makes a product by one call."""
-    stream = torch.cuda.current_stream().cuda_stream
-    launch = torch.ops.ds_fp8_launches.multiply_weight
-    return bool(launch(left.codes, left.scales, *weight, bias, swapped, stream))
-
-
-def at_odd_address(weight: Weight) -> Weight:
-    """Exponents as in a bucket, where they begin at any byte."""
-    room = weight.exponents.new_empty(weight.exponents.numel() + 3)
-    exponents = room[3:].view(weight.exponents.shape).copy_(weight.exponents)
-    return weight._replace(exponents=exponents)
 
 
 def rows_are(found: Tensor, bad: set[int], name: str) -> None:
