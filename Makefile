@@ -39,6 +39,7 @@ support: $(INSTALLED)
 docs: $(INSTALLED)
 	$(BIN)/python docs/ways.py
 	$(BIN)/python docs/overview.py
+	$(BIN)/python docs/gains.py
 	$(BIN)/mkdocs build --strict
 
 check: $(INSTALLED)

@@ -48,10 +48,14 @@ COLOURS = {
 WINDOW = 50  # steps that are averaged for the loss curve
 
 
+def runs_of(file: str, config: str) -> list[dict[str, Any]]:
+    runs = json.loads((RESULTS / f"{file}.json").read_text())["runs"]
+    return [each for each in runs if each["config"] == config]
+
+
 def measured(file: str, config: str) -> tuple[float, float]:
     """Median milliseconds per step and peak GB of one config, over all its runs."""
-    runs: list[dict[str, Any]] = json.loads((RESULTS / f"{file}.json").read_text())["runs"]
-    found = [each for each in runs if each["config"] == config]
+    found = runs_of(file, config)
     times = [ms for each in found for ms in each.get("milliseconds") or [each["milliseconds_a_step"]]]
     return statistics.median(times), max(each["peak_bytes_allocated"] for each in found) / 1e9
 
@@ -76,9 +80,8 @@ def draw_losses(axes: Axes) -> None:
     for label, file in LOSSES.items():
         draw_loss(axes, json.loads((RESULTS / f"{file}.json").read_text())["losses"], label)
     file, configs = SEEDS
-    runs = json.loads((RESULTS / f"{file}.json").read_text())["runs"]
     for config, label in configs.items():
-        seeds = [each["losses"] for each in runs if each["config"] == config]
+        seeds = [each["losses"] for each in runs_of(file, config)]
         draw_loss(axes, np.mean(seeds, axis=0), label, "--")
     axes.set(ylim=(0.4, 3), xlabel="step", title="Training loss: GPT 125M; 350M, three seeds (dashed)")
 
