@@ -81,7 +81,7 @@ class CastGradient:
 
     dgrad: Operand | None  # [padded tokens, N], a scale per token and 128 features
     wgrad: Operand | None  # [N, padded tokens], a scale per feature and 128 tokens
-    bias: Tensor | None  # [N] float32
+    bias: Tensor | None  # [N] bfloat16
 
 
 def cast_input(x: Tensor, *, wgrad: bool) -> CastInput:
@@ -91,12 +91,12 @@ def cast_input(x: Tensor, *, wgrad: bool) -> CastInput:
 
 
 def cast_gradient(dy: Tensor, *, dgrad: bool, wgrad: bool, bias: bool) -> CastGradient:
-    """Cast dy, [tokens, N] bfloat16. The sum is taken in FP32, in any order."""
+    """Cast dy, [tokens, N] bfloat16. The sum is taken in FP32, in any order, and rounded."""
     whole = _padded(dy)
     return CastGradient(
         _in_rows(whole) if dgrad else None,
         _in_rows(whole.t()) if wgrad else None,
-        whole.sum(0) if bias else None,
+        whole.sum(0).to(torch.bfloat16) if bias else None,
     )
 
 

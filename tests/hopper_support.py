@@ -19,6 +19,7 @@ from ds_fp8.ops import products
 from ds_fp8.ops.hopper import build, functions
 from ds_fp8.ops.hopper.functions import LAUNCHES
 from ds_fp8.ops.products import CastGradient, CastInput, Operand, padded_tokens, scale_shape, tiles
+from ds_fp8.ops.triton.products.casts import SUMMED
 from ds_fp8.ops.triton.products.weights import MANY
 
 E4M3, FP32 = torch.float8_e4m3fn, torch.float32
@@ -44,6 +45,17 @@ def cast_input(x: Tensor, *, wgrad: bool) -> CastInput:
 def cast_gradient(dy: Tensor, **wanted: bool) -> CastGradient:
     cast = products.cast_gradient(dy, **wanted)
     return CastGradient(laid(cast.dgrad), laid(cast.wgrad), cast.bias)
+
+
+def cast_and_sum_tiles(dy: Tensor, *, bias: bool, **wanted: bool) -> tuple[CastGradient, Tensor | None]:
+    return cast_gradient(dy, bias=False, **wanted), sums_of_tiles(dy) if bias else None
+
+
+def sums_of_tiles(dy: Tensor) -> Tensor:
+    """Parts that give the sums of `ops.products`: all in the last."""
+    parts = torch.zeros(tiles(padded_tokens(len(dy))), dy.shape[1])
+    parts[-1] = dy.float().sum(0)
+    return parts
 
 
 class Device:
@@ -76,7 +88,9 @@ class Device:
         *grid, shared, stream, given, _ = arguments
         assert (grid[1:], shared, stream) == ([1, 1, THREADS, 1, 1], SHARED, 7)
         self.launches += 1
-        if function < 96:
+        if function < 94:
+            self.add(grid[0], given)
+        elif function < 96:
             self.expand(grid[0], given)
         elif function < 100:
             self.transpose(grid[0], given)
@@ -104,6 +118,14 @@ class Device:
         scales = products.expand(codes, read(at[0], (rows, columns), torch.uint8)).scales
         read(at[1], (rows, groups), FP32).copy_(scales)
 
+    def add(self, programs: int, given: Any) -> None:
+        at = [c_int64.from_address(given[each]).value for each in range(2)]
+        count, features = (c_int32.from_address(given[each]).value for each in (2, 3))
+        assert [c_int64.from_address(given[each]).value for each in (4, 5)] == [0, 0]
+        assert programs == -(-features // SUMMED)
+        sums = read(at[0], (count, features), FP32).sum(0)
+        read(at[1], (features,), torch.bfloat16).copy_(sums)
+
     def cast(self, kind: int, programs: int, given: Any) -> None:
         at = [c_int64.from_address(given[each]).value for each in range(6)]
         sizes = [c_int32.from_address(given[each]).value for each in range(6, 11)]
@@ -125,9 +147,7 @@ class Device:
             shape = (tiles(padded), features) if as_rows else (tiles(features), groups)
             read(at[4], shape, FP32).copy_(turned.scales.t() if as_rows else turned.scales)
         if kind & SUMS:
-            parts = read(at[5], (tiles(padded), features), FP32)
-            parts.zero_()
-            parts[-1] = values.float().sum(0)
+            read(at[5], (tiles(padded), features), FP32).copy_(sums_of_tiles(values))
 
     def set_attribute(self, matmul: int, which: int, value: int, size: int) -> int:
         found = SimpleNamespace(_obj=c_int64.from_address(value))
@@ -149,8 +169,13 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Device:
     device = Device(cublas_support.install(monkeypatch))
     LAUNCHES.start(device.addresses())
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: 7, raising=False)
-    for name, function in {"cast_input": cast_input, "cast_gradient": cast_gradient}.items():
-        monkeypatch.setattr(functions.casts, name, function)
+
+    def add_parts(parts: Tensor) -> Tensor:
+        learning(monkeypatch, LAUNCHES.add_kind())
+        return parts.sum(0).to(torch.bfloat16)
+
+    for function in (cast_input, cast_and_sum_tiles, add_parts):
+        monkeypatch.setattr(functions.casts, function.__name__, function)
     for function in (products.transpose, products.expand):
         monkeypatch.setattr(functions.weights, function.__name__, function)
     return device

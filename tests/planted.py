@@ -741,8 +741,8 @@ FAULTS = (
     Fault(
         "sums over tokens forget the last tile",
         "ops/triton/products/casts.py",
-        "sums.sum(0)",
-        "sums[:1].sum(0)",
+        "return CastGradient(rows, turned, None), sums",
+        "return CastGradient(rows, turned, None), sums if sums is None else sums[:1]",
         "test_triton_products.py test_casts normal",
     ),
     # Offload

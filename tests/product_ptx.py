@@ -40,7 +40,7 @@ def launches() -> dict[str, Launch]:
     grid = Grid(COLUMNS, (tiles(ROWS), tiles(COLUMNS)), slice(0, exponents.numel()))
     together = runs.WeightRuns(triton_products(), 3 * [Run(grid, FIRST, COUNT, 0, 0)])
     flat = exponents.view(-1)
-    both = {"dgrad": True, "wgrad": True}
+    both, parts = {"dgrad": True, "wgrad": True}, empty(33, COLUMNS, dtype=torch.float32)
     work = {
         "find": partial(weights.find_exponents, *run),
         "encode": partial(weights.encode_weight, *run, made),
@@ -51,8 +51,9 @@ def launches() -> dict[str, Launch]:
     return {
         "x": cast(casts.cast_input, wgrad=False),
         "x for wgrad": cast(casts.cast_input, wgrad=True),
-        "dy": cast(casts.cast_gradient, **both, bias=False),
-        "dy and sums": cast(casts.cast_gradient, **both, bias=True),
+        "dy": cast(casts.cast_and_sum_tiles, **both, bias=False),
+        "dy and sums": cast(casts.cast_and_sum_tiles, **both, bias=True),
+        "add sums": Launch(casts, "add_kernel", partial(casts.add_parts, parts)),
         "find of runs": Launch(runs, "find_runs_kernel", partial(together.find_exponents, run[0], flat)),
         "encode of runs": Launch(runs, "encode_runs_kernel", partial(together.encode, run[0], flat, made)),
         **{name: Launch(weights, f"{name}_kernel", code) for name, code in work.items()},

@@ -9,7 +9,7 @@ import hopper_support
 import pytest
 import torch
 from fp8_weights import hold
-from hopper_support import Device, cast_gradient, cast_input, learning, same
+from hopper_support import Device, cast_and_sum_tiles, cast_gradient, cast_input, learning, same
 from torch import Tensor
 
 from ds_fp8.ops import cublas, product_backend, products
@@ -72,10 +72,10 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
 def parts(device: Device, monkeypatch: pytest.MonkeyPatch) -> Kernels:
     """Kernels that make backward of a cast, a transpose and products, and learn their kinds."""
 
-    def cast(dy: Tensor, *, dgrad: bool, wgrad: bool, bias: bool) -> CastGradient:
+    def cast(dy: Tensor, *, dgrad: bool, wgrad: bool, bias: bool) -> tuple[CastGradient, Tensor | None]:
         groups = scale_shape(dy.shape[1], padded_tokens(len(dy)))[1]
         learning(monkeypatch, LAUNCHES.cast_kind(dgrad, int(wgrad), bias, groups))
-        return cast_gradient(dy, dgrad=dgrad, wgrad=wgrad, bias=bias)
+        return cast_and_sum_tiles(dy, dgrad=dgrad, wgrad=wgrad, bias=bias)
 
     def transpose(codes: Tensor, exponents: Tensor) -> Operand:
         groups = scale_shape(*codes.shape[::-1])[1]
@@ -86,7 +86,7 @@ def parts(device: Device, monkeypatch: pytest.MonkeyPatch) -> Kernels:
         learning(monkeypatch, LAUNCHES.expand_kind(exponents.data_ptr()))
         return products.expand(codes, exponents)
 
-    monkeypatch.setattr(functions.casts, "cast_gradient", cast)
+    monkeypatch.setattr(functions.casts, "cast_and_sum_tiles", cast)
     monkeypatch.setattr(functions.weights, "transpose", transpose)
     monkeypatch.setattr(functions.weights, "expand", expand)
     monkeypatch.setattr(functions, "obstacle", lambda: None)

@@ -24,6 +24,7 @@ from triton_support import CONVERSIONS, DEVICE, conversion
 from ds_fp8.ops import cublas, products
 from ds_fp8.ops.product_backend import triton_products
 from ds_fp8.ops.products import Operand
+from ds_fp8.ops.triton.products import casts
 
 OURS = triton_products()
 each_kind = pytest.mark.parametrize(
@@ -66,6 +67,16 @@ def test_padding_behind_scales_of_tiles_is_1() -> None:
         operand = OURS.cast_input(matrix(300, 208, ("normal",)).to(DEVICE), wgrad=True).wgrad
     assert operand is not None
     assert operand.scales.as_strided((2, 4), (4, 1))[:, 3].tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("count", [0, 1, 32, 33, 70])
+def test_parts_of_sums_are_added(count: int) -> None:
+    parts = torch.randn(count, 208, generator=torch.Generator().manual_seed(count)).to(DEVICE)
+    with conversion(hardware=True):
+        found = casts.add_parts(parts).cpu()
+    assert found.dtype == torch.bfloat16
+    exact = parts.cpu().double().sum(0)
+    assert ((found.double() - exact).abs() <= 1e-5 + 2.0**-8 * exact.abs()).all()
 
 
 def test_sums_are_the_same_every_time() -> None:

@@ -7,6 +7,7 @@ or `ops.cublas`, which check it, and what they compiled or planned is handed ove
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -55,9 +56,14 @@ def cast_gradient(dy: Tensor, *, dgrad: bool, wgrad: bool, bias: bool) -> CastGr
         rows = Operand(*found[:2]) if dgrad else None
         turned = Operand(*found[2 * dgrad :][:2]) if wgrad else None
         return CastGradient(rows, turned, found[-1] if bias else None)
-    cast = casts.cast_gradient(dy, dgrad=dgrad, wgrad=wgrad, bias=bias)
+    cast, parts = casts.cast_and_sum_tiles(dy, dgrad=dgrad, wgrad=wgrad, bias=bias)
     _learn_cast(dy, dgrad, ROWS if wgrad else NOTHING, bias)
-    return cast
+    if parts is None:
+        return cast
+    sums = casts.add_parts(parts)
+    if _is_usual(parts, parts.shape[1]):
+        _learn(parts, LAUNCHES.add_kind.default())
+    return replace(cast, bias=sums)
 
 
 def transpose(codes: Tensor, exponents: Tensor) -> Operand:

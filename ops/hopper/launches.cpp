@@ -7,7 +7,6 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_strided.h>
-#include <ATen/ops/sum.h>
 #include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
 
@@ -30,6 +29,7 @@ constexpr int64_t BEST_ALIGNMENT = 256, ALIGNMENT = 16;
 constexpr int BIAS_POINTER = 8, A_SCALE_POINTER = 17, B_SCALE_POINTER = 18;
 constexpr int64_t TURNED_ROWS = 1, TURNED_TILES = 2;
 constexpr int64_t EXPANDED = 1024;  // scales of a program, as in ops/triton/products/weights.py
+constexpr int64_t SUMMED = 64;      // sums of a program, as in ops/triton/products/casts.py
 
 using LaunchKernel = int (*)(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned,
                              void*, void**, void**);
@@ -148,6 +148,17 @@ void launch_cast(const Kernel& kernel, Values values, Cast out, int64_t stream) 
     run(kernel, tiles(values.padded) * tiles(values.features), arguments, stream);
 }
 
+// Below the kinds of transposes and expansions, which are negative, too.
+int64_t add_kind() { return -7; }
+
+// Adds parts, [count, features] float, to [features] bfloat16.
+void launch_add(const Kernel& kernel, int64_t parts, const Tensor& sums, int64_t count, int64_t stream) {
+    int64_t to = address(sums), scratch = 0, profile = 0;
+    int32_t rows = int32_t(count), features = int32_t(sums.numel());
+    void* arguments[] = {&parts, &to, &rows, &features, &scratch, &profile};
+    run(kernel, ceil_div(features, SUMMED), arguments, stream);
+}
+
 // Scales of rows, as cuBLAS reads them.
 Tensor scales_of_rows(int64_t rows, int64_t inner, const at::TensorOptions& floats) {
     return at::empty_strided({rows, tiles(inner)}, {1, rows}, floats);
@@ -160,7 +171,8 @@ Tensors cast(const Tensor& values, bool rows, int64_t turned, bool sums, int64_t
     const auto [_, tokens, padded, features, stride, groups] = *source;
     const auto device = values.device();
     const Kernel* kernel = find_kernel(device.index(), cast_kind(rows, turned, sums, groups));
-    if (!kernel) return {};
+    const Kernel* adding = sums ? find_kernel(device.index(), add_kind()) : nullptr;
+    if (!kernel || (sums && !adding)) return {};
     const c10::DeviceGuard guard(device);
     const auto codes_of = values.options().dtype(at::kFloat8_e4m3fn),
                floats = values.options().dtype(at::kFloat);
@@ -185,7 +197,10 @@ Tensors cast(const Tensor& values, bool rows, int64_t turned, bool sums, int64_t
         out.parts = address(parts);
     }
     launch_cast(*kernel, *source, out, stream);
-    if (sums) found.push_back(at::sum(parts, 0));
+    if (sums) {
+        found.push_back(at::empty({features}, values.options()));
+        launch_add(*adding, out.parts, found.back(), tiles(padded), stream);
+    }
     return found;
 }
 
@@ -402,8 +417,9 @@ Tensors differentiate(const Tensor& dy, const Tensor& codes, const Tensor& expon
     const int64_t padded = source->padded, outputs = source->features, inputs = codes.size(!swapped);
     const Kernel* const casting =
         find_kernel(device.index(), cast_kind(input, weight ? TURNED_ROWS : 0, bias, source->groups));
+    const Kernel* const adding = bias ? find_kernel(device.index(), add_kind()) : nullptr;
     const auto stored = input ? find_weight(codes, exponents, !swapped) : std::nullopt;
-    if (!casting || (input && !stored)) return {};
+    if (!casting || (bias && !adding) || (input && !stored)) return {};
     bool in_tiles = false;
     if (weight) {
         if (!x || !x_scales || !is_codes(*x) || x->device() != device || x_scales->device() != device)
@@ -455,8 +471,8 @@ Tensors differentiate(const Tensor& dy, const Tensor& codes, const Tensor& expon
         found.push_back(swapped ? dw.t().contiguous() : dw);
     }
     if (bias) {
-        const Tensor sums = memory.narrow(0, parts, tiles(padded) * outputs * int64_t(sizeof(float)));
-        found.push_back(at::sum(sums.view(at::kFloat).view({tiles(padded), outputs}), 0).to(at::kBFloat16));
+        found.push_back(at::empty({outputs}, values));
+        launch_add(*adding, out.parts, found.back(), tiles(padded), stream);
     }
     return found;
 }
@@ -468,6 +484,7 @@ TORCH_LIBRARY(ds_fp8_launches, library) {
     library.def("add_kernel(int device, int kind, int function, int threads, int shared) -> ()", add_kernel);
     library.def("add_plan(int[] shape, int[] handles, int[] algorithm, int workspace) -> ()", add_plan);
     library.def("cast_kind(bool rows, int turned, bool sums, int groups) -> int", cast_kind);
+    library.def("add_kind() -> int", add_kind);
     library.def("cast(Tensor values, bool rows, int turned, bool sums, int stream) -> Tensor[]", cast);
     library.def("transpose_kind(int exponents, int groups) -> int", transpose_kind);
     library.def("expand_kind(int exponents) -> int", expand_kind);

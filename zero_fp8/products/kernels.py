@@ -160,7 +160,7 @@ def _run_gradients(
         dw = kernels.multiply(cast.wgrad, x, None)
         found.append(dw.t().contiguous() if swapped else dw)
     if cast.bias is not None:
-        found.append(cast.bias.to(torch.bfloat16))
+        found.append(cast.bias)
     return found
 
 

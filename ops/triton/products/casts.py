@@ -7,6 +7,8 @@ Scales lie as cuBLAS reads them: those of rows [tiles(inner), rows], returned as
 with the inner dimension padded to a multiple of four.
 """
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -26,11 +28,14 @@ from ds_fp8.ops.triton.tiles import (
     inverse_scale,
     magnitude,
     power_of_two,
+    round_to_bf16,
 )
 
 WARPS = 8
+SUMMED = 64  # features of a program that adds parts
 REGISTERS = 128  # a thread's at most if columns are reduced, too: a multiprocessor then holds two programs
 TILE = tl.constexpr(products.TILE)
+PARTS = tl.constexpr(32)  # that a program reads at once
 
 
 @triton.jit
@@ -104,6 +109,25 @@ def cast_kernel(
         store_tile_scale(scale, turned_scales, feature_tile, token_tile, tl.cdiv(padded, TILE), groups)
 
 
+@triton.jit(do_not_specialize=["count"])
+def add_kernel(
+    parts,  # [count, features] float32
+    sums,  # [features] bfloat16, written
+    count,
+    features,
+    SUMMED: tl.constexpr,
+):
+    feature = tl.program_id(0) * SUMMED + tl.arange(0, SUMMED)
+    inside = feature < features
+    total = tl.zeros([SUMMED], tl.float32)
+    for first in range(0, count, PARTS):
+        part = first + tl.arange(0, PARTS)
+        offset = part.to(tl.int64)[:, None] * features + feature[None, :]
+        there = (part < count)[:, None] & inside[None, :]
+        total += tl.sum(tl.load(parts + offset, mask=there, other=0.0), axis=0)
+    tl.store(sums + feature, round_to_bf16(total), mask=inside)
+
+
 def cast_input(x: Tensor, *, wgrad: bool) -> CastInput:
     """`ops.products.cast_input` in one launch. The rows of x need not be adjacent."""
     check_cast("x", x)
@@ -116,13 +140,38 @@ def cast_input(x: Tensor, *, wgrad: bool) -> CastInput:
 
 def cast_gradient(dy: Tensor, *, dgrad: bool, wgrad: bool, bias: bool) -> CastGradient:
     """`ops.products.cast_gradient` in one launch, and one more for the sums. dy as x of `cast_input`."""
+    cast, parts = cast_and_sum_tiles(dy, dgrad=dgrad, wgrad=wgrad, bias=bias)
+    return cast if parts is None else replace(cast, bias=add_parts(parts))
+
+
+def cast_and_sum_tiles(
+    dy: Tensor, *, dgrad: bool, wgrad: bool, bias: bool
+) -> tuple[CastGradient, Tensor | None]:
+    """Return casts without the sum, and its parts: sums over 128 tokens, [tiles, N] float32."""
     check_cast("dy", dy)
     tokens, features = padded_tokens(len(dy)), dy.shape[1]
     rows = _in_rows(tokens, features, dy.device) if dgrad else None
     turned = _in_rows(features, tokens, dy.device) if wgrad else None
     sums = torch.empty(tiles(tokens), features, dtype=torch.float32, device=dy.device) if bias else None
     _cast(dy, rows, turned, "rows" if wgrad else "", sums)
-    return CastGradient(rows, turned, None if sums is None else sums.sum(0))
+    return CastGradient(rows, turned, None), sums
+
+
+def add_parts(parts: Tensor) -> Tensor:
+    """Return their sums, [N] bfloat16, in one launch: FP32 in a fixed order, then rounded."""
+    count, features = parts.shape
+    sums = parts.new_empty(features, dtype=torch.bfloat16)
+    launch(
+        add_kernel,
+        -(-features // SUMMED),
+        WARPS // 2,
+        parts=parts,
+        sums=sums,
+        count=count,
+        features=features,
+        SUMMED=SUMMED,
+    )
+    return sums
 
 
 def _in_rows(rows: int, inner: int, device: torch.device) -> Operand:
