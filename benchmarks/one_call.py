@@ -32,10 +32,13 @@ def by_one_call(ours: Products, device: torch.device, shapes: list[tuple[int, in
                 found = [ours.multiply_weight(left, weight, each, swapped) for each in (bias, None)]
                 assert all(map(torch.equal, found, wanted)), f"{case}: forward"
             assert launched(left, weight, bias, swapped), f"{case}: forward is made of parts"
-            made = ours.differentiate(dy, weight, operands["wgrad"][1], (True, True, False), swapped)
-            assert len(made) == 2, f"{case}: backward is made of parts"
+            db = ours.cast_gradient(dy, dgrad=True, wgrad=True, bias=True).bias
+            assert db is not None
+            made = ours.differentiate(dy, weight, operands["wgrad"][1], (True, True, True), swapped)
+            assert len(made) == 3, f"{case}: backward is made of parts"
             assert torch.equal(made[0], dx[:tokens]), f"{case}: dgrad"
             assert torch.equal(made[1], dw.t() if swapped else dw), f"{case}: wgrad"
+            assert torch.equal(made[2], db), f"{case}: bias"
             yield case
 
 

@@ -44,7 +44,7 @@ def main() -> None:
         axes.barh(len(PEERS), end - start, left=start, color=shade, height=0.7)
         text = f"{name}\n{end - start:+.1f}" if start else name
         axes.text((start + end) / 2, len(PEERS), text, ha="center", va="center", fontsize=6.5)
-    axes.set(yticks=[], xlabel="thousand tokens per second", title="Llama 7B, two H200s, 83 GB each")
+    axes.set(yticks=[], xlabel="thousand tokens per second", title="Llama 7B, two H200s")
     axes.title.set_fontsize(10)
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)

@@ -745,6 +745,20 @@ FAULTS = (
         "return CastGradient(rows, turned, None), sums if sums is None else sums[:1]",
         "test_triton_products.py test_casts normal",
     ),
+    Fault(
+        "a cast is launched before the kernel that adds its sums is known",
+        "ops/hopper/launches.cpp",
+        "if (!kernel || (sums && !adding)) return {};",
+        "if (!kernel) return {};",
+        "test_hopper.py test_sums_wait",
+    ),
+    Fault(
+        "a backward is launched before the kernel that adds a bias's gradient is known",
+        "ops/hopper/launches.cpp",
+        "if (!casting || (bias && !adding) || (input && !stored)) return {};",
+        "if (!casting || (input && !stored)) return {};",
+        "test_hopper.py test_sums_wait",
+    ),
     # Offload
     Fault(
         "a chunk comes up before it has gone down",

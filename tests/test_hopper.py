@@ -4,8 +4,12 @@ Here both are functions of `hopper_support`, which read and write the host's mem
 compared in benchmarks/gpu_products.py.
 """
 
+import os
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import hopper_support
@@ -67,6 +71,33 @@ def test_casts_of_gradients(
     assert (found.bias is None) == (not bias)
     if found.bias is not None and expected.bias is not None:
         assert torch.equal(found.bias, expected.bias)
+
+
+def test_sums_wait_for_the_kernel_that_adds_them() -> None:
+    """In a process of its own, since what is known stays so."""
+    code = """
+import hopper_support, pytest, torch
+from hopper_support import SHARED, THREADS
+from ds_fp8.ops.hopper.functions import LAUNCHES
+
+device = hopper_support.install(pytest.MonkeyPatch())
+dy = torch.randn(48, 96).bfloat16()
+weight = torch.empty(96, 16).to(torch.float8_e4m3fn), torch.zeros(1, 1, dtype=torch.uint8)
+know = lambda kind: LAUNCHES.add_kernel(dy.get_device(), kind, 100 + kind, THREADS, SHARED)
+know(LAUNCHES.cast_kind(False, 0, True, 4))
+cast = lambda: LAUNCHES.cast(dy, False, 0, True, 7)
+backward = lambda: LAUNCHES.differentiate(dy, *weight, None, None, False, False, True, False, 7)
+assert (cast(), backward(), device.launches) == ([], [], 0)
+know(LAUNCHES.add_kind())
+wanted = dy.float().sum(0).bfloat16()
+assert all(torch.equal(*found, wanted) for found in (cast(), backward()))
+assert device.launches == 4
+"""
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("shift", [0, 3])

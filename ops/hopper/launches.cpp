@@ -77,7 +77,8 @@ void start(Integers functions) {
 
 void add_kernel(int64_t device, int64_t kind, int64_t function, int64_t threads, int64_t shared) {
     std::lock_guard<std::mutex> guard(known);
-    kernels[{device, kind}] = {pointer(function), unsigned(threads), unsigned(shared)};
+    const Kernel kernel{pointer(function), unsigned(threads), unsigned(shared)};
+    kernels.emplace(std::make_pair(device, kind), kernel);  // one that is known may be in use
 }
 
 void add_plan(Integers shape, Integers handles, Integers algorithm, int64_t workspace) {

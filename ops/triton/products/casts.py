@@ -1,4 +1,6 @@
-"""The operands of products on a GPU: `cast_input` and `cast_gradient` of `ops.products`, one launch each.
+"""The operands of products on a GPU: `cast_input` and `cast_gradient` of `ops.products`.
+
+Each takes one launch, and the gradient of a bias one more.
 
 A program holds a tile of 128 tokens x 128 features in registers, reads it once and writes all that is wanted
 of it: codes in rows, codes transposed, sums over its tokens. A scale needs no other program's values.
