@@ -47,7 +47,8 @@ def _launch_here(
         _thread.compiled[(programs, 1, 1)](*values)
         return
     options = {"num_warps": warps, "enable_fp_fusion": False, "maxnreg": maxnreg}
-    _thread.compiled = _compiled[key] = kernel[(programs,)](**as_bytes(arguments), **options)
+    compiled = kernel[(programs,)](**as_bytes(arguments), **options)
+    _thread.compiled = _compiled.setdefault(key, compiled)  # of two threads' one stays, as C++ needs it to
 
 
 def latest() -> Any:
