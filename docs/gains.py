@@ -3,14 +3,13 @@
 python docs/gains.py
 """
 
-import statistics
 from itertools import pairwise
 
 import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
-from overview import COLOURS, ROOT, runs_of
+from overview import COLOURS, ROOT, measured, runs_of
 
 BATCH, MEMORY = "equal_batch_7B_h200", "equal_memory_7B_h200"
 STEPS = [  # one thing is switched at a time: its name, and the run that has it
@@ -30,8 +29,7 @@ SHADES = [COLOURS["stock BF16"], COLOURS["O2+"], COLOURS["O3"], "#f2a6a0"]
 
 def speed(file: str, config: str) -> float:
     """Thousands of tokens per second of all ranks, by the median step."""
-    found = runs_of(file, config)
-    return found[0]["tokens"] / statistics.median(ms for each in found for ms in each["milliseconds"])
+    return float(runs_of(file, config)[0]["tokens"] / measured(file, config)[0])
 
 
 def main() -> None:

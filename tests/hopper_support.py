@@ -89,7 +89,7 @@ class Device:
         assert (grid[1:], shared, stream) == ([1, 1, THREADS, 1, 1], SHARED, 7)
         self.launches += 1
         if function < 94:
-            self.add(grid[0], given)
+            self.sum(grid[0], given)
         elif function < 96:
             self.expand(grid[0], given)
         elif function < 100:
@@ -118,7 +118,7 @@ class Device:
         scales = products.expand(codes, read(at[0], (rows, columns), torch.uint8)).scales
         read(at[1], (rows, groups), FP32).copy_(scales)
 
-    def add(self, programs: int, given: Any) -> None:
+    def sum(self, programs: int, given: Any) -> None:
         at = [c_int64.from_address(given[each]).value for each in range(2)]
         count, features = (c_int32.from_address(given[each]).value for each in (2, 3))
         assert [c_int64.from_address(given[each]).value for each in (4, 5)] == [0, 0]
@@ -170,11 +170,11 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Device:
     LAUNCHES.start(device.addresses())
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: 7, raising=False)
 
-    def add_parts(parts: Tensor) -> Tensor:
-        learning(monkeypatch, LAUNCHES.add_kind())
+    def sum_parts(parts: Tensor) -> Tensor:
+        learning(monkeypatch, LAUNCHES.sum_kind())
         return parts.sum(0).to(torch.bfloat16)
 
-    for function in (cast_input, cast_and_sum_tiles, add_parts):
+    for function in (cast_input, cast_and_sum_tiles, sum_parts):
         monkeypatch.setattr(functions.casts, function.__name__, function)
     for function in (products.transpose, products.expand):
         monkeypatch.setattr(functions.weights, function.__name__, function)

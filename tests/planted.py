@@ -748,14 +748,14 @@ FAULTS = (
     Fault(
         "a cast is launched before the kernel that adds its sums is known",
         "ops/hopper/launches.cpp",
-        "if (!kernel || (sums && !adding)) return {};",
+        "if (!kernel || (sums && !summing)) return {};",
         "if (!kernel) return {};",
         "test_hopper.py test_sums_wait",
     ),
     Fault(
         "a backward is launched before the kernel that adds a bias's gradient is known",
         "ops/hopper/launches.cpp",
-        "if (!casting || (bias && !adding) || (input && !stored)) return {};",
+        "if (!casting || (bias && !summing) || (input && !stored)) return {};",
         "if (!casting || (input && !stored)) return {};",
         "test_hopper.py test_sums_wait",
     ),

@@ -53,7 +53,7 @@ def launches() -> dict[str, Launch]:
         "x for wgrad": cast(casts.cast_input, wgrad=True),
         "dy": cast(casts.cast_and_sum_tiles, **both, bias=False),
         "dy and sums": cast(casts.cast_and_sum_tiles, **both, bias=True),
-        "add sums": Launch(casts, "add_kernel", partial(casts.add_parts, parts)),
+        "sums of parts": Launch(casts, "sum_kernel", partial(casts.sum_parts, parts)),
         "find of runs": Launch(runs, "find_runs_kernel", partial(together.find_exponents, run[0], flat)),
         "encode of runs": Launch(runs, "encode_runs_kernel", partial(together.encode, run[0], flat, made)),
         **{name: Launch(weights, f"{name}_kernel", code) for name, code in work.items()},

@@ -89,7 +89,7 @@ def test_the_hardware_converts(kernels: dict[str, Any], name: str) -> None:
     assert "fma" not in kernel["ptx"]
 
 
-@pytest.mark.parametrize("name", [*DESIGN, "expand", "add sums"])
+@pytest.mark.parametrize("name", [*DESIGN, "expand", "sums of parts"])
 def test_registers_are_enough(kernels: dict[str, Any], name: str) -> None:
     resources = kernels[name]["resources"]
     assert (resources["STACK"], resources["LOCAL"]) == (0, 0), f"spills: {resources}"

@@ -60,9 +60,9 @@ def cast_gradient(dy: Tensor, *, dgrad: bool, wgrad: bool, bias: bool) -> CastGr
     _learn_cast(dy, dgrad, ROWS if wgrad else NOTHING, bias)
     if parts is None:
         return cast
-    sums = casts.add_parts(parts)
+    sums = casts.sum_parts(parts)
     if _is_usual(parts, parts.shape[1]):
-        _learn(parts, LAUNCHES.add_kind.default())
+        _learn(parts, LAUNCHES.sum_kind.default())
     return replace(cast, bias=sums)
 
 

@@ -150,10 +150,10 @@ void launch_cast(const Kernel& kernel, Values values, Cast out, int64_t stream) 
 }
 
 // Below the kinds of transposes and expansions, which are negative, too.
-int64_t add_kind() { return -7; }
+int64_t sum_kind() { return -7; }
 
 // Adds parts, [count, features] float, to [features] bfloat16.
-void launch_add(const Kernel& kernel, int64_t parts, const Tensor& sums, int64_t count, int64_t stream) {
+void launch_sum(const Kernel& kernel, int64_t parts, const Tensor& sums, int64_t count, int64_t stream) {
     int64_t to = address(sums), scratch = 0, profile = 0;
     int32_t rows = int32_t(count), features = int32_t(sums.numel());
     void* arguments[] = {&parts, &to, &rows, &features, &scratch, &profile};
@@ -172,8 +172,8 @@ Tensors cast(const Tensor& values, bool rows, int64_t turned, bool sums, int64_t
     const auto [_, tokens, padded, features, stride, groups] = *source;
     const auto device = values.device();
     const Kernel* kernel = find_kernel(device.index(), cast_kind(rows, turned, sums, groups));
-    const Kernel* adding = sums ? find_kernel(device.index(), add_kind()) : nullptr;
-    if (!kernel || (sums && !adding)) return {};
+    const Kernel* summing = sums ? find_kernel(device.index(), sum_kind()) : nullptr;
+    if (!kernel || (sums && !summing)) return {};
     const c10::DeviceGuard guard(device);
     const auto codes_of = values.options().dtype(at::kFloat8_e4m3fn),
                floats = values.options().dtype(at::kFloat);
@@ -200,7 +200,7 @@ Tensors cast(const Tensor& values, bool rows, int64_t turned, bool sums, int64_t
     launch_cast(*kernel, *source, out, stream);
     if (sums) {
         found.push_back(at::empty({features}, values.options()));
-        launch_add(*adding, out.parts, found.back(), tiles(padded), stream);
+        launch_sum(*summing, out.parts, found.back(), tiles(padded), stream);
     }
     return found;
 }
@@ -418,9 +418,9 @@ Tensors differentiate(const Tensor& dy, const Tensor& codes, const Tensor& expon
     const int64_t padded = source->padded, outputs = source->features, inputs = codes.size(!swapped);
     const Kernel* const casting =
         find_kernel(device.index(), cast_kind(input, weight ? TURNED_ROWS : 0, bias, source->groups));
-    const Kernel* const adding = bias ? find_kernel(device.index(), add_kind()) : nullptr;
+    const Kernel* const summing = bias ? find_kernel(device.index(), sum_kind()) : nullptr;
     const auto stored = input ? find_weight(codes, exponents, !swapped) : std::nullopt;
-    if (!casting || (bias && !adding) || (input && !stored)) return {};
+    if (!casting || (bias && !summing) || (input && !stored)) return {};
     bool in_tiles = false;
     if (weight) {
         if (!x || !x_scales || !is_codes(*x) || x->device() != device || x_scales->device() != device)
@@ -473,7 +473,7 @@ Tensors differentiate(const Tensor& dy, const Tensor& codes, const Tensor& expon
     }
     if (bias) {
         found.push_back(at::empty({outputs}, values));
-        launch_add(*adding, out.parts, found.back(), tiles(padded), stream);
+        launch_sum(*summing, out.parts, found.back(), tiles(padded), stream);
     }
     return found;
 }
@@ -485,7 +485,7 @@ TORCH_LIBRARY(ds_fp8_launches, library) {
     library.def("add_kernel(int device, int kind, int function, int threads, int shared) -> ()", add_kernel);
     library.def("add_plan(int[] shape, int[] handles, int[] algorithm, int workspace) -> ()", add_plan);
     library.def("cast_kind(bool rows, int turned, bool sums, int groups) -> int", cast_kind);
-    library.def("add_kind() -> int", add_kind);
+    library.def("sum_kind() -> int", sum_kind);
     library.def("cast(Tensor values, bool rows, int turned, bool sums, int stream) -> Tensor[]", cast);
     library.def("transpose_kind(int exponents, int groups) -> int", transpose_kind);
     library.def("expand_kind(int exponents) -> int", expand_kind);

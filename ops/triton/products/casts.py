@@ -34,7 +34,7 @@ from ds_fp8.ops.triton.tiles import (
 )
 
 WARPS = 8
-SUMMED = 64  # features of a program that adds parts
+SUMMED = 64  # features of a program that sums parts
 REGISTERS = 128  # a thread's at most if columns are reduced, too: a multiprocessor then holds two programs
 TILE = tl.constexpr(products.TILE)
 PARTS = tl.constexpr(32)  # that a program reads at once
@@ -112,7 +112,7 @@ def cast_kernel(
 
 
 @triton.jit(do_not_specialize=["count"])
-def add_kernel(
+def sum_kernel(
     parts,  # [count, features] float32
     sums,  # [features] bfloat16, written
     count,
@@ -143,7 +143,7 @@ def cast_input(x: Tensor, *, wgrad: bool) -> CastInput:
 def cast_gradient(dy: Tensor, *, dgrad: bool, wgrad: bool, bias: bool) -> CastGradient:
     """`ops.products.cast_gradient` in one launch, and one more for the sums. dy as x of `cast_input`."""
     cast, parts = cast_and_sum_tiles(dy, dgrad=dgrad, wgrad=wgrad, bias=bias)
-    return cast if parts is None else replace(cast, bias=add_parts(parts))
+    return cast if parts is None else replace(cast, bias=sum_parts(parts))
 
 
 def cast_and_sum_tiles(
@@ -159,12 +159,12 @@ def cast_and_sum_tiles(
     return CastGradient(rows, turned, None), sums
 
 
-def add_parts(parts: Tensor) -> Tensor:
+def sum_parts(parts: Tensor) -> Tensor:
     """Return their sums, [N] bfloat16, in one launch: FP32 in a fixed order, then rounded."""
     count, features = parts.shape
     sums = parts.new_empty(features, dtype=torch.bfloat16)
     launch(
-        add_kernel,
+        sum_kernel,
         -(-features // SUMMED),
         WARPS // 2,
         parts=parts,
