@@ -32,6 +32,7 @@ a rank should keep of states and reduced gradient. The text is the standard libr
 
 import argparse
 import itertools
+import os
 import random
 import statistics
 import time
@@ -164,6 +165,8 @@ def choice_of(run: Run) -> tuple[str, ...]:
     if options["checkpointing"] == "True":
         kept = int(options.get("kept_layers", 0))
         found.append(f"checkpointing but for {kept} layers" if kept else "checkpointing")
+    if options.get("deterministic") == "True":
+        found.append("deterministic")
     compiled = {"model": ["compiled"], "layers": ["compiled"], "graphs": ["compiled", "CUDA graphs"]}
     return (*found, *compiled.get(options["compile"], []))
 
@@ -241,7 +244,7 @@ def claims_of_a_training(run: Run, stock: Run) -> list[Claim]:
     ]
 
 
-def main() -> None:
+def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -273,9 +276,17 @@ def main() -> None:
     add("--sleeps", type=float, default=0.0, metavar="MS", help="a rank's longest sleep before a forward")
     add("--zero_init", action="store_true", help="no rank makes the whole model (ZeRO 3)")
     add("--checkpointing", action="store_true", help="checkpoint every layer's activations")
+    add("--deterministic", action="store_true", help="add in a fixed order, attention too: slower")
     add("--kept_layers", type=int, default=0, metavar="N", help="first layers that are not checkpointed")
     add("--probe", type=int, nargs="+", metavar="N", help="micro-batches to try")
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = read_options()
+    if arguments.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
     device = join_ranks()
     if arguments.gpu_gb:
         limit_memory(arguments.gpu_gb, device)

@@ -23,6 +23,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 
 import engine_facts  # noqa: E402
 import exchange_times  # noqa: E402
+import gpu_graphs  # noqa: E402
 import gpu_train  # noqa: E402
 import offload_runs  # noqa: E402
 import paired  # noqa: E402
@@ -245,6 +246,29 @@ def test_gpu_products(tmp_path: Path) -> None:
     assert {"dy and its sums", "encode", "transpose"} < {row["operation"] for row in result["rows"]}
     assert result["no_cublas"] == "cuBLAS needs an NVIDIA GPU"
     assert result["host_microseconds"]["linear"] > 0
+
+
+def test_a_training_with_graphs_that_differs_is_named() -> None:
+    def found(loss: float, weight: float, **figures: float) -> gpu_graphs.Found:
+        return gpu_graphs.Found([1.0, loss], [torch.tensor([1.0, weight])], {"total": figures}, replays=1)
+
+    plain = found(2.0, 2.0, w_underflow=0.5, x_underflow=0.25)
+    differ = gpu_graphs.differences
+    assert not any(differ(plain, plain, counted=True).values())
+    assert not any(differ(plain, found(2.0, 2.0, w_underflow=0.5), counted=False).values())
+    assert [*differ(plain, found(2.0, 2.0, w_underflow=0.5), counted=True).values()] == [0, 0, 1, 0]
+    assert [*differ(plain, found(3.0, 4.0, w_underflow=1.0), counted=False).values()] == [1, 1, 1, 0]
+    assert [*differ(plain, plain, counted=False).values()] == [0, 0, 0, 1]
+
+
+@pytest.mark.slow
+def test_gpu_graphs(tmp_path: Path) -> None:
+    """There are no graphs on a CPU: compiled by either mode."""
+    out = tmp_path / "graphs.json"
+    torchrun("gpu_graphs.py", "--tiny", "--out", str(out))
+    pairs = json.loads(out.read_text())["pairs"]
+    assert [pair["frozen"] for pair in pairs] == [False, True]
+    assert all(pair["figures"] > 0 and not any(pair["differences"].values()) for pair in pairs)
 
 
 def offloaded_bits(planted: bool) -> str:

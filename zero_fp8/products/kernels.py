@@ -177,8 +177,8 @@ def _run_decode(kernels: Kernels, codes: Tensor, exponents: Tensor) -> Tensor:
 def _op(name: str, signature: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
     """Define an op without what `torch.library.custom_op` wraps around each call; autograd never sees it.
 
-    CUDA graphs of the compiler (`mode="reduce-overhead"`) leave it out: they would copy the codes of every
-    weight into their own memory at each run.
+    CUDA graphs of the compiler (`mode="reduce-overhead"`) leave it out: a replay runs no Python, and so would
+    count nothing on measured steps.
     """
     tags = (torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe)
     torch.library.define(f"ds_fp8::{name}", signature, tags=tags)
