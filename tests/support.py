@@ -486,6 +486,9 @@ PROVED_ELSEWHERE = {
     ),
     "deepspeed, torchrun, accelerate launch; --module ds_fp8 or one line": "test_hf_launch.py::test_trainer",
     "accelerate: prepare, schedulers, unwrap_model": "test_hf_traps.py::test_shared_param_groups",
+    'accelerate: ZeRO 3, keys that are "auto" when the model is made': (
+        "test_hf_zero3.py::test_accelerate_fills_in_after_the_model_is_made"
+    ),
     "accelerate: save_state, load_state, bit-exact": "test_hf_peft.py::test_load_state_is_the_unbroken_run",
     "PEFT LoRA": "test_hf_peft.py::test_saves_and_loads",
     "TRL SFTTrainer, DPOTrainer": "test_hf_trl.py::test_equals_bf16_and_resumes",

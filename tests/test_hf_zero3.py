@@ -4,8 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import pytest
 import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DeepSpeedPlugin, DummyOptim, DummyScheduler
 from accelerate_lora import adapted
 from datasets import Dataset
 from deepspeed import comm as dist
@@ -26,7 +29,7 @@ from hf_trainer import Arguments, ModelArguments, model_of, split_corpus
 from peft import PeftModel
 from ranks import RankPools
 from test_hf_trl import LENGTH, sentences
-from torch.utils.data import Subset
+from torch.utils.data import DataLoader, Subset
 from transformers import AutoModelForCausalLM, ByT5Tokenizer, Trainer, TrainerCallback, set_seed
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl.models.utils import unwrap_model_for_generation
@@ -112,6 +115,68 @@ def train_whole(
     trainer.save_model(f"{folder}/final")
     trainer.model_wrapped.destroy()
     return result
+
+
+# accelerate: makes the model before it fills in what is "auto"
+
+
+def accelerated_losses(fp8: dict[str, Any] | None, sections: bool) -> list[float]:
+    """sections: optimizer and scheduler are the config's, "auto" where accelerate fills in."""
+    forget_accelerate()
+    PartialState(cpu=True)
+    config = config_of(fp8)
+    if sections:
+        params = {"lr": "auto", "weight_decay": "auto", "betas": [0.9, 0.95], "eps": 1e-8}
+        config["optimizer"] = {"type": "AdamW", "params": params | ({} if fp8 else {"torch_adam": True})}
+        rates = {"warmup_min_lr": 0.0, "warmup_max_lr": "auto", "warmup_num_steps": "auto"}
+        config["scheduler"] = {"type": "WarmupDecayLR", "params": {**rates, "total_num_steps": "auto"}}
+    accelerator = Accelerator(mixed_precision="bf16", deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config))
+    model = made(LLAMA)
+    assert all(hasattr(each, "ds_id") for each in model.parameters())
+    optimizer: Any = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.01)
+    scheduler: Any = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    if sections:
+        optimizer = DummyOptim(model.parameters(), lr=1e-3, weight_decay=0.01)
+        scheduler = DummyScheduler(optimizer, total_num_steps=8, warmup_num_steps=2)
+    batches = DataLoader(Subset(split_corpus(LLAMA.context)[0], range(4 * 16)), 8)
+    engine, optimizer, scheduler, batches = accelerator.prepare(model, optimizer, scheduler, batches)
+    losses = []
+    for batch in batches:
+        loss = engine(**batch).loss
+        accelerator.backward(loss)
+        optimizer.step()
+        scheduler.step()
+        losses.append(loss.item())
+    assert ds_fp8.is_active(engine) is bool(fp8)
+    engine.destroy()
+    return losses
+
+
+@pytest.mark.parametrize("sections", [False, True], ids=["client", "sections"])
+def test_accelerate_fills_in_after_the_model_is_made(ranks: RankPools, sections: bool) -> None:
+    ours, stock = (ranks.run(2, accelerated_losses, fp8, sections)[0] for fp8 in (FP8, None))
+    assert len(ours) == 4
+    for loss, expected in zip(ours, stock, strict=True):
+        assert abs(loss - expected) < 0.01
+
+
+def refusal_of_auto() -> str:
+    """What an engine says to a key that nothing has filled in; zero.Init took it."""
+    config = {**config_of(FP8), "bf16": {"enabled": True}, "train_micro_batch_size_per_gpu": 1}
+    config["gradient_accumulation_steps"] = 1
+    with deepspeed.zero.Init(config_dict_or_path=config):
+        model = torch.nn.Linear(8, 8)
+    optimizer = torch.optim.AdamW(model.parameters())
+    with pytest.raises(ValueError, match="gradient_clipping") as refused:
+        deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    return str(refused.value)
+
+
+def test_an_engine_refuses_what_is_not_filled_in(ranks: RankPools) -> None:
+    assert (
+        ranks.run(2, refusal_of_auto)
+        == ['gradient_clipping: received "auto", allowed: a number, 0 or more'] * 2
+    )
 
 
 O3 = {"enabled": True, "opt_level": "O3", "weights": {"min_elements": 4096}}

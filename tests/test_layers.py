@@ -79,7 +79,7 @@ ROOMS = (
         "fp8_sum per_tensor cublas | guards cublas_lt | weight_runs adam reduction products | "
         "masters moments exact | rounding blocks | health | capture formats",
     ),
-    ("ds_fp8.config", "ds_config | offload parsing | optimizer_params rules section | rule_kinds"),
+    ("ds_fp8.config", "ds_config | auto offload parsing | optimizer_params rules section | rule_kinds"),
     ("ds_fp8", "compat"),
     ("ds_fp8.config", "refusals"),
 )

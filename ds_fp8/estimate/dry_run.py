@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from ds_fp8.compat import DeepSpeedConfig, deepspeed_logger, load_ds_config
+from ds_fp8.config.auto import without_auto
 from ds_fp8.config.ds_config import BATCHES, autotp_size, initialize_params, never_trains
 from ds_fp8.config.refusals import cut, refusal, show
 from ds_fp8.config.section import SECTION, FP8Config
@@ -26,7 +27,6 @@ from ds_fp8.zero_fp8.recipe import Offload, Recipe, offload_from, recipe_of
 FASTER_FROM = 16_000_000  # elements of a bucket, on one node with NVLink; docs/communication.md
 MOST_WORDS = 500  # characters of DeepSpeed's own words; they repeat what was given
 FP32_NAMES = ("fp32", "float32", "float", "torch.float32")
-AUTO = "auto"  # a value that the Hugging Face Trainer and accelerate fill in
 OFF = 'FP8 is off: no enabled "fp8" section; stock DeepSpeed runs'
 IDLE = 'FP8 is idle: ZeRO 0 and no "optimizer"; an engine that trains is refused'
 
@@ -179,21 +179,6 @@ def advice(dry_run: DryRun) -> list[str]:
         f"with buckets of {run.bucket_elements:,} elements stock DeepSpeed's BF16 all-reduce may be faster "
         f"if all GPUs share NVLink: set reduce_bucket_size to {FASTER_FROM:,} or more"
     ]
-
-
-def without_auto(config: Mapping[str, Any], prefix: str = "") -> tuple[dict[str, Any], list[str]]:
-    """The config without the keys that are "auto", and their paths."""
-    known: dict[str, Any] = {}
-    filled_in: list[str] = []
-    for key, value in config.items():
-        if value == AUTO and f"{prefix}{key}" != SECTION:
-            filled_in.append(cut(f"{prefix}{key}"))
-        elif isinstance(value, Mapping) and f"{prefix}{key}" != SECTION:
-            known[key], inner = without_auto(value, f"{prefix}{key}.")
-            filled_in += inner
-        else:
-            known[key] = value
-    return known, filled_in
 
 
 def _model_dtype(filled_in: Collection[str], judged: Any, recipe: Recipe, fp8: FP8Config) -> str | None:

@@ -60,6 +60,7 @@ class Patch:
 
 SEAM = (
     (DeepSpeedConfig, "_initialize_params", engine_checks.initialize_params),
+    (Init, "__init__", engine_checks.zero_init),
     (DeepSpeedEngine, "_configure_distributed_model", engine.configure_distributed_model),
     (DeepSpeedEngine, "_configure_basic_optimizer", engine.configure_basic_optimizer),
     (DeepSpeedEngine, "_do_optimizer_sanity_check", engine.do_optimizer_sanity_check),
