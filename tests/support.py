@@ -486,9 +486,6 @@ PROVED_ELSEWHERE = {
     ),
     "deepspeed, torchrun, accelerate launch; --module ds_fp8 or one line": "test_hf_launch.py::test_trainer",
     "accelerate: prepare, schedulers, unwrap_model": "test_hf_traps.py::test_shared_param_groups",
-    'accelerate: ZeRO 3, keys that are "auto" when the model is made': (
-        "test_hf_zero3.py::test_accelerate_fills_in_after_the_model_is_made"
-    ),
     "accelerate: save_state, load_state, bit-exact": "test_hf_peft.py::test_load_state_is_the_unbroken_run",
     "PEFT LoRA": "test_hf_peft.py::test_saves_and_loads",
     "TRL SFTTrainer, DPOTrainer": "test_hf_trl.py::test_equals_bf16_and_resumes",
@@ -608,6 +605,9 @@ PROVED_UNDER_3 = {
     "ZeRO 3: weights without states, out of any stage": f"{FILES3}::test_weights_without_states",
     "ZeRO 3: zero_to_fp32.py, save_16bit_model, export, to-universal": f"{FILES3}::test_what_leaves",
     "ZeRO 3: sequence parallelism (ALST)": "test_sequence_parallel.py::test_zero3_is_zero2",
+    'ZeRO 3: accelerate, keys that are "auto" when the model is made': (
+        "test_hf_zero3.py::test_accelerate_fills_in_after_the_model_is_made"
+    ),
     "ZeRO 3: states of stock ZeRO 1, 2 and 3": f"{FILES3}::test_states_of_stock_deepspeed",
     "ZeRO 3 at O3: losses, norms, states and codes of ZeRO 2, bit for bit": (
         f"{O3_UNDER_3}::test_zero_3_is_zero_2_bit_for_bit"
