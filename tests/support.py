@@ -547,7 +547,7 @@ PROVED_ELSEWHERE = {
     "O3: fp8.stats.interval with engine.compile(): the health of eager products": (
         "test_o3_health.py::test_a_compiled_engine_tells_the_same"
     ),
-    "O3: torch.cuda.make_graphed_callables, the engine initialised in a stream of its own (docs/o3.md)": (
+    "O3: torch.cuda.make_graphed_callables (played on a CPU; an engine's, on a GPU: gpu_graphs_h200.json)": (
         "test_cuda_graphs.py::test_a_graphed_module_gives_the_bits_of_eager"
     ),
     "O3: parameter.record_stream keeps the memory of the codes": (

@@ -38,7 +38,7 @@ def zero_init(original: Callable[..., None]) -> Callable[..., None]:
 def initialize_params(original: Callable[..., Any]) -> Callable[..., Any]:
     """DeepSpeedConfig._initialize_params: also refuse what the number of ranks shows.
 
-    In zero.Init keys that are "auto" count as left out; an engine refuses them.
+    In zero.Init keys that are "auto" count as left out; an engine's config is checked as it is.
     """
     method = ds_config.initialize_params(original)
 
