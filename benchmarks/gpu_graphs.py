@@ -164,13 +164,11 @@ def graph(way: str, model: Layers, x: Tensor) -> None:
 
 def differences(plain: Found, graphs: Found, counted: bool) -> dict[str, int]:
     """Return how many losses, elements of weights and figures of health differ."""
-    figures = {
-        (name, figure): value
-        for name, each in plain.health.items()
-        for figure, value in each.items()
-        if counted or figure.startswith("w_")
-    }
-    found = {(name, figure): value for name, each in graphs.health.items() for figure, value in each.items()}
+    wanted, found = (
+        {(name, figure): value for name, each in run.health.items() for figure, value in each.items()}
+        for run in (plain, graphs)
+    )
+    figures = {key: value for key, value in wanted.items() if counted or key[1].startswith("w_")}
     return {
         "losses": sum(a != b for a, b in zip(plain.losses, graphs.losses, strict=True)),
         "weights": sum(int((a != b).sum()) for a, b in zip(plain.weights, graphs.weights, strict=True)),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DeepSpeedPlugin, DummyOptim, DummyScheduler
-from accelerate_lora import adapted
+from accelerate_lora import adapted, train
 from datasets import Dataset
 from deepspeed import comm as dist
 from engines import assert_same_bits, weight_bits
@@ -140,13 +140,7 @@ def accelerated_losses(fp8: dict[str, Any] | None, sections: bool) -> list[float
         scheduler = DummyScheduler(optimizer, total_num_steps=8, warmup_num_steps=2)
     batches = DataLoader(Subset(split_corpus(LLAMA.context)[0], range(4 * 16)), 8)
     engine, optimizer, scheduler, batches = accelerator.prepare(model, optimizer, scheduler, batches)
-    losses = []
-    for batch in batches:
-        loss = engine(**batch).loss
-        accelerator.backward(loss)
-        optimizer.step()
-        scheduler.step()
-        losses.append(loss.item())
+    losses = train(accelerator, engine, optimizer, scheduler, batches)
     assert ds_fp8.is_active(engine) is bool(fp8)
     engine.destroy()
     return losses

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ds_fp8.config import offload
+from ds_fp8.config.auto import known_now
 from ds_fp8.config.optimizer_params import OptimizerParams, optimizer_params
 from ds_fp8.config.parsing import parse
 from ds_fp8.config.refusals import LONGEST, cut, refusal, show
@@ -261,10 +262,10 @@ def initialize_params(original: Callable[..., Any]) -> Callable[..., Any]:
     def method(self: Any, param_dict: dict[str, Any]) -> None:
         config = parse(param_dict)
         enabled = config is not None and config.enabled
-        idle = check_before_engine(param_dict) if enabled else []
-        original(self, _without_unread_keys(param_dict) if enabled else param_dict)
-        self.ds_fp8, self.ds_fp8_idle_keys = config, idle
-        if config is not None and config.enabled and str(self.optimizer_name).lower() == "fp8adamw":
+        known = known_now(param_dict) if enabled else param_dict
+        self.ds_fp8, self.ds_fp8_idle_keys = config, check_before_engine(known) if enabled else []
+        original(self, _without_unread_keys(known) if enabled else known)
+        if enabled and str(self.optimizer_name).lower() == "fp8adamw":
             self.optimizer_name = (
                 "adam"  # DeepSpeed does not know FP8AdamW; "adam" means AdamW unless adam_w_mode is false
             )

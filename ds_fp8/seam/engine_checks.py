@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -10,48 +9,24 @@ from deepspeed import comm as dist
 
 from ds_fp8.compat import DeepSpeedConfig
 from ds_fp8.config import ds_config
-from ds_fp8.config.auto import without_auto
-from ds_fp8.config.parsing import parse
 from ds_fp8.config.refusals import naming, refusal
 from ds_fp8.config.section import FP8Config
 from ds_fp8.zero_fp8.comm.groups import Ranks
 from ds_fp8.zero_fp8.placement.ranks import AUTOTP_SIZE, NODE_SIZE, SEQUENCE_SIZE, check_divides
 from ds_fp8.zero_fp8.recipe import Recipe, ZeroSettings, offload_from, weight_dtypes
 
-_making_slices = ContextVar("making_slices", default=False)
-
-
-def zero_init(original: Callable[..., None]) -> Callable[..., None]:
-    """Init.__init__: accelerate makes a model of ZeRO 3 before it fills in what is "auto" in its config."""
-
-    @functools.wraps(original)
-    def method(self: Any, *args: Any, **kwargs: Any) -> None:
-        token = _making_slices.set(True)
-        try:
-            original(self, *args, **kwargs)
-        finally:
-            _making_slices.reset(token)
-
-    return method
-
 
 def initialize_params(original: Callable[..., Any]) -> Callable[..., Any]:
-    """DeepSpeedConfig._initialize_params: also refuse what the number of ranks shows.
+    """DeepSpeedConfig._initialize_params: also refuse what the number of ranks shows."""
 
-    In zero.Init keys that are "auto" count as left out; an engine's config is checked as it is.
-    """
-    method = ds_config.initialize_params(original)
-
-    @functools.wraps(method)
+    @functools.wraps(original)
     def checked(self: Any, param_dict: dict[str, Any]) -> None:
-        fp8 = parse(param_dict)
-        enabled = fp8 is not None and fp8.enabled
-        known = without_auto(param_dict)[0] if enabled and _making_slices.get() else param_dict
-        method(self, known)
+        original(self, param_dict)
+        enabled = self.ds_fp8 is not None and self.ds_fp8.enabled
         if enabled and type(self) is DeepSpeedConfig and dist.is_initialized():  # not in a dry run
-            check_divides(AUTOTP_SIZE, max(1, ds_config.autotp_size(known)), dist.get_world_size())
+            check_divides(AUTOTP_SIZE, max(1, ds_config.autotp_size(param_dict)), dist.get_world_size())
 
-    return checked
+    return ds_config.initialize_params(checked)
 
 
 def check_engine(engine: Any, recipe: Recipe) -> None:

@@ -31,6 +31,7 @@ from ds_fp8.compat import (
     partition_parameters,
     warn_of_newer_torch,
 )
+from ds_fp8.config import auto
 from ds_fp8.ops.op_builders import FP8CPUBuilder, FP8TritonBuilder
 from ds_fp8.seam import backward, engine, engine_checks, loading, model_file, saving
 from ds_fp8.zero_fp8.weights.sliced import codes, slices
@@ -60,7 +61,7 @@ class Patch:
 
 SEAM = (
     (DeepSpeedConfig, "_initialize_params", engine_checks.initialize_params),
-    (Init, "__init__", engine_checks.zero_init),
+    (Init, "__init__", auto.zero_init),
     (DeepSpeedEngine, "_configure_distributed_model", engine.configure_distributed_model),
     (DeepSpeedEngine, "_configure_basic_optimizer", engine.configure_basic_optimizer),
     (DeepSpeedEngine, "_do_optimizer_sanity_check", engine.do_optimizer_sanity_check),
