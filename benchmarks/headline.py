@@ -28,7 +28,7 @@ from typing import Any
 
 from claims import Claim, print_claims
 from gpu_train import CONSOLE, load
-from hf_llama import choice_of, gathered, is_bf16
+from llama_report import choice_of, gathered, is_bf16
 from rich.table import Table
 
 Run = dict[str, Any]

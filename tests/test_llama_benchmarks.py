@@ -13,7 +13,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 
 import gpu_train
 import headline
-import hf_llama
+import llama_report
 import operations
 import step_profile
 import sweeps
@@ -38,7 +38,7 @@ def test_hf_llama_and_headline(tmp_path: Path) -> None:
     assert abs(ours["sent"]["alltoall_base_"] / ours["gradient_bytes"] - 1) < 0.01
     assert stock["sent"]
     assert not fsdp2["sent"]
-    runs = hf_llama.gathered(gpu_train.load(out))
+    runs = llama_report.gathered(gpu_train.load(out))
     faster = [{**run, "config": "o3"} if run is runs[1] else run for run in runs]
     for run, milliseconds in zip(faster, (100.0, 50.0, 90.0), strict=True):  # as measured they are noise
         run["milliseconds_per_step"] = milliseconds
@@ -59,7 +59,7 @@ def test_memory_is_compared_if_the_same_layers_are_checkpointed() -> None:
 
     stock = run_of("bf16", 80.0)
     for options, count in (({}, 2), ({"kept_layers": "4"}, 1), ({"kept_layers": "0"}, 2)):
-        assert len(hf_llama.claims_beside(run_of("o3", 60.0, **options), stock)) == count
+        assert len(llama_report.claims_beside(run_of("o3", 60.0, **options), stock)) == count
 
 
 def test_a_gpu_is_busy_while_any_kernel_runs() -> None:
